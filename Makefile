@@ -1,0 +1,34 @@
+# Each target sets up .venv by itself, once; it is renewed when pyproject.toml changes.
+PYTHON ?= python3
+BIN := .venv/bin
+# An exact pin gets a small CPU build where one is served; on a GPU machine: make TORCH=torch demo
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test check bench clean
+.DEFAULT_GOAL := test
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python >= 3.10 is needed, this is {sys.version}")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet --editable '.[dev,examples]'
+	touch $@
+
+demo: .venv/ready  ## dense against EST-DGM on real text: loss, seconds, joules, pictures
+	$(BIN)/estdgm demo
+
+test: .venv/ready  ## the whole test suite, warnings as errors
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4
+
+check: .venv/ready  ## style, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/ready  ## ratios against dense on this machine: mask overhead, sparse products
+	$(BIN)/estdgm bench overhead
+	$(BIN)/estdgm bench kernels
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
