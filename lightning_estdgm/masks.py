@@ -1,0 +1,187 @@
+"""Masks over mask units: views, exact top-k, the keep-and-grow decision, bit packing. Pure, tensors in, tensors out.
+
+A mask is a bool tensor, true where a unit is active. For ``block_size=1`` it has the weight's shape; for a block size
+``b`` it has shape ``(out / b, in / b)`` and each entry stands for ``b x b`` weights (times the kernel of a convolution).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "active_units",
+    "decide",
+    "fill_inactive_",
+    "mask_shape",
+    "masked_select_units",
+    "pack_bits",
+    "pool_norm",
+    "random_mask",
+    "top_k",
+    "unit_size",
+    "unpack_bits",
+]
+
+
+def mask_shape(weight_shape: torch.Size | tuple[int, ...], block_size: int) -> tuple[int, ...]:
+    """Return the mask's shape for a weight of shape ``(out, in, ...)``.
+
+    Raises:
+        ValueError: if `block_size` is not positive or does not divide both ``out`` and ``in``.
+
+    """
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    if block_size == 1:
+        return tuple(weight_shape)
+    out, inner = weight_shape[:2]
+    if out % block_size or inner % block_size:
+        raise ValueError(
+            f"block_size {block_size} does not divide a weight of shape {tuple(weight_shape)}: "
+            f"{out} x {inner} must both be multiples of it"
+        )
+    return out // block_size, inner // block_size
+
+
+def unit_size(weight_shape: torch.Size | tuple[int, ...], block_size: int) -> int:
+    """Return how many weights one unit holds."""
+    if block_size == 1:
+        return 1
+    return block_size * block_size * int(torch.Size(weight_shape[2:]).numel())
+
+
+def _unit_view(weight: Tensor, block_size: int) -> Tensor:
+    """View ``(out, in, ...)`` as ``(out/b, b, in/b, b, ...)``; shares storage whatever the strides."""
+    out, inner = weight.shape[:2]
+    return weight.unflatten(1, (inner // block_size, block_size)).unflatten(0, (out // block_size, block_size))
+
+
+def _broadcast(mask: Tensor, weight: Tensor) -> Tensor:
+    """Shape a block mask ``(R, C)`` to broadcast against `_unit_view` of `weight`."""
+    return mask[:, None, :, None].reshape(*mask.shape[:1], 1, mask.shape[1], 1, *([1] * (weight.dim() - 2)))
+
+
+def fill_inactive_(weight: Tensor, inactive: Tensor, block_size: int, value: float = 0.0) -> Tensor:
+    """Set the weights (or gradients, or optimizer state) of the units in `inactive` to `value`, in place.
+
+    It fills and does not multiply, so that infinities and NaNs of inactive units are gone as well.
+    """
+    if block_size == 1:
+        return weight.masked_fill_(inactive, value)
+    _unit_view(weight, block_size).masked_fill_(_broadcast(inactive, weight), value)
+    return weight
+
+
+def masked_select_units(mask: Tensor, active: Tensor, inactive: Tensor, block_size: int) -> Tensor:
+    """Return `active` where `mask` is true and `inactive` elsewhere; both of the weight's shape."""
+    if block_size == 1:
+        return torch.where(mask, active, inactive)
+    chosen = torch.where(_broadcast(mask, active), _unit_view(active, block_size), _unit_view(inactive, block_size))
+    return chosen.flatten(2, 3).flatten(0, 1)
+
+
+def pool_norm(weight: Tensor, block_size: int) -> Tensor:
+    r"""Return the Frobenius norm of each unit: ``|w|`` for single weights; at least float32."""
+    weight = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+    if block_size == 1:
+        return weight.abs()
+    view = _unit_view(weight, block_size)
+    dims = [1, 3, *range(4, view.dim())]
+    return torch.linalg.vector_norm(view, dim=dims)
+
+
+def active_units(mask: Tensor) -> int:
+    """Return the number of active units."""
+    return int(torch.count_nonzero(mask))
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Return a mask of exactly the `k` largest scores; ties go to the lowest index, on every device alike.
+
+    Args:
+        scores: any shape, no NaN; ``-inf`` marks entries that come last.
+        k: how many, 0 to ``scores.numel()``.
+
+    Raises:
+        ValueError: if `k` is out of range or a score is NaN.
+
+    """
+    n = scores.numel()
+    if not 0 <= k <= n:
+        raise ValueError(f"k must lie in [0, {n}] for {n} scores, got {k}")
+    if torch.isnan(scores).any():
+        raise ValueError("scores must not be NaN")
+    if k == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    if k == n:
+        return torch.ones_like(scores, dtype=torch.bool)
+    flat = scores.flatten()
+    # The k-th largest value is a threshold; of the entries equal to it, the first ones in index order fill up to k.
+    threshold = flat.kthvalue(n - k + 1).values
+    above = flat > threshold
+    tied = flat == threshold
+    fill = k - torch.count_nonzero(above)
+    return (above | (tied & (tied.cumsum(0) <= fill))).view_as(scores)
+
+
+def random_mask(shape: tuple[int, ...], k: int, generator: torch.Generator) -> Tensor:
+    """Return a mask with exactly `k` active units, drawn uniformly with `generator` (on its device)."""
+    scores = torch.rand(shape, generator=generator, device=generator.device)
+    return top_k(scores, k)
+
+
+def decide(mask: Tensor, weight_scores: Tensor, growth_scores: Tensor, k: int, drop_fraction: float) -> Tensor:
+    r"""Re-decide a mask: keep the active units of largest weight, grow the inactive ones of largest growth score.
+
+    With ``n`` units active, ``s = min(n, k)`` could survive; ``s - floor(drop_fraction * s)`` do, and the rest of `k`
+    is grown among the units that were inactive (fewer are dropped where too few of those exist).
+
+    Args:
+        mask: the mask so far.
+        weight_scores: of the mask's shape; only active units' are read.
+        growth_scores: of the mask's shape; only inactive units' are read.
+        k: active units of the new mask: exactly this many.
+        drop_fraction: share of the surviving units given up for new ones, in [0, 1].
+
+    Returns:
+        A new mask with exactly `k` active units; the same on every machine for the same scores.
+
+    Raises:
+        ValueError: if `k` or `drop_fraction` is out of range or a score that counts is NaN.
+
+    """
+    if not 0.0 <= drop_fraction <= 1.0:
+        raise ValueError(f"drop_fraction must lie in [0, 1], got {drop_fraction}")
+    n_active = active_units(mask)
+    n_inactive = mask.numel() - n_active
+    survivors = min(n_active, k)
+    keep = survivors - int(drop_fraction * survivors)
+    keep = max(keep, k - n_inactive)
+    kept = top_k(weight_scores.masked_fill(~mask, -torch.inf), keep)
+    grown = top_k(growth_scores.masked_fill(mask, -torch.inf), k - keep)
+    return kept | grown
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Pack a bool tensor into uint8, eight units a byte, the first in the lowest bit; on the CPU."""
+    flat = mask.detach().flatten().to(device="cpu", dtype=torch.uint8)
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Undo `pack_bits`: return a bool tensor of `shape`, on the CPU.
+
+    Raises:
+        ValueError: if `packed` does not hold the bits of that shape.
+
+    """
+    n = int(torch.Size(shape).numel())
+    if packed.dtype != torch.uint8 or packed.numel() != (n + 7) // 8:
+        raise ValueError(
+            f"packed mask must be uint8 with {(n + 7) // 8} bytes for shape {tuple(shape)}, "
+            f"got {packed.dtype} with {packed.numel()}"
+        )
+    bits = (packed.cpu()[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    return bits.flatten()[:n].bool().view(shape)

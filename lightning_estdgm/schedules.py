@@ -1,0 +1,294 @@
+"""When the masks change and how dense they are: pure functions of the optimizer step.
+
+A `ScheduleConfig` is what a user writes down (a frozen dataclass, independent of the run's length). Its `resolve`
+turns it into a `Schedule` for a run of known length: `schedule(step) -> Plan`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+__all__ = ["WARMUP", "EstDgm", "Phase", "Plan", "Schedule", "ScheduleConfig", "Segment", "mean_density"]
+
+WARMUP = "warmup"
+"""Name of the dense phase that `EstDgm(warmup=...)` puts first."""
+
+_FRACTION_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What holds during one optimizer step.
+
+    Attributes:
+        phase: name of the phase the step belongs to.
+        density: active share of the masked weights during this step, in (0, 1]: as set by the latest mask update.
+        update: the masks are re-decided just before this step (never at step 0: there they are drawn, not re-decided).
+        observe: this step's whole gradient is observed, for the mask update that follows.
+        cycle: index of the cycle, from 0.
+    """
+
+    phase: str
+    density: float
+    update: bool
+    observe: bool
+    cycle: int = 0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training during which the density goes linearly from `start` to `end`.
+
+    Attributes:
+        start: density at the phase's first step, in (0, 1].
+        end: density at its last mask update, in (0, start].
+        length: a float is a share of the run without warm-up, an int a number of optimizer steps (of each cycle).
+    """
+
+    start: float
+    end: float
+    length: float | int
+
+    def __post_init__(self) -> None:
+        for name, density in (("start", self.start), ("end", self.end)):
+            if not 0.0 < density <= 1.0:
+                raise ValueError(f"density must lie in (0, 1], got {name}={density!r} in {self}")
+        if self.end > self.start:
+            raise ValueError(f"density must not rise inside a phase, got start={self.start} and end={self.end}")
+        if isinstance(self.length, bool) or not isinstance(self.length, (int, float)):
+            raise TypeError(f"length must be a share (float) or a number of steps (int), got {self.length!r}")
+        if isinstance(self.length, float) and not 0.0 < self.length <= 1.0:
+            raise ValueError(f"a phase length given as a share must lie in (0, 1], got {self.length!r}")
+        if isinstance(self.length, int) and self.length < 1:
+            raise ValueError(f"a phase length given in steps must be at least 1, got {self.length!r}")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One phase of one cycle laid over the run: steps `first` to `last`, the latter excluded."""
+
+    phase: str
+    cycle: int
+    first: int
+    last: int
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """A pure function of the optimizer step, for a run of `total_steps` steps."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The phases in order, without gaps, from step 0 to `total_steps`."""
+
+    def __call__(self, step: int) -> Plan:
+        """Return what holds during optimizer step `step` (from 0; beyond the end, the last step's plan holds)."""
+
+    def drop_progress(self, step: int) -> float:
+        """Return how far the drop fraction is annealed at `step`: 0 at the start, 1 at the last mask update."""
+
+
+def mean_density(schedule: Schedule) -> float:
+    """Return the density averaged over all steps of the run."""
+    return sum(schedule(step).density for step in range(schedule.total_steps)) / schedule.total_steps
+
+
+@runtime_checkable
+class ScheduleConfig(Protocol):
+    """What a user configures; a frozen dataclass with this method is all that a new schedule needs."""
+
+    def resolve(self, total_steps: int) -> Schedule:
+        """Lay the schedule over a run of `total_steps` optimizer steps."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain types, to be compared with a checkpoint's."""
+
+
+@dataclass(frozen=True)
+class EstDgm:
+    r"""EST-DGM's cycle of exploration, consolidation and refinement.
+
+    The mean density of the defaults is about 0.25. The last phase is always refinement, and its mask is frozen for the
+    last `freeze` of it. Later cycles explore less: cycle `c` starts and ends its exploration at `peak_decay**c` times
+    the density of the first, but never below where consolidation starts.
+
+    Attributes:
+        exploration: densities and length of the first phase of each cycle.
+        consolidation: of the second.
+        refinement: of the third.
+        cycles: how often the three phases run; lengths given as shares are shared out over the cycles.
+        peak_decay: factor in (0, 1] on the exploration densities from one cycle to the next.
+        warmup: dense steps before the first cycle: a share of the run (float) or a number of steps (int).
+        update_every: optimizer steps between mask updates; ``None`` takes 200, or a 25th of a shorter run.
+        observe_steps: steps before each update in which gradients of inactive units are observed; ``None`` takes 8, or
+            a fifth of `update_every` where that is less.
+        freeze: share of the last refinement during which the mask no longer changes.
+
+    Raises:
+        ValueError: on settings that contradict each other, or, in `resolve`, phases that do not cover the run.
+
+    Example:
+        >>> schedule = EstDgm().resolve(1000)
+        >>> schedule(0).phase, schedule(0).density, schedule(999).phase, schedule(999).density
+        ('exploration', 0.7, 'refinement', 0.1)
+
+    """
+
+    exploration: Phase = field(default=Phase(0.70, 0.60, 0.15))
+    consolidation: Phase = field(default=Phase(0.30, 0.20, 0.35))
+    refinement: Phase = field(default=Phase(0.15, 0.10, 0.50))
+    cycles: int = 1
+    peak_decay: float = 0.75
+    warmup: float | int = 0
+    update_every: int | None = None
+    observe_steps: int | None = None
+    freeze: float = 0.25
+
+    def __post_init__(self) -> None:
+        lengths = [phase.length for phase in self._phases().values()]
+        if len({type(length) for length in lengths}) != 1:
+            raise ValueError(f"phase lengths must be all shares (float) or all steps (int), got {lengths}")
+        if isinstance(lengths[0], float) and abs(sum(lengths) - 1.0) > _FRACTION_TOLERANCE:
+            raise ValueError(f"phases must cover the run: shares must add up to 1, got {lengths}, sum {sum(lengths):g}")
+        if isinstance(self.cycles, bool) or not isinstance(self.cycles, int) or self.cycles < 1:
+            raise ValueError(f"cycles must be an int of at least 1, got {self.cycles!r}")
+        if not 0.0 < self.peak_decay <= 1.0:
+            raise ValueError(f"peak_decay must lie in (0, 1], got {self.peak_decay!r}")
+        if self.warmup < 0 or (isinstance(self.warmup, float) and self.warmup >= 1.0):
+            raise ValueError(f"warmup must be a share in [0, 1) or a number of steps >= 0, got {self.warmup!r}")
+        if self.update_every is not None and self.update_every < 1:
+            raise ValueError(f"update_every must be at least 1 step, got {self.update_every!r}")
+        if self.observe_steps is not None and self.observe_steps < 1:
+            raise ValueError(f"observe_steps must be at least 1, got {self.observe_steps!r}")
+        if self.update_every is not None and self.observe_steps is not None and self.observe_steps > self.update_every:
+            raise ValueError(
+                f"observe_steps must not exceed update_every, got {self.observe_steps} and {self.update_every}"
+            )
+        if not 0.0 <= self.freeze < 1.0:
+            raise ValueError(f"freeze must lie in [0, 1), got {self.freeze!r}")
+
+    def resolve(self, total_steps: int) -> Schedule:
+        """Lay the phases over `total_steps` optimizer steps.
+
+        Raises:
+            ValueError: if the run is too short for the phases, or lengths in steps do not add up to it.
+
+        """
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+            raise ValueError(f"total_steps must be a positive int, got {total_steps!r}")
+        warmup = round(self.warmup * total_steps) if isinstance(self.warmup, float) else self.warmup
+        segments = self._segments(warmup, total_steps)
+        update_every = self.update_every or max(1, min(200, total_steps // 25))
+        observe = self.observe_steps or max(1, min(8, update_every // 5))
+        changes: list[tuple[int, float]] = [(0, 1.0)] if warmup else []
+        for segment in segments:
+            if segment.phase != WARMUP:
+                changes += self._changes(segment, update_every, is_last=segment is segments[-1])
+        return _SteppedSchedule(
+            total_steps=total_steps,
+            segments=segments,
+            changes=tuple(changes),
+            observe_steps=observe,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain types."""
+        return asdict(self)
+
+    def _phases(self) -> dict[str, Phase]:
+        return {
+            "exploration": self.exploration,
+            "consolidation": self.consolidation,
+            "refinement": self.refinement,
+        }
+
+    def _segments(self, warmup: int, total_steps: int) -> tuple[Segment, ...]:
+        phases = self._phases()
+        lengths = [phase.length for phase in phases.values()]
+        cycled = total_steps - warmup
+        if isinstance(lengths[0], int):
+            covered = self.cycles * sum(lengths)
+            if covered != cycled:
+                raise ValueError(
+                    f"phases must cover the run: warm-up {warmup} + {self.cycles} cycle(s) of {sum(lengths):g} steps "
+                    f"make {warmup + covered:g} steps, but the run has {total_steps}"
+                )
+            ends = [sum(lengths[: i + 1]) for i in range(3)]
+            borders = [warmup + c * sum(lengths) + end for c in range(self.cycles) for end in ends]
+        else:
+            shares = [sum(lengths[: i + 1]) for i in range(2)] + [1.0]
+            borders = [
+                warmup + round((c + share) / self.cycles * cycled) for c in range(self.cycles) for share in shares
+            ]
+        segments = [Segment(WARMUP, 0, 0, warmup)] if warmup else []
+        first = warmup
+        for index, last in enumerate(int(border) for border in borders):
+            name = list(phases)[index % 3]
+            if last <= first:
+                raise ValueError(
+                    f"a run of {total_steps} steps is too short for {self.cycles} cycle(s) of {lengths} after "
+                    f"{warmup} warm-up steps: {name} of cycle {index // 3} would have no step"
+                )
+            segments.append(Segment(name, index // 3, first, last))
+            first = last
+        return tuple(segments)
+
+    def _changes(self, segment: Segment, update_every: int, is_last: bool) -> list[tuple[int, float]]:
+        """Return (step, density) of the segment's mask changes, evenly spaced and about `update_every` apart."""
+        start, end = self._range(segment)
+        length = segment.last - segment.first
+        moving = length - round(self.freeze * length) if is_last else length
+        gaps = max(1, round(moving / update_every))
+        # Before a frozen stretch the last change comes at its border; elsewhere the next phase's first change does.
+        count = gaps + 1 if moving < length else gaps
+        changes = []
+        for i in range(count):
+            share = i / (count - 1) if count > 1 else float(is_last)
+            changes.append((segment.first + round(i * moving / gaps), start + (end - start) * share))
+        return changes
+
+    def _range(self, segment: Segment) -> tuple[float, float]:
+        phase = self._phases()[segment.phase]
+        if segment.phase != "exploration":
+            return phase.start, phase.end
+        factor = self.peak_decay**segment.cycle
+        floor = self.consolidation.start
+        start, end = (max(x * factor, min(floor, x)) for x in (phase.start, phase.end))
+        return start, end
+
+
+@dataclass(frozen=True)
+class _SteppedSchedule:
+    """A schedule given by the steps at which masks change, and the densities they change to."""
+
+    total_steps: int
+    segments: tuple[Segment, ...]
+    changes: tuple[tuple[int, float], ...]
+    observe_steps: int
+
+    def __call__(self, step: int) -> Plan:
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        step = min(step, self.total_steps - 1)
+        segment = self.segments[bisect.bisect_right(self.segments, step, key=lambda s: s.first) - 1]
+        index = bisect.bisect_right(self.changes, step, key=lambda change: change[0]) - 1
+        at, density = self.changes[index]
+        upcoming = self.changes[index + 1][0] if index + 1 < len(self.changes) else math.inf
+        return Plan(
+            phase=segment.phase,
+            density=density,
+            update=at == step and step > 0,
+            observe=upcoming - self.observe_steps <= step,
+            cycle=segment.cycle,
+        )
+
+    def drop_progress(self, step: int) -> float:
+        last = self.changes[-1][0]
+        return min(1.0, step / last) if last else 1.0

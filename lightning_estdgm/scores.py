@@ -1,0 +1,56 @@
+"""Scores of mask units: how much a unit is worth keeping or growing. Pure: tensors in, tensors out.
+
+A *unit* is what the mask decides on: one weight, or a ``b x b`` block of a weight matrix. Scores have the mask's shape.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_estdgm.masks import pool_norm
+
+__all__ = ["consistency", "growth", "magnitude"]
+
+
+def magnitude(weight: Tensor, block_size: int) -> Tensor:
+    r"""Return the Frobenius norm :math:`\lVert w_u \rVert` of each unit's weights.
+
+    Args:
+        weight: of shape ``(out, in, ...)``.
+        block_size: side of a unit.
+
+    Returns:
+        Scores of the mask's shape, at least float32.
+
+    """
+    return pool_norm(weight, block_size)
+
+
+def consistency(mean_gradient_norm: Tensor, mean_norm: Tensor) -> Tensor:
+    r"""Return the directional consistency :math:`C = \lVert \bar g \rVert / \overline{\lVert g \rVert}`, in [0, 1].
+
+    1 where every observed gradient of a unit points the same way, 0 where they cancel. For a single weight this is
+    ``|mean g| / mean|g|``; for a block the unit's gradient is taken as one vector, so the triangle inequality keeps the
+    ratio within [0, 1]. Units without any gradient score 0.
+
+    Args:
+        mean_gradient_norm: norm of the mean gradient of each unit.
+        mean_norm: mean over observations of the norm of each unit's gradient.
+
+    """
+    safe = mean_norm.clamp_min(mean_norm.new_tensor(0).nextafter(mean_norm.new_tensor(1)))
+    return (mean_gradient_norm / safe).clamp_(0.0, 1.0)
+
+
+def growth(mean_gradient_norm: Tensor, mean_norm: Tensor, gamma: float) -> Tensor:
+    r"""Return the growth score :math:`A \cdot C^\gamma`, with magnitude :math:`A = \overline{\lVert g \rVert}`.
+
+    ``gamma=0`` is RigL's rule, averaged over the window; ``gamma=1`` ranks by the norm of the mean gradient.
+
+    Args:
+        mean_gradient_norm: norm of the mean gradient of each unit.
+        mean_norm: mean over observations of the norm of each unit's gradient.
+        gamma: weight of the consistency, at least 0.
+
+    """
+    return mean_norm * consistency(mean_gradient_norm, mean_norm) ** gamma
