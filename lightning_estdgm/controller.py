@@ -1,0 +1,621 @@
+"""The state of the method and its steps: masks, observation windows, updates. Needs no Lightning.
+
+A plain loop adds two calls::
+
+    with DGMController(model, optimizer, total_steps=1000) as dgm:
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+            dgm.mask_gradients()   # once the whole gradient is there, before clipping
+            optimizer.step()       # hooks of the controller scale the step and re-mask the weights
+            dgm.advance()          # next phase, mask update when due
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_estdgm import densities
+from lightning_estdgm.layers import (
+    BLOCK_SIZES,
+    Candidate,
+    Selector,
+    auto_block_size,
+    find_candidates,
+    fitting_block_sizes,
+    restore_dense_,
+    set_observing,
+    sparsify_,
+)
+from lightning_estdgm.masked_layer import MaskedLayer
+from lightning_estdgm.masks import active_units, random_mask
+from lightning_estdgm.ops import backends, get_backend
+from lightning_estdgm.ops.selection import BackendSelector
+from lightning_estdgm.schedules import EstDgm, Schedule, ScheduleConfig
+from lightning_estdgm.topology import BlockTopology
+
+__all__ = ["DGMConfig", "DGMController", "LayerDecision"]
+
+_STATE_VERSION = 1
+_NOMINAL_TOKENS = 2048  # for choosing a backend where no forward could be seen (a compiled model)
+
+
+@dataclass(frozen=True)
+class DGMConfig:
+    """Everything a user can set about the method.
+
+    Attributes:
+        schedule: phases, densities and update times; see `EstDgm`.
+        block_size: side of a mask unit: 1 (single weights), 16, 32, 64, 128, or ``"auto"``: for each layer the largest
+            block that its sparse operator can use, single weights where there is none.
+        distribution: how one budget becomes layer densities: ``"erk"``, ``"uniform"``, or a function
+            ``(shapes, density) -> densities``.
+        gamma: exponent of the directional consistency in the growth score, at least 0.
+        drop_fraction: share of a layer's active units given up for new ones at an update, in [0, 1); annealed to 0 by a
+            half cosine over the run.
+        inactive: ``"zero"``: inactive weights are 0; ``"frozen"``: they keep their value and only stop being updated.
+        step_exponent: a layer at density rho takes steps ``rho**-step_exponent`` times as large; 0 turns it off.
+        scale_init: scale the initial weights of a layer by ``1/sqrt(rho)`` (not with a dense warm-up, nor "frozen").
+        include: layers to mask although they look like the output head: globs over names, or predicates.
+        exclude: layers to leave dense.
+        backend: ``"auto"`` measures and takes the faster; ``"dense"`` or a backend's name forces it for every layer
+            that has an operator.
+        seed: of the initial masks.
+
+    """
+
+    schedule: ScheduleConfig = field(default_factory=EstDgm)
+    block_size: int | Literal["auto"] = "auto"
+    distribution: str | Callable[[Sequence[Sequence[int]], float], list[float]] = "erk"
+    gamma: float = 1.0
+    drop_fraction: float = 0.3
+    inactive: Literal["zero", "frozen"] = "zero"
+    step_exponent: float = 1.0
+    scale_init: bool = True
+    include: Sequence[Selector] = ()
+    exclude: Sequence[Selector] = ()
+    backend: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.schedule, ScheduleConfig):
+            raise TypeError(f"schedule must have resolve() and to_dict(), such as EstDgm(), got {self.schedule!r}")
+        if self.block_size not in ("auto", 1, *BLOCK_SIZES):
+            raise ValueError(f"block_size must be 'auto', 1 or one of {BLOCK_SIZES}, got {self.block_size!r}")
+        if not callable(self.distribution) and self.distribution not in densities.DISTRIBUTIONS:
+            known = sorted(densities.DISTRIBUTIONS)
+            raise ValueError(f"distribution must be one of {known} or a function, got {self.distribution!r}")
+        if self.gamma < 0:
+            raise ValueError(f"gamma must be at least 0, got {self.gamma!r}")
+        if not 0.0 <= self.drop_fraction < 1.0:
+            raise ValueError(f"drop_fraction must lie in [0, 1), got {self.drop_fraction!r}")
+        if self.inactive not in ("zero", "frozen"):
+            raise ValueError(f"inactive must be 'zero' or 'frozen', got {self.inactive!r}")
+        for name in ("include", "exclude"):
+            if isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be a sequence of selectors, got the string {getattr(self, name)!r}")
+        if self.backend not in ("auto", "dense"):
+            get_backend(self.backend)
+
+
+@dataclass(frozen=True)
+class LayerDecision:
+    """What was decided for one layer.
+
+    Attributes:
+        name: the layer's name in the model.
+        shape: of its weight, as stored.
+        masked: whether its weight is masked.
+        block_size: side of a mask unit (1: single weights); 0 where not masked.
+        density: active share of its weights now; 1 where not masked.
+        backend: what computes it now: ``"dense"`` or a sparse backend's name.
+        final_density: its density at the end of the run.
+        final_backend: what will compute it then; ``"?"`` until measured.
+        why: the reasons, in words.
+
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    masked: bool
+    block_size: int
+    density: float
+    backend: str
+    final_density: float
+    final_backend: str
+    why: str
+
+
+class DGMController:
+    """Dynamic gradient masking of one model through one run.
+
+    It masks the weights of linear and convolution layers, observes gradients before each mask update, and keeps
+    weights, gradients and optimizer state in line with the masks through hooks on the optimizers' steps. Close it, or
+    use it as a context manager, to take the hooks and the swapped forwards away; weights stay as they are.
+
+    Args:
+        model: its maskable layers are found once, here.
+        optimizers: one or several, already made; they may be wrapped by anything that keeps torch's step hooks.
+        config: see `DGMConfig`.
+        total_steps: optimizer steps of the run.
+        state: what `state_dict` returned; masks and counters go on from there, and no weight is touched.
+
+    Raises:
+        ValueError: if there is nothing to mask, a forced block size or backend does not fit a layer, no optimizer holds
+            a masked weight, or `state` belongs to another model or schedule.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Optimizer | Sequence[Optimizer],
+        config: DGMConfig | None = None,
+        *,
+        total_steps: int,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config = config or DGMConfig()
+        self.schedule: Schedule = self.config.schedule.resolve(total_steps)
+        self.steps = 0
+        self.position = 0
+        self.updates = 0
+        self.churn = 0.0
+        self.flops = {"analytic": 0.0, "executed": 0.0, "dense": 0.0}
+        self._optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        self._candidates = find_candidates(model, self.config.include, self.config.exclude)
+        self._layers = [self._new_layer(c) for c in self._candidates if c.masked]
+        self._owned = self._find_owners()
+        self._selector = BackendSelector(None if self.config.backend == "auto" else self.config.backend)
+        self._check_forced_backend()
+        self._stepped = False
+        self._waiting = False  # a mask update is due but nothing could be observed yet
+        self._warned_nonfinite = False
+        self._positions: dict[str, int] = {}  # tokens or pixels that each layer's weight is applied to in a forward
+        self._dtypes: dict[str, torch.dtype] = {}  # that it computed in
+        self._handles: list[Any] = []
+        self._shape_handles: list[Any] = []
+        if state is None:
+            self._start()
+        else:
+            self.load_state_dict(state)
+        self._hook_up()
+        self._observe_or_not()
+
+    # ------------------------------------------------------------------ what a training loop calls
+
+    @property
+    def observing(self) -> bool:
+        """Whether the gradients of the step under way are observed whole."""
+        if self.position >= self.schedule.total_steps:
+            return False
+        return self._waiting or self.schedule(self.position).observe
+
+    def mask_gradients(self, optimizer: Optimizer | None = None, grad_scale: float = 1.0) -> None:
+        """Take inactive units out of the gradients; in an observation window, record the whole gradients first.
+
+        Call it after the last backward of a step and before clipping; several calls in one step are fine, the first is
+        the one observed.
+
+        Args:
+            optimizer: only the weights that it holds; ``None``: all.
+            grad_scale: factor that the gradients still carry (a GradScaler's, before unscaling).
+
+        """
+        layers = self._layers if optimizer is None else self._owned[id(optimizer)]
+        with torch.no_grad():
+            if self.observing and not MaskedLayer.observe(layers, 1.0 / grad_scale):
+                self._warn_nonfinite()
+            for layer in layers:
+                if (gradient := layer.gradient) is not None:
+                    layer.fill_inactive_(gradient)
+
+    def advance(self, position: int | None = None) -> bool:
+        """Go on to the next step, if an optimizer step has happened: next phase, mask update when due.
+
+        Args:
+            position: where in the schedule the run is now; ``None``: the number of steps done. For runs limited by
+                time rather than steps.
+
+        Returns:
+            Whether the masks have changed.
+
+        Raises:
+            ValueError: if `position` goes backwards.
+
+        """
+        for layer in self._layers:
+            layer.begin_step()
+        if not self._stepped:
+            return False
+        self._stepped = False
+        self._count_flops()
+        self.steps += 1
+        before, self.position = self.position, self.steps if position is None else position
+        if self.position < before:
+            raise ValueError(f"the schedule's position must not go backwards: was {before}, got {self.position}")
+        crossed = range(before + 1, min(self.position, self.schedule.total_steps - 1) + 1)
+        due = self._waiting or any(self.schedule(p).update for p in crossed)
+        if self.steps == 1:
+            self._remove(self._shape_handles)
+        self._waiting = due and not any(layer.observed for layer in self._layers)
+        updated = due and not self._waiting
+        if updated:
+            self._update()
+        if updated or self.steps == 1:
+            self._choose_backends()
+        self._observe_or_not()
+        return updated
+
+    def close(self) -> None:
+        """Remove every hook and swapped forward. Weights keep their values; masks stay readable. Idempotent."""
+        self._remove(self._handles)
+        self._remove(self._shape_handles)
+        for layer in self._layers:
+            restore_dense_(layer.candidate)
+            layer.forget_snapshot()
+
+    def __enter__(self) -> DGMController:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ what it knows
+
+    @property
+    def phase(self) -> str:
+        """Name of the phase of the step under way."""
+        return self.schedule(self.position).phase
+
+    @property
+    def density(self) -> float:
+        """Active share of the masked weights."""
+        return sum(x.active * x.unit_size for x in self._layers) / sum(x.units * x.unit_size for x in self._layers)
+
+    @property
+    def explored(self) -> float:
+        """Share of the masked weights that have been active at any time (ITOP's Rs)."""
+        seen = sum(active_units(x.explored) * x.unit_size for x in self._layers)
+        return seen / sum(x.units * x.unit_size for x in self._layers)
+
+    @property
+    def flops_ratio(self) -> float:
+        """Training FLOPs so far that the masks ask for, over dense ones; of linear and convolution layers only."""
+        return self.flops["analytic"] / self.flops["dense"] if self.flops["dense"] else 1.0
+
+    @property
+    def flops_executed_ratio(self) -> float:
+        """As `flops_ratio`, but counting layers that run dense with a mask as dense: what was really computed."""
+        return self.flops["executed"] / self.flops["dense"] if self.flops["dense"] else 1.0
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return a copy of each masked layer's mask over units, oriented ``(out, in, ...)``, on the CPU."""
+        return {layer.name: layer.mask.cpu().clone() for layer in self._layers}
+
+    def layer_densities(self) -> dict[str, float]:
+        """Return each masked layer's density."""
+        return {layer.name: layer.density for layer in self._layers}
+
+    def decisions(self) -> tuple[LayerDecision, ...]:
+        """Return what was decided for every linear and convolution layer of the model."""
+        final = dict(zip((x.name for x in self._layers), self._budget(self._final_density()), strict=True))
+        by_name = {layer.name: layer for layer in self._layers}
+        decisions = []
+        for candidate in self._candidates:
+            shape = tuple(getattr(candidate.module, candidate.kind.weight_name).shape)
+            layer = by_name.get(candidate.name)
+            if layer is None:
+                decisions.append(
+                    LayerDecision(candidate.name, shape, False, 0, 1.0, "dense", 1.0, "dense", candidate.why)
+                )
+                continue
+            decisions.append(
+                LayerDecision(
+                    name=layer.name,
+                    shape=shape,
+                    masked=True,
+                    block_size=layer.block_size,
+                    density=layer.density,
+                    backend=layer.backend,
+                    final_density=final[layer.name] / layer.units,
+                    final_backend=layer.final_backend,
+                    why="; ".join(filter(None, (candidate.why, layer.note, layer.why))),
+                )
+            )
+        return tuple(decisions)
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed run needs, in plain types and tensors (loads with ``weights_only=True``)."""
+        return {
+            "version": _STATE_VERSION,
+            "total_steps": self.schedule.total_steps,
+            "schedule": self.config.schedule.to_dict(),
+            "steps": self.steps,
+            "position": self.position,
+            "updates": self.updates,
+            "churn": self.churn,
+            "waiting": self._waiting,
+            "flops": dict(self.flops),
+            "positions": dict(self._positions),
+            "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in self._dtypes.items()},
+            "selector": self._selector.state_dict(),
+            "layers": {layer.name: layer.state_dict() for layer in self._layers},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`: masks, windows and counters. Weights and optimizers are restored by their owners.
+
+        Raises:
+            ValueError: if `state` belongs to another model, schedule, run length or version; nothing is changed then.
+
+        """
+        self._check_state(state)
+        for name in ("steps", "position", "updates", "churn"):
+            setattr(self, name, state[name])
+        self._waiting = state["waiting"]
+        self.flops = dict(state["flops"])
+        self._positions = dict(state["positions"])
+        self._dtypes = {name: getattr(torch, dtype) for name, dtype in state["dtypes"].items()}
+        self._selector.load_state_dict(state["selector"])
+        for layer in self._layers:
+            layer.load_state_dict(state["layers"][layer.name])
+            self._use_backend(layer, self._resumed_backend(layer))
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(f"expected a state of version {_STATE_VERSION}, got {state.get('version')!r}")
+        for name, mine in (
+            ("total_steps", self.schedule.total_steps),
+            ("schedule", self.config.schedule.to_dict()),
+        ):
+            if state[name] != mine:
+                raise ValueError(
+                    f"the checkpoint was made with another schedule: its {name} is {state[name]}, this run's is {mine}"
+                )
+        theirs = {name: (tuple(x["shape"]), x["block_size"]) for name, x in state["layers"].items()}
+        ours = {layer.name: (tuple(layer.weight.shape), layer.block_size) for layer in self._layers}
+        if theirs != ours:
+            differing = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+            first = differing[0]
+            raise ValueError(
+                "the checkpoint was made with another model or other masked layers: they differ in "
+                f"{differing}; {first!r} is {theirs.get(first)} there and {ours.get(first)} here (shape, block size)"
+            )
+
+    # ------------------------------------------------------------------ set-up
+
+    def _new_layer(self, candidate: Candidate) -> MaskedLayer:
+        shape = candidate.oriented(candidate.weight).shape
+        if self.config.block_size == "auto":
+            block_size, note = auto_block_size(candidate)
+        else:
+            block_size, note = self.config.block_size, ""
+            if block_size > 1 and (shape[0] % block_size or shape[1] % block_size):
+                raise ValueError(
+                    f"block_size={block_size} does not fit layer {candidate.name!r} with weight {tuple(shape)}: "
+                    f"block sizes that do are {(1, *fitting_block_sizes(shape))}; exclude the layer, "
+                    'or use block_size="auto"'
+                )
+        return MaskedLayer(candidate, block_size, note)
+
+    def _find_owners(self) -> dict[int, list[MaskedLayer]]:
+        owned: dict[int, list[MaskedLayer]] = {}
+        for optimizer in self._optimizers:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            owned[id(optimizer)] = [layer for layer in self._layers if id(layer.parameter) in held]
+        names = {layer.name for layers in owned.values() for layer in layers}
+        orphans = [layer.name for layer in self._layers if layer.name not in names]
+        if orphans:
+            raise ValueError(
+                f"no optimizer holds the weights of {orphans}: expected every masked weight in one of the "
+                f"{len(self._optimizers)} optimizer(s); exclude these layers"
+            )
+        return owned
+
+    def _check_forced_backend(self) -> None:
+        if self.config.backend in ("auto", "dense"):
+            return
+        backend = get_backend(self.config.backend)
+        for layer in self._layers:
+            if layer.candidate.has_operator:
+                topology = BlockTopology.from_mask(layer.mask, layer.block_size)
+                reason = backend.unsupported(layer.weight.device, layer.weight.dtype, topology)
+                if reason:
+                    raise ValueError(
+                        f"backend={backend.name!r} was asked for but cannot compute layer {layer.name!r}: {reason}"
+                    )
+
+    def _start(self) -> None:
+        """Draw the initial masks, scale the initial weights."""
+        density = self.schedule(0).density
+        generator = torch.Generator().manual_seed(self.config.seed)
+        with torch.no_grad():
+            for layer, k in zip(self._layers, self._budget(density), strict=True):
+                layer.set_mask(random_mask(tuple(layer.mask.shape), k, generator))
+                if self.config.inactive == "zero":
+                    layer.fill_inactive_(layer.weight)
+                    if self.config.scale_init and not layer.is_dense:
+                        layer.weight.mul_(layer.density**-0.5)
+                self._use_backend(layer, self._forced_backend(layer))
+
+    def _hook_up(self) -> None:
+        for optimizer in self._optimizers:
+            if self._owned[id(optimizer)]:
+                self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+                self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        if self.steps == 0:
+            for candidate in self._candidates:
+                self._shape_handles.append(candidate.module.register_forward_hook(self._see_shape(candidate)))
+
+    def _see_shape(self, candidate: Candidate) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not torch.compiler.is_compiling() and isinstance(output, Tensor):
+                out = candidate.oriented(getattr(module, candidate.kind.weight_name)).shape[0]
+                self._positions[candidate.name] = max(1, output.numel() // out)
+                self._dtypes[candidate.name] = output.dtype
+
+        return hook
+
+    @staticmethod
+    def _remove(handles: list[Any]) -> None:
+        for handle in handles:
+            handle.remove()
+        handles.clear()
+
+    # ------------------------------------------------------------------ around the optimizer's step
+
+    def _step_scale(self, layer: MaskedLayer) -> float:
+        return 1.0 if self.config.inactive == "frozen" else layer.density**-self.config.step_exponent
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:  # the gradients are there: mask them even if the loop did not
+            self.mask_gradients(optimizer)
+        for layer in self._owned[id(optimizer)]:
+            if not layer.is_dense and (self.config.inactive == "frozen" or self._step_scale(layer) != 1.0):
+                layer.snapshot_weight()
+            else:
+                layer.forget_snapshot()
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        layers = [layer for layer in self._owned[id(optimizer)] if layer.parameter.grad is not None]
+        if not layers or _skipped_by_scaler(optimizer):
+            return
+        self._stepped = True
+        for layer in layers:
+            layer.scale_step_(self._step_scale(layer))
+            if self.config.inactive == "zero":
+                layer.fill_inactive_(layer.weight)
+            else:
+                layer.undo_inactive_()
+
+    # ------------------------------------------------------------------ observation and update
+
+    def _warn_nonfinite(self) -> None:
+        if not self._warned_nonfinite:
+            self._warned_nonfinite = True
+            warnings.warn(
+                f"step {self.steps}: a gradient was NaN or infinite; the observation window leaves such steps out "
+                "(said once)",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        progress = self.schedule.drop_progress(self.position)
+        drop_fraction = self.config.drop_fraction * 0.5 * (1.0 + math.cos(math.pi * progress))
+        grown = 0
+        for layer, k in zip(self._layers, self._budget(self.schedule(self.position).density), strict=True):
+            changed, grown_units = layer.redecide(k, drop_fraction, self.config.gamma)
+            grown += grown_units * layer.unit_size
+            if self.config.inactive == "zero":
+                layer.fill_inactive_(layer.weight)
+            if layer.gradient is not None:
+                layer.fill_inactive_(layer.gradient)
+            for optimizer in self._optimizers:
+                layer.clear_optimizer_state_(optimizer, changed)
+        self.updates += 1
+        self.churn = grown / sum(layer.active * layer.unit_size for layer in self._layers)
+
+    def _budget(self, density: float) -> list[int]:
+        """Return each layer's active units for a density of the whole."""
+        distribution = self.config.distribution
+        function = distribution if callable(distribution) else densities.DISTRIBUTIONS[distribution]
+        shapes = [tuple(layer.weight.shape) for layer in self._layers]
+        return densities.allocate(
+            [layer.units for layer in self._layers],
+            [layer.unit_size for layer in self._layers],
+            function(shapes, density),
+            density,
+        )
+
+    def _final_density(self) -> float:
+        return self.schedule(self.schedule.total_steps - 1).density
+
+    def _observe_or_not(self) -> None:
+        for layer in self._layers:
+            set_observing(layer.candidate, self.observing)
+
+    # ------------------------------------------------------------------ backends
+
+    def _forced_backend(self, layer: MaskedLayer) -> str:
+        forced = self.config.backend != "auto" and layer.candidate.has_operator
+        return self.config.backend if forced else "dense"
+
+    def _resumed_backend(self, layer: MaskedLayer) -> str:
+        """Return the backend that a checkpoint names, or dense until the next choice where it cannot run here."""
+        if self.config.backend != "auto":
+            return self._forced_backend(layer)
+        backend = backends().get(layer.backend)
+        if backend is None:
+            return "dense"
+        topology = BlockTopology.from_mask(layer.mask, layer.block_size)
+        refused = backend.unsupported(layer.weight.device, layer.weight.dtype, topology)
+        return "dense" if refused else backend.name
+
+    def _choose_backends(self) -> None:
+        """Settle what computes each layer at its density now, and at the first step also at the final one."""
+        final = self._budget(self._final_density())
+        for layer, final_units in zip(self._layers, final, strict=True):
+            if not layer.candidate.has_operator:
+                layer.final_backend = "dense"
+                continue
+            self._use_backend(layer, self._choose(layer, layer.density)[0])
+            if layer.final_backend == "?":
+                layer.final_backend, layer.why = self._choose(layer, final_units / layer.units)
+
+    def _choose(self, layer: MaskedLayer, density: float) -> tuple[str, str]:
+        choice = self._selector.choose(
+            tokens=self._positions.get(layer.name, _NOMINAL_TOKENS),
+            out_features=layer.weight.shape[0],
+            in_features=layer.weight.shape[1],
+            block_size=layer.block_size,
+            density=density,
+            dtype=self._dtypes.get(layer.name, layer.weight.dtype),
+            device=layer.weight.device,
+            frozen=self.config.inactive == "frozen",
+            transposed=layer.candidate.kind.transposed,
+        )
+        return choice.backend, choice.why
+
+    def _use_backend(self, layer: MaskedLayer, backend: str) -> None:
+        layer.backend = backend
+        if layer.candidate.has_operator and (layer.block_size > 1 or backend != "dense"):
+            frozen = self.config.inactive == "frozen"
+            sparsify_(layer.candidate, layer.mask, layer.block_size, backend, frozen)
+
+    def _count_flops(self) -> None:
+        """Add one step's FLOPs: three products a layer, each by the share of weights that takes part."""
+        by_name = {layer.name: layer for layer in self._layers}
+        for candidate in self._candidates:
+            weight = getattr(candidate.module, candidate.kind.weight_name)
+            product = 2.0 * weight.numel() * self._positions.get(candidate.name, 1)
+            analytic = executed = 3.0
+            layer = by_name.get(candidate.name)
+            if layer is not None:
+                through = 1.0 if self.config.inactive == "frozen" else layer.density
+                analytic = 2.0 * through + (1.0 if self.observing else layer.density)
+                executed = analytic if layer.backend not in ("dense", "reference") else 3.0
+            self.flops["analytic"] += product * analytic
+            self.flops["executed"] += product * executed
+            self.flops["dense"] += product * 3.0
+
+
+def _skipped_by_scaler(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer, which a GradScaler always calls, skipped this step for infinite gradients."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return isinstance(found_inf, Tensor) and bool(found_inf.item())

@@ -1,0 +1,336 @@
+"""Which weights of a model are masked, and how a layer is made to compute on active blocks only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_estdgm.ops import masked_linear
+from lightning_estdgm.topology import BlockTopology
+
+__all__ = [
+    "BLOCK_SIZES",
+    "Candidate",
+    "Selector",
+    "auto_block_size",
+    "find_candidates",
+    "fitting_block_sizes",
+    "restore_dense_",
+    "set_observing",
+    "sparsify_",
+]
+
+BLOCK_SIZES = (16, 32, 64, 128)
+"""Block sizes that a sparse operator may exist for; 1 stands for single weights."""
+
+Selector = str | Callable[[str, nn.Module], bool]
+"""A glob over module names such as ``"encoder.*"``, or a predicate of a module's name and the module."""
+
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_MIN_BLOCKS_A_SIDE = 8
+_HEAD_NAMES = ("head", "lm_head", "classifier", "output_head", "output_layer")
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """One kind of layer whose weight can be masked.
+
+    Attributes:
+        name: as shown to the user.
+        matches: whether a module is of this kind.
+        weight_name: name of the parameter that is masked.
+        transposed: the weight is stored ``(in, out)``.
+        exact: whether a module's forward is this kind's own and not a subclass's, so that it may be replaced by the
+            sparse operator; ``None`` where no operator exists.
+    """
+
+    name: str
+    matches: Callable[[nn.Module], bool]
+    weight_name: str = "weight"
+    transposed: bool = False
+    exact: Callable[[nn.Module], bool] | None = None
+
+
+def _is_named(module: nn.Module, root: str, name: str) -> bool:
+    """Recognise a class of a library that need not be installed."""
+    cls = type(module)
+    return cls.__name__ == name and cls.__module__.partition(".")[0] == root
+
+
+def _is_fused_attention(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None
+
+
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+LAYER_KINDS: tuple[LayerKind, ...] = (
+    LayerKind("linear", lambda m: isinstance(m, nn.Linear), exact=lambda m: type(m) is nn.Linear),
+    LayerKind("convolution", lambda m: isinstance(m, _CONVOLUTIONS)),
+    LayerKind("attention projection", _is_fused_attention, weight_name="in_proj_weight"),
+    LayerKind(
+        "Hugging Face Conv1D",
+        lambda m: _is_named(m, "transformers", "Conv1D"),
+        transposed=True,
+        exact=lambda m: True,
+    ),
+    LayerKind("PyG linear", lambda m: _is_named(m, "torch_geometric", "Linear"), exact=lambda m: True),
+)
+"""Kinds of maskable layers, the first match wins."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer with a weight that could be masked, and whether it is.
+
+    Attributes:
+        name: the module's name in the model, free of wrappers' prefixes.
+        module: the layer.
+        kind: what sort of layer it is.
+        has_operator: whether a sparse operator can replace its forward.
+        masked: whether its weight is masked.
+        why: the reason, in words.
+    """
+
+    name: str
+    module: nn.Module
+    kind: LayerKind
+    has_operator: bool
+    masked: bool
+    why: str
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The layer's weight parameter as stored."""
+        weight = getattr(self.module, self.kind.weight_name)
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """View a tensor of the stored weight's shape as ``(out, in, ...)``."""
+        return weight.t() if self.kind.transposed else weight
+
+
+def clean_name(name: str) -> str:
+    """Strip the prefixes that torch.compile, FSDP and checkpoint wrappers put into module names."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _maskable(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerKind]]:
+    for name, module in model.named_modules():
+        kind = next((kind for kind in LAYER_KINDS if kind.matches(module)), None)
+        if kind is not None:
+            yield clean_name(name), module, kind
+
+
+def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
+    return fnmatchcase(name, selector) if isinstance(selector, str) else bool(selector(name, module))
+
+
+def find_candidates(
+    model: nn.Module, include: Sequence[Selector] = (), exclude: Sequence[Selector] = ()
+) -> tuple[Candidate, ...]:
+    """List the linear and convolution layers of `model` and decide for each whether its weight is masked.
+
+    All are masked but the output head (the last such layer, and layers named like one), weights that take no gradient,
+    and weights shared with another module, such as an embedding. `include` overrides the head rule, `exclude` the rest.
+    Norms, biases and embeddings are never listed.
+
+    Args:
+        model: any module.
+        include: selectors of layers to mask although they look like the output head.
+        exclude: selectors of layers to leave dense.
+
+    Raises:
+        ValueError: if a selector matches no layer, or no layer at all is left to mask; or if a weight is not
+            materialised yet (lazy modules).
+
+    """
+    found = list(_maskable(model))
+    for label, selectors in (("include", include), ("exclude", exclude)):
+        for selector in selectors:
+            if not any(_matches(selector, name, module) for name, module, _ in found):
+                raise ValueError(
+                    f"{label}={selector!r} matches none of the layers that can be masked: {[n for n, _, _ in found]}"
+                )
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(id(module))
+
+    def verdict(name: str, module: nn.Module, kind: LayerKind, is_last: bool) -> tuple[bool, str]:
+        weight = getattr(module, kind.weight_name, None)
+        if isinstance(weight, nn.parameter.UninitializedParameter):
+            raise ValueError(f"layer {name!r} is lazy and has no weight yet: run one batch through the model first")
+        if not isinstance(weight, nn.Parameter):
+            return False, "its weight is not a plain parameter"
+        if any(_matches(selector, name, module) for selector in exclude):
+            return False, "excluded"
+        if not weight.requires_grad:
+            return False, "its weight takes no gradient"
+        if len(owners[id(weight)]) > 1:
+            return False, "its weight is shared with another module"
+        if any(_matches(selector, name, module) for selector in include):
+            return True, "included"
+        if is_last or name.rpartition(".")[2] in _HEAD_NAMES:
+            return False, "output head"
+        return True, ""
+
+    candidates = []
+    for index, (name, module, kind) in enumerate(found):
+        masked, why = verdict(name, module, kind, is_last=index == len(found) - 1)
+        has_operator = kind.exact is not None and kind.exact(module)
+        candidates.append(Candidate(name, module, kind, has_operator, masked, why))
+    if not any(candidate.masked for candidate in candidates):
+        reasons = {candidate.name: candidate.why for candidate in candidates}
+        raise ValueError(
+            "the model has no layer to mask: expected at least one linear or convolution layer besides the output head"
+            + (f"; found {reasons} (name one in include=)" if reasons else "")
+        )
+    return tuple(candidates)
+
+
+def fitting_block_sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the block sizes, smallest first, that divide both dimensions of an ``(out, in)`` matrix."""
+    return tuple(b for b in BLOCK_SIZES if shape[0] % b == 0 and shape[1] % b == 0)
+
+
+def auto_block_size(candidate: Candidate) -> tuple[int, str]:
+    """Choose a layer's unit: the largest block that fits and leaves 8 blocks a side; single weights otherwise.
+
+    Returns:
+        The block size and, where it is 1, the reason.
+
+    """
+    if not candidate.has_operator:
+        kind = candidate.kind
+        what = type(candidate.module).__name__ if kind.exact else f"{kind.name}s"
+        return 1, f"no sparse operator for {what}"
+    shape = candidate.oriented(candidate.weight).shape
+    fitting = fitting_block_sizes(shape)
+    roomy = [b for b in fitting if min(shape[:2]) >= _MIN_BLOCKS_A_SIDE * b]
+    if roomy:
+        return roomy[-1], ""
+    if fitting:
+        return 1, f"fewer than {_MIN_BLOCKS_A_SIDE} blocks of {fitting[0]} a side"
+    return 1, f"no block of {', '.join(map(str, BLOCK_SIZES))} divides both dimensions"
+
+
+# --------------------------------------------------------------------------- swapping the forward
+
+_TOPOLOGY_TENSORS = ("row_ptr", "col_idx", "col_ptr", "row_idx")
+
+
+class _SparseForward:
+    """Mixin of the swapped classes: a forward on active blocks only. All state lives on the instance.
+
+    The topology's tensors are non-persistent buffers: they follow the module through ``to``, ``deepcopy`` and pickle,
+    and never appear in a state dict.
+    """
+
+    _estdgm_dense_class: type[nn.Module]
+    _estdgm_backend: str
+    _estdgm_transposed: bool
+    _estdgm_block_size: int
+    _estdgm_observing: bool
+    _estdgm_frozen: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._estdgm_backend == "dense" or x.layout is not torch.strided:
+            return super().forward(x)  # type: ignore[misc]
+        return masked_linear(
+            x,
+            self.weight.t() if self._estdgm_transposed else self.weight,  # type: ignore[attr-defined]
+            self.bias,  # type: ignore[attr-defined]
+            _topology(self),
+            backend=self._estdgm_backend,
+            dense_grad=self._estdgm_observing,
+            frozen=self._estdgm_frozen,
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so pickle cannot find it by name: make it anew from the class it wraps.
+        return _new_swapped, (self._estdgm_dense_class,), self.__dict__
+
+
+_SWAPPED: dict[type, type] = {}
+
+
+def _swapped_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that puts `_SparseForward` over `cls`; always the same one, so that type guards hold."""
+    if cls not in _SWAPPED:
+        _SWAPPED[cls] = type(f"Masked{cls.__name__}", (_SparseForward, cls), {"_estdgm_dense_class": cls})
+    return _SWAPPED[cls]
+
+
+def _new_swapped(cls: type[nn.Module]) -> nn.Module:
+    swapped = _swapped_class(cls)
+    return swapped.__new__(swapped)
+
+
+def _topology(module: Any) -> BlockTopology:
+    tensors = [getattr(module, f"_estdgm_{name}") for name in _TOPOLOGY_TENSORS]
+    row_ptr, _, col_ptr, _ = tensors
+    return BlockTopology(module._estdgm_block_size, row_ptr.shape[0] - 1, col_ptr.shape[0] - 1, *tensors)
+
+
+def sparsify_(candidate: Candidate, mask: Tensor, block_size: int, backend: str, frozen: bool = False) -> None:
+    """Make a layer compute on the active blocks of `mask`; called again, follow a new mask or backend, in place.
+
+    Only the module's class changes (and non-persistent buffers come): parameters, state-dict keys, hooks and names
+    stay. `restore_dense_` undoes it.
+
+    Args:
+        candidate: a layer with an operator.
+        mask: bool, ``(out / block_size, in / block_size)``.
+        block_size: side of a block.
+        backend: a backend's name, or ``"dense"`` for the layer's own forward.
+        frozen: inactive weights keep their value: only the weight gradient is sparse.
+
+    """
+    module = candidate.module
+    if isinstance(module, _SparseForward):
+        _topology(module).update_(mask)
+        module._estdgm_backend = backend
+        return
+    topology = BlockTopology.from_mask(mask, block_size)
+    for name in _TOPOLOGY_TENSORS:
+        module.register_buffer(f"_estdgm_{name}", getattr(topology, name), persistent=False)
+    swapped: Any = module
+    swapped._estdgm_backend = backend
+    swapped._estdgm_transposed = candidate.kind.transposed
+    swapped._estdgm_block_size = block_size
+    swapped._estdgm_observing = False
+    swapped._estdgm_frozen = frozen
+    module.__class__ = _swapped_class(type(module))
+
+
+def set_observing(candidate: Candidate, observing: bool) -> None:
+    """Have a swapped layer's backward yield the whole weight gradient, or the active blocks' only."""
+    if isinstance(candidate.module, _SparseForward):
+        candidate.module._estdgm_observing = observing
+
+
+def restore_dense_(candidate: Candidate) -> None:
+    """Give a swapped layer its own class and forward back; does nothing to any other layer."""
+    module = candidate.module
+    if not isinstance(module, _SparseForward):
+        return
+    module.__class__ = module._estdgm_dense_class  # type: ignore[assignment]
+    for name in _TOPOLOGY_TENSORS:
+        delattr(module, f"_estdgm_{name}")
+    for name in [name for name in vars(module) if name.startswith("_estdgm_")]:
+        delattr(module, name)
