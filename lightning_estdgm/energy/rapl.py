@@ -1,0 +1,213 @@
+"""CPU and memory energy from RAPL (Intel and, from Linux 5.8, AMD) through the powercap file system.
+
+Only zones that do not contain each other are added up: packages, and memory (dram), which is not inside a
+package. psys contains the packages, which contain core and uncore; the MMIO tree shows the MSR tree's
+packages once more.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_estdgm.energy import (
+    DeviceId,
+    Kind,
+    Method,
+    Reading,
+    Scope,
+    SourceUnavailable,
+    Status,
+    hostname,
+)
+
+__all__ = ["SOURCE", "Rapl"]
+
+ROOT = "/sys/class/powercap"
+
+PERMISSION_FIX = (
+    "energy counters are readable by root only since Linux 5.10 (CVE-2020-8694). For now: "
+    "`sudo chmod -R a+r {root}/intel-rapl*/`, or for a group that survives reboots a udev rule: "
+    '`SUBSYSTEM=="powercap", ACTION=="add", RUN+="/bin/chgrp -R power /sys%p", '
+    'RUN+="/bin/chmod -R g=u /sys%p"` '
+    "with your user in the group `power`"
+)
+
+
+@dataclass(frozen=True)
+class _Zone:
+    path: Path
+    kind: Kind
+    uid: str  # "package-0", "package-0-die-1", "package-0/dram"
+    mmio: bool
+    range_uj: int | None
+
+
+class Rapl:
+    """Packages and memory of this host, each once.
+
+    Args:
+        root: the powercap directory; a container may have it bind-mounted elsewhere.
+    """
+
+    name = "rapl"
+    method: Method = "counter"
+    scope: Scope = "host"
+    update_period_s = 0.001
+
+    def __init__(self, root: str | os.PathLike[str] = ROOT) -> None:
+        self._root = Path(root)
+        self._zones: dict[DeviceId, _Zone] = {}
+
+    def open(self) -> None:
+        """Find the zones; at least one must be readable."""
+        zones = self._find()
+        results = {zone.path: _try_energy(zone.path) for zone in zones}
+        if not any(isinstance(result, int) for result in results.values()):
+            path, failure = next(iter(results.items()))
+            if any(isinstance(result, PermissionError) for result in results.values()):
+                raise SourceUnavailable(
+                    Status.NO_PERMISSION,
+                    f"no permission to read {path}/energy_uj: " + PERMISSION_FIX.format(root=self._root),
+                )
+            raise SourceUnavailable(Status.UNAVAILABLE, f"{path}/energy_uj cannot be read: {failure}")
+        host = hostname()
+        self._zones = {DeviceId(host, zone.kind, zone.uid): zone for zone in _without_mirrors(zones)}
+
+    def devices(self) -> Mapping[DeviceId, str]:
+        """Packages and memory domains."""
+        return {device: f"{zone.uid} ({zone.path.name})" for device, zone in self._zones.items()}
+
+    def wrap_range_uj(self, device: DeviceId) -> int | None:
+        """The zone's max_energy_range_uj."""
+        return self._zones[device].range_uj
+
+    def read(self) -> Mapping[DeviceId, Reading]:
+        """One file per zone."""
+        readings = {}
+        for device, zone in self._zones.items():
+            result = _try_energy(zone.path)
+            now_ns = time.monotonic_ns()
+            if isinstance(result, int):
+                readings[device] = Reading(now_ns, energy_uj=result)
+            elif isinstance(result, PermissionError):
+                readings[device] = Reading(now_ns, status=Status.NO_PERMISSION)
+            elif isinstance(result, FileNotFoundError):
+                readings[device] = Reading(now_ns, status=Status.UNAVAILABLE)
+            else:
+                readings[device] = Reading(now_ns, status=Status.ERROR)
+        return readings
+
+    def close(self) -> None:
+        """Nothing is held open."""
+        self._zones = {}
+
+    def _find(self) -> list[_Zone]:
+        """All package and dram zones, MSR before MMIO, each name once."""
+        try:
+            entries = sorted(self._root.iterdir())
+        except FileNotFoundError:
+            raise SourceUnavailable(
+                Status.UNAVAILABLE,
+                f"{self._root} does not exist: no Linux, a virtual machine, or a kernel without powercap",
+            ) from None
+        except OSError as e:
+            status = Status.NO_PERMISSION if isinstance(e, PermissionError) else Status.ERROR
+            raise SourceUnavailable(status, f"{self._root} cannot be listed: {e}") from None
+        tops = [e for e in entries if re.fullmatch(r"intel-rapl(-mmio)?:\d+", e.name)]
+        if not tops:
+            raise SourceUnavailable(
+                Status.UNAVAILABLE, f"{self._root} has no intel-rapl zones: the CPU or the machine shows none"
+            )
+        tops.sort(key=lambda path: "mmio" in path.name)
+        zones: dict[str, _Zone] = {}
+        masked = 0
+        for top in tops:
+            name = _text(top / "name")
+            if name is None:
+                masked += 1
+                continue
+            if not name.startswith("package"):
+                continue  # psys holds the packages
+            found = [_zone(top, "cpu", name)]
+            # Sub-zones lie inside the zone, and beside it as links; a bind mount may show only the one or
+            # the other.
+            subs = {p.name: p for p in [*entries, *_children(top)] if p.name.startswith(f"{top.name}:")}
+            found += [
+                _zone(sub, "dram", f"{name}/dram") for _, sub in sorted(subs.items()) if _text(sub / "name") == "dram"
+            ]
+            for zone in found:
+                seen = zones.get(zone.uid)
+                if seen is None:
+                    zones[zone.uid] = zone
+                elif not zone.mmio:  # two sockets that share a name are two devices; MMIO is the same one again
+                    zone = _Zone(zone.path, zone.kind, f"{zone.uid}@{zone.path.name}", False, zone.range_uj)
+                    zones[zone.uid] = zone
+        if not zones:
+            why = (
+                f"the zones in {self._root} cannot be entered: a container runtime masks them; mount "
+                f"{self._root} and /sys/devices/virtual/powercap into the container"
+                if masked
+                else f"{self._root} has no package zone"
+            )
+            raise SourceUnavailable(Status.UNAVAILABLE, why)
+        return list(zones.values())
+
+
+def _zone(path: Path, kind: Kind, uid: str) -> _Zone:
+    text = _text(path / "max_energy_range_uj")
+    range_uj = int(text) if text is not None and text.isdigit() and int(text) > 0 else None
+    return _Zone(path, kind, uid, "mmio" in path.name, range_uj)
+
+
+def _children(path: Path) -> list[Path]:
+    try:
+        return sorted(path.iterdir())
+    except OSError:
+        return []
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
+
+
+def _try_energy(zone: Path) -> int | OSError | ValueError:
+    try:
+        return int((zone / "energy_uj").read_text())
+    except (OSError, ValueError) as e:
+        return e
+
+
+def _without_mirrors(zones: list[_Zone]) -> list[_Zone]:
+    """Drop dies and sockets that show another one's counter.
+
+    Some machines show one counter under several zones of a kind. Two counters that are independent do not
+    agree to the microjoule: a zone whose value lies between two readings of another one, taken right before
+    and after it, is the same counter.
+    """
+    kept: list[_Zone] = []
+    for zone in zones:
+        for other in kept:
+            if other.kind != zone.kind:
+                continue
+            before, value, after = _try_energy(other.path), _try_energy(zone.path), _try_energy(other.path)
+            if (
+                isinstance(before, int)
+                and isinstance(value, int)
+                and isinstance(after, int)
+                and before <= value <= after
+            ):
+                break
+        else:
+            kept.append(zone)
+    return kept
+
+
+SOURCE = Rapl

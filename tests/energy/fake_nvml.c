@@ -1,0 +1,120 @@
+/* A stand-in for libnvidia-ml.so.1, with the real signatures, scripted by the text file that FAKE_NVML names.
+ *
+ * The file is read anew at every call, so a test changes the machine by rewriting it:
+ *   init CODE
+ *   gpu UUID HANDLE_CODE ENERGY_CODE ENERGY_MJ INSTANT_CODE INSTANT_MW USAGE_CODE USAGE_MW
+ *   mig UUID PARENT_INDEX
+ * It answers "uninitialized" (1) after a shutdown and "unknown error" (999) in a forked child that did not initialise
+ * it, and crashes when given a null handle.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define MAX 8
+typedef struct { char uuid[96]; int handle, energy, instant, usage, parent; unsigned long long mj; unsigned mw, avg; } Gpu;
+typedef struct {
+    unsigned int fieldId, scopeId;
+    long long timestamp, latencyUsec;
+    unsigned int valueType, nvmlReturn;
+    union { double d; unsigned ui; unsigned long ul; unsigned long long ull; long long sll; int si; unsigned short us; } value;
+} Field;
+
+static Gpu gpus[MAX], migs[MAX];
+static int n_gpus, n_migs, init_code;
+static pid_t owner;
+static int gpu_tag[MAX], mig_tag[MAX]; /* a handle is an address in here */
+
+static void load(void) {
+    char line[512];
+    const char *path = getenv("FAKE_NVML");
+    FILE *f = path ? fopen(path, "r") : NULL;
+    n_gpus = n_migs = 0;
+    init_code = 9; /* no script: no driver */
+    if (!f) return;
+    init_code = 0;
+    while (fgets(line, sizeof line, f)) {
+        Gpu g;
+        memset(&g, 0, sizeof g);
+        if (sscanf(line, "init %d", &init_code) == 1) continue;
+        if (sscanf(line, "gpu %95s %d %d %llu %d %u %d %u", g.uuid, &g.handle, &g.energy, &g.mj, &g.instant, &g.mw,
+                   &g.usage, &g.avg) == 8 && n_gpus < MAX)
+            gpus[n_gpus++] = g;
+        else if (sscanf(line, "mig %95s %d", g.uuid, &g.parent) == 2 && n_migs < MAX)
+            migs[n_migs++] = g;
+    }
+    fclose(f);
+}
+
+#define READY do { load(); if (!owner) return 1; if (owner != getpid()) return 999; } while (0)
+
+static int find(void *handle, Gpu **gpu) {
+    long i = (int *)handle - gpu_tag;
+    *(volatile int *)handle; /* the real library crashes on a null handle too */
+    if (i < 0 || i >= n_gpus) return 2;
+    *gpu = &gpus[i];
+    return 0;
+}
+
+int nvmlInitWithFlags(unsigned flags) { (void)flags; load(); if (init_code == 0) owner = getpid(); return init_code; }
+int nvmlShutdown(void) { if (owner != getpid()) return 1; owner = 0; return 0; }
+const char *nvmlErrorString(int code) { (void)code; return "fake error"; }
+int nvmlDeviceGetCount_v2(unsigned *n) { READY; *n = n_gpus; return 0; }
+
+int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **h) {
+    READY;
+    if ((int)i >= n_gpus) return 2;
+    *h = &gpu_tag[i];
+    return gpus[i].handle;
+}
+
+int nvmlDeviceGetHandleByUUID(const char *uuid, void **h) {
+    READY;
+    for (int i = 0; i < n_gpus; i++)
+        if (!strcmp(gpus[i].uuid, uuid)) { *h = &gpu_tag[i]; return gpus[i].handle; }
+    for (int i = 0; i < n_migs; i++)
+        if (!strcmp(migs[i].uuid, uuid)) { *h = &mig_tag[i]; return 0; }
+    return 6;
+}
+
+int nvmlDeviceGetDeviceHandleFromMigDeviceHandle(void *mig, void **h) {
+    READY;
+    long i = (int *)mig - mig_tag;
+    if (i < 0 || i >= n_migs) return 2;
+    *h = &gpu_tag[migs[i].parent];
+    return 0;
+}
+
+int nvmlDeviceGetUUID(void *h, char *out, unsigned n) {
+    Gpu *g; READY; int rc = find(h, &g); if (rc) return rc;
+    snprintf(out, n, "%s", g->uuid);
+    return 0;
+}
+
+int nvmlDeviceGetName(void *h, char *out, unsigned n) {
+    Gpu *g; READY; int rc = find(h, &g); if (rc) return rc;
+    snprintf(out, n, "Fake GPU");
+    return 0;
+}
+
+int nvmlDeviceGetTotalEnergyConsumption(void *h, unsigned long long *mj) {
+    Gpu *g; READY; int rc = find(h, &g); if (rc) return rc;
+    *mj = g->mj;
+    return g->energy;
+}
+
+int nvmlDeviceGetPowerUsage(void *h, unsigned *mw) {
+    Gpu *g; READY; int rc = find(h, &g); if (rc) return rc;
+    *mw = g->avg;
+    return g->usage;
+}
+
+int nvmlDeviceGetFieldValues(void *h, int n, Field *v) {
+    Gpu *g; READY; int rc = find(h, &g); if (rc) return rc;
+    for (int i = 0; i < n; i++) {
+        v[i].nvmlReturn = v[i].fieldId == 186 && v[i].scopeId == 0 ? (unsigned)g->instant : 3;
+        v[i].value.ui = g->mw;
+    }
+    return 0;
+}

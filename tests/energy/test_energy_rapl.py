@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from energy_parts import rapl_zone
+
+from lightning_estdgm.energy import SourceUnavailable, Status
+from lightning_estdgm.energy.meter import Meter
+from lightning_estdgm.energy.rapl import Rapl
+
+
+def opened(root: Path) -> Rapl:
+    source = Rapl(root)
+    source.open()
+    return source
+
+
+def uids(source: Rapl) -> dict[str, str]:
+    return {device.uid: device.kind for device in source.devices()}
+
+
+@pytest.fixture
+def desktop(tmp_path: Path) -> Path:
+    """A laptop's tree: a package with core, uncore and dram, psys above it, and MMIO's copy of the package."""
+    (tmp_path / "intel-rapl").mkdir()
+    rapl_zone(tmp_path, "intel-rapl:0", "package-0", 1_000)
+    rapl_zone(tmp_path, "intel-rapl:0:0", "core", 400)
+    rapl_zone(tmp_path, "intel-rapl:0:1", "uncore", 100)
+    rapl_zone(tmp_path, "intel-rapl:0:2", "dram", 70)
+    rapl_zone(tmp_path, "intel-rapl:1", "psys", 9_000)
+    rapl_zone(tmp_path, "intel-rapl-mmio:0", "package-0", 1_003)  # the same counter, renewed at other times
+    rapl_zone(tmp_path, "intel-rapl-mmio:0:0", "dram", 71)
+    return tmp_path
+
+
+def test_package_and_dram_are_read_and_nothing_that_contains_or_copies_them(desktop: Path) -> None:
+    source = opened(desktop)
+    assert uids(source) == {"package-0": "cpu", "package-0/dram": "dram"}
+    values = {device.uid: reading.energy_uj for device, reading in source.read().items()}
+    assert values == {"package-0": 1_000, "package-0/dram": 70}
+    assert {source.wrap_range_uj(device) for device in source.devices()} == {262143328850}
+    assert all("mmio" not in text for text in source.devices().values())
+
+
+def test_mmio_alone_is_used(tmp_path: Path) -> None:
+    rapl_zone(tmp_path, "intel-rapl-mmio:0", "package-0", 5)
+    assert uids(opened(tmp_path)) == {"package-0": "cpu"}
+
+
+def test_amd_has_packages_without_dram(tmp_path: Path) -> None:
+    rapl_zone(tmp_path, "intel-rapl:0", "package-0", 11, 65532610987)
+    rapl_zone(tmp_path, "intel-rapl:0:0", "core", 3, 65532610987)
+    rapl_zone(tmp_path, "intel-rapl:1", "package-1", 12, 65532610987)
+    assert uids(opened(tmp_path)) == {"package-0": "cpu", "package-1": "cpu"}
+
+
+def test_links_alone_show_the_sub_zones(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    rapl_zone(tmp_path / "root", "intel-rapl:0", "package-0", 1)
+    rapl_zone(tmp_path / "elsewhere", "intel-rapl:0:0", "dram", 2)
+    (tmp_path / "root" / "intel-rapl:0:0").symlink_to(tmp_path / "elsewhere/intel-rapl:0/intel-rapl:0:0")
+    assert uids(opened(tmp_path / "root")) == {"package-0": "cpu", "package-0/dram": "dram"}
+
+
+def test_dies_that_show_one_counter_are_read_once(tmp_path: Path) -> None:
+    rapl_zone(tmp_path, "intel-rapl:0", "package-0-die-0", 987_654_321)
+    rapl_zone(tmp_path, "intel-rapl:1", "package-0-die-1", 987_654_321)
+    rapl_zone(tmp_path, "intel-rapl:2", "package-1-die-0", 123_456_789)
+    assert uids(opened(tmp_path)) == {"package-0-die-0": "cpu", "package-1-die-0": "cpu"}
+
+
+def test_two_sockets_of_one_name_are_two_devices(tmp_path: Path) -> None:
+    rapl_zone(tmp_path, "intel-rapl:0", "package-0", 10)
+    rapl_zone(tmp_path, "intel-rapl:1", "package-0", 20)
+    assert uids(opened(tmp_path)) == {"package-0": "cpu", "package-0@intel-rapl:1": "cpu"}
+
+
+def test_a_wrap_is_counted_through(tmp_path: Path) -> None:
+    zone = rapl_zone(tmp_path, "intel-rapl:0", "package-0", 262143328850 - 600)
+    meter = Meter([("rapl", Rapl(tmp_path))], interval_s=3600.0)
+    meter.start("train", "train")
+    (zone / "energy_uj").write_text("400\n")
+    meter.read()
+    totals = meter.totals()
+    meter.stop()
+    assert totals.joules(kind="cpu") == 1000 / 1e6
+    assert totals.gaps == 0
+
+
+def test_a_counter_that_vanishes_is_a_gap_and_not_0(tmp_path: Path) -> None:
+    zone = rapl_zone(tmp_path, "intel-rapl:0", "package-0", 5)
+    source = opened(tmp_path)
+    (zone / "energy_uj").write_text("no number\n")
+    assert [(r.energy_uj, r.status) for r in source.read().values()] == [(None, Status.ERROR)]
+    (zone / "energy_uj").unlink()
+    assert [(r.energy_uj, r.status) for r in source.read().values()] == [(None, Status.UNAVAILABLE)]
+
+
+def test_no_powercap(tmp_path: Path) -> None:
+    with pytest.raises(SourceUnavailable, match="does not exist") as caught:
+        Rapl(tmp_path / "none").open()
+    assert caught.value.status is Status.UNAVAILABLE
+
+
+def test_no_zones(tmp_path: Path) -> None:
+    with pytest.raises(SourceUnavailable, match="no intel-rapl zones"):
+        Rapl(tmp_path).open()
+
+
+def test_only_psys_is_not_used(tmp_path: Path) -> None:
+    rapl_zone(tmp_path, "intel-rapl:0", "psys", 5)
+    with pytest.raises(SourceUnavailable, match="no package zone"):
+        Rapl(tmp_path).open()
+
+
+def test_masked_by_a_container(tmp_path: Path) -> None:
+    (tmp_path / "intel-rapl:0").symlink_to(tmp_path / "masked")
+    with pytest.raises(SourceUnavailable, match="container runtime masks them"):
+        Rapl(tmp_path).open()
+
+
+@pytest.fixture
+def as_ordinary_user() -> Iterator[Path]:
+    """A tree of root's, looked at without root's rights: file modes do not hold root back."""
+    root = Path(tempfile.mkdtemp())
+    root.chmod(0o755)
+    user = os.geteuid()
+    rapl_zone(root, "intel-rapl:0", "package-0", 5).joinpath("energy_uj").chmod(0o400 if user == 0 else 0)
+    if user == 0:
+        os.seteuid(65534)
+    yield root
+    if user == 0:
+        os.seteuid(user)
+    shutil.rmtree(root)
+
+
+def test_permission_denied_comes_with_the_fix(as_ordinary_user: Path) -> None:
+    with pytest.raises(SourceUnavailable, match=r"no permission to read .*chmod -R a\+r .*udev rule") as caught:
+        Rapl(as_ordinary_user).open()
+    assert caught.value.status is Status.NO_PERMISSION
+    assert "power" in caught.value.reason
