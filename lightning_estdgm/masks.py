@@ -1,7 +1,8 @@
 """Masks over mask units: views, exact top-k, the keep-and-grow decision, bit packing. Pure, tensors in, tensors out.
 
 A mask is a bool tensor, true where a unit is active. For ``block_size=1`` it has the shape of the weight; for a block
-size ``b`` it has shape ``(out / b, in / b)`` and each entry stands for ``b x b`` weights (times the kernel of a convolution).
+size ``b`` it has shape ``(out / b, in / b)`` and each entry stands for ``b x b`` weights (times the kernel of a
+convolution).
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from lightning_estdgm.ops.selection import (
     Case,
     Choice,
     _settled,
+    bucket_of,
     measure_case,
 )
 
@@ -100,12 +101,24 @@ def test_a_win_answers_lower_densities_and_a_loss_higher_ones():
     assert len(clock.asked) == 3
 
 
+@given(st.floats(0.001, 1.0))
+def test_buckets_round_up_and_are_their_own_buckets(density):
+    bucket = bucket_of(density)
+    assert density <= bucket / BUCKETS + 1e-9 <= max(1.5 * density, density + 1 / BUCKETS) + 1e-8
+    assert bucket <= BUCKETS
+    assert bucket_of(bucket / BUCKETS) == bucket
+
+
+def test_buckets_are_few():
+    assert {bucket_of(d / 1000) for d in range(1, 1001)} == {*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32}
+
+
 @given(st.lists(st.floats(0.001, 1.0), max_size=40), st.floats(0.5, 8.0))
 def test_inference_never_changes_the_answer_and_saves_measurements(densities, slope):
     clock = Clock(lambda density: slope * density)
     selector = BackendSelector(measure=clock)
     for density in densities:
-        bucket = math.ceil(density * BUCKETS - 1e-9) / BUCKETS
+        bucket = bucket_of(density) / BUCKETS
         expected = "cpu" if slope * bucket <= 0.95 else "dense"
         assert selector.choose(**LAYER, density=density).backend == expected
     measured = [case.density for case, _ in clock.asked]

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from lightning_estdgm.ops import backends, get_backend, masked_linear
 from lightning_estdgm.topology import BlockTopology
 
-__all__ = ["BUCKETS", "DENSE", "BackendSelector", "Case", "Choice", "measure_case"]
+__all__ = ["BUCKETS", "DENSE", "BackendSelector", "Case", "Choice", "bucket_of", "measure_case"]
 
 DENSE = "dense"
 """The layer's own dense forward, with the mask applied to its weight."""
 
 BUCKETS = 32
-"""Densities are decided in steps of 1/32, so that an annealed density measures a few times, not always."""
+"""Densities up to 1/4 are decided in steps of 1/32, up to 1/2 of 2/32 and above of 4/32: see `bucket_of`."""
 
 MARGIN = 0.05
 """By what share of the dense time a sparse backend must be faster: noise must not choose it."""
@@ -167,10 +167,21 @@ def _synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def bucket_of(density: float) -> int:
+    """Round a density up to one that is measured, in units of 1/``BUCKETS``.
+
+    So an annealed density measures a few times, not at every update, and what is measured is never sparser than what
+    will run. Buckets widen with the density: there they are a smaller share of it, and a measurement takes longer.
+    """
+    bucket = max(1, math.ceil(density * BUCKETS - 1e-9))
+    width = 1 if bucket <= BUCKETS // 4 else 2 if bucket <= BUCKETS // 2 else 4
+    return -(-bucket // width) * width
+
+
 class BackendSelector:
     """Chooses dense or a sparse backend per layer shape and density, by measuring once and remembering.
 
-    Densities are rounded up to the next 1/32. What was measured also answers other densities of the same
+    Densities are rounded up by `bucket_of`. What was measured also answers other densities of the same
     layer: where sparse won, it wins at any lower density; where dense won, it wins at any higher one.
 
     Args:
@@ -236,6 +247,7 @@ class BackendSelector:
         )
         # Rounded up, so that what is measured is never sparser than what will run.
         bucket = max(1, math.ceil(density * BUCKETS - 1e-9))
+        bucket = bucket_of(density)
         case = replace(case, density=bucket / BUCKETS)
         if self._forced is not None:
             return self._forced_choice(case)

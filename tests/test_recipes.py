@@ -1,0 +1,234 @@
+"""The byte-level GPT: what any such model must satisfy. Its text: that batches depend on the seed alone."""
+
+import math
+import sysconfig
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+
+from lightning_estdgm.recipes import ByteGPT, StdlibText
+from lightning_estdgm.recipes.gpt import source_files, split_files, warmup_cosine
+
+# Both come from Lightning on small machines, and are no business of the recipes.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+]
+
+
+def small_text(tmp_path, size=20_000):
+    path = tmp_path / "text.txt"
+    path.write_bytes(bytes(i * i % 251 for i in range(size)))
+    return path
+
+
+def first_batches(count=3, **settings):
+    data = StdlibText(**{"context": 16, "batch_size": 4, **settings})
+    data.setup()
+    loader = data.train_dataloader()
+    return [batch for _, batch in zip(range(count), loader, strict=False)]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for left, right in zip(a, b, strict=True) for x, y in zip(left, right, strict=True))
+
+
+# Text ---------------------------------------------------------------------------------------------------------------
+
+
+def test_batches_depend_on_the_seed_alone(tmp_path):
+    path = small_text(tmp_path)
+    torch.manual_seed(1)
+    once = first_batches(path=path, seed=5)
+    torch.manual_seed(2)
+    torch.rand(7)
+    assert same(once, first_batches(path=path, seed=5))
+    assert not same(once, first_batches(path=path, seed=6))
+
+
+def test_drawing_batches_leaves_the_global_random_state_alone(tmp_path):
+    before = torch.random.get_rng_state()
+    first_batches(path=small_text(tmp_path))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_every_epoch_draws_other_windows(tmp_path):
+    data = StdlibText(context=16, batch_size=4, path=small_text(tmp_path))
+    data.setup()
+    loader = data.train_dataloader()
+    first = list(loader)
+    assert same(first, list(loader))
+    loader.sampler.set_epoch(1)
+    assert not same(first, list(loader))
+
+
+def test_targets_are_the_next_bytes_of_the_text(tmp_path):
+    path = small_text(tmp_path)
+    text = path.read_bytes()
+    for x, y in first_batches(path=path):
+        assert x.shape == y.shape == (4, 16)
+        assert x.dtype == y.dtype == torch.int64
+        for inputs, targets in zip(x.tolist(), y.tolist(), strict=True):
+            assert bytes([*inputs, targets[-1]]) in text
+            assert inputs[1:] == targets[:-1]
+
+
+def test_a_file_is_split_at_its_end(tmp_path):
+    path = small_text(tmp_path)
+    data = StdlibText(context=16, path=path)
+    data.setup()
+    parts = [bytes(data.text[part].tolist()) for part in ("train", "val")]
+    assert b"".join(parts) == path.read_bytes()
+    assert len(parts[1]) == 1000
+    assert data.describe()["bytes"] == {"train": 19_000, "val": 1000}
+
+
+def test_validation_windows_are_fixed_evenly_spaced_and_reach_both_ends(tmp_path):
+    data = StdlibText(context=16, batch_size=4, val_windows=10, path=small_text(tmp_path))
+    data.setup()
+    starts = data.val_dataloader().sampler
+    assert starts[0] == 0
+    assert starts[-1] == 1000 - 17
+    gaps = {b - a for a, b in pairwise(starts)}
+    assert max(gaps) - min(gaps) <= 1
+    assert min(gaps) >= 17
+    assert sum(len(x) for x, _ in data.val_dataloader()) == 10
+    assert same(data.val_dataloader(), data.val_dataloader())
+
+
+def test_the_standard_library_is_read_without_tests_and_packages():
+    data = StdlibText()
+    data.setup()
+    files = data.files["train"] + data.files["val"]
+    assert len(files) == len(set(files)) > 200
+    assert not set(data.files["train"]) & set(data.files["val"])
+    assert {"ast.py", "json/decoder.py"} <= set(files)
+    for skipped in ("test", "site-packages", "idlelib", "__pycache__"):
+        assert not any(skipped in Path(name).parts for name in files)
+    root = Path(sysconfig.get_path("stdlib"))
+    assert data.files["train"] == tuple(sorted(data.files["train"]))
+    first = (root / data.files["train"][0]).read_bytes() + b"\0"
+    assert bytes(data.text["train"][: len(first)].tolist()) == first
+    share = len(data.text["val"]) / sum(map(len, data.text.values()))
+    assert 0.01 < share < 0.12
+
+
+def test_a_new_file_moves_no_other_between_the_splits():
+    names = [f"m{i}.py" for i in range(500)]
+    before, after = split_files(names, 0.05), split_files([*names, "new.py", "more.py"], 0.05)
+    for part, files in before.items():
+        assert set(files) <= set(after[part])
+    assert 10 <= len(before["val"]) <= 40
+
+
+def test_source_files_are_sorted_and_sieved(tmp_path):
+    for name in ("b.py", "a/c.py", "a/test/t.py", "a/data.txt", "_sysconfigdata_x.py", "a.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("pass\n")
+    assert source_files(tmp_path) == ("a.py", "a/c.py", "b.py")
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"context": 0}, ValueError, "context: got 0, expected at least 1"),
+        ({"batch_size": 2.0}, TypeError, "batch_size: got 2.0, expected an int"),
+        ({"val_windows": -1}, ValueError, "val_windows: got -1, expected at least 1"),
+        ({"seed": -1}, ValueError, "seed: got -1, expected at least 0"),
+        ({"val_fraction": 1.0}, ValueError, r"val_fraction: got 1.0, expected a fraction in \(0, 1\)"),
+        ({"path": "no/such/file"}, ValueError, "path: got 'no/such/file', expected an existing text file"),
+    ],
+)
+def test_bad_settings_of_the_text_are_named(settings, error, message):
+    with pytest.raises(error, match=message):
+        StdlibText(**settings)
+
+
+def test_a_text_shorter_than_a_window_is_refused(tmp_path):
+    data = StdlibText(context=64, path=small_text(tmp_path, size=1000))
+    with pytest.raises(ValueError, match=r"val text of .*: got 50 bytes, expected more than context=64"):
+        data.setup()
+
+
+# Model --------------------------------------------------------------------------------------------------------------
+
+
+def tiny(**settings):
+    return ByteGPT(**{"width": 32, "layers": 2, "heads": 2, "context": 16, **settings})
+
+
+def test_a_prediction_depends_on_earlier_bytes_only():
+    torch.manual_seed(0)
+    model = tiny()
+    x = torch.randint(256, (2, 16))
+    changed = x.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 256
+    with torch.no_grad():
+        before, after = model(x), model(changed)
+    torch.testing.assert_close(before[:, :9], after[:, :9])
+    assert all(not torch.equal(before[:, t], after[:, t]) for t in range(9, 16))
+
+
+def test_an_untrained_model_knows_nothing():
+    torch.manual_seed(0)
+    x = torch.randint(256, (8, 17))
+    loss = tiny().loss((x[:, :-1], x[:, 1:]))
+    assert float(loss.detach()) == pytest.approx(math.log(256), rel=0.02)
+
+
+def test_the_default_model_has_the_size_that_the_demo_promises():
+    with torch.device("meta"):
+        model = ByteGPT()
+    assert 5e6 < sum(p.numel() for p in model.parameters()) < 10e6
+    assert model.blocks[0].fc.weight.shape == (2048, 512)
+
+
+def test_training_decays_matrices_only_and_follows_the_schedule(tmp_path):
+    model, rates = tiny(lr=0.01, weight_decay=0.3, warmup=0.2), []
+    trainer = Trainer(
+        max_steps=10, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    model.on_train_batch_end = lambda *_: rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+    trainer.fit(model, datamodule=StdlibText(context=16, batch_size=4, path=small_text(tmp_path)))
+    decayed, plain = trainer.optimizers[0].param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert {p.ndim for p in decayed["params"]} == {2}
+    assert {p.ndim for p in plain["params"]} == {1}
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+    assert rates == pytest.approx([0.01 * warmup_cosine(step, 10, 0.2) for step in range(1, 11)])
+    assert rates[-1] == pytest.approx(0.001)
+
+
+def test_a_run_of_unknown_length_is_refused(tmp_path):
+    trainer = Trainer(
+        max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    with pytest.raises(ValueError, match="needs a run of known length for its cosine, got inf; set max_steps"):
+        trainer.fit(tiny(), datamodule=StdlibText(context=16, batch_size=4, path=small_text(tmp_path)))
+
+
+def test_warmup_and_cosine_have_the_promised_ends():
+    factors = [warmup_cosine(step, 200, 0.1) for step in range(201)]
+    assert factors[:20] == pytest.approx([(i + 1) / 20 for i in range(20)])
+    assert max(factors) == factors[20] == 1.0
+    assert all(a > b for a, b in pairwise(factors[20:]))
+    assert factors[-1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"width": 33}, "width: got 33, expected a multiple of heads=2"),
+        ({"layers": 0}, "layers: got 0, expected at least 1"),
+        ({"lr": 0.0}, "lr: got 0.0, expected a positive number"),
+        ({"lr": math.inf}, "lr: got inf, expected a positive number"),
+        ({"warmup": 1.0}, r"warmup: got 1.0, expected a fraction of the run in \[0, 1\)"),
+    ],
+)
+def test_bad_settings_of_the_model_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**settings)
