@@ -27,6 +27,7 @@ from lightning_estdgm import densities
 from lightning_estdgm.layers import (
     BLOCK_SIZES,
     Candidate,
+    ForwardProbe,
     Selector,
     auto_block_size,
     find_candidates,
@@ -88,20 +89,25 @@ class DGMConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, ScheduleConfig):
             raise TypeError(f"schedule must have resolve() and to_dict(), such as EstDgm(), got {self.schedule!r}")
-        if self.block_size not in ("auto", 1, *BLOCK_SIZES):
+        if self.block_size != "auto" and (type(self.block_size) is not int or self.block_size not in (1, *BLOCK_SIZES)):
             raise ValueError(f"block_size must be 'auto', 1 or one of {BLOCK_SIZES}, got {self.block_size!r}")
         if not callable(self.distribution) and self.distribution not in densities.DISTRIBUTIONS:
             known = sorted(densities.DISTRIBUTIONS)
             raise ValueError(f"distribution must be one of {known} or a function, got {self.distribution!r}")
-        if self.gamma < 0:
-            raise ValueError(f"gamma must be at least 0, got {self.gamma!r}")
+        for name in ("gamma", "step_exponent"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
         if not 0.0 <= self.drop_fraction < 1.0:
             raise ValueError(f"drop_fraction must lie in [0, 1), got {self.drop_fraction!r}")
         if self.inactive not in ("zero", "frozen"):
             raise ValueError(f"inactive must be 'zero' or 'frozen', got {self.inactive!r}")
         for name in ("include", "exclude"):
-            if isinstance(getattr(self, name), str):
-                raise TypeError(f"{name} must be a sequence of selectors, got the string {getattr(self, name)!r}")
+            selectors = getattr(self, name)
+            if isinstance(selectors, str) or not isinstance(selectors, Sequence):
+                raise TypeError(f"{name} must be a sequence of selectors, got {selectors!r}")
+        if type(self.seed) is not int:
+            raise TypeError(f"seed must be an int, got {self.seed!r}")
         if self.backend not in ("auto", "dense"):
             get_backend(self.backend)
 
@@ -179,10 +185,11 @@ class DGMController:
         self._stepped = False
         self._waiting = False  # a mask update is due but nothing could be observed yet
         self._warned_nonfinite = False
-        self._positions: dict[str, int] = {}  # tokens or pixels that each layer's weight is applied to in a forward
-        self._dtypes: dict[str, torch.dtype] = {}  # that it computed in
+        self._positions: dict[str, int] = {}  # that each layer's weight is applied to in a forward, as probed
+        self._dtypes: dict[str, torch.dtype] = {}  # that it computes in, as probed
+        self._probes = {candidate.name: ForwardProbe(candidate) for candidate in self._candidates}
         self._handles: list[Any] = []
-        self._shape_handles: list[Any] = []
+        self._probe_handles: list[Any] = []
         if state is None:
             self._start()
         else:
@@ -237,6 +244,8 @@ class DGMController:
         if not self._stepped:
             return False
         self._stepped = False
+        if self.steps == 0:
+            self._read_probes()
         self._count_flops()
         self.steps += 1
         before, self.position = self.position, self.steps if position is None else position
@@ -244,8 +253,6 @@ class DGMController:
             raise ValueError(f"the schedule's position must not go backwards: was {before}, got {self.position}")
         crossed = range(before + 1, min(self.position, self.schedule.total_steps - 1) + 1)
         due = self._waiting or any(self.schedule(p).update for p in crossed)
-        if self.steps == 1:
-            self._remove(self._shape_handles)
         self._waiting = due and not any(layer.observed for layer in self._layers)
         updated = due and not self._waiting
         if updated:
@@ -258,7 +265,7 @@ class DGMController:
     def close(self) -> None:
         """Remove every hook and swapped forward. Weights keep their values; masks stay readable. Idempotent."""
         self._remove(self._handles)
-        self._remove(self._shape_handles)
+        self._remove(self._probe_handles)
         for layer in self._layers:
             restore_dense_(layer.candidate)
             layer.forget_snapshot()
@@ -371,6 +378,8 @@ class DGMController:
         for layer in self._layers:
             layer.load_state_dict(state["layers"][layer.name])
             self._use_backend(layer, self._resumed_backend(layer))
+        self._remove(self._probe_handles)
+        self._observe_or_not()
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         if state.get("version") != _STATE_VERSION:
@@ -456,16 +465,15 @@ class DGMController:
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
         if self.steps == 0:
             for candidate in self._candidates:
-                self._shape_handles.append(candidate.module.register_forward_hook(self._see_shape(candidate)))
+                probe = self._probes[candidate.name]
+                self._probe_handles.append(candidate.module.register_forward_hook(probe))
 
-    def _see_shape(self, candidate: Candidate) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not torch.compiler.is_compiling() and isinstance(output, Tensor):
-                out = candidate.oriented(getattr(module, candidate.kind.weight_name)).shape[0]
-                self._positions[candidate.name] = max(1, output.numel() // out)
-                self._dtypes[candidate.name] = output.dtype
-
-        return hook
+    def _read_probes(self) -> None:
+        """Take over what the first step's forwards showed."""
+        self._remove(self._probe_handles)
+        for name, probe in self._probes.items():
+            if probe.dtype is not None:
+                self._positions[name], self._dtypes[name] = probe.positions, probe.dtype
 
     @staticmethod
     def _remove(handles: list[Any]) -> None:
@@ -536,11 +544,20 @@ class DGMController:
         distribution = self.config.distribution
         function = distribution if callable(distribution) else densities.DISTRIBUTIONS[distribution]
         shapes = [tuple(layer.weight.shape) for layer in self._layers]
+        shares = list(function(shapes, density))
+        weights = [layer.units * layer.unit_size for layer in self._layers]
+        if len(shares) != len(shapes) or not all(0.0 < share <= 1.0 + 1e-9 for share in shares):
+            raise ValueError(
+                f"distribution must return {len(shapes)} densities in (0, 1], one for each layer, got {shares} "
+                f"from {distribution!r}"
+            )
+        mean = sum(share * n for share, n in zip(shares, weights, strict=True)) / sum(weights)
+        if not math.isclose(mean, density, rel_tol=0.01):
+            raise ValueError(
+                f"distribution must keep to the density {density:g} of the whole, got {mean:g} from {distribution!r}"
+            )
         return densities.allocate(
-            [layer.units for layer in self._layers],
-            [layer.unit_size for layer in self._layers],
-            function(shapes, density),
-            density,
+            [layer.units for layer in self._layers], [layer.unit_size for layer in self._layers], shares, density
         )
 
     def _final_density(self) -> float:
@@ -603,7 +620,10 @@ class DGMController:
         by_name = {layer.name: layer for layer in self._layers}
         for candidate in self._candidates:
             weight = getattr(candidate.module, candidate.kind.weight_name)
-            product = 2.0 * weight.numel() * self._positions.get(candidate.name, 1)
+            # What is computed without a call of the module has its parent's positions: MultiheadAttention's out_proj.
+            parent = candidate.name.rpartition(".")[0]
+            positions = self._positions.get(candidate.name) or self._positions.get(parent, 1)
+            product = 2.0 * weight.numel() * positions
             analytic = executed = 3.0
             layer = by_name.get(candidate.name)
             if layer is not None:

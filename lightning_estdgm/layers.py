@@ -16,6 +16,7 @@ from lightning_estdgm.topology import BlockTopology
 __all__ = [
     "BLOCK_SIZES",
     "Candidate",
+    "ForwardProbe",
     "Selector",
     "auto_block_size",
     "find_candidates",
@@ -45,12 +46,14 @@ class LayerKind:
         matches: whether a module is of this kind.
         weight_name: name of the parameter that is masked.
         transposed: the weight is stored ``(in, out)``.
+        positions: how many positions (tokens, pixels) a forward applies the weight to, from module, inputs and output.
         exact: whether a module's forward is this kind's own and not a subclass's, so that it may be replaced by the
             sparse operator; ``None`` where no operator exists.
     """
 
     name: str
     matches: Callable[[nn.Module], bool]
+    positions: Callable[[Any, tuple[Any, ...], Any], int]
     weight_name: str = "weight"
     transposed: bool = False
     exact: Callable[[nn.Module], bool] | None = None
@@ -66,26 +69,43 @@ def _is_fused_attention(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None
 
 
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+def _tokens(module: Any, args: tuple[Any, ...], output: Any) -> int:
+    out = output[0] if isinstance(output, tuple) else output
+    return out.numel() // out.shape[-1]
+
+
+def _pixels(module: Any, args: tuple[Any, ...], output: Any) -> int:
+    return output.numel() // module.out_channels
+
+
+def _input_pixels(module: Any, args: tuple[Any, ...], output: Any) -> int:
+    return args[0].numel() // module.in_channels
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 LAYER_KINDS: tuple[LayerKind, ...] = (
-    LayerKind("linear", lambda m: isinstance(m, nn.Linear), exact=lambda m: type(m) is nn.Linear),
-    LayerKind("convolution", lambda m: isinstance(m, _CONVOLUTIONS)),
-    LayerKind("attention projection", _is_fused_attention, weight_name="in_proj_weight"),
+    LayerKind("linear", lambda m: isinstance(m, nn.Linear), _tokens, exact=lambda m: type(m) is nn.Linear),
+    LayerKind(
+        "convolution",
+        lambda m: isinstance(m, _CONVOLUTIONS),
+        _pixels,
+    ),
+    LayerKind(
+        "transposed convolution",
+        lambda m: isinstance(m, _TRANSPOSED_CONVOLUTIONS),
+        _input_pixels,
+    ),
+    LayerKind("attention projection", _is_fused_attention, _tokens, weight_name="in_proj_weight"),
     LayerKind(
         "Hugging Face Conv1D",
         lambda m: _is_named(m, "transformers", "Conv1D"),
+        _tokens,
         transposed=True,
         exact=lambda m: True,
     ),
-    LayerKind("PyG linear", lambda m: _is_named(m, "torch_geometric", "Linear"), exact=lambda m: True),
+    LayerKind("PyG linear", lambda m: _is_named(m, "torch_geometric", "Linear"), _tokens, exact=lambda m: True),
 )
 """Kinds of maskable layers, the first match wins."""
 
@@ -155,10 +175,12 @@ def find_candidates(
         exclude: selectors of layers to leave dense.
 
     Raises:
-        ValueError: if a selector matches no layer, or no layer at all is left to mask; or if a weight is not
-            materialised yet (lazy modules).
+        ValueError: if a selector matches no layer, or no layer at all is left to mask; if a weight is not materialised
+            yet (lazy modules); or if the model is masked by another controller.
 
     """
+    if any(isinstance(module, _SparseForward) for module in model.modules()):
+        raise ValueError("the model is under another DGMController already: close that one first")
     found = list(_maskable(model))
     for label, selectors in (("include", include), ("exclude", exclude)):
         for selector in selectors:
@@ -229,6 +251,30 @@ def auto_block_size(candidate: Candidate) -> tuple[int, str]:
     return 1, f"no block of {', '.join(map(str, BLOCK_SIZES))} divides both dimensions"
 
 
+class ForwardProbe:
+    """A forward hook that notes how many positions a layer's weight is applied to, and in which dtype.
+
+    Silent while torch.compile traces. It refers to nothing, so that a model under way can be copied and pickled.
+
+    Attributes:
+        positions: tokens or pixels of the last forward; 0 before one.
+        dtype: of its output.
+
+    """
+
+    def __init__(self, candidate: Candidate) -> None:
+        self._count = candidate.kind.positions
+        self.positions = 0
+        self.dtype: torch.dtype | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Note one forward."""
+        if torch.compiler.is_compiling():
+            return
+        self.positions = max(1, self._count(module, args, output))
+        self.dtype = (output[0] if isinstance(output, tuple) else output).dtype
+
+
 # --------------------------------------------------------------------------- swapping the forward
 
 _TOPOLOGY_TENSORS = ("row_ptr", "col_idx", "col_ptr", "row_idx")
@@ -237,8 +283,8 @@ _TOPOLOGY_TENSORS = ("row_ptr", "col_idx", "col_ptr", "row_idx")
 class _SparseForward:
     """Mixin of the swapped classes: a forward on active blocks only. All state lives on the instance.
 
-    The topology's tensors are non-persistent buffers: they follow the module through ``to``, ``deepcopy`` and pickle,
-    and never appear in a state dict.
+    The topology's tensors are non-persistent buffers: they follow the module through ``to``, and never appear in a
+    state dict. A deepcopy or a pickle is the plain layer.
     """
 
     _estdgm_dense_class: type[nn.Module]
@@ -262,8 +308,13 @@ class _SparseForward:
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so pickle cannot find it by name: make it anew from the class it wraps.
-        return _new_swapped, (self._estdgm_dense_class,), self.__dict__
+        # A copy is the plain layer: nobody would tell it of later masks, and inactive weights are zero anyway (or, if
+        # frozen, take part in the forward). So it is right for ever, and unpickles without this package.
+        state = {name: value for name, value in self.__dict__.items() if not name.startswith("_estdgm_")}
+        topology = {f"_estdgm_{name}" for name in _TOPOLOGY_TENSORS}
+        state["_buffers"] = {name: x for name, x in state["_buffers"].items() if name not in topology}
+        state["_non_persistent_buffers_set"] = state["_non_persistent_buffers_set"] - topology
+        return object.__new__, (self._estdgm_dense_class,), state
 
 
 _SWAPPED: dict[type, type] = {}
@@ -274,11 +325,6 @@ def _swapped_class(cls: type[nn.Module]) -> type[nn.Module]:
     if cls not in _SWAPPED:
         _SWAPPED[cls] = type(f"Masked{cls.__name__}", (_SparseForward, cls), {"_estdgm_dense_class": cls})
     return _SWAPPED[cls]
-
-
-def _new_swapped(cls: type[nn.Module]) -> nn.Module:
-    swapped = _swapped_class(cls)
-    return swapped.__new__(swapped)
 
 
 def _topology(module: Any) -> BlockTopology:

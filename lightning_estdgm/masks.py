@@ -154,6 +154,8 @@ def decide(mask: Tensor, weight_scores: Tensor, growth_scores: Tensor, k: int, d
     """
     if not 0.0 <= drop_fraction <= 1.0:
         raise ValueError(f"drop_fraction must lie in [0, 1], got {drop_fraction}")
+    if not 0 <= k <= mask.numel():
+        raise ValueError(f"k must lie in [0, {mask.numel()}] for a mask of {mask.numel()} units, got {k}")
     n_active = active_units(mask)
     n_inactive = mask.numel() - n_active
     survivors = min(n_active, k)

@@ -152,25 +152,29 @@ class EstDgm:
     freeze: float = 0.25
 
     def __post_init__(self) -> None:
+        for name, phase in self._phases().items():
+            if not isinstance(phase, Phase):
+                raise TypeError(f"{name} must be a Phase(start, end, length), got {phase!r}")
         lengths = [phase.length for phase in self._phases().values()]
         if len({type(length) for length in lengths}) != 1:
             raise ValueError(f"phase lengths must be all shares (float) or all steps (int), got {lengths}")
         if isinstance(lengths[0], float) and abs(sum(lengths) - 1.0) > _FRACTION_TOLERANCE:
             raise ValueError(f"phases must cover the run: shares must add up to 1, got {lengths}, sum {sum(lengths):g}")
-        if isinstance(self.cycles, bool) or not isinstance(self.cycles, int) or self.cycles < 1:
-            raise ValueError(f"cycles must be an int of at least 1, got {self.cycles!r}")
-        if not 0.0 < self.peak_decay <= 1.0:
-            raise ValueError(f"peak_decay must lie in (0, 1], got {self.peak_decay!r}")
-        if self.warmup < 0 or (isinstance(self.warmup, float) and self.warmup >= 1.0):
-            raise ValueError(f"warmup must be a share in [0, 1) or a number of steps >= 0, got {self.warmup!r}")
-        if self.update_every is not None and self.update_every < 1:
-            raise ValueError(f"update_every must be at least 1 step, got {self.update_every!r}")
-        if self.observe_steps is not None and self.observe_steps < 1:
-            raise ValueError(f"observe_steps must be at least 1, got {self.observe_steps!r}")
+        _check_steps("cycles", self.cycles, least=1)
+        if isinstance(self.warmup, float):
+            if not 0.0 <= self.warmup < 1.0:
+                raise ValueError(f"warmup given as a share must lie in [0, 1), got {self.warmup!r}")
+        else:
+            _check_steps("warmup", self.warmup, least=0)
+        for name in ("update_every", "observe_steps"):
+            if getattr(self, name) is not None:
+                _check_steps(name, getattr(self, name), least=1)
         if self.update_every is not None and self.observe_steps is not None and self.observe_steps > self.update_every:
             raise ValueError(
                 f"observe_steps must not exceed update_every, got {self.observe_steps} and {self.update_every}"
             )
+        if not 0.0 < self.peak_decay <= 1.0:
+            raise ValueError(f"peak_decay must lie in (0, 1], got {self.peak_decay!r}")
         if not 0.0 <= self.freeze < 1.0:
             raise ValueError(f"freeze must lie in [0, 1), got {self.freeze!r}")
 
@@ -181,8 +185,7 @@ class EstDgm:
             ValueError: if the run is too short for the phases, or lengths in steps do not add up to it.
 
         """
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise ValueError(f"total_steps must be a positive int, got {total_steps!r}")
+        _check_steps("total_steps", total_steps, least=1)
         warmup = round(self.warmup * total_steps) if isinstance(self.warmup, float) else self.warmup
         segments = self._segments(warmup, total_steps)
         update_every = self.update_every or max(1, min(200, total_steps // 25))
@@ -251,7 +254,7 @@ class EstDgm:
         changes = []
         for i in range(count):
             share = i / (count - 1) if count > 1 else float(is_last)
-            changes.append((segment.first + round(i * moving / gaps), start + (end - start) * share))
+            changes.append((segment.first + round(i * moving / gaps), start * (1.0 - share) + end * share))
         return changes
 
     def _range(self, segment: Segment) -> tuple[float, float]:
@@ -292,3 +295,10 @@ class _SteppedSchedule:
     def drop_progress(self, step: int) -> float:
         last = self.changes[-1][0]
         return min(1.0, step / last) if last else 1.0
+
+
+def _check_steps(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -5,6 +5,7 @@ A *unit* is what the mask decides on: one weight, or a ``b x b`` block of a weig
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lightning_estdgm.masks import pool_norm
@@ -38,8 +39,8 @@ def consistency(mean_gradient_norm: Tensor, mean_norm: Tensor) -> Tensor:
         mean_norm: mean over observations of the norm of each unit's gradient.
 
     """
-    safe = mean_norm.clamp_min(mean_norm.new_tensor(0).nextafter(mean_norm.new_tensor(1)))
-    return (mean_gradient_norm / safe).clamp_(0.0, 1.0)
+    smallest = torch.finfo(mean_norm.dtype).tiny  # a normal number: it stays above 0 where subnormals are flushed
+    return (mean_gradient_norm / mean_norm.clamp_min(smallest)).clamp_(0.0, 1.0)
 
 
 def growth(mean_gradient_norm: Tensor, mean_norm: Tensor, gamma: float) -> Tensor:

@@ -1,0 +1,28 @@
+"""Shared by all tests: a hypothesis profile without clocks or chance, and small models."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import nn
+
+# No deadline: no test depends on how fast a machine is. Derandomised: a failure is the same one everywhere.
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=40)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def mlp() -> Callable[..., nn.Sequential]:
+    """Return a maker of seeded multi-layer perceptrons: layers "0", "2", ..., the last of which is the head."""
+
+    def make(*widths: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            layers: list[nn.Module] = []
+            for inner, out in itertools.pairwise(widths):
+                layers += [nn.Linear(inner, out, dtype=dtype), nn.Tanh()]
+        return nn.Sequential(*layers[:-1])
+
+    return make

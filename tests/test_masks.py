@@ -1,0 +1,225 @@
+"""Masks over units: exact top-k, the keep-and-grow decision, packing, and filling on any strides."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_estdgm.masks import (
+    active_units,
+    decide,
+    fill_inactive_,
+    mask_shape,
+    masked_select_units,
+    pack_bits,
+    pool_norm,
+    random_mask,
+    top_k,
+    unit_size,
+    unpack_bits,
+)
+
+
+def expand(mask: Tensor, weight: Tensor, block_size: int) -> Tensor:
+    """Naive weight mask: one entry for each weight."""
+    out = torch.zeros(weight.shape, dtype=torch.bool)
+    for index in torch.cartesian_prod(*[torch.arange(n) for n in weight.shape]).tolist():
+        unit = tuple(index) if block_size == 1 else (index[0] // block_size, index[1] // block_size)
+        out[tuple(index)] = mask[unit]
+    return out
+
+
+def naive_top_k(scores: Tensor, k: int) -> Tensor:
+    flat = scores.flatten().tolist()
+    chosen = sorted(range(len(flat)), key=lambda i: (-flat[i], i))[:k]
+    mask = torch.zeros(len(flat), dtype=torch.bool)
+    mask[chosen] = True
+    return mask.view_as(scores)
+
+
+# Few distinct values, so that most examples have ties.
+tied = st.lists(st.sampled_from([-float("inf"), -1.0, 0.0, 0.5, 2.0, float("inf")]), min_size=1, max_size=40)
+distinct = st.lists(st.floats(allow_nan=False, width=32), min_size=1, max_size=40)
+
+
+@given(st.data(), tied | distinct, st.booleans())
+def test_top_k_equals_a_naive_stable_sort(data, values, strided):
+    scores = torch.tensor(values)
+    if strided:
+        scores = torch.stack([scores, -scores]).t()[:, 0]
+    k = data.draw(st.integers(0, len(values)))
+    mask = top_k(scores, k)
+    assert active_units(mask) == k
+    assert torch.equal(mask, naive_top_k(scores, k))
+
+
+def test_top_k_keeps_the_shape_and_breaks_ties_by_reading_order():
+    scores = torch.zeros(4, 6).t()
+    expected = torch.zeros(6, 4, dtype=torch.bool)
+    expected.view(-1)[:7] = True
+    assert torch.equal(top_k(scores, 7), expected)
+
+
+@pytest.mark.parametrize("k", [-1, 7])
+def test_top_k_refuses_an_impossible_k(k):
+    with pytest.raises(ValueError, match=re.escape(f"k must lie in [0, 6] for 6 scores, got {k}")):
+        top_k(torch.zeros(2, 3), k)
+
+
+def test_top_k_refuses_nan():
+    with pytest.raises(ValueError, match="scores must not be NaN"):
+        top_k(torch.tensor([0.0, float("nan")]), 1)
+
+
+@given(n=st.integers(1, 60), data=st.data(), seed=st.integers(0, 2**32))
+def test_random_masks_have_exactly_k_units_and_repeat_with_the_seed(n, data, seed):
+    k = data.draw(st.integers(0, n))
+    first = random_mask((n,), k, torch.Generator().manual_seed(seed))
+    assert active_units(first) == k
+    assert torch.equal(first, random_mask((n,), k, torch.Generator().manual_seed(seed)))
+
+
+def test_random_masks_are_spread_evenly():
+    generator = torch.Generator().manual_seed(0)
+    total = sum(random_mask((5, 10), 10, generator).double() for _ in range(2000))
+    assert (total / 2000 - 0.2).abs().max() < 0.05
+
+
+@st.composite
+def decisions(draw):
+    n = draw(st.integers(1, 40))
+    mask = torch.tensor(draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+    grid = st.sampled_from([0.0, 1.0, 2.0, 3.0])
+    weights = torch.tensor(draw(st.lists(grid, min_size=n, max_size=n)))
+    gradients = torch.tensor(draw(st.lists(grid, min_size=n, max_size=n)))
+    return mask, weights, gradients, draw(st.integers(0, n)), draw(st.floats(0, 1))
+
+
+@given(decisions())
+def test_decide_keeps_the_largest_active_and_grows_the_best_inactive(case):
+    mask, weights, gradients, k, drop = case
+    new = decide(mask, weights, gradients, k, drop)
+    assert active_units(new) == k
+    survivors = min(active_units(mask), k)
+    keep = max(survivors - int(drop * survivors), k - active_units(~mask))
+    # What survives is a top-k among the active alone, what is new one among the inactive alone.
+    minus_inf = torch.tensor(-torch.inf)
+    assert torch.equal(new & mask, naive_top_k(torch.where(mask, weights, minus_inf), keep))
+    assert torch.equal(new & ~mask, naive_top_k(torch.where(mask, minus_inf, gradients), k - keep))
+
+
+@given(decisions())
+def test_decide_reads_only_the_scores_that_count(case):
+    mask, weights, gradients, k, drop = case
+    nan = torch.tensor(float("nan"))
+    with_nan = decide(mask, torch.where(mask, weights, nan), torch.where(mask, nan, gradients), k, drop)
+    assert torch.equal(with_nan, decide(mask, weights, gradients, k, drop))
+
+
+def test_decide_by_hand():
+    mask = torch.tensor([True, True, True, True, False, False])
+    weights = torch.tensor([4.0, 1.0, 3.0, 2.0, 9.0, 9.0])
+    growth = torch.tensor([9.0, 9.0, 9.0, 9.0, 1.0, 2.0])
+    assert decide(mask, weights, growth, 4, 0.25).tolist() == [True, False, True, True, False, True]
+    assert decide(mask, weights, growth, 2, 0.0).tolist() == [True, False, True, False, False, False]
+    assert decide(mask, weights, growth, 5, 0.0).tolist() == [True, True, True, True, False, True]
+    # Two are wanted new, and there are two; a third drop would leave a hole.
+    assert decide(mask, weights, growth, 4, 0.9).tolist() == [True, False, True, False, True, True]
+
+
+def test_decide_refuses_what_makes_no_sense():
+    mask, scores = torch.tensor([True, False]), torch.ones(2)
+    with pytest.raises(ValueError, match=re.escape("drop_fraction must lie in [0, 1], got 1.5")):
+        decide(mask, scores, scores, 1, 1.5)
+    with pytest.raises(ValueError, match="scores must not be NaN"):
+        decide(mask, scores * float("nan"), scores, 1, 0.0)
+
+
+def test_decide_refuses_more_units_than_there_are():
+    with pytest.raises(ValueError, match="k must lie in"):
+        decide(torch.tensor([True, False]), torch.ones(2), torch.ones(2), 3, 0.0)
+
+
+@given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=4), seed=st.integers(0, 10**6))
+def test_packing_round_trips_any_shape(shape, seed):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    packed = pack_bits(mask)
+    assert packed.dtype == torch.uint8
+    assert packed.numel() == (mask.numel() + 7) // 8
+    assert torch.equal(unpack_bits(packed, tuple(shape)), mask)
+
+
+def test_packing_is_lowest_bit_first():
+    bits = torch.tensor([[True, False, False, True, False], [False, False, False, True, True]])
+    assert pack_bits(bits).tolist() == [0b00001001, 0b11]
+
+
+def test_packing_does_not_care_about_strides():
+    mask = torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert torch.equal(unpack_bits(pack_bits(mask.t()), (7, 5)), mask.t())
+
+
+@pytest.mark.parametrize("packed", [torch.zeros(2, dtype=torch.uint8), torch.zeros(1, dtype=torch.int8)])
+def test_unpacking_refuses_other_bits(packed):
+    with pytest.raises(ValueError, match=r"packed mask must be uint8 with 1 bytes for shape \(2, 3\), got torch"):
+        unpack_bits(packed, (2, 3))
+
+
+LAYOUTS = {
+    "matrix": lambda: torch.randn(8, 12),
+    "transposed": lambda: torch.randn(12, 8).t(),
+    "slice": lambda: torch.randn(16, 24)[::2, ::2],
+    "conv": lambda: torch.randn(8, 4, 3, 2),
+    "channels_last": lambda: torch.randn(8, 4, 3, 2).contiguous(memory_format=torch.channels_last),
+    "conv1d": lambda: torch.randn(4, 8, 3),
+}
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_filling_selecting_and_pooling_on_any_strides(layout, block_size):
+    torch.manual_seed(0)
+    weight = LAYOUTS[layout]()
+    mask = torch.rand(mask_shape(weight.shape, block_size)) < 0.5
+    full = expand(mask, weight, block_size)
+
+    pooled = pool_norm(weight, block_size)
+    assert pooled.shape == mask.shape
+    square = (weight.double() ** 2).masked_fill(~full, 0.0).sum()
+    assert (pooled[mask].double() ** 2).sum().item() == pytest.approx(square.item())
+
+    other = torch.randn(weight.shape)
+    assert torch.equal(masked_select_units(mask, weight, other, block_size), torch.where(full, weight, other))
+
+    bad = weight.clone()
+    bad[~full] = torch.where(torch.rand(int((~full).sum())) < 0.5, float("inf"), float("nan"))
+    strides = bad.stride()
+    assert fill_inactive_(bad, ~mask, block_size) is bad
+    assert bad.stride() == strides
+    assert torch.equal(bad, torch.where(full, weight, torch.zeros(())))
+    fill_inactive_(bad, ~mask, block_size, 7.0)
+    assert torch.equal(bad, torch.where(full, weight, torch.tensor(7.0)))
+
+
+def test_filling_a_view_reaches_the_weight_itself():
+    stored = torch.randn(12, 8)
+    mask = torch.eye(2, 3, dtype=torch.bool)
+    fill_inactive_(stored.t(), ~mask, 4)
+    assert torch.equal(stored != 0, expand(mask, stored.t(), 4).t())
+
+
+def test_shapes_and_sizes_of_units():
+    assert mask_shape((8, 12, 3, 3), 1) == (8, 12, 3, 3)
+    assert mask_shape((8, 12, 3, 3), 4) == (2, 3)
+    assert unit_size((8, 12, 3, 3), 1) == 1
+    assert unit_size((8, 12, 3, 3), 4) == 4 * 4 * 9
+
+
+def test_bad_block_sizes_are_refused():
+    with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
+        mask_shape((8, 12), 0)
+    with pytest.raises(ValueError, match=r"block_size 8 does not divide a weight of shape \(8, 12\): 8 x 12 must both"):
+        mask_shape((8, 12), 8)
