@@ -87,7 +87,7 @@ class DGMConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.schedule, ScheduleConfig):
+        if isinstance(self.schedule, type) or not isinstance(self.schedule, ScheduleConfig):
             raise TypeError(f"schedule must have resolve() and to_dict(), such as EstDgm(), got {self.schedule!r}")
         if self.block_size != "auto" and (type(self.block_size) is not int or self.block_size not in (1, *BLOCK_SIZES)):
             raise ValueError(f"block_size must be 'auto', 1 or one of {BLOCK_SIZES}, got {self.block_size!r}")
@@ -106,6 +106,9 @@ class DGMConfig:
             selectors = getattr(self, name)
             if isinstance(selectors, str) or not isinstance(selectors, Sequence):
                 raise TypeError(f"{name} must be a sequence of selectors, got {selectors!r}")
+            for selector in selectors:
+                if not (isinstance(selector, str) or callable(selector)):
+                    raise TypeError(f"{name} takes globs over names and predicates, got {selector!r}")
         if type(self.seed) is not int:
             raise TypeError(f"seed must be an int, got {self.seed!r}")
         if self.backend not in ("auto", "dense"):
@@ -155,8 +158,8 @@ class DGMController:
         state: what `state_dict` returned; masks and counters go on from there, and no weight is touched.
 
     Raises:
-        ValueError: if there is nothing to mask, a forced block size or backend does not fit a layer, no optimizer holds
-            a masked weight, or `state` belongs to another model or schedule.
+        ValueError: if there is nothing to mask, a forced block size or backend does not fit a layer, or `state` belongs
+            to another model or schedule.
 
     """
 
@@ -177,7 +180,8 @@ class DGMController:
         self.churn = 0.0
         self.flops = {"analytic": 0.0, "executed": 0.0, "dense": 0.0}
         self._optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-        self._candidates = find_candidates(model, self.config.include, self.config.exclude)
+        held = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
+        self._candidates = find_candidates(model, self.config.include, self.config.exclude, held)
         self._layers = [self._new_layer(c) for c in self._candidates if c.masked]
         self._owned = self._find_owners()
         self._selector = BackendSelector(None if self.config.backend == "auto" else self.config.backend)
@@ -190,12 +194,16 @@ class DGMController:
         self._probes = {candidate.name: ForwardProbe(candidate) for candidate in self._candidates}
         self._handles: list[Any] = []
         self._probe_handles: list[Any] = []
-        if state is None:
-            self._start()
-        else:
-            self.load_state_dict(state)
-        self._hook_up()
-        self._observe_or_not()
+        try:
+            if state is None:
+                self._start()
+            else:
+                self.load_state_dict(state)
+            self._hook_up()
+            self._observe_or_not()
+        except BaseException:
+            self.close()
+            raise
 
     # ------------------------------------------------------------------ what a training loop calls
 
@@ -257,6 +265,8 @@ class DGMController:
         updated = due and not self._waiting
         if updated:
             self._update()
+        if self.steps == 1:
+            self._settle_backends()
         if updated or self.steps == 1:
             self._choose_backends()
         self._observe_or_not()
@@ -353,6 +363,7 @@ class DGMController:
             "updates": self.updates,
             "churn": self.churn,
             "waiting": self._waiting,
+            "stepped": self._stepped,
             "flops": dict(self.flops),
             "positions": dict(self._positions),
             "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in self._dtypes.items()},
@@ -370,7 +381,7 @@ class DGMController:
         self._check_state(state)
         for name in ("steps", "position", "updates", "churn"):
             setattr(self, name, state[name])
-        self._waiting = state["waiting"]
+        self._waiting, self._stepped = state["waiting"], state["stepped"]
         self.flops = dict(state["flops"])
         self._positions = dict(state["positions"])
         self._dtypes = {name: getattr(torch, dtype) for name, dtype in state["dtypes"].items()}
@@ -423,13 +434,6 @@ class DGMController:
         for optimizer in self._optimizers:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             owned[id(optimizer)] = [layer for layer in self._layers if id(layer.parameter) in held]
-        names = {layer.name for layers in owned.values() for layer in layers}
-        orphans = [layer.name for layer in self._layers if layer.name not in names]
-        if orphans:
-            raise ValueError(
-                f"no optimizer holds the weights of {orphans}: expected every masked weight in one of the "
-                f"{len(self._optimizers)} optimizer(s); exclude these layers"
-            )
         return owned
 
     def _check_forced_backend(self) -> None:
@@ -472,6 +476,8 @@ class DGMController:
         """Take over what the first step's forwards showed."""
         self._remove(self._probe_handles)
         for name, probe in self._probes.items():
+            if probe.dtype is None:  # MultiheadAttention computes its out_proj without a call of it
+                probe = self._probes.get(name.rpartition(".")[0], probe)
             if probe.dtype is not None:
                 self._positions[name], self._dtypes[name] = probe.positions, probe.dtype
 
@@ -584,16 +590,25 @@ class DGMController:
         refused = backend.unsupported(layer.weight.device, layer.weight.dtype, topology)
         return "dense" if refused else backend.name
 
-    def _choose_backends(self) -> None:
-        """Settle what computes each layer at its density now, and at the first step also at the final one."""
-        final = self._budget(self._final_density())
-        for layer, final_units in zip(self._layers, final, strict=True):
+    def _settle_backends(self) -> None:
+        """Choose what computes each layer at every density of the schedule; at the first step, for the whole run.
+
+        All at once, so that a resumed run makes no choice of its own. The final density comes first: it is what the
+        user is told about, and what it shows often answers the others.
+        """
+        final, *others = (self._budget(d) for d in (self._final_density(), *self.schedule.densities))
+        for index, layer in enumerate(self._layers):
             if not layer.candidate.has_operator:
                 layer.final_backend = "dense"
                 continue
-            self._use_backend(layer, self._choose(layer, layer.density)[0])
-            if layer.final_backend == "?":
-                layer.final_backend, layer.why = self._choose(layer, final_units / layer.units)
+            layer.final_backend, layer.why = self._choose(layer, final[index] / layer.units)
+            for units in others:
+                self._choose(layer, units[index] / layer.units)
+
+    def _choose_backends(self) -> None:
+        for layer in self._layers:
+            if layer.candidate.has_operator:
+                self._use_backend(layer, self._choose(layer, layer.density)[0])
 
     def _choose(self, layer: MaskedLayer, density: float) -> tuple[str, str]:
         choice = self._selector.choose(
@@ -620,9 +635,7 @@ class DGMController:
         by_name = {layer.name: layer for layer in self._layers}
         for candidate in self._candidates:
             weight = getattr(candidate.module, candidate.kind.weight_name)
-            # What is computed without a call of the module has its parent's positions: MultiheadAttention's out_proj.
-            parent = candidate.name.rpartition(".")[0]
-            positions = self._positions.get(candidate.name) or self._positions.get(parent, 1)
+            positions = self._positions.get(candidate.name, 1)
             product = 2.0 * weight.numel() * positions
             analytic = executed = 3.0
             layer = by_name.get(candidate.name)

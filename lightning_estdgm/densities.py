@@ -73,7 +73,7 @@ def allocate(
         density: density of the whole, in (0, 1].
 
     Returns:
-        Active units of each layer. Their weights miss the budget by less than the largest unit, and by nothing where
+        Active units of each layer. Their weights miss the budget by at most half the largest unit, and by nothing where
         all units are single weights (unless one unit a layer is already more than the budget).
 
     Raises:
@@ -89,14 +89,16 @@ def allocate(
     budget = round(density * sum(n * size for n, size in zip(counts, unit_sizes, strict=True)))
     left = budget - sum(k * size for k, size in zip(units, unit_sizes, strict=True))
     order = sorted(range(len(counts)), key=lambda i: (units[i] - ideal[i], i))
-    # Floors leave less than one unit a layer, so one round spends what is left ...
+    # Floors leave less than one unit a layer, so one round spends what is left, to the nearest unit ...
     for i in order:
-        if unit_sizes[i] <= left and units[i] < counts[i]:
+        if left > 0 and unit_sizes[i] <= 2 * left and units[i] < counts[i]:
             units[i] += 1
             left -= unit_sizes[i]
     # ... and where "at least one unit" overspent, the layers with most to spare give back.
     while left < 0 and max(units) > 1:
         i = max(range(len(units)), key=lambda i: (units[i] * unit_sizes[i] if units[i] > 1 else 0, -i))
+        if unit_sizes[i] > -2 * left:
+            break
         units[i] -= 1
         left += unit_sizes[i]
     return units

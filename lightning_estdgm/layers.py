@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -161,18 +161,23 @@ def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
 
 
 def find_candidates(
-    model: nn.Module, include: Sequence[Selector] = (), exclude: Sequence[Selector] = ()
+    model: nn.Module,
+    include: Sequence[Selector] = (),
+    exclude: Sequence[Selector] = (),
+    held: Container[int] | None = None,
 ) -> tuple[Candidate, ...]:
     """List the linear and convolution layers of `model` and decide for each whether its weight is masked.
 
     All are masked but the output head (the last such layer, and layers named like one), weights that take no gradient,
-    and weights shared with another module, such as an embedding. `include` overrides the head rule, `exclude` the rest.
+    weights that no optimizer holds, and
+    weights shared with another module, such as an embedding. `include` overrides the head rule, `exclude` the rest.
     Norms, biases and embeddings are never listed.
 
     Args:
         model: any module.
         include: selectors of layers to mask although they look like the output head.
         exclude: selectors of layers to leave dense.
+        held: ids of the parameters that an optimizer holds; others are left dense. ``None``: all are held.
 
     Raises:
         ValueError: if a selector matches no layer, or no layer at all is left to mask; if a weight is not materialised
@@ -203,6 +208,8 @@ def find_candidates(
             return False, "excluded"
         if not weight.requires_grad:
             return False, "its weight takes no gradient"
+        if held is not None and id(weight) not in held:
+            return False, "no optimizer holds its weight"
         if len(owners[id(weight)]) > 1:
             return False, "its weight is shared with another module"
         if any(_matches(selector, name, module) for selector in include):

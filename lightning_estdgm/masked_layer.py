@@ -188,8 +188,10 @@ class MaskedLayer:
         else:
             mean_gradient_norm = pool_norm(window.gradient, self.block_size) / window.samples
             growth = scores.growth(mean_gradient_norm, window.norm / window.samples, gamma)
-        old = self.mask
-        self.set_mask(decide(old, scores.magnitude(self.weight, self.block_size), growth, k, drop_fraction))
+        old, weight_scores = self.mask, scores.magnitude(self.weight, self.block_size)
+        if weight_scores.isnan().any():
+            raise ValueError(f"the run has diverged: layer {self.name!r} holds NaN weights at a mask update")
+        self.set_mask(decide(old, weight_scores, growth, k, drop_fraction))
         return old ^ self.mask, active_units(self.mask & ~old)
 
     def clear_optimizer_state_(self, optimizer: Optimizer, units: Tensor) -> None:

@@ -88,6 +88,10 @@ class Schedule(Protocol):
     def segments(self) -> tuple[Segment, ...]:
         """The phases in order, without gaps, from step 0 to `total_steps`."""
 
+    @property
+    def densities(self) -> tuple[float, ...]:
+        """The densities that masks take in the course of the run, in order."""
+
     def __call__(self, step: int) -> Plan:
         """Return what holds during optimizer step `step` (from 0; beyond the end, the last step's plan holds)."""
 
@@ -275,6 +279,10 @@ class _SteppedSchedule:
     segments: tuple[Segment, ...]
     changes: tuple[tuple[int, float], ...]
     observe_steps: int
+
+    @property
+    def densities(self) -> tuple[float, ...]:
+        return tuple(density for _, density in self.changes)
 
     def __call__(self, step: int) -> Plan:
         if step < 0:

@@ -960,12 +960,13 @@ def test_a_selector_that_matches_nothing_is_refused(mlp):
     refuse(mlp(8, 8, 4), re.escape("exclude='body.*' matches none of"), DGMConfig(SCHEDULE, exclude=["body.*"]))
 
 
-def test_a_masked_weight_in_no_optimizer_is_refused(mlp):
+def test_a_weight_in_no_optimizer_stays_dense(mlp):
     model = mlp(32, 64, 64, 4)
-    optimizer = sgd(model[2])
-    refuse(
-        model, re.escape("no optimizer holds the weights of ['0']: expected every masked weight"), WEIGHTS, optimizer
-    )
+    with DGMController(model, sgd(model[2]), WEIGHTS, total_steps=STEPS) as dgm:
+        first = dgm.decisions()[0]
+        assert (first.masked, first.why) == (False, "no optimizer holds its weight")
+        assert list(dgm.masks()) == ["2"]
+    refuse(model, "the model has no layer to mask", WEIGHTS, sgd(model[4]))
 
 
 def test_a_run_too_short_or_not_covered_is_refused(mlp):

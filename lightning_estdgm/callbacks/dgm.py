@@ -7,18 +7,16 @@ import math
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_estdgm.callbacks.clock import RunClock
 from lightning_estdgm.controller import DGMConfig, DGMController, LayerDecision
 from lightning_estdgm.schedules import Schedule
 
 __all__ = ["DGMCallback", "decision_table"]
-
-_TIME_TICKS = 10_000  # a run limited by time alone is scheduled in this many parts of max_time
 
 
 class DGMCallback(pl.Callback):
@@ -58,7 +56,8 @@ class DGMCallback(pl.Callback):
         self.total_steps = total_steps
         self.controller: DGMController | None = None
         self._restored: dict[str, Any] | None = None
-        self._timer: Timer | None = None
+        self._resumed = False
+        self._clock: RunClock | None = None
         self._progress_bar: Any = None
         self._printed = False
 
@@ -101,16 +100,18 @@ class DGMCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a second callback of this kind."""
-        count = sum(isinstance(callback, DGMCallback) for callback in _callbacks(trainer))
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        count = sum(isinstance(callback, DGMCallback) for callback in callbacks)
         if count > 1:
             raise ValueError(f"expected one DGMCallback in the Trainer, got {count}: two would mask against each other")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bind the model and its optimizers."""
         state, self._restored = self._restored, None
-        total_steps, self._timer = self._run_length(trainer, pl_module)
+        self._resumed = state is not None
+        self._clock = RunClock(trainer, pl_module, self.total_steps, self._resumed)
         self.controller = DGMController(
-            pl_module, trainer.optimizers, self.config, total_steps=total_steps, state=state
+            pl_module, trainer.optimizers, self.config, total_steps=self._clock.total_steps, state=state
         )
         self._printed = False
         self._show_in_progress_bar(trainer)
@@ -119,8 +120,11 @@ class DGMCallback(pl.Callback):
         """Take up state that a strategy restores this late; refuse to start anew in the middle of a run."""
         state, self._restored = self._restored, None
         if state is not None:
+            self._resumed = True
             self._bound().load_state_dict(state)
-        if trainer.ckpt_path is not None and trainer.global_step > 0 and self._bound().steps == 0:
+        if self._resumed:
+            self._advance()  # a checkpoint taken before our on_train_batch_end holds a step that is not counted yet
+        elif trainer.ckpt_path is not None and trainer.global_step > 0:
             raise ValueError(
                 f"checkpoint {trainer.ckpt_path!r} is at step {trainer.global_step} but holds no state of DGMCallback; "
                 "expected one saved with it. To start from its weights, load them into the model and fit without "
@@ -128,19 +132,20 @@ class DGMCallback(pl.Callback):
             )
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Mask gradients; in an observation window of automatic optimization they are left whole until the step."""
+        """Mask gradients; not in an observation window, where they are left whole until the step."""
         controller = self._bound()
-        if not pl_module.automatic_optimization:
-            controller.mask_gradients(grad_scale=_grad_scale(trainer))
-        elif not controller.observing:
+        if not controller.observing:
             controller.mask_gradients()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """In an observation window: record the whole gradients, then mask them, before clipping."""
+        """In an observation window: record the whole gradients, then mask them, before Lightning clips.
+
+        In manual optimization outside one, too: a plain ``loss.backward()`` calls no `on_after_backward`.
+        """
         controller = self._bound()
-        if pl_module.automatic_optimization and controller.observing:
+        if controller.observing or not pl_module.automatic_optimization:
             fused = getattr(optimizer, "_step_supports_amp_scaling", False)
             controller.mask_gradients(optimizer, grad_scale=_grad_scale(trainer) if fused else 1.0)
 
@@ -150,7 +155,7 @@ class DGMCallback(pl.Callback):
         """Advance the schedule, update masks when due, print once, log."""
         controller = self._bound()
         before = controller.steps
-        updated = controller.advance(self._position(before + 1))
+        updated = self._advance()
         if controller.steps == before:
             return
         if not self._printed:
@@ -160,6 +165,11 @@ class DGMCallback(pl.Callback):
             self._log(trainer, self._metrics() | self._update_metrics())
         elif controller.steps % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
             self._log(trainer, self._metrics())
+
+    def _advance(self) -> bool:
+        controller, clock = self._bound(), self._clock
+        assert clock is not None
+        return controller.advance(max(controller.position, clock.position(controller.steps + 1)))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave no hook behind; masks and counters stay readable."""
@@ -176,6 +186,7 @@ class DGMCallback(pl.Callback):
     def _release(self) -> None:
         if self.controller is not None:
             self.controller.close()
+        self._clock = None
         if self._progress_bar is not None:
             vars(self._progress_bar).pop("get_metrics", None)
             self._progress_bar = None
@@ -194,32 +205,6 @@ class DGMCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the model is bound: strategies restore before or after `on_fit_start`."""
         self._restored = state_dict or None
-
-    # ------------------------------------------------------------------ the run's length
-
-    def _run_length(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[int, Timer | None]:
-        """Return the schedule's length, and the timer that drives it where time limits the run."""
-        timer = next((c for c in _callbacks(trainer) if isinstance(c, Timer) and c.time_remaining() is not None), None)
-        steps = self.total_steps or _trainer_steps(trainer, pl_module)
-        if steps is not None:
-            return steps, timer
-        if timer is not None:
-            return _TIME_TICKS, timer
-        raise ValueError(
-            "the length of the run cannot be told: the loader has no length (or max_epochs=-1), and neither max_steps "
-            "nor max_time is set. Pass DGMCallback(total_steps=...) or Trainer(max_steps=...)"
-        )
-
-    def _position(self, steps: int) -> int:
-        """Return where in the schedule the run is after `steps` steps: by steps or by time, whichever is further."""
-        controller = self._bound()
-        if self._timer is None:
-            return steps
-        elapsed, remaining = self._timer.time_elapsed(), self._timer.time_remaining()
-        assert remaining is not None
-        by_time = int(elapsed / (elapsed + remaining) * controller.schedule.total_steps)
-        by_steps = 0 if controller.schedule.total_steps == _TIME_TICKS else steps
-        return max(controller.position, by_time, by_steps)
 
     # ------------------------------------------------------------------ telling
 
@@ -287,37 +272,6 @@ def decision_table(decisions: tuple[LayerDecision, ...]) -> Table:
         backend = d.backend if d.backend == d.final_backend else f"{d.backend} → {d.final_backend}"
         table.add_row(d.name, " x ".join(map(str, d.shape)), unit, density, backend, d.why)
     return table
-
-
-def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined]
-
-
-def _trainer_steps(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int | None:
-    """Return the optimizer steps (in manual optimization: batches) that the Trainer will do; ``None`` if unknown.
-
-    Unlike `Trainer.estimated_stepping_batches` it follows a `GradientAccumulationScheduler` and counts a batch of
-    several manual optimizers once.
-    """
-    limits = []
-    if trainer.max_steps != -1:
-        together = 1 if pl_module.automatic_optimization else max(1, len(trainer.optimizers))
-        limits.append(trainer.max_steps // together)
-    if trainer.max_epochs not in (None, -1):
-        if trainer.train_dataloader is None:
-            trainer.fit_loop.setup_data()
-        batches = trainer.num_training_batches
-        if math.isfinite(batches):
-            limits.append(sum(math.ceil(batches / k) for k in _accumulation(trainer, trainer.max_epochs)))
-    return int(min(limits)) if limits and min(limits) > 0 else None
-
-
-def _accumulation(trainer: pl.Trainer, epochs: int) -> list[int]:
-    """Return the batches accumulated for a step, epoch by epoch."""
-    for callback in _callbacks(trainer):
-        if isinstance(callback, GradientAccumulationScheduler):
-            return [callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
-    return [trainer.accumulate_grad_batches] * epochs
 
 
 def _grad_scale(trainer: pl.Trainer) -> float:

@@ -1,0 +1,100 @@
+"""How long a Trainer's run is, in the steps of the schedule, and how far it has come."""
+
+from __future__ import annotations
+
+import math
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
+
+__all__ = ["RunClock"]
+
+_TIME_TICKS = 10_000  # a run limited by time alone is scheduled in this many parts of max_time
+_NOMINAL_STEPS = 100  # for fast_dev_run, or a fit with nothing left to do: enough for any schedule given in shares
+
+
+class RunClock:
+    """The length of one fit, and the schedule's position in it.
+
+    The position is the number of optimizer steps done, with two exceptions. Under ``max_time`` it is the share of the
+    time that has passed, where that is further. In manual optimization limited by epochs it is the number of batches,
+    since only the user's code knows which of them step.
+
+    Args:
+        trainer: at the start of a fit, with its optimizers made.
+        pl_module: its model.
+        total_steps: the length, where the user gave it.
+        resumed: whether the fit goes on with a checkpoint's state; otherwise what the Trainer has done in earlier fits
+            does not count.
+
+    Raises:
+        ValueError: if the length cannot be told.
+
+    """
+
+    def __init__(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, total_steps: int | None, resumed: bool
+    ) -> None:
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._fit_loop = trainer.fit_loop
+        self._timer = next((c for c in callbacks if isinstance(c, Timer) and c.time_remaining() is not None), None)
+        by_steps = by_epochs = None
+        if total_steps is None:
+            by_steps = _left_by_steps(trainer, pl_module, resumed)
+            by_epochs = _left_by_epochs(trainer, callbacks, resumed)
+        known = [n for n in (total_steps, by_steps, by_epochs) if n is not None]
+        if not known and self._timer is None:
+            raise ValueError(
+                "the length of the run cannot be told: the loader has no length (or max_epochs=-1), and neither "
+                "max_steps nor max_time is set. Pass DGMCallback(total_steps=...) or Trainer(max_steps=...)"
+            )
+        self._only_time = not known
+        self.total_steps = min(known, default=_TIME_TICKS)
+        is_dev_run = bool(trainer.fast_dev_run) and total_steps is None  # type: ignore[attr-defined]
+        if is_dev_run or self.total_steps < 1:
+            self.total_steps = max(self.total_steps, _NOMINAL_STEPS)
+        self._by_batches = not pl_module.automatic_optimization and by_epochs is not None and by_steps is None
+        self._first_batch = 0 if resumed else self._batches_done()
+
+    def position(self, steps: int) -> int:
+        """Return where in the schedule the run is after `steps` optimizer steps."""
+        position = 0 if self._only_time else self._batches_done() - self._first_batch if self._by_batches else steps
+        if self._timer is None:
+            return position
+        elapsed, remaining = self._timer.time_elapsed(), self._timer.time_remaining()
+        assert remaining is not None
+        return max(position, int(elapsed / (elapsed + remaining) * self.total_steps))
+
+    def _batches_done(self) -> int:
+        return self._fit_loop.total_batch_idx + 1
+
+
+def _left_by_steps(trainer: pl.Trainer, pl_module: pl.LightningModule, resumed: bool) -> int | None:
+    """Return the steps to ``max_steps``; a batch in which several manual optimizers step counts once."""
+    if trainer.max_steps == -1:
+        return None
+    together = 1 if pl_module.automatic_optimization else max(1, len(trainer.optimizers))
+    return (trainer.max_steps - (0 if resumed else trainer.global_step)) // together
+
+
+def _left_by_epochs(trainer: pl.Trainer, callbacks: list[pl.Callback], resumed: bool) -> int | None:
+    """Return the optimizer steps (of manual optimization: batches) to ``max_epochs``.
+
+    Unlike `Trainer.estimated_stepping_batches` it follows a `GradientAccumulationScheduler`.
+    """
+    if trainer.max_epochs in (None, -1):
+        return None
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
+    batches = trainer.num_training_batches
+    if trainer.ckpt_path is not None:
+        # The loops are restored after this, and a loader made before that would never see its saved position.
+        trainer.fit_loop._combined_loader = None
+    if not math.isfinite(batches):
+        return None
+    scheduler = next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+    steps = 0
+    for epoch in range(0 if resumed else trainer.current_epoch, trainer.max_epochs):
+        together = scheduler.get_accumulate_grad_batches(epoch) if scheduler else trainer.accumulate_grad_batches
+        steps += math.ceil(batches / together)
+    return steps
