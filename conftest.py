@@ -1,9 +1,27 @@
-"""Runs the Python examples of README.md and docs/ as tests."""
+"""Runs the Python examples of README.md and docs/ as tests, each file in a folder of its own."""
+
+import os
+import tempfile
+from typing import Any
 
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
+
+def _enter_folder(namespace: dict[str, Any]) -> None:
+    namespace["_folders"] = tempfile.TemporaryDirectory(), os.getcwd()
+    os.chdir(namespace["_folders"][0].name)
+
+
+def _leave_folder(namespace: dict[str, Any]) -> None:
+    folder, before = namespace["_folders"]
+    os.chdir(before)
+    folder.cleanup()
+
+
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()],
     patterns=["README.md", "docs/*.md"],
+    setup=_enter_folder,
+    teardown=_leave_folder,
 ).pytest()
