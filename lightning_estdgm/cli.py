@@ -81,7 +81,7 @@ def demo(
     sweep: Annotated[bool, typer.Option("--sweep", help="Train both at several learning rates instead.")] = False,
     lr: Annotated[
         list[float] | None,
-        typer.Option(help="With --sweep: a rate, at least three times (default: 0.001, 0.002, 0.004)."),
+        typer.Option(help="With --sweep: a rate, at least three times (default: 0.0003, 0.0006, 0.001, 0.002)."),
     ] = None,
 ) -> None:
     """Train a small GPT dense and by EST-DGM on the same batches, and show what each cost."""
@@ -99,7 +99,7 @@ def demo(
         raise typer.BadParameter(
             "expected together with --sweep; the demo takes --lr-dense and --lr-dgm", param_hint="--lr"
         )
-    rates = lr or [1e-3, 2e-3, 4e-3]
+    rates = lr or [3e-4, 6e-4, 1e-3, 2e-3]
     if len(set(rates)) < 3:
         raise typer.BadParameter(f"got {rates}, expected at least three different learning rates", param_hint="--lr")
     if json is not None and json.is_dir():

@@ -132,7 +132,7 @@ class EstDgm:
         warmup: dense steps before the first cycle: a share of the run (float) or a number of steps (int).
         update_every: optimizer steps between mask updates; ``None`` takes 200, or a 25th of a shorter run.
         observe_steps: steps before each update in which gradients of inactive units are observed; ``None`` takes 8, or
-            a fifth of `update_every` where that is less.
+            a tenth of `update_every` where that is less.
         freeze: share of the last refinement during which the mask no longer changes.
 
     Raises:
@@ -193,7 +193,7 @@ class EstDgm:
         warmup = round(self.warmup * total_steps) if isinstance(self.warmup, float) else self.warmup
         segments = self._segments(warmup, total_steps)
         update_every = self.update_every or max(1, min(200, total_steps // 25))
-        observe = self.observe_steps or max(1, min(8, update_every // 5))
+        observe = self.observe_steps or max(1, min(8, update_every // 10))
         changes: list[tuple[int, float]] = [(0, 1.0)] if warmup else []
         for segment in segments:
             if segment.phase != WARMUP:
@@ -258,7 +258,8 @@ class EstDgm:
         changes = []
         for i in range(count):
             share = i / (count - 1) if count > 1 else float(is_last)
-            changes.append((segment.first + round(i * moving / gaps), start * (1.0 - share) + end * share))
+            density = end if share == 1.0 else start + (end - start) * share
+            changes.append((segment.first + round(i * moving / gaps), density))
         return changes
 
     def _range(self, segment: Segment) -> tuple[float, float]:

@@ -16,8 +16,6 @@ from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
 STEPS = 50
 PHASES = [(0.7, 0.6, 12), (0.3, 0.2, 18), (0.15, 0.1, 20)]
 SCHEDULE = EstDgm(*(Phase(*phase) for phase in PHASES), update_every=5, observe_steps=3)
-# Lightning's own: its advice on data loaders, and its use of a deprecated torch class.
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec:FutureWarning")
 
 
 class Conv(nn.Module):

@@ -12,12 +12,6 @@ from lightning import Trainer
 from lightning_estdgm.recipes import ByteGPT, StdlibText
 from lightning_estdgm.recipes.gpt import source_files, split_files, warmup_cosine
 
-# Both come from Lightning on small machines, and are no business of the recipes.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-]
-
 
 def small_text(tmp_path, size=20_000):
     path = tmp_path / "text.txt"

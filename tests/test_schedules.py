@@ -80,13 +80,12 @@ def test_density_never_rises_inside_a_phase_and_stays_in_its_range(run):
         else:
             phase = getattr(config, segment.phase)
             lowest = min(phase.end, config.consolidation.start) if segment.phase == "exploration" else phase.end
-            assert lowest * (1 - 1e-12) <= held[-1] <= held[0] <= phase.start
+            assert lowest <= held[-1] <= held[0] <= phase.start
 
 
 @given(runs())
 def test_the_run_ends_at_the_final_density_exactly(run):
     config, schedule = run
-    # One rounding: annealing may miss the last bit of `end`, and a mask of n weights cannot tell.
     assert schedule(schedule.total_steps - 1).density == config.refinement.end
     assert schedule(10 * schedule.total_steps) == schedule(schedule.total_steps - 1)
 
@@ -210,7 +209,7 @@ def test_short_runs_update_and_observe_less():
     schedule = EstDgm().resolve(500)
     updates = [step for step, plan in enumerate(plans(schedule)) if plan.update]
     assert all(15 <= b - a <= 25 for a, b in itertools.pairwise(updates))
-    assert sum(plan.observe for plan in plans(schedule)) == 4 * len(updates)
+    assert sum(plan.observe for plan in plans(schedule)) == 2 * len(updates)
 
 
 def test_warmup_is_dense_and_comes_first():

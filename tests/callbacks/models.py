@@ -26,12 +26,8 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
 }
 
 
-# Lightning calls what newer torch deprecates, and gives advice that these tests need not take.
-IGNORED = (
-    "ignore:.*LeafSpec:FutureWarning",
-    "ignore:You defined a `validation_step` but have no `val_dataloader`",
-    "ignore:The '.*_dataloader' does not have many workers",
-)
+# Advice of Lightning that these tests need not take.
+NO_VALIDATION_LOADER = "ignore:You defined a `validation_step` but have no `val_dataloader`"
 
 
 class Batches(list[Any]):

@@ -11,8 +11,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from models import (
-    IGNORED,
     MLP,
+    NO_VALIDATION_LOADER,
     ConvNet,
     ResumableLoader,
     TinyMLP,
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
 
-pytestmark = [pytest.mark.filterwarnings(message) for message in IGNORED]
+pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
 
 SCHEDULE = EstDgm(
     exploration=Phase(0.7, 0.6, 5),

@@ -23,8 +23,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
 from models import (
     GAN,
-    IGNORED,
     MLP,
+    NO_VALIDATION_LOADER,
     Batches,
     TinyMLP,
     assert_final,
@@ -38,7 +38,7 @@ from torch.nn import functional as F
 
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
 
-pytestmark = [pytest.mark.filterwarnings(message) for message in IGNORED]
+pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
 
 # 20 steps: masks change before steps 5, 10 and 15, and steps 3, 4, 8, 9, 13 and 14 are observed.
 SCHEDULE = EstDgm(

@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
 from lightning.pytorch.plugins import MixedPrecision
 from models import (
     GAN,
-    IGNORED,
     MLP,
+    NO_VALIDATION_LOADER,
     Batches,
     TinyMLP,
     assert_final,
@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from lightning_estdgm import DGMCallback, DGMConfig
 
-pytestmark = [pytest.mark.filterwarnings(message) for message in IGNORED]
+pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
 
 EPOCHS, BATCHES = 4, 12
 

@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from models import (
     GAN,
-    IGNORED,
     MLP,
+    NO_VALIDATION_LOADER,
     ResumableLoader,
     TinyMLP,
     assert_final,
@@ -27,7 +27,7 @@ from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
 from lightning_estdgm.masks import unpack_bits
 
 pytestmark = [
-    *(pytest.mark.filterwarnings(message) for message in IGNORED),
+    pytest.mark.filterwarnings(NO_VALIDATION_LOADER),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization"),
 ]

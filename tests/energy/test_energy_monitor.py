@@ -25,11 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_estdgm.callbacks.energy import EnergyMonitor, _batch_size
 from lightning_estdgm.energy import SourceUnavailable, Status
 
-pytestmark = [  # what Lightning itself says about small runs, and about its own use of torch
-    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*")  # as they mean to
 WATTS = 100.0
 
 
