@@ -40,7 +40,7 @@ def _root(
 
 @app.command()
 def demo(
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps of each run (default: 500).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of each run (default: 400).")] = None,
     seeds: Annotated[
         int | None, typer.Option(help="Pairs of runs (dense and EST-DGM), one seed each (default: 1).")
     ] = None,
@@ -81,7 +81,7 @@ def demo(
     sweep: Annotated[bool, typer.Option("--sweep", help="Train both at several learning rates instead.")] = False,
     lr: Annotated[
         list[float] | None,
-        typer.Option(help="With --sweep: a rate, at least three times (default: 0.0003, 0.0006, 0.001, 0.002)."),
+        typer.Option(help="With --sweep: a rate, at least three times (default: 0.0005, 0.001, 0.002)."),
     ] = None,
 ) -> None:
     """Train a small GPT dense and by EST-DGM on the same batches, and show what each cost."""
@@ -99,7 +99,7 @@ def demo(
         raise typer.BadParameter(
             "expected together with --sweep; the demo takes --lr-dense and --lr-dgm", param_hint="--lr"
         )
-    rates = lr or [3e-4, 6e-4, 1e-3, 2e-3]
+    rates = lr or [5e-4, 1e-3, 2e-3]
     if len(set(rates)) < 3:
         raise typer.BadParameter(f"got {rates}, expected at least three different learning rates", param_hint="--lr")
     if json is not None and json.is_dir():

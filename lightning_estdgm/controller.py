@@ -324,7 +324,8 @@ class DGMController:
 
     def decisions(self) -> tuple[LayerDecision, ...]:
         """Return what was decided for every linear and convolution layer of the model."""
-        final = dict(zip((x.name for x in self._layers), self._budget(self._final_density()), strict=True))
+        names = (layer.name for layer in self._layers)
+        final = dict(zip(names, self._budget_densities(self._final_density()), strict=True))
         by_name = {layer.name: layer for layer in self._layers}
         decisions = []
         for candidate in self._candidates:
@@ -343,7 +344,7 @@ class DGMController:
                     block_size=layer.block_size,
                     density=layer.density,
                     backend=layer.backend,
-                    final_density=final[layer.name] / layer.units,
+                    final_density=final[layer.name],
                     final_backend=layer.final_backend,
                     why="; ".join(filter(None, (candidate.why, layer.note, layer.why))),
                 )
@@ -416,17 +417,19 @@ class DGMController:
     # ------------------------------------------------------------------ set-up
 
     def _new_layer(self, candidate: Candidate) -> MaskedLayer:
-        shape = candidate.oriented(candidate.weight).shape
+        shape = candidate.part_shape
         if self.config.block_size == "auto":
             block_size, note = auto_block_size(candidate)
         else:
             block_size, note = self.config.block_size, ""
             if block_size > 1 and (shape[0] % block_size or shape[1] % block_size):
                 raise ValueError(
-                    f"block_size={block_size} does not fit layer {candidate.name!r} with weight {tuple(shape)}: "
+                    f"block_size={block_size} does not fit layer {candidate.name!r} with weight {shape}: "
                     f"block sizes that do are {(1, *fitting_block_sizes(shape))}; exclude the layer, "
                     'or use block_size="auto"'
                 )
+        if candidate.parts > 1:
+            note = "; ".join(filter(None, (f"{candidate.parts} fused matrices, each with its own budget", note)))
         return MaskedLayer(candidate, block_size, note)
 
     def _find_owners(self) -> dict[int, list[MaskedLayer]]:
@@ -454,8 +457,9 @@ class DGMController:
         density = self.schedule(0).density
         generator = torch.Generator().manual_seed(self.config.seed)
         with torch.no_grad():
-            for layer, k in zip(self._layers, self._budget(density), strict=True):
-                layer.set_mask(random_mask(tuple(layer.mask.shape), k, generator))
+            for layer, budget in zip(self._layers, self._budget(density), strict=True):
+                shape = (layer.mask.shape[0] // layer.candidate.parts, *layer.mask.shape[1:])
+                layer.set_mask(torch.cat([random_mask(shape, k, generator) for k in budget]))
                 if self.config.inactive == "zero":
                     layer.fill_inactive_(layer.weight)
                     if self.config.scale_init and not layer.is_dense:
@@ -533,8 +537,8 @@ class DGMController:
         progress = self.schedule.drop_progress(self.position)
         drop_fraction = self.config.drop_fraction * 0.5 * (1.0 + math.cos(math.pi * progress))
         grown = 0
-        for layer, k in zip(self._layers, self._budget(self.schedule(self.position).density), strict=True):
-            changed, grown_units = layer.redecide(k, drop_fraction, self.config.gamma)
+        for layer, budget in zip(self._layers, self._budget(self.schedule(self.position).density), strict=True):
+            changed, grown_units = layer.redecide(budget, drop_fraction, self.config.gamma)
             grown += grown_units * layer.unit_size
             if self.config.inactive == "zero":
                 layer.fill_inactive_(layer.weight)
@@ -545,26 +549,31 @@ class DGMController:
         self.updates += 1
         self.churn = grown / sum(layer.active * layer.unit_size for layer in self._layers)
 
-    def _budget(self, density: float) -> list[int]:
-        """Return each layer's active units for a density of the whole."""
+    def _budget(self, density: float) -> list[list[int]]:
+        """Return the active units of each part of each layer for a density of the whole."""
         distribution = self.config.distribution
         function = distribution if callable(distribution) else densities.DISTRIBUTIONS[distribution]
-        shapes = [tuple(layer.weight.shape) for layer in self._layers]
+        owners = [layer for layer in self._layers for _ in range(layer.candidate.parts)]
+        shapes = [layer.candidate.part_shape for layer in owners]
         shares = list(function(shapes, density))
-        weights = [layer.units * layer.unit_size for layer in self._layers]
         if len(shares) != len(shapes) or not all(0.0 < share <= 1.0 + 1e-9 for share in shares):
             raise ValueError(
                 f"distribution must return {len(shapes)} densities in (0, 1], one for each layer, got {shares} "
                 f"from {distribution!r}"
             )
+        weights = [math.prod(shape) for shape in shapes]
         mean = sum(share * n for share, n in zip(shares, weights, strict=True)) / sum(weights)
         if not math.isclose(mean, density, rel_tol=0.01):
             raise ValueError(
                 f"distribution must keep to the density {density:g} of the whole, got {mean:g} from {distribution!r}"
             )
-        return densities.allocate(
-            [layer.units for layer in self._layers], [layer.unit_size for layer in self._layers], shares, density
-        )
+        counts = [layer.units // layer.candidate.parts for layer in owners]
+        units = iter(densities.allocate(counts, [layer.unit_size for layer in owners], shares, density))
+        return [[next(units) for _ in range(layer.candidate.parts)] for layer in self._layers]
+
+    def _budget_densities(self, density: float) -> list[float]:
+        """Return each layer's density for a density of the whole."""
+        return [sum(k) / layer.units for layer, k in zip(self._layers, self._budget(density), strict=True)]
 
     def _final_density(self) -> float:
         return self.schedule(self.schedule.total_steps - 1).density
@@ -596,14 +605,14 @@ class DGMController:
         All at once, so that a resumed run makes no choice of its own. The final density comes first: it is what the
         user is told about, and what it shows often answers the others.
         """
-        final, *others = (self._budget(d) for d in (self._final_density(), *self.schedule.densities))
+        final, *others = (self._budget_densities(d) for d in (self._final_density(), *self.schedule.densities))
         for index, layer in enumerate(self._layers):
             if not layer.candidate.has_operator:
                 layer.final_backend = "dense"
                 continue
-            layer.final_backend, layer.why = self._choose(layer, final[index] / layer.units)
-            for units in others:
-                self._choose(layer, units[index] / layer.units)
+            layer.final_backend, layer.why = self._choose(layer, final[index])
+            for densities_then in others:
+                self._choose(layer, densities_then[index])
 
     def _choose_backends(self) -> None:
         for layer in self._layers:

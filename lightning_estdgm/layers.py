@@ -34,6 +34,7 @@ Selector = str | Callable[[str, nn.Module], bool]
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _MIN_BLOCKS_A_SIDE = 8
+_FUSED_NAMES = ("qkv", "kv", "c_attn", "in_proj", "to_qkv", "to_kv", "Wqkv", "qkv_proj", "query_key_value")
 _HEAD_NAMES = ("head", "lm_head", "classifier", "output_head", "output_layer")
 
 
@@ -119,6 +120,8 @@ class Candidate:
         module: the layer.
         kind: what sort of layer it is.
         has_operator: whether a sparse operator can replace its forward.
+        parts: matrices of one shape that are stacked along the outputs, such as query, key and value; each has its own
+            density and budget, or the one with the largest weights would take the units of the others.
         masked: whether its weight is masked.
         why: the reason, in words.
     """
@@ -127,6 +130,7 @@ class Candidate:
     module: nn.Module
     kind: LayerKind
     has_operator: bool
+    parts: int
     masked: bool
     why: str
 
@@ -136,6 +140,12 @@ class Candidate:
         weight = getattr(self.module, self.kind.weight_name)
         assert isinstance(weight, nn.Parameter)
         return weight
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """The shape ``(out, in, ...)`` of one part of the weight."""
+        out, *rest = self.oriented(self.weight).shape
+        return (out // self.parts, *rest)
 
     def oriented(self, weight: Tensor) -> Tensor:
         """View a tensor of the stored weight's shape as ``(out, in, ...)``."""
@@ -158,6 +168,14 @@ def _maskable(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerKind]]:
 
 def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
     return fnmatchcase(name, selector) if isinstance(selector, str) else bool(selector(name, module))
+
+
+def _fused_parts(name: str, weight: Tensor, kind: LayerKind) -> int:
+    """Return how many square matrices a fused attention projection stacks; 1 for any other layer."""
+    if kind.weight_name != "in_proj_weight" and name.rpartition(".")[2] not in _FUSED_NAMES:
+        return 1
+    out, inner = (weight.t() if kind.transposed else weight).shape[:2]
+    return out // inner if out in (2 * inner, 3 * inner) else 1
 
 
 def find_candidates(
@@ -222,7 +240,8 @@ def find_candidates(
     for index, (name, module, kind) in enumerate(found):
         masked, why = verdict(name, module, kind, is_last=index == len(found) - 1)
         has_operator = kind.exact is not None and kind.exact(module)
-        candidates.append(Candidate(name, module, kind, has_operator, masked, why))
+        parts = _fused_parts(name, getattr(module, kind.weight_name), kind) if masked else 1
+        candidates.append(Candidate(name, module, kind, has_operator, parts, masked, why))
     if not any(candidate.masked for candidate in candidates):
         reasons = {candidate.name: candidate.why for candidate in candidates}
         raise ValueError(
@@ -248,7 +267,7 @@ def auto_block_size(candidate: Candidate) -> tuple[int, str]:
         kind = candidate.kind
         what = type(candidate.module).__name__ if kind.exact else f"{kind.name}s"
         return 1, f"no sparse operator for {what}"
-    shape = candidate.oriented(candidate.weight).shape
+    shape = candidate.part_shape
     fitting = fitting_block_sizes(shape)
     roomy = [b for b in fitting if min(shape[:2]) >= _MIN_BLOCKS_A_SIDE * b]
     if roomy:

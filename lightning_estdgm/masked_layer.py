@@ -175,8 +175,13 @@ class MaskedLayer:
 
     # ------------------------------------------------------------------ mask update
 
-    def redecide(self, k: int, drop_fraction: float, gamma: float) -> tuple[Tensor, int]:
-        """Replace the mask by one of `k` active units, decided from the weight and the window; end the window.
+    def redecide(self, budget: Sequence[int], drop_fraction: float, gamma: float) -> tuple[Tensor, int]:
+        """Replace the mask by one decided from the weight and the window; end the window.
+
+        Args:
+            budget: active units of each part of the layer.
+            drop_fraction: see `masks.decide`.
+            gamma: see `scores.growth`.
 
         Returns:
             The units whose state changed, and how many of them were grown.
@@ -191,7 +196,9 @@ class MaskedLayer:
         old, weight_scores = self.mask, scores.magnitude(self.weight, self.block_size)
         if weight_scores.isnan().any():
             raise ValueError(f"the run has diverged: layer {self.name!r} holds NaN weights at a mask update")
-        self.set_mask(decide(old, weight_scores, growth, k, drop_fraction))
+        olds, weights, growths = (x.chunk(len(budget)) for x in (old, weight_scores, growth))
+        parts = zip(olds, weights, growths, budget, strict=True)
+        self.set_mask(torch.cat([decide(m, w, g, k, drop_fraction) for m, w, g, k in parts]))
         return old ^ self.mask, active_units(self.mask & ~old)
 
     def clear_optimizer_state_(self, optimizer: Optimizer, units: Tensor) -> None:

@@ -36,7 +36,7 @@ def erk_units(shapes, counts, sizes, density):
     units = [math.floor(n * rho + 1e-9) for n, rho in zip(counts, share, strict=True)]
     left = round(density * total) - sum(k * size for k, size in zip(units, sizes, strict=True))
     for i in sorted(range(len(units)), key=lambda i: units[i] - counts[i] * share[i]):
-        if sizes[i] <= left and units[i] < counts[i]:
+        if left > 0 and sizes[i] <= 2 * left and units[i] < counts[i]:  # to the nearest unit
             units[i], left = units[i] + 1, left - sizes[i]
     return units
 

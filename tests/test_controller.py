@@ -811,9 +811,10 @@ def test_a_waiting_update_is_resumed(mlp):
         state = None
         for first, last in ((0, stop), (stop, 12)):
             with (
-                warnings.catch_warnings(action="ignore"),
+                warnings.catch_warnings(),
                 DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, state=state) as dgm,
             ):
+                warnings.simplefilter("ignore")
                 for step in range(first, last):
                     optimizer.zero_grad()
                     loss_of(model, batch(step, 32)).backward()

@@ -86,7 +86,7 @@ class DemoConfig:
         ValueError: for a value out of range, naming it.
     """
 
-    steps: int = 500
+    steps: int = 400
     seeds: int = 1
     batch_size: int = 16
     context: int = 128

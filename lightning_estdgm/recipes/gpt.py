@@ -34,7 +34,9 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm_attention = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
         self.norm_mlp = nn.LayerNorm(width)
         self.fc = nn.Linear(width, 4 * width, bias=False)
@@ -44,8 +46,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix positions by causal attention, then channels by the two-layer perceptron."""
         batch, time, width = x.shape
-        qkv = self.qkv(self.norm_attention(x)).view(batch, time, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [batch, heads, time, width / heads]
+        h = self.norm_attention(x)
+        q, k, v = (
+            project(h).view(batch, time, self.heads, -1).transpose(1, 2)  # each [batch, heads, time, width / heads]
+            for project in (self.query, self.key, self.value)
+        )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(mixed.transpose(1, 2).reshape(batch, time, width))
         return x + self.out(self.gelu(self.fc(self.norm_mlp(x))))
