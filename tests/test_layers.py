@@ -267,3 +267,31 @@ def test_pyg_linear_is_masked():
     torch.testing.assert_close(c.module(x), x @ (c.module.weight * full).t() + c.module.bias)
     gcn = nn.ModuleList([pyg.GCNConv(16, 16), nn.Linear(16, 2)])
     assert verdicts(gcn) == {"0.lin": (True, ""), "1": (False, "output head")}
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "parts"),
+    [
+        ("qkv", nn.Linear(16, 48), 3),
+        ("kv", nn.Linear(16, 32), 2),
+        ("c_attn", nn.Linear(16, 48), 3),
+        ("qkv", nn.Linear(16, 40), 1),  # grouped-query attention: no stack of square matrices
+        ("fc", nn.Linear(16, 48), 1),
+        ("attention", nn.MultiheadAttention(16, 2), 3),
+    ],
+)
+def test_fused_projections_are_recognised(name, module, parts):
+    model = nn.ModuleDict({name: module, "last": nn.Linear(8, 4)})
+    candidate = find_candidates(model)[0]
+    assert candidate.parts == parts
+    out, inner = candidate.oriented(candidate.weight).shape
+    assert candidate.part_shape == (out // parts, inner)
+
+
+def test_blocks_of_a_fused_projection_fit_its_parts():
+    # 216 x 72: no block divides 72. 240 x 80: blocks of 16 divide the whole, and leave only 5 x 5 in each of the parts.
+    for width in (72, 80):
+        model = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "last": nn.Linear(8, 4)})
+        assert auto_block_size(find_candidates(model)[0])[0] == 1
+    model = nn.ModuleDict({"qkv": nn.Linear(128, 384), "last": nn.Linear(8, 4)})
+    assert auto_block_size(find_candidates(model)[0]) == (16, "")
