@@ -158,7 +158,7 @@ def _show(table: Table, content: dict[str, Any], json: Path | None) -> None:
 
     machine = environment()
     console = Console()
-    console.print(table)
+    console.print(table, width=max(console.width, 100), crop=False)
     console.print(
         f"{machine['cpu']}, {machine['threads']} thread(s), torch {machine['torch']}", style="dim", soft_wrap=True
     )

@@ -418,7 +418,7 @@ def _draw_loss(axes: Axes, runs: Sequence[RunRecord], has_joules: bool, label: s
             alpha=alpha,
             lw=1.8,
             ms=5,
-            label=first and _TITLES[run.mode],
+            label=_TITLES[run.mode] if first else None,
         )
     unit = f"training energy, J ({label})" if has_joules else "training time, s (no energy source)"
     _style(axes, "(a) Loss over energy" if has_joules else "(a) Loss over time", unit, "loss, nats a byte")
@@ -442,7 +442,7 @@ def _draw_watts(axes: Axes, runs: Sequence[RunRecord], label: str) -> None:
                 power,
                 color=_COLOURS[run.mode],
                 alpha=0.9 if first else 0.3,
-                label=first and _TITLES[run.mode],
+                label=_TITLES[run.mode] if first else None,
             )
     _style(axes, "(b) Power over time", "time since training began, s", f"watts ({label})")
     if drawn:

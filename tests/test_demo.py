@@ -13,6 +13,7 @@ import torch
 import typer
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
@@ -24,6 +25,7 @@ from lightning_estdgm.report import (
     RunRecord,
     StepLog,
     Validation,
+    _draw_loss,
     compare,
     energy_label,
     figure,
@@ -425,3 +427,15 @@ def test_the_profile_can_be_of_any_schedule_of_phases(tmp_path):
     config = tiny_config(tmp_path, dgm=DGMConfig(schedule=schedule, block_size=16, backend="cpu"), profile_steps=1)
     assert profile_steps(config, "dgm")["steps"] == 1
     assert replace(config, profile_steps=0).profile_steps == 0
+
+
+def test_each_kind_of_run_stands_once_in_the_legends_however_many_seeds():
+    runs = [
+        record(mode, log(wall_s=[1.0] * 4, train_j=[1.0, 2.0, 3.0, 4.0]), seed=seed)
+        for seed in (0, 1, 2)
+        for mode in ("dense", "dgm")
+    ]
+    axes = Figure().add_subplot()
+    _draw_loss(axes, runs, True, "J")
+    labels = axes.get_legend_handles_labels()[1]
+    assert sorted(labels) == ["Dense", "EST-DGM", "training, smoothed", "validation"]

@@ -55,19 +55,19 @@ def measure_kernels(config: KernelsConfig) -> Iterator[dict[str, Any]]:
 def kernels_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Lay out the rows of `measure_kernels`."""
     table = Table(title="forward, input gradient and weight gradient of one linear layer, sparse against dense")
-    for column in ("dtype", "tokens x out x in", "block", "density", "backend", "dense, ms", "sparse, ms"):
-        table.add_column(column, justify="left" if column in ("dtype", "backend") else "right")
-    table.add_column("speed-up", justify="right")
-    table.add_column("efficiency", justify="right")
+    for column in ("dtype", "backend", "tokens x out x in", "block", "density", "dense, ms", "sparse, ms"):
+        table.add_column(column, justify="left" if column in ("dtype", "backend") else "right", no_wrap=True)
+    table.add_column("speed-up", justify="right", no_wrap=True)
+    table.add_column("efficiency", justify="right", no_wrap=True)
     for row in rows:
         shape = " x ".join(str(row[name]) for name in ("tokens", "out_features", "in_features"))
         times = (f"{row[name] * 1e3:.2f}" for name in ("dense_s", "sparse_s"))
         table.add_row(
             row["dtype"],
+            row["backend"],
             shape,
             str(row["block_size"]),
             f"{row['density']:.3f}",
-            row["backend"],
             *times,
             f"{row['speedup']:.2f}x",
             f"{row['efficiency']:.2f}",
