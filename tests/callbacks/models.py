@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from lightning_estdgm import DGMCallback
+from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
 
 MakeOptimizer = Callable[[Any], Optimizer]
 
@@ -28,6 +28,20 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
 
 # Advice of Lightning that these tests need not take.
 NO_VALIDATION_LOADER = "ignore:You defined a `validation_step` but have no `val_dataloader`"
+
+# 20 steps: masks change before steps 5, 10 and 15, and steps 3, 4, 8, 9, 13 and 14 are observed.
+SCHEDULE = EstDgm(
+    exploration=Phase(0.7, 0.6, 5),
+    consolidation=Phase(0.3, 0.3, 5),
+    refinement=Phase(0.2, 0.1, 10),
+    update_every=5,
+    observe_steps=2,
+    freeze=0.5,
+)
+
+
+def callback_for(**settings: Any) -> DGMCallback:
+    return DGMCallback(DGMConfig(schedule=SCHEDULE, **settings))
 
 
 class Batches(list[Any]):

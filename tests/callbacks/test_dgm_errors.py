@@ -17,6 +17,7 @@ from models import (
     ResumableLoader,
     TinyMLP,
     assert_final,
+    callback_for,
     endless_loader,
     leftovers,
     make_trainer,
@@ -26,19 +27,6 @@ from torch import Tensor, nn
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
 
 pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
-
-SCHEDULE = EstDgm(
-    exploration=Phase(0.7, 0.6, 5),
-    consolidation=Phase(0.3, 0.3, 5),
-    refinement=Phase(0.2, 0.1, 10),
-    update_every=5,
-    observe_steps=2,
-    freeze=0.5,
-)
-
-
-def callback_for(**settings: Any) -> DGMCallback:
-    return DGMCallback(DGMConfig(schedule=SCHEDULE, **settings))
 
 
 # --------------------------------------------------------------------------- arguments

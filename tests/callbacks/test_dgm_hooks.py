@@ -29,6 +29,7 @@ from models import (
     TinyMLP,
     assert_final,
     assert_masked,
+    callback_for,
     leftovers,
     make_trainer,
     weight_masks,
@@ -36,24 +37,11 @@ from models import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
+from lightning_estdgm import DGMCallback
 
 pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
 
-# 20 steps: masks change before steps 5, 10 and 15, and steps 3, 4, 8, 9, 13 and 14 are observed.
-SCHEDULE = EstDgm(
-    exploration=Phase(0.7, 0.6, 5),
-    consolidation=Phase(0.3, 0.3, 5),
-    refinement=Phase(0.2, 0.1, 10),
-    update_every=5,
-    observe_steps=2,
-    freeze=0.5,
-)
 OBSERVED = [3, 4, 8, 9, 13, 14]
-
-
-def callback_for(**settings: Any) -> DGMCallback:
-    return DGMCallback(DGMConfig(schedule=SCHEDULE, **settings))
 
 
 def window_of(callback: DGMCallback, layer: str = "net.0") -> dict[str, Any] | None:
