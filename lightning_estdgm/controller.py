@@ -38,7 +38,7 @@ from lightning_estdgm.layers import (
 )
 from lightning_estdgm.masked_layer import MaskedLayer
 from lightning_estdgm.masks import active_units, random_mask
-from lightning_estdgm.ops import backends, get_backend
+from lightning_estdgm.ops import Backend, backends, get_backend
 from lightning_estdgm.ops.selection import BackendSelector
 from lightning_estdgm.schedules import EstDgm, Schedule, ScheduleConfig
 from lightning_estdgm.topology import BlockTopology
@@ -180,10 +180,11 @@ class DGMController:
         self.churn = 0.0
         self.flops = {"analytic": 0.0, "executed": 0.0, "dense": 0.0}
         self._optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-        held = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
-        self._candidates = find_candidates(model, self.config.include, self.config.exclude, held)
+        held = {id(o): {id(p) for group in o.param_groups for p in group["params"]} for o in self._optimizers}
+        everything_held = set().union(*held.values())
+        self._candidates = find_candidates(model, self.config.include, self.config.exclude, everything_held)
         self._layers = [self._new_layer(c) for c in self._candidates if c.masked]
-        self._owned = self._find_owners()
+        self._owned = {key: [x for x in self._layers if id(x.parameter) in ids] for key, ids in held.items()}
         self._selector = BackendSelector(None if self.config.backend == "auto" else self.config.backend)
         self._check_forced_backend()
         self._stepped = False
@@ -200,7 +201,6 @@ class DGMController:
             else:
                 self.load_state_dict(state)
             self._hook_up()
-            self._observe_or_not()
         except BaseException:
             self.close()
             raise
@@ -251,14 +251,15 @@ class DGMController:
             layer.begin_step()
         if not self._stepped:
             return False
+        before, after = self.position, self.steps + 1 if position is None else position
+        if after < before:
+            raise ValueError(f"the schedule's position must not go backwards: was {before}, got {after}")
         self._stepped = False
         if self.steps == 0:
             self._read_probes()
         self._count_flops()
         self.steps += 1
-        before, self.position = self.position, self.steps if position is None else position
-        if self.position < before:
-            raise ValueError(f"the schedule's position must not go backwards: was {before}, got {self.position}")
+        self.position = after
         crossed = range(before + 1, min(self.position, self.schedule.total_steps - 1) + 1)
         due = self._waiting or any(self.schedule(p).update for p in crossed)
         self._waiting = due and not any(layer.observed for layer in self._layers)
@@ -432,25 +433,15 @@ class DGMController:
             note = "; ".join(filter(None, (f"{candidate.parts} fused matrices, each with its own budget", note)))
         return MaskedLayer(candidate, block_size, note)
 
-    def _find_owners(self) -> dict[int, list[MaskedLayer]]:
-        owned: dict[int, list[MaskedLayer]] = {}
-        for optimizer in self._optimizers:
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            owned[id(optimizer)] = [layer for layer in self._layers if id(layer.parameter) in held]
-        return owned
-
     def _check_forced_backend(self) -> None:
         if self.config.backend in ("auto", "dense"):
             return
         backend = get_backend(self.config.backend)
         for layer in self._layers:
-            if layer.candidate.has_operator:
-                topology = BlockTopology.from_mask(layer.mask, layer.block_size)
-                reason = backend.unsupported(layer.weight.device, layer.weight.dtype, topology)
-                if reason:
-                    raise ValueError(
-                        f"backend={backend.name!r} was asked for but cannot compute layer {layer.name!r}: {reason}"
-                    )
+            if layer.candidate.has_operator and (reason := _refusal(backend, layer)):
+                raise ValueError(
+                    f"backend={backend.name!r} was asked for but cannot compute layer {layer.name!r}: {reason}"
+                )
 
     def _start(self) -> None:
         """Draw the initial masks, scale the initial weights."""
@@ -465,6 +456,7 @@ class DGMController:
                     if self.config.scale_init and not layer.is_dense:
                         layer.weight.mul_(layer.density**-0.5)
                 self._use_backend(layer, self._forced_backend(layer))
+        self._observe_or_not()
 
     def _hook_up(self) -> None:
         for optimizer in self._optimizers:
@@ -593,11 +585,7 @@ class DGMController:
         if self.config.backend != "auto":
             return self._forced_backend(layer)
         backend = backends().get(layer.backend)
-        if backend is None:
-            return "dense"
-        topology = BlockTopology.from_mask(layer.mask, layer.block_size)
-        refused = backend.unsupported(layer.weight.device, layer.weight.dtype, topology)
-        return "dense" if refused else backend.name
+        return "dense" if backend is None or _refusal(backend, layer) else backend.name
 
     def _settle_backends(self) -> None:
         """Choose what computes each layer at every density of the schedule; at the first step, for the whole run.
@@ -661,3 +649,9 @@ def _skipped_by_scaler(optimizer: Optimizer) -> bool:
     """Whether a fused optimizer, which a GradScaler always calls, skipped this step for infinite gradients."""
     found_inf = getattr(optimizer, "found_inf", None)
     return isinstance(found_inf, Tensor) and bool(found_inf.item())
+
+
+def _refusal(backend: Backend, layer: MaskedLayer) -> str | None:
+    """Return why a backend cannot compute a layer with its present mask, or None."""
+    topology = BlockTopology.from_mask(layer.mask, layer.block_size)
+    return backend.unsupported(layer.weight.device, layer.weight.dtype, topology)

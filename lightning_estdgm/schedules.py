@@ -11,7 +11,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["WARMUP", "EstDgm", "Phase", "Plan", "Schedule", "ScheduleConfig", "Segment", "mean_density"]
+__all__ = ["WARMUP", "EstDgm", "Phase", "Plan", "Schedule", "ScheduleConfig", "Segment"]
 
 WARMUP = "warmup"
 """Name of the dense phase that `EstDgm(warmup=...)` puts first."""
@@ -97,11 +97,6 @@ class Schedule(Protocol):
 
     def drop_progress(self, step: int) -> float:
         """Return how far the drop fraction is annealed at `step`: 0 at the start, 1 at the last mask update."""
-
-
-def mean_density(schedule: Schedule) -> float:
-    """Return the density averaged over all steps of the run."""
-    return sum(schedule(step).density for step in range(schedule.total_steps)) / schedule.total_steps
 
 
 @runtime_checkable

@@ -399,10 +399,8 @@ _PARTS: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ("optimizer", lambda name: "_fused_adam" in name),
     ("masks", lambda name: name.startswith("[Callback]DGMCallback")),
     ("other", lambda name: name.startswith("[")),  # a range of Lightning's: ends the search upwards
-    (
-        "masks",
-        lambda name: name.startswith("Optimizer.step#"),
-    ),  # nothing else is in there but the step's hooks
+    # Besides the optimizer's own operation, its step holds nothing but the hooks on it.
+    ("masks", lambda name: name.startswith("Optimizer.step#")),
 )
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from lightning_estdgm.ops import backends
-from lightning_estdgm.ops.selection import DENSE, Case, measure_case
+from lightning_estdgm.ops.selection import DENSE, Case, measure_case, refusals
 
 __all__ = ["KernelsConfig", "kernels_table", "measure_kernels"]
 
@@ -76,12 +75,8 @@ def kernels_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _rows(case: Case, dtype: str, rounds: int) -> Iterator[dict[str, Any]]:
-    topology = case.topology()
-    names = [
-        name
-        for name, backend in backends().items()
-        if name != "reference" and backend.unsupported(case.device, case.dtype, topology) is None
-    ]
+    names = [name for name, reason in refusals(case).items() if reason is None]
+    density = case.topology().density
     seconds = measure_case(case, [DENSE, *names], rounds=rounds)
     for name in names:
         speedup = seconds[DENSE] / seconds[name]
@@ -91,10 +86,10 @@ def _rows(case: Case, dtype: str, rounds: int) -> Iterator[dict[str, Any]]:
             "out_features": case.out_features,
             "in_features": case.in_features,
             "block_size": case.block_size,
-            "density": topology.density,
+            "density": density,
             "backend": name,
             "dense_s": seconds[DENSE],
             "sparse_s": seconds[name],
             "speedup": speedup,
-            "efficiency": speedup * topology.density,
+            "efficiency": speedup * density,
         }

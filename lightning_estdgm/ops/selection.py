@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lightning_estdgm.ops import backends, get_backend, masked_linear
 from lightning_estdgm.topology import BlockTopology
 
-__all__ = ["BUCKETS", "DENSE", "BackendSelector", "Case", "Choice", "bucket_of", "measure_case"]
+__all__ = ["BUCKETS", "DENSE", "BackendSelector", "Case", "Choice", "bucket_of", "measure_case", "refusals"]
 
 DENSE = "dense"
 """The layer's own dense forward, with the mask applied to its weight."""
@@ -98,6 +98,16 @@ class Case:
         mask = torch.zeros(rows * cols, dtype=torch.bool, device="cpu")
         mask[torch.randperm(rows * cols, generator=generator, device="cpu")[:active]] = True
         return BlockTopology.from_mask(mask.view(rows, cols).to(self.device), self.block_size)
+
+
+def refusals(case: Case) -> dict[str, str | None]:
+    """Return for each backend that could be faster than dense why it cannot run `case`, or None where it can."""
+    topology = case.topology()
+    return {
+        name: backend.unsupported(case.device, case.dtype, topology)
+        for name, backend in backends().items()
+        if name != _ORACLE
+    }
 
 
 def measure_case(case: Case, names: Sequence[str], *, rounds: int = 3) -> dict[str, float]:
@@ -297,15 +307,10 @@ class BackendSelector:
         return Choice(self._forced, None, None, "forced")
 
     def _measured(self, case: Case) -> Choice:
-        topology = case.topology()
-        refusals = {
-            name: backend.unsupported(case.device, case.dtype, topology)
-            for name, backend in backends().items()
-            if name != _ORACLE
-        }
-        names = [name for name, reason in refusals.items() if reason is None]
+        reasons_against = refusals(case)
+        names = [name for name, reason in reasons_against.items() if reason is None]
         if not names:
-            reasons = "; ".join(f"{name} {reason}" for name, reason in refusals.items())
+            reasons = "; ".join(f"{name} {reason}" for name, reason in reasons_against.items())
             return Choice(DENSE, None, None, f"no sparse backend: {reasons}")
         times = self._measure(case, [DENSE, *names])
         dense_s = times[DENSE]
