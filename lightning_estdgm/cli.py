@@ -157,7 +157,7 @@ def _show(table: Table, content: dict[str, Any], json: Path | None) -> None:
     from lightning_estdgm.report import write_json
 
     machine = environment()
-    console = Console(width=max(Console().width, 100))  # a log file has no width; the columns need this
+    console = Console(width=max(Console().width, 120))  # a log file has no width; the columns need this
     console.print(table)
     console.print(
         f"{machine['cpu']}, {machine['threads']} thread(s), torch {machine['torch']}", style="dim", soft_wrap=True
