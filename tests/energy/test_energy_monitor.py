@@ -105,7 +105,7 @@ def test_a_run_with_csv_and_tensorboard(tmp_path: Path) -> None:
 
     assert summary["total_joules"] == mon.total_joules
     covered_s = summary["seconds"] * summary["coverage_ratio"]
-    assert summary["total_joules"] == pytest.approx(WATTS * covered_s, rel=1e-6)
+    assert summary["total_joules"] == pytest.approx(WATTS * covered_s, rel=1e-4)
     assert summary["coverage_ratio"] > 0.5
     assert summary["by_domain"] == {"gpu": summary["total_joules"], "cpu": None, "dram": None}
     assert summary["train_joules"] + summary["val_joules"] == pytest.approx(summary["total_joules"], abs=1e-5)
@@ -222,7 +222,7 @@ def test_a_sensor_that_vanishes_in_mid_run(tmp_path: Path) -> None:
     summary = mon.summary()
     assert summary["gaps"] == 1
     assert 0 < summary["coverage_ratio"] < 1
-    assert summary["total_joules"] == pytest.approx(WATTS * summary["seconds"] * summary["coverage_ratio"], rel=1e-6)
+    assert summary["total_joules"] == pytest.approx(WATTS * summary["seconds"] * summary["coverage_ratio"], rel=1e-4)
     logged = rows(tmp_path / "csv")
     assert "power/gpu_watts" in logged[0]
     assert "power/gpu_watts" not in logged[-1]
@@ -262,7 +262,7 @@ def test_totals_add_up_over_a_restart(tmp_path: Path, late: bool) -> None:
     assert (one["steps"], one["samples"]) == (8, 32)
     assert (both["steps"], both["samples"]) == (16, 64)
     assert both["seconds"] > one["seconds"] + 8 * 0.002
-    assert both["total_joules"] == pytest.approx(WATTS * both["seconds"] * both["coverage_ratio"], rel=1e-6)
+    assert both["total_joules"] == pytest.approx(WATTS * both["seconds"] * both["coverage_ratio"], rel=1e-4)
     assert both["coverage_ratio"] > 0.5
     devices = {d["uid"]: d for d in both["sources"][0]["devices"]}
     assert set(devices) == {"c0", "another GPU"}
