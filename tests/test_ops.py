@@ -1,5 +1,6 @@
 """masked_linear: every discovered backend against the oracle, gradients, compilation, and what it refuses."""
 
+import functools
 import importlib
 import sys
 from itertools import product
@@ -67,10 +68,17 @@ def _run(x, weight, bias, dy, topology, **kwargs):
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
-def _skip_unless_supported(backend, device, dtype, topology):
-    reason = get_backend(backend).unsupported(torch.device(device), dtype, topology)
-    if reason is not None:
-        pytest.skip(f"{backend} {reason}")
+def _refusal(backend, device="cpu", dtype=torch.float32, block_size=16):
+    topology = _topology(block_size=block_size, device=device)
+    return get_backend(backend).unsupported(torch.device(device), dtype, topology)
+
+
+ON_CPU = [name for name in BACKENDS if _refusal(name) is None]
+
+
+def _widest(backend):
+    """The widest dtype that the backend takes on the CPU."""
+    return next(dtype for dtype in (torch.float64, torch.float32) if _refusal(backend, dtype=dtype) is None)
 
 
 # ------------------------------------------------------------------------------------------------ conformance
@@ -95,9 +103,12 @@ def test_the_oracle_is_dense_autograd_on_a_masked_weight(rows, cols, block_size,
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_conformance(backend, device, dtype, mode, transposed):
-    for (tokens, rows, cols, block_size), mask in product(SHAPES, MASKS):
+    refusals = {b: _refusal(backend, device, dtype, b) for _, _, _, b in SHAPES}
+    shapes = [shape for shape in SHAPES if refusals[shape[-1]] is None]
+    if not shapes:
+        pytest.skip(f"{backend} {next(iter(refusals.values()))}")
+    for (tokens, rows, cols, block_size), mask in product(shapes, MASKS):
         topology = _topology(rows, cols, block_size, mask, device)
-        _skip_unless_supported(backend, device, dtype, topology)
         x, weight, bias, dy = _operands(topology, tokens, dtype)
         expected = _run(x, weight, bias, dy, topology, backend="reference", **MODES[mode])
         if "frozen" not in MODES[mode]:
@@ -119,7 +130,7 @@ def test_conformance(backend, device, dtype, mode, transposed):
         assert dw.t().is_contiguous() if transposed else dw.is_contiguous()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_conformance_without_bias(backend):
     topology = _topology(3, 5, 16, "empty row and column")
     x, weight, _, dy = _operands(topology, 9, torch.float32)
@@ -131,40 +142,43 @@ def test_conformance_without_bias(backend):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("lead", [(), (0,), (5,), (2, 3), (2, 0, 3), (1, 2, 1, 2)], ids=str)
 def test_any_leading_dimensions(backend, lead):
     topology = _topology()
-    _, weight, bias, _ = _operands(topology, 1, torch.float64)
-    x = torch.randn(*lead, topology.shape[1], dtype=torch.float64, requires_grad=True)
+    dtype = _widest(backend)
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    _, weight, bias, _ = (t.to(dtype) for t in _operands(topology, 1, torch.float32))
+    x = torch.randn(*lead, topology.shape[1], dtype=dtype, requires_grad=True)
     y = masked_linear(x, weight.requires_grad_(), bias, topology, backend=backend)
     expected = F.linear(x, weight * expand_mask(topology), bias)
     assert y.shape == (*lead, topology.shape[0])
-    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(y, expected, **tolerance)
     grads = [torch.autograd.grad(out.square().sum(), (x, weight)) for out in (y, expected)]
-    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(*grads, **tolerance)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_operands_of_odd_strides(backend):
     topology = _topology()
-    x, weight, bias, dy = _operands(topology, 6, torch.float64)
+    x, weight, bias, dy = (t.to(_widest(backend)) for t in _operands(topology, 6, torch.float32))
     expected = _run(x, weight, bias, dy, topology, backend="reference")
+    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=3e-5)
     wide = torch.zeros(12, 2 * x.shape[1], dtype=x.dtype)
     wide[::2, ::2] = x
     for odd_x in (x.t().contiguous().t(), wide[::2, ::2]):
-        torch.testing.assert_close(_run(odd_x, weight, bias, dy, topology, backend=backend), expected)
+        close(_run(odd_x, weight, bias, dy, topology, backend=backend), expected)
     odd_weight = torch.zeros(2 * weight.shape[0], 3 * weight.shape[1], dtype=weight.dtype)[::2, ::3]
     odd_weight.copy_(weight)
-    torch.testing.assert_close(_run(x, odd_weight, bias, dy, topology, backend=backend), expected)
+    close(_run(x, odd_weight, bias, dy, topology, backend=backend), expected)
     ones = torch.ones((), dtype=x.dtype).expand_as(dy)  # what sum().backward() sends
-    torch.testing.assert_close(
+    close(
         _run(x, weight, bias, ones, topology, backend=backend),
         _run(x, weight, bias, ones.contiguous(), topology, backend="reference"),
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [name for name in ON_CPU if _widest(name) == torch.float64])
 def test_gradcheck(backend):
     topology = _topology(2, 2, 8, "every other block")
     leaves = [t.requires_grad_() for t in _operands(topology, 3, torch.float64)[:3]]
@@ -287,7 +301,7 @@ def test_without_gradients(context):
 # --------------------------------------------------------------------------------------------------- autocast
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_autocast_casts_as_a_dense_linear_does(backend):
     topology = _topology(2, 3, 16, "full")
     x, weight, bias, dy = (t.float() for t in _operands(topology, 5, torch.float32))
@@ -311,7 +325,7 @@ def test_autocast_leaves_float64_alone():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_backward_called_under_autocast_keeps_the_forward_dtype(backend, mode):
     topology = _topology()
     x, weight, bias, dy = (t.float() for t in _operands(topology, 5, torch.float32))
@@ -326,12 +340,19 @@ def test_backward_called_under_autocast_keeps_the_forward_dtype(backend, mode):
 # ------------------------------------------------------------------------------------------------ compilation
 
 
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()  # it counts recompilations of one function over all tests
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_compiles_whole_and_follows_a_new_mask_without_recompiling(backend, mode):
     topology = _topology(3, 4, 16)
     x, weight, bias, dy = (t.float() for t in _operands(topology, 5, torch.float32))
     counter = CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()  # the other backends' graphs of this function count towards its limit
 
     def forward(x, weight, bias):
         # As a layer does that keeps the lists in buffers: the topology is put together in the graph.
@@ -352,7 +373,8 @@ def test_compiles_whole_and_follows_a_new_mask_without_recompiling(backend, mode
     assert changed == (mode != "frozen, dense_grad")  # there nothing is masked
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_compiles_under_autocast(backend):
     topology = _topology()
     x, weight, bias, _ = (t.float() for t in _operands(topology, 5, torch.float32))
