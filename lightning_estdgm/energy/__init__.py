@@ -10,9 +10,12 @@ That is the accumulator's work (`lightning_estdgm.energy.accumulator`).
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import importlib
+import os
 import pkgutil
+import re
 import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ from typing import Literal, Protocol, runtime_checkable
 __all__ = [
     "ENTRY_POINT_GROUP",
     "DeviceId",
+    "DeviceInfo",
     "EnergySource",
     "Kind",
     "Method",
@@ -32,10 +36,13 @@ __all__ = [
     "check_source",
     "discover",
     "hostname",
+    "own_gpus",
     "resolve",
+    "torch_ids",
 ]
 
 ENTRY_POINT_GROUP = "lightning_estdgm.energy_sources"
+HOSTNAME_ENVIRONMENT = "ESTDGM_HOSTNAME"
 
 Kind = Literal["gpu", "cpu", "dram"]
 Method = Literal["counter", "integrated", "estimated"]
@@ -71,6 +78,27 @@ class DeviceId:
     host: str
     kind: Kind
     uid: str
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """What people, and the choice of devices, need to know of one device.
+
+    Attributes:
+        name: product name and what is read, for people.
+        shared: the reading also holds work of others: the parent of a MIG slice, both dies of an MI250.
+        covers: other kinds whose energy is in this reading too; a Grace-Hopper module counter covers
+            ("cpu", "dram"), so that sources of those kinds would count it again.
+        pci: PCI address in lower case, "0000:c1:00.0"; None where there is none.
+        ids: further UUIDs and PCI addresses of compute devices whose energy this reading holds: the UUID
+            where `DeviceId.uid` is a PCI address, MIG slices, the second die of an MI250.
+    """
+
+    name: str
+    shared: bool = False
+    covers: tuple[Kind, ...] = ()
+    pci: str | None = None
+    ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,21 +139,22 @@ class EnergySource(Protocol):
         method: "counter" (the hardware adds up the joules), "integrated" (power samples are integrated here)
             or "estimated" (nothing was measured). A source of several devices names the weakest of theirs.
         scope: "host" if the devices are shared by all processes of a machine, so that one process must read
-            them
-            for all; "process" if a reading covers the reading process only.
+            them for all; "process" if a reading covers the reading process only.
         update_period_s: how often the hardware renews the value; a window shorter than this may read zero.
+        driver: driver and version behind the readings, known after `open`; "" where unknown.
     """
 
     name: str
     method: Method
     scope: Scope
     update_period_s: float
+    driver: str
 
     def open(self) -> None:
         """Make the source ready, or raise `SourceUnavailable`. Imports vendor libraries here, not earlier."""
 
-    def devices(self) -> Mapping[DeviceId, str]:
-        """The devices that `read` reports, each with a name for people."""
+    def devices(self) -> Mapping[DeviceId, DeviceInfo]:
+        """The devices that `read` reports."""
 
     def wrap_range_uj(self, device: DeviceId) -> int | None:
         """What to add when the counter wrapped, in microjoules; None: going back is a reset."""
@@ -138,8 +167,57 @@ class EnergySource(Protocol):
 
 
 def hostname() -> str:
-    """The `host` of the devices of this machine."""
-    return socket.gethostname()
+    """The `host` of the devices of this machine: ESTDGM_HOSTNAME, else the system's host name.
+
+    Processes that see the same host name are taken to share its devices; the variable tells machines apart
+    that share a name, and joins containers of one machine that do not.
+    """
+    return os.environ.get(HOSTNAME_ENVIRONMENT) or socket.gethostname()
+
+
+def torch_ids(properties: object) -> tuple[str | None, str | None]:
+    """UUID and PCI address of a torch device, from `torch.cuda.get_device_properties`; None where unknown.
+
+    ROCm gives the 16 letters of its UUID where CUDA gives 16 bytes: they are put back into letters.
+    """
+    uuid = getattr(properties, "uuid", None)
+    text = None if uuid is None else str(uuid).lower()
+    if text is not None:
+        with contextlib.suppress(ValueError):
+            letters = bytes.fromhex(text.replace("-", "")).decode("ascii")
+            if re.fullmatch("[0-9a-f]{16}", letters.lower()):
+                text = letters.lower()
+    parts = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    domain, bus, device = (part if isinstance(part, int) else -1 for part in parts)
+    return text, f"{domain:04x}:{bus:02x}:{device:02x}.0" if min(domain, bus, device) >= 0 else None
+
+
+def own_gpus(
+    infos: Mapping[DeviceId, DeviceInfo], torch_uuid: str | None, torch_pci: str | None = None
+) -> list[DeviceId]:
+    """The devices whose reading holds the energy of one torch device, known by what `torch_ids` gives.
+
+    NVIDIA GPUs and MIG slices match by UUID, AMD GPUs by UUID or PCI address. Empty where none matches.
+    A UUID match wins over one by address, which the partitions of a GPU may share.
+
+    Example:
+        >>> gpu = DeviceId("host", "gpu", "0000:c1:00.0")
+        >>> infos = {gpu: DeviceInfo("MI300X", pci="0000:c1:00.0", ids=("GPU-1122334455667788",))}
+        >>> own_gpus(infos, "1122334455667788") == own_gpus(infos, None, "0000:c1:00.0") == [gpu]
+        True
+    """
+
+    def bare(uid: str) -> str:
+        return uid.lower().removeprefix("gpu-").removeprefix("mig-")
+
+    gpus = {device: info for device, info in infos.items() if device.kind == "gpu"}
+    for wanted in (torch_uuid, torch_pci):
+        if wanted is None:
+            continue
+        found = [d for d, info in gpus.items() if bare(wanted) in map(bare, (d.uid, info.pci or "", *info.ids))]
+        if found:
+            return found
+    return []
 
 
 def check_source(source: object) -> EnergySource:
@@ -156,6 +234,7 @@ def check_source(source: object) -> EnergySource:
         "method",
         "scope",
         "update_period_s",
+        "driver",
         "open",
         "devices",
         "wrap_range_uj",
@@ -181,13 +260,14 @@ def check_source(source: object) -> EnergySource:
 def discover() -> list[tuple[str, EnergySource | SourceUnavailable]]:
     """Every known source by name, not opened yet; in place of one that cannot even be made, the reason.
 
-    Sources that measure come before those that estimate, so that the first to claim a device is the better
-    one.
+    Counters come before integrated power, and estimates last, so that the first to claim a device is the
+    better one.
 
     Example:
         >>> from lightning_estdgm.energy import discover
-        >>> sorted({"nvml", "rapl", "cpu-estimate"} & {name for name, _ in discover()})
-        ['cpu-estimate', 'nvml', 'rapl']
+        >>> names = [name for name, _ in discover()]
+        >>> names.index("nvml") < names.index("cpu-estimate")
+        True
     """
     found: dict[str, EnergySource | SourceUnavailable] = {}
 
@@ -217,9 +297,9 @@ def discover() -> list[tuple[str, EnergySource | SourceUnavailable]]:
         else:
             add(point.name, factory)
 
-    def rank(item: tuple[str, EnergySource | SourceUnavailable]) -> tuple[bool, str]:
+    def rank(item: tuple[str, EnergySource | SourceUnavailable]) -> tuple[int, str]:
         name, source = item
-        return not isinstance(source, SourceUnavailable) and source.method == "estimated", name
+        return 0 if isinstance(source, SourceUnavailable) else METHODS.index(source.method), name
 
     return sorted(found.items(), key=rank)
 

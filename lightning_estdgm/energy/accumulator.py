@@ -6,18 +6,21 @@ total exactly, in whatever way they were cut.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_estdgm.energy import DeviceId, Method, Reading, Status
 
 __all__ = ["Accumulator", "Cell", "Totals"]
 
+_Key = TypeVar("_Key")
+
 MAX_WRAP_POWER_W = 1000
 """No CPU package or memory domain draws more: a wrap that implies more is a reset of the counter."""
 
-_VERSION = 1
+_VERSION = 2
+_READABLE = (1, 2)  # version 1 knew no steps, counts, idle baseline, nor times by device
 
 
 @dataclass(frozen=True, order=True)
@@ -42,6 +45,11 @@ class Totals:
         expected_ns: device time there was: wall time times devices.
         gaps: stretches in which a device could not be read, plus counter resets.
         segments: runs of readings without a break, over all devices.
+        device_ns: the covered time by device.
+        idle_uj: what the devices would have used idle in the covered time, as far as a baseline was measured.
+        idle_ns: the covered device time for which there is a baseline.
+        steps: optimizer steps.
+        counts: what else was counted, by unit ("sample", "token"); None where it is not known.
     """
 
     energy_uj: dict[Cell, int] = field(default_factory=dict)
@@ -50,23 +58,34 @@ class Totals:
     expected_ns: int = 0
     gaps: int = 0
     segments: int = 0
+    device_ns: dict[DeviceId, int] = field(default_factory=dict)
+    idle_uj: int = 0
+    idle_ns: int = 0
+    steps: int = 0
+    counts: dict[str, int | None] = field(default_factory=dict)
 
-    def add(self, other: Totals, *, wall: bool = True) -> Totals:
-        """Return the sum. With `wall=False` the other's wall time ran beside this one's and is left out."""
-        energy, windows = dict(self.energy_uj), dict(self.window_ns)
-        for cell, uj in other.energy_uj.items():
-            energy[cell] = energy.get(cell, 0) + uj
-        if wall:
-            for key, ns in other.window_ns.items():
-                windows[key] = windows.get(key, 0) + ns
+    def add(self, other: Totals, *, beside: bool = False) -> Totals:
+        """Return the sum. With `beside` the other ran at the same time: its wall time and steps are left out."""
         return Totals(
-            energy,
-            windows,
-            self.covered_ns + other.covered_ns,
-            self.expected_ns + other.expected_ns,
-            self.gaps + other.gaps,
-            self.segments + other.segments,
+            energy_uj=_sum(self.energy_uj, other.energy_uj),
+            window_ns=dict(self.window_ns) if beside else _sum(self.window_ns, other.window_ns),
+            covered_ns=self.covered_ns + other.covered_ns,
+            expected_ns=self.expected_ns + other.expected_ns,
+            gaps=self.gaps + other.gaps,
+            segments=self.segments + other.segments,
+            device_ns=_sum(self.device_ns, other.device_ns),
+            idle_uj=self.idle_uj + other.idle_uj,
+            idle_ns=self.idle_ns + other.idle_ns,
+            steps=self.steps + (0 if beside else other.steps),
+            counts={
+                unit: _known_sum(self._count(unit), other._count(unit))
+                for unit in dict.fromkeys([*self.counts, *other.counts])
+            },
         )
+
+    def _count(self, unit: str) -> int | None:
+        """Nobody counted the unit: unknown, unless there was nothing to count yet."""
+        return self.counts.get(unit, None if self.steps else 0)
 
     def joules(
         self,
@@ -86,6 +105,20 @@ class Totals:
             and estimated in (None, cell.method == "estimated")
         ]
         return sum(cells) / 1e6 if cells else None
+
+    @property
+    def net_joules(self) -> float | None:
+        """Joules above the idle baseline; None unless all that was read has one. It may be below 0."""
+        if not self.idle_ns or self.idle_ns != self.covered_ns:
+            return None
+        return (sum(self.energy_uj.values()) - self.idle_uj) / 1e6
+
+    def device_uj(self) -> dict[DeviceId, int]:
+        """Microjoules by device."""
+        sums: dict[DeviceId, int] = {}
+        for cell, uj in self.energy_uj.items():
+            sums[cell.device] = sums.get(cell.device, 0) + uj
+        return sums
 
     @property
     def seconds(self) -> float:
@@ -114,24 +147,49 @@ class Totals:
             "expected_ns": self.expected_ns,
             "gaps": self.gaps,
             "segments": self.segments,
+            "device_ns": [[d.host, d.kind, d.uid, ns] for d, ns in self.device_ns.items()],
+            "idle_uj": self.idle_uj,
+            "idle_ns": self.idle_ns,
+            "steps": self.steps,
+            "counts": dict(self.counts),
         }
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Totals:
-        """Rebuild what `state_dict` gave.
+        """Rebuild what `state_dict` gave, now or in an older release.
 
         Raises:
-            ValueError: the state is of another version.
+            ValueError: the state is of an unknown version.
         """
-        if state.get("version") != _VERSION:
-            raise ValueError(f"energy totals of version {_VERSION} expected, got {state.get('version')!r}")
+        if state.get("version") not in _READABLE:
+            known = " or ".join(map(str, _READABLE))
+            raise ValueError(f"energy totals of version {known} expected, got {state.get('version')!r}")
         energy = {
             Cell(source, method, DeviceId(host, kind, uid), label, stage): int(uj)
             for source, method, host, kind, uid, label, stage, uj in state["energy_uj"]
         }
         windows = {(label, stage): int(ns) for label, stage, ns in state["window_ns"]}
-        counts = (int(state[k]) for k in ("covered_ns", "expected_ns", "gaps", "segments"))
-        return cls(energy, windows, *counts)
+        return cls(
+            energy,
+            windows,
+            covered_ns=int(state["covered_ns"]),
+            expected_ns=int(state["expected_ns"]),
+            gaps=int(state["gaps"]),
+            segments=int(state["segments"]),
+            device_ns={DeviceId(host, kind, uid): int(ns) for host, kind, uid, ns in state.get("device_ns", ())},
+            idle_uj=int(state.get("idle_uj", 0)),
+            idle_ns=int(state.get("idle_ns", 0)),
+            steps=int(state.get("steps", 0)),
+            counts=dict(state.get("counts", {})),
+        )
+
+
+def _sum(a: Mapping[_Key, int], b: Mapping[_Key, int]) -> dict[_Key, int]:
+    return {key: a.get(key, 0) + b.get(key, 0) for key in dict.fromkeys([*a, *b])}
+
+
+def _known_sum(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else a + b
 
 
 @dataclass
@@ -141,10 +199,10 @@ class _Track:
     source: str
     method: Method
     wrap_uj: int | None
+    idle_mw: int | None = None
     base: Reading | None = None  # the last good reading of the open segment
     in_gap: bool = False
     covered_ns: int = 0
-    energy_uj: int = 0
 
 
 class Accumulator:
@@ -176,8 +234,16 @@ class Accumulator:
         self._totals = Totals()
         self._now_ns = 0
 
-    def add_device(self, device: DeviceId, *, source: str, method: Method, wrap_range_uj: int | None = None) -> None:
-        """Expect readings of `device`.
+    def add_device(
+        self,
+        device: DeviceId,
+        *,
+        source: str,
+        method: Method,
+        wrap_range_uj: int | None = None,
+        idle_mw: int | None = None,
+    ) -> None:
+        """Expect readings of `device`; `idle_mw` is what it draws idle, where that was measured.
 
         Raises:
             ValueError: the device is known already: it would be counted twice. Or the wrap range is not
@@ -187,7 +253,7 @@ class Accumulator:
             raise ValueError(f"{device} is already read by source {self._tracks[device].source!r}")
         if wrap_range_uj is not None and wrap_range_uj <= 0:
             raise ValueError(f"wrap_range_uj must be > 0 or None, got {wrap_range_uj!r}")
-        self._tracks[device] = _Track(source, method, wrap_range_uj)
+        self._tracks[device] = _Track(source, method, wrap_range_uj, idle_mw)
 
     @property
     def devices(self) -> tuple[DeviceId, ...]:
@@ -201,8 +267,15 @@ class Accumulator:
             self._windows.append((max(now_ns, self._now_ns), label, stage))
             self._totals.window_ns.setdefault((label, stage), 0)
 
-    def update(self, now_ns: int, readings: Mapping[DeviceId, Reading]) -> None:
-        """Take one round of readings; an expected device that is not among them counts as failed.
+    @property
+    def failing(self) -> tuple[DeviceId, ...]:
+        """The devices whose last reading failed."""
+        return tuple(device for device, track in self._tracks.items() if track.in_gap)
+
+    def update(
+        self, now_ns: int, readings: Mapping[DeviceId, Reading], not_due: Collection[DeviceId] = frozenset()
+    ) -> None:
+        """Take one round of readings; an expected device that is neither among them nor `not_due` failed.
 
         Raises:
             RuntimeError: no window was opened with `switch`.
@@ -211,17 +284,21 @@ class Accumulator:
             raise RuntimeError("call switch(now_ns, label, stage) before the first update")
         self._advance(now_ns)
         for device, track in self._tracks.items():
+            if device in not_due:
+                continue
             reading = readings.get(device) or Reading(now_ns, status=Status.ERROR)
             self._take(device, track, reading)
         self._forget_old_windows()
 
     def totals(self) -> Totals:
         """A copy of the sums so far."""
-        return Totals().add(self._totals)
-
-    def device_totals(self) -> dict[DeviceId, tuple[int, int]]:
-        """Per device: microjoules, and the nanoseconds that they cover."""
-        return {device: (track.energy_uj, track.covered_ns) for device, track in self._tracks.items()}
+        with_idle = [(track.idle_mw, track.covered_ns) for track in self._tracks.values() if track.idle_mw is not None]
+        idle = Totals(
+            idle_uj=sum(mw * ns // 1_000_000 for mw, ns in with_idle),  # mW * ns = pJ
+            idle_ns=sum(ns for _, ns in with_idle),
+            device_ns={device: track.covered_ns for device, track in self._tracks.items() if track.covered_ns},
+        )
+        return self._totals.add(idle)
 
     def _advance(self, now_ns: int) -> None:
         if self._windows and now_ns > self._now_ns:
@@ -293,7 +370,6 @@ class Accumulator:
             cell = Cell(track.source, track.method, device, label, stage)
             self._totals.energy_uj[cell] = self._totals.energy_uj.get(cell, 0) + upto_uj - done_uj
             done_uj = upto_uj
-        track.energy_uj += delta_uj
         track.covered_ns += end_ns - start_ns
         self._totals.covered_ns += end_ns - start_ns
 

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Mapping
 
-from lightning_estdgm.energy import DeviceId, Method, Reading, Scope, SourceUnavailable, Status, hostname
+from lightning_estdgm.energy import DeviceId, DeviceInfo, Method, Reading, Scope, SourceUnavailable, Status, hostname
 
 __all__ = ["SOURCE", "CpuEstimate"]
 
@@ -47,6 +47,7 @@ class CpuEstimate:
     method: Method = "estimated"
     scope: Scope = "process"
     update_period_s = 0.01
+    driver = ""
 
     def __init__(self, watts_per_core: float | None = None) -> None:
         if watts_per_core is not None:
@@ -69,11 +70,12 @@ class CpuEstimate:
                 ) from None
         self._device = DeviceId(hostname(), "cpu", f"process-{os.getpid()}")
 
-    def devices(self) -> Mapping[DeviceId, str]:
+    def devices(self) -> Mapping[DeviceId, DeviceInfo]:
         """The one device: the CPU as far as this process uses it."""
         if self._device is None:
             return {}
-        return {self._device: f"this process's CPU time at {self._watts:g} W per busy core, no child processes"}
+        text = f"estimate: this process's CPU time at {self._watts:g} W per busy core, no child processes"
+        return {self._device: DeviceInfo(text)}
 
     def wrap_range_uj(self, device: DeviceId) -> int | None:
         """CPU time never wraps."""

@@ -2,19 +2,34 @@
 
 Devices are known by UUID, so no environment variable can mix them up. Only those that this process may use
 are read.
+
+On a GH200 the energy counter is that of the whole module, Grace CPU and memory included (ml-energy/zeus, pull
+request 172); it is labelled so, and covers these kinds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightning_estdgm.energy import DeviceId, Method, Reading, Scope, SourceUnavailable, Status, hostname
+from lightning_estdgm.energy import (
+    DeviceId,
+    DeviceInfo,
+    Kind,
+    Method,
+    Reading,
+    Scope,
+    SourceUnavailable,
+    Status,
+    hostname,
+)
+from lightning_estdgm.energy.counters import CounterCheck
 
 __all__ = ["SOURCE", "Nvml"]
 
@@ -34,25 +49,56 @@ _STATUS = {
     16: Status.UNAVAILABLE,  # GPU needs a reset
 }  # every other code passes: timeout (10), no data (21), unknown (999)
 
+_HINT = {
+    Status.NO_PERMISSION: ": the administrator must allow it (in a container: run it with the GPU's full capabilities)",
+    Status.UNSUPPORTED: ": too old a GPU, or a virtual one without power readings",
+    Status.UNAVAILABLE: ": see `nvidia-smi` and the kernel log, it may need a reset",
+}
+
+# CUDA's own order of the devices, asked in another process: CUDA that has started survives no fork.
+_CUDA_UUIDS = """
+import ctypes, uuid
+cuda = ctypes.CDLL("libcuda.so.1")
+count, device, raw = ctypes.c_int(), ctypes.c_int(), (ctypes.c_ubyte * 16)()
+assert cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0
+for i in range(count.value):
+    assert cuda.cuDeviceGet(ctypes.byref(device), i) == 0
+    assert getattr(cuda, "cuDeviceGetUuid_v2", cuda.cuDeviceGetUuid)(raw, device) == 0
+    print(uuid.UUID(bytes=bytes(raw)))
+"""
+
+_OPEN_HINT = {
+    9: ": load the NVIDIA driver",
+    12: ": install the NVIDIA driver (in a container: start it with access to the GPUs)",
+    18: ": driver and library differ, reboot or reload the driver",
+}
+
 _Mode = Literal["counter", "instant", "usage"]
 
 
 @dataclass
 class _Gpu:
     uuid: str
-    label: str
-    mode: _Mode | None
+    name: str
+    pci: str | None
+    mode: _Mode | None = None
     refused: Status = Status.OK  # why there is no mode
     handle: Any = None
+    shared: bool = False
+    slices: list[str] = field(default_factory=list)
+    check: CounterCheck = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.check = CounterCheck(f"{self.name} ({self.uuid})")
 
 
 class Nvml:
     """The NVIDIA GPUs that this process may use.
 
     Under CUDA these are torch's devices, by UUID. Before CUDA starts, CUDA_VISIBLE_DEVICES is read as CUDA
-    does: by index or by (abbreviated) UUID, ending at the first entry that is not valid. A MIG slice has no
-        counter of its own:
-    its parent GPU is read, and named as shared.
+    does: by index or by (abbreviated) UUID, ending at the first entry that is not valid. What an index means
+    depends on CUDA_DEVICE_ORDER; where it matters (GPUs of several models, not in PCI order) CUDA is asked. A
+    MIG slice has no counter of its own: its parent GPU is read, and named as shared.
     """
 
     name = "nvml"
@@ -60,6 +106,8 @@ class Nvml:
     update_period_s = 0.1
 
     def __init__(self) -> None:
+        self.driver = ""
+        self._note = ""
         self._nvml: Any = None
         self._pid: int | None = None
         self._gpus: dict[DeviceId, _Gpu] = {}
@@ -74,36 +122,38 @@ class Nvml:
         try:
             import pynvml
         except ImportError as e:
-            raise SourceUnavailable(Status.UNAVAILABLE, f"nvidia-ml-py is not installed: {e}") from None
+            raise SourceUnavailable(
+                Status.UNAVAILABLE, f"nvidia-ml-py is not installed: pip install nvidia-ml-py ({e})"
+            ) from None
         self._nvml = pynvml
+        self._note = ""
         try:
             self._init()
+            self.driver = f"nvidia {_str(pynvml.nvmlSystemGetDriverVersion())}"
             gpus = self._visible()
         except pynvml.NVMLError as e:
             self.close()
-            raise SourceUnavailable(_status(e), f"NVML: {e}") from None
+            raise SourceUnavailable(_status(e), f"NVML: {e}{_OPEN_HINT.get(e.value, '')}") from None
         if not gpus:
             self.close()
-            raise SourceUnavailable(Status.UNAVAILABLE, "no NVIDIA GPU is visible to this process")
+            hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+            because = "" if hidden is None else f": CUDA_VISIBLE_DEVICES is {hidden!r}"
+            raise SourceUnavailable(Status.UNAVAILABLE, f"no NVIDIA GPU is visible to this process{because}")
         for gpu in gpus:
             gpu.mode, gpu.refused = self._choose(gpu)
         if all(gpu.mode is None for gpu in gpus):
             self.close()
-            hint = " (ask the administrator: it takes a driver setting)" * (gpus[0].refused is Status.NO_PERMISSION)
+            refused = gpus[0].refused
             raise SourceUnavailable(
-                gpus[0].refused,
-                f"{gpus[0].label} gives neither energy nor power: {gpus[0].refused.value}{hint}",
+                refused,
+                f"{gpus[0].name} gives neither energy nor power: {refused.value}{_HINT.get(refused, '')}",
             )
         host = hostname()
         self._gpus = {DeviceId(host, "gpu", gpu.uuid): gpu for gpu in gpus}
 
-    def devices(self) -> Mapping[DeviceId, str]:
+    def devices(self) -> Mapping[DeviceId, DeviceInfo]:
         """GPUs by UUID, with what each is read by."""
-        how = {"counter": "energy counter", "instant": "instant power", "usage": "averaged power"}
-        return {
-            device: f"{gpu.label}, {how[gpu.mode] if gpu.mode else gpu.refused.value}"
-            for device, gpu in self._gpus.items()
-        }
+        return {device: _info(gpu, self._note) for device, gpu in self._gpus.items()}
 
     def wrap_range_uj(self, device: DeviceId) -> int | None:
         """Unknown: NVML documents no wrap, so a counter that goes back was reset (driver reload)."""
@@ -157,9 +207,16 @@ class Nvml:
                 gpu.handle = None
             return Reading(time.monotonic_ns(), status=status)
         now_ns = time.monotonic_ns()
-        if gpu.mode == "counter":
-            return Reading(now_ns, energy_uj=value * 1000)
-        return Reading(now_ns, power_mw=value)
+        if gpu.mode != "counter":
+            return Reading(now_ns, power_mw=value)
+        status = gpu.check.status(value * 1000, now_ns, lambda: self._power_mw(gpu))
+        return Reading(now_ns, energy_uj=value * 1000 if status is Status.OK else None, status=status)
+
+    def _power_mw(self, gpu: _Gpu) -> int | None:
+        try:
+            return self._call(gpu, self._nvml.nvmlDeviceGetPowerUsage)
+        except self._nvml.NVMLError:
+            return None
 
     def _function(self, mode: _Mode) -> Callable[[Any], int]:
         if mode == "counter":
@@ -198,9 +255,27 @@ class Nvml:
         for handle, mig in handles:
             whole = self._nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle) if mig else handle
             uuid = _str(self._nvml.nvmlDeviceGetUUID(whole))
-            shared = ", parent of a MIG slice: shared with its other slices" if mig else ""
-            gpus.setdefault(uuid, _Gpu(uuid, _str(self._nvml.nvmlDeviceGetName(whole)) + shared, None, handle=whole))
+            if uuid not in gpus:
+                name = _str(self._nvml.nvmlDeviceGetName(whole))
+                gpus[uuid] = _Gpu(uuid, name, self._pci(whole), handle=whole, shared=self._mig_mode(whole))
+            if mig:
+                gpus[uuid].shared = True
+                gpus[uuid].slices.append(_str(self._nvml.nvmlDeviceGetUUID(handle)))
         return list(gpus.values())
+
+    def _pci(self, handle: Any) -> str | None:
+        try:
+            bus_id = _str(self._nvml.nvmlDeviceGetPciInfo(handle).busId).lower()
+        except self._nvml.NVMLError:
+            return None
+        domain, _, rest = bus_id.partition(":")
+        return f"{domain[-4:]}:{rest}"  # NVML pads the domain to eight digits
+
+    def _mig_mode(self, handle: Any) -> bool:
+        try:
+            return bool(self._nvml.nvmlDeviceGetMigMode(handle)[0])
+        except self._nvml.NVMLError:  # a GPU without MIG
+            return False
 
     def _torch_handles(self) -> list[tuple[Any, bool]] | None:
         """(handle, is it a MIG slice) of torch's devices; None while CUDA is not running, which is not our
@@ -220,20 +295,42 @@ class Nvml:
         text = os.environ.get("CUDA_VISIBLE_DEVICES")
         if text is None:
             return [(self._nvml.nvmlDeviceGetHandleByIndex(i), False) for i in range(count)]
+        tokens = [t.strip() for t in text.split(",")]
+        every = [self._nvml.nvmlDeviceGetHandleByIndex(i) for i in range(count)]
+        if any(token.isdigit() for token in tokens) and self._order_matters(every):
+            asked = self._cuda_handles()
+            if asked is not None:
+                return asked
+            self._note = ", taken in PCI order: to be sure, set CUDA_DEVICE_ORDER=PCI_BUS_ID"
         handles = []
-        for token in (t.strip() for t in text.split(",")):
+        for token in tokens:
             if token.isdigit() and int(token) < count:
-                handles.append((self._nvml.nvmlDeviceGetHandleByIndex(int(token)), False))
+                handles.append((every[int(token)], False))
                 continue
             found = self._by_uuid(token) if token.startswith(("GPU-", "MIG-")) else None
             if found is None and token.startswith("GPU-"):
-                every = [self._nvml.nvmlDeviceGetHandleByIndex(i) for i in range(count)]
                 match = [h for h in every if _str(self._nvml.nvmlDeviceGetUUID(h)).startswith(token)]
                 found = (match[0], False) if len(match) == 1 else None
             if found is None:
                 break  # CUDA hides everything from the first invalid entry on
             handles.append(found)
         return handles
+
+    def _order_matters(self, handles: list[Any]) -> bool:
+        """NVML's order is PCI's; CUDA's is the same if it is told so, or if no GPU is faster than another."""
+        if os.environ.get("CUDA_DEVICE_ORDER", "").strip().upper() == "PCI_BUS_ID":
+            return False
+        return len({_str(self._nvml.nvmlDeviceGetName(handle)) for handle in handles}) > 1
+
+    def _cuda_handles(self) -> list[tuple[Any, bool]] | None:
+        """The devices that CUDA would show this process; None where CUDA does not answer."""
+        command = [sys.executable, "-c", _CUDA_UUIDS]
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        except (OSError, subprocess.SubprocessError):
+            return None
+        handles = [self._by_uuid(f"GPU-{uuid}") or self._by_uuid(f"MIG-{uuid}") for uuid in answer.split()]
+        return [handle for handle in handles if handle is not None]
 
     def _by_uuid(self, uuid: str) -> tuple[Any, bool] | None:
         try:
@@ -242,6 +339,18 @@ class Nvml:
             if e.value in (2, 6):  # invalid argument, not found
                 return None
             raise
+
+
+def _info(gpu: _Gpu, note: str) -> DeviceInfo:
+    module = gpu.mode == "counter" and "GH200" in gpu.name.upper()
+    how = {"counter": "energy counter", "instant": "instant power", "usage": "averaged power"}
+    text = f"{gpu.name}, {how[gpu.mode] if gpu.mode else gpu.refused.value}"
+    if module:
+        text += " of the whole Grace-Hopper module (GPU, CPU and memory)"
+    if gpu.shared:
+        text += ", split by MIG: shared with its other slices"
+    covers: tuple[Kind, ...] = ("cpu", "dram") if module else ()
+    return DeviceInfo(text + note, shared=gpu.shared, covers=covers, pci=gpu.pci, ids=tuple(gpu.slices))
 
 
 def _status(error: Any) -> Status:

@@ -3,6 +3,9 @@
 Only zones that do not contain each other are added up: packages, and memory (dram), which is not inside a
 package. psys contains the packages, which contain core and uncore; the MMIO tree shows the MSR tree's
 packages once more.
+
+A container sees the class folder (/sys/class/powercap, links side by side) or, bind-mounted, the device folder
+(/sys/devices/virtual/powercap, with one folder per control type): both are understood.
 """
 
 from __future__ import annotations
@@ -11,11 +14,12 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lightning_estdgm.energy import (
     DeviceId,
+    DeviceInfo,
     Kind,
     Method,
     Reading,
@@ -24,10 +28,14 @@ from lightning_estdgm.energy import (
     Status,
     hostname,
 )
+from lightning_estdgm.energy.counters import CounterCheck
+from lightning_estdgm.energy.sysfs import read_number, read_text
 
 __all__ = ["SOURCE", "Rapl"]
 
 ROOT = "/sys/class/powercap"
+
+ENVIRONMENT = "ESTDGM_POWERCAP"
 
 PERMISSION_FIX = (
     "energy counters are readable by root only since Linux 5.10 (CVE-2020-8694). For now: "
@@ -45,28 +53,38 @@ class _Zone:
     uid: str  # "package-0", "package-0-die-1", "package-0/dram"
     mmio: bool
     range_uj: int | None
+    check: CounterCheck = field(compare=False)
 
 
 class Rapl:
     """Packages and memory of this host, each once.
 
     Args:
-        root: the powercap directory; a container may have it bind-mounted elsewhere.
+        root: the powercap directory, which a container may have bind-mounted elsewhere; None takes the
+            environment variable ESTDGM_POWERCAP, else /sys/class/powercap.
     """
 
     name = "rapl"
     method: Method = "counter"
     scope: Scope = "host"
     update_period_s = 0.001
+    driver = "powercap"
 
-    def __init__(self, root: str | os.PathLike[str] = ROOT) -> None:
-        self._root = Path(root)
+    def __init__(self, root: str | os.PathLike[str] | None = None) -> None:
+        self._root = Path(os.environ.get(ENVIRONMENT, ROOT) if root is None else root)
         self._zones: dict[DeviceId, _Zone] = {}
 
     def open(self) -> None:
         """Find the zones; at least one must be readable."""
         zones = self._find()
         results = {zone.path: _try_energy(zone.path) for zone in zones}
+        # Some machines show a zone (memory of client CPUs, all zones of a guest) that was never fed.
+        zones = [zone for zone in zones if results[zone.path] != 0]
+        results = {zone.path: results[zone.path] for zone in zones}
+        if not zones:
+            raise SourceUnavailable(
+                Status.UNSUPPORTED, f"all energy counters in {self._root} read 0: a virtual machine does not feed them"
+            )
         if not any(isinstance(result, int) for result in results.values()):
             path, failure = next(iter(results.items()))
             if any(isinstance(result, PermissionError) for result in results.values()):
@@ -78,9 +96,9 @@ class Rapl:
         host = hostname()
         self._zones = {DeviceId(host, zone.kind, zone.uid): zone for zone in _without_mirrors(zones)}
 
-    def devices(self) -> Mapping[DeviceId, str]:
+    def devices(self) -> Mapping[DeviceId, DeviceInfo]:
         """Packages and memory domains."""
-        return {device: f"{zone.uid} ({zone.path.name})" for device, zone in self._zones.items()}
+        return {device: DeviceInfo(f"{zone.uid} ({zone.path.name})") for device, zone in self._zones.items()}
 
     def wrap_range_uj(self, device: DeviceId) -> int | None:
         """The zone's max_energy_range_uj."""
@@ -93,7 +111,8 @@ class Rapl:
             result = _try_energy(zone.path)
             now_ns = time.monotonic_ns()
             if isinstance(result, int):
-                readings[device] = Reading(now_ns, energy_uj=result)
+                status = zone.check.status(result, now_ns, _unknown_power)
+                readings[device] = Reading(now_ns, energy_uj=result if status is Status.OK else None, status=status)
             elif isinstance(result, PermissionError):
                 readings[device] = Reading(now_ns, status=Status.NO_PERMISSION)
             elif isinstance(result, FileNotFoundError):
@@ -118,39 +137,48 @@ class Rapl:
         except OSError as e:
             status = Status.NO_PERMISSION if isinstance(e, PermissionError) else Status.ERROR
             raise SourceUnavailable(status, f"{self._root} cannot be listed: {e}") from None
-        tops = [e for e in entries if re.fullmatch(r"intel-rapl(-mmio)?:\d+", e.name)]
+        entries += [child for e in entries if re.fullmatch(r"intel-rapl(-mmio)?", e.name) for child in _children(e)]
+        found: dict[str, Path] = {}
+        for entry in entries:
+            # The class folder links to the zones of the device folder; of the two, take one that can be entered.
+            if re.fullmatch(r"intel-rapl(-mmio)?:\d+", entry.name) and (
+                entry.name not in found or read_text(found[entry.name] / "name") is None
+            ):
+                found[entry.name] = entry
+        tops = sorted(found.values(), key=lambda path: ("mmio" in path.name, path.name))
         if not tops:
             raise SourceUnavailable(
                 Status.UNAVAILABLE, f"{self._root} has no intel-rapl zones: the CPU or the machine shows none"
             )
-        tops.sort(key=lambda path: "mmio" in path.name)
         zones: dict[str, _Zone] = {}
         masked = 0
         for top in tops:
-            name = _text(top / "name")
+            name = read_text(top / "name")
             if name is None:
                 masked += 1
                 continue
             if not name.startswith("package"):
                 continue  # psys holds the packages
-            found = [_zone(top, "cpu", name)]
+            parts = [_zone(top, "cpu", name)]
             # Sub-zones lie inside the zone, and beside it as links; a bind mount may show only the one or
             # the other.
             subs = {p.name: p for p in [*entries, *_children(top)] if p.name.startswith(f"{top.name}:")}
-            found += [
-                _zone(sub, "dram", f"{name}/dram") for _, sub in sorted(subs.items()) if _text(sub / "name") == "dram"
+            parts += [
+                _zone(sub, "dram", f"{name}/dram")
+                for _, sub in sorted(subs.items())
+                if read_text(sub / "name") == "dram"
             ]
-            for zone in found:
+            for zone in parts:
                 seen = zones.get(zone.uid)
                 if seen is None:
                     zones[zone.uid] = zone
                 elif not zone.mmio:  # two sockets that share a name are two devices; MMIO is the same one again
-                    zone = _Zone(zone.path, zone.kind, f"{zone.uid}@{zone.path.name}", False, zone.range_uj)
+                    zone = replace(zone, uid=f"{zone.uid}@{zone.path.name}")
                     zones[zone.uid] = zone
         if not zones:
             why = (
-                f"the zones in {self._root} cannot be entered: a container runtime masks them; mount "
-                f"{self._root} and /sys/devices/virtual/powercap into the container"
+                f"the zones in {self._root} cannot be entered: a container runtime masks them; mount the host's "
+                f"/sys/devices/virtual/powercap at another place, such as /host/powercap, and set {ENVIRONMENT} to it"
                 if masked
                 else f"{self._root} has no package zone"
             )
@@ -159,9 +187,9 @@ class Rapl:
 
 
 def _zone(path: Path, kind: Kind, uid: str) -> _Zone:
-    text = _text(path / "max_energy_range_uj")
+    text = read_text(path / "max_energy_range_uj")
     range_uj = int(text) if text is not None and text.isdigit() and int(text) > 0 else None
-    return _Zone(path, kind, uid, "mmio" in path.name, range_uj)
+    return _Zone(path, kind, uid, "mmio" in path.name, range_uj, CounterCheck(f"RAPL zone {uid}"))
 
 
 def _children(path: Path) -> list[Path]:
@@ -171,18 +199,12 @@ def _children(path: Path) -> list[Path]:
         return []
 
 
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return None
-
-
 def _try_energy(zone: Path) -> int | OSError | ValueError:
-    try:
-        return int((zone / "energy_uj").read_text())
-    except (OSError, ValueError) as e:
-        return e
+    return read_number(zone / "energy_uj")
+
+
+def _unknown_power() -> None:
+    return None
 
 
 def _without_mirrors(zones: list[_Zone]) -> list[_Zone]:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
-from lightning_estdgm.energy import DeviceId, Method, Reading, Scope, SourceUnavailable, Status
+from lightning_estdgm.energy import (
+    DeviceId,
+    DeviceInfo,
+    EnergySource,
+    Method,
+    Reading,
+    Scope,
+    SourceUnavailable,
+    Status,
+)
+from lightning_estdgm.energy.accumulator import Accumulator, Totals
 
 
 @dataclass
@@ -21,6 +35,8 @@ class ConstantPower:
     kind: str = "gpu"
     uid: str = "c0"
     update_period_s: float = 0.0
+    driver: str = "constant 1.0"
+    info: DeviceInfo | None = None
     absent: SourceUnavailable | None = None
     status: Status = Status.OK
     raises: bool = False
@@ -35,8 +51,8 @@ class ConstantPower:
             raise self.absent
         self.events.append("open")
 
-    def devices(self) -> Mapping[DeviceId, str]:
-        return {self.device: f"constant {self.watts:g} W"}
+    def devices(self) -> Mapping[DeviceId, DeviceInfo]:
+        return {self.device: self.info or DeviceInfo(f"constant {self.watts:g} W")}
 
     def wrap_range_uj(self, device: DeviceId) -> int | None:
         return None
@@ -52,6 +68,20 @@ class ConstantPower:
 
     def close(self) -> None:
         self.events.append("close")
+
+
+def totals_over(source: EnergySource, *changes: Callable[[], object]) -> Totals:
+    """Read an open source once, then once more after each change: what the accumulator makes of it."""
+    accumulator = Accumulator()
+    for device in source.devices():
+        wrap_range_uj = source.wrap_range_uj(device)
+        accumulator.add_device(device, source=source.name, method=source.method, wrap_range_uj=wrap_range_uj)
+    accumulator.switch(time.monotonic_ns(), "train", "train")
+    accumulator.update(time.monotonic_ns(), source.read())
+    for change in changes:
+        change()
+        accumulator.update(time.monotonic_ns(), source.read())
+    return accumulator.totals()
 
 
 def rapl_zone(root: Path, zone: str, name: str, energy_uj: int | None, range_uj: int | None = 262143328850) -> Path:
@@ -82,10 +112,14 @@ class FakeGpu:
     mw: int = 300_000
     usage: int = 0
     avg: int = 250_000
+    watts: int = 0  # the counter runs by itself, on the monotonic clock
+    pci: str = "00000000:C1:00.0"
+    mig: int = -1
+    name: str = "Fake GPU"
 
     def line(self) -> str:
-        values = (self.handle, self.energy, self.mj, self.instant, self.mw, self.usage, self.avg)
-        return f"gpu {self.uuid} {' '.join(map(str, values))}"
+        values = (self.handle, self.energy, self.mj, self.instant, self.mw, self.usage, self.avg, self.watts, self.pci)
+        return f"gpu {self.uuid} {' '.join(map(str, values))} {self.mig} {self.name}"
 
 
 @dataclass
@@ -100,3 +134,47 @@ class Machine:
         new = self.script.with_suffix(".new")
         new.write_text("\n".join(lines) + "\n")
         new.replace(self.script)
+
+
+@dataclass
+class FakeAmd:
+    """One line of the AMD stand-in's script; codes are those of the library that reads it."""
+
+    pci: str = "0000:c1:00.0"
+    energy: int = 0
+    ticks: int = 1_000_000
+    watts: int = 500
+    power: int = 0
+    current: int = 490
+    average: int = 0xFFFF
+    hip: int = 0
+    unique: str = "1122334455667788"
+    name: str = "AMD Instinct MI300X"
+
+    def line(self) -> str:
+        values = (self.energy, self.ticks, self.watts, self.power, self.current, self.average, self.hip, self.unique)
+        return f"gpu {self.pci} {' '.join(map(str, values))} {self.name}"
+
+
+@dataclass
+class AmdMachine:
+    """The machine that the AMD stand-in shows."""
+
+    script: Path
+
+    def show(self, *gpus: FakeAmd, init: int = 0) -> None:
+        new = self.script.with_suffix(".new")
+        new.write_text("\n".join([f"init {init}", *(g.line() for g in gpus)]) + "\n")
+        new.replace(self.script)
+
+
+def forget_amdsmi() -> dict[str, ModuleType]:
+    """Take amdsmi out of the imported modules: it looks for its library when it is imported."""
+    names = [name for name in sys.modules if name.partition(".")[0] == "amdsmi"]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+def compile_library(source: Path, library: Path, *options: str) -> None:
+    compiler = shutil.which("cc")
+    assert compiler is not None, "the energy tests build stand-ins of vendors' libraries: they need a C compiler"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", *options, "-o", str(library), str(source)], check=True)

@@ -109,6 +109,21 @@ def test_a_device_missing_from_the_readings_failed() -> None:
     assert acc.totals().gaps == 1
 
 
+def test_a_device_that_is_not_due_neither_failed_nor_was_read() -> None:
+    acc = counter()
+    read(acc, 0, 0)
+    acc.switch(1 * S, "train", "val")
+    acc.update(1 * S, {}, {GPU})
+    assert acc.totals().gaps == 0
+    assert acc.failing == ()
+    acc.update(2 * S, {})
+    assert acc.failing == (GPU,)
+    read(acc, 4, 4_000_000)
+    assert acc.failing == ()
+    assert acc.totals().joules(stage="train") == 1.0  # a boundary without a reading: split by time
+    assert acc.totals().joules(stage="val") == 3.0
+
+
 def test_a_good_status_without_a_value_is_no_reading() -> None:
     acc = counter()
     read(acc, 0, 0)
@@ -203,7 +218,7 @@ def test_the_state_loads_with_weights_only_and_adds_up() -> None:
     assert both.joules() == 6.0
     assert both.seconds == 2.0
     assert both.coverage_ratio == 1.0
-    beside = restored.add(acc.totals(), wall=False)
+    beside = restored.add(acc.totals(), beside=True)
     assert beside.joules() == 6.0
     assert beside.seconds == 1.0
 
@@ -218,7 +233,7 @@ def test_bad_arguments() -> None:
         acc.add_device(CPU, source="t", method="counter", wrap_range_uj=0)
     with pytest.raises(RuntimeError, match="switch"):
         Accumulator().update(0, {})
-    with pytest.raises(ValueError, match="version 1 expected, got 7"):
+    with pytest.raises(ValueError, match="version 1 or 2 expected, got 7"):
         Totals.from_state_dict({"version": 7})
 
 

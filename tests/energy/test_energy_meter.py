@@ -8,15 +8,18 @@ import time
 import pytest
 from energy_parts import ConstantPower
 
-from lightning_estdgm.energy import SourceUnavailable, Status
-from lightning_estdgm.energy.meter import Meter
+from lightning_estdgm.energy import DeviceId, DeviceInfo, SourceUnavailable, Status
+from lightning_estdgm.energy.meter import Meter, Select
 
 SLOW = 3600.0  # the thread never gets to read: what is read is read by the test
 
 
-def started(*sources: ConstantPower | SourceUnavailable, interval_s: float = SLOW, **kwargs) -> Meter:
+def started(
+    *sources: ConstantPower | SourceUnavailable, interval_s: float = SLOW, select: Select | None = None
+) -> Meter:
     meter = Meter([(getattr(s, "name", "gone"), s) for s in sources], interval_s=interval_s)
-    meter.start("train", "train", **kwargs)
+    meter.open(select)
+    meter.start("train", "train")
     return meter
 
 
@@ -126,6 +129,96 @@ def test_watts_wait_for_the_update_period() -> None:
     meter.read()
     assert meter.watts() == {}
     meter.stop()
+
+
+def test_a_source_is_read_no_more_often_than_it_is_renewed() -> None:
+    slow, fast = ConstantPower(name="slow", update_period_s=3600.0), ConstantPower(name="fast", uid="c1")
+    meter = started(slow, fast)
+    time.sleep(0.01)
+    meter.mark("train", "val")
+    time.sleep(0.01)
+    meter.mark("train", "train")
+    meter.read()
+    assert (slow.events.count("read"), fast.events.count("read")) == (1, 4)
+    assert meter.totals().gaps == 0
+    meter.stop()  # the last reading is taken whatever the time: nothing comes after it
+    assert slow.events.count("read") == 2
+    totals = meter.totals()
+    by_stage = {c.stage: uj for c, uj in totals.energy_uj.items() if c.device == slow.device}
+    assert by_stage["val"] >= 100 * 0.01 * 1e6 * 0.99  # the boundaries in between split it by time
+    assert sum(by_stage.values()) == pytest.approx(100 * totals.device_ns[slow.device] / 1000, abs=2)
+
+
+def test_a_module_counter_leaves_out_what_it_holds_already() -> None:
+    module = ConstantPower(name="module", uid="m", info=DeviceInfo("Grace Hopper module", covers=("cpu", "dram")))
+    package = ConstantPower(name="package", kind="cpu", uid="package-0")
+    memory = ConstantPower(name="memory", kind="dram", uid="package-0/dram")
+    guess = ConstantPower(name="guess", method="estimated", kind="cpu", uid="p", scope="process")
+    meter = started(package, memory, guess, module)  # whatever the order
+    meter.stop()
+    assert [o.name for o in meter.opened] == ["module"]
+    assert {a.name: a.reason for a in meter.absent} == {
+        "package": "it would count twice: cpu is in the readings of module",
+        "memory": "it would count twice: dram is in the readings of module",
+        "guess": "not needed: cpu is measured by module",
+    }
+    assert all(source.events[-1] == "close" for source in (package, memory, guess, module))
+
+
+def test_what_other_processes_read_is_closed() -> None:
+    ours, theirs = ConstantPower(name="ours"), ConstantPower(name="theirs", uid="c1")
+    meter = Meter([("ours", ours), ("theirs", theirs)], interval_s=SLOW)
+    meter.open()
+    meter.keep([opened for opened in meter.opened if opened.name == "ours"])
+    meter.start("train", "train")
+    meter.stop()
+    assert theirs.events == ["open", "close"]
+    assert [o.name for o in meter.opened] == ["ours"]
+    assert [(a.name, a.reason) for a in meter.absent] == [("theirs", "read by another process of this run")]
+
+
+def test_the_idle_baseline_is_measured_before_and_booked_apart() -> None:
+    source = ConstantPower(watts=40.0)
+    meter = Meter([("constant", source)], interval_s=0.002)
+    meter.open()
+    meter.measure_idle(0.25)
+    assert meter.idle_watts == {source.device: pytest.approx(40.0, rel=1e-3)}
+    assert source.events.count("read") >= 3  # as often as otherwise: power would have to be integrated
+    source.watts = 100.0
+    before = time.monotonic()
+    meter.start("train", "train")
+    time.sleep(0.01)
+    meter.stop()
+    totals = meter.totals()
+    assert totals.joules() == pytest.approx(100 * totals.covered_ns / 1e9, rel=1e-4)
+    assert totals.net_joules == pytest.approx(60 * totals.covered_ns / 1e9, rel=1e-3)
+    assert totals.seconds <= time.monotonic() - before
+
+
+def test_no_baseline_where_it_could_not_be_read() -> None:
+    source = ConstantPower(status=Status.ERROR)
+    meter = Meter([("constant", source)], interval_s=SLOW)
+    meter.open()
+    meter.measure_idle(0.001)
+    source.status = Status.OK
+    meter.start("train", "train")
+    time.sleep(0.002)
+    meter.stop()
+    assert meter.idle_watts == {}
+    assert meter.totals().joules() is not None
+    assert meter.totals().net_joules is None
+
+
+def test_a_source_with_a_wrap_range_that_makes_no_sense_is_absent() -> None:
+    class Odd(ConstantPower):
+        def wrap_range_uj(self, device: DeviceId) -> int | None:
+            return 0
+
+    source = Odd()
+    meter = started(source)
+    meter.stop()
+    assert "wrap_range_uj must be > 0 or None, got 0" in meter.absent[0].reason
+    assert source.events == ["open", "close"]
 
 
 def test_a_meter_starts_once() -> None:

@@ -1,55 +1,22 @@
 from __future__ import annotations
 
-import _ctypes
-import ctypes
+import contextlib
 import os
-import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from uuid import UUID
 
 import pytest
 import torch
-from energy_parts import ConstantPower, FakeGpu, Machine
+from energy_parts import ConstantPower, FakeGpu, Machine, compile_library, totals_over
 
 from lightning_estdgm.callbacks.energy import _own_devices
-from lightning_estdgm.energy import SourceUnavailable, Status
-from lightning_estdgm.energy.meter import Meter
+from lightning_estdgm.energy import DeviceInfo, SourceUnavailable, Status, nvml
 from lightning_estdgm.energy.nvml import Nvml
 
 A, B, C = "GPU-aaaa1111-0000", "GPU-bbbb2222-0000", "GPU-bbcc3333-0000"
-
-
-@pytest.fixture(scope="module")
-def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Build the stand-in and load it under the real library's name; the real pynvml then finds it."""
-    pynvml = pytest.importorskip("pynvml")
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler")
-    if pynvml.nvmlLib is not None:
-        pytest.skip("the real NVML is already loaded in this process")
-    library = tmp_path_factory.mktemp("nvml") / "libnvidia-ml.so.1"
-    source = Path(__file__).with_name("fake_nvml.c")
-    subprocess.run(
-        [compiler, "-shared", "-fPIC", "-O1", "-Wl,-soname,libnvidia-ml.so.1", "-o", library, source], check=True
-    )
-    held = ctypes.CDLL(str(library))  # dlopen("libnvidia-ml.so.1") matches a loaded library by its soname
-    yield
-    if pynvml.nvmlLib is not None:
-        _ctypes.dlclose(pynvml.nvmlLib._handle)
-    _ctypes.dlclose(held._handle)
-    pynvml.nvmlLib = None
-    pynvml._nvmlGetFunctionPointer_cache.clear()
-
-
-@pytest.fixture
-def machine(nvml_library: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    monkeypatch.setenv("FAKE_NVML", str(tmp_path / "machine.txt"))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return Machine(tmp_path / "machine.txt")
 
 
 def opened() -> Nvml:
@@ -69,7 +36,7 @@ def test_the_counter_is_read_in_microjoules(machine: Machine) -> None:
     assert (device.kind, device.uid) == ("gpu", A)
     assert source.method == "counter"
     assert source.wrap_range_uj(device) is None
-    assert "Fake GPU" in source.devices()[device]
+    assert "Fake GPU" in source.devices()[device].name
     reading = source.read()[device]
     assert (reading.energy_uj, reading.power_mw, reading.status) == (12_345_000, None, Status.OK)
     source.close()
@@ -169,7 +136,9 @@ def test_a_shutdown_by_somebody_else_is_survived(machine: Machine) -> None:
 
     machine.show(FakeGpu(A, mj=5))
     source = opened()
-    pynvml.nvmlShutdown()
+    with contextlib.suppress(pynvml.NVMLError_Uninitialized):
+        while True:  # NVML counts how often it was initialised
+            pynvml.nvmlShutdown()
     assert [r.energy_uj for r in source.read().values()] == [5000]
 
 
@@ -215,18 +184,16 @@ def test_a_mig_slice_is_read_from_its_parent_once(machine: Machine, monkeypatch:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1,MIG-2")
     source = opened()
     assert uids(source) == [B]
-    assert "shared" in next(iter(source.devices().values()))
+    (info,) = source.devices().values()
+    assert info.shared
+    assert "MIG" in info.name
+    assert info.ids == ("MIG-1", "MIG-2")
 
 
 def test_a_reset_is_a_gap_and_no_negative_energy(machine: Machine) -> None:
     machine.show(FakeGpu(A, mj=5_000_000))
-    meter = Meter([("nvml", Nvml())], interval_s=3600.0)
-    meter.start("train", "train")
-    for mj in (5_002_000, 1_000, 4_000):
-        machine.show(FakeGpu(A, mj=mj))
-        meter.read()
-    totals = meter.totals()
-    meter.stop()
+    shows = [partial(machine.show, FakeGpu(A, mj=mj)) for mj in (5_002_000, 1_000, 4_000)]
+    totals = totals_over(opened(), *shows)
     assert totals.joules() == 2.0 + 3.0
     assert (totals.gaps, totals.segments) == (1, 2)
 
@@ -273,20 +240,114 @@ def test_under_cuda_devices_are_found_by_uuid_not_by_index(machine: Machine, mon
 
 
 @pytest.mark.parametrize(
-    ("local_rank", "device", "expected"),
-    [
-        (0, "cuda:0", [C, "package-0"]),
-        (1, "cuda:1", [B]),
-        (0, "cpu", [B, C, "package-0"]),
-        (1, "cpu", []),
-    ],
+    ("device", "expected"), [("cuda:0", [C, "package-0"]), ("cuda:1", [B, "package-0"]), ("cpu", [B, C, "package-0"])]
 )
-def test_a_rank_reads_its_own_gpu_and_local_rank_0_what_is_shared(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, local_rank: int, device: str, expected: list[str]
+def test_a_rank_offers_its_own_gpu_and_all_that_is_no_gpu(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, device: str, expected: list[str]
 ) -> None:
     machine.show(FakeGpu(A), FakeGpu(B), FakeGpu(C))
     cuda_shows(monkeypatch, C, B)
-    source, rapl = opened(), ConstantPower(kind="cpu", uid="package-0")
-    rank = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)), local_rank=local_rank)
-    chosen = [*_own_devices(rank, source, source.devices()), *_own_devices(rank, rapl, rapl.devices())]
-    assert sorted(d.uid for d in chosen) == sorted(expected)
+    rank = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+    devices = {**opened().devices(), **ConstantPower(kind="cpu", uid="package-0").devices()}
+    assert sorted(d.uid for d in _own_devices(rank, devices)) == sorted(expected)
+
+
+def test_what_is_known_of_a_gpu(machine: Machine) -> None:
+    machine.show(FakeGpu(A, pci="00000001:C1:00.0", name="NVIDIA H100 80GB HBM3"))
+    source = opened()
+    (info,) = source.devices().values()
+    assert info == DeviceInfo("NVIDIA H100 80GB HBM3, energy counter", pci="0001:c1:00.0")
+    assert source.driver == "nvidia 999.1"
+
+
+def test_a_grace_hopper_counter_is_named_as_the_modules(machine: Machine) -> None:
+    machine.show(FakeGpu(A, name="NVIDIA GH200 480GB"))
+    (info,) = opened().devices().values()
+    assert info.covers == ("cpu", "dram")
+    assert "of the whole Grace-Hopper module (GPU, CPU and memory)" in info.name
+    machine.show(FakeGpu(A, name="NVIDIA GH200 480GB", energy=3))  # the power field has the GPU's scope
+    (info,) = opened().devices().values()
+    assert info.covers == ()
+
+
+def test_a_gpu_in_mig_mode_is_shared_even_if_asked_for_by_index(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.show(FakeGpu(A, mig=1), FakeGpu(B, mig=0))
+    assert [info.shared for info in opened().devices().values()] == [True, False]
+
+
+def test_many_gpus(machine: Machine) -> None:
+    gpus = [FakeGpu(f"GPU-{i:08x}", mj=1000 * i, pci=f"00000000:{i:02X}:00.0") for i in range(64)]
+    machine.show(*gpus)
+    source = opened()
+    assert [r.energy_uj for r in source.read().values()] == [gpu.mj * 1000 for gpu in gpus]
+    assert len({info.pci for info in source.devices().values()}) == 64
+
+
+def test_a_counter_that_stands_still_jumps_or_goes_back(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine.show(FakeGpu(A, mj=0))
+    source = opened()
+    clock = 10**9
+    monkeypatch.setattr(nvml.time, "monotonic_ns", lambda: clock)
+    statuses = []
+    for seconds, gpu in [
+        (0, FakeGpu(A, mj=1000)),
+        (0.1, FakeGpu(A, mj=1000)),  # not renewed yet
+        (1, FakeGpu(A, mj=1000)),
+        (1, FakeGpu(A, mj=1000, usage=10)),  # nor can its power be read
+        (1, FakeGpu(A, mj=1000, avg=0)),  # switched off: it may stand still
+        (1, FakeGpu(A, mj=301_000)),
+        (1, FakeGpu(A, mj=300_000)),  # backwards: the accumulator's gap
+        (1, FakeGpu(A, mj=20_300_000)),  # 20 kJ in a second
+        (1, FakeGpu(A, mj=20_500_000)),
+    ]:
+        clock += round(seconds * 1e9)
+        machine.show(gpu)
+        (reading,) = source.read().values()
+        assert (reading.energy_uj is None) == (reading.status is not Status.OK)
+        statuses.append(reading.status)
+    ok, bad = Status.OK, Status.UNAVAILABLE
+    assert statuses == [ok, ok, bad, bad, ok, ok, ok, bad, ok]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"The energy counter of Fake GPU ({A}) stands still while it draws 250 W: not counted, shown as a gap."
+    ]
+
+
+def cuda_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *uuids: str) -> None:
+    """A libcuda.so.1 that shows these devices, in this order, to processes started from now on."""
+    rows = ["{" + ",".join(f"0x{byte:02x}" for byte in UUID(uuid.partition("-")[2]).bytes) + "}" for uuid in uuids]
+    code = f"""
+    #include <string.h>
+    static unsigned char uuids[][16] = {{{",".join(rows)}}};
+    int cuInit(unsigned flags) {{ return flags; }}
+    int cuDeviceGetCount(int *n) {{ *n = {len(uuids)}; return 0; }}
+    int cuDeviceGet(int *device, int i) {{ *device = i; return 0; }}
+    int cuDeviceGetUuid(void *out, int device) {{ return 1; }}
+    int cuDeviceGetUuid_v2(void *out, int device) {{ memcpy(out, uuids[device], 16); return 0; }}
+    """
+    (tmp_path / "cuda.c").write_text(code)
+    compile_library(tmp_path / "cuda.c", tmp_path / "libcuda.so.1")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+
+
+def test_what_an_index_means_is_asked_of_cuda_where_the_order_matters(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, fast = (f"GPU-{UUID(int=i)}" for i in (1, 2))
+    machine.show(FakeGpu(slow, name="Slow"), FakeGpu(fast, name="Fast"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    cuda_answers(tmp_path, monkeypatch, fast)
+    assert uids(opened()) == [fast]  # CUDA puts the fastest first
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    assert uids(opened()) == [slow]
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    assert uids(opened()) == [fast]
+    machine.show(FakeGpu(slow, name="Same"), FakeGpu(fast, name="Same"))
+    assert uids(opened()) == [slow]
+    machine.show(FakeGpu(slow, name="Slow"), FakeGpu(fast, name="Fast"))
+    (tmp_path / "libcuda.so.1").write_text("broken")
+    (info,) = opened().devices().values()
+    assert info.name == "Slow, energy counter, taken in PCI order: to be sure, set CUDA_DEVICE_ORDER=PCI_BUS_ID"

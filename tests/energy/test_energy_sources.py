@@ -5,19 +5,32 @@ from __future__ import annotations
 import importlib.metadata
 import pickle
 import time
+from types import SimpleNamespace
 
 import pytest
 from energy_parts import ConstantPower
 
 import lightning_estdgm.energy as energy
-from lightning_estdgm.energy import EnergySource, SourceUnavailable, Status, check_source, discover, resolve
+from lightning_estdgm.energy import (
+    DeviceId,
+    DeviceInfo,
+    EnergySource,
+    SourceUnavailable,
+    Status,
+    check_source,
+    discover,
+    own_gpus,
+    resolve,
+    torch_ids,
+)
 from lightning_estdgm.energy.cpu_estimate import ENVIRONMENT, CpuEstimate
 
 NAMES = [name for name, _ in discover()]
 
 
-def test_discovery_finds_the_modules_and_puts_estimates_last() -> None:
-    assert NAMES == ["nvml", "rapl", "cpu-estimate"]
+def test_discovery_finds_the_modules_and_puts_counters_first_and_estimates_last() -> None:
+    counters = ["amdsmi", "hwmon-intel", "nvml", "rapl", "rocm-smi"]
+    assert [*counters, "hwmon-amd", "hwmon-grace", "cpu-estimate"] == NAMES
     assert all(isinstance(source, EnergySource) for _, source in discover())
 
 
@@ -41,6 +54,7 @@ def test_a_source_opens_or_says_why_not(name: str) -> None:
         assert devices
         readings = source.read()
         assert set(readings) == set(devices)
+        assert all(isinstance(info, DeviceInfo) and info.name for info in devices.values())
         for reading in readings.values():
             assert abs(reading.monotonic_ns - time.monotonic_ns()) < 60e9
             good = reading.energy_uj is not None or reading.power_mw is not None
@@ -91,7 +105,7 @@ def test_resolve_takes_names_and_objects() -> None:
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        (["nvlm"], ValueError, "unknown energy source 'nvlm'; known are cpu-estimate, nvml, rapl"),
+        (["nvlm"], ValueError, "unknown energy source 'nvlm'; known are amdsmi, cpu-estimate, hwmon-amd, .*, nvml"),
         ("nvml", TypeError, "a list of names and energy sources, got 'nvml'"),
         (5, TypeError, "got 5"),
         ([object()], TypeError, "object lacks name, method, scope"),
@@ -106,6 +120,39 @@ def test_resolve_takes_names_and_objects() -> None:
 def test_bad_sources(given: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         resolve(given)  # type: ignore[arg-type]
+
+
+def gpu(uid: str) -> DeviceId:
+    return DeviceId("host", "gpu", uid)
+
+
+def test_a_torch_device_finds_the_reading_that_holds_its_energy() -> None:
+    infos = {
+        gpu("GPU-0f0f"): DeviceInfo("parent", shared=True, pci="0000:01:00.0", ids=("MIG-1a1a", "MIG-2b2b")),
+        gpu("GPU-3c3c"): DeviceInfo("whole", pci="0000:02:00.0"),
+        gpu("0000:c1:00.0"): DeviceInfo("pair", pci="0000:c1:00.0", ids=("GPU-4d4d", "0000:c6:00.0")),
+        DeviceId("host", "cpu", "GPU-3c3c"): DeviceInfo("no GPU"),
+    }
+    for uuid, pci, expected in [
+        ("3C3C", None, ["GPU-3c3c"]),
+        ("GPU-3c3c", "0000:01:00.0", ["GPU-3c3c"]),  # a UUID says more than an address
+        ("2b2b", None, ["GPU-0f0f"]),
+        ("4d4d", None, ["0000:c1:00.0"]),
+        ("unknown", "0000:C6:00.0", ["0000:c1:00.0"]),
+        ("unknown", "0000:09:00.0", []),
+        (None, None, []),
+    ]:
+        assert [device.uid for device in own_gpus(infos, uuid, pci)] == expected
+
+
+def test_ids_of_torch_devices() -> None:
+    whole = "3c3c3c3c-0000-1111-2222-333333333333"
+    assert torch_ids(SimpleNamespace(uuid=whole)) == (whole, None)
+    address = SimpleNamespace(pci_domain_id=1, pci_bus_id=0xC1, pci_device_id=2)
+    assert torch_ids(address) == (None, "0001:c1:02.0")
+    assert torch_ids(SimpleNamespace(pci_bus_id=3)) == (None, None)
+    letters = "33643062-3030-3030-6666-666666666666"  # HIP: the letters of its UUID as bytes
+    assert torch_ids(SimpleNamespace(uuid=letters)) == ("3d0b0000ffffffff", None)
 
 
 def test_the_reason_survives_pickling() -> None:
@@ -126,7 +173,7 @@ def test_the_cpu_estimate_is_cpu_time_times_watts() -> None:
     assert before.energy_uj is not None
     assert after.energy_uj is not None
     assert 0.02 * 50 <= (after.energy_uj - before.energy_uj) / 1e6 <= (end - start + 0.02) * 50
-    assert "50 W per busy core" in next(iter(source.devices().values()))
+    assert "50 W per busy core" in next(iter(source.devices().values())).name
 
 
 @pytest.mark.parametrize("watts", [0, -1.0, float("nan"), float("inf"), True, "9"])
@@ -139,7 +186,7 @@ def test_the_cpu_estimate_takes_watts_from_the_environment(monkeypatch: pytest.M
     monkeypatch.setenv(ENVIRONMENT, "3.5")
     source = CpuEstimate()
     source.open()
-    assert "3.5 W per busy core" in next(iter(source.devices().values()))
+    assert "3.5 W per busy core" in next(iter(source.devices().values())).name
     monkeypatch.setenv(ENVIRONMENT, "lots")
     with pytest.raises(SourceUnavailable, match="ESTDGM_WATTS_PER_CORE must be a positive number of watts, got 'lots'"):
         CpuEstimate().open()

@@ -1,0 +1,115 @@
+"""`energy.json`: what a run was, by what method, and what it used, for `estdgm report` and for other programs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_estdgm.energy import hostname
+
+__all__ = ["FILE_NAME", "describe_model", "describe_run", "run_folder", "write_run_file"]
+
+FILE_NAME = "energy.json"
+
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def describe_model(module: nn.Module) -> dict[str, Any]:
+    """Class, number of parameters, and a fingerprint that equals for models of the same names and shapes.
+
+    Returns:
+        "class", "parameters" (int) and "fingerprint" (SHA-256, hex); the last two None while parameters are lazy.
+    """
+    parameters = dict(module.named_parameters())
+    name = type(module).__name__
+    if any(is_lazy(p) for p in parameters.values()):
+        return {"class": name, "parameters": None, "fingerprint": None}
+    shapes = sorted((_plain(key), tuple(p.shape)) for key, p in parameters.items())
+    digest = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+    return {"class": name, "parameters": sum(p.numel() for p in parameters.values()), "fingerprint": digest}
+
+
+def describe_run(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """What can be said of a run at its start."""
+    logger = trainer.logger
+    name = "/".join(str(part) for part in (logger.name, logger.version) if part not in (None, "")) if logger else ""
+    seed = os.environ.get("PL_GLOBAL_SEED", "")
+    return {
+        "name": name or run_folder(trainer).name,
+        "host": hostname(),
+        "world_size": trainer.world_size,
+        "strategy": type(trainer.strategy).__name__,
+        "accelerator": type(trainer.accelerator).__name__.removesuffix("Accelerator").lower(),
+        "precision": str(trainer.precision),
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "compiled": _is_compiled(pl_module),
+        "seed": int(seed) if seed.lstrip("-").isdecimal() else None,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "lightning")},
+            "lightning_estdgm": _version("lightning-estdgm"),
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+        },
+    }
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The first logger's own folder, where it has one, else the trainer's root."""
+    # Not trainer.log_dir: it broadcasts, and after an exception the other ranks may be gone.
+    folder = getattr(trainer.logger, "log_dir", None) if trainer.logger else None
+    return Path(folder if isinstance(folder, str) and folder else trainer.default_root_dir)
+
+
+def write_run_file(folder: Path, content: Mapping[str, Any]) -> Path:
+    """Write `energy.json` in one move: readers see the old file or the new one, whole.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{FILE_NAME}.", dir=folder)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+        os.chmod(temporary, 0o644)  # mkstemp keeps it from everybody else
+        os.replace(temporary, folder / FILE_NAME)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return folder / FILE_NAME
+
+
+def _plain(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _is_compiled(module: LightningModule) -> bool:
+    """Whether the whole module was given compiled, or a part of it is."""
+    if getattr(module, "_compiler_ctx", None) is not None:
+        return True
+    dynamo = sys.modules.get("torch._dynamo")  # not imported: nothing was compiled
+    return dynamo is not None and any(isinstance(m, dynamo.OptimizedModule) for m in module.modules())
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:  # a source tree that was never installed
+        return None

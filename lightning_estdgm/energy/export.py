@@ -1,0 +1,131 @@
+"""Energy under the names of OpenTelemetry, and as a text file for Prometheus."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning_estdgm.energy import DeviceId, DeviceInfo, Kind
+from lightning_estdgm.energy.accumulator import Totals
+from lightning_estdgm.energy.claims import Opened
+
+__all__ = ["Measurement", "check_prometheus", "measurements", "write_prometheus"]
+
+_HW_TYPES: dict[Kind, str] = {"gpu": "gpu", "cpu": "cpu", "dram": "memory"}
+_UNITS = {"J": "joules", "W": "watts", "1": "ratio"}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One value as OpenTelemetry's semantic conventions for hardware name it.
+
+    Attributes:
+        name: "hw.energy", "hw.power", or a name of our own under "estdgm.".
+        instrument: "counter" or "gauge".
+        unit: UCUM: "J", "W", "1", "{step}".
+        value: of a counter: since the beginning of the run.
+        attributes: `hw.id`, `hw.type`, `hw.name`, `host.name`, and our own under "estdgm.".
+    """
+
+    name: str
+    instrument: Literal["counter", "gauge"]
+    unit: str
+    value: float
+    attributes: Mapping[str, str]
+
+
+def measurements(totals: Totals, opened: Sequence[Opened], watts: Mapping[DeviceId, float]) -> list[Measurement]:
+    """Joules by device, phase and stage, watts by device, and how complete they are.
+
+    Estimates are told apart by the attribute `estdgm.method`. Source of the names:
+    https://opentelemetry.io/docs/specs/semconv/hardware/common/ (status: development).
+    """
+    infos = {device: info for source in opened for device, info in source.devices.items()}
+    methods = {device: source.method for source in opened for device in source.devices}
+    found = [
+        Measurement(
+            "hw.energy",
+            "counter",
+            "J",
+            uj / 1e6,
+            {
+                **_attributes(cell.device, infos.get(cell.device), cell.method),
+                "estdgm.phase": cell.label,
+                "estdgm.stage": cell.stage,
+            },
+        )
+        for cell, uj in totals.energy_uj.items()
+    ]
+    found += [
+        Measurement("hw.power", "gauge", "W", w, _attributes(device, infos.get(device), methods[device]))
+        for device, w in watts.items()
+    ]
+    found += [
+        Measurement("estdgm.energy.coverage", "gauge", "1", totals.coverage_ratio, {}),
+        Measurement("estdgm.energy.gaps", "counter", "{gap}", totals.gaps, {}),
+        Measurement("estdgm.steps", "counter", "{step}", totals.steps, {}),
+    ]
+    return found
+
+
+def check_prometheus() -> None:
+    """Raise `ModuleNotFoundError`, with what to install, where `prometheus_client` is not there."""
+    if importlib.util.find_spec("prometheus_client") is None:
+        raise ModuleNotFoundError(
+            "the Prometheus file needs prometheus_client: pip install 'lightning-estdgm[prometheus]'"
+        )
+
+
+def write_prometheus(path: str | os.PathLike[str], values: Iterable[Measurement]) -> None:
+    """Write a file for the textfile collector of Prometheus's node exporter; it is replaced in one move.
+
+    Names follow OpenTelemetry's translation: ``hw.energy`` in J becomes ``hw_energy_joules_total``.
+
+    Raises:
+        ModuleNotFoundError: `prometheus_client` is not installed.
+        OSError: the file cannot be written.
+    """
+    check_prometheus()
+    from prometheus_client import CollectorRegistry, write_to_textfile
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collector(list(values)))
+    write_to_textfile(os.fspath(path), registry)
+
+
+class _Collector:
+    def __init__(self, values: list[Measurement]) -> None:
+        self._values = values
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        for name in dict.fromkeys(value.name for value in self._values):
+            values = [value for value in self._values if value.name == name]
+            first = values[0]
+            unit = _UNITS.get(first.unit, "")
+            labels = list(dict.fromkeys(key for value in values for key in value.attributes))
+            family = CounterMetricFamily if first.instrument == "counter" else GaugeMetricFamily
+            metric = family(
+                name.replace(".", "_"), f"{name} in {first.unit}", labels=[_label(x) for x in labels], unit=unit
+            )
+            for value in values:
+                metric.add_metric([value.attributes.get(label, "") for label in labels], value.value)
+            yield metric
+
+
+def _label(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _attributes(device: DeviceId, info: DeviceInfo | None, method: str) -> dict[str, str]:
+    return {
+        "host.name": device.host,
+        "hw.id": device.uid,
+        "hw.type": _HW_TYPES[device.kind],
+        "hw.name": info.name if info else "",
+        "estdgm.method": method,
+    }

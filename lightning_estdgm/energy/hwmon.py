@@ -1,0 +1,135 @@
+"""Sensors of the kernel's hwmon tree: finding them, reading them, and saying why one cannot be read."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lightning_estdgm.energy import DeviceId, DeviceInfo, Kind, Reading, Scope, SourceUnavailable, Status, hostname
+from lightning_estdgm.energy.sysfs import read_number, read_text
+
+__all__ = ["DRM", "Card", "HwmonSensors", "Sensor", "cards"]
+
+DRM = "/sys/class/drm"
+
+_PCI = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
+
+
+@dataclass(frozen=True)
+class Card:
+    """A graphics card of the kernel's list and one of its hwmon folders."""
+
+    pci: str
+    device: Path
+    hwmon: Path
+
+
+def cards(root: str | os.PathLike[str], drivers: tuple[str, ...]) -> list[Card]:
+    """The cards below `root` (/sys/class/drm) with a hwmon folder whose name is one of `drivers`.
+
+    Raises:
+        SourceUnavailable: there is no such folder, or no such card.
+    """
+    folder = Path(root)
+    try:
+        entries = sorted(p for p in folder.iterdir() if re.fullmatch(r"card\d+", p.name))
+    except FileNotFoundError:
+        raise SourceUnavailable(
+            Status.UNAVAILABLE, f"{folder} does not exist: no Linux, or no graphics driver is loaded"
+        ) from None
+    except OSError as e:
+        status = Status.NO_PERMISSION if isinstance(e, PermissionError) else Status.ERROR
+        raise SourceUnavailable(status, f"{folder} cannot be listed: {e}") from None
+    found = []
+    for entry in entries:
+        device = entry / "device"
+        address = _PCI.fullmatch(os.path.realpath(device).rsplit("/", 1)[-1].lower())
+        if address is not None:
+            folders = sorted(device.glob("hwmon/hwmon*"))
+            found += [Card(address.group(), device, path) for path in folders if read_text(path / "name") in drivers]
+    if not found:
+        masked = sum(not (entry / "device").exists() for entry in entries)
+        why = (
+            f"the {masked} cards in {folder} cannot be entered: a container runtime masks them; mount /sys into it"
+            if masked
+            else f"{folder} shows no card of the driver {' or '.join(drivers)}"
+        )
+        raise SourceUnavailable(Status.UNAVAILABLE, why)
+    return found
+
+
+@dataclass(frozen=True)
+class Sensor:
+    """One file of energy (microjoules) or power (microwatts)."""
+
+    path: Path
+    quantity: Literal["energy", "power"]
+    info: DeviceInfo
+
+
+class HwmonSensors:
+    """Base of the sources that read hwmon files; a subclass finds them in `_find`."""
+
+    name: str
+    scope: Scope = "host"
+    kind: Kind = "gpu"
+    driver = ""
+
+    def __init__(self) -> None:
+        self._sensors: dict[DeviceId, Sensor] = {}
+
+    def _find(self) -> dict[str, Sensor]:
+        """Sensors by uid; raises `SourceUnavailable` where there is none."""
+        raise NotImplementedError
+
+    def open(self) -> None:
+        """Find the sensors; at least one must be readable."""
+        sensors = self._find()
+        results = {uid: read_number(sensor.path) for uid, sensor in sensors.items()}
+        if not any(isinstance(result, int) for result in results.values()):
+            uid, result = next(iter(results.items()))
+            path = sensors[uid].path
+            if isinstance(result, PermissionError):
+                raise SourceUnavailable(
+                    Status.NO_PERMISSION, f"no permission to read {path}: as root, `chmod a+r {path}`"
+                )
+            raise SourceUnavailable(Status.UNAVAILABLE, f"{path} cannot be read: {result}")
+        host = hostname()
+        self._sensors = {DeviceId(host, self.kind, uid): sensor for uid, sensor in sensors.items()}
+
+    def devices(self) -> Mapping[DeviceId, DeviceInfo]:
+        """The sensors that were found."""
+        return {device: sensor.info for device, sensor in self._sensors.items()}
+
+    def wrap_range_uj(self, device: DeviceId) -> int | None:
+        """None: the kernel extends what wraps in hardware to 64 bits."""
+        return None
+
+    def read(self) -> Mapping[DeviceId, Reading]:
+        """One file per sensor."""
+        return {device: _read(sensor) for device, sensor in self._sensors.items()}
+
+    def close(self) -> None:
+        """Nothing is held open."""
+        self._sensors = {}
+
+
+def _read(sensor: Sensor) -> Reading:
+    result = read_number(sensor.path)
+    now_ns = time.monotonic_ns()
+    if isinstance(result, PermissionError):
+        return Reading(now_ns, status=Status.NO_PERMISSION)
+    if isinstance(result, FileNotFoundError):
+        return Reading(now_ns, status=Status.UNAVAILABLE)
+    if not isinstance(result, int) or result < 0:
+        return Reading(now_ns, status=Status.ERROR)
+    if sensor.quantity == "energy":
+        return Reading(now_ns, energy_uj=result)
+    if result == 0:  # what is switched on draws some: a sensor that does not answer
+        return Reading(now_ns, status=Status.ERROR)
+    return Reading(now_ns, power_mw=result // 1000)

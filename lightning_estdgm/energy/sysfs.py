@@ -1,0 +1,23 @@
+"""Files of the kernel's sysfs, which may be missing, masked or forbidden."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["read_number", "read_text"]
+
+
+def read_text(path: Path) -> str | None:
+    """What the file holds, without white space around it; None where it cannot be read."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
+
+
+def read_number(path: Path) -> int | OSError | ValueError:
+    """The whole number in the file, or why there is none."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError) as e:
+        return e

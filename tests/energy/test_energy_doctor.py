@@ -1,0 +1,218 @@
+"""`estdgm doctor` and the look at the sensors behind it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable
+
+import pytest
+from energy_parts import ConstantPower, FakeGpu, Machine
+from rich.console import Console
+from typer.testing import CliRunner
+
+from lightning_estdgm import doctor
+from lightning_estdgm.cli import app
+from lightning_estdgm.energy import (
+    DeviceId,
+    DeviceInfo,
+    EnergySource,
+    Reading,
+    SourceUnavailable,
+    Status,
+    cpu_estimate,
+    nvml,
+    probe,
+)
+
+Found = list[tuple[str, "EnergySource | SourceUnavailable"]]
+
+
+class Clock:
+    """The time of `probe` and of the sources below: it goes on by what is slept."""
+
+    now_ns = 10**12
+
+    def monotonic_ns(self) -> int:
+        self.now_ns += 10_000
+        return self.now_ns
+
+    def sleep(self, seconds: float) -> None:
+        self.now_ns += round(seconds * 1e9)
+
+
+class Stepping(ConstantPower):
+    """A counter that is renewed every `period_s`, and power beside a counter for the other device."""
+
+    def __init__(self, clock: Clock, period_s: float, **fields: object) -> None:
+        super().__init__(**fields)  # type: ignore[arg-type]
+        self.clock, self.period_ns = clock, round(period_s * 1e9)
+
+    def read(self) -> dict[DeviceId, Reading]:
+        if self.raises:
+            raise OSError("the bus is gone")
+        now_ns = self.clock.monotonic_ns()
+        if self.status is not Status.OK:
+            return {self.device: Reading(now_ns, status=self.status)}
+        renewed_ns = now_ns // self.period_ns * self.period_ns
+        if self.method == "integrated":
+            return {self.device: Reading(now_ns, power_mw=round(self.watts * 1000))}
+        return {self.device: Reading(now_ns, energy_uj=round(renewed_ns * self.watts / 1000))}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(probe, "time", clock)
+    return clock
+
+
+def look(*sources: EnergySource | SourceUnavailable, seconds: float = 1.0) -> probe.Probe:
+    return probe.probe([(getattr(s, "name", "gone"), s) for s in sources], seconds)
+
+
+def named(*sources: EnergySource | SourceUnavailable) -> Found:
+    return [(getattr(s, "name", "gone"), s) for s in sources]
+
+
+def text_of(result: dict[str, object]) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(doctor.show(result))
+    return console.export_text()
+
+
+def test_watts_and_period_as_seen(clock: Clock) -> None:
+    counter = Stepping(clock, 0.1, watts=300.0, name="counter")
+    power = Stepping(clock, 0.1, watts=80.0, name="power", method="integrated", uid="p0")
+    result = look(counter, power)
+    (_, devices), (_, others) = result.sources
+    (seen,), (other,) = devices.values(), others.values()
+    assert seen.watts == pytest.approx(300, rel=0.11)  # one renewal more or less in the second
+    assert seen.period_s == pytest.approx(0.1, rel=0.03)  # as exact as the 2 ms between two looks
+    assert other.watts == pytest.approx(80, rel=1e-3)
+    assert other.period_s is None  # it never changed
+    assert seen.reads == other.reads > 100
+    assert (seen.failed, seen.status) == (0, Status.OK)
+    assert result.measurable
+    assert result.kinds(estimated=False) == {"gpu": "counter, power"}
+    assert counter.events[-1] == "close"
+
+
+def test_what_fails_has_no_watts_and_is_not_measured(clock: Clock) -> None:
+    broken = Stepping(clock, 0.1, name="broken", raises=True)
+    silent = Stepping(clock, 0.1, name="silent", uid="s0", status=Status.NO_PERMISSION)
+    result = look(broken, silent, SourceUnavailable(Status.NO_PERMISSION, "chmod it"))
+    seen = [device for _, devices in result.sources for device in devices.values()]
+    assert [(s.watts, s.period_s, s.status) for s in seen] == [
+        (None, None, Status.ERROR),
+        (None, None, Status.NO_PERMISSION),
+    ]
+    assert all(s.failed == s.reads >= 2 for s in seen)
+    assert not result.measurable
+    assert [(a.name, a.status, a.reason) for a in result.absent] == [("gone", Status.NO_PERMISSION, "chmod it")]
+
+
+def test_an_estimate_is_no_measurement(clock: Clock) -> None:
+    guess = Stepping(clock, 0.1, name="guess", method="estimated", kind="cpu")
+    result = look(guess)
+    assert not result.measurable
+    assert result.kinds(estimated=True) == {"cpu": "guess"}
+    assert result.kinds(estimated=False) == {}
+
+
+def test_a_module_counter_measures_what_it_covers(clock: Clock) -> None:
+    module = Stepping(clock, 0.1, info=DeviceInfo("module", covers=("cpu", "dram")))
+    assert look(module).kinds(estimated=False) == dict.fromkeys(("gpu", "cpu", "dram"), "constant")
+
+
+def test_two_sources_of_one_device_are_read_once(clock: Clock) -> None:
+    first, second = Stepping(clock, 0.1, name="first"), Stepping(clock, 0.1, name="second")
+    result = look(first, second)
+    assert [opened.name for opened, _ in result.sources] == ["first"]
+    assert [(a.name, a.reason) for a in result.absent] == [("second", "another source reads the same devices")]
+
+
+def test_a_look_takes_time() -> None:
+    with pytest.raises(ValueError, match="seconds must be > 0, got 0"):
+        look(seconds=0)
+
+
+@pytest.fixture
+def sensors(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[Found]:
+    """What the doctor finds: the last list of these."""
+    found: list[Found] = []
+
+    def resolve(sources: Iterable[str | EnergySource] | None) -> Found:
+        assert sources is None
+        return found[-1]
+
+    monkeypatch.setattr(doctor, "resolve", resolve)
+    return found
+
+
+def test_the_answer_for_people(sensors: list[Found], clock: Clock) -> None:
+    shared = DeviceInfo("Parent GPU", shared=True, covers=("cpu",), pci="0000:c1:00.0", ids=("MIG-1",))
+    sensors.append(
+        named(
+            Stepping(clock, 0.1, name="vendor", uid="GPU-1", info=shared),
+            Stepping(clock, 0.1, name="guess", method="estimated", kind="dram", uid="d0"),
+            SourceUnavailable(Status.NO_PERMISSION, "may not: chmod [it]"),
+        )
+    )
+    result = doctor.diagnose(0.5)
+    assert result["verdict"] == (
+        "Energy can be measured here: gpu by vendor, cpu by vendor. Only estimated: dram by guess."
+    )
+    text = text_of(result)
+    for part in (
+        result["verdict"],
+        "Parent GPU [shared, holds cpu too]",
+        "GPU-1",
+        "0000:c1:00.0",
+        "MIG-1",
+        "constant 1.0",
+        "ESTIMATED",
+        "no_permission",
+        "may not: chmod [it]",
+        "backend cpu on cpu",
+    ):
+        assert part in text
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_the_answer_where_there_is_nothing(sensors: list[Found]) -> None:
+    sensors.append([])
+    result = doctor.diagnose(0.01)
+    assert not result["measurable"]
+    assert result["verdict"].startswith("Energy CANNOT be measured here. Below:")
+    assert "CANNOT" in text_of(result)
+
+
+def test_the_command_exits_with_1_where_energy_is_only_estimated(sensors: list[Found]) -> None:
+    sensors.append(named(cpu_estimate.CpuEstimate(), SourceUnavailable(Status.UNAVAILABLE, "no driver")))
+    outcome = CliRunner().invoke(app, ["doctor"])
+    assert outcome.exit_code == 1
+    assert "Energy CANNOT be measured here. It is only estimated: cpu by cpu-estimate." in " ".join(
+        outcome.output.split()
+    )
+    assert "no driver" in outcome.output
+
+
+def test_the_command_exits_with_0_where_energy_is_measured(sensors: list[Found], machine: Machine) -> None:
+    machine.show(FakeGpu("GPU-a", watts=300), FakeGpu("GPU-b", energy=3, mw=90_000))
+    sensors.append(named(nvml.Nvml()))
+    outcome = CliRunner().invoke(app, ["doctor", "--json"])
+    assert outcome.exit_code == 0
+    result = json.loads(outcome.output)
+    assert result["measurable"]
+    assert set(result) == {
+        "measurable", "verdict", "seconds", "sources", "absent", "torch_devices", "backends", "environment",
+    }  # fmt: skip
+    (source,) = result["sources"]
+    assert (source["name"], source["driver"]) == ("nvml", "nvidia 999.1")
+    watts = {device["uid"]: device["watts"] for device in source["devices"]}
+    assert watts["GPU-b"] == pytest.approx(90, rel=1e-3)
+    assert watts["GPU-a"] == pytest.approx(300, rel=0.5)  # read by a real clock on a machine that may be busy
+    assert all(device["status"] == "ok" for device in source["devices"])
+    assert {row["name"] for row in result["backends"]} >= {"cpu", "reference"}
+    assert result["environment"]["torch"]
