@@ -20,23 +20,21 @@ from typer.testing import CliRunner
 
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
 from lightning_estdgm.bench.demo import DemoConfig, count_masked, profile_steps, run_sweep
-from lightning_estdgm.cli import app
-from lightning_estdgm.report import (
+from lightning_estdgm.bench.demo_report import (
     RunRecord,
     StepLog,
     Validation,
     _draw_loss,
     compare,
-    energy_label,
     figure,
     mask_work,
     measure,
     phase_times,
     records,
-    spread,
     watts,
-    write_json,
 )
+from lightning_estdgm.cli import app
+from lightning_estdgm.report import energy_label, spread, write_json
 
 STEPS, SEEDS = 100, 2
 TINY = {"width": 64, "layers": 1, "heads": 2, "context": 32, "batch_size": 4, "val_windows": 8}
@@ -214,6 +212,18 @@ def test_tensorboard_has_the_masks_and_the_joules(demo):
         if folder.name.startswith("dgm-"):
             assert events.Scalars("dgm/density")[-1].value == pytest.approx(0.10, abs=0.005)
     assert len(list(Path(content["files"]["tensorboard"]).iterdir())) == 2 * SEEDS
+
+
+def test_the_report_is_made_from_the_same_runs(demo):
+    out, output, content = demo
+    assert content["files"]["report"] == str(out / "report.html")
+    assert str(out / "report.html") in output.replace("\n", "")
+    page = (out / "report.html").read_text()
+    assert "val/loss" in page
+    assert page.count("<svg ") == 3
+    for run in content["runs"]:
+        assert f"{run['mode']}-seed{run['seed']}-lr{run['lr']:g}" in page
+    assert "not independent" not in page  # the seeds are known, and differ
 
 
 def test_a_sweep_names_the_best_rate_of_each_mode(tmp_path):

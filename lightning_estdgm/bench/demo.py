@@ -34,12 +34,7 @@ from rich.progress import (
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lightning_estdgm.bench.environment import environment
-from lightning_estdgm.callbacks.dgm import DGMCallback
-from lightning_estdgm.callbacks.energy import EnergyMonitor
-from lightning_estdgm.controller import DGMConfig
-from lightning_estdgm.recipes.gpt import ByteGPT, StdlibText
-from lightning_estdgm.report import (
+from lightning_estdgm.bench.demo_report import (
     DENSE,
     DGM,
     MaskMoment,
@@ -52,8 +47,13 @@ from lightning_estdgm.report import (
     results_table,
     summarize,
     sweep_table,
-    write_json,
 )
+from lightning_estdgm.bench.environment import environment
+from lightning_estdgm.callbacks.dgm import DGMCallback
+from lightning_estdgm.callbacks.energy import EnergyMonitor
+from lightning_estdgm.controller import DGMConfig
+from lightning_estdgm.recipes.gpt import ByteGPT, StdlibText
+from lightning_estdgm.report import compare, read_run, write, write_json
 from lightning_estdgm.schedules import EstDgm
 
 MIN_STEPS = 20
@@ -80,7 +80,7 @@ class DemoConfig:
         val_windows: validation windows of ``context`` bytes.
         validations: about how many validations a run, the last one at its end.
         profile_steps: steps of the profile taken after the timed runs; 0 for none.
-        out: folder for the PNG, the JSON and the TensorBoard runs.
+        out: folder for the PNG, the JSON, the report and the TensorBoard runs.
 
     Raises:
         ValueError: for a value out of range, naming it.
@@ -138,7 +138,7 @@ class DemoConfig:
 def run_demo(
     config: DemoConfig, json_path: Path | None = None, command: str = "", console: Console | None = None
 ) -> dict[str, Any]:
-    """Train dense and EST-DGM in turns, seed by seed; print the table; write PNG, JSON and TensorBoard runs.
+    """Train dense and EST-DGM in turns, seed by seed; print the table; write PNG, JSON, report and TensorBoard runs.
 
     Args:
         config: what to train.
@@ -153,22 +153,25 @@ def run_demo(
     began = time.perf_counter()
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     content = _header(config, command)
-    plan = [(mode, seed) for seed in range(config.seeds) for mode in (DENSE, DGM)]
+    plan = [(mode, seed, config.lr(mode)) for seed in range(config.seeds) for mode in (DENSE, DGM)]
+    logs = config.out / "tensorboard" / stamp
     with _session(config, len(plan), console) as bar:
-        runs = [
-            train(config, mode, seed, config.lr(mode), bar, config.out / "tensorboard" / stamp) for mode, seed in plan
-        ]
+        runs = [train(config, *each, bar, logs) for each in plan]
     profiled = {mode: profile_steps(config, mode) for mode in (DENSE, DGM)} if config.profile_steps else None
     summary = summarize(runs)
     png = config.out / "demo.png"
     figure(runs, png)
-    files = {"png": str(png), "tensorboard": str(config.out / "tensorboard" / stamp)}
+    report = config.out / "report.html"
+    write(compare([read_run(logs / run_name(*each)) for each in plan], "val/loss"), report)
+    files = {"png": str(png), "report": str(report), "tensorboard": str(logs)}
     content |= {"files": files, "seconds": time.perf_counter() - began}
     content |= {"summary": summary, "profile": profiled, "runs": records(runs)}
     json_path = json_path or config.out / "demo.json"
     write_json(content, json_path)
     console.print(results_table(summary, runs, profiled))
-    console.print(f"{json_path}\n{png}\ntensorboard --logdir {files['tensorboard']}", style="dim", soft_wrap=True)
+    console.print(
+        f"{json_path}\n{png}\n{report}\ntensorboard --logdir {files['tensorboard']}", style="dim", soft_wrap=True
+    )
     return content
 
 
@@ -237,7 +240,7 @@ def train(config: DemoConfig, mode: str, seed: int, lr: float, bar: ProgressBar 
     recorder = Recorder(monitor, dgm)
     if bar:
         bar.begin(f"{mode} seed {seed} lr {lr:g}", recorder)
-    logger = TensorBoardLogger(logs, name="", version=f"{mode}-seed{seed}-lr{lr:g}", default_hp_metric=False)
+    logger = TensorBoardLogger(logs, name="", version=run_name(mode, seed, lr), default_hp_metric=False)
     # The recorder comes after the callbacks that it measures, the bar after the recorder that it reads.
     callbacks = [c for c in (dgm, monitor, recorder, bar) if c is not None]
     trainer = _trainer(
@@ -249,7 +252,8 @@ def train(config: DemoConfig, mode: str, seed: int, lr: float, bar: ProgressBar 
         check_val_every_n_epoch=None,
     )
     called = time.perf_counter()
-    trainer.fit(model, datamodule=data)
+    with _environment("PL_GLOBAL_SEED", str(seed)):  # where EnergyMonitor looks for the seed
+        trainer.fit(model, datamodule=data)
     logger.finalize("success")
     masked, active, outside = count_masked(model, dgm) if dgm else (0, 0, 0)
     return RunRecord(
@@ -270,6 +274,11 @@ def train(config: DemoConfig, mode: str, seed: int, lr: float, bar: ProgressBar 
         nonzero_outside=outside,
         flops_ratio=dgm.flops_ratio if dgm else 1.0,
     )
+
+
+def run_name(mode: str, seed: int, lr: float) -> str:
+    """Name of a run's folder."""
+    return f"{mode}-seed{seed}-lr{lr:g}"
 
 
 def count_masked(model: LightningModule, dgm: DGMCallback) -> tuple[int, int, int]:

@@ -1,13 +1,12 @@
-"""From the records of finished runs to numbers, one table, one figure and one JSON file: pure functions."""
+"""From the records of the demo's runs to its numbers, its table and its figure: pure functions."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any, Literal
 
 import numpy as np
@@ -18,8 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rich.table import Table
 
+from lightning_estdgm.report import energy_label, spread
+
 DENSE, DGM = "dense", "dgm"
-SCHEMA = 1
 
 _TITLES = {DENSE: "Dense", DGM: "EST-DGM"}
 _COLOURS = {DENSE: "#5b6573", DGM: "#c2410c"}
@@ -204,19 +204,6 @@ def compare(dense: Mapping[str, Any], dgm: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def spread(values: Iterable[float | None]) -> dict[str, Any]:
-    """Mean and sample standard deviation (None for one value), None if any value is missing.
-
-    >>> spread([1.0, 3.0])["mean"], round(spread([1.0, 3.0])["std"], 4), spread([2.0])["std"]
-    (2.0, 1.4142, None)
-    """
-    found = list(values)
-    known = [v for v in found if v is not None]
-    if not known or len(known) < len(found):
-        return {"mean": None, "std": None, "values": found}
-    return {"mean": fmean(known), "std": stdev(known) if len(known) > 1 else None, "values": known}
-
-
 def summarize(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """Every run's numbers, the paired comparisons, and mean and spread of both over the seeds."""
     measured = [measure(run) for run in runs]
@@ -261,15 +248,6 @@ def watts(clock_s: Sequence[float], joules: Sequence[float | None]) -> tuple[lis
     return ((edges[:-1] + edges[1:]) / 2).tolist(), power.tolist()
 
 
-def energy_label(energy: Mapping[str, Any]) -> str:
-    """Where the joules come from, in words; an estimate says so first."""
-    names = ", ".join(str(source["name"]) for source in energy.get("sources", ()))
-    method = energy.get("method", "none")
-    if method == "none":
-        return "no energy source on this machine"
-    return {"estimated": "ESTIMATED", "mixed": "PARTLY ESTIMATED"}.get(method, method) + (f", {names}" if names else "")
-
-
 def _spread_all(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The same keys as one row, each number replaced by its spread over the rows."""
     result: dict[str, Any] = {}
@@ -290,6 +268,11 @@ def _by_rate(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, list[fl
     for run in runs:
         rates.setdefault(run["mode"], {}).setdefault(run["lr"], []).append(run["val_loss"])
     return rates
+
+
+def records(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """The runs as plain types."""
+    return [asdict(run) for run in runs]
 
 
 # Table ------------------------------------------------------------------------------------------------------
@@ -528,35 +511,3 @@ def _smooth(values: Sequence[float], share: float = 0.03) -> list[float]:
     """Centred moving mean over ``share`` of the values; shorter at the ends."""
     half = max(1, round(share * len(values) / 2))
     return [fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
-
-
-# JSON -------------------------------------------------------------------------------------------------------
-
-
-def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write strict JSON (what is no finite number becomes null); each run on one line, as its logs are long."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for key, value in _plain({"schema": SCHEMA, **content}).items():
-        if key == "runs":
-            text = "[\n  " + ",\n  ".join(json.dumps(run, allow_nan=False) for run in value) + "\n ]"
-        else:
-            text = json.dumps(value, indent=1, allow_nan=False).replace("\n", "\n ")
-        entries.append(f" {json.dumps(key)}: {text}")
-    path.write_text("{\n" + ",\n".join(entries) + "\n}\n", encoding="utf-8")
-
-
-def records(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """The runs as plain types."""
-    return [asdict(run) for run in runs]
-
-
-def _plain(value: Any) -> Any:
-    """Plain types for strict JSON; floats to seven significant digits, which is below their noise."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.7g}") if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
