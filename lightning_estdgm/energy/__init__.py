@@ -17,7 +17,7 @@ import os
 import pkgutil
 import re
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Literal, Protocol, runtime_checkable
@@ -159,8 +159,8 @@ class EnergySource(Protocol):
     def wrap_range_uj(self, device: DeviceId) -> int | None:
         """What to add when the counter wrapped, in microjoules; None: going back is a reset."""
 
-    def read(self) -> Mapping[DeviceId, Reading]:
-        """Read all devices now. Never raises for a device that fails: its reading says so."""
+    def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
+        """Read these devices now; None: all. Never raises for a device that fails: its reading says so."""
 
     def close(self) -> None:
         """Release what `open` took. May be called twice."""

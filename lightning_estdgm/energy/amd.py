@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -262,9 +262,9 @@ class AmdGpus:
         """Unknown: 64 bits never wrap in practice, so a counter that goes back was reset."""
         return None
 
-    def read(self) -> Mapping[DeviceId, Reading]:
+    def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
         """One call per GPU."""
-        return {device: self._read(sensor) for device, sensor in self._sensors.items()}
+        return {d: self._read(sensor) for d, sensor in self._sensors.items() if devices is None or d in devices}
 
     def close(self) -> None:
         """Give the library back, in the process that opened it."""

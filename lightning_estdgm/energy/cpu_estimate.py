@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from lightning_estdgm.energy import DeviceId, DeviceInfo, Method, Reading, Scope, SourceUnavailable, Status, hostname
 
@@ -81,7 +81,7 @@ class CpuEstimate:
         """CPU time never wraps."""
         return None
 
-    def read(self) -> Mapping[DeviceId, Reading]:
+    def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
         """CPU time of all threads of this process, as microjoules."""
         if self._device is None:
             return {}

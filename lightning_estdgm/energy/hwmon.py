@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -110,9 +110,9 @@ class HwmonSensors:
         """None: the kernel extends what wraps in hardware to 64 bits."""
         return None
 
-    def read(self) -> Mapping[DeviceId, Reading]:
+    def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
         """One file per sensor."""
-        return {device: _read(sensor) for device, sensor in self._sensors.items()}
+        return {d: _read(sensor) for d, sensor in self._sensors.items() if devices is None or d in devices}
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -308,7 +308,7 @@ class Meter:
                 continue
             self._read_at_ns[opened.name] = now_ns
             try:
-                got = self._sources[opened.name].read()
+                got = self._sources[opened.name].read(opened.devices)
             except Exception:
                 continue  # its devices are missing from the readings, so they count as failed
             for device, reading in got.items():

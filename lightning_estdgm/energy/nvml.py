@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -159,11 +159,11 @@ class Nvml:
         """Unknown: NVML documents no wrap, so a counter that goes back was reset (driver reload)."""
         return None
 
-    def read(self) -> Mapping[DeviceId, Reading]:
+    def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
         """One call per GPU."""
         if self._nvml is None:
             return {}
-        return {device: self._read(gpu) for device, gpu in self._gpus.items()}
+        return {d: self._read(gpu) for d, gpu in self._gpus.items() if devices is None or d in devices}
 
     def close(self) -> None:
         """Give the library back, in the process that initialised it."""

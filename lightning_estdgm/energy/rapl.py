@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -104,10 +104,12 @@ class Rapl:
         """The zone's max_energy_range_uj."""
         return self._zones[device].range_uj
 
-    def read(self) -> Mapping[DeviceId, Reading]:
+    def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
         """One file per zone."""
         readings = {}
         for device, zone in self._zones.items():
+            if devices is not None and device not in devices:
+                continue
             result = _try_energy(zone.path)
             now_ns = time.monotonic_ns()
             if isinstance(result, int):

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -57,7 +57,7 @@ class ConstantPower:
     def wrap_range_uj(self, device: DeviceId) -> int | None:
         return None
 
-    def read(self) -> Mapping[DeviceId, Reading]:
+    def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
         self.events.append("read")
         if self.raises:
             raise OSError("the bus is gone")

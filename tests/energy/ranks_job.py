@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Rail(ConstantPower):
         super().open()
         self._note("open")
 
-    def read(self) -> Mapping[DeviceId, Reading]:
+    def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
         self._note("read")
         return super().read()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import pytest
 from energy_parts import ConstantPower, FakeGpu, Machine
@@ -48,7 +48,7 @@ class Stepping(ConstantPower):
         super().__init__(**fields)  # type: ignore[arg-type]
         self.clock, self.period_ns = clock, round(period_s * 1e9)
 
-    def read(self) -> dict[DeviceId, Reading]:
+    def read(self, devices: Collection[DeviceId] | None = None) -> dict[DeviceId, Reading]:
         if self.raises:
             raise OSError("the bus is gone")
         now_ns = self.clock.monotonic_ns()

@@ -81,6 +81,7 @@ def test_amd_cards_give_power_by_pci_address(tmp_path: Path) -> None:
     source = opened(AmdHwmon(tmp_path, tmp_path / "kfd"))
     assert uids(source) == [A, B]
     assert [r.power_mw for r in source.read().values()] == [180_000, 95_500]
+    assert [r.power_mw for r in source.read(list(source.devices())[1:]).values()] == [95_500]
     infos = list(source.devices().values())
     assert "averaged power" in infos[0].name
     assert "momentary power" in infos[1].name

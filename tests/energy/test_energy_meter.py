@@ -4,11 +4,13 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import pytest
 from energy_parts import ConstantPower
 
-from lightning_estdgm.energy import DeviceId, DeviceInfo, SourceUnavailable, Status
+from lightning_estdgm.energy import DeviceId, DeviceInfo, Reading, SourceUnavailable, Status
 from lightning_estdgm.energy.meter import Meter, Select
 
 SLOW = 3600.0  # the thread never gets to read: what is read is read by the test
@@ -175,6 +177,30 @@ def test_what_other_processes_read_is_closed() -> None:
     assert theirs.events == ["open", "close"]
     assert [o.name for o in meter.opened] == ["ours"]
     assert [(a.name, a.reason) for a in meter.absent] == [("theirs", "read by another process of this run")]
+
+
+def test_of_a_source_with_several_devices_only_those_kept_are_read() -> None:
+    asked: list[set[DeviceId]] = []
+
+    class Two(ConstantPower):
+        other = DeviceId("host", "gpu", "c1")
+
+        def devices(self) -> Mapping[DeviceId, DeviceInfo]:
+            return {**super().devices(), self.other: DeviceInfo("the other")}
+
+        def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
+            asked.append(set(devices or ()))
+            return super().read()
+
+    source = Two()
+    meter = Meter([("two", source)], interval_s=SLOW)
+    meter.open()
+    (both,) = meter.opened
+    assert set(both.devices) == {source.device, source.other}
+    meter.keep([replace(both, devices={source.device: both.devices[source.device]})])
+    meter.start("train", "train")
+    meter.stop()
+    assert asked == [{source.device}] * 2
 
 
 def test_the_idle_baseline_is_measured_before_and_booked_apart() -> None:

@@ -8,7 +8,7 @@ import pickle
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -460,7 +460,7 @@ class Loaded(ConstantPower):
 
     since_ns: int | None = None
 
-    def read(self) -> Mapping[DeviceId, Reading]:
+    def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
         now, extra_uj = time.monotonic_ns(), 0
         if self.since_ns is not None:
             extra_uj = (now - self.since_ns) * 50 // 1000
@@ -603,7 +603,7 @@ class InWorkers(TensorDataset):
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_data_loader_workers_that_fork_read_nothing(tmp_path: Path) -> None:
     class Recorded(ConstantPower):
-        def read(self) -> Any:
+        def read(self, devices: Any = None) -> Any:
             with (tmp_path / "pids.txt").open("a") as file:
                 file.write(f"{os.getpid()}\n")
             return super().read()

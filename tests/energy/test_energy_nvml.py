@@ -283,6 +283,8 @@ def test_many_gpus(machine: Machine) -> None:
     source = opened()
     assert [r.energy_uj for r in source.read().values()] == [gpu.mj * 1000 for gpu in gpus]
     assert len({info.pci for info in source.devices().values()}) == 64
+    some = list(source.devices())[3:5]
+    assert [r.energy_uj for r in source.read(some).values()] == [3_000_000, 4_000_000]
 
 
 def test_a_counter_that_stands_still_jumps_or_goes_back(

@@ -39,6 +39,8 @@ def test_package_and_dram_are_read_and_nothing_that_contains_or_copies_them(desk
     assert uids(source) == {"package-0": "cpu", "package-0/dram": "dram"}
     values = {device.uid: reading.energy_uj for device, reading in source.read().items()}
     assert values == {"package-0": 1_000, "package-0/dram": 70}
+    dram = [device for device in source.devices() if device.kind == "dram"]
+    assert list(source.read(dram)) == dram
     assert {source.wrap_range_uj(device) for device in source.devices()} == {262143328850}
     assert all("mmio" not in info.name for info in source.devices().values())
 
