@@ -2,8 +2,25 @@
 
 from lightning_estdgm.callbacks.dgm import DGMCallback
 from lightning_estdgm.callbacks.energy import EnergyMonitor
+from lightning_estdgm.callbacks.requeue import RequeueBetweenSteps
 from lightning_estdgm.controller import DGMConfig, DGMController, LayerDecision
+from lightning_estdgm.energy.context import EnergyMeter
+from lightning_estdgm.energy.footprint import Footprint
+from lightning_estdgm.plugins.checkpoint_io import SparseCheckpointIO, densify_checkpoint
 from lightning_estdgm.schedules import EstDgm, Phase
 
 __version__ = "0.1.0"
-__all__ = ["DGMCallback", "DGMConfig", "DGMController", "EnergyMonitor", "EstDgm", "LayerDecision", "Phase"]
+__all__ = [
+    "DGMCallback",
+    "DGMConfig",
+    "DGMController",
+    "EnergyMeter",
+    "EnergyMonitor",
+    "EstDgm",
+    "Footprint",
+    "LayerDecision",
+    "Phase",
+    "RequeueBetweenSteps",
+    "SparseCheckpointIO",
+    "densify_checkpoint",
+]

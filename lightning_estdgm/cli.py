@@ -1,11 +1,11 @@
-"""The command line: ``estdgm demo``, ``estdgm bench``."""
+"""The command line: ``estdgm demo``, ``estdgm report``, ``estdgm doctor``, ``estdgm bench``."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -48,7 +48,7 @@ def demo(
         Path | None, typer.Option(help="Where the JSON goes (default: demo.json or sweep.json in OUT).")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for PNG, JSON and TensorBoard runs (default: runs/demo).")
+        Path | None, typer.Option(help="Folder for PNG, JSON, report and TensorBoard runs (default: runs/demo).")
     ] = None,
     text: Annotated[
         Path | None, typer.Option(help="A text file to learn (default: Python's standard library).")
@@ -72,7 +72,7 @@ def demo(
     ] = None,
     backend: Annotated[
         str | None,
-        typer.Option(help="auto, dense, reference or cpu, the last three for all masked layers (default: auto)."),
+        typer.Option(help="auto, or dense or a backend's name for all masked layers (default: auto)."),
     ] = None,
     val_windows: Annotated[int | None, typer.Option(help="Validation windows (default: 256).")] = None,
     profile_steps: Annotated[
@@ -87,7 +87,7 @@ def demo(
     """Train a small GPT dense and by EST-DGM on the same batches, and show what each cost."""
     # Imported here: --help and --version should not wait for torch.
     from lightning_estdgm.bench.demo import DemoConfig, command_line, run_demo, run_sweep
-    from lightning_estdgm.report import DENSE, DGM
+    from lightning_estdgm.bench.demo_report import DENSE, DGM
 
     given: dict[str, Any] = {
         "steps": steps, "seeds": seeds, "out": out, "text": text, "batch_size": batch_size, "context": context,
@@ -119,6 +119,86 @@ def demo(
         run_demo(config, json, command_line())
 
 
+@app.command()
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[LABEL=]RUN...",
+            help="Folders of runs, each with one energy.json inside. Runs of one LABEL are one arm, its seeds; "
+            "without labels, those of one method and configuration. The baseline is the arm without a method, or the "
+            "first.",
+        ),
+    ],
+    out: Annotated[
+        list[Path] | None,
+        typer.Option("--out", "-o", help="A .html, .md or .json file; repeatable. Without any, Markdown is printed."),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="The logged metric that is to be reached (default: the one named like a validation loss)."),
+    ] = None,
+    target: Annotated[
+        float | None, typer.Option(help="The value to reach (default: the worst of the baseline runs' best values).")
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="min or max: is a low or a high value good? (default: by the metric's name)")
+    ] = None,
+) -> None:
+    """Compare finished runs of one model: joules to the same target and at the same budget, and what they rest on."""
+    from lightning_estdgm.report import FORMATS, compare, document, markdown, read_run, write
+
+    for path in out or ():
+        if path.suffix not in FORMATS or path.is_dir():
+            names = ", ".join(FORMATS)
+            raise typer.BadParameter(f"got {str(path)!r}, expected a file that ends in {names}", param_hint="--out")
+    if mode not in (None, "min", "max"):
+        raise typer.BadParameter(f"got {mode!r}, expected min or max", param_hint="--mode")
+    try:
+        read = [read_run(folder, label) for folder, label in map(_labelled, runs)]
+        comparison = compare(read, metric, target, cast(Any, mode))
+    except ValueError as e:
+        raise typer.BadParameter(str(e)) from e
+    if not out:
+        typer.echo(markdown(comparison))
+        return
+    for headline in document(comparison).headlines:
+        typer.echo(headline.text)
+    for path in out:
+        write(comparison, path)
+        typer.echo(str(path))
+
+
+def _labelled(text: str) -> tuple[Path, str | None]:
+    """``label=folder``, or a folder, which may have an equals sign in its own name."""
+    label, equals, folder = text.partition("=")
+    if not equals or "/" in label or Path(text).exists():
+        return Path(text), None
+    if not label or not folder:
+        raise ValueError(f"got {text!r}, expected a folder, or a label, an equals sign and a folder")
+    return Path(folder), label
+
+
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Say what can measure energy here, read it for a second, and say why the rest cannot.
+
+    The exit status is 0 if energy can be measured, and 1 if it could only be estimated, or not even that.
+    """
+    from json import dumps
+
+    from lightning_estdgm.doctor import diagnose, show
+
+    result = diagnose()
+    if json:
+        typer.echo(dumps(result, indent=2))
+    else:
+        Console(width=max(Console().width, 120)).print(show(result))
+    raise typer.Exit(0 if result["measurable"] else 1)
+
+
 bench = typer.Typer(help="Speed on this machine, as ratios against dense in the same run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
@@ -137,6 +217,48 @@ def overhead(
 
 
 @bench.command()
+def energy(
+    steps: Annotated[int, typer.Option(help="Steps of each run; the monitor logs once in as many.", min=10)] = 50,
+    pairs: Annotated[int, typer.Option(help="Runs with the monitor and without, in turns.", min=1)] = 40,
+    against: Annotated[
+        bool, typer.Option("--against", help="On an NVIDIA GPU: its joules against nvidia-smi's and Zeus's instead.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(help="With --against: how long to train.", min=1.0)] = 60.0,
+    json: Annotated[Path | None, typer.Option(help="Where a JSON goes.")] = None,
+) -> None:
+    """Time what EnergyMonitor adds to a step of a small GPT."""
+    from lightning_estdgm.bench import energy as bench_energy
+
+    config = bench_energy.EnergyBenchConfig(steps=steps, pairs=pairs)
+    if not against:
+        result = bench_energy.measure_energy_overhead(config)
+        _show(bench_energy.energy_table(result), result, json)
+        return
+    try:
+        result = bench_energy.measure_against(seconds, config)
+    except RuntimeError as e:
+        typer.echo(f"estdgm bench energy --against: {e}", err=True)
+        raise typer.Exit(1) from e
+    _show(bench_energy.against_table(result), result, json)
+
+
+@bench.command()
+def distributed(
+    update_every: Annotated[int, typer.Option(help="Steps between mask updates.", min=20)] = 200,
+    intervals: Annotated[int, typer.Option(help="How many such stretches are timed.", min=1)] = 3,
+    ranks: Annotated[int, typer.Option(help="Processes.", min=2)] = 2,
+    block_size: Annotated[int, typer.Option(help="Unit of the masks: 1, 16, 32, 64 or 128.")] = 1,
+    json: Annotated[Path | None, typer.Option(help="Where a JSON goes.")] = None,
+) -> None:
+    """Time mask updates of a small GPT under DDP (gloo), and count its traffic with and without the hook."""
+    from lightning_estdgm.bench.distributed import DistributedConfig, distributed_table, measure_distributed
+
+    config = DistributedConfig(ranks=ranks, block_size=block_size, update_every=update_every, intervals=intervals)
+    result = measure_distributed(config)
+    _show(distributed_table(result), result, json)
+
+
+@bench.command()
 def kernels(
     dtype: Annotated[list[str] | None, typer.Option(help="Data types (default: float32 bfloat16).")] = None,
     rounds: Annotated[int, typer.Option(help="Timed repetitions; the fastest counts.", min=1, max=12)] = 5,
@@ -148,6 +270,91 @@ def kernels(
     config = KernelsConfig(dtypes=dtype, rounds=rounds) if dtype else KernelsConfig(rounds=rounds)
     rows = list(measure_kernels(config))
     _show(kernels_table(rows), {"rows": rows}, json)
+
+
+@app.command()
+def densify(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="What SparseCheckpointIO has saved.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The ordinary checkpoint (default: CKPT with .dense.ckpt).")
+    ] = None,
+    weights_only: Annotated[
+        bool, typer.Option(help="Refuse objects other than tensors and plain types, as torch.load does.")
+    ] = True,
+) -> None:
+    """Turn a sparse checkpoint into an ordinary one, which needs neither the plugin nor this package."""
+    import pickle
+
+    from lightning_estdgm.plugins import densify_checkpoint
+
+    try:
+        dense = densify_checkpoint(checkpoint, out, weights_only=weights_only)
+    except (OSError, ValueError) as e:
+        raise typer.BadParameter(str(e), param_hint="CKPT") from e
+    except pickle.UnpicklingError as e:
+        message = f"{checkpoint} holds objects of other classes; if you trust it: --no-weights-only. {e}"
+        raise typer.BadParameter(message, param_hint="CKPT") from e
+    typer.echo(f"{dense}: {dense.stat().st_size:,} bytes, from {checkpoint.stat().st_size:,}")
+
+
+@app.command()
+def plan(
+    params: Annotated[
+        float | None, typer.Option(help="Size of a GPT by the recipe's shapes, such as 125e6, 13e9 or 70e9.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Your model instead: package.module:factory, made without storage.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of the whole job (default: 8).")] = None,
+    density: Annotated[float | None, typer.Option(help="Active share of the masked weights (default: 0.1).")] = None,
+    strategy: Annotated[
+        list[str] | None, typer.Option(help="ddp, fsdp2 or 2d; may be given again (default: all three).")
+    ] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(help="GPUs that share a layer, for 2d (default: 2).")] = None,
+    precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed or bf16-true (default: 32-true).")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, sgd-momentum or sgd (default: adamw).")] = None,
+    block_size: Annotated[
+        str | None, typer.Option(help="Unit of the masks: auto, 1, 16, 32, 64 or 128 (default: auto).")
+    ] = None,
+    distribution: Annotated[str | None, typer.Option(help="erk or uniform (default: erk).")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens that one GPU trains on in a step (default: 16384).")
+    ] = None,
+    update_every: Annotated[int | None, typer.Option(help="Steps between mask updates (default: 200).")] = None,
+    observe_steps: Annotated[int | None, typer.Option(help="Of them observed (default: 8).")] = None,
+    json: Annotated[Path | None, typer.Option(help="Where a JSON of all the numbers goes.")] = None,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Print the tables of docs/scaling.md instead, as Markdown.")
+    ] = False,
+) -> None:
+    """Calculate what each GPU would hold and send, and list the layers that would be masked; nothing is trained."""
+    from lightning_estdgm.bench.demo import command_line
+    from lightning_estdgm.plan import STRATEGIES, Setup, gpt, load_model, plan_tables, scaling_tables
+    from lightning_estdgm.plan import plan as make_plan
+    from lightning_estdgm.report import write_json
+
+    if scaling:
+        typer.echo(scaling_tables())
+        return
+    if (params is None) == (model is None):
+        raise typer.BadParameter("expected one of --params and --model", param_hint="--params")
+    given: dict[str, Any] = {
+        "gpus": gpus, "density": density, "tensor_parallel": tensor_parallel, "precision": precision,
+        "optimizer": optimizer, "block_size": _block_size(block_size), "distribution": distribution,
+        "tokens": tokens, "update_every": update_every, "observe_steps": observe_steps,
+    }  # fmt: skip
+    try:
+        setup = Setup(**{name: value for name, value in given.items() if value is not None})
+        result = make_plan(gpt(params) if params is not None else load_model(str(model)), setup, strategy or STRATEGIES)
+    except (ValueError, TypeError) as e:
+        raise typer.BadParameter(str(e)) from e
+    console = Console(width=max(Console().width, 120))
+    for table in plan_tables(result):
+        console.print(table)
+    console.print("calculated, not measured; docs/scaling.md has the formulas", style="dim", soft_wrap=True)
+    if json is not None:
+        write_json({"command": command_line(), **result}, json)
+        console.print(str(json), style="dim", soft_wrap=True)
 
 
 def _show(table: Table, content: dict[str, Any], json: Path | None) -> None:

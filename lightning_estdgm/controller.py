@@ -21,23 +21,26 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.optim import Optimizer
 
 from lightning_estdgm import densities
+from lightning_estdgm.distributed import agree, local_tensor
+from lightning_estdgm.distributed.digest import check_same_on_all_ranks, mask_digest
 from lightning_estdgm.layers import (
     BLOCK_SIZES,
     Candidate,
     ForwardProbe,
     Selector,
-    auto_block_size,
+    clean_name,
     find_candidates,
-    fitting_block_sizes,
     restore_dense_,
     set_observing,
     sparsify_,
+    unit_of,
 )
 from lightning_estdgm.masked_layer import MaskedLayer
-from lightning_estdgm.masks import active_units, random_mask
+from lightning_estdgm.masks import active_units, initial_mask
 from lightning_estdgm.ops import Backend, backends, get_backend
 from lightning_estdgm.ops.selection import BackendSelector
 from lightning_estdgm.schedules import EstDgm, Schedule, ScheduleConfig
@@ -156,10 +159,15 @@ class DGMController:
         config: see `DGMConfig`.
         total_steps: optimizer steps of the run.
         state: what `state_dict` returned; masks and counters go on from there, and no weight is touched.
+        draw_masks: whether to draw masks now, where there is no `state`. Without, all is dense until `recover` or
+            `load_state_dict`, which a run needs whose weights are those of a checkpoint.
+        group: process group whose ranks train this model together, all with a controller of their own: masks are
+            compared after each update, and backends are chosen by its first rank. ``None``: no other rank is asked.
 
     Raises:
         ValueError: if there is nothing to mask, a forced block size or backend does not fit a layer, or `state` belongs
             to another model or schedule.
+        MasksDifferError: on every rank of `group`, if they do not hold the same masks.
 
     """
 
@@ -171,8 +179,11 @@ class DGMController:
         *,
         total_steps: int,
         state: Mapping[str, Any] | None = None,
+        draw_masks: bool = True,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.config = config or DGMConfig()
+        self._group = group
         self.schedule: Schedule = self.config.schedule.resolve(total_steps)
         self.steps = 0
         self.position = 0
@@ -180,14 +191,19 @@ class DGMController:
         self.churn = 0.0
         self.flops = {"analytic": 0.0, "executed": 0.0, "dense": 0.0}
         self._optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-        held = {id(o): {id(p) for group in o.param_groups for p in group["params"]} for o in self._optimizers}
+        self._held = {id(o): [p for group in o.param_groups for p in group["params"]] for o in self._optimizers}
+        held = {key: {id(p) for p in parameters} for key, parameters in self._held.items()}
         everything_held = set().union(*held.values())
         self._candidates = find_candidates(model, self.config.include, self.config.exclude, everything_held)
         self._layers = [self._new_layer(c) for c in self._candidates if c.masked]
         self._owned = {key: [x for x in self._layers if id(x.parameter) in ids] for key, ids in held.items()}
         self._selector = BackendSelector(None if self.config.backend == "auto" else self.config.backend)
         self._check_forced_backend()
+        self._idle = False  # the optimizer step under way is none of training
+        self._unevenly_held: dict[int, bool] = {}  # per optimizer: some rank holds no part of any parameter
         self._stepped = False
+        self._probing = True  # the next step shows what the layers compute, and backends are chosen after it
+        self.recovered = ""
         self._waiting = False  # a mask update is due but nothing could be observed yet
         self._warned_nonfinite = False
         self._positions: dict[str, int] = {}  # that each layer's weight is applied to in a forward, as probed
@@ -196,10 +212,14 @@ class DGMController:
         self._handles: list[Any] = []
         self._probe_handles: list[Any] = []
         try:
-            if state is None:
-                self._start()
-            else:
+            if state is not None:
                 self.load_state_dict(state)
+            elif draw_masks:
+                drawn = zip(self._layers, self._draw_masks(), strict=True)
+                before = [layer.name for layer, n in drawn if 0 < n <= layer.active < layer.units]
+                self.recovered = self._told(
+                    (before, "hold zeros as an earlier mask leaves them: what is not zero stays active, unscaled")
+                )
             self._hook_up()
         except BaseException:
             self.close()
@@ -255,7 +275,8 @@ class DGMController:
         if after < before:
             raise ValueError(f"the schedule's position must not go backwards: was {before}, got {after}")
         self._stepped = False
-        if self.steps == 0:
+        is_first, self._probing = self._probing, False
+        if is_first:
             self._read_probes()
         self._count_flops()
         self.steps += 1
@@ -263,12 +284,14 @@ class DGMController:
         crossed = range(before + 1, min(self.position, self.schedule.total_steps - 1) + 1)
         due = self._waiting or any(self.schedule(p).update for p in crossed)
         self._waiting = due and not any(layer.observed for layer in self._layers)
+        if self._waiting:
+            self._refuse_nan_weights()
         updated = due and not self._waiting
         if updated:
             self._update()
-        if self.steps == 1:
+        if is_first:
             self._settle_backends()
-        if updated or self.steps == 1:
+        if updated or is_first:
             self._choose_backends()
         self._observe_or_not()
         return updated
@@ -302,7 +325,7 @@ class DGMController:
     @property
     def explored(self) -> float:
         """Share of the masked weights that have been active at any time (ITOP's Rs)."""
-        seen = sum(active_units(x.explored) * x.unit_size for x in self._layers)
+        seen = sum(x.explored_units * x.unit_size for x in self._layers)
         return seen / sum(x.units * x.unit_size for x in self._layers)
 
     @property
@@ -315,9 +338,17 @@ class DGMController:
         """As `flops_ratio`, but counting layers that run dense with a mask as dense: what was really computed."""
         return self.flops["executed"] / self.flops["dense"] if self.flops["dense"] else 1.0
 
+    @property
+    def masked_weights(self) -> tuple[MaskedLayer, ...]:
+        """The masked weights, for a communication hook such as `distributed.comm_hook.ActiveUnits`."""
+        return tuple(self._layers)
+
     def masks(self) -> dict[str, Tensor]:
-        """Return a copy of each masked layer's mask over units, oriented ``(out, in, ...)``, on the CPU."""
-        return {layer.name: layer.mask.cpu().clone() for layer in self._layers}
+        """Return a copy of each masked layer's whole mask over units, oriented ``(out, in, ...)``, on the CPU.
+
+        Where weights are sharded (FSDP), call it on every rank: masks of single weights are gathered.
+        """
+        return {layer.name: layer.whole_mask() for layer in self._layers}
 
     def layer_densities(self) -> dict[str, float]:
         """Return each masked layer's density."""
@@ -330,7 +361,7 @@ class DGMController:
         by_name = {layer.name: layer for layer in self._layers}
         decisions = []
         for candidate in self._candidates:
-            shape = tuple(getattr(candidate.module, candidate.kind.weight_name).shape)
+            shape = candidate.stored_shape
             layer = by_name.get(candidate.name)
             if layer is None:
                 decisions.append(
@@ -355,7 +386,12 @@ class DGMController:
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, in plain types and tensors (loads with ``weights_only=True``)."""
+        """Return all that a resumed run needs, in plain types and tensors (loads with ``weights_only=True``).
+
+        Where weights are sharded (FSDP), call it on every rank and save what rank 0 gets: it is whole, and may be
+        loaded on any number of ranks. Layers are gathered one after the other; the sums of an observation window under
+        way go to rank 0 only, so a checkpoint is smallest between windows.
+        """
         return {
             "version": _STATE_VERSION,
             "total_steps": self.schedule.total_steps,
@@ -391,8 +427,78 @@ class DGMController:
         for layer in self._layers:
             layer.load_state_dict(state["layers"][layer.name])
             self._use_backend(layer, self._resumed_backend(layer))
-        self._remove(self._probe_handles)
+        self._probing = self.steps == 0
+        if not self._probing:
+            self._remove(self._probe_handles)
         self._observe_or_not()
+        self._check_ranks("where the run was resumed")
+
+    def recover(self, steps: int, position: int) -> None:
+        """Go on in the middle of a run whose state is lost: take the masks from the weights.
+
+        A layer keeps its largest units, as many as the schedule gives it at `position`. Where the weights were masked
+        by that schedule these are the ones that are not zero. Where there are fewer of those, the rest is drawn; where
+        there are more, the smallest are given up: their weights and optimizer state become zero (with "frozen", weights
+        stay). Observation window, explored share and FLOPs start anew. `recovered` tells what was found.
+
+        Args:
+            steps: optimizer steps done.
+            position: where in the schedule the run is.
+
+        """
+        self.steps, self.position = steps, position
+        held = self._draw_masks(largest=True)
+        with torch.no_grad():
+            for layer in self._layers:
+                for optimizer in self._optimizers:
+                    layer.clear_optimizer_state_(_state_holder(optimizer), ~layer.mask)
+        exact = [x.name for x, n in zip(self._layers, held, strict=True) if n == x.active]
+        fewer = [x.name for x, n in zip(self._layers, held, strict=True) if n < x.active]
+        more = [x.name for x, n in zip(self._layers, held, strict=True) if n > x.active]
+        verb = "kept as it is, without updates" if self.config.inactive == "frozen" else "set to zero"
+        self.recovered = self._told(
+            (exact, "hold as many zeros as the schedule leaves: their masks are what they were"),
+            (fewer, "hold more zeros than the schedule leaves: some of these units are active again, drawn at random"),
+            (more, f"hold fewer zeros than the schedule leaves: the largest units stay active, the rest is {verb}"),
+        )
+
+    def mask_copy_(self, copy: nn.Module) -> None:
+        """Zero the inactive weights of a copy of the model, such as an average of its weights over time.
+
+        An average of weights under changing masks holds weights that are inactive now. Call it after each mask update:
+        then the average is zero where the model is. With "frozen" there is nothing to zero.
+
+        Args:
+            copy: has layers of the same names and shapes, on any device; of an `AveragedModel`, its ``module``.
+
+        Raises:
+            ValueError: if it has not.
+
+        """
+        if self.config.inactive == "frozen":
+            return
+        modules = {clean_name(name): module for name, module in copy.named_modules()}
+        weights = []
+        for layer in self._layers:
+            weight = getattr(modules.get(layer.name), layer.candidate.kind.weight_name, None)
+            if not isinstance(weight, Tensor) or not layer.shard.holds(weight):
+                found = "no such layer" if weight is None else f"a weight of shape {tuple(weight.shape)}"
+                raise ValueError(
+                    f"expected a copy of the model, with a layer {layer.name!r} of shape "
+                    f"{layer.candidate.stored_shape}, got {found} in {type(copy).__name__}"
+                )
+            weights.append(weight)
+        with torch.no_grad():
+            for layer, weight in zip(self._layers, weights, strict=True):
+                layer.fill_inactive_(layer.shard.local(weight))
+
+    def _told(self, *cases: tuple[list[str], str]) -> str:
+        return "; ".join(
+            f"{len(names)} of {len(self._layers)} masked layers ({', '.join(names[:3])}{', ...' * (len(names) > 3)}) "
+            f"{what}"
+            for names, what in cases
+            if names
+        )
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         if state.get("version") != _STATE_VERSION:
@@ -406,7 +512,7 @@ class DGMController:
                     f"the checkpoint was made with another schedule: its {name} is {state[name]}, this run's is {mine}"
                 )
         theirs = {name: (tuple(x["shape"]), x["block_size"]) for name, x in state["layers"].items()}
-        ours = {layer.name: (tuple(layer.weight.shape), layer.block_size) for layer in self._layers}
+        ours = {layer.name: (layer.shape, layer.block_size) for layer in self._layers}
         if theirs != ours:
             differing = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
             first = differing[0]
@@ -418,17 +524,7 @@ class DGMController:
     # ------------------------------------------------------------------ set-up
 
     def _new_layer(self, candidate: Candidate) -> MaskedLayer:
-        shape = candidate.part_shape
-        if self.config.block_size == "auto":
-            block_size, note = auto_block_size(candidate)
-        else:
-            block_size, note = self.config.block_size, ""
-            if block_size > 1 and (shape[0] % block_size or shape[1] % block_size):
-                raise ValueError(
-                    f"block_size={block_size} does not fit layer {candidate.name!r} with weight {shape}: "
-                    f"block sizes that do are {(1, *fitting_block_sizes(shape))}; exclude the layer, "
-                    'or use block_size="auto"'
-                )
+        block_size, note = unit_of(candidate, self.config.block_size)
         if candidate.parts > 1:
             note = "; ".join(filter(None, (f"{candidate.parts} fused matrices, each with its own budget", note)))
         return MaskedLayer(candidate, block_size, note)
@@ -438,32 +534,42 @@ class DGMController:
             return
         backend = get_backend(self.config.backend)
         for layer in self._layers:
-            if layer.candidate.has_operator and (reason := _refusal(backend, layer)):
+            if layer.has_operator and (reason := _refusal(backend, layer)):
                 raise ValueError(
                     f"backend={backend.name!r} was asked for but cannot compute layer {layer.name!r}: {reason}"
                 )
 
-    def _start(self) -> None:
-        """Draw the initial masks, scale the initial weights."""
-        density = self.schedule(0).density
+    @torch.no_grad()
+    def _draw_masks(self, *, largest: bool = False) -> list[int]:
+        """Draw the masks of the present position, scale initial weights; see `masks.initial_mask`.
+
+        Returns:
+            How many units of each layer held weights before.
+
+        """
         generator = torch.Generator().manual_seed(self.config.seed)
-        with torch.no_grad():
-            for layer, budget in zip(self._layers, self._budget(density), strict=True):
-                shape = (layer.mask.shape[0] // layer.candidate.parts, *layer.mask.shape[1:])
-                layer.set_mask(torch.cat([random_mask(shape, k, generator) for k in budget]))
-                if self.config.inactive == "zero":
-                    layer.fill_inactive_(layer.weight)
-                    if self.config.scale_init and not layer.is_dense:
-                        layer.weight.mul_(layer.density**-0.5)
-                self._use_backend(layer, self._forced_backend(layer))
+        held = []
+        for layer, budget in zip(self._layers, self._budget(self.schedule(self.position).density), strict=True):
+            norms = layer.whole_norms()
+            parts = zip(norms.chunk(len(budget)), budget, strict=True)
+            layer.set_mask(torch.cat([initial_mask(x, k, generator, largest=largest) for x, k in parts]))
+            held.append(active_units(norms > 0))
+            if self.config.inactive == "zero":
+                layer.fill_inactive_(layer.weight)
+                # Where an earlier mask has left its zeros, the weights were scaled by that one.
+                if self.config.scale_init and not largest and held[-1] > layer.active:
+                    layer.weight.mul_(layer.density**-0.5)
+            self._use_backend(layer, self._forced_backend(layer))
         self._observe_or_not()
+        self._check_ranks(f"where masks were drawn, at step {self.steps}")
+        return held
 
     def _hook_up(self) -> None:
         for optimizer in self._optimizers:
             if self._owned[id(optimizer)]:
                 self._handles.append(optimizer.register_step_pre_hook(self._before_step))
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
-        if self.steps == 0:
+        if self._probing:
             for candidate in self._candidates:
                 probe = self._probes[candidate.name]
                 self._probe_handles.append(candidate.module.register_forward_hook(probe))
@@ -476,6 +582,7 @@ class DGMController:
                 probe = self._probes.get(name.rpartition(".")[0], probe)
             if probe.dtype is not None:
                 self._positions[name], self._dtypes[name] = probe.positions, probe.dtype
+        self._positions, self._dtypes = self._from_first_rank((self._positions, self._dtypes))
 
     @staticmethod
     def _remove(handles: list[Any]) -> None:
@@ -491,6 +598,9 @@ class DGMController:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        self._idle = closure is None and self._is_idle(optimizer)
+        if self._idle:
+            return
         if closure is None:  # the gradients are there: mask them even if the loop did not
             self.mask_gradients(optimizer)
         for layer in self._owned[id(optimizer)]:
@@ -501,18 +611,59 @@ class DGMController:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        layers = [layer for layer in self._owned[id(optimizer)] if layer.parameter.grad is not None]
-        if not layers or _skipped_by_scaler(optimizer):
+        if self._idle or not self._has_gradients(optimizer) or _skipped_by_scaler(optimizer):
             return
         self._stepped = True
-        for layer in layers:
+        for layer in self._owned[id(optimizer)]:
+            if layer.gradient is None:
+                continue
             layer.scale_step_(self._step_scale(layer))
             if self.config.inactive == "zero":
                 layer.fill_inactive_(layer.weight)
             else:
                 layer.undo_inactive_()
 
+    def _is_idle(self, optimizer: Optimizer) -> bool:
+        """Whether a step is none of training: torch's distributed checkpoints take one to make an optimizer's state.
+
+        It has a learning rate and gradients of 0, and may come between a checkpoint's weights and its masks, when those
+        of before would wipe out weights. The ranks agree, as a real step may be all zeros to one of them.
+        """
+        rates = [group.get("lr") for group in optimizer.param_groups]
+        if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
+            return False  # not torch's own zero, and a look at it would wait for the device
+        if any(rate is None or float(rate) != 0.0 for rate in rates):
+            return False
+        gradients = [p.grad for p in self._held[id(optimizer)] if p.grad is not None]
+        moving = any(bool(torch.count_nonzero(local_tensor(gradient))) for gradient in gradients)
+        return not agree([layer.shard for layer in self._owned[id(optimizer)]], moving)
+
+    def _has_gradients(self, optimizer: Optimizer) -> bool:
+        """Whether a step has anything to step by.
+
+        A rank of sharded weights may hold nothing of the masked ones: there every parameter counts, and where a rank
+        holds nothing at all, the ranks agree.
+        """
+        layers, parameters = self._owned[id(optimizer)], self._held[id(optimizer)]
+        if not any(layer.shard.groups for layer in layers):
+            return any(layer.gradient is not None for layer in layers)
+        here = any(parameter.grad is not None for parameter in parameters)
+        shards = [layer.shard for layer in layers]
+        if id(optimizer) not in self._unevenly_held:
+            nothing_here = all(parameter.numel() == 0 for parameter in parameters)
+            self._unevenly_held[id(optimizer)] = agree(shards, nothing_here)
+        return agree(shards, here) if self._unevenly_held[id(optimizer)] else here
+
     # ------------------------------------------------------------------ observation and update
+
+    def _refuse_nan_weights(self) -> None:
+        """Stop a run whose window saw no finite gradient because its weights are NaN: it will never see one."""
+        for layer in self._layers:
+            if agree([layer.shard], bool(layer.weight.isnan().any())):
+                raise ValueError(
+                    f"the run has diverged: layer {layer.name!r} holds NaN weights, and at the mask update that is due "
+                    "no gradient had been finite"
+                )
 
     def _warn_nonfinite(self) -> None:
         if not self._warned_nonfinite:
@@ -528,18 +679,38 @@ class DGMController:
     def _update(self) -> None:
         progress = self.schedule.drop_progress(self.position)
         drop_fraction = self.config.drop_fraction * 0.5 * (1.0 + math.cos(math.pi * progress))
+        budgets = self._budget(self.schedule(self.position).density)
         grown = 0
-        for layer, budget in zip(self._layers, self._budget(self.schedule(self.position).density), strict=True):
-            changed, grown_units = layer.redecide(budget, drop_fraction, self.config.gamma)
+        for layer, changed, grown_units in MaskedLayer.redecide(
+            self._layers, budgets, drop_fraction, self.config.gamma
+        ):
             grown += grown_units * layer.unit_size
             if self.config.inactive == "zero":
                 layer.fill_inactive_(layer.weight)
             if layer.gradient is not None:
                 layer.fill_inactive_(layer.gradient)
             for optimizer in self._optimizers:
-                layer.clear_optimizer_state_(optimizer, changed)
+                layer.clear_optimizer_state_(_state_holder(optimizer), changed)
         self.updates += 1
         self.churn = grown / sum(layer.active * layer.unit_size for layer in self._layers)
+        self._check_ranks(f"after mask update {self.updates}")
+
+    def _check_ranks(self, when: str) -> None:
+        """Raise on every rank if any of them has come to other masks."""
+        if self._group is None:
+            return
+        words = {"the number of steps": self.steps, "the schedule's position": self.position}
+        whole = [layer for layer in self._layers if not layer.mask_is_local]
+        words |= {f"the mask of layer {layer.name!r}": mask_digest(layer.mask) for layer in whole}
+        check_same_on_all_ranks(words, self._layers[0].device, when, self._group)
+
+    def _from_first_rank(self, value: Any) -> Any:
+        """Return the first rank's `value`: what depends on a machine's speed or one rank's batch must be one thing."""
+        if self._group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=dist.get_global_rank(self._group, 0), group=self._group)
+        return box[0]
 
     def _budget(self, density: float) -> list[list[int]]:
         """Return the active units of each part of each layer for a density of the whole."""
@@ -577,7 +748,7 @@ class DGMController:
     # ------------------------------------------------------------------ backends
 
     def _forced_backend(self, layer: MaskedLayer) -> str:
-        forced = self.config.backend != "auto" and layer.candidate.has_operator
+        forced = self.config.backend != "auto" and layer.has_operator
         return self.config.backend if forced else "dense"
 
     def _resumed_backend(self, layer: MaskedLayer) -> str:
@@ -591,11 +762,18 @@ class DGMController:
         """Choose what computes each layer at every density of the schedule; at the first step, for the whole run.
 
         All at once, so that a resumed run makes no choice of its own. The final density comes first: it is what the
-        user is told about, and what it shows often answers the others.
+        user is told about, and what it shows often answers the others. Only the first rank measures.
         """
+        if self._group is None or dist.get_rank(self._group) == 0:
+            self._choose_for_all_densities()
+        if self._group is not None:
+            self._selector.load_state_dict(self._from_first_rank(self._selector.state_dict()))
+            self._choose_for_all_densities()
+
+    def _choose_for_all_densities(self) -> None:
         final, *others = (self._budget_densities(d) for d in (self._final_density(), *self.schedule.densities))
         for index, layer in enumerate(self._layers):
-            if not layer.candidate.has_operator:
+            if not layer.has_operator:
                 layer.final_backend = "dense"
                 continue
             layer.final_backend, layer.why = self._choose(layer, final[index])
@@ -604,18 +782,18 @@ class DGMController:
 
     def _choose_backends(self) -> None:
         for layer in self._layers:
-            if layer.candidate.has_operator:
+            if layer.has_operator:
                 self._use_backend(layer, self._choose(layer, layer.density)[0])
 
     def _choose(self, layer: MaskedLayer, density: float) -> tuple[str, str]:
         choice = self._selector.choose(
             tokens=self._positions.get(layer.name, _NOMINAL_TOKENS),
-            out_features=layer.weight.shape[0],
-            in_features=layer.weight.shape[1],
+            out_features=layer.shape[0],
+            in_features=layer.shape[1],
             block_size=layer.block_size,
             density=density,
-            dtype=self._dtypes.get(layer.name, layer.weight.dtype),
-            device=layer.weight.device,
+            dtype=self._dtypes.get(layer.name, layer.parameter.dtype),
+            device=layer.device,
             frozen=self.config.inactive == "frozen",
             transposed=layer.candidate.kind.transposed,
         )
@@ -623,17 +801,16 @@ class DGMController:
 
     def _use_backend(self, layer: MaskedLayer, backend: str) -> None:
         layer.backend = backend
-        if layer.candidate.has_operator and (layer.block_size > 1 or backend != "dense"):
+        if layer.has_operator and (layer.block_size > 1 or backend != "dense"):
             frozen = self.config.inactive == "frozen"
-            sparsify_(layer.candidate, layer.mask, layer.block_size, backend, frozen)
+            sparsify_(layer.candidate, layer.mask.to(layer.device), layer.block_size, backend, frozen)
 
     def _count_flops(self) -> None:
         """Add one step's FLOPs: three products a layer, each by the share of weights that takes part."""
         by_name = {layer.name: layer for layer in self._layers}
         for candidate in self._candidates:
-            weight = getattr(candidate.module, candidate.kind.weight_name)
             positions = self._positions.get(candidate.name, 1)
-            product = 2.0 * weight.numel() * positions
+            product = 2.0 * math.prod(candidate.shape) * positions
             analytic = executed = 3.0
             layer = by_name.get(candidate.name)
             if layer is not None:
@@ -645,6 +822,12 @@ class DGMController:
             self.flops["dense"] += product * 3.0
 
 
+def _state_holder(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer whose `state` counts: a ZeroRedundancyOptimizer's own is empty, its inner one's is not."""
+    inner = getattr(optimizer, "optim", None)
+    return inner if isinstance(inner, Optimizer) else optimizer
+
+
 def _skipped_by_scaler(optimizer: Optimizer) -> bool:
     """Whether a fused optimizer, which a GradScaler always calls, skipped this step for infinite gradients."""
     found_inf = getattr(optimizer, "found_inf", None)
@@ -654,4 +837,4 @@ def _skipped_by_scaler(optimizer: Optimizer) -> bool:
 def _refusal(backend: Backend, layer: MaskedLayer) -> str | None:
     """Return why a backend cannot compute a layer with its present mask, or None."""
     topology = BlockTopology.from_mask(layer.mask, layer.block_size)
-    return backend.unsupported(layer.weight.device, layer.weight.dtype, topology)
+    return backend.unsupported(layer.device, layer.parameter.dtype, topology)

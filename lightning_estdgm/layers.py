@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_estdgm.distributed import Shard, Whole, shard_of
 from lightning_estdgm.ops import masked_linear
 from lightning_estdgm.topology import BlockTopology
 
@@ -24,6 +26,7 @@ __all__ = [
     "restore_dense_",
     "set_observing",
     "sparsify_",
+    "unit_of",
 ]
 
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -32,7 +35,7 @@ BLOCK_SIZES = (16, 32, 64, 128)
 Selector = str | Callable[[str, nn.Module], bool]
 """A glob over module names such as ``"encoder.*"``, or a predicate of a module's name and the module."""
 
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _MIN_BLOCKS_A_SIDE = 8
 _FUSED_NAMES = ("qkv", "kv", "c_attn", "in_proj", "to_qkv", "to_kv", "Wqkv", "qkv_proj", "query_key_value")
 _HEAD_NAMES = ("head", "lm_head", "classifier", "output_head", "output_layer")
@@ -60,9 +63,17 @@ class LayerKind:
     exact: Callable[[nn.Module], bool] | None = None
 
 
+def _own_class(module: nn.Module) -> type:
+    """Return a module's class, or the one that it had before ``fully_shard`` put its own over it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return type(module)
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, fsdp.FSDPModule))
+
+
 def _is_named(module: nn.Module, root: str, name: str) -> bool:
     """Recognise a class of a library that need not be installed."""
-    cls = type(module)
+    cls = _own_class(module)
     return cls.__name__ == name and cls.__module__.partition(".")[0] == root
 
 
@@ -87,7 +98,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 LAYER_KINDS: tuple[LayerKind, ...] = (
-    LayerKind("linear", lambda m: isinstance(m, nn.Linear), _tokens, exact=lambda m: type(m) is nn.Linear),
+    LayerKind("linear", lambda m: isinstance(m, nn.Linear), _tokens, exact=lambda m: _own_class(m) is nn.Linear),
     LayerKind(
         "convolution",
         lambda m: isinstance(m, _CONVOLUTIONS),
@@ -111,14 +122,16 @@ LAYER_KINDS: tuple[LayerKind, ...] = (
 """Kinds of maskable layers, the first match wins."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """A layer with a weight that could be masked, and whether it is.
 
     Attributes:
-        name: the module's name in the model, free of wrappers' prefixes.
+        name: the module's name in the model, free of wrappers' parts.
         module: the layer.
         kind: what sort of layer it is.
+        weight: as stored: the parameter that optimizers hold, which a sharded module's attribute is not at all times.
+        shard: how the weight lies over ranks.
         has_operator: whether a sparse operator can replace its forward.
         parts: matrices of one shape that are stacked along the outputs, such as query, key and value; each has its own
             density and budget, or the one with the largest weights would take the units of the others.
@@ -129,34 +142,33 @@ class Candidate:
     name: str
     module: nn.Module
     kind: LayerKind
+    weight: Tensor
+    shard: Shard
     has_operator: bool
     parts: int
     masked: bool
     why: str
 
     @property
-    def weight(self) -> nn.Parameter:
-        """The layer's weight parameter as stored."""
-        weight = getattr(self.module, self.kind.weight_name)
-        assert isinstance(weight, nn.Parameter)
-        return weight
+    def shape(self) -> tuple[int, ...]:
+        """The shape ``(out, in, ...)`` of the whole weight."""
+        return self.shard.shape
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the whole weight as the model stores it."""
+        return self.shape[::-1] if self.kind.transposed else self.shape
 
     @property
     def part_shape(self) -> tuple[int, ...]:
         """The shape ``(out, in, ...)`` of one part of the weight."""
-        out, *rest = self.oriented(self.weight).shape
+        out, *rest = self.shape
         return (out // self.parts, *rest)
-
-    def oriented(self, weight: Tensor) -> Tensor:
-        """View a tensor of the stored weight's shape as ``(out, in, ...)``."""
-        return weight.t() if self.kind.transposed else weight
 
 
 def clean_name(name: str) -> str:
-    """Strip the prefixes that torch.compile, FSDP and checkpoint wrappers put into module names."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    """Take out of a module's name what torch.compile, FSDP and checkpoint wrappers put in."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _maskable(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerKind]]:
@@ -170,11 +182,11 @@ def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
     return fnmatchcase(name, selector) if isinstance(selector, str) else bool(selector(name, module))
 
 
-def _fused_parts(name: str, weight: Tensor, kind: LayerKind) -> int:
+def _fused_parts(name: str, shape: tuple[int, ...], kind: LayerKind) -> int:
     """Return how many square matrices a fused attention projection stacks; 1 for any other layer."""
     if kind.weight_name != "in_proj_weight" and name.rpartition(".")[2] not in _FUSED_NAMES:
         return 1
-    out, inner = (weight.t() if kind.transposed else weight).shape[:2]
+    out, inner = shape[:2]
     return out // inner if out in (2 * inner, 3 * inner) else 1
 
 
@@ -239,9 +251,11 @@ def find_candidates(
     candidates = []
     for index, (name, module, kind) in enumerate(found):
         masked, why = verdict(name, module, kind, is_last=index == len(found) - 1)
-        has_operator = kind.exact is not None and kind.exact(module)
-        parts = _fused_parts(name, getattr(module, kind.weight_name), kind) if masked else 1
-        candidates.append(Candidate(name, module, kind, has_operator, parts, masked, why))
+        weight = getattr(module, kind.weight_name)
+        shard = _shard(model, name, module, kind, asked_for=masked or not isinstance(weight, nn.Parameter))
+        has_operator = kind.exact is not None and kind.exact(module) and not shard.why_dense
+        parts = _fused_parts(name, shard.shape, kind) if masked else 1
+        candidates.append(Candidate(name, module, kind, weight, shard, has_operator, parts, masked, why))
     if not any(candidate.masked for candidate in candidates):
         reasons = {candidate.name: candidate.why for candidate in candidates}
         raise ValueError(
@@ -249,6 +263,16 @@ def find_candidates(
             + (f"; found {reasons} (name one in include=)" if reasons else "")
         )
     return tuple(candidates)
+
+
+def _shard(model: nn.Module, name: str, module: nn.Module, kind: LayerKind, asked_for: bool) -> Shard:
+    """Return how a layer's weight lies over ranks; for a parameter that is not to be masked, its shape is enough."""
+    try:
+        return shard_of(model, module, kind.weight_name, kind.transposed)
+    except ValueError as error:
+        if asked_for:
+            raise ValueError(f"layer {name!r}: {error}") from error
+        return Whole(getattr(module, kind.weight_name), kind.transposed)
 
 
 def fitting_block_sizes(shape: Sequence[int]) -> tuple[int, ...]:
@@ -263,6 +287,8 @@ def auto_block_size(candidate: Candidate) -> tuple[int, str]:
         The block size and, where it is 1, the reason.
 
     """
+    if candidate.shard.why_dense:
+        return 1, f"no sparse operator: {candidate.shard.why_dense}"
     if not candidate.has_operator:
         kind = candidate.kind
         what = type(candidate.module).__name__ if kind.exact else f"{kind.name}s"
@@ -275,6 +301,29 @@ def auto_block_size(candidate: Candidate) -> tuple[int, str]:
     if fitting:
         return 1, f"fewer than {_MIN_BLOCKS_A_SIDE} blocks of {fitting[0]} a side"
     return 1, f"no block of {', '.join(map(str, BLOCK_SIZES))} divides both dimensions"
+
+
+def unit_of(candidate: Candidate, block_size: int | str) -> tuple[int, str]:
+    """Return the side of a layer's mask unit, as asked for or by `auto_block_size`, and the reason where there is one.
+
+    Raises:
+        ValueError: if the block size that is asked for does not fit the layer.
+
+    """
+    if isinstance(block_size, str):
+        return auto_block_size(candidate)
+    shape = candidate.part_shape
+    if shape[0] % block_size or shape[1] % block_size:
+        raise ValueError(
+            f"block_size={block_size} does not fit layer {candidate.name!r} with weight {shape}: "
+            f"block sizes that do are {(1, *fitting_block_sizes(shape))}; exclude the layer, "
+            'or use block_size="auto"'
+        )
+    if why := candidate.shard.why_dense:
+        return block_size, f"no sparse operator: {why}"
+    if block_size == 1 and candidate.has_operator and candidate.shard.groups:
+        return block_size, "no sparse operator for single weights of a sharded weight"
+    return block_size, ""
 
 
 class ForwardProbe:
@@ -309,8 +358,9 @@ _TOPOLOGY_TENSORS = ("row_ptr", "col_idx", "col_ptr", "row_idx")
 class _SparseForward:
     """Mixin of the swapped classes: a forward on active blocks only. All state lives on the instance.
 
-    The topology's tensors are non-persistent buffers: they follow the module through ``to``, and never appear in a
-    state dict. A deepcopy or a pickle is the plain layer.
+    The topology's tensors follow the module through ``to``, but are no buffers: in no state dict, and out of reach of
+    DDP's broadcast of buffers, which would hide masks that differ from rank to rank. A deepcopy or a pickle is the
+    plain layer.
     """
 
     _estdgm_dense_class: type[nn.Module]
@@ -333,13 +383,15 @@ class _SparseForward:
             frozen=self._estdgm_frozen,
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for name in _TOPOLOGY_TENSORS:
+            setattr(self, f"_estdgm_{name}", fn(getattr(self, f"_estdgm_{name}")))
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy is the plain layer: nobody would tell it of later masks, and inactive weights are zero anyway (or, if
         # frozen, take part in the forward). So it is right for ever, and unpickles without this package.
         state = {name: value for name, value in self.__dict__.items() if not name.startswith("_estdgm_")}
-        topology = {f"_estdgm_{name}" for name in _TOPOLOGY_TENSORS}
-        state["_buffers"] = {name: x for name, x in state["_buffers"].items() if name not in topology}
-        state["_non_persistent_buffers_set"] = state["_non_persistent_buffers_set"] - topology
         return object.__new__, (self._estdgm_dense_class,), state
 
 
@@ -353,6 +405,17 @@ def _swapped_class(cls: type[nn.Module]) -> type[nn.Module]:
     return _SWAPPED[cls]
 
 
+def _dense_class(cls: type) -> type:
+    """Return what `_swapped_class` was given, also where ``fully_shard`` has put its own class on top since."""
+    if "_estdgm_dense_class" in vars(cls):
+        return cls._estdgm_dense_class  # type: ignore[attr-defined]
+    top, *rest = cls.__bases__  # (FSDPModule, the swapped class)
+    (swapped,) = rest
+    dense = _dense_class(swapped)
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__", "__doc__")}
+    return type(f"FSDP{dense.__name__}", (top, dense), own)
+
+
 def _topology(module: Any) -> BlockTopology:
     tensors = [getattr(module, f"_estdgm_{name}") for name in _TOPOLOGY_TENSORS]
     row_ptr, _, col_ptr, _ = tensors
@@ -362,8 +425,8 @@ def _topology(module: Any) -> BlockTopology:
 def sparsify_(candidate: Candidate, mask: Tensor, block_size: int, backend: str, frozen: bool = False) -> None:
     """Make a layer compute on the active blocks of `mask`; called again, follow a new mask or backend, in place.
 
-    Only the module's class changes (and non-persistent buffers come): parameters, state-dict keys, hooks and names
-    stay. `restore_dense_` undoes it.
+    Only the module's class changes (and attributes come): parameters, buffers, state-dict keys, hooks and names stay.
+    `restore_dense_` undoes it. A layer under FSDP2 keeps its place there, whether it was swapped before or after.
 
     Args:
         candidate: a layer with an operator.
@@ -380,7 +443,7 @@ def sparsify_(candidate: Candidate, mask: Tensor, block_size: int, backend: str,
         return
     topology = BlockTopology.from_mask(mask, block_size)
     for name in _TOPOLOGY_TENSORS:
-        module.register_buffer(f"_estdgm_{name}", getattr(topology, name), persistent=False)
+        setattr(module, f"_estdgm_{name}", getattr(topology, name))
     swapped: Any = module
     swapped._estdgm_backend = backend
     swapped._estdgm_transposed = candidate.kind.transposed
@@ -401,8 +464,6 @@ def restore_dense_(candidate: Candidate) -> None:
     module = candidate.module
     if not isinstance(module, _SparseForward):
         return
-    module.__class__ = module._estdgm_dense_class  # type: ignore[assignment]
-    for name in _TOPOLOGY_TENSORS:
-        delattr(module, f"_estdgm_{name}")
+    module.__class__ = _dense_class(type(module))
     for name in [name for name in vars(module) if name.startswith("_estdgm_")]:
         delattr(module, name)

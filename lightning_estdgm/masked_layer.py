@@ -1,21 +1,29 @@
-"""One masked weight: its mask, what is observed of its gradient, and what a step and an update do to it."""
+"""One masked weight: its mask, what is observed of its gradient, and what a step and an update do to it.
+
+Everything here is this rank's part of the weight (`distributed.Shard`): the whole of it where the weight is whole. What
+needs the other ranks of a sharded weight, observing and deciding, is done for all layers at once, in few collectives.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_estdgm import scores
+from lightning_estdgm.distributed import Shard, agree, all_reduce, gather
+from lightning_estdgm.distributed.selection import Ranking, top_k
 from lightning_estdgm.layers import Candidate
 from lightning_estdgm.masks import (
     active_units,
     decide,
     fill_inactive_,
+    kept_units,
     mask_shape,
     masked_select_units,
     pack_bits,
@@ -30,22 +38,24 @@ __all__ = ["MaskedLayer"]
 class _Window:
     """Sums over the observed gradients of one layer; exists only inside an observation window."""
 
-    def __init__(self, weight: Tensor, block_size: int) -> None:
+    def __init__(self, weight: Tensor, mask: Tensor) -> None:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.gradient = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-        self.norm = torch.zeros(mask_shape(weight.shape, block_size), dtype=dtype, device=weight.device)
+        self.norm = torch.zeros(mask.shape, dtype=dtype, device=weight.device)
         self.samples = 0
 
 
 class MaskedLayer:
-    """The state of one masked weight. Tensors are oriented ``(out, in, ...)``, however the weight is stored.
+    """The state of one masked weight. Tensors are the local part, oriented as `distributed.Shard` says.
 
     Attributes:
-        mask: bool over units, true where active; replaced as a whole by `set_mask`.
-        active: number of active units.
+        mask: bool over units, true where active; replaced as a whole. For single weights of a sharded weight the local
+            part, else whole.
+        active: number of active units of the whole weight.
         units: number of all units.
         unit_size: weights in a unit.
         explored: bool over units, true where ever active.
+        explored_units: how many those are, of the whole weight.
         backend: what computes the layer now.
         final_backend: what will at the final density; ``"?"`` until measured.
         why: the reason for that, in words.
@@ -56,19 +66,20 @@ class MaskedLayer:
         self.candidate = candidate
         self.block_size = block_size
         self.note = note
-        shape = self.weight.shape
-        self.units = math.prod(mask_shape(shape, block_size))
-        self.unit_size = unit_size(shape, block_size)
-        self.mask = torch.ones(mask_shape(shape, block_size), dtype=torch.bool, device=self.weight.device)
-        self.explored = torch.zeros_like(self.mask)
-        self.active = self.units
+        self.shape = candidate.shape
+        self.units = math.prod(mask_shape(self.shape, block_size))
+        self.unit_size = unit_size(self.shape, block_size)
         self.backend = "dense"
         self.final_backend = "?"
         self.why = ""
-        self._inactive = ~self.mask
         self._window: _Window | None = None
         self._sampled = False
         self._snapshot: Tensor | None = None
+        shape = tuple(self.weight.shape) if self.mask_is_local else mask_shape(self.shape, block_size)
+        self._part_active = [self.units // candidate.parts] * candidate.parts
+        self._take(torch.ones(shape, dtype=torch.bool), self.units)
+        self.explored = torch.zeros_like(self.mask)
+        self._explored_units = 0
 
     @property
     def name(self) -> str:
@@ -76,20 +87,35 @@ class MaskedLayer:
         return self.candidate.name
 
     @property
-    def parameter(self) -> nn.Parameter:
+    def shard(self) -> Shard:
+        """How the weight lies over ranks."""
+        return self.candidate.shard
+
+    @property
+    def parameter(self) -> Tensor:
         """The weight as stored."""
         return self.candidate.weight
 
     @property
+    def device(self) -> torch.device:
+        """That the layer computes on; a sharded weight itself may be offloaded to another."""
+        return self.shard.device if self.shard.groups else self.weight.device
+
+    @property
     def weight(self) -> Tensor:
-        """The weight, sharing storage with the parameter."""
-        return self.candidate.oriented(self.parameter.detach())
+        """The local part of the weight, sharing storage with the parameter."""
+        return self.shard.local(self.parameter)
 
     @property
     def gradient(self) -> Tensor | None:
-        """The weight's gradient, sharing storage with the parameter's; ``None`` without one."""
+        """The local part of the weight's gradient, sharing storage with it; ``None`` without one, or not whole yet."""
         grad = self.parameter.grad
-        return None if grad is None else self.candidate.oriented(grad.detach())
+        return None if grad is None or not self.shard.holds(grad) else self.shard.local(grad)
+
+    @property
+    def has_operator(self) -> bool:
+        """Whether a sparse operator can replace the layer's forward: it needs the whole mask."""
+        return self.candidate.has_operator and not self.mask_is_local
 
     @property
     def density(self) -> float:
@@ -101,17 +127,55 @@ class MaskedLayer:
         """Whether every unit is active."""
         return self.active == self.units
 
-    def set_mask(self, mask: Tensor) -> None:
-        """Take `mask` over; weights are left alone."""
-        self.mask = mask.to(self.weight.device)
-        self._inactive = ~self.mask
-        self.active = active_units(self.mask)
-        self.explored |= self.mask
+    @property
+    def explored_units(self) -> int:
+        """How many units of the whole weight have ever been active."""
+        return self._explored_units if self.mask_is_local else active_units(self.explored)
+
+    def whole_norms(self) -> Tensor:
+        """Return the norm of each unit of the whole weight, on the CPU; of a sharded weight, all ranks have to ask."""
+        if self.shard.groups and not self.mask_is_local:
+            return self._norm(all_reduce([self.shard], [self._squares(self.weight)])[0]).cpu()
+        return gather(self.shard, scores.magnitude(self.weight, self.block_size))
+
+    def whole_mask(self) -> Tensor:
+        """Return a copy of the whole mask on the CPU; of a sharded weight, every rank has to ask for it."""
+        return self._whole(self.mask)
+
+    def set_mask(self, mask: Tensor, explored: Tensor | None = None) -> None:
+        """Take over a whole mask, and the units explored so far (``None``: its own); weights are left alone."""
+        explored = mask if explored is None else explored
+        self._take(self._part(mask), active_units(mask))
+        self._part_active = [active_units(part) for part in mask.chunk(self.candidate.parts)]
+        self.explored = self._part(explored).to(self.mask.device, copy=True)
+        self._explored_units = active_units(explored)
 
     def fill_inactive_(self, tensor: Tensor) -> None:
-        """Zero a tensor of the weight's shape where the mask is inactive."""
+        """Zero a local tensor of the weight's shape where the mask is inactive."""
         if not self.is_dense:
-            fill_inactive_(tensor, self._inactive, self.block_size)
+            fill_inactive_(tensor, self._inactive.to(tensor.device), self._grain)
+
+    @property
+    def mask_is_local(self) -> bool:
+        """Whether `mask` is this rank's part only: of single weights of a sharded weight."""
+        return bool(self.shard.groups) and self.block_size == 1
+
+    @property
+    def _grain(self) -> int:
+        return self.shard.grain(self.block_size)
+
+    def _take(self, mask: Tensor, active: int) -> None:
+        self.mask = mask.to(self.weight.device)
+        self._inactive = self.shard.expand(~self.mask, self.block_size)
+        self.active = active
+
+    def _part(self, whole: Tensor) -> Tensor:
+        """Return this rank's part of a whole mask, or of anything of its shape."""
+        return self.shard.part(whole) if self.mask_is_local else whole
+
+    def _whole(self, part: Tensor) -> Tensor:
+        """Undo `_part`; on the CPU."""
+        return gather(self.shard, part) if self.mask_is_local else part.cpu().clone()
 
     # ------------------------------------------------------------------ the optimizer's step
 
@@ -134,7 +198,7 @@ class MaskedLayer:
     def undo_inactive_(self) -> None:
         """Give inactive weights the value they had at the snapshot."""
         if self._snapshot is not None:
-            self.weight.copy_(masked_select_units(self.mask, self.weight, self._snapshot, self.block_size))
+            self.weight.copy_(masked_select_units(self._inactive, self._snapshot, self.weight, self._grain))
 
     # ------------------------------------------------------------------ observation
 
@@ -151,6 +215,9 @@ class MaskedLayer:
     def observe(layers: Sequence[MaskedLayer], scale: float) -> bool:
         """Add the gradients of `layers` to their windows, unless one of them is not finite; once a step.
 
+        All ranks of sharded weights must call it: one all-reduce tells them the norms of units that several hold parts
+        of, which layers took part at all (a rank may hold nothing of one), and whether all was finite.
+
         Args:
             layers: those whose gradients belong to one step.
             scale: factor on the gradients.
@@ -159,80 +226,208 @@ class MaskedLayer:
             Whether the gradients were finite.
 
         """
-        seen = [(layer, layer.gradient) for layer in layers if not layer._sampled]
-        norms = [(layer, g, pool_norm(g, layer.block_size)) for layer, g in seen if g is not None]
-        for layer, _, _ in norms:
+        waiting = {layer: layer.gradient for layer in layers if not layer._sampled}
+        sharded = [layer for layer in waiting if layer.shard.groups]
+        sums = all_reduce([x.shard for x in sharded], [x._observation(waiting[x]) for x in sharded])
+        taking_part = torch.stack([x[0] for x in sums]).tolist() if sums else []
+        norms = {
+            x: x._observed_norm(waiting[x], s[1:]) for x, s, n in zip(sharded, sums, taking_part, strict=True) if n
+        }
+        totals = [s[1:].sum() for s in sums]
+        for layer, gradient in waiting.items():
+            if gradient is not None and not layer.shard.groups:
+                norms[layer] = pool_norm(gradient, layer.block_size)
+                totals.append(norms[layer].sum())
+        for layer in norms:
             layer._sampled = True
-        if norms and not torch.stack([norm.sum() for _, _, norm in norms]).isfinite().all():
+        finite = not totals or bool(torch.stack([total.isfinite() for total in totals]).all())
+        if len({tuple(map(id, layer.shard.groups)) for layer in waiting}) > 1:
+            finite = not agree([layer.shard for layer in waiting], not finite)
+        if not finite:
             return False
-        for layer, gradient, norm in norms:
+        for layer, norm in norms.items():
             if layer._window is None:
-                layer._window = _Window(layer.weight, layer.block_size)
-            layer._window.gradient.add_(gradient, alpha=scale)
+                layer._window = _Window(layer.weight, layer.mask)
+            if (observed := waiting[layer]) is not None:
+                layer._window.gradient.add_(observed, alpha=scale)
             layer._window.norm.add_(norm, alpha=scale)
             layer._window.samples += 1
         return True
 
+    def _observation(self, gradient: Tensor | None) -> Tensor:
+        """Return what other ranks have to know of a sharded gradient: 1, and the squares of units (or, one number)."""
+        if gradient is None:
+            return torch.zeros(
+                2 if self.mask_is_local else 1 + self.units, dtype=torch.float64, device=self.mask.device
+            )
+        one = torch.ones(1, dtype=torch.float64, device=gradient.device)
+        if self.mask_is_local:
+            return torch.cat([one, gradient.abs().sum(dtype=torch.float64)[None]])
+        return torch.cat([one, self._squares(gradient)])
+
+    def _observed_norm(self, gradient: Tensor | None, squares: Tensor) -> Tensor:
+        """Return the norm of each unit of `mask`, from what all ranks sent."""
+        if not self.mask_is_local:
+            return self._norm(squares)
+        return torch.zeros(self.mask.shape, device=self.mask.device) if gradient is None else pool_norm(gradient, 1)
+
+    def _squares(self, local: Tensor) -> Tensor:
+        """Return this rank's share of the sum of squares of each unit."""
+        wide = local.to(torch.promote_types(local.dtype, torch.float32))
+        return self.shard.pool(wide.square(), self.block_size).flatten().double()
+
+    def _norm(self, squares: Tensor) -> Tensor:
+        """Return the norm of each unit from its sum of squares."""
+        dtype = torch.promote_types(self.parameter.dtype, torch.float32)
+        return squares.sqrt().to(dtype).view(self.mask.shape)
+
     # ------------------------------------------------------------------ mask update
 
-    def redecide(self, budget: Sequence[int], drop_fraction: float, gamma: float) -> tuple[Tensor, int]:
-        """Replace the mask by one decided from the weight and the window; end the window.
+    @staticmethod
+    def redecide(
+        layers: Sequence[MaskedLayer], budgets: Sequence[Sequence[int]], drop_fraction: float, gamma: float
+    ) -> Iterator[tuple[MaskedLayer, Tensor, int]]:
+        """Replace masks by ones decided from the weights and the windows; end the windows.
+
+        All ranks of sharded weights must go through it to its end, and reach the same masks: unit scores are summed in
+        one all-reduce, and single weights are ranked as `distributed.selection` does.
 
         Args:
-            budget: active units of each part of the layer.
+            layers: all of them.
+            budgets: for each, the active units of each of its parts.
             drop_fraction: see `masks.decide`.
             gamma: see `scores.growth`.
 
-        Returns:
-            The units whose state changed, and how many of them were grown.
+        Yields:
+            Each layer with its new mask, the units of `mask` whose state changed, and how many were grown.
+
+        Raises:
+            ValueError: if a layer holds NaN weights.
 
         """
-        window, self._window = self._window, None
-        if window is None:  # the layer took part in no observed step: nothing to grow by, so nothing is dropped for it
-            growth, drop_fraction = torch.zeros(self.mask.shape, device=self.mask.device), 0.0
-        else:
-            mean_gradient_norm = pool_norm(window.gradient, self.block_size) / window.samples
-            growth = scores.growth(mean_gradient_norm, window.norm / window.samples, gamma)
-        old, weight_scores = self.mask, scores.magnitude(self.weight, self.block_size)
-        if weight_scores.isnan().any():
+        sharded = [layer for layer in layers if layer.shard.groups]
+        sums = all_reduce([layer.shard for layer in sharded], [layer._evidence() for layer in sharded])
+        for layer, evidence in zip(sharded, sums, strict=True):
+            layer._refuse_nan(evidence)
+        units = {x: s.chunk(2) for x, s in zip(sharded, sums, strict=True) if not x.mask_is_local}
+        ranked = [(x, k) for x, k in zip(layers, budgets, strict=True) if x.mask_is_local]
+        kept = {x: x._kept(k, drop_fraction) for x, k in ranked}
+        chosen = top_k(
+            [Ranking(x.shard, x._keep_scores, kept[x]) for x, _ in ranked]
+            + [
+                Ranking(x.shard, partial(x._grow_scores, gamma), [n - m for n, m in zip(k, kept[x], strict=True)])
+                for x, k in ranked
+            ]
+        )
+        masks = {x: (chosen[i], chosen[i + len(ranked)]) for i, (x, _) in enumerate(ranked)}
+        for layer, budget in zip(layers, budgets, strict=True):
+            old = layer.mask
+            if layer in masks:
+                keep, grow = masks[layer]
+                layer._take(keep() | grow(), sum(budget))
+                layer._part_active = list(budget)
+                grown = sum(budget) - sum(kept[layer])
+            else:
+                mask = layer._decided(budget, drop_fraction, gamma, units.get(layer))
+                layer._take(mask, active_units(mask))
+                grown = active_units(layer.mask & ~old)
+            layer.explored |= layer.mask
+            layer._window = None
+            yield layer, old ^ layer.mask, grown
+        counts = all_reduce([x.shard for x, _ in ranked], [x.explored.sum()[None] for x, _ in ranked])
+        for (layer, _), count in zip(ranked, counts, strict=True):
+            layer._explored_units = int(count)
+
+    def _evidence(self) -> Tensor:
+        """Return what the ranks of a sharded weight sum up for a decision: units' squares, or the number of NaNs."""
+        if self.mask_is_local:
+            return self.weight.isnan().sum(dtype=torch.float64)[None]
+        gradient = torch.zeros_like(self.weight) if self._window is None else self._window.gradient
+        return torch.cat([self._squares(self.weight), self._squares(gradient)])
+
+    def _refuse_nan(self, scores: Tensor) -> None:
+        if scores.isnan().any() or (self.mask_is_local and bool(scores.any())):
             raise ValueError(f"the run has diverged: layer {self.name!r} holds NaN weights at a mask update")
-        olds, weights, growths = (x.chunk(len(budget)) for x in (old, weight_scores, growth))
-        parts = zip(olds, weights, growths, budget, strict=True)
-        self.set_mask(torch.cat([decide(m, w, g, k, drop_fraction) for m, w, g, k in parts]))
-        return old ^ self.mask, active_units(self.mask & ~old)
+
+    def _kept(self, budget: Sequence[int], drop_fraction: float) -> list[int]:
+        """Return how many active units of each part stay."""
+        size = self.units // self.candidate.parts
+        share = 0.0 if self._window is None else drop_fraction
+        return [kept_units(n, size - n, k, share) for n, k in zip(self._part_active, budget, strict=True)]
+
+    def _keep_scores(self) -> Tensor:
+        return scores.magnitude(self.weight, 1).masked_fill(~self.mask, -torch.inf)
+
+    def _grow_scores(self, gamma: float) -> Tensor:
+        norm = None if self._window is None else pool_norm(self._window.gradient, 1)
+        return self._growth(norm, gamma).masked_fill(self.mask, -torch.inf)
+
+    def _growth(self, gradient_norm: Tensor | None, gamma: float) -> Tensor:
+        """Return growth scores from the norm of each unit's summed gradient; 0 where nothing was observed."""
+        window = self._window
+        if window is None or gradient_norm is None:
+            return torch.zeros(self.mask.shape, device=self.mask.device)
+        return scores.growth(gradient_norm / window.samples, window.norm / window.samples, gamma)
+
+    def _decided(
+        self, budget: Sequence[int], drop_fraction: float, gamma: float, squares: Sequence[Tensor] | None
+    ) -> Tensor:
+        """Return the next mask of a layer whose whole scores are here; `squares` of weight and gradient if sharded."""
+        if squares is None:
+            weight_scores = scores.magnitude(self.weight, self.block_size)
+            self._refuse_nan(weight_scores)
+            gradient_norm = None if self._window is None else pool_norm(self._window.gradient, self.block_size)
+        else:
+            weight_scores, gradient_norm = (self._norm(x) for x in squares)
+        # A layer that took part in no observed step has nothing to grow by, so nothing is dropped for it.
+        drop = 0.0 if self._window is None else drop_fraction
+        parts = (x.chunk(len(budget)) for x in (self.mask, weight_scores, self._growth(gradient_norm, gamma)))
+        return torch.cat([decide(m, w, g, k, drop) for m, w, g, k in zip(*parts, budget, strict=True)])
 
     def clear_optimizer_state_(self, optimizer: Optimizer, units: Tensor) -> None:
         """Zero every state tensor of the weight's shape at `units`; step counts and the like stay."""
         for value in optimizer.state.get(self.parameter, {}).values():
-            if isinstance(value, Tensor) and value.shape == self.parameter.shape:
-                fill_inactive_(self.candidate.oriented(value), units, self.block_size)
+            if isinstance(value, Tensor) and self.shard.holds(value):
+                fill_inactive_(self.shard.local(value), self.shard.expand(units, self.block_size), self._grain)
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return mask, window and backend in plain types."""
-        window = self._window
+        """Return mask, window and backend in plain types, whole; of a sharded weight, every rank has to ask for it.
+
+        Of a sharded weight only rank 0 gets the window, which is as large as the weight.
+        """
         return {
-            "shape": list(self.weight.shape),
+            "shape": list(self.shape),
             "block_size": self.block_size,
-            "mask": pack_bits(self.mask),
-            "explored": pack_bits(self.explored),
+            "mask": pack_bits(self.whole_mask()),
+            "explored": pack_bits(self._whole(self.explored)),
             "backend": self.backend,
             "final_backend": self.final_backend,
             "why": self.why,
-            "window": window
-            and {"gradient": window.gradient.clone(), "norm": window.norm.clone(), "samples": window.samples},
+            "window": self._window and self._window_state(self._window),
         }
+
+    def _window_state(self, window: _Window) -> dict[str, Any]:
+        tensors = {"gradient": window.gradient, "norm": window.norm}
+        if not self.shard.groups:
+            return {"samples": window.samples} | {name: x.clone() for name, x in tensors.items()}
+        whole = {"gradient": gather(self.shard, window.gradient), "norm": self._whole(window.norm)}
+        return {"samples": window.samples} | (whole if torch.distributed.get_rank() == 0 else dict.fromkeys(whole))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned for a layer of the same shape and block size."""
-        shape = tuple(self.mask.shape)
-        self.set_mask(unpack_bits(state["mask"], shape))
-        self.explored = unpack_bits(state["explored"], shape).to(self.mask.device)
+        shape = mask_shape(self.shape, self.block_size)
+        self.set_mask(unpack_bits(state["mask"], shape), unpack_bits(state["explored"], shape))
         self.backend, self.final_backend, self.why = state["backend"], state["final_backend"], state["why"]
         self._window = None
         if state["window"]:
-            self._window = _Window(self.weight, self.block_size)
-            self._window.gradient.copy_(state["window"]["gradient"])
-            self._window.norm.copy_(state["window"]["norm"])
+            if state["window"]["gradient"] is None:
+                raise ValueError(
+                    f"layer {self.name!r}: the state of an open observation window is whole on rank 0 only: "
+                    "expected the state that rank 0 saved"
+                )
+            self._window = _Window(self.weight, self.mask)
+            self._window.gradient.copy_(self.shard.part(state["window"]["gradient"]))
+            self._window.norm.copy_(self._part(state["window"]["norm"]))
             self._window.samples = state["window"]["samples"]

@@ -14,13 +14,15 @@ __all__ = [
     "active_units",
     "decide",
     "fill_inactive_",
+    "initial_mask",
+    "kept_units",
     "mask_shape",
     "masked_select_units",
     "pack_bits",
     "pool_norm",
-    "random_mask",
     "top_k",
     "unit_size",
+    "unit_view",
     "unpack_bits",
 ]
 
@@ -52,14 +54,14 @@ def unit_size(weight_shape: torch.Size | tuple[int, ...], block_size: int) -> in
     return block_size * block_size * int(torch.Size(weight_shape[2:]).numel())
 
 
-def _unit_view(weight: Tensor, block_size: int) -> Tensor:
+def unit_view(weight: Tensor, block_size: int) -> Tensor:
     """View ``(out, in, ...)`` as ``(out/b, b, in/b, b, ...)``; shares storage whatever the strides."""
     out, inner = weight.shape[:2]
     return weight.unflatten(1, (inner // block_size, block_size)).unflatten(0, (out // block_size, block_size))
 
 
 def _broadcast(mask: Tensor, weight: Tensor) -> Tensor:
-    """Shape a block mask ``(R, C)`` to broadcast against `_unit_view` of `weight`."""
+    """Shape a block mask ``(R, C)`` to broadcast against `unit_view` of `weight`."""
     return mask[:, None, :, None].reshape(*mask.shape[:1], 1, mask.shape[1], 1, *([1] * (weight.dim() - 2)))
 
 
@@ -70,7 +72,7 @@ def fill_inactive_(weight: Tensor, inactive: Tensor, block_size: int, value: flo
     """
     if block_size == 1:
         return weight.masked_fill_(inactive, value)
-    _unit_view(weight, block_size).masked_fill_(_broadcast(inactive, weight), value)
+    unit_view(weight, block_size).masked_fill_(_broadcast(inactive, weight), value)
     return weight
 
 
@@ -78,7 +80,7 @@ def masked_select_units(mask: Tensor, active: Tensor, inactive: Tensor, block_si
     """Return `active` where `mask` is true and `inactive` elsewhere; both of the weight's shape."""
     if block_size == 1:
         return torch.where(mask, active, inactive)
-    chosen = torch.where(_broadcast(mask, active), _unit_view(active, block_size), _unit_view(inactive, block_size))
+    chosen = torch.where(_broadcast(mask, active), unit_view(active, block_size), unit_view(inactive, block_size))
     return chosen.flatten(2, 3).flatten(0, 1)
 
 
@@ -87,7 +89,7 @@ def pool_norm(weight: Tensor, block_size: int) -> Tensor:
     weight = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
     if block_size == 1:
         return weight.abs()
-    view = _unit_view(weight, block_size)
+    view = unit_view(weight, block_size)
     dims = [1, 3, *range(4, view.dim())]
     return torch.linalg.vector_norm(view, dim=dims)
 
@@ -126,10 +128,21 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return (above | (tied & (tied.cumsum(0) <= fill))).view_as(scores)
 
 
-def random_mask(shape: tuple[int, ...], k: int, generator: torch.Generator) -> Tensor:
-    """Return a mask with exactly `k` active units, drawn uniformly with `generator` (on its device)."""
-    scores = torch.rand(shape, generator=generator, device=generator.device)
-    return top_k(scores, k)
+def initial_mask(norms: Tensor, k: int, generator: torch.Generator, *, largest: bool = False) -> Tensor:
+    """Return a mask with exactly `k` active units: first those that hold weights, then, if too few, units of zeros.
+
+    So a mask comes back from weights that were masked by it. Of the units that hold weights any are drawn, or the
+    largest taken; units of zeros are drawn.
+
+    Args:
+        norms: norm of each unit.
+        k: how many, 0 to ``norms.numel()``.
+        generator: on the norms' device.
+        largest: take the largest units.
+
+    """
+    noise = torch.rand(norms.shape, generator=generator, device=norms.device)
+    return top_k(torch.where(norms > 0, norms if largest else noise, noise - 1.0), k)
 
 
 def decide(mask: Tensor, weight_scores: Tensor, growth_scores: Tensor, k: int, drop_fraction: float) -> Tensor:
@@ -152,18 +165,27 @@ def decide(mask: Tensor, weight_scores: Tensor, growth_scores: Tensor, k: int, d
         ValueError: if `k` or `drop_fraction` is out of range or a score that counts is NaN.
 
     """
-    if not 0.0 <= drop_fraction <= 1.0:
-        raise ValueError(f"drop_fraction must lie in [0, 1], got {drop_fraction}")
-    if not 0 <= k <= mask.numel():
-        raise ValueError(f"k must lie in [0, {mask.numel()}] for a mask of {mask.numel()} units, got {k}")
     n_active = active_units(mask)
-    n_inactive = mask.numel() - n_active
-    survivors = min(n_active, k)
-    keep = survivors - int(drop_fraction * survivors)
-    keep = max(keep, k - n_inactive)
+    keep = kept_units(n_active, mask.numel() - n_active, k, drop_fraction)
     kept = top_k(weight_scores.masked_fill(~mask, -torch.inf), keep)
     grown = top_k(growth_scores.masked_fill(mask, -torch.inf), k - keep)
     return kept | grown
+
+
+def kept_units(n_active: int, n_inactive: int, k: int, drop_fraction: float) -> int:
+    """Return how many active units stay when a mask is re-decided to `k` units; see `decide`.
+
+    Raises:
+        ValueError: if `k` or `drop_fraction` is out of range.
+
+    """
+    if not 0.0 <= drop_fraction <= 1.0:
+        raise ValueError(f"drop_fraction must lie in [0, 1], got {drop_fraction}")
+    units = n_active + n_inactive
+    if not 0 <= k <= units:
+        raise ValueError(f"k must lie in [0, {units}] for a mask of {units} units, got {k}")
+    survivors = min(n_active, k)
+    return max(survivors - int(drop_fraction * survivors), k - n_inactive)
 
 
 def pack_bits(mask: Tensor) -> Tensor:

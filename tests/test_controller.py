@@ -858,7 +858,7 @@ def test_a_waiting_update_is_resumed(mlp):
         ({"inactive": "gone"}, ValueError, "inactive must be 'zero' or 'frozen', got 'gone'"),
         ({"include": "head"}, TypeError, "include must be a sequence of selectors, got 'head'"),
         ({"exclude": "0"}, TypeError, "exclude must be a sequence of selectors, got '0'"),
-        ({"backend": "abacus"}, ValueError, "unknown backend 'abacus', expected one of: cpu, reference"),
+        ({"backend": "abacus"}, ValueError, "unknown backend 'abacus', expected one of: cpu, native, reference"),
     ],
 )
 def test_bad_settings_are_refused_with_what_was_got(settings, error, message):

@@ -12,11 +12,11 @@ from lightning_estdgm.masks import (
     active_units,
     decide,
     fill_inactive_,
+    initial_mask,
     mask_shape,
     masked_select_units,
     pack_bits,
     pool_norm,
-    random_mask,
     top_k,
     unit_size,
     unpack_bits,
@@ -77,14 +77,28 @@ def test_top_k_refuses_nan():
 @given(n=st.integers(1, 60), data=st.data(), seed=st.integers(0, 2**32))
 def test_random_masks_have_exactly_k_units_and_repeat_with_the_seed(n, data, seed):
     k = data.draw(st.integers(0, n))
-    first = random_mask((n,), k, torch.Generator().manual_seed(seed))
+    first = initial_mask(torch.ones(n), k, torch.Generator().manual_seed(seed))
     assert active_units(first) == k
-    assert torch.equal(first, random_mask((n,), k, torch.Generator().manual_seed(seed)))
+    assert torch.equal(first, initial_mask(torch.ones(n), k, torch.Generator().manual_seed(seed)))
+
+
+@pytest.mark.parametrize("largest", [False, True])
+def test_initial_masks_take_units_that_hold_weights_first(largest):
+    norms = torch.tensor([0.0, 3.0, 0.0, 1.0, 2.0, 0.0, 0.0, 4.0])
+    held = norms > 0
+    for k in range(9):
+        mask = initial_mask(norms, k, torch.Generator().manual_seed(k), largest=largest)
+        assert mask.sum() == k
+        assert (mask & held).sum() == min(k, 4)
+        if largest and k <= 4:
+            assert mask.nonzero().flatten().tolist() == sorted([7, 1, 4, 3][:k])
+    drawn = {tuple(initial_mask(norms, 5, torch.Generator().manual_seed(i), largest=True).tolist()) for i in range(40)}
+    assert len(drawn) == 4, "each of the four units of zeros is drawn at some time"
 
 
 def test_random_masks_are_spread_evenly():
     generator = torch.Generator().manual_seed(0)
-    total = sum(random_mask((5, 10), 10, generator).double() for _ in range(2000))
+    total = sum(initial_mask(torch.ones(5, 10), 10, generator).double() for _ in range(2000))
     assert (total / 2000 - 0.2).abs().max() < 0.05
 
 

@@ -59,6 +59,42 @@ def test_every_epoch_draws_other_windows(tmp_path):
     assert not same(first, list(loader))
 
 
+@pytest.mark.parametrize("stop", [0, 3, 7])
+def test_a_loader_goes_on_in_mid_epoch_and_the_next_epoch_is_whole(stop, tmp_path):
+    def loader():
+        data = StdlibText(context=16, batch_size=128, path=small_text(tmp_path))
+        data.setup()
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(2)
+        return loader
+
+    whole, stopped, resumed = loader(), loader(), loader()
+    for _ in zip(range(stop), stopped, strict=False):
+        pass
+    state = stopped.state_dict()
+    assert state == {"epoch": 2, "position": stop} if stop else {"epoch": 0, "position": 0}
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    assert len(resumed) == len(whole) == 9
+    assert same(list(whole)[stop:], list(resumed))
+    for loader in (whole, resumed):
+        loader.sampler.set_epoch(3)
+    assert same(list(whole), list(resumed))
+
+
+def test_a_loader_stopped_early_starts_the_next_epoch_at_its_first_batch(tmp_path):
+    """As under `limit_train_batches`, where an epoch ends before the loader does."""
+    data = StdlibText(context=16, batch_size=128, path=small_text(tmp_path))
+    data.setup()
+    loader, fresh = data.train_dataloader(), data.train_dataloader()
+    next(iter(loader))
+    fresh.load_state_dict(loader.state_dict())
+    for each in (loader, fresh):
+        each.sampler.set_epoch(1)
+    assert same(list(loader), list(fresh))
+    assert len(list(loader)) == 9
+
+
 def test_targets_are_the_next_bytes_of_the_text(tmp_path):
     path = small_text(tmp_path)
     text = path.read_bytes()

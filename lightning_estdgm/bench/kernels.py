@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,10 @@ from rich.table import Table
 from lightning_estdgm.ops.selection import DENSE, Case, measure_case, refusals
 
 __all__ = ["KernelsConfig", "kernels_table", "measure_kernels"]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class KernelsConfig:
         block_sizes: sides of a block.
         densities: active shares.
         dtypes: names of torch dtypes.
-        device: where.
+        device: where; the GPU if there is one.
         rounds: timed repetitions of each; the fastest counts.
 
     """
@@ -32,7 +36,7 @@ class KernelsConfig:
     block_sizes: Sequence[int] = (16, 32, 64, 128)
     densities: Sequence[float] = (0.125, 0.25, 0.5)
     dtypes: Sequence[str] = ("float32", "bfloat16")
-    device: str = "cpu"
+    device: str = field(default_factory=_device)
     rounds: int = 5
 
 

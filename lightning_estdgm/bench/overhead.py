@@ -14,7 +14,7 @@ from lightning_estdgm.controller import DGMConfig, DGMController
 from lightning_estdgm.recipes.gpt import ByteGPT
 from lightning_estdgm.schedules import EstDgm, Phase
 
-__all__ = ["OverheadConfig", "measure_overhead", "overhead_table"]
+__all__ = ["OverheadConfig", "measure_overhead", "one_interval", "overhead_table"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,22 @@ def overhead_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def one_interval(update_every: int, intervals: int = 1) -> EstDgm:
+    """Return a schedule for a run of 10 steps to warm up and ``4 * update_every * intervals`` more.
+
+    Two short phases during the warm-up steps, then one long one: the first `update_every` steps after them, and each
+    stretch of as many that follows, holds exactly one window and one update of refinement, at its end.
+    """
+    return EstDgm(
+        exploration=Phase(0.7, 0.6, 5),
+        consolidation=Phase(0.3, 0.2, 5),
+        refinement=Phase(0.15, 0.10, 4 * update_every * intervals),
+        update_every=update_every,
+        observe_steps=8,
+        freeze=0.0,
+    )
+
+
 class _Loop:
     """Training steps of a small GPT on one random batch, dense or with single-weight masks."""
 
@@ -99,19 +115,9 @@ class _Loop:
         self.dgm: DGMController | None = None
         self.observed = 0
         if masked:
-            # Two short phases during the warm-up steps, then one long one: the timed interval holds exactly one window
-            # and one update of refinement, at its end.
-            every = config.update_every
-            schedule = EstDgm(
-                exploration=Phase(0.7, 0.6, 5),
-                consolidation=Phase(0.3, 0.2, 5),
-                refinement=Phase(0.15, 0.10, 4 * every),
-                update_every=every,
-                observe_steps=8,
-                freeze=0.0,
-            )
-            dgm_config = DGMConfig(schedule=schedule, block_size=1)
-            self.dgm = DGMController(self.model, self.optimizer, dgm_config, total_steps=4 * every + 10)
+            dgm_config = DGMConfig(schedule=one_interval(config.update_every), block_size=1)
+            total_steps = 4 * config.update_every + 10
+            self.dgm = DGMController(self.model, self.optimizer, dgm_config, total_steps=total_steps)
 
     def run(self, steps: int) -> None:
         """Do some steps."""

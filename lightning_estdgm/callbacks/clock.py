@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
 
 __all__ = ["RunClock"]
@@ -18,12 +19,14 @@ class RunClock:
 
     The position is the number of optimizer steps done, with two exceptions. Under ``max_time`` it is the share of the
     time that has passed, where that is further. In manual optimization limited by epochs it is the number of batches,
-    since only the user's code knows which of them step.
+    since only the user's code knows which of them step. Ranks agree on both: the length is that of the shortest loader,
+    and the time is rank 0's.
 
     Args:
         trainer: at the start of a fit, with its optimizers made.
         pl_module: its model.
         total_steps: the length, where the user gave it.
+        max_epochs: the Trainer's; `StochasticWeightAveraging` raises it for an epoch without steps.
         resumed: whether the fit goes on with a checkpoint's state; otherwise what the Trainer has done in earlier fits
             does not count.
 
@@ -33,7 +36,12 @@ class RunClock:
     """
 
     def __init__(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, total_steps: int | None, resumed: bool
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        total_steps: int | None,
+        max_epochs: int | None,
+        resumed: bool,
     ) -> None:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._fit_loop = trainer.fit_loop
@@ -41,7 +49,7 @@ class RunClock:
         by_steps = by_epochs = None
         if total_steps is None:
             by_steps = _left_by_steps(trainer, pl_module, resumed)
-            by_epochs = _left_by_epochs(trainer, callbacks, resumed)
+            by_epochs = _left_by_epochs(trainer, callbacks, max_epochs, resumed)
         known = [n for n in (total_steps, by_steps, by_epochs) if n is not None]
         if not known and self._timer is None:
             raise ValueError(
@@ -53,6 +61,10 @@ class RunClock:
         is_dev_run = bool(trainer.fast_dev_run) and total_steps is None  # type: ignore[attr-defined]
         if is_dev_run or self.total_steps < 1:
             self.total_steps = max(self.total_steps, _NOMINAL_STEPS)
+        if trainer.world_size > 1:
+            length = torch.tensor(self.total_steps, device=trainer.strategy.root_device)
+            self.total_steps = int(trainer.strategy.reduce(length, reduce_op="min"))
+        self._strategy = trainer.strategy
         self._by_batches = not pl_module.automatic_optimization and by_epochs is not None and by_steps is None
         self._first_batch = 0 if resumed else self._batches_done()
 
@@ -63,7 +75,8 @@ class RunClock:
             return position
         elapsed, remaining = self._timer.time_elapsed(), self._timer.time_remaining()
         assert remaining is not None
-        return max(position, int(elapsed / (elapsed + remaining) * self.total_steps))
+        share = self._strategy.broadcast(elapsed / (elapsed + remaining))
+        return max(position, int(share * self.total_steps))
 
     def _batches_done(self) -> int:
         return self._fit_loop.total_batch_idx + 1
@@ -77,12 +90,14 @@ def _left_by_steps(trainer: pl.Trainer, pl_module: pl.LightningModule, resumed: 
     return (trainer.max_steps - (0 if resumed else trainer.global_step)) // together
 
 
-def _left_by_epochs(trainer: pl.Trainer, callbacks: list[pl.Callback], resumed: bool) -> int | None:
+def _left_by_epochs(
+    trainer: pl.Trainer, callbacks: list[pl.Callback], max_epochs: int | None, resumed: bool
+) -> int | None:
     """Return the optimizer steps (of manual optimization: batches) to ``max_epochs``.
 
     Unlike `Trainer.estimated_stepping_batches` it follows a `GradientAccumulationScheduler`.
     """
-    if trainer.max_epochs in (None, -1):
+    if max_epochs in (None, -1):
         return None
     if trainer.train_dataloader is None:
         trainer.fit_loop.setup_data()
@@ -94,7 +109,7 @@ def _left_by_epochs(trainer: pl.Trainer, callbacks: list[pl.Callback], resumed: 
         return None
     scheduler = next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
     steps = 0
-    for epoch in range(0 if resumed else trainer.current_epoch, trainer.max_epochs):
+    for epoch in range(0 if resumed else trainer.current_epoch, max_epochs):
         together = scheduler.get_accumulate_grad_batches(epoch) if scheduler else trainer.accumulate_grad_batches
         steps += math.ceil(batches / together)
     return steps

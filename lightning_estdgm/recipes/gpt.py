@@ -8,6 +8,7 @@ import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,36 @@ class RandomStarts(Sampler[int]):
         return iter(torch.randint(self.high, (self.count,), generator=generator).tolist())
 
 
+class ResumableLoader(DataLoader[Batch]):
+    """A DataLoader that goes on in mid-epoch: Lightning keeps what `state_dict` returns in its checkpoints.
+
+    The position counts the batches that were handed out, so workers may read ahead. It belongs to one epoch of the
+    sampler: the iteration after `load_state_dict` skips that many batches of this epoch, and none of any other.
+    """
+
+    _handed_out: dict[str, int] | None = None
+    _resumed: dict[str, int] | None = None
+
+    def __iter__(self) -> Any:
+        """Yield the batches of the sampler's present epoch that are still to come."""
+        # A generator starts at its first batch: Lightning makes iterators ahead of time, and only then sets the epoch.
+        epoch, resumed = int(getattr(self.sampler, "epoch", 0)), self._resumed
+        self._resumed = None
+        position = resumed["position"] if resumed and resumed["epoch"] == epoch else 0
+        for batch in islice(super().__iter__(), position, None):
+            position += 1
+            self._handed_out = {"epoch": epoch, "position": position}
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch of the last iteration and how many of its batches were handed out."""
+        return self._resumed or self._handed_out or {"epoch": 0, "position": 0}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Have the next iteration go on from what `state_dict` returned."""
+        self._resumed = dict(state)
+
+
 class StdlibText(LightningDataModule):
     """Windows of Python source for next-byte prediction: the running Python's standard library, or any file.
 
@@ -198,7 +229,8 @@ class StdlibText(LightningDataModule):
     ``val_fraction`` of them for validation.
 
     Training batches are random windows drawn from ``seed`` alone: the same on every run, whatever else uses random
-    numbers. Validation is a fixed set of ``val_windows`` evenly spaced windows, not overlapping as long as they fit.
+    numbers, and a run resumed in mid-epoch goes on with the next one. Validation is a fixed set of ``val_windows``
+    evenly spaced windows, not overlapping as long as they fit.
     A batch is (x, y), int64 [batch_size, context], y one byte ahead of x.
 
     Raises ValueError for sizes that are not positive, a path that is no file, and text too short for one window.
@@ -256,14 +288,14 @@ class StdlibText(LightningDataModule):
         """Random windows; an epoch is as many as would cover the text once."""
         windows = Windows(self.text["train"], self.context)
         count = max(self.batch_size, len(self.text["train"]) // self.context)
-        return self._loader(windows, RandomStarts(len(windows), count, self.seed), drop_last=True)
+        return self._loader(ResumableLoader, windows, RandomStarts(len(windows), count, self.seed), drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The same windows each time."""
         windows = Windows(self.text["val"], self.context)
         count = min(self.val_windows, len(windows))
         starts = [i * (len(windows) - 1) // max(1, count - 1) for i in range(count)]
-        return self._loader(windows, starts, drop_last=False)
+        return self._loader(DataLoader, windows, starts, drop_last=False)
 
     def describe(self) -> dict[str, Any]:
         """What was read, to tell whether two machines trained on the same text."""
@@ -274,9 +306,11 @@ class StdlibText(LightningDataModule):
             "sha256": {part: hashlib.sha256(text.numpy().tobytes()).hexdigest() for part, text in self.text.items()},
         }
 
-    def _loader(self, windows: Windows, starts: Any, drop_last: bool) -> DataLoader[Batch]:
+    def _loader(
+        self, kind: type[DataLoader[Batch]], windows: Windows, starts: Any, drop_last: bool
+    ) -> DataLoader[Batch]:
         # Without a generator, a DataLoader takes a number from the global one at each start.
-        return DataLoader(
+        return kind(
             windows,
             batch_size=self.batch_size,
             sampler=starts,

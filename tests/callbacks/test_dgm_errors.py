@@ -290,29 +290,6 @@ def test_damaged_block_mask_leaves_no_swapped_layer(tmp_path: Path) -> None:
     refuse_checkpoint("packed mask must be uint8", tmp_path / "saved.ckpt", callback, module)
 
 
-@pytest.mark.parametrize("saved", ["without the callback", "callback's part removed"])
-def test_checkpoint_without_our_state(checkpoint: Path, saved: str) -> None:
-    if saved == "without the callback":
-        trainer = make_trainer(max_steps=7, max_epochs=-1)
-        trainer.fit(TinyMLP(), TinyMLP.batches(20))
-        trainer.save_checkpoint(checkpoint)
-    else:
-        state = torch.load(checkpoint, weights_only=True)
-        del state["callbacks"]["DGMCallback"]
-        torch.save(state, checkpoint)
-    refuse_checkpoint("is at step 7 but holds no state of DGMCallback", checkpoint, callback_for())
-
-
-def test_weights_of_a_checkpoint_without_our_state_can_be_a_start(tmp_path: Path) -> None:
-    """What the message above advises."""
-    trainer = make_trainer(max_epochs=1)
-    trainer.fit(TinyMLP(), TinyMLP.batches(5))
-    trainer.save_checkpoint(tmp_path / "plain.ckpt")
-    module, callback = TinyMLP.load_from_checkpoint(tmp_path / "plain.ckpt", weights_only=True), callback_for()
-    make_trainer(callback, max_epochs=1).fit(module, TinyMLP.batches(20))
-    assert_final(module, callback)
-
-
 def test_refused_checkpoint_does_not_spoil_a_later_run(checkpoint: Path) -> None:
     callback = callback_for(exclude=("net.2",))
     refuse_checkpoint("another model", checkpoint, callback)

@@ -21,10 +21,12 @@ from models import (
     assert_final,
     make_trainer,
 )
+from runs import EPOCH_STEPS, SCHEDULE, STEPS, Run, SaveAt, differences, end_of, load
 from torch import Tensor
 
-from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
+from lightning_estdgm import DGMCallback, DGMConfig
 from lightning_estdgm.masks import unpack_bits
+from lightning_estdgm.recipes import ByteGPT, StdlibText
 
 pytestmark = [
     pytest.mark.filterwarnings(NO_VALIDATION_LOADER),
@@ -32,16 +34,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization"),
 ]
 
-# 40 steps in five epochs: masks change before steps 4, 8, ..., 32, the three steps before each are observed.
-SCHEDULE = EstDgm(
-    exploration=Phase(0.7, 0.6, 12),
-    consolidation=Phase(0.3, 0.2, 12),
-    refinement=Phase(0.15, 0.1, 16),
-    update_every=4,
-    observe_steps=3,
-    freeze=0.5,
-)
-STEPS, EPOCH_STEPS = 40, 8
 STOPS = {
     "first step": 1,
     "inside a window": 6,
@@ -53,40 +45,6 @@ STOPS = {
 }
 
 
-class Run:
-    """How the module, the callback and the Trainer of one sort of run are made."""
-
-    def __init__(self, cls: type[Any], *, accumulate: int = 1, config: dict[str, Any] | None = None, **trainer: Any):
-        self.cls, self.accumulate, self.config, self.trainer = cls, accumulate, config or {}, trainer
-
-    def module(self) -> Any:
-        return self.cls() if self.cls is GAN else self.cls(scheduler="onecycle")
-
-    def callback(self) -> DGMCallback:
-        return DGMCallback(DGMConfig(schedule=SCHEDULE, **self.config))
-
-    def loader(self) -> ResumableLoader:
-        batches = (TinyMLP if self.cls is GAN else self.cls).batches(EPOCH_STEPS * self.accumulate)
-        return ResumableLoader(batches)
-
-    def fit(
-        self, *extra: pl.Callback, ckpt: Path | None = None, seed: int = 0, before: tuple[pl.Callback, ...] = ()
-    ) -> tuple[Any, DGMCallback, pl.Trainer]:
-        pl.seed_everything(seed, verbose=False)
-        module, callback = self.module(), self.callback()
-        limits = {"max_steps": STEPS * (2 if self.cls is GAN else 1), "max_epochs": -1}
-        trainer = make_trainer(
-            *before,
-            callback,
-            *extra,
-            accumulate_grad_batches=self.accumulate,
-            enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in extra),
-            **limits | self.trainer,
-        )
-        trainer.fit(module, self.loader(), ckpt_path=ckpt)
-        return module, callback, trainer
-
-
 RUNS = {
     "single weights": Run(TinyMLP),
     "accumulation and clipping": Run(TinyMLP, accumulate=2, gradient_clip_val=0.5),
@@ -96,38 +54,6 @@ RUNS = {
     "bf16-mixed": Run(TinyMLP, precision="bf16-mixed"),
     "two manual optimizers": Run(GAN),
 }
-
-
-def end_of(module: Any, callback: DGMCallback, trainer: pl.Trainer) -> dict[str, Any]:
-    """Everything about the end of a run that must be the same."""
-    return {
-        "weights": module.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
-        "dgm": callback.state_dict(),
-        "masks": callback.masks(),
-        "decisions": [(d.name, d.density, d.backend, d.final_backend, d.why) for d in callback.decisions()],
-        "numbers": (callback.phase, callback.density, callback.flops_ratio, callback.controller.explored),
-        "global_step": trainer.global_step,
-    }
-
-
-def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Where two nested structures differ, tensors compared to the bit."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = [k for k in a if k in b]
-        return [f"{path}.{k}" for k in a.keys() ^ b.keys()] + [
-            d for k in keys for d in differences(a[k], b[k], f"{path}.{k}")
-        ]
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        if len(a) != len(b):
-            return [path]
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}[{i}]")]
-    if callable(a) and callable(b):
-        return []
-    return [] if a == b else [path]
 
 
 class Straight:
@@ -154,10 +80,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Straig
         return made[name]
 
     return get
-
-
-def load(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)
 
 
 # --------------------------------------------------------------------------- equality
@@ -297,18 +219,6 @@ def test_resumed_run_makes_the_choices_of_the_checkpoint(straight: Callable[[str
 # --------------------------------------------------------------------------- when and how a checkpoint is saved
 
 
-class SaveAt(pl.Callback):
-    """Saves by `trainer.save_checkpoint` in a hook of the user's choice, after one step."""
-
-    def __init__(self, hook: str, step: int, path: Path) -> None:
-        self.step, self.path = step, path
-        setattr(self, hook, self._save)
-
-    def _save(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step and not self.path.exists():
-            trainer.save_checkpoint(self.path)
-
-
 @pytest.mark.parametrize("step", [6, 11])
 @pytest.mark.parametrize("listed", ["before", "after"])
 def test_checkpoint_saved_by_a_callback_before_or_after_ours(listed: str, step: int, tmp_path: Path) -> None:
@@ -389,6 +299,35 @@ def test_resumable_loader_goes_on_where_it_was(with_dgm: bool, tmp_path: Path) -
     fit(SaveAt("on_train_batch_end", 21, tmp_path / "saved.ckpt"))
     fit(ckpt=tmp_path / "saved.ckpt")
     assert orders[1] == orders[0][21:]
+
+
+@pytest.mark.parametrize(("limit", "state"), [(None, {"epoch": 1, "position": 2}), (5, {"epoch": 2, "position": 3})])
+def test_recipe_resumes_in_mid_epoch_on_the_same_batches(
+    limit: int | None, state: dict[str, int], tmp_path: Path
+) -> None:
+    """`StdlibText`'s loader is stateful; also where an epoch ends before the loader does."""
+    (tmp_path / "text.txt").write_bytes(bytes(i * i % 251 for i in range(6000)))
+
+    def fit(*callbacks: pl.Callback, ckpt: Path | None = None, seed: int = 0) -> dict[str, Any]:
+        pl.seed_everything(seed, verbose=False)
+        module, callback = ByteGPT(width=16, layers=1, heads=1, context=16), DGMCallback(DGMConfig(schedule=SCHEDULE))
+        trainer = make_trainer(
+            callback, *callbacks, max_steps=STEPS, max_epochs=-1, limit_train_batches=limit, num_sanity_val_steps=0
+        )
+        data = StdlibText(context=16, batch_size=32, path=tmp_path / "text.txt", val_windows=4)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt)
+        assert trainer.num_training_batches == (limit or 11)
+        return end_of(module, callback, trainer)
+
+    saves = [SaveAt("on_train_batch_end", step, tmp_path / f"{step}.ckpt") for step in (5, 13)]
+    end = fit(*saves)
+    for save in saves:
+        assert differences(end, fit(ckpt=save.path, seed=1)) == []
+    checkpoint = load(saves[1].path)
+    assert checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] == [state]
+    del checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    torch.save(checkpoint, saves[1].path)
+    assert differences(end, fit(ckpt=saves[1].path, seed=1)) != []
 
 
 @pytest.mark.parametrize("step", [6, 8, 21])

@@ -1,0 +1,93 @@
+"""The end of a fit in spawned or forked processes, brought back to the process that called ``trainer.fit``."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import uuid
+import weakref
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import Tensor
+
+from lightning_estdgm.controller import DGMConfig, DGMController, LayerDecision
+from lightning_estdgm.schedules import Schedule
+
+__all__ = ["Handover", "Outcome"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known of a fit that ran in other processes; asked as a `DGMController` is."""
+
+    phase: str
+    density: float
+    flops_ratio: float
+    schedule: Schedule
+    _state: dict[str, Any]
+    _decisions: tuple[LayerDecision, ...]
+    _masks: dict[str, Tensor]
+
+    def decisions(self) -> tuple[LayerDecision, ...]:
+        """Return what was decided for every linear and convolution layer."""
+        return self._decisions
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return a copy of each masked layer's mask over units."""
+        return {name: mask.clone() for name, mask in self._masks.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the controller's state."""
+        return self._state
+
+
+class Handover:
+    """Brings the end of a fit in spawned or forked processes back to the process that called ``trainer.fit``.
+
+    Lightning brings the weights back through a temporary file, but nothing of a callback; so this does the same.
+    """
+
+    def __init__(self) -> None:
+        self._made_in = os.getpid()
+        self._path = Path(tempfile.gettempdir()) / f"lightning_estdgm-{uuid.uuid4().hex}.pt"
+        self._outcome: Outcome | None = None
+        weakref.finalize(self, _remove_by_maker, self._path, self._made_in)
+
+    def leave(self, controller: DGMController, trainer: pl.Trainer) -> None:
+        """Write down the end of a fit; on every rank, and nothing where the maker itself has the controller."""
+        if os.getpid() == self._made_in or not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            return
+        content = {
+            "state": controller.state_dict(),
+            "decisions": [asdict(decision) for decision in controller.decisions()],
+            "masks": controller.masks(),
+            **{name: getattr(controller, name) for name in ("phase", "density", "flops_ratio")},
+        }
+        if trainer.is_global_zero:
+            torch.save(content, self._path)
+
+    def outcome(self, config: DGMConfig) -> Outcome | None:
+        """Return what the last fit in other processes has left, or None."""
+        if os.getpid() == self._made_in and self._path.exists():
+            content = torch.load(self._path, weights_only=True)
+            self._path.unlink()
+            self._outcome = Outcome(
+                phase=content["phase"],
+                density=content["density"],
+                flops_ratio=content["flops_ratio"],
+                schedule=config.schedule.resolve(content["state"]["total_steps"]),
+                _state=content["state"],
+                _decisions=tuple(LayerDecision(**decision) for decision in content["decisions"]),
+                _masks=content["masks"],
+            )
+        return self._outcome
+
+
+def _remove_by_maker(path: Path, made_in: int) -> None:
+    if os.getpid() == made_in:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,197 @@
+"""FSDP2 and tensor parallelism: weights that are a torch ``DTensor``, of which each rank holds a box."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from lightning_estdgm.distributed import Shard, local_tensor, pool_box
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["ADAPTER", "BoxShard", "FSDP2Adapter"]
+
+_TENSOR_PARALLEL = "its weight stays spread in the forward (tensor parallelism)"
+
+
+class BoxShard:
+    """A box of the whole weight: `size` elements from `offset` in each dimension, oriented ``(out, in, ...)``.
+
+    Args:
+        shape: of the whole weight, oriented.
+        offset: of the box.
+        size: of the box, maybe 0.
+        transposed: the weight is stored ``(in, out)``.
+        groups: process groups that the weight is spread over.
+        device: that collectives run on.
+        why_dense: see `Shard`.
+
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        offset: tuple[int, ...],
+        size: tuple[int, ...],
+        *,
+        transposed: bool = False,
+        groups: tuple[Any, ...] = (),
+        device: torch.device | None = None,
+        why_dense: str = "",
+    ) -> None:
+        self.shape, self.groups, self.why_dense = shape, groups, why_dense
+        self.device = device or torch.device("cpu")
+        self._offset, self._size, self._transposed = offset, size, transposed
+
+    def _slices(self) -> tuple[slice, ...]:
+        return tuple(slice(o, o + n) for o, n in zip(self._offset, self._size, strict=True))
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is spread as this weight is."""
+        stored = (self.shape[1], self.shape[0]) if self._transposed else self.shape
+        return _is_dtensor(tensor) and tuple(tensor.shape) == stored
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """Return the box, sharing storage with the DTensor."""
+        with torch.no_grad():
+            local = local_tensor(tensor)
+        return local.t() if self._transposed else local
+
+    def part(self, whole: Tensor) -> Tensor:
+        """Return a copy of the box."""
+        return whole[self._slices()].clone(memory_format=torch.contiguous_format)
+
+    def spread(self, local: Tensor) -> Tensor:
+        """Return a whole tensor with the box in its place."""
+        whole = local.new_zeros(self.shape)
+        whole[self._slices()] = local
+        return whole
+
+    def index(self, device: torch.device) -> Tensor:
+        """Return the box's positions in the flattened whole."""
+        index = torch.zeros((), dtype=torch.int64, device=device)
+        for dim, (offset, size) in enumerate(zip(self._offset, self._size, strict=True)):
+            along = torch.arange(offset, offset + size, device=device) * math.prod(self.shape[dim + 1 :])
+            index = index[..., None] + along
+        return index
+
+    def expand(self, units: Tensor, block_size: int) -> Tensor:
+        """Return a mask that broadcasts over the box."""
+        if block_size == 1:
+            return units
+        rows, columns = (
+            torch.arange(o, o + n, device=units.device) // block_size
+            for o, n in zip(self._offset[:2], self._size[:2], strict=True)
+        )
+        return units[rows][:, columns][(...,) + (None,) * (len(self.shape) - 2)]
+
+    def grain(self, block_size: int) -> int:
+        """Return 1."""
+        return 1
+
+    def pool(self, squares: Tensor, block_size: int) -> Tensor:
+        """Sum the box over the units that it reaches into."""
+        if squares.dim() > 2:
+            squares = squares.flatten(2).sum(2)
+        return pool_box(squares, self._offset, (block_size, block_size), self.shape)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks that hold the other boxes."""
+        for group in self.groups:
+            dist.all_reduce(tensor, group=group)
+        return tensor
+
+
+class FSDP2Adapter:
+    """``fully_shard`` (Lightning's ``ModelParallelStrategy``), HSDP, and weights that tensor parallelism spreads."""
+
+    name = "fsdp2"
+    strategies = ("ModelParallelStrategy",)
+
+    def check(self, strategy: Any) -> None:
+        """Accept every setting: what cannot be masked is seen at the weights."""
+
+    def model(self, strategy: Any) -> nn.Module:
+        """Return the LightningModule, which ``configure_model`` shards in place."""
+        return strategy.lightning_module
+
+    def shard(self, model: nn.Module, module: nn.Module, weight_name: str, transposed: bool) -> Shard | None:
+        """Return the box of a DTensor weight."""
+        weight = getattr(module, weight_name)
+        if not _is_dtensor(weight):
+            return None
+        where = f"the weight of a {type(module).__name__} of shape {tuple(weight.shape)}"
+        return _box(weight, where, transposed, _stays_spread(model, weight))
+
+
+def _box(weight: DTensor, where: str, transposed: bool, stays_spread: bool) -> BoxShard:
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = weight.device_mesh, weight.placements
+    groups, ways, dims = [], [1] * weight.dim(), []
+    for mesh_dim, placement in enumerate(placements):
+        if isinstance(placement, Replicate) or mesh.size(mesh_dim) == 1:
+            continue
+        dim = getattr(placement, "dim", None)  # Shard and _StridedShard
+        if dim is None:
+            raise ValueError(f"{where} must be sharded or replicated over its mesh, got placements {placements}")
+        ways[dim] *= mesh.size(mesh_dim)
+        dims.append(dim)
+        groups.append(mesh.get_group(mesh_dim))
+    for dim, count in enumerate(ways):
+        # Two splits of one dimension that do not come out even leave ranks with several pieces, not with a box.
+        if dims.count(dim) > 1 and weight.shape[dim] % count:
+            raise ValueError(
+                f"{where} is split {count} ways along dimension {dim} by more than one mesh dimension ({placements}): "
+                f"expected a size divisible by {count}, got {weight.shape[dim]}. Split it along different dimensions "
+                "(row-wise tensor parallelism), or exclude the layer"
+            )
+    size, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
+    shape: tuple[int, ...] = tuple(weight.shape)
+    if transposed:
+        shape, size, offset = shape[::-1], size[::-1], offset[::-1]
+    return BoxShard(
+        shape,
+        tuple(int(o) if n else 0 for o, n in zip(offset, size, strict=True)),
+        tuple(map(int, size)),
+        transposed=transposed,
+        groups=tuple(groups),
+        device=torch.device(mesh.device_type),
+        why_dense=_TENSOR_PARALLEL if stays_spread else "",
+    )
+
+
+def _is_dtensor(tensor: object) -> bool:
+    # Without the module loaded there is no DTensor, and loading it takes time.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _stays_spread(model: nn.Module, weight: Tensor) -> bool:
+    """Whether a weight is still a DTensor in its layer's forward: unless FSDP2 gathers all there is to it."""
+    for parameter in _fsdp_parameters(model):
+        if parameter.sharded_param is weight:
+            return bool(parameter.is_dtensor)
+    return True
+
+
+def _fsdp_parameters(model: nn.Module) -> Iterator[Any]:
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            for group in filter(None, groups):
+                yield from group.fsdp_params
+
+
+ADAPTER = FSDP2Adapter()

@@ -1,0 +1,218 @@
+"""Block-sparse products on NVIDIA and AMD GPUs, in Triton. Nothing here imports Triton before it is needed."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_estdgm.ops.selection import bucket_of
+from lightning_estdgm.ops.triton.tiles import Tiles, Tuner, candidates
+from lightning_estdgm.topology import BlockTopology
+
+__all__ = ["BACKEND", "TritonBackend"]
+
+MIN_TRITON = (3, 6)
+BLOCK_SIZES = (16, 32, 64, 128)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MIN_CAPABILITY = (8, 0)
+
+Seconds = Callable[[Callable[[], object]], float]
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    return importlib.import_module("lightning_estdgm.ops.triton.kernels")
+
+
+@functools.cache
+def _triton_refusal() -> str | None:
+    """Why the installed Triton, if any, cannot be used."""
+    wanted = "triton>=" + ".".join(map(str, MIN_TRITON))
+    if importlib.util.find_spec("triton") is None:
+        return f"needs {wanted}, which is not installed"
+    import triton
+
+    numbers = re.match(r"(\d+)\.(\d+)", triton.__version__)
+    if numbers is None or tuple(map(int, numbers.groups())) < MIN_TRITON:
+        return f"needs {wanted}, found {triton.__version__}"
+    return None
+
+
+@functools.cache
+def _device_refusal(device: torch.device) -> str | None:
+    if device.type not in ("cuda", "cpu"):
+        return f"runs on NVIDIA and AMD GPUs, got device {device}"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"runs on NVIDIA and AMD GPUs (on the CPU only for tests, with TRITON_INTERPRET=1), got device {device}"
+    reason = _triton_refusal()
+    if reason is not None:
+        return reason
+    if device.type == "cpu" and not _kernels().INTERPRETED:
+        return "needs TRITON_INTERPRET=1 to be set before triton is imported to run on the CPU"
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MIN_CAPABILITY:
+            return f"needs CUDA capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}, got {capability[0]}.{capability[1]}"
+    return None
+
+
+def _precision(device: torch.device) -> str:
+    """How float32 products are computed: as torch's own are set to, where the device can."""
+    matmul = torch.backends.cuda.matmul
+    # torch >= 2.9 has fp32_precision; once that was set, reading allow_tf32 raises.
+    wanted = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    amd_without = device.type == "cuda" and torch.version.hip is not None and not _is_gfx942(device)
+    return "tf32" if wanted and not amd_without else "ieee"
+
+
+def _is_gfx942(device: torch.device) -> bool:
+    return torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")
+
+
+@functools.cache
+def _candidates(device: torch.device, block_size: int, itemsize: int, precision: str) -> tuple[Tiles, ...]:
+    amd = torch.version.hip is not None
+    shared = 2**16  # of every AMD GPU up to the MI300
+    if device.type == "cpu":
+        shared = 2**18
+    elif not amd:
+        shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", shared)
+    exact = itemsize == 4 and precision == "ieee"
+    return candidates(block_size, itemsize, amd=amd, exact_float32=exact, shared_bytes=shared)
+
+
+def _device_seconds(run: Callable[[], object], calls: int = 5, rounds: int = 3) -> float:
+    """Seconds of one call on the current device: the fastest of several rounds, after one call to compile."""
+    run()
+    times = []
+    for _ in range(rounds):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            run()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3 / calls)
+    return min(times)
+
+
+class TritonBackend:
+    """One kernel for ``Y`` and ``dX`` and one for ``dW``, on active blocks of the dense weight, in place.
+
+    Sums are in float32, in an order that depends on the shapes and the cut of the work alone. Which cut is fastest is
+    timed on the first call of a shape, dtype, block size and density (rounded up by `bucket_of`, so that a moving
+    density is timed a few times); never while a CUDA graph is captured and never under
+    ``torch.use_deterministic_algorithms(True)``, where an untimed default serves. The density is read from the device
+    once after each change of a mask, and otherwise nothing waits for the device.
+
+    Args:
+        seconds: how long a call takes; default: by events of the device, and on the CPU nothing is timed.
+    """
+
+    name = "triton"
+
+    def __init__(self, seconds: Seconds | None = None) -> None:
+        self._seconds = seconds
+        self._tuner: Tuner | None = None
+        # first tensor of a topology -> its version counter when the density was read, density bucket
+        self._buckets = WeakTensorKeyDictionary()
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype, topology: BlockTopology) -> str | None:
+        """Reason why a case cannot be run, or None."""
+        if dtype not in DTYPES:
+            return f"needs float16, bfloat16 or float32, got {dtype}"
+        if topology.block_size not in BLOCK_SIZES:
+            return f"needs blocks of 16, 32, 64 or 128, got block size {topology.block_size}"
+        return _device_refusal(device)
+
+    def linear(self, x2d: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
+        """``Y = X (W * M)^T + bias``: ``[T, in] -> [T, out]``."""
+        return self._product("linear", x2d, weight, bias, topology)
+
+    def grad_input(self, dy2d: Tensor, weight: Tensor, topology: BlockTopology) -> Tensor:
+        """``dX = dY (W * M)``: ``[T, out] -> [T, in]``."""
+        return self._product("grad_input", dy2d, weight.t(), None, topology.transpose())
+
+    def grad_weight(self, dy2d: Tensor, x2d: Tensor, topology: BlockTopology) -> Tensor:
+        """``dW = (dY^T X) * M``: ``[T, out], [T, in] -> (out, in)``."""
+        if x2d.shape[0] == 0:
+            return x2d.new_zeros(topology.shape)
+        if _as_float32(x2d):
+            return self.grad_weight(dy2d.float(), x2d.float(), topology).to(x2d.dtype)
+        precision = _precision(x2d.device)
+
+        def run(tiles: Tiles) -> Tensor:
+            return _kernels().grad_weight(dy2d, x2d, topology, tiles, precision=precision)
+
+        layout = (dy2d.stride(1) == 1, x2d.stride(1) == 1)
+        return run(self._tiles("grad_weight", x2d, topology, precision, layout, run))
+
+    def _product(
+        self, product: str, x2d: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology
+    ) -> Tensor:
+        if x2d.shape[0] == 0:
+            return x2d.new_empty(0, topology.shape[0])
+        if _as_float32(x2d):
+            wide = None if bias is None else bias.float()
+            return self._product(product, x2d.float(), weight.float(), wide, topology).to(x2d.dtype)
+        precision = _precision(x2d.device)
+
+        def run(tiles: Tiles) -> Tensor:
+            return _kernels().linear(x2d, weight, bias, topology, tiles, precision=precision)
+
+        layout = (x2d.stride(1) == 1, weight.stride(1) == 1)
+        return run(self._tiles(product, x2d, topology, precision, layout, run))
+
+    def _tiles(
+        self,
+        product: str,
+        x2d: Tensor,
+        topology: BlockTopology,
+        precision: str,
+        layout: tuple[bool, bool],
+        run: Callable[[Tiles], Tensor],
+    ) -> Tiles:
+        found = _candidates(x2d.device, topology.block_size, x2d.element_size(), precision)
+        if len(found) == 1 or torch.are_deterministic_algorithms_enabled():
+            return found[0]
+        if self._tuner is None:
+            self._tuner = Tuner(_kernels().TOO_BIG)
+        seconds = self._seconds_on(x2d.device)
+        tokens = (x2d.shape[0] - 1).bit_length()  # the last batch of an epoch is not timed again
+        bucket = self._bucket(topology, may_wait=seconds is not None)
+        key = (product, tokens, *topology.shape, topology.block_size, x2d.dtype, x2d.device, precision, layout, bucket)
+        return self._tuner.best(key, found, run, seconds)
+
+    def _seconds_on(self, device: torch.device) -> Seconds | None:
+        if self._seconds is not None:
+            return self._seconds
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return None
+        return _device_seconds
+
+    def _bucket(self, topology: BlockTopology, *, may_wait: bool) -> int | None:
+        """Rounded density, read from the device at the first call after a change of the mask."""
+        lists = topology.row_ptr
+        if lists.is_inference():  # these do not count their changes
+            return None
+        version, bucket = self._buckets.get(lists, (None, None))
+        if may_wait and version != lists._version:
+            bucket = bucket_of(topology.density)
+            self._buckets[lists] = (lists._version, bucket)
+        return bucket
+
+
+def _as_float32(operand: Tensor) -> bool:
+    # Triton's interpreter holds bfloat16 as integers, multiplies those, and truncates where the device rounds.
+    return operand.dtype == torch.bfloat16 and _kernels().INTERPRETED
+
+
+BACKEND = TritonBackend()
