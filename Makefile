@@ -18,7 +18,7 @@ demo: .venv/ready  ## dense against EST-DGM on real text: loss, seconds, joules,
 	$(BIN)/estdgm demo
 
 test: .venv/ready  ## the whole test suite, warnings as errors
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: .venv/ready  ## style, types, layers
 	$(BIN)/ruff check .

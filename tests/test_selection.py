@@ -58,7 +58,9 @@ def test_sparse_where_it_is_faster():
     choice = BackendSelector(measure=clock).choose(**LAYER, density=0.125)
     assert choice == Choice("cpu", 9e-3, 2.25e-3, "sparse 4.0x faster (2.25 against 9 ms)")
     ((case, names),) = clock.asked
-    assert names == ("dense", "cpu")  # never the oracle
+    assert names[0] == "dense"
+    assert "cpu" in names
+    assert "reference" not in names  # never the oracle
     assert case == _real_case(density=0.125)
 
 
@@ -279,13 +281,13 @@ class _Operators(TorchDispatchMode):
 
 def test_a_real_measurement_has_the_right_structure():
     choice = BackendSelector().choose(**LAYER, density=0.25)
-    assert choice.backend in {"dense", "cpu"}
+    assert choice.backend in {"dense", "cpu", "native"}
     assert choice.dense_s is not None
     assert choice.sparse_s is not None
     assert choice.dense_s > 0
     assert choice.sparse_s > 0
     assert "ms)" in choice.why
-    if choice.backend == "cpu":
+    if choice.backend != "dense":
         assert choice.sparse_s < choice.dense_s
 
 

@@ -569,14 +569,15 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable, if it is not set, for a moment."""
-    mine = name not in os.environ
-    os.environ.setdefault(name, value)
+    """Set an environment variable for a moment."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
-        if mine:
-            del os.environ[name]
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def _header(config: DemoConfig, command: str) -> dict[str, Any]:

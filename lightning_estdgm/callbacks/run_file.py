@@ -19,12 +19,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_estdgm.energy import hostname
+from lightning_estdgm.layers import clean_name
 
 __all__ = ["FILE_NAME", "describe_model", "describe_run", "run_folder", "write_run_file"]
 
 FILE_NAME = "energy.json"
-
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def describe_model(module: nn.Module) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def describe_model(module: nn.Module) -> dict[str, Any]:
     name = type(module).__name__
     if any(is_lazy(p) for p in parameters.values()):
         return {"class": name, "parameters": None, "fingerprint": None}
-    shapes = sorted((_plain(key), tuple(p.shape)) for key, p in parameters.items())
+    shapes = sorted((clean_name(key), tuple(p.shape)) for key, p in parameters.items())
     digest = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
     return {"class": name, "parameters": sum(p.numel() for p in parameters.values()), "fingerprint": digest}
 
@@ -92,12 +91,6 @@ def write_run_file(folder: Path, content: Mapping[str, Any]) -> Path:
         os.unlink(temporary)
         raise
     return folder / FILE_NAME
-
-
-def _plain(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def _is_compiled(module: LightningModule) -> bool:
