@@ -21,7 +21,7 @@ from lightning_estdgm import DGMCallback, DGMConfig
 pytestmark = [
     pytest.mark.filterwarnings(NO_VALIDATION_LOADER),
     pytest.mark.filterwarnings("ignore:You defined a `predict_step`"),
-    pytest.mark.filterwarnings("ignore:Be aware .*add the following callbacks. ..ModelCheckpoint"),
+    pytest.mark.filterwarnings("ignore:Be aware .*add the following callbacks.*ModelCheckpoint"),
 ]
 
 NO_STATE = "holds no state of DGMCallback"

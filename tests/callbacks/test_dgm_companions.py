@@ -36,7 +36,7 @@ from lightning_estdgm import DGMCallback, DGMConfig, DGMController
 
 pytestmark = [
     pytest.mark.filterwarnings(NO_VALIDATION_LOADER),
-    pytest.mark.filterwarnings("ignore:Be aware .*add the following callbacks. ..ModelCheckpoint"),
+    pytest.mark.filterwarnings("ignore:Be aware .*add the following callbacks.*ModelCheckpoint"),
 ]
 
 
