@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightning_estdgm.ops import get_backend, native
+from lightning_estdgm.ops.native import build
 from lightning_estdgm.topology import BlockTopology
 
 CPU = torch.device("cpu")
@@ -26,19 +27,19 @@ def target(request, monkeypatch):
     """Build for another processor than this one; all of them run here."""
     if os.uname().machine != "x86_64" and TARGETS[request.param]:
         pytest.skip("these are flags for x86-64")
-    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, *TARGETS[request.param]))
-    native._library.cache_clear()
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, *TARGETS[request.param]))
+    build.library.cache_clear()
     yield request.param
-    native._library.cache_clear()
+    build.library.cache_clear()
 
 
 @pytest.fixture
 def rebuilt(monkeypatch, tmp_path):
     """A machine on which nothing was built yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native._library.cache_clear()
+    build.library.cache_clear()
     yield tmp_path / "lightning_estdgm"
-    native._library.cache_clear()
+    build.library.cache_clear()
 
 
 def _case(tokens, rows, cols, block_size, dtype, density=0.4):
@@ -125,7 +126,7 @@ def test_it_is_built_once_and_kept(rebuilt):
     assert native.BACKEND.unsupported(CPU, torch.float32, topology) is None
     (library,) = rebuilt.iterdir()
     before = library.stat().st_mtime_ns
-    native._library.cache_clear()
+    build.library.cache_clear()
     assert native.BACKEND.unsupported(CPU, torch.float32, topology) is None
     assert [p.stat().st_mtime_ns for p in rebuilt.iterdir()] == [before]
 

@@ -1,61 +1,11 @@
-// Products of a block-sparse linear layer on the CPU: what ops/native.py compiles on first use and calls.
+// Products of a block-sparse linear layer on the CPU: what ops/native compiles on first use and calls.
 //
 // All three products are one register-blocked loop: a tile of MR x (NV * VL) sums stays in registers while k runs over
-// the active blocks. An operand is read as 32-bit words: one float, or two neighbouring bfloat16 along k, which the
-// dot-product instruction multiplies and adds at once. Sums are in float; their order depends on nothing but the shapes
-// and the mask, so results are the same for any number of threads.
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
+// the active blocks. The order of sums depends on nothing but the shapes and the mask, so results are the same for any
+// number of threads.
+#include "elements.h"
 
 namespace {
-
-using i64 = int64_t;
-
-#if defined(__AVX512F__)
-constexpr int VL = 16;  // floats in a vector register
-#elif defined(__AVX__)
-constexpr int VL = 8;
-#else
-constexpr int VL = 4;
-#endif
-// Vectors side by side in a tile, and its rows for 1, 2 and 4 of them: 16 or 32 registers hold sums and operands.
-constexpr bool WIDE = VL == 16;
-
-typedef float vec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
-typedef uint16_t half_vec __attribute__((vector_size(VL * 2), aligned(2), may_alias));
-
-struct Float {
-  using type = float;
-  static constexpr int PAIR = 1;  // values of k in a word
-  static vec mac(vec sum, float a, const float *b) { return sum + a * *(const vec *)b; }
-  static vec load(const type *p) { return *(const vec *)p; }
-  static void store(type *p, vec v) { *(vec *)p = v; }
-};
-
-#if defined(__AVX512BF16__)
-struct BFloat16 {
-  using type = uint16_t;
-  static constexpr int PAIR = 2;
-  static vec mac(vec sum, float a, const float *b) {
-    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(a), (__m512bh)_mm512_loadu_ps(b));
-  }
-  static vec load(const type *p) {
-    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
-  }
-  static void store(type *p, vec v) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
-};
-#endif
-
-// One word of an operand; reads two bfloat16 as the bits of a float, which nothing computes with.
-inline float word(const void *p) {
-  float f;
-  memcpy(&f, p, 4);
-  return f;
-}
 
 // ---- Y[t, r] = sum over active c of A[t, c] B[c, r]: forward and input gradient
 
