@@ -200,7 +200,7 @@ class DGMController:
         held = {key: {id(p) for p in parameters} for key, parameters in self._held.items()}
         everything_held = set().union(*held.values())
         self._candidates = find_candidates(model, self.config.include, self.config.exclude, everything_held)
-        self._layers = [self._new_layer(c) for c in self._candidates if c.masked]
+        self._layers = [self._new_layer(c, state) for c in self._candidates if c.masked]
         self._owned = {key: [x for x in self._layers if id(x.parameter) in ids] for key, ids in held.items()}
         forced = None if self.config.backend == "auto" else self.config.backend
         self._selector = BackendSelector(forced, kept=Measurements())
@@ -532,8 +532,12 @@ class DGMController:
 
     # ------------------------------------------------------------------ set-up
 
-    def _new_layer(self, candidate: Candidate) -> MaskedLayer:
+    def _new_layer(self, candidate: Candidate, state: Mapping[str, Any] | None) -> MaskedLayer:
         block_size, note = unit_of(candidate, self.config.block_size)
+        saved = state["layers"].get(candidate.name) if self.config.block_size == "auto" and state else None
+        if saved and tuple(saved["shape"]) == candidate.shape and saved["block_size"] != block_size:
+            # "auto" may have had other rules, as when convolutions had no operator.
+            block_size, note = saved["block_size"], f"units of {saved['block_size']} as in the checkpoint"
         if candidate.parts > 1:
             note = "; ".join(filter(None, (f"{candidate.parts} fused matrices, each with its own budget", note)))
         return MaskedLayer(candidate, block_size, note)

@@ -40,7 +40,17 @@ except ImportError:  # not on Windows
 else:
     _fcntl = fcntl
 
-__all__ = ["ENVIRONMENT", "Measurement", "Measurements", "cpu_model", "files_of", "folder", "machine", "read_file"]
+__all__ = [
+    "ENVIRONMENT",
+    "Measurement",
+    "Measurements",
+    "cpu_model",
+    "device_name",
+    "files_of",
+    "folder",
+    "machine",
+    "read_file",
+]
 
 ENVIRONMENT = "ESTDGM_CHOICES"
 
