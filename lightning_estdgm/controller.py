@@ -43,7 +43,11 @@ from lightning_estdgm.masked_layer import MaskedLayer
 from lightning_estdgm.masks import active_units, initial_mask
 from lightning_estdgm.ops import Backend, backends, get_backend
 from lightning_estdgm.ops.selection import BackendSelector
+from lightning_estdgm.patterns import Pattern, draw
+from lightning_estdgm.redistribution import REDISTRIBUTIONS, Redistribution
+from lightning_estdgm.rule import Rule
 from lightning_estdgm.schedules import EstDgm, Schedule, ScheduleConfig
+from lightning_estdgm.scores import SCORES, Evidence
 from lightning_estdgm.topology import BlockTopology
 
 __all__ = ["DGMConfig", "DGMController", "LayerDecision"]
@@ -64,7 +68,14 @@ class DGMConfig:
             ``(shapes, density) -> densities``.
         gamma: exponent of the directional consistency in the growth score, at least 0.
         drop_fraction: share of a layer's active units given up for new ones at an update, in [0, 1); annealed to 0 by a
-            half cosine over the run.
+            half cosine over the run. Or a function ``(progress, density) -> share``, such as `StagedDrop`.
+        keep: score by which active units stay: a name in `scores.SCORES`, or a function of a `scores.Evidence`.
+        grow: score by which units are grown, likewise.
+        regrow: whether an update may grow back the units that it has just dropped; they then keep their weight.
+        pattern: of the active units of a layer, such as `NofM` or `FanIn`; ``None``: anywhere. It needs `regrow`.
+        redistribute: moves units between layers at updates: ``"global"``, ``"growth"``, or a function as those in
+            `redistribution.py`; ``None``: `distribution` holds throughout. It needs one `block_size` for all layers.
+        method: name of the method, for reports; empty: that of the schedule.
         inactive: ``"zero"``: inactive weights are 0; ``"frozen"``: they keep their value and only stop being updated.
         step_exponent: a layer at density rho takes steps ``rho**-step_exponent`` times as large; 0 turns it off.
         scale_init: scale the initial weights of a layer by ``1/sqrt(rho)`` (not with a dense warm-up, nor "frozen").
@@ -80,7 +91,13 @@ class DGMConfig:
     block_size: int | Literal["auto"] = "auto"
     distribution: str | Callable[[Sequence[Sequence[int]], float], list[float]] = "erk"
     gamma: float = 1.0
-    drop_fraction: float = 0.3
+    drop_fraction: float | Callable[[float, float], float] = 0.3
+    keep: str | Callable[[Evidence], Tensor] = "magnitude"
+    grow: str | Callable[[Evidence], Tensor] = "consistency"
+    regrow: bool = False
+    pattern: Pattern | None = None
+    redistribute: str | Redistribution | None = None
+    method: str = ""
     inactive: Literal["zero", "frozen"] = "zero"
     step_exponent: float = 1.0
     scale_init: bool = True
@@ -101,8 +118,25 @@ class DGMConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-        if not 0.0 <= self.drop_fraction < 1.0:
+        if not callable(self.drop_fraction) and not 0.0 <= self.drop_fraction < 1.0:
             raise ValueError(f"drop_fraction must lie in [0, 1), got {self.drop_fraction!r}")
+        for name in ("keep", "grow"):
+            score = getattr(self, name)
+            if not callable(score) and score not in SCORES:
+                raise ValueError(f"{name} must be one of {sorted(SCORES)} or a function, got {score!r}")
+        if self.pattern is not None and (isinstance(self.pattern, type) or not isinstance(self.pattern, Pattern)):
+            raise TypeError(
+                f"pattern must be None or have group_size() and quotas(), such as NofM(4), got {self.pattern!r}"
+            )
+        if self.pattern is not None and not self.regrow:
+            raise ValueError(f"pattern={self.pattern!r} needs regrow=True: each group has to be filled up")
+        if not (self.redistribute is None or callable(self.redistribute) or self.redistribute in REDISTRIBUTIONS):
+            known = sorted(REDISTRIBUTIONS)
+            raise ValueError(f"redistribute must be None, one of {known} or a function, got {self.redistribute!r}")
+        if self.redistribute is not None and self.block_size == "auto":
+            raise ValueError(
+                f"redistribute={self.redistribute!r} needs units of one size in all layers, got block_size='auto'"
+            )
         if self.inactive not in ("zero", "frozen"):
             raise ValueError(f"inactive must be 'zero' or 'frozen', got {self.inactive!r}")
         for name in ("include", "exclude"):
@@ -116,6 +150,27 @@ class DGMConfig:
             raise TypeError(f"seed must be an int, got {self.seed!r}")
         if self.backend not in ("auto", "dense"):
             get_backend(self.backend)
+
+    @property
+    def rule(self) -> Rule:
+        """How mask updates choose."""
+        name = self.redistribute
+        redistribute = REDISTRIBUTIONS[name] if isinstance(name, str) else name
+        return Rule(self.keep, self.grow, self.gamma, self.regrow, self.pattern, redistribute, self.seed)
+
+    def drop_share(self, progress: float, density: float) -> float:
+        """Return the share of active units that an update gives up.
+
+        Raises:
+            ValueError: if the function given as `drop_fraction` returns none in [0, 1).
+
+        """
+        if not callable(self.drop_fraction):
+            return self.drop_fraction * 0.5 * (1.0 + math.cos(math.pi * progress))
+        share = self.drop_fraction(progress, density)
+        if not 0.0 <= share < 1.0:
+            raise ValueError(f"drop_fraction must return a share in [0, 1), got {share!r} from {self.drop_fraction!r}")
+        return share
 
 
 @dataclass(frozen=True)
@@ -185,6 +240,7 @@ class DGMController:
         self.config = config or DGMConfig()
         self._group = group
         self.schedule: Schedule = self.config.schedule.resolve(total_steps)
+        self._rule = self.config.rule
         self.steps = 0
         self.position = 0
         self.updates = 0
@@ -199,6 +255,7 @@ class DGMController:
         self._owned = {key: [x for x in self._layers if id(x.parameter) in ids] for key, ids in held.items()}
         self._selector = BackendSelector(None if self.config.backend == "auto" else self.config.backend)
         self._check_forced_backend()
+        self._check_rule()
         self._idle = False  # the optimizer step under way is none of training
         self._unevenly_held: dict[int, bool] = {}  # per optimizer: some rank holds no part of any parameter
         self._stepped = False
@@ -230,7 +287,7 @@ class DGMController:
     @property
     def observing(self) -> bool:
         """Whether the gradients of the step under way are observed whole."""
-        if self.position >= self.schedule.total_steps:
+        if self.position >= self.schedule.total_steps or not self._rule.needs_gradients:
             return False
         return self._waiting or self.schedule(self.position).observe
 
@@ -283,7 +340,8 @@ class DGMController:
         self.position = after
         crossed = range(before + 1, min(self.position, self.schedule.total_steps - 1) + 1)
         due = self._waiting or any(self.schedule(p).update for p in crossed)
-        self._waiting = due and not any(layer.observed for layer in self._layers)
+        blind = self._rule.needs_gradients and not any(layer.observed for layer in self._layers)
+        self._waiting = due and blind
         if self._waiting:
             self._refuse_nan_weights()
         updated = due and not self._waiting
@@ -552,7 +610,7 @@ class DGMController:
         for layer, budget in zip(self._layers, self._budget(self.schedule(self.position).density), strict=True):
             norms = layer.whole_norms()
             parts = zip(norms.chunk(len(budget)), budget, strict=True)
-            layer.set_mask(torch.cat([initial_mask(x, k, generator, largest=largest) for x, k in parts]))
+            layer.set_mask(torch.cat([self._initial(layer, x, k, generator, largest) for x, k in parts]))
             held.append(active_units(norms > 0))
             if self.config.inactive == "zero":
                 layer.fill_inactive_(layer.weight)
@@ -563,6 +621,27 @@ class DGMController:
         self._observe_or_not()
         self._check_ranks(f"where masks were drawn, at step {self.steps}")
         return held
+
+    def _check_rule(self) -> None:
+        """Raise if a layer cannot be updated by the rule."""
+        if self.schedule.densities[1:]:
+            for layer in self._layers:
+                if layer.shard.groups:
+                    self._rule.check_sharded(layer.name)
+        sizes = {layer.unit_size: layer.name for layer in self._layers}
+        if self._rule.redistribute is not None and len(sizes) > 1:
+            raise ValueError(
+                f"redistribute needs units of one size in all layers, got (weights in a unit: layer) {sizes}"
+            )
+
+    def _initial(self, layer: MaskedLayer, norms: Tensor, k: int, generator: torch.Generator, largest: bool) -> Tensor:
+        if self.config.pattern is None:
+            return initial_mask(norms, k, generator, largest=largest)
+        noise = torch.rand(norms.shape, generator=generator)
+        try:
+            return draw(self.config.pattern, torch.where(norms > 0, norms if largest else noise, noise - 1.0), k)
+        except ValueError as error:
+            raise ValueError(f"layer {layer.name!r}: {error}") from error
 
     def _hook_up(self) -> None:
         for optimizer in self._optimizers:
@@ -677,12 +756,11 @@ class DGMController:
 
     @torch.no_grad()
     def _update(self) -> None:
-        progress = self.schedule.drop_progress(self.position)
-        drop_fraction = self.config.drop_fraction * 0.5 * (1.0 + math.cos(math.pi * progress))
-        budgets = self._budget(self.schedule(self.position).density)
+        density = self.schedule(self.position).density
+        drop_fraction = self.config.drop_share(self.schedule.drop_progress(self.position), density)
         grown = 0
         for layer, changed, grown_units in MaskedLayer.redecide(
-            self._layers, budgets, drop_fraction, self.config.gamma
+            self._layers, self._budget(density), drop_fraction, self._rule, self.updates
         ):
             grown += grown_units * layer.unit_size
             if self.config.inactive == "zero":
