@@ -125,9 +125,7 @@ class DGMConfig:
             if not callable(score) and score not in SCORES:
                 raise ValueError(f"{name} must be one of {sorted(SCORES)} or a function, got {score!r}")
         if self.pattern is not None and (isinstance(self.pattern, type) or not isinstance(self.pattern, Pattern)):
-            raise TypeError(
-                f"pattern must be None or have group_size() and quotas(), such as NofM(4), got {self.pattern!r}"
-            )
+            raise TypeError(f"pattern must be None or a Pattern such as NofM(4), got {self.pattern!r}")
         if self.pattern is not None and not self.regrow:
             raise ValueError(f"pattern={self.pattern!r} needs regrow=True: each group has to be filled up")
         if not (self.redistribute is None or callable(self.redistribute) or self.redistribute in REDISTRIBUTIONS):
@@ -638,10 +636,8 @@ class DGMController:
         if self.config.pattern is None:
             return initial_mask(norms, k, generator, largest=largest)
         noise = torch.rand(norms.shape, generator=generator)
-        try:
+        with layer.naming_errors():
             return draw(self.config.pattern, torch.where(norms > 0, norms if largest else noise, noise - 1.0), k)
-        except ValueError as error:
-            raise ValueError(f"layer {layer.name!r}: {error}") from error
 
     def _hook_up(self) -> None:
         for optimizer in self._optimizers:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from lightning_estdgm.masks import (
     unit_size,
     unpack_bits,
 )
-from lightning_estdgm.patterns import exchange_in_groups
+from lightning_estdgm.patterns import exchange_in_groups, fitted
 from lightning_estdgm.redistribution import Budget, Scored
 from lightning_estdgm.rule import Rule
 from lightning_estdgm.scores import Evidence
@@ -369,6 +370,14 @@ class MaskedLayer:
         gradient = torch.zeros_like(self.weight) if self._window is None else self._window.gradient
         return torch.cat([self._squares(self.weight), self._squares(gradient)])
 
+    @contextmanager
+    def naming_errors(self) -> Iterator[None]:
+        """Put the layer's name before a ValueError."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"layer {self.name!r}: {error}") from error
+
     def _refuse_nan(self, scores: Tensor) -> None:
         if scores.isnan().any() or (self.mask_is_local and bool(scores.any())):
             raise ValueError(f"the run has diverged: layer {self.name!r} holds NaN weights at a mask update")
@@ -418,16 +427,17 @@ class MaskedLayer:
     def _limits(self, part: Scored, k: int, drop_fraction: float, rule: Rule) -> Budget:
         """Return the budget of one part where nothing is redistributed."""
         n, share = active_units(part.mask), self._share(drop_fraction, rule)
+        if rule.pattern is not None:
+            with self.naming_errors():
+                k = fitted(rule.pattern, part.mask.shape, k)
         return Budget(kept_units(n, part.mask.numel() - n, k, share, regrow=rule.regrow), k)
 
     def _decided(self, part: Scored, budget: Budget, rule: Rule) -> Tensor:
         """Return the next mask of one part."""
         if rule.pattern is None:
             return exchange(part.mask, part.keep, part.grow, budget.k, budget.keep, regrow=rule.regrow)
-        try:
+        with self.naming_errors():
             return exchange_in_groups(rule.pattern, part.mask, part.keep, part.grow, budget.k, budget.keep)
-        except ValueError as error:
-            raise ValueError(f"layer {self.name!r}: {error}") from error
 
     def clear_optimizer_state_(self, optimizer: Optimizer, units: Tensor) -> None:
         """Zero every state tensor of the weight's shape at `units`; step counts and the like stay."""

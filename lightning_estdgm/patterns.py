@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_estdgm.masks import top_k, top_k_in_groups
 
-__all__ = ["FanIn", "NofM", "Pattern", "draw", "exchange_in_groups"]
+__all__ = ["FanIn", "NofM", "Pattern", "draw", "exchange_in_groups", "fitted"]
 
 
 @runtime_checkable
@@ -29,18 +29,23 @@ class Pattern(Protocol):
 
         """
 
-    def quotas(self, k: int, salient: Tensor) -> Tensor:
-        """Return how many units of each group are active.
+    def per_group(self, k: int, groups: int, size: int) -> int:
+        """Return how many units of each group are active, for `k` units of `groups` groups of `size`.
+
+        Raises:
+            ValueError: if `k` cannot be spread so.
+
+        """
+
+    def quotas(self, n: int, salient: Tensor) -> Tensor:
+        """Return how many units of each group are active now, should groups differ.
 
         Args:
-            k: active units that the budget gives the layer.
+            n: what `per_group` returned.
             salient: bool ``(groups, size)``, true where a unit would stay or be grown without the pattern.
 
         Returns:
             Integers of shape ``(groups,)``, each at most ``size``.
-
-        Raises:
-            ValueError: if `k` cannot be spread so.
 
         """
 
@@ -68,14 +73,18 @@ class NofM:
             raise ValueError(f"N:{self.m} needs inputs that are a multiple of {self.m}, got a mask of {tuple(shape)}")
         return self.m
 
-    def quotas(self, k: int, salient: Tensor) -> Tensor:
-        """Return n for each group."""
-        n, rest = divmod(k * self.m, salient.numel())
+    def per_group(self, k: int, groups: int, size: int) -> int:
+        """Return n."""
+        n, rest = divmod(k, groups)
         if rest:
             raise ValueError(
                 f"N:{self.m} needs a density that is a whole number of {self.m}ths in every layer, got "
-                f"{k / salient.numel():g}"
+                f"{k / (groups * size):g}"
             )
+        return n
+
+    def quotas(self, n: int, salient: Tensor) -> Tensor:
+        """Return n for each group."""
         return torch.full(salient.shape[:1], n, device=salient.device)
 
 
@@ -99,23 +108,32 @@ class FanIn:
         """Return the units of one output."""
         return shape[1:].numel()
 
-    def quotas(self, k: int, salient: Tensor) -> Tensor:
-        """Return the fan-in of each output: the budget over the outputs, to the nearest unit, at least one."""
+    def per_group(self, k: int, groups: int, size: int) -> int:
+        """Return the fan-in: to the nearest unit, at least one."""
+        return max(1, round(k / groups))
+
+    def quotas(self, n: int, salient: Tensor) -> Tensor:
+        """Return the fan-in of each output: 0 where too little is salient, and what that leaves, to the others."""
         outputs, size = salient.shape
-        fan_in = max(1, round(k / outputs))
         counts = salient.sum(1)
-        alive = counts >= self.ablate * fan_in
+        alive = counts >= self.ablate * n
         if not alive.any():
             alive = counts == counts.max()
-        fan_in = min(size, fan_in * outputs // int(alive.sum()))
-        return torch.where(alive, fan_in, 0)
+        return torch.where(alive, min(size, n * outputs // int(alive.sum())), 0)
+
+
+def fitted(pattern: Pattern, shape: torch.Size, k: int) -> int:
+    """Return how many units of a mask of `shape` are active under the pattern, for a budget of `k`."""
+    size = pattern.group_size(shape)
+    groups = shape.numel() // size
+    return groups * pattern.per_group(k, groups, size)
 
 
 def draw(pattern: Pattern, scores: Tensor, k: int) -> Tensor:
     """Return a mask in the pattern, of the largest scores of each group; no group is left out."""
     grouped = _grouped(pattern, scores)
-    everywhere = torch.ones_like(grouped, dtype=torch.bool)
-    return _ungrouped(pattern, top_k_in_groups(grouped, pattern.quotas(k, everywhere)), scores.shape)
+    counts = torch.full(grouped.shape[:1], pattern.per_group(k, *grouped.shape), device=scores.device)
+    return _ungrouped(top_k_in_groups(grouped, counts), scores.shape)
 
 
 def exchange_in_groups(
@@ -142,11 +160,12 @@ def exchange_in_groups(
     kept = top_k(keep_scores.masked_fill(~mask, -torch.inf), keep)
     dropped = max(0, int(torch.count_nonzero(mask)) - keep)
     salient = kept | top_k(grow_scores, dropped)
-    quotas = pattern.quotas(k, _grouped(pattern, salient))
+    salient = _grouped(pattern, salient)
+    quotas = pattern.quotas(pattern.per_group(k, *salient.shape), salient)
     kept_, keep_, grow_ = (_grouped(pattern, x) for x in (kept, keep_scores, grow_scores))
     stay = top_k_in_groups(keep_.masked_fill(~kept_, -torch.inf), torch.minimum(quotas, kept_.sum(1)))
     new = top_k_in_groups(grow_.masked_fill(stay, -torch.inf), quotas - stay.sum(1))
-    return _ungrouped(pattern, stay | new, mask.shape)
+    return _ungrouped(stay | new, mask.shape)
 
 
 def _grouped(pattern: Pattern, units: Tensor) -> Tensor:
@@ -155,6 +174,6 @@ def _grouped(pattern: Pattern, units: Tensor) -> Tensor:
     return units.movedim(1, -1).reshape(-1, size)
 
 
-def _ungrouped(pattern: Pattern, grouped: Tensor, shape: torch.Size) -> Tensor:
+def _ungrouped(grouped: Tensor, shape: torch.Size) -> Tensor:
     moved = (shape[0], *shape[2:], shape[1])
     return grouped.view(moved).movedim(-1, 1).contiguous()
