@@ -45,6 +45,7 @@ from lightning_estdgm.ops import Backend, backends, get_backend
 from lightning_estdgm.ops.selection import BackendSelector
 from lightning_estdgm.patterns import Pattern, draw
 from lightning_estdgm.redistribution import REDISTRIBUTIONS, Redistribution
+from lightning_estdgm.reserve import Reserve
 from lightning_estdgm.rule import Rule
 from lightning_estdgm.schedules import EstDgm, Schedule, ScheduleConfig
 from lightning_estdgm.scores import SCORES, Evidence
@@ -75,6 +76,8 @@ class DGMConfig:
         pattern: of the active units of a layer, such as `NofM` or `FanIn`; ``None``: anywhere. It needs `regrow`.
         redistribute: moves units between layers at updates: ``"global"``, ``"growth"``, or a function as those in
             `redistribution.py`; ``None``: `distribution` holds throughout. It needs one `block_size` for all layers.
+        reserve: have inactive weights go on learning outside the forward; masks are then chosen among all weights by
+            `keep`, and nothing is dropped or grown. Not with "frozen", nor for sharded weights.
         method: name of the method, for reports; empty: that of the schedule.
         inactive: ``"zero"``: inactive weights are 0; ``"frozen"``: they keep their value and only stop being updated.
         step_exponent: a layer at density rho takes steps ``rho**-step_exponent`` times as large; 0 turns it off.
@@ -97,6 +100,7 @@ class DGMConfig:
     regrow: bool = False
     pattern: Pattern | None = None
     redistribute: str | Redistribution | None = None
+    reserve: Reserve | None = None
     method: str = ""
     inactive: Literal["zero", "frozen"] = "zero"
     step_exponent: float = 1.0
@@ -137,6 +141,12 @@ class DGMConfig:
             )
         if self.inactive not in ("zero", "frozen"):
             raise ValueError(f"inactive must be 'zero' or 'frozen', got {self.inactive!r}")
+        if self.reserve is not None and not isinstance(self.reserve, Reserve):
+            raise TypeError(f"reserve must be None or a Reserve, got {self.reserve!r}")
+        if self.reserve is not None and self.inactive == "frozen":
+            raise ValueError(
+                "reserve has inactive weights go on learning, and inactive='frozen' has not: leave one out"
+            )
         for name in ("include", "exclude"):
             selectors = getattr(self, name)
             if isinstance(selectors, str) or not isinstance(selectors, Sequence):
@@ -305,8 +315,7 @@ class DGMController:
             if self.observing and not MaskedLayer.observe(layers, 1.0 / grad_scale):
                 self._warn_nonfinite()
             for layer in layers:
-                if (gradient := layer.gradient) is not None:
-                    layer.fill_inactive_(gradient)
+                layer.mask_gradient_()
 
     def advance(self, position: int | None = None) -> bool:
         """Go on to the next step, if an optimizer step has happened: next phase, mask update when due.
@@ -583,7 +592,7 @@ class DGMController:
         block_size, note = unit_of(candidate, self.config.block_size)
         if candidate.parts > 1:
             note = "; ".join(filter(None, (f"{candidate.parts} fused matrices, each with its own budget", note)))
-        return MaskedLayer(candidate, block_size, note)
+        return MaskedLayer(candidate, block_size, note, self.config.reserve)
 
     def _check_forced_backend(self) -> None:
         if self.config.backend in ("auto", "dense"):
@@ -604,12 +613,15 @@ class DGMController:
 
         """
         generator = torch.Generator().manual_seed(self.config.seed)
+        reserve = self.config.reserve is not None
         held = []
         for layer, budget in zip(self._layers, self._budget(self.schedule(self.position).density), strict=True):
             norms = layer.whole_norms()
             parts = zip(norms.chunk(len(budget)), budget, strict=True)
-            layer.set_mask(torch.cat([self._initial(layer, x, k, generator, largest) for x, k in parts]))
+            layer.set_mask(torch.cat([self._initial(layer, x, k, generator, largest or reserve) for x, k in parts]))
             held.append(active_units(norms > 0))
+            if layer.held_back is not None:
+                layer.held_back.take_all(layer.weight, layer.mask)
             if self.config.inactive == "zero":
                 layer.fill_inactive_(layer.weight)
                 # Where an earlier mask has left its zeros, the weights were scaled by that one.
@@ -622,10 +634,11 @@ class DGMController:
 
     def _check_rule(self) -> None:
         """Raise if a layer cannot be updated by the rule."""
-        if self.schedule.densities[1:]:
-            for layer in self._layers:
-                if layer.shard.groups:
-                    self._rule.check_sharded(layer.name)
+        for layer in (layer for layer in self._layers if layer.shard.groups):
+            if self.config.reserve is not None:
+                raise ValueError(f"layer {layer.name!r} is sharded over ranks, where reserve is not to be had: use DDP")
+            if self.schedule.densities[1:]:
+                self._rule.check_sharded(layer.name)
         sizes = {layer.unit_size: layer.name for layer in self._layers}
         if self._rule.redistribute is not None and len(sizes) > 1:
             raise ValueError(
@@ -671,11 +684,11 @@ class DGMController:
         return 1.0 if self.config.inactive == "frozen" else layer.density**-self.config.step_exponent
 
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         self._idle = closure is None and self._is_idle(optimizer)
         if self._idle:
-            return
+            return None
         if closure is None:  # the gradients are there: mask them even if the loop did not
             self.mask_gradients(optimizer)
         for layer in self._owned[id(optimizer)]:
@@ -683,16 +696,49 @@ class DGMController:
                 layer.snapshot_weight()
             else:
                 layer.forget_snapshot()
+        return None if self.config.reserve is None else self._make_whole(optimizer, closure, args, kwargs)
+
+    def _make_whole(self, optimizer: Optimizer, closure: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Put held-back weights in for the step that comes: after its closure, whose forward is without them."""
+        layers = self._owned[id(optimizer)]
+
+        def put_in() -> None:
+            scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales by itself
+            for layer in layers:
+                layer.put_in_held_back_(1.0 if scale is None else scale)
+                if self._step_scale(layer) != 1.0:
+                    layer.snapshot_weight()
+
+        if closure is None:
+            put_in()
+            return None
+
+        def wrapped() -> Any:
+            with torch.no_grad():
+                for layer in layers:  # of a second call of the closure
+                    layer.take_out_held_back_()
+            with torch.enable_grad():
+                loss = closure()
+            with torch.no_grad():
+                put_in()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": wrapped}
+        return (args[0], wrapped, *args[2:]), kwargs
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._idle or not self._has_gradients(optimizer) or _skipped_by_scaler(optimizer):
+            for layer in self._owned[id(optimizer)]:
+                layer.take_out_held_back_()
             return
         self._stepped = True
         for layer in self._owned[id(optimizer)]:
             if layer.gradient is None:
                 continue
             layer.scale_step_(self._step_scale(layer))
+            layer.take_out_held_back_()
             if self.config.inactive == "zero":
                 layer.fill_inactive_(layer.weight)
             else:
@@ -754,16 +800,22 @@ class DGMController:
     def _update(self) -> None:
         density = self.schedule(self.position).density
         drop_fraction = self.config.drop_share(self.schedule.drop_progress(self.position), density)
+        if self.config.reserve is not None:
+            drop_fraction = 0.0
+            for layer in self._layers:
+                if layer.held_back is not None:
+                    layer.held_back.put_in_(layer.weight)
         grown = 0
         for layer, changed, grown_units in MaskedLayer.redecide(
             self._layers, self._budget(density), drop_fraction, self._rule, self.updates
         ):
             grown += grown_units * layer.unit_size
+            if layer.held_back is not None:
+                layer.held_back.take_all(layer.weight, layer.mask)
             if self.config.inactive == "zero":
                 layer.fill_inactive_(layer.weight)
-            if layer.gradient is not None:
-                layer.fill_inactive_(layer.gradient)
-            for optimizer in self._optimizers:
+            layer.mask_gradient_()
+            for optimizer in self._optimizers if layer.held_back is None else ():
                 layer.clear_optimizer_state_(_state_holder(optimizer), changed)
         self.updates += 1
         self.churn = grown / sum(layer.active * layer.unit_size for layer in self._layers)
@@ -817,7 +869,7 @@ class DGMController:
 
     def _observe_or_not(self) -> None:
         for layer in self._layers:
-            set_observing(layer.candidate, self.observing)
+            set_observing(layer.candidate, self.observing or layer.held_back is not None)
 
     # ------------------------------------------------------------------ backends
 
@@ -889,7 +941,7 @@ class DGMController:
             layer = by_name.get(candidate.name)
             if layer is not None:
                 through = 1.0 if self.config.inactive == "frozen" else layer.density
-                analytic = 2.0 * through + (1.0 if self.observing else layer.density)
+                analytic = 2.0 * through + (1.0 if self.observing else layer.learning_density)
                 executed = analytic if layer.backend not in ("dense", "reference") else 3.0
             self.flops["analytic"] += product * analytic
             self.flops["executed"] += product * executed

@@ -34,6 +34,7 @@ from lightning_estdgm.masks import (
 )
 from lightning_estdgm.patterns import exchange_in_groups, fitted
 from lightning_estdgm.redistribution import Budget, Scored
+from lightning_estdgm.reserve import HeldBack, Reserve
 from lightning_estdgm.rule import Rule
 from lightning_estdgm.scores import Evidence
 
@@ -64,10 +65,11 @@ class MaskedLayer:
         backend: what computes the layer now.
         final_backend: what will at the final density; ``"?"`` until measured.
         why: the reason for that, in words.
+        held_back: the inactive weights, where they go on learning.
 
     """
 
-    def __init__(self, candidate: Candidate, block_size: int, note: str) -> None:
+    def __init__(self, candidate: Candidate, block_size: int, note: str, reserve: Reserve | None = None) -> None:
         self.candidate = candidate
         self.block_size = block_size
         self.note = note
@@ -85,6 +87,7 @@ class MaskedLayer:
         self._take(torch.ones(shape, dtype=torch.bool), self.units)
         self.explored = torch.zeros_like(self.mask)
         self._explored_units = 0
+        self.held_back = None if reserve is None else HeldBack(reserve, self.weight, self.mask, block_size)
 
     @property
     def name(self) -> str:
@@ -183,6 +186,32 @@ class MaskedLayer:
         return gather(self.shard, part) if self.mask_is_local else part.cpu().clone()
 
     # ------------------------------------------------------------------ the optimizer's step
+
+    def mask_gradient_(self) -> None:
+        """Zero the gradient of units that do not learn."""
+        if (gradient := self.gradient) is None:
+            return
+        if self.held_back is not None:
+            self.held_back.mask_gradient_(gradient)
+        else:
+            self.fill_inactive_(gradient)
+
+    @property
+    def learning_density(self) -> float:
+        """Share of the weights whose gradient is needed in every step."""
+        return self.density if self.held_back is None else self.held_back.density
+
+    def put_in_held_back_(self, scale: float | Tensor = 1.0) -> None:
+        """Make the weight whole for a step, and add the penalty's gradient; `scale` is what gradients carry."""
+        if self.held_back is not None and (gradient := self.gradient) is not None:
+            self.held_back.put_in_(self.weight)
+            self.held_back.penalize_(gradient, self.weight, self.mask, scale)
+
+    def take_out_held_back_(self) -> None:
+        """Undo it, whether a step was made or not."""
+        if self.held_back is not None:
+            self.held_back.take_out(self.weight, self.mask)
+            self.fill_inactive_(self.weight)
 
     def snapshot_weight(self) -> None:
         """Remember the weight as it is before a step."""
@@ -421,7 +450,9 @@ class MaskedLayer:
         digest = hashlib.sha256(f"{rule.seed}/{update}/{self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         evidence = self._seen(weight_norm, gradient_norm, rule, generator)
-        found = (evidence.mask, rule.score(rule.keep, evidence), rule.score(rule.grow, evidence))
+        # With a reserve all units are in the running: inactive ones have weights, too.
+        mask = evidence.mask if self.held_back is None else torch.ones_like(evidence.mask)
+        found = (mask, rule.score(rule.keep, evidence), rule.score(rule.grow, evidence))
         return [Scored(*part) for part in zip(*(x.chunk(parts) for x in found), strict=True)]
 
     def _limits(self, part: Scored, k: int, drop_fraction: float, rule: Rule) -> Budget:
@@ -430,6 +461,8 @@ class MaskedLayer:
         if rule.pattern is not None:
             with self.naming_errors():
                 k = fitted(rule.pattern, part.mask.shape, k)
+            if self.held_back is not None:
+                return Budget(n, k)
         return Budget(kept_units(n, part.mask.numel() - n, k, share, regrow=rule.regrow), k)
 
     def _decided(self, part: Scored, budget: Budget, rule: Rule) -> Tensor:
@@ -461,7 +494,7 @@ class MaskedLayer:
             "final_backend": self.final_backend,
             "why": self.why,
             "window": self._window and self._window_state(self._window),
-        }
+        } | ({} if self.held_back is None else {"held_back": self.held_back.state_dict()})
 
     def _window_state(self, window: _Window) -> dict[str, Any]:
         tensors = {"gradient": window.gradient, "norm": window.norm}
@@ -475,6 +508,13 @@ class MaskedLayer:
         shape = mask_shape(self.shape, self.block_size)
         self.set_mask(unpack_bits(state["mask"], shape), unpack_bits(state["explored"], shape))
         self.backend, self.final_backend, self.why = state["backend"], state["final_backend"], state["why"]
+        if (self.held_back is None) != ("held_back" not in state):
+            found = "none" if self.held_back is not None else "some"
+            raise ValueError(
+                f"layer {self.name!r}: the checkpoint holds {found} of the weights that `reserve` holds back"
+            )
+        if self.held_back is not None:
+            self.held_back.load_state_dict(state["held_back"])
         self._window = None
         if state["window"]:
             if state["window"]["gradient"] is None:

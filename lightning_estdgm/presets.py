@@ -12,12 +12,14 @@ output head stays dense; and without `update_every` masks change every 200 steps
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
 from lightning_estdgm.controller import DGMConfig
-from lightning_estdgm.patterns import FanIn
+from lightning_estdgm.patterns import FanIn, NofM
+from lightning_estdgm.reserve import Reserve
 from lightning_estdgm.schedules import (
     AlternatingDensity,
     ConstantDensity,
@@ -210,6 +212,57 @@ def srigl(
     return replace(config, method="SRigL", pattern=FanIn(ablate))
 
 
+def top_kast(
+    density: float, *, update_every: int | None = None, backward_density: float | None = None, penalty: float = 1e-4
+) -> DGMConfig:
+    r"""Return Top-KAST's settings: Jayakumar et al., NeurIPS 2020, arXiv 2106.03517.
+
+    The forward takes each layer's largest weights, A; gradients go to its largest `backward_density`, B. Weights in B
+    but not in A learn outside the forward, and those outside B rest. The exploration loss is `penalty` times half the
+    squares of A, and 1 / `density` times that on the rest of B. Deviations: both sets are chosen anew at mask updates,
+    in every step only with ``update_every=1``; while a weight rests, an optimizer's momentum of it decays unused. By
+    default half of what is not in A is in B, 0.55 at 0.10: this package's choice.
+    """
+    backward = density + (1.0 - density) / 2 if backward_density is None else backward_density
+    if backward < density:
+        raise ValueError(f"backward_density must be at least density, got {backward} and {density}")
+    return _published(
+        "Top-KAST",
+        ConstantDensity(density, update_every, stop=1.0),
+        distribution="uniform",
+        grow="magnitude",
+        reserve=Reserve(backward, penalty, penalty / density),
+    )
+
+
+def n_of_m(
+    density: float, *, m: int = 4, update_every: int | None = None, stop: float = 1.0, decay: float = 2e-4
+) -> DGMConfig:
+    """Return the settings of N:M sparsity by SR-STE: Zhou et al., ICLR 2021, arXiv 2102.04010.
+
+    Of each `m` weights in a row along the inputs the largest ``density * m`` are in the forward: 2:4 at a density of
+    0.5. All weights get the gradient of the sparse ones, and those out of the forward a decay. Deviation: the choice is
+    made anew at mask updates, in every step only with ``update_every=1``.
+
+    Raises:
+        ValueError: if ``density * m`` is no whole number. At the start of a run, if a layer's inputs are no multiple
+            of `m`.
+
+    """
+    n = round(density * m)
+    if not 1 <= n <= m or not math.isclose(density * m, n, rel_tol=1e-9):
+        raise ValueError(f"N:{m} needs a density that is a whole number of {m}ths, got {density}")
+    return _published(
+        f"{n}:{m}",
+        ConstantDensity(density, update_every, stop=stop),
+        distribution="uniform",
+        grow="magnitude",
+        regrow=True,
+        pattern=NofM(m),
+        reserve=Reserve(1.0, 0.0, decay),
+    )
+
+
 def _published(method: str, schedule: ScheduleConfig, **settings: Any) -> DGMConfig:
     return DGMConfig(schedule, block_size=1, method=method, step_exponent=0.0, scale_init=False, **settings)
 
@@ -220,10 +273,12 @@ PRESETS: dict[str, Callable[..., DGMConfig]] = {
     "gmp": gmp,
     "granet": granet,
     "mest": mest,
+    "n:m": n_of_m,
     "rigl": rigl,
     "set": set_,
     "snfs": snfs,
     "srigl": srigl,
     "static": static,
+    "top-kast": top_kast,
 }
 """The methods by name."""

@@ -1,15 +1,19 @@
 """Published methods against their papers' rules, worked out in numpy from what a plain loop saw before each update."""
 
 import math
-from dataclasses import dataclass, field
+import pickle
+import re
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_estdgm.controller import DGMController
-from lightning_estdgm.presets import preset
+from lightning_estdgm import DGMCallback
+from lightning_estdgm.controller import DGMConfig, DGMController
+from lightning_estdgm.patterns import NofM
+from lightning_estdgm.presets import PRESETS, preset
 
 STEPS, EVERY, DENSITY = 64, 4, 0.2
 WIDTHS = (12, 24, 20, 4)
@@ -313,3 +317,230 @@ def test_srigl_gives_every_output_one_fan_in_and_ablates_those_without_salient_w
             assert_weights_follow(seen)
             ablated += (~alive).sum()
     assert ablated > 0
+
+
+# ------------------------------------------------------------------ weights that learn outside the forward
+
+
+def simulated(mlp, steps, lr, momentum, choose, penalty, learns, every, widths=WIDTHS):
+    """Top-KAST and SR-STE from their definitions: dense weights, a masked copy in the forward, its gradient on all.
+
+    `choose` gives the forward mask of dense weights, `learns` the weights that are updated, `penalty` what is added to
+    the gradient. Returns the masked weights after each step.
+    """
+    model = mlp(*widths)
+    dense = {n: p.detach().clone() for n, p in model.named_parameters()}
+    velocity = {n: torch.zeros_like(p) for n, p in dense.items()}
+    masked = ("0.weight", "2.weight")
+    data = torch.Generator().manual_seed(0)
+    seen = []
+    for step in range(steps):
+        if step % every == 0:
+            active = {n: choose(dense[n]) for n in masked}
+            moving = {n: learns(dense[n]) | active[n] for n in masked}
+        x = torch.randn(16, widths[0], generator=data)
+        forward = {n: (w * active.get(n, 1)).requires_grad_() for n, w in dense.items()}
+        F.mse_loss(torch.func.functional_call(model, forward, x), x[:, : widths[-1]].sin() * 3).backward()
+        for n, w in dense.items():
+            gradient = forward[n].grad
+            if n in masked:
+                gradient = torch.where(moving[n], gradient + penalty(w, active[n]), 0.0)
+            velocity[n] = momentum * velocity[n] + gradient
+            moved = w - lr * velocity[n]
+            dense[n] = torch.where(moving[n], moved, w) if n in masked else moved
+        chosen = active
+        if (step + 1) % every == 0 and step + 1 < steps:
+            chosen = {n: choose(dense[n]) for n in masked}
+        seen.append({n: (w * chosen.get(n, 1)).detach().clone() for n, w in dense.items()})
+    return seen
+
+
+def largest(weight, k):
+    return torch.from_numpy(best(weight.abs().numpy(), np.ones(weight.shape, bool), k))
+
+
+def two_of_four(weight):
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    for row in range(weight.shape[0]):
+        for first in range(0, weight.shape[1], 4):
+            mask[row, first : first + 4] = largest(weight[row, first : first + 4], 2)
+    return mask
+
+
+def fitted_weights(mlp, config, steps, closure, widths=WIDTHS):
+    model = mlp(*widths)
+    optimizer = torch.optim.SGD(model.parameters(), 0.3, momentum=0.9)
+    data = torch.Generator().manual_seed(0)
+    seen = []
+    with DGMController(model, optimizer, config, total_steps=steps) as dgm:
+        for _ in range(steps):
+            x = torch.randn(16, widths[0], generator=data)
+
+            def backward(x=x):
+                optimizer.zero_grad()
+                loss = F.mse_loss(model(x), x[:, : widths[-1]].sin() * 3)
+                loss.backward()
+                dgm.mask_gradients()
+                return loss
+
+            if closure:
+                optimizer.step(backward)
+            else:
+                backward()
+                optimizer.step()
+            dgm.advance()
+            seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    return seen, dgm
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("every", [1, 4])
+def test_top_kast_learns_outside_the_forward(mlp, closure, every):
+    config = preset("top-kast", DENSITY, update_every=every, backward_density=0.5, penalty=0.01)
+    got, dgm = fitted_weights(mlp, config, 32, closure)
+    expected = simulated(
+        mlp,
+        32,
+        0.3,
+        0.9,
+        choose=lambda w: largest(w, round(DENSITY * w.numel())),
+        learns=lambda w: largest(w, round(0.5 * w.numel())),
+        penalty=lambda w, active: torch.where(active, 0.01 * w, 0.01 / DENSITY * w),
+        every=every,
+    )
+    for step, (a, b) in enumerate(zip(got, expected, strict=True)):
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5, msg=f"{name} after step {step}")
+    assert dgm.explored > DENSITY + 0.1
+    assert dgm.flops_ratio == pytest.approx((2 * DENSITY + 0.5) / 3, abs=0.25)
+
+
+def test_n_of_m_is_sr_ste(mlp):
+    config = preset("n:m", 0.5, m=4, update_every=1, decay=0.02)
+    widths = (12, 24, 20, 4)
+    got, dgm = fitted_weights(mlp, config, 24, True, widths)
+    expected = simulated(
+        mlp,
+        24,
+        0.3,
+        0.9,
+        choose=two_of_four,
+        learns=lambda w: torch.ones_like(w, dtype=torch.bool),
+        penalty=lambda w, active: torch.where(active, 0.0, 0.02 * w),
+        every=1,
+    )
+    for step, (a, b) in enumerate(zip(got, expected, strict=True)):
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5, msg=f"{name} after step {step}")
+    for mask in dgm.masks().values():
+        assert (mask.view(mask.shape[0], -1, 4).sum(2) == 2).all()
+    assert dgm.explored > 0.6
+
+
+def test_steps_of_weights_outside_the_forward_are_scaled_like_the_others(mlp):
+    def after_one_step(exponent):
+        config = preset("top-kast", 0.25, penalty=0.0, backward_density=1.0, block_size=16, step_exponent=exponent)
+        model = mlp(32, 64, 4)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with DGMController(model, optimizer, replace(config, backend="cpu"), total_steps=8) as dgm:
+            (layer,) = dgm.masked_weights
+            before = model[0].weight.detach() + layer.held_back.weights
+            x = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+            F.mse_loss(model(x), x[:, :4]).backward()
+            gradient = model[0].weight.grad.clone()
+            optimizer.step()
+            return before, gradient, model[0].weight.detach() + layer.held_back.weights
+
+    for exponent, factor in ((0.0, 1.0), (1.0, 4.0)):
+        before, gradient, after = after_one_step(exponent)
+        assert torch.count_nonzero(gradient) == gradient.numel()
+        torch.testing.assert_close(after, before - 0.1 * factor * gradient)
+
+
+def test_a_step_without_a_gradient_leaves_the_reserve_where_it_is(mlp):
+    model = mlp(12, 24, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
+    with DGMController(model, optimizer, preset("top-kast", 0.2), total_steps=8) as dgm:
+        (layer,) = dgm.masked_weights
+        weight, held = model[0].weight.detach().clone(), layer.held_back.weights.clone()
+        optimizer.step()
+        optimizer.step(lambda: None)
+        assert torch.equal(model[0].weight, weight)
+        assert torch.equal(layer.held_back.weights, held)
+
+
+# ------------------------------------------------------------------ presets as such
+
+
+def test_est_dgm_is_the_default():
+    assert preset("est-dgm", 0.1) == DGMConfig()
+    assert preset("est-dgm", 0.3).schedule.resolve(100).densities[-1] == 0.3
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_print_compare_and_pickle(name):
+    config = preset(name, 0.5)
+    assert config == preset(name, 0.5)
+    assert pickle.loads(pickle.dumps(config)) == config
+    schedule = config.schedule.resolve(200)
+    assert schedule(199).density == 0.5
+    callback = DGMCallback.from_preset(name, 0.5, step_exponent=0.5, exclude=("0",), total_steps=7)
+    assert callback.config == replace(config, step_exponent=0.5, exclude=("0",))
+    assert callback.total_steps == 7
+    assert callback.run_summary()["name"] == (config.method or "EST-DGM")
+    published = name != "est-dgm"
+    assert (config.step_exponent, config.scale_init, config.block_size) == (
+        (0.0, False, 1) if published else (1.0, True, "auto")
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: preset("RigL", 0.1), ValueError, "expected a method out of ['ac/dc', 'est-dgm'"),
+        (lambda: preset("rigl", 0.1, zeta=0.3), TypeError, "'rigl' takes ['alpha', 'stop', 'update_every'] and"),
+        (lambda: preset("rigl", 0.0), ValueError, "density must lie in (0, 1], got 0.0"),
+        (lambda: preset("n:m", 0.3), ValueError, "whole number of 4ths, got 0.3"),
+        (lambda: preset("n:m", 0.5, m=1), ValueError, "whole number of 1ths, got 0.5"),
+        (lambda: preset("top-kast", 0.3, backward_density=0.2), ValueError, "at least density, got 0.2 and 0.3"),
+        (lambda: preset("srigl", 0.1, regrow=False), ValueError, "needs regrow=True"),
+        (lambda: preset("granet", 0.1, block_size="auto"), ValueError, "units of one size in all layers"),
+        (lambda: preset("top-kast", 0.1, inactive="frozen"), ValueError, "leave one out"),
+        (
+            lambda: DGMCallback.from_preset("top-kast", compress_gradients=True),
+            ValueError,
+            "compress_gradients sends the gradients of active units only",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(call, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+
+
+def test_layers_that_do_not_fit_are_named(mlp):
+    model = mlp(12, 24, 10, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for config, message in (
+        (preset("n:m", 0.5, m=8), "layer '0': N:8 needs inputs that are a multiple of 8, got a mask of (24, 12)"),
+        (preset("rigl", 0.3, pattern=NofM(4)), "layer '0': N:4 needs a density that is a whole number of 4ths"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            DGMController(model, optimizer, config, total_steps=8)
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (lambda e: e.weight[0], "one number a unit, of shape (24, 12), got (12,)"),
+        (lambda e: e.weight * math.nan, "must not be NaN"),
+    ],
+)
+def test_bad_scores_are_refused(mlp, score, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trained(mlp, preset("rigl", 0.2, update_every=EVERY, grow=score), 8)
+
+
+def test_a_drop_fraction_outside_its_range_is_refused(mlp):
+    with pytest.raises(ValueError, match="must return a share in"):
+        trained(mlp, preset("rigl", 0.2, update_every=EVERY, drop_fraction=lambda progress, density: 1.0), 8)
