@@ -10,7 +10,8 @@ import torch
 from lightning import Trainer
 
 from lightning_estdgm.recipes import ByteGPT, StdlibText
-from lightning_estdgm.recipes.gpt import source_files, split_files, warmup_cosine
+from lightning_estdgm.recipes.gpt import source_files, split_files
+from lightning_estdgm.recipes.rates import warmup_cosine
 
 
 def small_text(tmp_path, size=20_000):

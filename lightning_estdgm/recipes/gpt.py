@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lightning_estdgm.recipes.rates import run_steps, warmup_cosine
+
 VOCABULARY = 256  # a token is a byte
 Batch = tuple[Tensor, Tensor]
 
@@ -124,33 +126,17 @@ class ByteGPT(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with decay on matrices only; the learning rate moves every step."""
-        steps = self.trainer.estimated_stepping_batches
-        if not 0 < steps < math.inf:
-            raise ValueError(f"ByteGPT needs a run of known length for its cosine, got {steps}; set max_steps")
         groups = [
             {"params": [p for p in self.parameters() if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in self.parameters() if p.ndim < 2], "weight_decay": 0.0},
         ]
         fused = self.device.type in ("cpu", "cuda")
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), fused=fused)
-        factor = partial(warmup_cosine, steps=int(steps), warmup=self.warmup)
+        factor = partial(warmup_cosine, steps=run_steps(self), warmup=self.warmup)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
         }
-
-
-def warmup_cosine(step: int, steps: int, warmup: float, floor: float = 0.1) -> float:
-    """Factor on the learning rate: a linear rise for ``warmup * steps``, then half a cosine from 1 to ``floor``.
-
-    >>> warmup_cosine(0, 100, 0.1), warmup_cosine(9, 100, 0.1), round(warmup_cosine(100, 100, 0.1), 6)
-    (0.1, 1.0, 0.1)
-    """
-    rise = round(warmup * steps)
-    if step < rise:
-        return (step + 1) / rise
-    progress = min(1.0, (step - rise) / max(1, steps - rise))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class Windows(Dataset[Batch]):
