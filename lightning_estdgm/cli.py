@@ -1,4 +1,4 @@
-"""The command line: ``estdgm demo``, ``estdgm report``, ``estdgm doctor``, ``estdgm bench``."""
+"""The command line: ``estdgm demo``, ``estdgm train``, ``estdgm report``, ``estdgm doctor``, ``estdgm bench``."""
 
 from __future__ import annotations
 
@@ -117,6 +117,38 @@ def demo(
         run_sweep(config, {DENSE: rates, DGM: rates}, json, command_line())
     else:
         run_demo(config, json, command_line())
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    options_metavar="",
+)
+def train(
+    context: typer.Context,
+    recipe: Annotated[
+        str, typer.Argument(metavar="gpt|resnet|gnn --data PATH [--method NAME] [OPTIONS]", show_default=False)
+    ] = "--help",
+) -> None:
+    """Train a recipe on a data set on disk, dense or by a method; `estdgm train gpt --help` lists all options.
+
+    They are LightningCLI's; --config takes a YAML file, or a name: gpt-125m, gpt-350m, gpt-1.3b, resnet50, gcn-cora,
+    sage-arxiv.
+    """
+    if recipe in ("--help", "-h"):
+        typer.echo(context.get_help())
+        return
+    from lightning_estdgm.recipes.train import RECIPES, prepare
+
+    if recipe not in RECIPES:
+        raise typer.BadParameter(f"got {recipe!r}, expected first one of {', '.join(RECIPES)}", param_hint="recipe")
+    try:
+        run = prepare(recipe, context.args)
+    except ModuleNotFoundError as e:
+        typer.echo(f"estdgm train {recipe}: {e}", err=True)
+        raise typer.Exit(1) from e
+    except (OSError, ValueError, TypeError) as e:
+        raise typer.BadParameter(str(e)) from e
+    run.fit()
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_estdgm.recipes.checks import at_least, fraction, positive
 from lightning_estdgm.recipes.rates import run_steps, warmup_cosine
 
 Batch = tuple[Tensor, Tensor]
@@ -61,8 +61,7 @@ class ResNet(nn.Module):
         if len(layers) != 4 or min(layers) < 1:
             raise ValueError(f"layers: got {list(layers)}, expected four positive numbers")
         for name, value in (("num_classes", num_classes), ("width", width)):
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1")
+            at_least(name, value, 1)
         self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
         self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
         self.layer1 = _stage(layers[0], width, width, stride=1)
@@ -113,11 +112,9 @@ class ImageClassifier(LightningModule):
         warmup: float = 0.05,
     ) -> None:
         super().__init__()
-        if not (lr > 0 and math.isfinite(lr)):
-            raise ValueError(f"lr: got {lr}, expected a positive number")
+        positive("lr", lr)
         for name, value in (("momentum", momentum), ("label_smoothing", label_smoothing), ("warmup", warmup)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name}: got {value}, expected a fraction in [0, 1)")
+            fraction(name, value)
         self.save_hyperparameters()
         self.lr, self.momentum, self.weight_decay, self.warmup = lr, momentum, weight_decay, warmup
         self.label_smoothing = label_smoothing
