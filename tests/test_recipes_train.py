@@ -1,6 +1,7 @@
 """`estdgm train`: each recipe from its published layout on disk to a checkpoint and back, by the command itself."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from recipe_data import images, ogb, planetoid, wikitext
 from typer.testing import CliRunner
 
 from lightning_estdgm.cli import app
+from lightning_estdgm.recipes import GPT
+from lightning_estdgm.recipes.train import CONFIGS, arguments, bundled_configs
 
 pytest.importorskip("jsonargparse")
 pytestmark = [
@@ -19,13 +22,19 @@ pytestmark = [
 
 QUIET = ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false"]
 QUIET += ["--trainer.enable_model_summary=false", "--trainer.num_sanity_val_steps=0"]
-GPT = ["--model.width=64", "--model.layers=1", "--model.heads=2", "--data.context=16", "--data.batch_size=4"]
-GPT += ["--trainer.accumulate_grad_batches=1", "--trainer.val_check_interval=4", "--data.val_windows=8"]
-GPT += ["--data.workers=0"]
-RESNET = ["--model.layers=[1,1,1,1]", "--model.width=8", "--data.size=32", "--data.batch_size=3", "--data.workers=0"]
+SMALL_GPT = ["--model.width=64", "--model.layers=1", "--model.heads=2", "--data.context=16", "--data.batch_size=4"]
+SMALL_GPT += ["--trainer.accumulate_grad_batches=1", "--trainer.val_check_interval=4", "--data.val_windows=8"]
+SMALL_GPT += ["--data.workers=0"]
+SMALL_RESNET = [
+    "--model.layers=[1,1,1,1]",
+    "--model.width=8",
+    "--data.size=32",
+    "--data.batch_size=3",
+    "--data.workers=0",
+]
 RECIPES = {
-    "gpt": ("gpt", wikitext, GPT, "token", 64),
-    "resnet": ("resnet", images, RESNET, "sample", 3),
+    "gpt": ("gpt", wikitext, SMALL_GPT, "token", 64),
+    "resnet": ("resnet", images, SMALL_RESNET, "sample", 3),
     "gcn": ("gnn", planetoid, ["--model.dropout=0"], "node", 560),
     "sage": ("gnn", ogb, ["--config=sage-arxiv", "--model.hidden=16", "--model.dropout=0"], "node", 60),
 }
@@ -85,3 +94,123 @@ def test_a_recipe_trains_from_its_published_layout_and_resumes(name, method, tmp
     resumed, middle = checkpoint(again, 8), checkpoint(run, 4)
     assert all(torch.equal(whole["state_dict"][key], value) for key, value in resumed["state_dict"].items())
     assert not all(torch.equal(middle["state_dict"][key], value) for key, value in resumed["state_dict"].items())
+
+
+def test_the_settings_that_a_run_wrote_down_repeat_it(tmp_path):
+    more = ["--data", wikitext(tmp_path / "data", "raw"), "--output", tmp_path / "runs", "--seed_everything=3"]
+    first = estdgm("gpt", *QUIET, *SMALL_GPT, *more, "--trainer.max_steps=6", "--method=dense")
+    assert first.exit_code == 0, first.output
+    again = estdgm("gpt", "--config", tmp_path / "runs/dense/version_0/config.yaml")
+    assert again.exit_code == 0, again.output
+    saved = [torch.load(file, weights_only=True) for file in sorted(tmp_path.rglob("*.ckpt"))]
+    assert len(saved) == 2
+    assert all(torch.equal(saved[0]["state_dict"][key], value) for key, value in saved[1]["state_dict"].items())
+    assert saved[0]["state_dict"]["tokens.weight"].shape == (256, 64)
+    assert saved[0]["hyper_parameters"]["context"] == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("gpt-125m", 125e6), ("gpt-350m", 350e6), ("gpt-1.3b", 1.3e9)],
+)
+def test_the_gpt_configurations_have_the_sizes_that_name_them(name, expected):
+    """With GPT-2's tokens; and each step is half a million or a million of them."""
+    settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    with torch.device("meta"):
+        model = GPT(**settings["model"], context=settings["data"]["context"], vocabulary=50_257)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(expected, rel=0.02)
+    step = settings["data"]["context"] * settings["data"]["batch_size"] * settings["trainer"]["accumulate_grad_batches"]
+    assert step == (2**20 if name == "gpt-1.3b" else 2**19)
+
+
+@pytest.mark.parametrize("name", bundled_configs())
+def test_every_configuration_is_complete_but_for_the_data(name, tmp_path):
+    recipe = {"gpt": "gpt", "res": "resnet", "gcn": "gnn", "sag": "gnn"}[name[:3]]
+    done = estdgm(recipe, "--config", name, "--data", tmp_path, "--print_config=skip_null")
+    assert done.exit_code == 0, done.output
+    printed = yaml.safe_load(done.output)
+    own = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    assert own["model"].items() <= printed["model"].items()
+    assert own["data"].items() <= printed["data"].items()
+
+
+def test_a_bundled_configuration_stands_in_for_the_recipes_own_and_a_file_goes_over_it(tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: {hidden: 5}\n")
+    assert arguments("gnn", ["--data=Cora"]) == ["--config", str(CONFIGS / "gcn-cora.yaml"), "--data.path", "Cora"]
+    assert arguments("gnn", ["--config", "sage-arxiv"]) == ["--config", str(CONFIGS / "sage-arxiv.yaml")]
+    given = ["--config", str(tmp_path / "mine.yaml"), "--data", "x", "--print_config"]
+    printed = yaml.safe_load(estdgm("gnn", *given).output)
+    assert (printed["model"]["hidden"], printed["model"]["layers"]) == (5, 2)
+
+
+# Errors -------------------------------------------------------------------------------------------------------------
+
+
+def said(result):
+    """The message without the box around it."""
+    return " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "there", "words"),
+    [
+        ("gpt", [], ["no such file or folder", "wiki.train.tokens", "wikitext-103-raw-v1.zip"]),
+        ("gpt", ["wiki.train.tokens", "wiki.valid.raw"], ["no wiki.train.tokens with wiki.valid.tokens in it"]),
+        ("resnet", [], ["no folder", "image-net.org", "val/n01440764/ILSVRC2012_val_00000293.JPEG"]),
+        ("resnet", ["train/a/1.JPEG"], ["no folder", "data/val", "ILSVRC2012_img_val.tar"]),
+        ("resnet", ["train/1.JPEG", "val/1.JPEG"], ["no folder of a class in", "data/train"]),
+        ("resnet", ["train/a/1.JPEG", "val/b/1.JPEG"], ["expected the classes of val among those of train, got ['b']"]),
+        ("gnn", [], ["missing", "raw/edge.csv.gz", "ind.cora.x", "kimiyoung/planetoid", "arxiv.zip"]),
+        ("gnn", ["raw/ind.cora.allx", "raw/ind.cora.x"], ["missing", "raw/ind.cora.tx", "raw/ind.cora.test.index"]),
+        ("gnn", ["raw/ind.cora.allx", "raw/ind.pubmed.allx"], ["one data set, got those of cora, pubmed"]),
+        ("gnn", [f"raw/{f}.csv.gz" for f in ("edge", "node-feat", "node-label")], ["one folder that holds train.csv"]),
+    ],
+)
+def test_missing_data_says_what_was_looked_for_and_where_to_get_it(recipe, there, words, tmp_path):
+    for name in there:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).touch()
+    done = estdgm(recipe, "--data", tmp_path / "data")
+    assert done.exit_code == 2
+    text = said(done).replace(" ", "")  # the box breaks long paths
+    assert [word for word in words if word.replace(" ", "") not in text] == []
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["dgm"], "got 'dgm', expected first one of gpt, resnet, gnn"),
+        (["gpt", "--method=best"], "method: got 'best', expected one of dense, dgm"),
+        (["gpt", "--method=dense", "--density=0.1"], "density: got 0.1, but dense has none"),
+        (["gpt", "--model.heads=5"], "width: got 768, expected a multiple of heads=5"),
+        (["gpt", "--data.tokenizer=no.json"], "tokenizer: got 'no.json', expected a tokenizer.json"),
+    ],
+)
+def test_bad_arguments_are_named(given, words, tmp_path):
+    (tmp_path / "text").write_text("some text " * 1000)
+    done = estdgm(*given, "--data", tmp_path / "text", "--output", tmp_path)
+    assert done.exit_code == 2
+    assert words in said(done)
+
+
+def test_an_unknown_option_is_refused(tmp_path):
+    done = estdgm("gnn", "--data", tmp_path, "--trainer.max_stepz=3")
+    assert done.exit_code == 2
+    assert "unrecognized arguments: --trainer.max_stepz" in done.output
+
+
+@pytest.mark.parametrize(("recipe", "package"), [("gpt", "jsonargparse"), ("gnn", "torch_geometric")])
+def test_a_missing_package_is_named(recipe, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    done = estdgm(recipe, "--data", "x")
+    assert done.exit_code == 1
+    assert f"it needs {package}, which is not installed: pip install 'lightning-estdgm[recipes]'" in said(done)
+
+
+def test_help_names_the_recipes_and_each_recipe_lists_its_options():
+    assert "gpt|resnet|gnn" in estdgm("--help").output
+    assert "gpt|resnet|gnn" in estdgm().output
+    assert "--data.label" not in (shown := estdgm("resnet", "--help").output)
+    for option in ("--method", "--density", "--output", "--ckpt_path", "--model.label_smoothing", "--trainer.devices"):
+        assert option in shown

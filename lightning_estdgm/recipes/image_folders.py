@@ -155,7 +155,7 @@ def _centred(width: int, height: int, w: int, h: int) -> Box:
 
 def to_tensor(image: Image.Image, box: Box, size: int) -> Tensor:
     """Return the part of an RGB image scaled to ``size`` and normalised: float32 [3, size, size]."""
-    scaled = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    scaled = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(scaled)).permute(2, 0, 1) / 255
     return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 

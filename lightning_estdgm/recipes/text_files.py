@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -91,8 +92,10 @@ class TextFiles(TextWindows):
             file, dtype = _tokens_file(file, self.tokenizer, self.cache), _dtype(self.vocabulary)
         if not file.stat().st_size:
             return torch.empty(0, dtype=torch.uint8)
-        # "c": torch wants memory that may be written to; what is written there would stay in memory
-        return torch.from_numpy(np.memmap(file, dtype, mode="c"))
+        with warnings.catch_warnings():
+            # Read-only, for a private map would be counted as memory; nothing here writes to it.
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return torch.from_numpy(np.memmap(file, dtype, mode="r"))
 
 
 def find_text(path: Path) -> dict[str, Path]:

@@ -152,10 +152,6 @@ def prepare(recipe: str, given: Sequence[str]) -> Run:
 
     Raises SystemExit for arguments that do not fit, ModuleNotFoundError that says what to install, and the errors of
     the recipe's model and data for bad settings and missing files.
-
-    >>> prepare("gpt", ["--data", "no/such/text"])  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    FileNotFoundError: data: got 'no/such/text', no such file or folder; expected a text file, or a folder ...
     """
     chosen = RECIPES[recipe]
     for package in ("jsonargparse", *chosen.packages):
