@@ -43,7 +43,12 @@ from lightning_estdgm.masked_layer import MaskedLayer
 from lightning_estdgm.masks import active_units, initial_mask
 from lightning_estdgm.ops import Backend, backends, get_backend
 from lightning_estdgm.ops.selection import BackendSelector
+from lightning_estdgm.patterns import Pattern, draw
+from lightning_estdgm.redistribution import REDISTRIBUTIONS, Redistribution
+from lightning_estdgm.reserve import Reserve
+from lightning_estdgm.rule import Rule
 from lightning_estdgm.schedules import EstDgm, Schedule, ScheduleConfig
+from lightning_estdgm.scores import SCORES, Evidence
 from lightning_estdgm.topology import BlockTopology
 
 __all__ = ["DGMConfig", "DGMController", "LayerDecision"]
@@ -64,7 +69,16 @@ class DGMConfig:
             ``(shapes, density) -> densities``.
         gamma: exponent of the directional consistency in the growth score, at least 0.
         drop_fraction: share of a layer's active units given up for new ones at an update, in [0, 1); annealed to 0 by a
-            half cosine over the run.
+            half cosine over the run. Or a function ``(progress, density) -> share``, such as `StagedDrop`.
+        keep: score by which active units stay: a name in `scores.SCORES`, or a function of a `scores.Evidence`.
+        grow: score by which units are grown, likewise.
+        regrow: whether an update may grow back the units that it has just dropped; they then keep their weight.
+        pattern: of the active units of a layer, such as `NofM` or `FanIn`; ``None``: anywhere. It needs `regrow`.
+        redistribute: moves units between layers at updates: ``"global"``, ``"growth"``, or a function as those in
+            `redistribution.py`; ``None``: `distribution` holds throughout. It needs one `block_size` for all layers.
+        reserve: have inactive weights go on learning outside the forward; masks are then chosen among all weights by
+            `keep`, and nothing is dropped or grown. Not with "frozen", nor for sharded weights.
+        method: name of the method, for reports; empty: that of the schedule.
         inactive: ``"zero"``: inactive weights are 0; ``"frozen"``: they keep their value and only stop being updated.
         step_exponent: a layer at density rho takes steps ``rho**-step_exponent`` times as large; 0 turns it off.
         scale_init: scale the initial weights of a layer by ``1/sqrt(rho)`` (not with a dense warm-up, nor "frozen").
@@ -80,7 +94,14 @@ class DGMConfig:
     block_size: int | Literal["auto"] = "auto"
     distribution: str | Callable[[Sequence[Sequence[int]], float], list[float]] = "erk"
     gamma: float = 1.0
-    drop_fraction: float = 0.3
+    drop_fraction: float | Callable[[float, float], float] = 0.3
+    keep: str | Callable[[Evidence], Tensor] = "magnitude"
+    grow: str | Callable[[Evidence], Tensor] = "consistency"
+    regrow: bool = False
+    pattern: Pattern | None = None
+    redistribute: str | Redistribution | None = None
+    reserve: Reserve | None = None
+    method: str = ""
     inactive: Literal["zero", "frozen"] = "zero"
     step_exponent: float = 1.0
     scale_init: bool = True
@@ -101,10 +122,31 @@ class DGMConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-        if not 0.0 <= self.drop_fraction < 1.0:
+        if not callable(self.drop_fraction) and not 0.0 <= self.drop_fraction < 1.0:
             raise ValueError(f"drop_fraction must lie in [0, 1), got {self.drop_fraction!r}")
+        for name in ("keep", "grow"):
+            score = getattr(self, name)
+            if not callable(score) and score not in SCORES:
+                raise ValueError(f"{name} must be one of {sorted(SCORES)} or a function, got {score!r}")
+        if self.pattern is not None and (isinstance(self.pattern, type) or not isinstance(self.pattern, Pattern)):
+            raise TypeError(f"pattern must be None or a Pattern such as NofM(4), got {self.pattern!r}")
+        if self.pattern is not None and not self.regrow:
+            raise ValueError(f"pattern={self.pattern!r} needs regrow=True: each group has to be filled up")
+        if not (self.redistribute is None or callable(self.redistribute) or self.redistribute in REDISTRIBUTIONS):
+            known = sorted(REDISTRIBUTIONS)
+            raise ValueError(f"redistribute must be None, one of {known} or a function, got {self.redistribute!r}")
+        if self.redistribute is not None and self.block_size == "auto":
+            raise ValueError(
+                f"redistribute={self.redistribute!r} needs units of one size in all layers, got block_size='auto'"
+            )
         if self.inactive not in ("zero", "frozen"):
             raise ValueError(f"inactive must be 'zero' or 'frozen', got {self.inactive!r}")
+        if self.reserve is not None and not isinstance(self.reserve, Reserve):
+            raise TypeError(f"reserve must be None or a Reserve, got {self.reserve!r}")
+        if self.reserve is not None and self.inactive == "frozen":
+            raise ValueError(
+                "reserve has inactive weights go on learning, and inactive='frozen' has not: leave one out"
+            )
         for name in ("include", "exclude"):
             selectors = getattr(self, name)
             if isinstance(selectors, str) or not isinstance(selectors, Sequence):
@@ -116,6 +158,27 @@ class DGMConfig:
             raise TypeError(f"seed must be an int, got {self.seed!r}")
         if self.backend not in ("auto", "dense"):
             get_backend(self.backend)
+
+    @property
+    def rule(self) -> Rule:
+        """How mask updates choose."""
+        name = self.redistribute
+        redistribute = REDISTRIBUTIONS[name] if isinstance(name, str) else name
+        return Rule(self.keep, self.grow, self.gamma, self.regrow, self.pattern, redistribute, self.seed)
+
+    def drop_share(self, progress: float, density: float) -> float:
+        """Return the share of active units that an update gives up.
+
+        Raises:
+            ValueError: if the function given as `drop_fraction` returns none in [0, 1).
+
+        """
+        if not callable(self.drop_fraction):
+            return self.drop_fraction * 0.5 * (1.0 + math.cos(math.pi * progress))
+        share = self.drop_fraction(progress, density)
+        if not 0.0 <= share < 1.0:
+            raise ValueError(f"drop_fraction must return a share in [0, 1), got {share!r} from {self.drop_fraction!r}")
+        return share
 
 
 @dataclass(frozen=True)
@@ -185,6 +248,7 @@ class DGMController:
         self.config = config or DGMConfig()
         self._group = group
         self.schedule: Schedule = self.config.schedule.resolve(total_steps)
+        self._rule = self.config.rule
         self.steps = 0
         self.position = 0
         self.updates = 0
@@ -199,6 +263,7 @@ class DGMController:
         self._owned = {key: [x for x in self._layers if id(x.parameter) in ids] for key, ids in held.items()}
         self._selector = BackendSelector(None if self.config.backend == "auto" else self.config.backend)
         self._check_forced_backend()
+        self._check_rule()
         self._idle = False  # the optimizer step under way is none of training
         self._unevenly_held: dict[int, bool] = {}  # per optimizer: some rank holds no part of any parameter
         self._stepped = False
@@ -230,7 +295,7 @@ class DGMController:
     @property
     def observing(self) -> bool:
         """Whether the gradients of the step under way are observed whole."""
-        if self.position >= self.schedule.total_steps:
+        if self.position >= self.schedule.total_steps or not self._rule.needs_gradients:
             return False
         return self._waiting or self.schedule(self.position).observe
 
@@ -250,8 +315,7 @@ class DGMController:
             if self.observing and not MaskedLayer.observe(layers, 1.0 / grad_scale):
                 self._warn_nonfinite()
             for layer in layers:
-                if (gradient := layer.gradient) is not None:
-                    layer.fill_inactive_(gradient)
+                layer.mask_gradient_()
 
     def advance(self, position: int | None = None) -> bool:
         """Go on to the next step, if an optimizer step has happened: next phase, mask update when due.
@@ -283,7 +347,8 @@ class DGMController:
         self.position = after
         crossed = range(before + 1, min(self.position, self.schedule.total_steps - 1) + 1)
         due = self._waiting or any(self.schedule(p).update for p in crossed)
-        self._waiting = due and not any(layer.observed for layer in self._layers)
+        blind = self._rule.needs_gradients and not any(layer.observed for layer in self._layers)
+        self._waiting = due and blind
         if self._waiting:
             self._refuse_nan_weights()
         updated = due and not self._waiting
@@ -527,7 +592,7 @@ class DGMController:
         block_size, note = unit_of(candidate, self.config.block_size)
         if candidate.parts > 1:
             note = "; ".join(filter(None, (f"{candidate.parts} fused matrices, each with its own budget", note)))
-        return MaskedLayer(candidate, block_size, note)
+        return MaskedLayer(candidate, block_size, note, self.config.reserve)
 
     def _check_forced_backend(self) -> None:
         if self.config.backend in ("auto", "dense"):
@@ -548,12 +613,15 @@ class DGMController:
 
         """
         generator = torch.Generator().manual_seed(self.config.seed)
+        reserve = self.config.reserve is not None
         held = []
         for layer, budget in zip(self._layers, self._budget(self.schedule(self.position).density), strict=True):
             norms = layer.whole_norms()
             parts = zip(norms.chunk(len(budget)), budget, strict=True)
-            layer.set_mask(torch.cat([initial_mask(x, k, generator, largest=largest) for x, k in parts]))
+            layer.set_mask(torch.cat([self._initial(layer, x, k, generator, largest or reserve) for x, k in parts]))
             held.append(active_units(norms > 0))
+            if layer.held_back is not None:
+                layer.held_back.take_all(layer.weight, layer.mask)
             if self.config.inactive == "zero":
                 layer.fill_inactive_(layer.weight)
                 # Where an earlier mask has left its zeros, the weights were scaled by that one.
@@ -563,6 +631,26 @@ class DGMController:
         self._observe_or_not()
         self._check_ranks(f"where masks were drawn, at step {self.steps}")
         return held
+
+    def _check_rule(self) -> None:
+        """Raise if a layer cannot be updated by the rule."""
+        for layer in (layer for layer in self._layers if layer.shard.groups):
+            if self.config.reserve is not None:
+                raise ValueError(f"layer {layer.name!r} is sharded over ranks, where reserve is not to be had: use DDP")
+            if self.schedule.densities[1:]:
+                self._rule.check_sharded(layer.name)
+        sizes = {layer.unit_size: layer.name for layer in self._layers}
+        if self._rule.redistribute is not None and len(sizes) > 1:
+            raise ValueError(
+                f"redistribute needs units of one size in all layers, got (weights in a unit: layer) {sizes}"
+            )
+
+    def _initial(self, layer: MaskedLayer, norms: Tensor, k: int, generator: torch.Generator, largest: bool) -> Tensor:
+        if self.config.pattern is None:
+            return initial_mask(norms, k, generator, largest=largest)
+        noise = torch.rand(norms.shape, generator=generator)
+        with layer.naming_errors():
+            return draw(self.config.pattern, torch.where(norms > 0, norms if largest else noise, noise - 1.0), k)
 
     def _hook_up(self) -> None:
         for optimizer in self._optimizers:
@@ -596,11 +684,11 @@ class DGMController:
         return 1.0 if self.config.inactive == "frozen" else layer.density**-self.config.step_exponent
 
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         self._idle = closure is None and self._is_idle(optimizer)
         if self._idle:
-            return
+            return None
         if closure is None:  # the gradients are there: mask them even if the loop did not
             self.mask_gradients(optimizer)
         for layer in self._owned[id(optimizer)]:
@@ -608,16 +696,49 @@ class DGMController:
                 layer.snapshot_weight()
             else:
                 layer.forget_snapshot()
+        return None if self.config.reserve is None else self._make_whole(optimizer, closure, args, kwargs)
+
+    def _make_whole(self, optimizer: Optimizer, closure: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Put held-back weights in for the step that comes: after its closure, whose forward is without them."""
+        layers = self._owned[id(optimizer)]
+
+        def put_in() -> None:
+            scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales by itself
+            for layer in layers:
+                layer.put_in_held_back_(1.0 if scale is None else scale)
+                if self._step_scale(layer) != 1.0:
+                    layer.snapshot_weight()
+
+        if closure is None:
+            put_in()
+            return None
+
+        def wrapped() -> Any:
+            with torch.no_grad():
+                for layer in layers:  # of a second call of the closure
+                    layer.take_out_held_back_()
+            with torch.enable_grad():
+                loss = closure()
+            with torch.no_grad():
+                put_in()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": wrapped}
+        return (args[0], wrapped, *args[2:]), kwargs
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._idle or not self._has_gradients(optimizer) or _skipped_by_scaler(optimizer):
+            for layer in self._owned[id(optimizer)]:
+                layer.take_out_held_back_()
             return
         self._stepped = True
         for layer in self._owned[id(optimizer)]:
             if layer.gradient is None:
                 continue
             layer.scale_step_(self._step_scale(layer))
+            layer.take_out_held_back_()
             if self.config.inactive == "zero":
                 layer.fill_inactive_(layer.weight)
             else:
@@ -677,19 +798,24 @@ class DGMController:
 
     @torch.no_grad()
     def _update(self) -> None:
-        progress = self.schedule.drop_progress(self.position)
-        drop_fraction = self.config.drop_fraction * 0.5 * (1.0 + math.cos(math.pi * progress))
-        budgets = self._budget(self.schedule(self.position).density)
+        density = self.schedule(self.position).density
+        drop_fraction = self.config.drop_share(self.schedule.drop_progress(self.position), density)
+        if self.config.reserve is not None:
+            drop_fraction = 0.0
+            for layer in self._layers:
+                if layer.held_back is not None:
+                    layer.held_back.put_in_(layer.weight)
         grown = 0
         for layer, changed, grown_units in MaskedLayer.redecide(
-            self._layers, budgets, drop_fraction, self.config.gamma
+            self._layers, self._budget(density), drop_fraction, self._rule, self.updates
         ):
             grown += grown_units * layer.unit_size
+            if layer.held_back is not None:
+                layer.held_back.take_all(layer.weight, layer.mask)
             if self.config.inactive == "zero":
                 layer.fill_inactive_(layer.weight)
-            if layer.gradient is not None:
-                layer.fill_inactive_(layer.gradient)
-            for optimizer in self._optimizers:
+            layer.mask_gradient_()
+            for optimizer in self._optimizers if layer.held_back is None else ():
                 layer.clear_optimizer_state_(_state_holder(optimizer), changed)
         self.updates += 1
         self.churn = grown / sum(layer.active * layer.unit_size for layer in self._layers)
@@ -743,7 +869,7 @@ class DGMController:
 
     def _observe_or_not(self) -> None:
         for layer in self._layers:
-            set_observing(layer.candidate, self.observing)
+            set_observing(layer.candidate, self.observing or layer.held_back is not None)
 
     # ------------------------------------------------------------------ backends
 
@@ -815,7 +941,7 @@ class DGMController:
             layer = by_name.get(candidate.name)
             if layer is not None:
                 through = 1.0 if self.config.inactive == "frozen" else layer.density
-                analytic = 2.0 * through + (1.0 if self.observing else layer.density)
+                analytic = 2.0 * through + (1.0 if self.observing else layer.learning_density)
                 executed = analytic if layer.backend not in ("dense", "reference") else 3.0
             self.flops["analytic"] += product * analytic
             self.flops["executed"] += product * executed

@@ -6,9 +6,10 @@ needs the other ranks of a sharded weight, observing and deciding, is done for a
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from lightning_estdgm.distributed.selection import Ranking, top_k
 from lightning_estdgm.layers import Candidate
 from lightning_estdgm.masks import (
     active_units,
-    decide,
+    exchange,
     fill_inactive_,
     kept_units,
     mask_shape,
@@ -31,6 +32,11 @@ from lightning_estdgm.masks import (
     unit_size,
     unpack_bits,
 )
+from lightning_estdgm.patterns import exchange_in_groups, fitted
+from lightning_estdgm.redistribution import Budget, Scored
+from lightning_estdgm.reserve import HeldBack, Reserve
+from lightning_estdgm.rule import Rule
+from lightning_estdgm.scores import Evidence
 
 __all__ = ["MaskedLayer"]
 
@@ -59,10 +65,11 @@ class MaskedLayer:
         backend: what computes the layer now.
         final_backend: what will at the final density; ``"?"`` until measured.
         why: the reason for that, in words.
+        held_back: the inactive weights, where they go on learning.
 
     """
 
-    def __init__(self, candidate: Candidate, block_size: int, note: str) -> None:
+    def __init__(self, candidate: Candidate, block_size: int, note: str, reserve: Reserve | None = None) -> None:
         self.candidate = candidate
         self.block_size = block_size
         self.note = note
@@ -80,6 +87,7 @@ class MaskedLayer:
         self._take(torch.ones(shape, dtype=torch.bool), self.units)
         self.explored = torch.zeros_like(self.mask)
         self._explored_units = 0
+        self.held_back = None if reserve is None else HeldBack(reserve, self.weight, self.mask, block_size)
 
     @property
     def name(self) -> str:
@@ -178,6 +186,32 @@ class MaskedLayer:
         return gather(self.shard, part) if self.mask_is_local else part.cpu().clone()
 
     # ------------------------------------------------------------------ the optimizer's step
+
+    def mask_gradient_(self) -> None:
+        """Zero the gradient of units that do not learn."""
+        if (gradient := self.gradient) is None:
+            return
+        if self.held_back is not None:
+            self.held_back.mask_gradient_(gradient)
+        else:
+            self.fill_inactive_(gradient)
+
+    @property
+    def learning_density(self) -> float:
+        """Share of the weights whose gradient is needed in every step."""
+        return self.density if self.held_back is None else self.held_back.density
+
+    def put_in_held_back_(self, scale: float | Tensor = 1.0) -> None:
+        """Make the weight whole for a step, and add the penalty's gradient; `scale` is what gradients carry."""
+        if self.held_back is not None and (gradient := self.gradient) is not None:
+            self.held_back.put_in_(self.weight)
+            self.held_back.penalize_(gradient, self.weight, self.mask, scale)
+
+    def take_out_held_back_(self) -> None:
+        """Undo it, whether a step was made or not."""
+        if self.held_back is not None:
+            self.held_back.take_out(self.weight, self.mask)
+            self.fill_inactive_(self.weight)
 
     def snapshot_weight(self) -> None:
         """Remember the weight as it is before a step."""
@@ -285,7 +319,11 @@ class MaskedLayer:
 
     @staticmethod
     def redecide(
-        layers: Sequence[MaskedLayer], budgets: Sequence[Sequence[int]], drop_fraction: float, gamma: float
+        layers: Sequence[MaskedLayer],
+        budgets: Sequence[Sequence[int]],
+        drop_fraction: float,
+        rule: Rule,
+        update: int = 0,
     ) -> Iterator[tuple[MaskedLayer, Tensor, int]]:
         """Replace masks by ones decided from the weights and the windows; end the windows.
 
@@ -294,32 +332,39 @@ class MaskedLayer:
 
         Args:
             layers: all of them.
-            budgets: for each, the active units of each of its parts.
+            budgets: for each, the active units of each of its parts; a redistribution keeps to their sum.
             drop_fraction: see `masks.decide`.
-            gamma: see `scores.growth`.
+            rule: how to choose.
+            update: number of the update, for random scores.
 
         Yields:
             Each layer with its new mask, the units of `mask` whose state changed, and how many were grown.
 
         Raises:
-            ValueError: if a layer holds NaN weights.
+            ValueError: if a layer holds NaN weights, or does not fit the rule.
 
         """
         sharded = [layer for layer in layers if layer.shard.groups]
+        for layer in sharded:
+            rule.check_sharded(layer.name)
         sums = all_reduce([layer.shard for layer in sharded], [layer._evidence() for layer in sharded])
         for layer, evidence in zip(sharded, sums, strict=True):
             layer._refuse_nan(evidence)
         units = {x: s.chunk(2) for x, s in zip(sharded, sums, strict=True) if not x.mask_is_local}
         ranked = [(x, k) for x, k in zip(layers, budgets, strict=True) if x.mask_is_local]
-        kept = {x: x._kept(k, drop_fraction) for x, k in ranked}
-        chosen = top_k(
-            [Ranking(x.shard, x._keep_scores, kept[x]) for x, _ in ranked]
-            + [
-                Ranking(x.shard, partial(x._grow_scores, gamma), [n - m for n, m in zip(k, kept[x], strict=True)])
-                for x, k in ranked
-            ]
-        )
-        masks = {x: (chosen[i], chosen[i + len(ranked)]) for i, (x, _) in enumerate(ranked)}
+        kept = {x: x._kept(k, drop_fraction, rule) for x, k in ranked}
+        masks = _ranked(ranked, kept, rule)
+        scored: dict[MaskedLayer, list[Scored]] = {}
+        if rule.redistribute is not None:  # all layers' scores at once
+            scored = {layer: layer._scored(len(k), rule, update) for layer, k in zip(layers, budgets, strict=True)}
+            moved = iter(
+                rule.redistribute(
+                    [part for parts in scored.values() for part in parts],
+                    sum(map(sum, budgets)),
+                    drop_fraction,
+                    rule.regrow,
+                )
+            )
         for layer, budget in zip(layers, budgets, strict=True):
             old = layer.mask
             if layer in masks:
@@ -327,8 +372,17 @@ class MaskedLayer:
                 layer._take(keep() | grow(), sum(budget))
                 layer._part_active = list(budget)
                 grown = sum(budget) - sum(kept[layer])
+                if rule.regrow:  # some of them were active before
+                    grown = int(all_reduce([layer.shard], [(layer.mask & ~old).sum()[None]])[0])
             else:
-                mask = layer._decided(budget, drop_fraction, gamma, units.get(layer))
+                parts = scored.pop(layer, None) or layer._scored(len(budget), rule, update, units.get(layer))
+                if rule.redistribute is not None:
+                    limits = [next(moved) for _ in parts]
+                else:
+                    limits = [
+                        layer._limits(part, k, drop_fraction, rule) for part, k in zip(parts, budget, strict=True)
+                    ]
+                mask = torch.cat([layer._decided(part, limit, rule) for part, limit in zip(parts, limits, strict=True)])
                 layer._take(mask, active_units(mask))
                 grown = active_units(layer.mask & ~old)
             layer.explored |= layer.mask
@@ -345,44 +399,78 @@ class MaskedLayer:
         gradient = torch.zeros_like(self.weight) if self._window is None else self._window.gradient
         return torch.cat([self._squares(self.weight), self._squares(gradient)])
 
+    @contextmanager
+    def naming_errors(self) -> Iterator[None]:
+        """Put the layer's name before a ValueError."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"layer {self.name!r}: {error}") from error
+
     def _refuse_nan(self, scores: Tensor) -> None:
         if scores.isnan().any() or (self.mask_is_local and bool(scores.any())):
             raise ValueError(f"the run has diverged: layer {self.name!r} holds NaN weights at a mask update")
 
-    def _kept(self, budget: Sequence[int], drop_fraction: float) -> list[int]:
+    def _share(self, drop_fraction: float, rule: Rule) -> float:
+        """Return the drop fraction; 0 for a layer that took part in no observed step where it has to grow by that."""
+        return drop_fraction if self._window is not None or not rule.needs_gradients else 0.0
+
+    def _kept(self, budget: Sequence[int], drop_fraction: float, rule: Rule) -> list[int]:
         """Return how many active units of each part stay."""
         size = self.units // self.candidate.parts
-        share = 0.0 if self._window is None else drop_fraction
-        return [kept_units(n, size - n, k, share) for n, k in zip(self._part_active, budget, strict=True)]
+        share = self._share(drop_fraction, rule)
+        return [
+            kept_units(n, size - n, k, share, regrow=rule.regrow)
+            for n, k in zip(self._part_active, budget, strict=True)
+        ]
 
-    def _keep_scores(self) -> Tensor:
-        return scores.magnitude(self.weight, 1).masked_fill(~self.mask, -torch.inf)
-
-    def _grow_scores(self, gamma: float) -> Tensor:
+    def _local_scores(self, which: str | Callable[[Evidence], Tensor], taken: Tensor, rule: Rule) -> Tensor:
+        """Return scores of this rank's part of a sharded weight, those of `taken` units last."""
         norm = None if self._window is None else pool_norm(self._window.gradient, 1)
-        return self._growth(norm, gamma).masked_fill(self.mask, -torch.inf)
+        evidence = self._seen(scores.magnitude(self.weight, 1), norm, rule, torch.Generator())
+        return rule.score(which, evidence).masked_fill(taken, -torch.inf)
 
-    def _growth(self, gradient_norm: Tensor | None, gamma: float) -> Tensor:
-        """Return growth scores from the norm of each unit's summed gradient; 0 where nothing was observed."""
+    def _seen(self, weight: Tensor, gradient_norm: Tensor | None, rule: Rule, generator: torch.Generator) -> Evidence:
+        """Put together what scores are made of; `gradient_norm` is that of the window's sum."""
         window = self._window
         if window is None or gradient_norm is None:
-            return torch.zeros(self.mask.shape, device=self.mask.device)
-        return scores.growth(gradient_norm / window.samples, window.norm / window.samples, gamma)
+            mean_gradient = mean_norm = torch.zeros(self.mask.shape, device=self.mask.device)
+        else:
+            mean_gradient, mean_norm = gradient_norm / window.samples, window.norm / window.samples
+        return Evidence(self.mask, weight, mean_gradient, mean_norm, rule.gamma, generator)
 
-    def _decided(
-        self, budget: Sequence[int], drop_fraction: float, gamma: float, squares: Sequence[Tensor] | None
-    ) -> Tensor:
-        """Return the next mask of a layer whose whole scores are here; `squares` of weight and gradient if sharded."""
+    def _scored(self, parts: int, rule: Rule, update: int, squares: Sequence[Tensor] | None = None) -> list[Scored]:
+        """Return the scores of each part of a layer with a whole mask; `squares` of weight and gradient if sharded."""
         if squares is None:
-            weight_scores = scores.magnitude(self.weight, self.block_size)
-            self._refuse_nan(weight_scores)
+            weight_norm = scores.magnitude(self.weight, self.block_size)
+            self._refuse_nan(weight_norm)
             gradient_norm = None if self._window is None else pool_norm(self._window.gradient, self.block_size)
         else:
-            weight_scores, gradient_norm = (self._norm(x) for x in squares)
-        # A layer that took part in no observed step has nothing to grow by, so nothing is dropped for it.
-        drop = 0.0 if self._window is None else drop_fraction
-        parts = (x.chunk(len(budget)) for x in (self.mask, weight_scores, self._growth(gradient_norm, gamma)))
-        return torch.cat([decide(m, w, g, k, drop) for m, w, g, k in zip(*parts, budget, strict=True)])
+            weight_norm, gradient_norm = (self._norm(x) for x in squares)
+        digest = hashlib.sha256(f"{rule.seed}/{update}/{self.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        evidence = self._seen(weight_norm, gradient_norm, rule, generator)
+        # With a reserve all units are in the running: inactive ones have weights, too.
+        mask = evidence.mask if self.held_back is None else torch.ones_like(evidence.mask)
+        found = (mask, rule.score(rule.keep, evidence), rule.score(rule.grow, evidence))
+        return [Scored(*part) for part in zip(*(x.chunk(parts) for x in found), strict=True)]
+
+    def _limits(self, part: Scored, k: int, drop_fraction: float, rule: Rule) -> Budget:
+        """Return the budget of one part where nothing is redistributed."""
+        n, share = active_units(part.mask), self._share(drop_fraction, rule)
+        if rule.pattern is not None:
+            with self.naming_errors():
+                k = fitted(rule.pattern, part.mask.shape, k)
+            if self.held_back is not None:
+                return Budget(n, k)
+        return Budget(kept_units(n, part.mask.numel() - n, k, share, regrow=rule.regrow), k)
+
+    def _decided(self, part: Scored, budget: Budget, rule: Rule) -> Tensor:
+        """Return the next mask of one part."""
+        if rule.pattern is None:
+            return exchange(part.mask, part.keep, part.grow, budget.k, budget.keep, regrow=rule.regrow)
+        with self.naming_errors():
+            return exchange_in_groups(rule.pattern, part.mask, part.keep, part.grow, budget.k, budget.keep)
 
     def clear_optimizer_state_(self, optimizer: Optimizer, units: Tensor) -> None:
         """Zero every state tensor of the weight's shape at `units`; step counts and the like stay."""
@@ -406,7 +494,7 @@ class MaskedLayer:
             "final_backend": self.final_backend,
             "why": self.why,
             "window": self._window and self._window_state(self._window),
-        }
+        } | ({} if self.held_back is None else {"held_back": self.held_back.state_dict()})
 
     def _window_state(self, window: _Window) -> dict[str, Any]:
         tensors = {"gradient": window.gradient, "norm": window.norm}
@@ -420,6 +508,13 @@ class MaskedLayer:
         shape = mask_shape(self.shape, self.block_size)
         self.set_mask(unpack_bits(state["mask"], shape), unpack_bits(state["explored"], shape))
         self.backend, self.final_backend, self.why = state["backend"], state["final_backend"], state["why"]
+        if (self.held_back is None) != ("held_back" not in state):
+            found = "none" if self.held_back is not None else "some"
+            raise ValueError(
+                f"layer {self.name!r}: the checkpoint holds {found} of the weights that `reserve` holds back"
+            )
+        if self.held_back is not None:
+            self.held_back.load_state_dict(state["held_back"])
         self._window = None
         if state["window"]:
             if state["window"]["gradient"] is None:
@@ -431,3 +526,25 @@ class MaskedLayer:
             self._window.gradient.copy_(self.shard.part(state["window"]["gradient"]))
             self._window.norm.copy_(self._part(state["window"]["norm"]))
             self._window.samples = state["window"]["samples"]
+
+
+def _ranked(
+    layers: Sequence[tuple[MaskedLayer, Sequence[int]]], kept: Mapping[MaskedLayer, Sequence[int]], rule: Rule
+) -> dict[MaskedLayer, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
+    """Return for sharded single weights what gives this rank's part of the kept and of the grown units."""
+
+    def keeping(layer: MaskedLayer) -> Ranking:
+        return Ranking(layer.shard, lambda: layer._local_scores(rule.keep, ~layer.mask, rule), kept[layer])
+
+    def growing(layer: MaskedLayer, budget: Sequence[int], taken: Tensor | None) -> Ranking:
+        counts = [n - m for n, m in zip(budget, kept[layer], strict=True)]
+        return Ranking(
+            layer.shard, lambda: layer._local_scores(rule.grow, layer.mask if taken is None else taken, rule), counts
+        )
+
+    if not rule.regrow:  # both at once, in as few collectives
+        chosen = top_k([keeping(x) for x, _ in layers] + [growing(x, k, None) for x, k in layers])
+        return {x: (chosen[i], chosen[i + len(layers)]) for i, (x, _) in enumerate(layers)}
+    stay = top_k([keeping(x) for x, _ in layers])
+    grow = top_k([growing(x, k, taken()) for (x, k), taken in zip(layers, stay, strict=True)])
+    return {x: pair for (x, _), pair in zip(layers, zip(stay, grow, strict=True), strict=True)}

@@ -13,6 +13,7 @@ from torch import Tensor
 __all__ = [
     "active_units",
     "decide",
+    "exchange",
     "fill_inactive_",
     "initial_mask",
     "kept_units",
@@ -21,6 +22,7 @@ __all__ = [
     "pack_bits",
     "pool_norm",
     "top_k",
+    "top_k_in_groups",
     "unit_size",
     "unit_view",
     "unpack_bits",
@@ -145,7 +147,57 @@ def initial_mask(norms: Tensor, k: int, generator: torch.Generator, *, largest: 
     return top_k(torch.where(norms > 0, norms if largest else noise, noise - 1.0), k)
 
 
-def decide(mask: Tensor, weight_scores: Tensor, growth_scores: Tensor, k: int, drop_fraction: float) -> Tensor:
+def top_k_in_groups(scores: Tensor, counts: Tensor) -> Tensor:
+    """Return a mask of the largest scores of each row, exactly `counts` of them; ties go to the lowest index.
+
+    Args:
+        scores: ``(groups, size)``, no NaN.
+        counts: ``(groups,)``, integers from 0 to ``size``.
+
+    Raises:
+        ValueError: if a count is out of range or a score is NaN.
+
+    """
+    groups, size = scores.shape
+    if counts.shape != (groups,) or bool((counts < 0).any()) or bool((counts > size).any()):
+        raise ValueError(f"counts must be {groups} numbers in [0, {size}], got {counts.tolist()}")
+    if torch.isnan(scores).any():
+        raise ValueError("scores must not be NaN")
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    chosen = torch.arange(size, device=scores.device) < counts[:, None]
+    return torch.zeros_like(chosen).scatter_(1, order, chosen)
+
+
+def exchange(
+    mask: Tensor, keep_scores: Tensor, grow_scores: Tensor, k: int, keep: int, *, regrow: bool = False
+) -> Tensor:
+    """Keep the `keep` active units of largest keep score, grow others of largest growth score until `k` are active.
+
+    Args:
+        mask: the mask so far.
+        keep_scores: of the mask's shape; only active units' are read.
+        grow_scores: of the mask's shape.
+        k: active units of the new mask.
+        keep: how many stay, at most `k` and the number of active ones.
+        regrow: whether units just dropped may be grown again; else only units that were inactive are grown.
+
+    Raises:
+        ValueError: if a number is out of range or a score is NaN.
+
+    """
+    kept = top_k(keep_scores.masked_fill(~mask, -torch.inf), keep)
+    return kept | top_k(grow_scores.masked_fill(kept if regrow else mask, -torch.inf), k - keep)
+
+
+def decide(
+    mask: Tensor,
+    weight_scores: Tensor,
+    growth_scores: Tensor,
+    k: int,
+    drop_fraction: float,
+    *,
+    regrow: bool = False,
+) -> Tensor:
     r"""Re-decide a mask: keep the active units of largest weight, grow the inactive ones of largest growth score.
 
     With ``n`` units active, ``s = min(n, k)`` could survive; ``s - floor(drop_fraction * s)`` do, and the rest of `k`
@@ -157,6 +209,7 @@ def decide(mask: Tensor, weight_scores: Tensor, growth_scores: Tensor, k: int, d
         growth_scores: of the mask's shape; only inactive units' are read.
         k: active units of the new mask: exactly this many.
         drop_fraction: share of the surviving units given up for new ones, in [0, 1].
+        regrow: see `exchange`; none is then dropped less for want of inactive units.
 
     Returns:
         A new mask with exactly `k` active units; the same on every machine for the same scores.
@@ -166,13 +219,11 @@ def decide(mask: Tensor, weight_scores: Tensor, growth_scores: Tensor, k: int, d
 
     """
     n_active = active_units(mask)
-    keep = kept_units(n_active, mask.numel() - n_active, k, drop_fraction)
-    kept = top_k(weight_scores.masked_fill(~mask, -torch.inf), keep)
-    grown = top_k(growth_scores.masked_fill(mask, -torch.inf), k - keep)
-    return kept | grown
+    keep = kept_units(n_active, mask.numel() - n_active, k, drop_fraction, regrow=regrow)
+    return exchange(mask, weight_scores, growth_scores, k, keep, regrow=regrow)
 
 
-def kept_units(n_active: int, n_inactive: int, k: int, drop_fraction: float) -> int:
+def kept_units(n_active: int, n_inactive: int, k: int, drop_fraction: float, *, regrow: bool = False) -> int:
     """Return how many active units stay when a mask is re-decided to `k` units; see `decide`.
 
     Raises:
@@ -185,7 +236,8 @@ def kept_units(n_active: int, n_inactive: int, k: int, drop_fraction: float) -> 
     if not 0 <= k <= units:
         raise ValueError(f"k must lie in [0, {units}] for a mask of {units} units, got {k}")
     survivors = min(n_active, k)
-    return max(survivors - int(drop_fraction * survivors), k - n_inactive)
+    keep = survivors - int(drop_fraction * survivors)
+    return keep if regrow else max(keep, k - n_inactive)
 
 
 def pack_bits(mask: Tensor) -> Tensor:

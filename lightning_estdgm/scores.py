@@ -5,12 +5,59 @@ A *unit* is what the mask decides on: one weight, or a ``b x b`` block of a weig
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from lightning_estdgm.masks import pool_norm
 
-__all__ = ["consistency", "growth", "magnitude"]
+__all__ = ["SCORES", "WITHOUT_GRADIENTS", "Evidence", "WeightAndGradient", "consistency", "growth", "magnitude"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a mask update knows of the units of one layer, or of one part of it; tensors have the mask's shape.
+
+    Attributes:
+        mask: bool, true where active so far.
+        weight: norm of each unit's weights.
+        mean_gradient: norm of each unit's gradient, averaged over the window; 0 where nothing was observed.
+        mean_norm: norms of each unit's gradients, averaged over the window; 0 where nothing was observed.
+        gamma: `DGMConfig.gamma`.
+        generator: on the CPU; seeded by `DGMConfig.seed`, the update and the layer: the same on every rank and in a
+            resumed run.
+
+    """
+
+    mask: Tensor
+    weight: Tensor
+    mean_gradient: Tensor
+    mean_norm: Tensor
+    gamma: float
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class WeightAndGradient:
+    r"""The score :math:`\lVert w \rVert + \lambda \overline{\lVert g \rVert}` of MEST (Yuan et al., arXiv 2110.14032).
+
+    Attributes:
+        scale: lambda, at least 0.
+
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale >= 0.0):
+            raise ValueError(f"scale must be a finite number of at least 0, got {self.scale!r}")
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """Return the scores."""
+        return evidence.weight + self.scale * evidence.mean_norm
 
 
 def magnitude(weight: Tensor, block_size: int) -> Tensor:
@@ -55,3 +102,21 @@ def growth(mean_gradient_norm: Tensor, mean_norm: Tensor, gamma: float) -> Tenso
 
     """
     return mean_norm * consistency(mean_gradient_norm, mean_norm) ** gamma
+
+
+def _random(evidence: Evidence) -> Tensor:
+    noise = torch.rand(evidence.mask.shape, generator=evidence.generator)
+    return noise.to(evidence.mask.device)
+
+
+SCORES: dict[str, Callable[[Evidence], Tensor]] = {
+    "magnitude": lambda evidence: evidence.weight,
+    "gradient": lambda evidence: evidence.mean_norm,
+    "momentum": lambda evidence: evidence.mean_gradient,
+    "consistency": lambda evidence: growth(evidence.mean_gradient, evidence.mean_norm, evidence.gamma),
+    "random": _random,
+}
+"""Known scores by name; `DGMConfig.keep` and `DGMConfig.grow` also take such a function itself."""
+
+WITHOUT_GRADIENTS = frozenset({"magnitude", "random"})
+"""Scores that need no observation window."""

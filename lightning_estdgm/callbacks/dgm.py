@@ -24,6 +24,7 @@ from lightning_estdgm.callbacks.compression import GradientCompression
 from lightning_estdgm.callbacks.handover import Handover, Outcome
 from lightning_estdgm.controller import DGMConfig, DGMController, LayerDecision
 from lightning_estdgm.distributed import adapter_for
+from lightning_estdgm.presets import preset
 from lightning_estdgm.schedules import EstDgm, Schedule
 
 __all__ = ["DGMCallback", "decision_table"]
@@ -72,6 +73,10 @@ class DGMCallback(pl.Callback):
             raise ValueError(f"total_steps must be at least 1, got {total_steps!r}")
         if not isinstance(compress_gradients, bool):
             raise TypeError(f"compress_gradients must be a bool, got {compress_gradients!r}")
+        if compress_gradients and config is not None and config.reserve is not None:
+            raise ValueError(
+                "compress_gradients sends the gradients of active units only, and reserve needs others: leave one out"
+            )
         self.config = config or DGMConfig()
         self.total_steps = total_steps
         self.compress_gradients = compress_gradients
@@ -86,6 +91,33 @@ class DGMCallback(pl.Callback):
         self._progress_bar: Any = None
         self._printed = False
         self._sent: dict[str, float] = {}
+
+    @classmethod
+    def from_preset(
+        cls,
+        name: str,
+        density: float = 0.1,
+        *,
+        total_steps: int | None = None,
+        compress_gradients: bool = False,
+        **overrides: Any,
+    ) -> DGMCallback:
+        """Return the callback of a published method, such as ``"rigl"``; see `presets.preset` and docs/methods.md.
+
+        Args:
+            name: of the method; an unknown one raises a ValueError that lists them.
+            density: active share of the masked weights at the end of the run, in (0, 1].
+            total_steps: as of the class.
+            compress_gradients: as of the class.
+            overrides: settings of the method, and fields of `DGMConfig`.
+
+        Example:
+            >>> DGMCallback.from_preset("rigl", density=0.1, update_every=100).config.method
+            'RigL'
+
+        """
+        config = preset(name, density, **overrides)
+        return cls(config, total_steps=total_steps, compress_gradients=compress_gradients)
 
     # ------------------------------------------------------------------ what it knows
 
@@ -121,7 +153,7 @@ class DGMCallback(pl.Callback):
         """Return what this run did, in plain types, for `EnergyMonitor`'s file; None where it is not known yet."""
         config = self.config.schedule
         summary: dict[str, Any] = {
-            "name": "EST-DGM" if isinstance(config, EstDgm) else type(config).__name__,
+            "name": self.config.method or ("EST-DGM" if isinstance(config, EstDgm) else type(config).__name__),
             "schedule": config.to_dict(),
         }
         if self.controller is None:

@@ -296,6 +296,7 @@ def train(
     inactive: str = "zero",
     backend: str = "reference",
     exclude: tuple[str, ...] = (),
+    rule: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Train `Net` for `STEPS` steps as this rank, and return what this rank saw."""
@@ -317,6 +318,7 @@ def train(
             inactive=inactive,  # type: ignore[arg-type]
             distribution="uniform",
             exclude=exclude,
+            **(rule or {}),
         )
     )
     watch = Watch(dgm, save_at)

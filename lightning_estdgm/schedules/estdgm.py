@@ -1,41 +1,18 @@
-"""When the masks change and how dense they are: pure functions of the optimizer step.
-
-A `ScheduleConfig` is what a user writes down (a frozen dataclass, independent of the run's length). Its `resolve`
-turns it into a `Schedule` for a run of known length: `schedule(step) -> Plan`.
-"""
+"""EST-DGM's own schedule: exploration, consolidation, refinement."""
 
 from __future__ import annotations
 
-import bisect
-import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-__all__ = ["WARMUP", "EstDgm", "Phase", "Plan", "Schedule", "ScheduleConfig", "Segment"]
+from lightning_estdgm.schedules.stepped import Schedule, Segment, SteppedSchedule, check_steps, intervals
+
+__all__ = ["WARMUP", "EstDgm", "Phase"]
 
 WARMUP = "warmup"
 """Name of the dense phase that `EstDgm(warmup=...)` puts first."""
 
 _FRACTION_TOLERANCE = 1e-6
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What holds during one optimizer step.
-
-    Attributes:
-        phase: name of the phase the step belongs to.
-        density: active share of the masked weights during this step, in (0, 1]: as set by the latest mask update.
-        update: the masks are re-decided just before this step (never at step 0: there they are drawn, not re-decided).
-        observe: this step's whole gradient is observed, for the mask update that follows.
-        cycle: index of the cycle, from 0.
-    """
-
-    phase: str
-    density: float
-    update: bool
-    observe: bool
-    cycle: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,50 +41,6 @@ class Phase:
             raise ValueError(f"a phase length given as a share must lie in (0, 1], got {self.length!r}")
         if isinstance(self.length, int) and self.length < 1:
             raise ValueError(f"a phase length given in steps must be at least 1, got {self.length!r}")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One phase of one cycle laid over the run: steps `first` to `last`, the latter excluded."""
-
-    phase: str
-    cycle: int
-    first: int
-    last: int
-
-
-@runtime_checkable
-class Schedule(Protocol):
-    """A pure function of the optimizer step, for a run of `total_steps` steps."""
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the run."""
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        """The phases in order, without gaps, from step 0 to `total_steps`."""
-
-    @property
-    def densities(self) -> tuple[float, ...]:
-        """The densities that masks take in the course of the run, in order."""
-
-    def __call__(self, step: int) -> Plan:
-        """Return what holds during optimizer step `step` (from 0; beyond the end, the last step's plan holds)."""
-
-    def drop_progress(self, step: int) -> float:
-        """Return how far the drop fraction is annealed at `step`: 0 at the start, 1 at the last mask update."""
-
-
-@runtime_checkable
-class ScheduleConfig(Protocol):
-    """What a user configures; a frozen dataclass with this method is all that a new schedule needs."""
-
-    def resolve(self, total_steps: int) -> Schedule:
-        """Lay the schedule over a run of `total_steps` optimizer steps."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain types, to be compared with a checkpoint's."""
 
 
 @dataclass(frozen=True)
@@ -159,15 +92,15 @@ class EstDgm:
             raise ValueError(f"phase lengths must be all shares (float) or all steps (int), got {lengths}")
         if isinstance(lengths[0], float) and abs(sum(lengths) - 1.0) > _FRACTION_TOLERANCE:
             raise ValueError(f"phases must cover the run: shares must add up to 1, got {lengths}, sum {sum(lengths):g}")
-        _check_steps("cycles", self.cycles, least=1)
+        check_steps("cycles", self.cycles, least=1)
         if isinstance(self.warmup, float):
             if not 0.0 <= self.warmup < 1.0:
                 raise ValueError(f"warmup given as a share must lie in [0, 1), got {self.warmup!r}")
         else:
-            _check_steps("warmup", self.warmup, least=0)
+            check_steps("warmup", self.warmup, least=0)
         for name in ("update_every", "observe_steps"):
             if getattr(self, name) is not None:
-                _check_steps(name, getattr(self, name), least=1)
+                check_steps(name, getattr(self, name), least=1)
         if self.update_every is not None and self.observe_steps is not None and self.observe_steps > self.update_every:
             raise ValueError(
                 f"observe_steps must not exceed update_every, got {self.observe_steps} and {self.update_every}"
@@ -184,16 +117,15 @@ class EstDgm:
             ValueError: if the run is too short for the phases, or lengths in steps do not add up to it.
 
         """
-        _check_steps("total_steps", total_steps, least=1)
+        check_steps("total_steps", total_steps, least=1)
         warmup = round(self.warmup * total_steps) if isinstance(self.warmup, float) else self.warmup
         segments = self._segments(warmup, total_steps)
-        update_every = self.update_every or max(1, min(200, total_steps // 25))
-        observe = self.observe_steps or max(1, min(8, update_every // 10))
+        update_every, observe = intervals(self.update_every, self.observe_steps, total_steps)
         changes: list[tuple[int, float]] = [(0, 1.0)] if warmup else []
         for segment in segments:
             if segment.phase != WARMUP:
                 changes += self._changes(segment, update_every, is_last=segment is segments[-1])
-        return _SteppedSchedule(
+        return SteppedSchedule(
             total_steps=total_steps,
             segments=segments,
             changes=tuple(changes),
@@ -265,44 +197,3 @@ class EstDgm:
         floor = self.consolidation.start
         start, end = (max(x * factor, min(floor, x)) for x in (phase.start, phase.end))
         return start, end
-
-
-@dataclass(frozen=True)
-class _SteppedSchedule:
-    """A schedule given by the steps at which masks change, and the densities they change to."""
-
-    total_steps: int
-    segments: tuple[Segment, ...]
-    changes: tuple[tuple[int, float], ...]
-    observe_steps: int
-
-    @property
-    def densities(self) -> tuple[float, ...]:
-        return tuple(density for _, density in self.changes)
-
-    def __call__(self, step: int) -> Plan:
-        if step < 0:
-            raise ValueError(f"step must not be negative, got {step}")
-        step = min(step, self.total_steps - 1)
-        segment = self.segments[bisect.bisect_right(self.segments, step, key=lambda s: s.first) - 1]
-        index = bisect.bisect_right(self.changes, step, key=lambda change: change[0]) - 1
-        at, density = self.changes[index]
-        upcoming = self.changes[index + 1][0] if index + 1 < len(self.changes) else math.inf
-        return Plan(
-            phase=segment.phase,
-            density=density,
-            update=at == step and step > 0,
-            observe=upcoming - self.observe_steps <= step,
-            cycle=segment.cycle,
-        )
-
-    def drop_progress(self, step: int) -> float:
-        last = self.changes[-1][0]
-        return min(1.0, step / last) if last else 1.0
-
-
-def _check_steps(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")

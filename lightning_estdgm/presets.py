@@ -1,0 +1,284 @@
+"""Published methods as settings of one controller: each a schedule, two scores, a distribution, a pattern.
+
+`preset` gives the `DGMConfig` of a method by name; `DGMCallback.from_preset` makes the callback of it. docs/methods.md
+lists the methods side by side. All mask single weights (``block_size=1``) and take the optimizer's own steps
+(``step_exponent=0``, ``scale_init=False``), as their papers do; both can be overridden, as can any other setting.
+
+Common to all, and different from the papers' own code: the gradient is the one of the step just before an update, after
+which that step is still taken; grown weights start at 0 with cleared optimizer state; ties go to the lowest index; the
+output head stays dense; and without `update_every` masks change every 200 steps, or a 25th of a shorter run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+from lightning_estdgm.controller import DGMConfig
+from lightning_estdgm.patterns import FanIn, NofM
+from lightning_estdgm.reserve import Reserve
+from lightning_estdgm.schedules import (
+    AlternatingDensity,
+    ConstantDensity,
+    CubicDensity,
+    DropTo,
+    EstDgm,
+    Phase,
+    ScheduleConfig,
+    StagedDrop,
+)
+from lightning_estdgm.scores import WeightAndGradient
+
+__all__ = ["PRESETS", "preset"]
+
+
+def preset(name: str, density: float, **overrides: Any) -> DGMConfig:
+    """Return the settings of a published method.
+
+    Args:
+        name: one of `PRESETS`.
+        density: active share of the masked weights at the end of the run, in (0, 1].
+        overrides: keyword arguments of the method's function in this module, such as ``update_every``, and fields of
+            `DGMConfig`, such as ``step_exponent`` or ``exclude``, which go over what the method sets.
+
+    Raises:
+        ValueError: if there is no such method, or a setting is out of range.
+        TypeError: if an override is known neither to the method nor to `DGMConfig`.
+
+    Example:
+        >>> preset("rigl", density=0.1, step_exponent=1.0).grow
+        'gradient'
+
+    """
+    if name not in PRESETS:
+        raise ValueError(f"expected a method out of {sorted(PRESETS)}, got {name!r}")
+    known = set(inspect.signature(PRESETS[name]).parameters) - {"density"}
+    settings = {field.name for field in fields(DGMConfig)}
+    if unknown := sorted(overrides.keys() - known - settings):
+        raise TypeError(f"{name!r} takes {sorted(known)} and the fields of DGMConfig, got {unknown}")
+    config = PRESETS[name](density, **{key: value for key, value in overrides.items() if key in known})
+    return replace(config, **{key: value for key, value in overrides.items() if key not in known})
+
+
+def est_dgm(density: float, *, update_every: int | None = None, observe_steps: int | None = None) -> DGMConfig:
+    """Return EST-DGM's settings, this package's own method: `DGMConfig`'s defaults at a density of 0.10.
+
+    Consolidation goes from 3 to 2 times the final density, refinement from 1.5 times; exploration from 0.70 to 0.60, or
+    where consolidation starts if that is denser.
+    """
+
+    def times(factor: float) -> float:
+        return min(1.0, round(factor * density, 12))
+
+    schedule = EstDgm(
+        Phase(max(0.70, times(3)), max(0.60, times(3)), 0.15),
+        Phase(times(3), times(2), 0.35),
+        Phase(times(1.5), density, 0.50),
+        update_every=update_every,
+        observe_steps=observe_steps,
+    )
+    return DGMConfig(schedule)
+
+
+def static(density: float) -> DGMConfig:
+    """Return a random mask by ERK that never changes."""
+    return _published("static", ConstantDensity(density, stop=0.0), grow="random")
+
+
+def set_(density: float, *, update_every: int | None = None, zeta: float = 0.3) -> DGMConfig:
+    """Return SET's settings: Mocanu et al., Nature Communications 9 (2018), arXiv 1707.04780.
+
+    At every update each layer (ERK) drops its share `zeta` of smallest weights and grows as many at random. Deviations:
+    the smallest by magnitude are dropped, where the paper takes that share of the positive and of the negative ones;
+    updates come by steps and not at the ends of epochs; a weight dropped and drawn again at once keeps its value.
+    """
+    schedule = ConstantDensity(density, update_every, stop=1.0)
+    return _published("SET", schedule, grow="random", regrow=True, drop_fraction=StagedDrop((zeta,)))
+
+
+def snfs(density: float, *, update_every: int | None = None, prune_rate: float = 0.5) -> DGMConfig:
+    r"""Return the settings of sparse networks from scratch: Dettmers & Zettlemoyer, arXiv 1907.04840.
+
+    Each layer drops its share of smallest weights, annealed by a cosine over the run; what all dropped is shared out by
+    the mean momentum magnitude of each layer's active weights, and grown where the momentum is largest. Layers start
+    with one density. Deviations: the optimizer keeps no momentum of inactive weights here, so momentum is the mean
+    gradient of the 19 steps before the update (fewer where updates are closer), the plain average whose gradients are
+    as old on average as those of an exponential one with :math:`\beta = 0.9`; Adam's division by the second moment is
+    left out; what a layer cannot hold goes to the others by momentum and not evenly.
+    """
+    window = 19 if update_every is None else min(19, update_every)
+    return _published(
+        "SNFS",
+        ConstantDensity(density, update_every, window, stop=1.0),
+        distribution="uniform",
+        grow="momentum",
+        regrow=True,
+        redistribute="growth",
+        drop_fraction=prune_rate,
+    )
+
+
+def rigl(density: float, *, update_every: int | None = None, alpha: float = 0.3, stop: float = 0.75) -> DGMConfig:
+    """Return RigL's settings: Evci et al., arXiv 1911.11134.
+
+    Each layer (ERK) drops its share of smallest weights, from `alpha` by a cosine to 0 at `stop` of the run, where
+    updates end, and grows those of largest gradient; weights dropped at once may come back, with their value.
+    """
+    schedule = ConstantDensity(density, update_every, observe_steps=1, stop=stop)
+    return _published("RigL", schedule, grow="gradient", regrow=True, drop_fraction=alpha)
+
+
+def gmp(density: float, *, update_every: int | None = None, begin: float = 0.0, end: float = 0.75) -> DGMConfig:
+    """Return the settings of gradual magnitude pruning: Zhu & Gupta, arXiv 1710.01878.
+
+    From dense, every layer alike is pruned by magnitude along a cubic between `begin` and `end` of the run (the paper
+    leaves both open). Pruned weights do not come back.
+    """
+    schedule = CubicDensity(density, begin=begin, end=end, update_every=update_every)
+    return _published("GMP", schedule, distribution="uniform", grow="random", drop_fraction=0.0)
+
+
+def ac_dc(density: float, *, warmup: float = 0.10, period: float = 0.05) -> DGMConfig:
+    """Return the settings of AC/DC: Peste et al., NeurIPS 2021, arXiv 2106.12379.
+
+    Dense and sparse phases in turns, dense first and sparse last; a sparse phase keeps the largest weights of all
+    layers together. Weights that come back start at 0. Deviation: batch-norm statistics are not computed anew.
+    """
+    schedule = AlternatingDensity(density, warmup, period)
+    return _published("AC/DC", schedule, grow="random", redistribute="global", drop_fraction=0.0)
+
+
+def mest(
+    density: float, *, update_every: int | None = None, gradient_weight: float = 1.0, soft: bool = False
+) -> DGMConfig:
+    r"""Return the settings of MEST: Yuan et al., NeurIPS 2021, arXiv 2110.14032.
+
+    Dropped are the weights of smallest :math:`|w| + \lambda |g|`, grown random ones, every layer alike. Elastic
+    mutation: 0.2 of a layer are exchanged until 56 % of the run, 0.1 until 75 %, then none. With `soft` (the paper's
+    EM&S) the density is 1.5 and 1.25 times the final one in these stretches, and updates drop to the final density
+    before they grow, so that new weights are trained before they are judged. Shares as in the authors' scripts for 160
+    epochs at a density of 0.10. :math:`\lambda = 1` is this package's choice. With `soft`, phases have EST-DGM's names.
+    """
+    if not soft:
+        schedule: ScheduleConfig = ConstantDensity(density, update_every, observe_steps=1)
+        drop: Callable[[float, float], float] = StagedDrop((0.2, 0.1), borders=(0.75,))
+    else:
+        high, middle = min(1.0, 1.5 * density), min(1.0, 1.25 * density)
+        stages = Phase(high, high, 0.5625), Phase(middle, middle, 0.1875), Phase(density, density, 0.25)
+        schedule = EstDgm(*stages, update_every=update_every, observe_steps=1, freeze=0.99)
+        drop = DropTo(density)
+    return _published(
+        "MEST",
+        schedule,
+        distribution="uniform",
+        keep=WeightAndGradient(gradient_weight),
+        grow="random",
+        regrow=True,
+        drop_fraction=drop,
+    )
+
+
+def granet(
+    density: float, *, update_every: int | None = None, start: float = 0.5, end: float = 0.6875, alpha: float = 0.5
+) -> DGMConfig:
+    """Return GraNet's settings: Liu et al., NeurIPS 2021, arXiv 2106.10404.
+
+    From a random ERK mask of density `start` the largest weights of all layers together are kept along a cubic that
+    ends at `end` of the run; at every update each layer then drops its share of smallest weights (from `alpha` by a
+    cosine to 0 at the end of the run) and regrows as many by gradient. `end` is the authors' 110 of 160 epochs.
+    """
+    schedule = CubicDensity(density, max(start, density), 0.0, end, 1.0, update_every, observe_steps=1)
+    return _published("GraNet", schedule, grow="gradient", regrow=True, redistribute="global", drop_fraction=alpha)
+
+
+def srigl(
+    density: float,
+    *,
+    update_every: int | None = None,
+    alpha: float = 0.3,
+    stop: float = 0.75,
+    ablate: float = 0.3,
+) -> DGMConfig:
+    """Return SRigL's settings: Lasby et al., ICLR 2024, arXiv 2305.02299.
+
+    RigL with constant fan-in: of the weights that a layer keeps by magnitude and would grow by gradient, an output
+    needs `ablate` of its fan-in, or it goes out and its weights go to the others. It may come back at a later update,
+    as in the authors' code. Fan-ins are whole numbers, so a layer's density is its budget's only nearly.
+    """
+    config = rigl(density, update_every=update_every, alpha=alpha, stop=stop)
+    return replace(config, method="SRigL", pattern=FanIn(ablate))
+
+
+def top_kast(
+    density: float, *, update_every: int | None = None, backward_density: float | None = None, penalty: float = 1e-4
+) -> DGMConfig:
+    r"""Return Top-KAST's settings: Jayakumar et al., NeurIPS 2020, arXiv 2106.03517.
+
+    The forward takes each layer's largest weights, A; gradients go to its largest `backward_density`, B. Weights in B
+    but not in A learn outside the forward, and those outside B rest. The exploration loss is `penalty` times half the
+    squares of A, and 1 / `density` times that on the rest of B. Deviations: both sets are chosen anew at mask updates,
+    in every step only with ``update_every=1``; while a weight rests, an optimizer's momentum of it decays unused. By
+    default half of what is not in A is in B, 0.55 at 0.10: this package's choice.
+    """
+    backward = density + (1.0 - density) / 2 if backward_density is None else backward_density
+    if backward < density:
+        raise ValueError(f"backward_density must be at least density, got {backward} and {density}")
+    return _published(
+        "Top-KAST",
+        ConstantDensity(density, update_every, stop=1.0),
+        distribution="uniform",
+        grow="magnitude",
+        reserve=Reserve(backward, penalty, penalty / density),
+    )
+
+
+def n_of_m(
+    density: float, *, m: int = 4, update_every: int | None = None, stop: float = 1.0, decay: float = 2e-4
+) -> DGMConfig:
+    """Return the settings of N:M sparsity by SR-STE: Zhou et al., ICLR 2021, arXiv 2102.04010.
+
+    Of each `m` weights in a row along the inputs the largest ``density * m`` are in the forward: 2:4 at a density of
+    0.5. All weights get the gradient of the sparse ones, and those out of the forward a decay. Deviation: the choice is
+    made anew at mask updates, in every step only with ``update_every=1``.
+
+    Raises:
+        ValueError: if ``density * m`` is no whole number. At the start of a run, if a layer's inputs are no multiple
+            of `m`.
+
+    """
+    n = round(density * m)
+    if not 1 <= n <= m or not math.isclose(density * m, n, rel_tol=1e-9):
+        raise ValueError(f"N:{m} needs a density that is a whole number of {m}ths, got {density}")
+    return _published(
+        f"{n}:{m}",
+        ConstantDensity(density, update_every, stop=stop),
+        distribution="uniform",
+        grow="magnitude",
+        regrow=True,
+        pattern=NofM(m),
+        reserve=Reserve(1.0, 0.0, decay),
+    )
+
+
+def _published(method: str, schedule: ScheduleConfig, **settings: Any) -> DGMConfig:
+    return DGMConfig(schedule, block_size=1, method=method, step_exponent=0.0, scale_init=False, **settings)
+
+
+PRESETS: dict[str, Callable[..., DGMConfig]] = {
+    "ac/dc": ac_dc,
+    "est-dgm": est_dgm,
+    "gmp": gmp,
+    "granet": granet,
+    "mest": mest,
+    "n:m": n_of_m,
+    "rigl": rigl,
+    "set": set_,
+    "snfs": snfs,
+    "srigl": srigl,
+    "static": static,
+    "top-kast": top_kast,
+}
+"""The methods by name."""
