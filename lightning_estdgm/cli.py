@@ -121,19 +121,15 @@ def demo(
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    options_metavar="",
+    options_metavar="gpt|resnet|gnn --data PATH [--method NAME] [OPTIONS]",
 )
-def train(
-    context: typer.Context,
-    recipe: Annotated[
-        str, typer.Argument(metavar="gpt|resnet|gnn --data PATH [--method NAME] [OPTIONS]", show_default=False)
-    ] = "--help",
-) -> None:
-    """Train a recipe on a data set on disk, dense or by a method; `estdgm train gpt --help` lists all options.
+def train(context: typer.Context) -> None:
+    """Train a recipe on a data set on disk, dense or by a method.
 
-    They are LightningCLI's; --config takes a YAML file, or a name: gpt-125m, gpt-350m, gpt-1.3b, resnet50, gcn-cora,
-    sage-arxiv.
+    Options are LightningCLI's: `estdgm train gpt --help` lists them. --config takes a YAML file, or one of these names:
+    gpt-125m, gpt-350m, gpt-1.3b, resnet50, gcn-cora, sage-arxiv.
     """
+    recipe, *given = context.args or ["--help"]
     if recipe in ("--help", "-h"):
         typer.echo(context.get_help())
         return
@@ -142,7 +138,7 @@ def train(
     if recipe not in RECIPES:
         raise typer.BadParameter(f"got {recipe!r}, expected first one of {', '.join(RECIPES)}", param_hint="recipe")
     try:
-        run = prepare(recipe, context.args)
+        run = prepare(recipe, given)
     except ModuleNotFoundError as e:
         typer.echo(f"estdgm train {recipe}: {e}", err=True)
         raise typer.Exit(1) from e

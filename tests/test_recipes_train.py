@@ -9,9 +9,10 @@ import yaml
 from recipe_data import images, ogb, planetoid, wikitext
 from typer.testing import CliRunner
 
+from lightning_estdgm import DGMCallback, DGMConfig
 from lightning_estdgm.cli import app
 from lightning_estdgm.recipes import GPT
-from lightning_estdgm.recipes.train import CONFIGS, arguments, bundled_configs
+from lightning_estdgm.recipes.train import CONFIGS, arguments, bundled_configs, callback_for
 
 pytest.importorskip("jsonargparse")
 pytestmark = [
@@ -143,6 +144,32 @@ def test_a_bundled_configuration_stands_in_for_the_recipes_own_and_a_file_goes_o
     assert (printed["model"]["hidden"], printed["model"]["layers"]) == (5, 2)
 
 
+def test_dgm_is_the_callback_without_settings():
+    assert callback_for("dense") is None
+    assert callback_for("dgm").config == DGMCallback().config == DGMConfig()
+
+
+def test_a_method_by_its_name_with_settings_of_its_own(tmp_path):
+    pytest.importorskip("torch_geometric")
+    data = ["--data", ogb(tmp_path / "data"), "--output", tmp_path / "runs", "--config=sage-arxiv"]
+    method = [
+        "--method=ac/dc",
+        "--density=0.25",
+        "--override.period=0.1",
+        "--override.warmup=0.25",
+        "--override.exclude=[model.convs.0.*]",
+    ]
+    done = estdgm("gnn", *data, *QUIET, *method, "--trainer.max_epochs=20", "--model.hidden=8")
+    assert done.exit_code == 0, done.output
+    energy = json.loads((tmp_path / "runs/ac-dc/version_0/energy.json").read_text())
+    assert energy["method"]["name"] == "AC/DC"
+    assert energy["method"]["final_density"] == pytest.approx(0.25, abs=0.01)
+    (saved,) = tmp_path.rglob("*.ckpt")
+    weights = torch.load(saved, weights_only=True)["state_dict"]
+    dense = {k.rpartition(".lin")[0] for k, w in weights.items() if "lin" in k and w.ndim > 1 and (w != 0).all()}
+    assert dense == {"model.convs.0", "model.convs.2"}, "the excluded layer, and the head"
+
+
 # Errors -------------------------------------------------------------------------------------------------------------
 
 
@@ -181,8 +208,10 @@ def test_missing_data_says_what_was_looked_for_and_where_to_get_it(recipe, there
     ("given", "words"),
     [
         (["dgm"], "got 'dgm', expected first one of gpt, resnet, gnn"),
-        (["gpt", "--method=best"], "method: got 'best', expected one of dense, dgm"),
-        (["gpt", "--method=dense", "--density=0.1"], "density: got 0.1, but dense has none"),
+        (["gpt", "--method=best"], "method: got 'best', expected one of dense, dgm, ac/dc"),
+        (["gpt", "--method=dense", "--density=0.1"], "dense takes no density and no override, got 0.1"),
+        (["gpt", "--method=rigl", "--density=2"], "density"),
+        (["gpt", "--method=rigl", "--override.beta=2"], "'rigl' takes"),
         (["gpt", "--model.heads=5"], "width: got 768, expected a multiple of heads=5"),
         (["gpt", "--data.tokenizer=no.json"], "tokenizer: got 'no.json', expected a tokenizer.json"),
     ],

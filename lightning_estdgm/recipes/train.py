@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_estdgm.callbacks.dgm import DGMCallback
 from lightning_estdgm.callbacks.energy import EnergyMonitor
+from lightning_estdgm.presets import PRESETS
 
 CONFIGS = Path(__file__).parent
 INSTALL = "pip install 'lightning-estdgm[recipes]'"
@@ -80,21 +82,33 @@ RECIPES = {
 }
 
 
-def methods() -> tuple[str, ...]:
-    """Return the names that ``--method`` takes."""
-    return ("dense", "dgm")
+METHODS = ("dense", "dgm", *sorted(PRESETS))
+"""What ``--method`` takes: nothing but dense training, EST-DGM, and every preset of `presets.PRESETS`."""
 
 
-def callback_for(method: str, density: float | None = None) -> DGMCallback | None:
+def callback_for(
+    method: str, density: float | None = None, override: dict[str, Any] | None = None
+) -> DGMCallback | None:
     """Return the callback of a method, ``None`` for ``dense``.
 
-    Raises ValueError for an unknown method, and for a density that the method cannot have.
+    Args:
+        method: one of `METHODS`; ``dgm`` is the preset est-dgm.
+        density: active share of the masked weights at the end; 0.1 by default.
+        override: settings of the preset, and fields of `DGMConfig`.
+
+    Raises:
+        ValueError: for an unknown method, and for settings that it does not have.
+        TypeError: for a setting that neither the preset nor `DGMConfig` knows.
+
     """
-    if method not in methods():
-        raise ValueError(f"method: got {method!r}, expected one of {', '.join(methods())}")
-    if density is not None:
-        raise ValueError(f"density: got {density}, but {method} has none to be set")
-    return None if method == "dense" else DGMCallback()
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
+    if method == "dense":
+        if density is not None or override:
+            raise ValueError(f"method: dense takes no density and no override, got {density} and {override}")
+        return None
+    name = "est-dgm" if method == "dgm" else method
+    return DGMCallback.from_preset(name, 0.1 if density is None else density, **(override or {}))
 
 
 def bundled_configs() -> tuple[str, ...]:
@@ -184,8 +198,11 @@ class RecipeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what is not LightningCLI's, and have one setting given once."""
-        parser.add_argument("--method", default="dgm", help=f"One of {', '.join(methods())}.")
-        parser.add_argument("--density", type=float | None, default=None, help="Of the method's final masks.")
+        parser.add_argument("--method", default="dgm", help=f"One of {', '.join(METHODS)}.")
+        parser.add_argument("--density", type=float | None, default=None, help="Of the final masks; 0.1 by default.")
+        parser.add_argument(
+            "--override", type=dict[str, Any], default={}, help="Settings of the method, such as --override.gamma 2."
+        )
         parser.add_argument("--output", default=f"runs/{self.name}", help="Runs go to OUTPUT/METHOD/version_N.")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="A checkpoint to go on from.")
         for source, target in self.recipe.links.items():
@@ -195,7 +212,7 @@ class RecipeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Make the callback first: a wrong method is seen before any data is read."""
-        self.method = callback_for(self.config["method"], self.config["density"])
+        self.method = callback_for(self.config["method"], self.config["density"], self.config["override"])
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:
         """Make the Trainer, with the callbacks of its configuration and those that every run has."""
@@ -206,7 +223,8 @@ class RecipeCLI(LightningCLI):
         callbacks.append(EnergyMonitor(per=self.recipe.per))
         logger = configured["logger"]
         if logger is None or logger is True:
-            logger = TensorBoardLogger(self.config["output"], name=self.config["method"], default_hp_metric=False)
+            name = re.sub(r"\W", "-", self.config["method"])  # ac/dc is no folder in a folder
+            logger = TensorBoardLogger(self.config["output"], name=name, default_hp_metric=False)
         return super().instantiate_trainer(callbacks=callbacks, logger=logger, **settings)
 
 
