@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python >= 3.10 is needed, this is {sys.version}")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet '$(TORCH)'
-	$(BIN)/pip install --quiet --editable '.[dev,examples]'
+	$(BIN)/pip install --quiet --editable '.[dev,recipes]'
 	touch $@
 
 demo: .venv/ready  ## dense against EST-DGM on real text: loss, seconds, joules, pictures

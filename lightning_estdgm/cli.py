@@ -1,4 +1,4 @@
-"""The command line: ``estdgm demo``, ``estdgm report``, ``estdgm doctor``, ``estdgm bench``."""
+"""The command line: ``estdgm demo``, ``estdgm train``, ``estdgm report``, ``estdgm doctor``, ``estdgm bench``."""
 
 from __future__ import annotations
 
@@ -117,6 +117,34 @@ def demo(
         run_sweep(config, {DENSE: rates, DGM: rates}, json, command_line())
     else:
         run_demo(config, json, command_line())
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    options_metavar="gpt|resnet|gnn --data PATH [--method NAME] [OPTIONS]",
+)
+def train(context: typer.Context) -> None:
+    """Train a recipe on a data set on disk, dense or by a method.
+
+    Options are LightningCLI's: `estdgm train gpt --help` lists them. --config takes a YAML file, or one of these names:
+    gpt-125m, gpt-350m, gpt-1.3b, resnet50, gcn-cora, sage-arxiv.
+    """
+    recipe, *given = context.args or ["--help"]
+    if recipe in ("--help", "-h"):
+        typer.echo(context.get_help())
+        return
+    from lightning_estdgm.recipes.train import RECIPES, prepare
+
+    if recipe not in RECIPES:
+        raise typer.BadParameter(f"got {recipe!r}, expected first one of {', '.join(RECIPES)}", param_hint="recipe")
+    try:
+        run = prepare(recipe, given)
+    except ModuleNotFoundError as e:
+        typer.echo(f"estdgm train {recipe}: {e}", err=True)
+        raise typer.Exit(1) from e
+    except (OSError, ValueError, TypeError) as e:
+        raise typer.BadParameter(str(e)) from e
+    run.fit()
 
 
 @app.command()

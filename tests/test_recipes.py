@@ -10,7 +10,8 @@ import torch
 from lightning import Trainer
 
 from lightning_estdgm.recipes import ByteGPT, StdlibText
-from lightning_estdgm.recipes.gpt import source_files, split_files, warmup_cosine
+from lightning_estdgm.recipes.rates import warmup_cosine
+from lightning_estdgm.recipes.stdlib_text import source_files, split_files
 
 
 def small_text(tmp_path, size=20_000):
@@ -256,7 +257,7 @@ def test_warmup_and_cosine_have_the_promised_ends():
         ({"layers": 0}, "layers: got 0, expected at least 1"),
         ({"lr": 0.0}, "lr: got 0.0, expected a positive number"),
         ({"lr": math.inf}, "lr: got inf, expected a positive number"),
-        ({"warmup": 1.0}, r"warmup: got 1.0, expected a fraction of the run in \[0, 1\)"),
+        ({"warmup": 1.0}, r"warmup: got 1.0, expected a fraction in \[0, 1\)"),
     ],
 )
 def test_bad_settings_of_the_model_are_named(settings, message):

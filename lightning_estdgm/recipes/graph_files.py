@@ -1,0 +1,140 @@
+"""One graph from disk, in the layout of Planetoid (Cora, CiteSeer, PubMed) or of OGB's node data sets."""
+
+from __future__ import annotations
+
+import gzip
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+_PLANETOID = ("x", "tx", "allx", "y", "ty", "ally", "graph", "test.index")
+_OGB = ("edge", "node-feat", "node-label")
+_HELP = """expected a folder of one of two layouts:
+  Planetoid:  raw/ind.cora.x  .tx  .allx  .y  .ty  .ally  .graph  .test.index
+  OGB:        raw/edge.csv.gz  raw/node-feat.csv.gz  raw/node-label.csv.gz
+              split/time/train.csv.gz  valid.csv.gz  test.csv.gz  (or another name than time)
+The first are in the folder data of https://github.com/kimiyoung/planetoid; the second come as \
+http://snap.stanford.edu/ogb/data/nodeproppred/arxiv.zip (see https://ogb.stanford.edu/docs/nodeprop/)."""
+
+
+class GraphFiles(LightningDataModule):
+    """One graph, read from disk and nowhere else; every batch is the whole of it.
+
+    Planetoid's pickles are opened as such: take them from a source that you trust. Edges of OGB's graphs are taken in
+    both directions unless ``directed``; Planetoid's are stored so.
+
+    Args:
+        path: the data set's folder, with ``raw`` in it.
+        normalize: whether each node's features are divided by their sum, as is usual for Planetoid.
+        directed: whether edges keep their one direction.
+
+    Raises:
+        FileNotFoundError: where files of the layout are missing.
+        ValueError: where they do not fit together.
+        ModuleNotFoundError: without the package torch_geometric.
+
+    """
+
+    def __init__(self, path: str, normalize: bool = False, directed: bool = False) -> None:
+        super().__init__()
+        self.path, self.normalize, self.directed = Path(path), normalize, directed
+        self.name = find_graph(self.path)
+        self._graph: Any = None
+
+    @property
+    def graph(self) -> Any:
+        """The PyG ``Data``, with ``train_mask``, ``val_mask`` and ``test_mask``."""
+        if self._graph is None:
+            graph = read_ogb(self.path, self.directed) if self.name is None else read_planetoid(self.path, self.name)
+            if self.normalize:
+                graph.x = graph.x / graph.x.sum(1, keepdim=True).clamp(min=1.0)
+            self._graph = graph
+        return self._graph
+
+    @property
+    def features(self) -> int:
+        """Numbers a node."""
+        return self.graph.x.shape[1]
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return int(self.graph.y.max()) + 1
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The graph, once an epoch."""
+        return DataLoader([self.graph], batch_size=None)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The graph."""
+        return DataLoader([self.graph], batch_size=None)  # type: ignore[arg-type]
+
+
+def find_graph(path: Path) -> str | None:
+    """Return the name in Planetoid's files, or ``None`` for OGB's layout.
+
+    Raises FileNotFoundError that says what was looked for and where to get it.
+    """
+    raw = path / "raw"
+    names = sorted({m[1] for f in raw.glob("ind.*") if (m := re.fullmatch(r"ind\.(.+)\.allx", f.name))})
+    if len(names) > 1:
+        raise ValueError(f"{raw}: expected the files of one data set, got those of {', '.join(names)}")
+    if names:
+        wanted, name = [raw / f"ind.{names[0]}.{part}" for part in _PLANETOID], names[0]
+    else:
+        wanted, name = [raw / f"{part}.csv.gz" for part in _OGB], None
+    missing = [str(f) for f in wanted if not f.is_file()]
+    if name is None and not missing:
+        splits = sorted(path.glob("split/*/train.csv.gz"))
+        if len(splits) != 1:
+            missing = [f"{path / 'split'} with one folder that holds train.csv.gz"]
+        else:
+            parts = [splits[0].with_name(f"{part}.csv.gz") for part in ("valid", "test")]
+            missing = [str(f) for f in parts if not f.is_file()]
+    if missing:
+        raise FileNotFoundError(f"data: got {str(path)!r}, missing {', '.join(missing)}; {_HELP}")
+    return name
+
+
+def read_planetoid(path: Path, name: str) -> Any:
+    """Return the PyG ``Data`` of ``path/raw/ind.NAME.*``, with its public split."""
+    from torch_geometric.io import read_planetoid_data
+
+    return read_planetoid_data(str(path / "raw"), name)
+
+
+def read_ogb(path: Path, directed: bool) -> Any:
+    """Return the PyG ``Data`` of OGB's files ``path/raw/*.csv.gz``, split by the one folder in ``path/split``."""
+    from torch_geometric.data import Data
+    from torch_geometric.utils import to_undirected
+
+    edges = _read(path / "raw/edge.csv.gz", np.int64).reshape(-1, 2)
+    x = _read(path / "raw/node-feat.csv.gz", np.float32)
+    y = _read(path / "raw/node-label.csv.gz", np.int64).flatten()
+    if len(x) != len(y) or (len(edges) and int(edges.max()) >= len(x)):
+        most = int(edges.max()) if len(edges) else -1
+        raise ValueError(
+            f"{path / 'raw'}: expected as many labels as nodes, and edges between them, "
+            f"got {len(x)} nodes, {len(y)} labels and a node {most} in an edge"
+        )
+    edge_index = edges.T.contiguous()
+    data = Data(x=x, y=y, edge_index=edge_index if directed else to_undirected(edge_index, num_nodes=len(x)))
+    split = next(path.glob("split/*/train.csv.gz")).parent
+    for part, mask in (("train", "train_mask"), ("valid", "val_mask"), ("test", "test_mask")):
+        nodes = _read(split / f"{part}.csv.gz", np.int64).flatten()
+        data[mask] = torch.zeros(len(x), dtype=torch.bool).index_fill_(0, nodes, True)
+    return data
+
+
+def _read(file: Path, dtype: Any) -> Tensor:
+    with gzip.open(file, "rt") as rows:
+        try:
+            return torch.from_numpy(np.loadtxt(rows, dtype=dtype, delimiter=",", ndmin=2))
+        except ValueError as e:
+            raise ValueError(f"{file}: expected numbers with commas between them, got: {e}") from e

@@ -1,0 +1,153 @@
+"""ResNet-50 and how it is usually trained: a plain model, and the LightningModule of the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_estdgm.recipes.checks import at_least, fraction, positive
+from lightning_estdgm.recipes.rates import run_steps, warmup_cosine
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Bottleneck(nn.Module):
+    """relu(shortcut(x) + three convolutions of x): 1x1, 3x3 with the stride, 1x1 to four times the width.
+
+    x [batch, in, height, width] to [batch, 4 * width, height / stride, width / stride].
+    """
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        outputs = 4 * width
+        self.conv1, self.bn1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add what the convolutions make of x to x, projected where shapes differ."""
+        h = self.relu(self.bn1(self.conv1(x)))
+        h = self.relu(self.bn2(self.conv2(h)))
+        h = self.bn3(self.conv3(h))
+        return self.relu(h + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet(nn.Module):
+    """A residual net of bottlenecks, v1.5: the stride is in the 3x3 convolution.
+
+    Images [batch, 3, height, width] to logits [batch, num_classes]. ``layers`` counts the blocks of the four stages,
+    whose widths are 1, 2, 4 and 8 times ``width``. Names of weights are those of torchvision: its checkpoints load.
+    Convolutions start as N(0, 2 / fan_out). Source: He et al. 2016, arXiv 1512.03385; the stride as Goyal et al. 2017.
+
+    Raises ValueError unless ``layers`` are four positive numbers, and ``num_classes`` and ``width`` positive.
+
+    >>> ResNet((1, 1, 1, 1), num_classes=10, width=8)(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(self, layers: Sequence[int] = (3, 4, 6, 3), num_classes: int = 1000, width: int = 64) -> None:
+        super().__init__()
+        if len(layers) != 4 or min(layers) < 1:
+            raise ValueError(f"layers: got {list(layers)}, expected four positive numbers")
+        for name, value in (("num_classes", num_classes), ("width", width)):
+            at_least(name, value, 1)
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
+        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        self.layer1 = _stage(layers[0], width, width, stride=1)
+        self.layer2 = _stage(layers[1], 4 * width, 2 * width, stride=2)
+        self.layer3 = _stage(layers[2], 8 * width, 4 * width, stride=2)
+        self.layer4 = _stage(layers[3], 16 * width, 8 * width, stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(32 * width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of the classes."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+def _stage(blocks: int, inputs: int, width: int, stride: int) -> nn.Sequential:
+    first = Bottleneck(inputs, width, stride)
+    return nn.Sequential(first, *(Bottleneck(4 * width, width, 1) for _ in range(blocks - 1)))
+
+
+def resnet50(num_classes: int = 1000) -> ResNet:
+    """Return a ResNet-50 v1.5 with fresh weights: 25.6 million of them for 1,000 classes."""
+    return ResNet((3, 4, 6, 3), num_classes)
+
+
+class ImageClassifier(LightningModule):
+    """A residual net in channels-last memory, by SGD with momentum, label smoothing, warm-up and a cosine to 0.
+
+    Weight decay reaches the weights of convolutions and of the head only. ``warmup`` is a fraction of the run.
+    Source: Goyal et al. 2017, arXiv 1706.02677; He et al. 2019, arXiv 1812.01187.
+
+    Raises ValueError for a rate that is not positive, and for fractions outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        layers: Sequence[int] = (3, 4, 6, 3),
+        width: int = 64,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        label_smoothing: float = 0.1,
+        warmup: float = 0.05,
+    ) -> None:
+        super().__init__()
+        positive("lr", lr)
+        for name, value in (("momentum", momentum), ("label_smoothing", label_smoothing), ("warmup", warmup)):
+            fraction(name, value)
+        self.save_hyperparameters()
+        self.lr, self.momentum, self.weight_decay, self.warmup = lr, momentum, weight_decay, warmup
+        self.label_smoothing = label_smoothing
+        self.model = ResNet(layers, num_classes, width)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [batch, num_classes] of images [batch, 3, height, width]."""
+        return self.model(x.contiguous(memory_format=torch.channels_last))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One step's loss: cross entropy with smoothed labels."""
+        x, y = batch
+        loss = F.cross_entropy(self(x), y, label_smoothing=self.label_smoothing)
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log ``val/loss`` (labels as they are) and ``val/accuracy``, a fraction."""
+        x, y = batch
+        logits = self(x)
+        found = {
+            "val/loss": F.cross_entropy(logits, y),
+            "val/accuracy": (logits.argmax(1) == y).float().mean(),
+        }
+        self.log_dict(found, batch_size=len(y), sync_dist=True, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """SGD with decay on matrices only; the learning rate moves every step."""
+        groups = [
+            {"params": [p for p in self.parameters() if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in self.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0)
+        factor = partial(warmup_cosine, steps=run_steps(self), warmup=self.warmup, floor=0.0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
