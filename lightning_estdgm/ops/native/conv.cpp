@@ -262,12 +262,20 @@ void conv_outer_block(const float *a, const float *x, const i64 *from, i64 words
 }
 
 // Words of channels [from, from + b) of a pixel; of two pixels where a word holds two values (null: zeros).
-template <class E>
-void join(const typename E::type *first, const typename E::type *second, i64 from, i64 b, float *words) {
-  using T = typename E::type;
-  const T *const pixels[] = {first, second};
-  for (int half = 0; half < E::PAIR; half++)
-    for (i64 c = 0; c < b; c++) ((T *)words)[c * E::PAIR + half] = pixels[half] ? pixels[half][from + c] : T{};
+void join(const float *pixel, const float *, i64 from, i64 b, float *words) {
+  if (pixel) memcpy(words, pixel + from, b * 4);
+  else memset(words, 0, b * 4);
+}
+
+void join(const uint16_t *first, const uint16_t *second, i64 from, i64 b, float *words) {
+  uint32_t *to = (uint32_t *)words;
+  if (first && second)
+    for (i64 c = 0; c < b; c++) to[c] = first[from + c] | (uint32_t)second[from + c] << 16;
+  else if (first)
+    for (i64 c = 0; c < b; c++) to[c] = first[from + c];
+  else if (second)
+    for (i64 c = 0; c < b; c++) to[c] = (uint32_t)second[from + c] << 16;
+  else memset(to, 0, b * 4);
 }
 
 // Of the taps' offsets `weight` is where the tap is in a row of `dw`, which has columns side by side and holds zeros.
@@ -282,7 +290,7 @@ int conv_grad_weight(const typename E::type *dy, const Image<typename E::type> &
   const i64 most = 4096 / b > 16 ? 4096 / b : 16;  // so many words at a time stay in the first-level cache
   // A task is some taps of the blocks of one block column, whose part of the image it copies.
   const i64 steps = ptr[cols] * walk.count, limit = 512 * 1024 / (b * b * 4);
-  i64 run = steps / (8 * threads);
+  i64 run = threads == 1 ? limit : steps / (6 * threads);
   run = run > limit ? limit : run;
   run = run < 1 ? 1 : run;
   i64 *tasks = (i64 *)malloc((cols + 1) * sizeof(i64));  // before each block column
@@ -317,7 +325,7 @@ int conv_grad_weight(const typename E::type *dy, const Image<typename E::type> &
           each_image(walk, i, i + tile < all ? i + tile : all, [&](i64 n, i64 u, i64 stop, i64 first) {
             float *to = window + first * walk.width * b;
             each_pixel(walk, u, stop, [&](i64 j, i64 row, i64 col) {
-              join<E>(image.pixel(n, row, col), image.pixel(n, row, col + walk.step_col), c * b, b, to + j * b);
+              join(image.pixel(n, row, col), image.pixel(n, row, col + walk.step_col), c * b, b, to + j * b);
             });
             for (i64 row = u; row < stop; row++)
               for (i64 v = 0; v < walk.cols; v += E::PAIR, words++) {
@@ -332,7 +340,7 @@ int conv_grad_weight(const typename E::type *dy, const Image<typename E::type> &
               for (i64 q = 0; q < some; q++) {
                 const T *pixel = dy + at[w + q] * out;
                 const bool last = at[w + q] % walk.cols + 1 == walk.cols;
-                join<E>(pixel, last ? nullptr : pixel + out, idx[ptr[c] + p] * b, b, a + q * b);
+                join(pixel, last ? nullptr : pixel + out, idx[ptr[c] + p] * b, b, a + q * b);
               }
               for (; s < stop; s++)
                 conv_outer_block<E>(a, window + taps[s % walk.count], from + w, some, b, sums + (s - begin) * b * b);
