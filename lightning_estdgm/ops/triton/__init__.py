@@ -22,6 +22,9 @@ __all__ = ["BACKEND", "TritonBackend"]
 
 MIN_TRITON = (3, 6)
 BLOCK_SIZES = (16, 32, 64, 128)
+MAX_TAPS = 15
+"""Taps of a convolution's kernel, a side: which of them meet the image is a bit each, both sides in one int32."""
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_CAPABILITY = (8, 0)
 
@@ -108,6 +111,8 @@ def _device_seconds(run: Callable[[], object], calls: int = 5, rounds: int = 3) 
 class TritonBackend:
     """One kernel for ``Y`` and ``dX`` and one for ``dW``, on active blocks of the dense weight, in place.
 
+    So for linear layers and for convolutions, whose pixels are read where they lie in channels-last memory.
+
     Sums are in float32, in an order that depends on the shapes and the cut of the work alone. Which cut is fastest is
     timed on the first call of a shape, dtype, block size and density (rounded up by `bucket_of`, so that a moving
     density is timed a few times); never while a CUDA graph is captured and never under
@@ -159,7 +164,9 @@ class TritonBackend:
     def conv_unsupported(
         self, device: torch.device, dtype: torch.dtype, topology: BlockTopology, geometry: ConvGeometry
     ) -> str | None:
-        """Reason why a convolution cannot be run, or None: as for a linear layer, whatever the geometry."""
+        """Reason why a convolution cannot be run, or None."""
+        if max(geometry.kernel_size) > MAX_TAPS:
+            return f"needs kernels of at most {MAX_TAPS} taps a side, got {geometry.kernel_size}"
         return self.unsupported(device, dtype, topology)
 
     def conv(

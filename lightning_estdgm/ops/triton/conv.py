@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_estdgm.ops.convolution import ConvGeometry
-from lightning_estdgm.ops.triton import launch
+from lightning_estdgm.ops.triton import MAX_TAPS, launch
 from lightning_estdgm.ops.triton.tiles import Tiles
 from lightning_estdgm.ops.triton.units import deal, split_count, unit_blocks, unit_columns, units_before
 from lightning_estdgm.topology import BlockTopology
@@ -26,6 +26,12 @@ from lightning_estdgm.topology import BlockTopology
 __all__ = ["Phase", "conv", "conv_grad_input", "conv_grad_weight", "phases"]
 
 SIZES = ["images", "in_h", "in_w", "out_h", "out_w", "step_h", "step_w", "first_h", "first_w", "hop_h", "hop_w"]
+
+
+@triton.jit
+def _below(i, size):
+    """``0 <= i < size`` in one comparison."""
+    return i.to(tl.uint32, bitcast=True) < size.to(tl.uint32, bitcast=True)
 
 
 # ---- Y = conv(X, W * M) + bias
@@ -65,6 +71,7 @@ def _conv_kernel(
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
     SWIZZLE: tl.constexpr,
+    MAX_TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -74,6 +81,8 @@ def _conv_kernel(
     goes over active blocks, and over all taps of each.
     """
     TAPS: tl.constexpr = KH * KW
+    tl.static_assert(KH <= MAX_TAPS)
+    tl.static_assert(KW <= MAX_TAPS)
     pixels = images * out_h * out_w
     pid = tl.program_id(0)
     sweep = SWIZZLE * block_rows
@@ -86,11 +95,18 @@ def _conv_kernel(
     image = p // (out_h * out_w)
     out_y = p // out_w % out_h
     out_x = p % out_w
-    h = out_y * step_h + first_h
     w = out_x * step_w + first_w
+    h = out_y * step_h + first_h
     n = row * BLOCK + tl.arange(0, BLOCK)
     k = tl.arange(0, DEPTH)
     x_rows = x_ptr + ((image.to(tl.int64) * in_h + h) * in_w + w)[:, None] * channels
+    # Which taps meet the image, a bit for each row and each column of the kernel.
+    hits = tl.zeros((ROWS,), tl.int32)
+    for i in tl.static_range(KH):
+        hits |= _below(h + i * hop_h, in_h).to(tl.int32) << i
+    for j in tl.static_range(KW):
+        hits |= _below(w + j * hop_w, in_w).to(tl.int32) << (j + MAX_TAPS)
+    hits = tl.where(p < pixels, hits, 0)
     w_rows = w_ptr + n.to(tl.int64)[None, :] * stride_wn
     begin = tl.load(row_ptr + row)
     end = tl.load(row_ptr + row + 1)
@@ -101,9 +117,8 @@ def _conv_kernel(
         for step in range(begin * (PARTS * TAPS), end * (PARTS * TAPS)):
             r = step % TAPS // KW
             s = step % KW
-            at_h = h + r * hop_h
-            at_w = w + s * hop_w
-            inside = (p < pixels) & (at_h >= 0) & (at_h < in_h) & (at_w >= 0) & (at_w < in_w)
+            needed = (1 << r) | (1 << (s + MAX_TAPS))
+            inside = (hits & needed) == needed
             cols = (col * BLOCK + step // TAPS % PARTS * DEPTH + k).to(tl.int64)
             x_shift = (r * hop_h * in_w + s * hop_w).to(tl.int64) * channels
             w_shift = (r * stride_wr + s * stride_ws).to(tl.int64)
@@ -117,9 +132,8 @@ def _conv_kernel(
         for step in range(tl.cdiv(end - begin, JOIN) * TAPS):
             r = step % TAPS // KW
             s = step % KW
-            at_h = h + r * hop_h
-            at_w = w + s * hop_w
-            inside = (p < pixels) & (at_h >= 0) & (at_h < in_h) & (at_w >= 0) & (at_w < in_w)
+            needed = (1 << r) | (1 << (s + MAX_TAPS))
+            inside = (hits & needed) == needed
             slot = begin + step // TAPS * JOIN + k // BLOCK
             exists = slot < end
             cols = tl.load(col_idx + slot, mask=exists, other=0) * BLOCK + k % BLOCK
@@ -177,6 +191,7 @@ def _correlate(
             ROWS=tiles.rows,
             DEPTH=tiles.depth,
             SWIZZLE=launch.SWIZZLE,
+            MAX_TAPS=MAX_TAPS,
             HAS_BIAS=bias is not None,
             **launch.options(tiles, x.dtype, precision),
         )
@@ -329,10 +344,12 @@ def _conv_grad_weight_kernel(
     steps = tl.cdiv(pixels, DEPTH)
     splits = split_count(items, steps, programs, MIN_STEPS, MAX_SPLITS, WAVES)
     span = tl.cdiv(steps, splits) * DEPTH
-    # DEPTH pixels on, as digits of a number whose places are column, row, image: added below without a division.
-    on_x = DEPTH % out_w
-    on_y = DEPTH // out_w % out_h
+    span_h = out_h * step_h
+    span_w = out_w * step_w
     on_image = DEPTH // (out_w * out_h)
+    on_h = DEPTH // out_w % out_h * step_h
+    on_w = DEPTH % out_w * step_w
+    on_pixel = (on_image * in_h + on_h) * in_w + on_w
     for work in range(tl.program_id(0), items * splits, programs):
         # Programs that run at a time read the same pixels.
         part = work // items
@@ -346,27 +363,28 @@ def _conv_grad_weight_kernel(
         at_h = first_h + tap // KW * hop_h
         at_w = first_w + tap % KW * hop_w
         end = tl.minimum((part + 1) * span, pixels)
+        # The input pixels of DEPTH output pixels, then of the next DEPTH: carried over like digits, without a division.
         p = part * span + tl.arange(0, DEPTH)
         image = p // (out_h * out_w)
-        out_y = p // out_w % out_h
-        out_x = p % out_w
+        h = p // out_w % out_h * step_h + at_h
+        w = p % out_w * step_w + at_w
+        pixel = (image * in_h + h) * in_w + w
         acc = tl.zeros((ROWS, BLOCK), tl.float32)
         for start in range(part * span, end, DEPTH):
             p = start + tl.arange(0, DEPTH)
-            h = out_y * step_h + at_h
-            w = out_x * step_w + at_w
-            inside = (p < end) & (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)
-            rows = ((image * in_h + h) * in_w + w).to(tl.int64)
-            x = tl.load(x_cols + rows[None, :] * channels, mask=inside[None, :], other=0.0)
+            inside = (p < end) & _below(h, in_h) & _below(w, in_w)
+            x = tl.load(x_cols + pixel.to(tl.int64)[None, :] * channels, mask=inside[None, :], other=0.0)
             dy = tl.load(dy_cols + p.to(tl.int64)[:, None] * features, mask=(p < end)[:, None], other=0.0)
             acc = tl.dot(x, dy, acc, input_precision=PRECISION)
-            out_x += on_x
-            over = out_x >= out_w
-            out_x = tl.where(over, out_x - out_w, out_x)
-            out_y += on_y + over.to(tl.int32)
-            over = out_y >= out_h
-            out_y = tl.where(over, out_y - out_h, out_y)
-            image += on_image + over.to(tl.int32)
+            w += on_w
+            pixel += on_pixel
+            over = w >= at_w + span_w
+            w = tl.where(over, w - span_w, w)
+            h += tl.where(over, on_h + step_h, on_h)
+            pixel += tl.where(over, step_h * in_w - span_w, 0)
+            over = h >= at_h + span_h
+            h = tl.where(over, h - span_h, h)
+            pixel += tl.where(over, (in_h - span_h) * in_w, 0)
         if splits == 1:
             dw = dw_ptr + (n.to(tl.int64)[None, :] * TAPS + tap) * channels + cols[:, None]
             tl.store(dw, acc.to(dw_ptr.dtype.element_ty), mask=exists[:, None])
