@@ -98,7 +98,7 @@ def test_the_interpreter_must_be_asked_for_before_triton_is_imported():
         "topology = BlockTopology.from_mask(torch.ones(1, 1, dtype=torch.bool), 16)\n"
         # Triton reads the variable anew at each decorator: kernels must have been made without it.
         "del os.environ['TRITON_INTERPRET']\n"
-        "import lightning_estdgm.ops.triton.kernels\n"
+        "import lightning_estdgm.ops.triton.launch\n"
         "os.environ['TRITON_INTERPRET'] = '1'\n"
         "print(get_backend('triton').unsupported(torch.device('cpu'), torch.float32, topology))\n"
     )

@@ -17,8 +17,9 @@ TESTS = Path(__file__).parent
     [
         (["test_ops.py", "-k", "triton"], 42),  # the conformance tests of every backend
         (["triton_in_interpreter.py"], 50),
+        (["triton_conv_in_interpreter.py"], 48),
     ],
-    ids=["conformance", "kernels"],
+    ids=["conformance", "kernels", "convolutions"],
 )
 def test_kernels_equal_the_reference_in_the_interpreter(what, at_least, tmp_path):
     done = subprocess.run(

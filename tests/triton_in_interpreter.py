@@ -9,7 +9,7 @@ import triton.language as tl
 
 from lightning_estdgm.ops.reference import BACKEND as REFERENCE
 from lightning_estdgm.ops.reference import expand_mask
-from lightning_estdgm.ops.triton import BLOCK_SIZES, TritonBackend, kernels
+from lightning_estdgm.ops.triton import BLOCK_SIZES, TritonBackend, kernels, launch, units
 from lightning_estdgm.ops.triton.tiles import Tiles, candidates
 from lightning_estdgm.topology import BlockTopology
 
@@ -73,7 +73,7 @@ def _all_tiles(block_size, itemsize):
 
 
 def test_kernels_are_interpreted_here():
-    assert kernels.INTERPRETED
+    assert launch.INTERPRETED
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -88,7 +88,7 @@ def test_every_tile_computes_what_the_reference_does(block_size, dtype):
 
 @pytest.mark.parametrize("tokens", [1, 128, 129, 600])
 def test_any_number_of_tokens(tokens, monkeypatch):
-    monkeypatch.setattr(kernels, "SWIZZLE", 2)  # of 600 tokens two tiles, then two, then one share a sweep
+    monkeypatch.setattr(launch, "SWIZZLE", 2)  # of 600 tokens two tiles, then two, then one share a sweep
     _assert_right(_operands(_topology(), tokens), _topology(), Tiles(128, 32, 4, 2))
 
 
@@ -130,7 +130,7 @@ def test_a_mask_changed_in_place_is_followed():
 def test_results_are_bitwise_repeatable_and_never_read_a_count_on_the_host(monkeypatch):
     topology = _topology()
     operands = _operands(topology, 100)
-    monkeypatch.setattr(kernels, "MIN_STEPS", 1)
+    monkeypatch.setattr(units, "MIN_STEPS", 1)
     monkeypatch.setattr(BlockTopology, "nnz", property(lambda self: pytest.fail("waits for the device")))
     first, second = (_products(*operands, topology, Tiles(128, 16, 4, 2)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -140,12 +140,12 @@ def test_results_are_bitwise_repeatable_and_never_read_a_count_on_the_host(monke
 
 
 @triton.jit
-def _splits_kernel(out, units, steps, programs, MIN_STEPS: tl.constexpr, MAX_SPLITS: tl.constexpr, WAVES: tl.constexpr):
-    tl.store(out, kernels._splits(units, steps, programs, MIN_STEPS, MAX_SPLITS, WAVES))
+def _splits_kernel(out, items, steps, programs, MIN_STEPS: tl.constexpr, MAX_SPLITS: tl.constexpr, WAVES: tl.constexpr):
+    tl.store(out, units.split_count(items, steps, programs, MIN_STEPS, MAX_SPLITS, WAVES))
 
 
 @pytest.mark.parametrize(
-    ("units", "steps", "splits"),
+    ("items", "steps", "splits"),
     [
         (1024, 128, 1),  # enough work: 8 waves
         (132, 128, 1),  # one wave, all busy
@@ -158,16 +158,16 @@ def _splits_kernel(out, units, steps, programs, MIN_STEPS: tl.constexpr, MAX_SPL
         (0, 128, 1),
     ],
 )
-def test_the_weight_gradient_is_split_where_programs_would_idle(units, steps, splits):
+def test_the_weight_gradient_is_split_where_programs_would_idle(items, steps, splits):
     out = torch.zeros(1, dtype=torch.int32)
-    _splits_kernel[(1,)](out, units, steps, 132, kernels.MIN_STEPS, kernels.MAX_SPLITS, kernels.WAVES)
+    _splits_kernel[(1,)](out, items, steps, 132, units.MIN_STEPS, units.MAX_SPLITS, units.WAVES)
     assert int(out) == splits
 
 
 @pytest.mark.parametrize(("block_size", "multiprocessors"), [(16, 1), (16, 5), (128, 1), (128, 12)])
 def test_split_sums_equal_the_reference(block_size, multiprocessors, monkeypatch):
-    monkeypatch.setattr(kernels, "multiprocessors", lambda device: multiprocessors)
-    monkeypatch.setattr(kernels, "MIN_STEPS", 1)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(units, "MIN_STEPS", 1)
     topology = _topology(block_size=block_size, density=0.3)
     tiles = Tiles(128, 64, 4, 2)
     x, weight, bias, dy = _operands(topology, 300)
@@ -179,8 +179,8 @@ def test_split_sums_equal_the_reference(block_size, multiprocessors, monkeypatch
 @triton.jit
 def _blocks_kernel(out, row_ptr, col_idx, block_rows, JOIN: tl.constexpr, CHUNK: tl.constexpr):
     unit = tl.program_id(0)
-    row, first, stop = kernels._unit_blocks(row_ptr, block_rows, unit, JOIN, CHUNK)
-    _, _, total = kernels._units_before(row_ptr, block_rows, unit, JOIN, CHUNK)
+    row, first, stop = units.unit_blocks(row_ptr, block_rows, unit, JOIN, CHUNK)
+    _, _, total = units.units_before(row_ptr, block_rows, unit, JOIN, CHUNK)
     tl.store(out + unit * 4, row)
     tl.store(out + unit * 4 + 1, first)
     tl.store(out + unit * 4 + 2, stop)

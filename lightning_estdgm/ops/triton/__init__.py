@@ -6,13 +6,14 @@ import functools
 import importlib.util
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_estdgm.ops.convolution import ConvGeometry
 from lightning_estdgm.ops.selection import bucket_of
 from lightning_estdgm.ops.triton.tiles import Tiles, Tuner, candidates
 from lightning_estdgm.topology import BlockTopology
@@ -21,15 +22,18 @@ __all__ = ["BACKEND", "TritonBackend"]
 
 MIN_TRITON = (3, 6)
 BLOCK_SIZES = (16, 32, 64, 128)
+MAX_TAPS = 15
+"""Taps of a convolution's kernel, a side: which of them meet the image is a bit each, both sides in one int32."""
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_CAPABILITY = (8, 0)
 
 Seconds = Callable[[Callable[[], object]], float]
 
 
-@functools.cache
-def _kernels() -> ModuleType:
-    return importlib.import_module("lightning_estdgm.ops.triton.kernels")
+def _of(module: str) -> ModuleType:
+    """A module of this package that imports Triton."""
+    return importlib.import_module(f"lightning_estdgm.ops.triton.{module}")
 
 
 @functools.cache
@@ -55,7 +59,7 @@ def _device_refusal(device: torch.device) -> str | None:
     reason = _triton_refusal()
     if reason is not None:
         return reason
-    if device.type == "cpu" and not _kernels().INTERPRETED:
+    if device.type == "cpu" and not _of("launch").INTERPRETED:
         return "needs TRITON_INTERPRET=1 to be set before triton is imported to run on the CPU"
     if device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
@@ -107,6 +111,8 @@ def _device_seconds(run: Callable[[], object], calls: int = 5, rounds: int = 3) 
 class TritonBackend:
     """One kernel for ``Y`` and ``dX`` and one for ``dW``, on active blocks of the dense weight, in place.
 
+    So for linear layers and for convolutions, whose pixels are read where they lie in channels-last memory.
+
     Sums are in float32, in an order that depends on the shapes and the cut of the work alone. Which cut is fastest is
     timed on the first call of a shape, dtype, block size and density (rounded up by `bucket_of`, so that a moving
     density is timed a few times); never while a CUDA graph is captured and never under
@@ -150,10 +156,67 @@ class TritonBackend:
         precision = _precision(x2d.device)
 
         def run(tiles: Tiles) -> Tensor:
-            return _kernels().grad_weight(dy2d, x2d, topology, tiles, precision=precision)
+            return _of("kernels").grad_weight(dy2d, x2d, topology, tiles, precision=precision)
 
         layout = (dy2d.stride(1) == 1, x2d.stride(1) == 1)
-        return run(self._tiles("grad_weight", x2d, topology, precision, layout, run))
+        return run(self._tiles("grad_weight", x2d.shape[0], x2d, topology, precision, layout, run))
+
+    def conv_unsupported(
+        self, device: torch.device, dtype: torch.dtype, topology: BlockTopology, geometry: ConvGeometry
+    ) -> str | None:
+        """Reason why a convolution cannot be run, or None."""
+        if max(geometry.kernel_size) > MAX_TAPS:
+            return f"needs kernels of at most {MAX_TAPS} taps a side, got {geometry.kernel_size}"
+        return self.unsupported(device, dtype, topology)
+
+    def conv(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology, geometry: ConvGeometry
+    ) -> Tensor:
+        """``Y = conv2d(X, W * M) + bias``: ``[N, in, H, W] -> [N, out, H', W']``."""
+        size = geometry.output_size(*x.shape[2:])
+        if x.shape[0] == 0:
+            return _no_images(x, topology.shape[0], size)
+        if _as_float32(x):
+            wide = None if bias is None else bias.float()
+            return self.conv(x.float(), weight.float(), wide, topology, geometry).to(x.dtype)
+        precision = _precision(x.device)
+
+        def run(tiles: Tiles) -> Tensor:
+            return _of("conv").conv(x, weight, bias, topology, geometry, tiles, precision=precision)
+
+        rows = x.shape[0] * size[0] * size[1]
+        return run(self._tiles("conv", rows, x, topology, precision, (geometry, _layout(weight)), run))
+
+    def conv_grad_input(
+        self, dy: Tensor, weight: Tensor, size: tuple[int, int], topology: BlockTopology, geometry: ConvGeometry
+    ) -> Tensor:
+        """Gradient of the input: ``[N, out, H', W'] -> [N, in, *size]``."""
+        if dy.shape[0] == 0:
+            return _no_images(dy, topology.shape[1], size)
+        if _as_float32(dy):
+            return self.conv_grad_input(dy.float(), weight.float(), size, topology, geometry).to(dy.dtype)
+        precision = _precision(dy.device)
+
+        def run(tiles: Tiles) -> Tensor:
+            return _of("conv").conv_grad_input(dy, weight, size, topology, geometry, tiles, precision=precision)
+
+        rows = dy.shape[0] * size[0] * size[1]
+        transposed = topology.transpose()
+        return run(self._tiles("conv_grad_input", rows, dy, transposed, precision, (geometry, _layout(weight)), run))
+
+    def conv_grad_weight(self, dy: Tensor, x: Tensor, topology: BlockTopology, geometry: ConvGeometry) -> Tensor:
+        """Gradient of the weight, ``(out, in, kh, kw)``, 0 in inactive blocks."""
+        if x.shape[0] == 0:
+            return x.new_zeros(*topology.shape, *geometry.kernel_size)
+        if _as_float32(x):
+            return self.conv_grad_weight(dy.float(), x.float(), topology, geometry).to(x.dtype)
+        precision = _precision(x.device)
+
+        def run(tiles: Tiles) -> Tensor:
+            return _of("conv").conv_grad_weight(dy, x, topology, geometry, tiles, precision=precision)
+
+        rows = dy.shape[0] * dy.shape[2] * dy.shape[3]
+        return run(self._tiles("conv_grad_weight", rows, x, topology, precision, geometry, run))
 
     def _product(
         self, product: str, x2d: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology
@@ -166,29 +229,31 @@ class TritonBackend:
         precision = _precision(x2d.device)
 
         def run(tiles: Tiles) -> Tensor:
-            return _kernels().linear(x2d, weight, bias, topology, tiles, precision=precision)
+            return _of("kernels").linear(x2d, weight, bias, topology, tiles, precision=precision)
 
         layout = (x2d.stride(1) == 1, weight.stride(1) == 1)
-        return run(self._tiles(product, x2d, topology, precision, layout, run))
+        return run(self._tiles(product, x2d.shape[0], x2d, topology, precision, layout, run))
 
     def _tiles(
         self,
         product: str,
-        x2d: Tensor,
+        rows: int,
+        x: Tensor,
         topology: BlockTopology,
         precision: str,
-        layout: tuple[bool, bool],
+        case: Hashable,
         run: Callable[[Tiles], Tensor],
     ) -> Tiles:
-        found = _candidates(x2d.device, topology.block_size, x2d.element_size(), precision)
+        """The cut for a product on ``rows`` tokens or pixels; ``case``: what else its time depends on."""
+        found = _candidates(x.device, topology.block_size, x.element_size(), precision)
         if len(found) == 1 or torch.are_deterministic_algorithms_enabled():
             return found[0]
         if self._tuner is None:
-            self._tuner = Tuner(_kernels().TOO_BIG)
-        seconds = self._seconds_on(x2d.device)
-        tokens = (x2d.shape[0] - 1).bit_length()  # the last batch of an epoch is not timed again
+            self._tuner = Tuner(_of("launch").TOO_BIG)
+        seconds = self._seconds_on(x.device)
+        size = (rows - 1).bit_length()  # the last batch of an epoch is not timed again
         bucket = self._bucket(topology, may_wait=seconds is not None)
-        key = (product, tokens, *topology.shape, topology.block_size, x2d.dtype, x2d.device, precision, layout, bucket)
+        key = (product, size, *topology.shape, topology.block_size, x.dtype, x.device, precision, case, bucket)
         return self._tuner.best(key, found, run, seconds)
 
     def _seconds_on(self, device: torch.device) -> Seconds | None:
@@ -212,7 +277,16 @@ class TritonBackend:
 
 def _as_float32(operand: Tensor) -> bool:
     # Triton's interpreter holds bfloat16 as integers, multiplies those, and truncates where the device rounds.
-    return operand.dtype == torch.bfloat16 and _kernels().INTERPRETED
+    return operand.dtype == torch.bfloat16 and _of("launch").INTERPRETED
+
+
+def _no_images(like: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
+    return like.new_empty(0, *size, channels).permute(0, 3, 1, 2)
+
+
+def _layout(weight: Tensor) -> tuple[bool, bool]:
+    """Whether neighbouring output, and input, channels are neighbours in memory."""
+    return weight.stride(0) == 1, weight.stride(1) == 1
 
 
 BACKEND = TritonBackend()

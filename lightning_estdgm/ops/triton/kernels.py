@@ -8,94 +8,16 @@ CUDA graph that then follows masks updated in place.
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_estdgm.ops.triton import launch
 from lightning_estdgm.ops.triton.tiles import Tiles
+from lightning_estdgm.ops.triton.units import deal, split_count, unit_blocks, unit_columns, units_before
 from lightning_estdgm.topology import BlockTopology
 
-__all__ = ["INTERPRETED", "TOO_BIG", "grad_weight", "linear"]
-
-INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether kernels run in Triton's interpreter, on the CPU: what TRITON_INTERPRET was when Triton was imported."""
-
-TOO_BIG = (triton.runtime.errors.OutOfResources,)
-"""Raised by a launch that wants more shared memory or registers than the device has."""
-
-SWIZZLE = 8
-"""Token tiles that share one sweep over the weight, so that both stay in the L2 cache."""
-
-MIN_STEPS = 8
-"""Steps over the tokens below which a weight gradient is not split further."""
-
-MAX_SPLITS = 16
-
-WAVES = 2
-"""A weight gradient is split only if all parts run in this many waves: bounds the memory of partial sums."""
-
-CHUNK = 1024
-"""Block rows counted at once when a program looks for its block row."""
-
-
-# ---- device functions
-
-
-@triton.jit
-def _units_before(row_ptr, block_rows, unit, JOIN: tl.constexpr, CHUNK: tl.constexpr):
-    """Count whole block rows of units up to `unit`, the units in them, and all units.
-
-    A unit is up to JOIN active blocks of one block row; units are numbered row by row.
-    """
-    rows = 0
-    before = 0
-    total = 0
-    for start in range(0, block_rows, CHUNK):
-        r = start + tl.arange(0, CHUNK)
-        inside = r < block_rows
-        first = tl.load(row_ptr + r, mask=inside, other=0)
-        stop = tl.load(row_ptr + r + 1, mask=inside, other=0)
-        units = (stop - first + JOIN - 1) // JOIN
-        passed = inside & (total + tl.cumsum(units, 0) <= unit)
-        rows += tl.sum(passed.to(tl.int32), 0)
-        before += tl.sum(tl.where(passed, units, 0), 0)
-        total += tl.sum(units, 0)
-    return rows, before, total
-
-
-@triton.jit
-def _unit_blocks(row_ptr, block_rows, unit, JOIN: tl.constexpr, CHUNK: tl.constexpr):
-    """Block row of a unit, and its slots ``[first, stop)`` in ``col_idx``."""
-    row, before, _ = _units_before(row_ptr, block_rows, unit, JOIN, CHUNK)
-    first = tl.load(row_ptr + row) + (unit - before) * JOIN
-    return row, first, tl.minimum(first + JOIN, tl.load(row_ptr + row + 1))
-
-
-@triton.jit
-def _unit_columns(col_idx, first, stop, i, BLOCK: tl.constexpr):
-    """Columns of the weight (in elements) that rows `i` of a unit's tile stand for, and which of them exist."""
-    slot = first + i // BLOCK
-    exists = slot < stop
-    cols = tl.load(col_idx + slot, mask=exists, other=0) * BLOCK + i % BLOCK
-    return tl.max_contiguous(tl.multiple_of(cols, BLOCK), BLOCK), exists
-
-
-@triton.jit
-def _splits(units, steps, programs, MIN_STEPS: tl.constexpr, MAX_SPLITS: tl.constexpr, WAVES: tl.constexpr):
-    """In how many parts the tokens are cut so that the programs are evenly busy: the fewest waves of work."""
-    best = 1
-    waves = tl.cdiv(units, programs)
-    for splits in range(2, MAX_SPLITS + 1):
-        needed = tl.cdiv(units * splits, programs)
-        fits = (splits * MIN_STEPS <= steps) & (needed <= WAVES)
-        better = fits & (8 * needed * best < 7 * waves * splits)  # an eighth less time pays for the second stage
-        best = tl.where(better, splits, best)
-        waves = tl.where(better, needed, waves)
-    return best
+__all__ = ["grad_weight", "linear"]
 
 
 # ---- Y = X (W * M)^T + bias
@@ -183,7 +105,7 @@ def linear(
     if bias is not None:
         bias = bias.contiguous()
     grid = (triton.cdiv(tokens, tiles.rows) * topology.block_rows,)
-    with _on(x2d.device):
+    with launch.on(x2d.device):
         _linear_kernel[grid](
             y,
             x2d,
@@ -196,10 +118,11 @@ def linear(
             *x2d.stride(),
             *weight.stride(),
             BLOCK=topology.block_size,
+            ROWS=tiles.rows,
             DEPTH=tiles.depth,
-            SWIZZLE=SWIZZLE,
+            SWIZZLE=launch.SWIZZLE,
             HAS_BIAS=bias is not None,
-            **_options(tiles, x2d.dtype, precision),
+            **launch.options(tiles, x2d.dtype, precision),
         )
     return y
 
@@ -233,21 +156,20 @@ def _grad_weight_kernel(
 ):
     """Each program: every so-many-th unit, ROWS columns by one block row of the gradient, for a range of tokens.
 
-    A unit is up to ROWS / BLOCK active blocks of one block row. Where units are few, the tokens are split and partial
-    sums go to ``partial_ptr [splits * units, BLOCK, ROWS]``. The tile is the gradient's transpose: its long side is the
-    one that matrix units want long.
+    Where units (see units.py) are few, the tokens are split and partial sums go to ``partial_ptr [splits * units,
+    BLOCK, ROWS]``. The tile is the gradient's transpose: its long side is the one that matrix units want long.
     """
     JOIN: tl.constexpr = ROWS // BLOCK
     programs = tl.num_programs(0)
-    _, _, units = _units_before(row_ptr, block_rows, 0, JOIN, CHUNK)
+    _, _, units = units_before(row_ptr, block_rows, 0, JOIN, CHUNK)
     steps = tl.cdiv(tokens, DEPTH)
-    splits = _splits(units, steps, programs, MIN_STEPS, MAX_SPLITS, WAVES)
+    splits = split_count(units, steps, programs, MIN_STEPS, MAX_SPLITS, WAVES)
     span = tl.cdiv(steps, splits) * DEPTH
     for work in range(tl.program_id(0), units * splits, programs):
         # Programs that run at a time read the same tokens.
         part = work // units
-        row, first, stop = _unit_blocks(row_ptr, block_rows, work % units, JOIN, CHUNK)
-        cols, exists = _unit_columns(col_idx, first, stop, tl.arange(0, ROWS), BLOCK)
+        row, first, stop = unit_blocks(row_ptr, block_rows, work % units, JOIN, CHUNK)
+        cols, exists = unit_columns(col_idx, first, stop, tl.arange(0, ROWS), BLOCK)
         n = row * BLOCK + tl.arange(0, BLOCK)
         x_cols = x_ptr + cols.to(tl.int64)[:, None] * stride_xk
         dy_cols = dy_ptr + n.to(tl.int64)[None, :] * stride_dyn
@@ -268,44 +190,6 @@ def _grad_weight_kernel(
             tl.store(partial_ptr + work * (ROWS * BLOCK) + i, acc)
 
 
-@triton.jit(do_not_specialize=["tokens", "block_rows"])
-def _sum_parts_kernel(
-    dw_ptr,
-    partial_ptr,
-    row_ptr,
-    col_idx,
-    tokens,
-    block_rows,
-    stride_dw,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-    MIN_STEPS: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    WAVES: tl.constexpr,
-):
-    """Second stage of a split weight gradient: each unit's partial sums, added in order. Else nothing."""
-    JOIN: tl.constexpr = ROWS // BLOCK
-    PIECE: tl.constexpr = 2048
-    PIECES: tl.constexpr = ROWS * BLOCK // PIECE
-    programs = tl.num_programs(0)
-    _, _, units = _units_before(row_ptr, block_rows, 0, JOIN, CHUNK)
-    splits = _splits(units, tl.cdiv(tokens, DEPTH), programs, MIN_STEPS, MAX_SPLITS, WAVES)
-    if splits > 1:
-        for work in range(tl.program_id(0), units * PIECES, programs):
-            unit = work // PIECES
-            row, first, stop = _unit_blocks(row_ptr, block_rows, unit, JOIN, CHUNK)
-            i = work % PIECES * PIECE + tl.arange(0, PIECE)
-            acc = tl.zeros((PIECE,), tl.float32)
-            for part in range(splits):
-                acc += tl.load(partial_ptr + (part * units + unit) * (ROWS * BLOCK) + i)
-            cols, exists = _unit_columns(col_idx, first, stop, i % ROWS, BLOCK)
-            n = row * BLOCK + i // ROWS
-            dw = dw_ptr + n.to(tl.int64) * stride_dw + cols
-            tl.store(dw, acc.to(dw_ptr.dtype.element_ty), mask=exists)
-
-
 def grad_weight(dy2d: Tensor, x2d: Tensor, topology: BlockTopology, tiles: Tiles, *, precision: str) -> Tensor:
     """``dW = (dY^T X) * M``: ``[T, out], [T, in] -> (out, in)``, ``T >= 1``, 0 in inactive blocks.
 
@@ -318,70 +202,22 @@ def grad_weight(dy2d: Tensor, x2d: Tensor, topology: BlockTopology, tiles: Tiles
     """
     tokens = x2d.shape[0]
     dw = x2d.new_zeros(topology.shape)
-    capacity = topology.block_rows * triton.cdiv(topology.block_cols * topology.block_size, tiles.rows)
-    may_split = triton.cdiv(tokens, tiles.depth) >= 2 * MIN_STEPS
-    programs = multiprocessors(x2d.device) * tiles.resident(topology.block_size)
-    parts = min(WAVES * programs, MAX_SPLITS * capacity) if may_split else 0
-    if not may_split:
-        programs = min(programs, capacity)
-    partial = x2d.new_empty(parts, topology.block_size, tiles.rows, dtype=torch.float32)
-    cut = {
-        "BLOCK": topology.block_size,
-        "DEPTH": tiles.depth,
-        "CHUNK": min(CHUNK, triton.next_power_of_2(topology.block_rows)),
-        "MIN_STEPS": MIN_STEPS,
-        "MAX_SPLITS": MAX_SPLITS,
-        "WAVES": WAVES,
-    }
-    sizes = (tokens, topology.block_rows)
-    with _on(x2d.device):
-        _grad_weight_kernel[(programs,)](
+    dealt = deal(tokens, topology, tiles, x2d.device)
+    with launch.on(x2d.device):
+        _grad_weight_kernel[(dealt.programs,)](
             dw,
-            partial,
+            dealt.partial,
             dy2d,
             x2d,
             topology.row_ptr,
             topology.col_idx,
-            *sizes,
-            dw.stride(0),
+            tokens,
+            topology.block_rows,
+            topology.shape[1],
             *dy2d.stride(),
             *x2d.stride(),
-            **cut,
-            **_options(tiles, x2d.dtype, precision),
+            **dealt.cut,
+            **launch.options(tiles, x2d.dtype, precision),
         )
-        if may_split:
-            _sum_parts_kernel[(programs,)](
-                dw,
-                partial,
-                topology.row_ptr,
-                topology.col_idx,
-                *sizes,
-                dw.stride(0),
-                ROWS=tiles.rows,
-                enable_fp_fusion=True,
-                **cut,
-            )
+        dealt.add_parts(dw, tokens, topology)
     return dw
-
-
-# ---- launching
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors (compute units) of a GPU; few where the interpreter stands in for one."""
-    return 4 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    # Triton launches on the current device, whatever device its arguments are on.
-    return contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
-
-
-def _options(tiles: Tiles, dtype: torch.dtype, precision: str) -> dict[str, Any]:
-    return {
-        "ROWS": tiles.rows,
-        "PRECISION": precision if dtype == torch.float32 else "ieee",
-        "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
-        "enable_fp_fusion": True,  # Triton's own default; unnamed, 3.9 warns that it will change
-    }
