@@ -31,7 +31,8 @@ typedef uint16_t half_vec __attribute__((vector_size(VL * 2), aligned(2), may_al
 struct Float {
   using type = float;
   static constexpr int PAIR = 1;  // values of k in a word
-  static vec mac(vec sum, float a, const float *b) { return sum + a * *(const vec *)b; }
+  static vec mac(vec sum, float a, vec b) { return sum + a * b; }
+  static vec mac(vec sum, float a, const float *b) { return mac(sum, a, *(const vec *)b); }
   static vec load(const type *p) { return *(const vec *)p; }
   static void store(type *p, vec v) { *(vec *)p = v; }
 };
@@ -40,9 +41,10 @@ struct Float {
 struct BFloat16 {
   using type = uint16_t;
   static constexpr int PAIR = 2;
-  static vec mac(vec sum, float a, const float *b) {
-    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(a), (__m512bh)_mm512_loadu_ps(b));
+  static vec mac(vec sum, float a, vec b) {
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
   }
+  static vec mac(vec sum, float a, const float *b) { return mac(sum, a, *(const vec *)b); }
   static vec load(const type *p) {
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
   }

@@ -3,61 +3,109 @@
 // All three products are one register-blocked loop: a tile of MR x (NV * VL) sums stays in registers while k runs over
 // the active blocks. The order of sums depends on nothing but the shapes and the mask, so results are the same for any
 // number of threads.
+#include <omp.h>
+
 #include "elements.h"
+#include "share.h"
 
 namespace {
+
+// Columns of the strip of a block of which `left` are left.
+i64 strip_width(i64 left) {
+  if (!WIDE) return 2 * VL;
+  return left >= 4 * VL ? 4 * VL : left >= 2 * VL ? 2 * VL : VL;
+}
+
+// Part of some rows that a later tile reads, fetched into the cache a line of each at a time.
+struct Ahead {
+  const char *next, *end;  // in the first row
+  i64 ld;                  // bytes from one row to the next
+
+  template <int ROWS>
+  void fetch() {
+    if (next >= end) return;
+    for (int i = 0; i < ROWS; i++) __builtin_prefetch(next + i * ld);
+    next += 64;
+  }
+};
 
 // ---- Y[t, r] = sum over active c of A[t, c] B[c, r]: forward and input gradient
 
 template <class E, int MR, int NV>
 void linear_tile(const typename E::type *a, i64 lda, const float *packed, const int32_t *cols, i64 blocks, i64 b,
-                 const typename E::type *bias, typename E::type *y, i64 ldy) {
+                 const typename E::type *bias, typename E::type *y, i64 ldy, Ahead ahead) {
   vec sum[MR][NV];
   for (int i = 0; i < MR; i++)
-    for (int j = 0; j < NV; j++) sum[i][j] = bias ? E::load(bias + j * VL) : vec{};
+    for (int j = 0; j < NV; j++) {
+      __builtin_prefetch(y + i * ldy + j * VL, 1);
+      sum[i][j] = bias ? E::load(bias + j * VL) : vec{};
+    }
   for (i64 p = 0; p < blocks; p++) {
     const typename E::type *ap = a + cols[p] * b;
     const float *bp = packed + p * b * b / E::PAIR;
-    for (i64 k = 0; k < b; k += E::PAIR, bp += b)
-      for (int i = 0; i < MR; i++) {
-        const float s = word(ap + i * lda + k);
-        for (int j = 0; j < NV; j++) sum[i][j] = E::mac(sum[i][j], s, bp + j * VL);
+    for (i64 k = 0; k < b; k += 16) {
+      ahead.fetch<MR>();
+      for (i64 kk = k; kk < k + 16; kk += E::PAIR, bp += NV * VL) {
+        vec bv[NV];
+        for (int j = 0; j < NV; j++) bv[j] = ((const vec *)bp)[j];
+        for (int i = 0; i < MR; i++) {
+          const float s = word(ap + i * lda + kk);
+          for (int j = 0; j < NV; j++) sum[i][j] = E::mac(sum[i][j], s, bv[j]);
+        }
       }
+    }
   }
   for (int i = 0; i < MR; i++)
     for (int j = 0; j < NV; j++) E::store(y + i * ldy + j * VL, sum[i][j]);
 }
 
-template <class E, int MR, int NV>
-void linear_strip(const typename E::type *a, i64 lda, i64 rows, const float *packed, const int32_t *cols, i64 blocks,
-                  i64 b, const typename E::type *bias, typename E::type *y, i64 ldy) {
-  i64 t = 0;
-  for (; t + MR <= rows; t += MR) linear_tile<E, MR, NV>(a + t * lda, lda, packed, cols, blocks, b, bias, y + t * ldy, ldy);
-  for (; t < rows; t++) linear_tile<E, 1, NV>(a + t * lda, lda, packed, cols, blocks, b, bias, y + t * ldy, ldy);
-}
-
-// All columns of one block row, for `rows` tokens.
+// What all tiles of one call of `linear` share.
 template <class E>
-void linear_block_row(const typename E::type *a, i64 lda, i64 rows, const float *packed, const int32_t *cols, i64 blocks,
-                      i64 b, const typename E::type *bias, typename E::type *y, i64 ldy) {
-  for (i64 j = 0; j < b;) {
-    const i64 left = (b - j) / VL;
-    const float *pj = packed + j;
-    const typename E::type *bj = bias ? bias + j : nullptr;
-    if (WIDE && left >= 4) {
-      linear_strip<E, 6, 4>(a, lda, rows, pj, cols, blocks, b, bj, y + j, ldy);
-      j += 4 * VL;
-    } else if (left >= 2) {
-      linear_strip<E, WIDE ? 12 : 6, 2>(a, lda, rows, pj, cols, blocks, b, bj, y + j, ldy);
-      j += 2 * VL;
-    } else {
-      linear_strip<E, 12, 1>(a, lda, rows, pj, cols, blocks, b, bj, y + j, ldy);
-      j += VL;
+struct Linear {
+  using T = typename E::type;
+  const T *x;
+  i64 ldx, tokens;
+  const float *packed;
+  const T *bias;
+  const int32_t *ptr, *idx;
+  i64 rows, in, b;
+  T *y;
+  i64 ldy;
+  i64 tile;  // tokens that stay in the second-level cache while block rows pass over them
+
+  // NV vectors of columns of a block row from column n of y on, for tokens t .. end - 1.
+  template <int MR, int NV>
+  void strip(i64 r, i64 n, i64 t, i64 end) const {
+    const T *bias_n = bias ? bias + n : nullptr;
+    const float *packed_n = packed + (ptr[r] * b + n - r * b) * b / E::PAIR;
+    // Meanwhile its share of the same rows of the next tile of tokens comes into the cache.
+    const i64 width = rows * b / (NV * VL), first = n / (NV * VL) * in / width, last = (n / (NV * VL) + 1) * in / width;
+    for (; t + MR <= end; t += MR) {
+      const T *coming = x + (t + tile < tokens ? t + tile : t) * ldx;
+      Ahead ahead = {(const char *)(coming + first), (const char *)(coming + last), ldx * (i64)sizeof(T)};
+      linear_tile<E, MR, NV>(x + t * ldx, ldx, packed_n, idx + ptr[r], ptr[r + 1] - ptr[r], b, bias_n, y + t * ldy + n,
+                             ldy, ahead);
+    }
+    if constexpr (MR > 1)
+      if (t < end) strip<MR / 2, NV>(r, n, t, end);
+  }
+
+  void block_row(i64 r, i64 t, i64 end) const {
+    for (i64 j = 0, width; j < b; j += width) {
+      width = strip_width(b - j);
+      if (!WIDE)
+        strip<6, 2>(r, r * b + j, t, end);
+      else if (width == 4 * VL)
+        strip<6, 4>(r, r * b + j, t, end);
+      else if (width == 2 * VL)
+        strip<12, 2>(r, r * b + j, t, end);
+      else
+        strip<12, 1>(r, r * b + j, t, end);
     }
   }
-}
+};
 
-// Lay the active blocks out as words (k / PAIR, n), one block after the other; weight[n, k] is at n * sn + k * sk.
+// Lay the active blocks out strip by strip, each as words (k / PAIR, n); weight[n, k] is at n * sn + k * sk.
 template <class E>
 void pack(const typename E::type *weight, i64 sn, i64 sk, const int32_t *ptr, const int32_t *idx, i64 rows, i64 b,
           float *packed, int threads) {
@@ -67,10 +115,14 @@ void pack(const typename E::type *weight, i64 sn, i64 sk, const int32_t *ptr, co
     for (i64 p = ptr[r]; p < ptr[r + 1]; p++) {
       const T *from = weight + r * b * sn + idx[p] * b * sk;
       T *to = (T *)(packed + p * b * b / E::PAIR);
-      for (i64 n0 = 0; n0 < b; n0 += 16)
-        for (i64 k = 0; k < b; k += E::PAIR)
-          for (i64 n = n0; n < n0 + 16; n++)
-            for (int half = 0; half < E::PAIR; half++) to[k * b + n * E::PAIR + half] = from[n * sn + (k + half) * sk];
+      for (i64 j = 0, width; j < b; j += width, from += width * sn, to += width * b) {
+        width = strip_width(b - j);
+        for (i64 n0 = 0; n0 < width; n0 += 8)
+          for (i64 k = 0; k < b; k += E::PAIR)
+            for (i64 n = n0; n < n0 + 8; n++)
+              for (int half = 0; half < E::PAIR; half++)
+                to[k * width + n * E::PAIR + half] = from[n * sn + (k + half) * sk];
+      }
     }
 }
 
@@ -81,113 +133,165 @@ int linear(const typename E::type *x, i64 ldx, i64 tokens, const typename E::typ
   float *packed = (float *)malloc((size_t)ptr[rows] * b * b / E::PAIR * 4 + 64);
   if (!packed) return 1;
   pack<E>(weight, sn, sk, ptr, idx, rows, b, packed, threads);
-  // A tile of tokens stays in the second-level cache while all block rows pass over it.
-  i64 tile = (512 * 1024) / (in * (i64)sizeof(typename E::type)) / 12 * 12;
+  i64 tile = (256 * 1024) / (in * (i64)sizeof(typename E::type)) / 12 * 12;
   tile = tile < 24 ? 24 : tile > 192 ? 192 : tile;
-  const i64 tiles = (tokens + tile - 1) / tile;
+  i64 tiles = (tokens + tile - 1) / tile;
+  tiles = (tiles + threads - 1) / threads * threads;  // as many for each thread
+  tile = ((tokens + tiles - 1) / tiles + 11) / 12 * 12;
+  tiles = (tokens + tile - 1) / tile;
   i64 groups = (4 * threads + tiles - 1) / tiles;  // few tokens: share the block rows as well
   groups = groups > rows ? rows : groups;
-#pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(threads)
-  for (i64 i = 0; i < tiles; i++)
-    for (i64 g = 0; g < groups; g++) {
-      const i64 t = i * tile, n = tokens - t < tile ? tokens - t : tile;
-      for (i64 r = g * rows / groups; r < (g + 1) * rows / groups; r++)
-        linear_block_row<E>(x + t * ldx, ldx, n, packed + (i64)ptr[r] * b * b / E::PAIR, idx + ptr[r],
-                            ptr[r + 1] - ptr[r], b, bias ? bias + r * b : nullptr, y + t * ldy + r * b, ldy);
-    }
+  const Linear<E> all = {x, ldx, tokens, packed, bias, ptr, idx, rows, in, b, y, ldy, tile};
+  Shares shares(tiles * groups, threads);
+#pragma omp parallel num_threads(threads)
+  shares.work(omp_get_thread_num(), [&](i64 task) {
+    const i64 t = task / groups * tile, g = task % groups;
+    for (i64 r = g * rows / groups; r < (g + 1) * rows / groups; r++)
+      all.block_row(r, t, t + tile < tokens ? t + tile : tokens);
+  });
   free(packed);
   return 0;
 }
 
 // ---- dW[r, c] = sum over t of dY[t, r] X[t, c], for active blocks
 
-// `a` and `x` are words (t / PAIR, column); sums go on from `sums` unless `first`.
+// Rows of dy and x, as words (t / PAIR, column), that a task needs next.
+struct Panels {
+  const float *a, *x;
+};
+
+// Sums go on from `sums` unless `first`. Meanwhile one cache line of each row of the next panels is fetched.
 template <class E, int MR, int NV>
-void outer_tile(const float *a, i64 lda, const float *x, i64 ldx, i64 words, bool first, float *sums, i64 lds) {
+void outer_tile(Panels now, Panels next, i64 lda, i64 ldx, i64 words, bool first, float *sums, i64 lds) {
   vec sum[MR][NV];
   for (int i = 0; i < MR; i++)
     for (int j = 0; j < NV; j++) sum[i][j] = first ? vec{} : *(const vec *)(sums + i * lds + j * VL);
-  for (i64 t = 0; t < words; t++)
+  for (i64 t = 0; t < words; t++) {
+    __builtin_prefetch(next.a + t * lda, 0, 2);
+    __builtin_prefetch(next.x + t * ldx, 0, 2);
+    vec xv[NV];
+    for (int j = 0; j < NV; j++) xv[j] = *(const vec *)(now.x + t * ldx + j * VL);
     for (int i = 0; i < MR; i++) {
-      const float s = word(a + t * lda + i);
-      for (int j = 0; j < NV; j++) sum[i][j] = E::mac(sum[i][j], s, x + t * ldx + j * VL);
+      const float s = word(now.a + t * lda + i);
+      for (int j = 0; j < NV; j++) sum[i][j] = E::mac(sum[i][j], s, xv[j]);
     }
+  }
   for (int i = 0; i < MR; i++)
     for (int j = 0; j < NV; j++) *(vec *)(sums + i * lds + j * VL) = sum[i][j];
 }
 
-template <class E, int MR, int NV>
-void outer_strip(const float *a, i64 lda, const float *x, i64 ldx, i64 words, bool first, i64 b, float *sums, i64 lds) {
-  i64 m = 0;
-  for (; m + MR <= b; m += MR) outer_tile<E, MR, NV>(a + m, lda, x, ldx, words, first, sums + m * lds, lds);
-  for (; m < b; m += 2) outer_tile<E, 2, NV>(a + m, lda, x, ldx, words, first, sums + m * lds, lds);
-}
-
+// One active block, or `height` of its rows: sums (height, b) += a^T x over `words` words.
 template <class E>
-void outer_block(const float *a, i64 lda, const float *x, i64 ldx, i64 words, bool first, i64 b, float *sums, i64 lds) {
-  for (i64 j = 0; j < b;) {
-    const i64 left = (b - j) / VL;
-    if (WIDE && left >= 4) {
-      outer_strip<E, 6, 4>(a, lda, x + j, ldx, words, first, b, sums + j, lds);
-      j += 4 * VL;
-    } else if (left >= 2) {
-      outer_strip<E, WIDE ? 12 : 6, 2>(a, lda, x + j, ldx, words, first, b, sums + j, lds);
-      j += 2 * VL;
-    } else {
-      outer_strip<E, 12, 1>(a, lda, x + j, ldx, words, first, b, sums + j, lds);
-      j += VL;
+struct Outer {
+  Panels now, next;
+  i64 lda, ldx, words, height, b;
+  bool first;
+  float *sums;
+  i64 line = 0;  // of 16 columns: the one to fetch next
+
+  template <int MR, int NV>
+  void tiles(i64 m, i64 j) {
+    for (; m + MR <= height; m += MR, line++) {
+      const Panels here = {now.a + m, now.x + j};
+      const Panels fetch = {line * 16 < height ? next.a + line * 16 : here.a, line * 16 < b ? next.x + line * 16 : here.x};
+      outer_tile<E, MR, NV>(here, fetch, lda, ldx, words, first, sums + m * b + j, b);
+    }
+    if constexpr (MR > 2)
+      if (m < height) tiles<MR - 2, NV>(m, j);
+  }
+
+  void block() {
+    for (i64 j = 0, width; j < b; j += width) {
+      width = strip_width(b - j);
+      if (!WIDE)
+        tiles<6, 2>(0, j);
+      else if (width == 4 * VL)
+        tiles<6, 4>(0, j);
+      else if (width == 2 * VL)
+        tiles<8, 2>(0, j);
+      else
+        tiles<8, 1>(0, j);
     }
   }
-}
+};
 
 // `dy` and `x` as words; `dw` (out, in) need not be initialised: inactive blocks become 0.
 template <class E>
+struct GradWeight {
+  using T = typename E::type;
+  const float *dy;
+  i64 ldd;
+  const float *x;
+  i64 ldx, words;
+  const int32_t *ptr, *idx;
+  i64 rows, b;
+  T *dw;
+  i64 in;
+  i64 run;    // blocks that one task computes: neighbours share a block row of dy
+  i64 parts;  // few blocks: tasks share the rows of each as well
+
+  static constexpr i64 CHUNK = 128;  // words of rows of dy and x that stay in the second-level cache
+
+  i64 tasks() const { return (ptr[rows] + run - 1) / run * parts; }
+
+  void zero(i64 row) const {
+    i64 from = 0;
+    for (i64 p = ptr[row / b]; p <= ptr[row / b + 1]; p++) {
+      const i64 to = p < ptr[row / b + 1] ? idx[p] * b : in;
+      memset(dw + row * in + from, 0, (to - from) * sizeof(T));
+      from = to + b;
+    }
+  }
+
+  void work(i64 task, float *sums) const {
+    const i64 begin = task / parts * run, end = begin + run < ptr[rows] ? begin + run : ptr[rows], height = b / parts;
+    i64 first_row = 0;
+    while (ptr[first_row + 1] <= begin) first_row++;
+    const float *first_dy = dy + task % parts * height;
+    Panels now = {first_dy + first_row * b, x + idx[begin] * b};
+    for (i64 t = 0; t < words; t += CHUNK)
+      for (i64 p = begin, r = first_row; p < end; p++) {
+        const bool again = p + 1 == end;
+        const i64 next_t = again ? t + CHUNK : t, next_p = again ? begin : p + 1;
+        r = again ? first_row : r;
+        while (ptr[r + 1] <= next_p) r++;
+        const Panels next = next_t < words ? Panels{first_dy + next_t * ldd + r * b, x + next_t * ldx + idx[next_p] * b} : now;
+        Outer<E>{now, next, ldd, ldx, words - t < CHUNK ? words - t : CHUNK, height, b, t == 0,
+                 sums + (p - begin) * height * b}
+            .block();
+        now = next;
+      }
+    for (i64 p = begin, r = first_row; p < end; p++) {
+      while (ptr[r + 1] <= p) r++;
+      for (i64 m = 0; m < height; m++)
+        for (i64 j = 0; j < b; j += VL)
+          E::store(dw + (r * b + task % parts * height + m) * in + idx[p] * b + j,
+                   *(const vec *)(sums + ((p - begin) * height + m) * b + j));
+    }
+  }
+};
+
+template <class E>
 int grad_weight(const float *dy, i64 ldd, const float *x, i64 ldx, i64 words, const int32_t *ptr, const int32_t *idx,
                 i64 rows, i64 b, typename E::type *dw, i64 in, int threads) {
-  using T = typename E::type;
-  const i64 blocks = ptr[rows];
-  i64 run = blocks / (8 * threads);  // blocks that one task computes: neighbours share a block row of dy
-  run = run < 1 ? 1 : run > 32 ? 32 : run;
+  const i64 wanted = 8 * threads, most = b < 45 ? 32 : 65536 / (b * b);  // sums of 256 kB at most
+  i64 run = ptr[rows] / wanted, parts = 1;
+  run = run > most ? most : run;
+  run = run < 1 ? 1 : run;
+  while (ptr[rows] * parts < wanted && b / parts % 64 == 0) parts *= 2;
+  const GradWeight<E> all = {dy, ldd, x, ldx, words, ptr, idx, rows, b, dw, in, run, parts};
+  Shares shares(all.tasks(), threads);
   bool failed = false;
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(static)
-    for (i64 row = 0; row < rows * b; row++) {
-      i64 from = 0;
-      for (i64 p = ptr[row / b]; p <= ptr[row / b + 1]; p++) {
-        const i64 to = p < ptr[row / b + 1] ? idx[p] * b : in;
-        memset(dw + row * in + from, 0, (to - from) * sizeof(T));
-        from = to + b;
-      }
-    }
-    float *sums = (float *)malloc((size_t)run * b * b * 4);
-    if (!sums) {
+#pragma omp for schedule(static) nowait
+    for (i64 row = 0; row < rows * b; row++) all.zero(row);
+    float *sums = (float *)malloc((size_t)run * (b / parts) * b * 4);
+    if (sums)
+      shares.work(omp_get_thread_num(), [&](i64 task) { all.work(task, sums); });
+    else
 #pragma omp atomic write
       failed = true;
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (i64 begin = 0; begin < blocks; begin += run) {
-      if (!sums) continue;
-      const i64 end = begin + run < blocks ? begin + run : blocks;
-      i64 first_row = 0;
-      while (ptr[first_row + 1] <= begin) first_row++;
-      // So many tokens at a time that their rows of dy and x stay in the second-level cache.
-      for (i64 t = 0; t < words; t += 64) {
-        i64 r = first_row;
-        for (i64 p = begin; p < end; p++) {
-          while (ptr[r + 1] <= p) r++;
-          outer_block<E>(dy + t * ldd + r * b, ldd, x + t * ldx + idx[p] * b, ldx, words - t < 64 ? words - t : 64,
-                         t == 0, b, sums + (p - begin) * b * b, b);
-        }
-      }
-      i64 r = first_row;
-      for (i64 p = begin; p < end; p++) {
-        while (ptr[r + 1] <= p) r++;
-        for (i64 m = 0; m < b; m++)
-          for (i64 j = 0; j < b; j += VL)
-            E::store(dw + (r * b + m) * in + idx[p] * b + j, *(const vec *)(sums + (p - begin) * b * b + m * b + j));
-      }
-    }
     free(sums);
   }
   return failed;
