@@ -86,8 +86,9 @@ def demo(
 ) -> None:
     """Train a small GPT dense and by EST-DGM on the same batches, and show what each cost."""
     # Imported here: --help and --version should not wait for torch.
-    from lightning_estdgm.bench.demo import DemoConfig, command_line, run_demo, run_sweep
+    from lightning_estdgm.bench.demo import DemoConfig, run_demo, run_sweep
     from lightning_estdgm.bench.demo_report import DENSE, DGM
+    from lightning_estdgm.bench.environment import command_line
 
     given: dict[str, Any] = {
         "steps": steps, "seeds": seeds, "out": out, "text": text, "batch_size": batch_size, "context": context,
@@ -328,7 +329,7 @@ def plan(
     ] = False,
 ) -> None:
     """Calculate what each GPU would hold and send, and list the layers that would be masked; nothing is trained."""
-    from lightning_estdgm.bench.demo import command_line
+    from lightning_estdgm.bench.environment import command_line
     from lightning_estdgm.plan import STRATEGIES, Setup, gpt, load_model, plan_tables, scaling_tables
     from lightning_estdgm.plan import plan as make_plan
     from lightning_estdgm.report import write_json
@@ -359,7 +360,7 @@ def plan(
 
 def _show(table: Table, content: dict[str, Any], json: Path | None) -> None:
     """Print a benchmark's table with the machine it ran on, and write its JSON where one is wanted."""
-    from lightning_estdgm.bench.demo import command_line
+    from lightning_estdgm.bench.environment import command_line
     from lightning_estdgm.bench.environment import environment
     from lightning_estdgm.report import write_json
 
