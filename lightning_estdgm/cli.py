@@ -183,16 +183,20 @@ def _labelled(text: str) -> tuple[Path, str | None]:
 @app.command()
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    remeasure: Annotated[
+        bool, typer.Option("--remeasure", help="Drop the layer timings of this machine: the next run measures anew.")
+    ] = False,
 ) -> None:
     """Say what can measure energy here, read it for a second, and say why the rest cannot.
 
+    Then which backends can compute layers here, and what was measured to choose between them and dense.
     The exit status is 0 if energy can be measured, and 1 if it could only be estimated, or not even that.
     """
     from json import dumps
 
     from lightning_estdgm.doctor import diagnose, show
 
-    result = diagnose()
+    result = diagnose(remeasure=remeasure)
     if json:
         typer.echo(dumps(result, indent=2))
     else:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -31,9 +31,12 @@ from lightning_estdgm.layers import (
     BLOCK_SIZES,
     Candidate,
     ForwardProbe,
+    Image,
     Selector,
     clean_name,
+    conv_geometry,
     find_candidates,
+    is_channels_last,
     restore_dense_,
     set_observing,
     sparsify_,
@@ -42,14 +45,16 @@ from lightning_estdgm.layers import (
 from lightning_estdgm.masked_layer import MaskedLayer
 from lightning_estdgm.masks import active_units, initial_mask
 from lightning_estdgm.ops import Backend, backends, get_backend
-from lightning_estdgm.ops.selection import BackendSelector
+from lightning_estdgm.ops.convolution import ConvGeometry, conv_refusal
+from lightning_estdgm.ops.measurements import Measurements
+from lightning_estdgm.ops.selection import BackendSelector, Case, ConvCase
 from lightning_estdgm.schedules import EstDgm, Schedule, ScheduleConfig
 from lightning_estdgm.topology import BlockTopology
 
 __all__ = ["DGMConfig", "DGMController", "LayerDecision"]
 
 _STATE_VERSION = 1
-_NOMINAL_TOKENS = 2048  # for choosing a backend where no forward could be seen (a compiled model)
+_NOMINAL_TOKENS, _NOMINAL_BATCH = 2048, 32  # for choosing a backend where no forward could be seen (a compiled model)
 
 
 @dataclass(frozen=True)
@@ -195,9 +200,10 @@ class DGMController:
         held = {key: {id(p) for p in parameters} for key, parameters in self._held.items()}
         everything_held = set().union(*held.values())
         self._candidates = find_candidates(model, self.config.include, self.config.exclude, everything_held)
-        self._layers = [self._new_layer(c) for c in self._candidates if c.masked]
+        self._layers = [self._new_layer(c, state) for c in self._candidates if c.masked]
         self._owned = {key: [x for x in self._layers if id(x.parameter) in ids] for key, ids in held.items()}
-        self._selector = BackendSelector(None if self.config.backend == "auto" else self.config.backend)
+        forced = None if self.config.backend == "auto" else self.config.backend
+        self._selector = BackendSelector(forced, kept=Measurements())
         self._check_forced_backend()
         self._idle = False  # the optimizer step under way is none of training
         self._unevenly_held: dict[int, bool] = {}  # per optimizer: some rank holds no part of any parameter
@@ -208,6 +214,7 @@ class DGMController:
         self._warned_nonfinite = False
         self._positions: dict[str, int] = {}  # that each layer's weight is applied to in a forward, as probed
         self._dtypes: dict[str, torch.dtype] = {}  # that it computes in, as probed
+        self._images: dict[str, Image] = {}  # that each convolution was given, as probed
         self._probes = {candidate.name: ForwardProbe(candidate) for candidate in self._candidates}
         self._handles: list[Any] = []
         self._probe_handles: list[Any] = []
@@ -405,6 +412,7 @@ class DGMController:
             "flops": dict(self.flops),
             "positions": dict(self._positions),
             "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in self._dtypes.items()},
+            "images": {name: asdict(image) for name, image in self._images.items()},
             "selector": self._selector.state_dict(),
             "layers": {layer.name: layer.state_dict() for layer in self._layers},
         }
@@ -423,6 +431,7 @@ class DGMController:
         self.flops = dict(state["flops"])
         self._positions = dict(state["positions"])
         self._dtypes = {name: getattr(torch, dtype) for name, dtype in state["dtypes"].items()}
+        self._images = {name: Image(**image) for name, image in state.get("images", {}).items()}  # newer than the rest
         self._selector.load_state_dict(state["selector"])
         for layer in self._layers:
             layer.load_state_dict(state["layers"][layer.name])
@@ -523,8 +532,12 @@ class DGMController:
 
     # ------------------------------------------------------------------ set-up
 
-    def _new_layer(self, candidate: Candidate) -> MaskedLayer:
+    def _new_layer(self, candidate: Candidate, state: Mapping[str, Any] | None) -> MaskedLayer:
         block_size, note = unit_of(candidate, self.config.block_size)
+        saved = state["layers"].get(candidate.name) if self.config.block_size == "auto" and state else None
+        if saved and tuple(saved["shape"]) == candidate.shape and saved["block_size"] != block_size:
+            # "auto" may have had other rules, as when convolutions had no operator.
+            block_size, note = saved["block_size"], f"units of {saved['block_size']} as in the checkpoint"
         if candidate.parts > 1:
             note = "; ".join(filter(None, (f"{candidate.parts} fused matrices, each with its own budget", note)))
         return MaskedLayer(candidate, block_size, note)
@@ -534,7 +547,7 @@ class DGMController:
             return
         backend = get_backend(self.config.backend)
         for layer in self._layers:
-            if layer.has_operator and (reason := _refusal(backend, layer)):
+            if self._is_forced(layer) and (reason := _refusal(backend, layer)):
                 raise ValueError(
                     f"backend={backend.name!r} was asked for but cannot compute layer {layer.name!r}: {reason}"
                 )
@@ -582,7 +595,10 @@ class DGMController:
                 probe = self._probes.get(name.rpartition(".")[0], probe)
             if probe.dtype is not None:
                 self._positions[name], self._dtypes[name] = probe.positions, probe.dtype
-        self._positions, self._dtypes = self._from_first_rank((self._positions, self._dtypes))
+            if probe.image is not None:
+                self._images[name] = probe.image
+        seen = self._positions, self._dtypes, self._images
+        self._positions, self._dtypes, self._images = self._from_first_rank(seen)
 
     @staticmethod
     def _remove(handles: list[Any]) -> None:
@@ -748,8 +764,15 @@ class DGMController:
     # ------------------------------------------------------------------ backends
 
     def _forced_backend(self, layer: MaskedLayer) -> str:
-        forced = self.config.backend != "auto" and layer.has_operator
-        return self.config.backend if forced else "dense"
+        return self.config.backend if self._is_forced(layer) else "dense"
+
+    def _is_forced(self, layer: MaskedLayer) -> bool:
+        """Whether a backend that was asked for is meant for this layer: it is not where "auto" found no block."""
+        has_unit = layer.block_size > 1 or self.config.block_size != "auto"
+        return self.config.backend != "auto" and layer.has_operator and has_unit
+
+    def _has_choice(self, layer: MaskedLayer) -> bool:
+        return self._is_forced(layer) or (layer.has_operator and self.config.backend == "auto")
 
     def _resumed_backend(self, layer: MaskedLayer) -> str:
         """Return the backend that a checkpoint names, or dense until the next choice where it cannot run here."""
@@ -773,7 +796,7 @@ class DGMController:
     def _choose_for_all_densities(self) -> None:
         final, *others = (self._budget_densities(d) for d in (self._final_density(), *self.schedule.densities))
         for index, layer in enumerate(self._layers):
-            if not layer.has_operator:
+            if not self._has_choice(layer):
                 layer.final_backend = "dense"
                 continue
             layer.final_backend, layer.why = self._choose(layer, final[index])
@@ -782,22 +805,47 @@ class DGMController:
 
     def _choose_backends(self) -> None:
         for layer in self._layers:
-            if layer.has_operator:
+            if self._has_choice(layer):
                 self._use_backend(layer, self._choose(layer, layer.density)[0])
 
     def _choose(self, layer: MaskedLayer, density: float) -> tuple[str, str]:
-        choice = self._selector.choose(
-            tokens=self._positions.get(layer.name, _NOMINAL_TOKENS),
-            out_features=layer.shape[0],
-            in_features=layer.shape[1],
-            block_size=layer.block_size,
-            density=density,
-            dtype=self._dtypes.get(layer.name, layer.parameter.dtype),
-            device=layer.device,
-            frozen=self.config.inactive == "frozen",
-            transposed=layer.candidate.kind.transposed,
-        )
+        choice = self._selector.choose(self._case(layer, density))
         return choice.backend, choice.why
+
+    def _case(self, layer: MaskedLayer, density: float) -> Case | ConvCase:
+        """Return what there is to choose a backend for: the layer as the first step has shown it."""
+        out, inner = layer.shape[:2]
+        dtype = self._dtypes.get(layer.name, layer.parameter.dtype)
+        frozen = self.config.inactive == "frozen"
+        module: Any = layer.candidate.module
+        if not layer.candidate.is_convolution:
+            tokens = self._positions.get(layer.name, _NOMINAL_TOKENS)
+            transposed = layer.candidate.kind.transposed
+            return Case(tokens, out, inner, layer.block_size, density, dtype, layer.device, frozen, transposed)
+        geometry = conv_geometry(module)
+        assert geometry is not None  # or the layer has no operator
+        image = self._images.get(layer.name) or self._nominal_image(layer, geometry)
+        return ConvCase(
+            image.batch,
+            image.height,
+            image.width,
+            out,
+            inner,
+            geometry,
+            layer.block_size,
+            density,
+            dtype,
+            layer.device,
+            frozen,
+            image.channels_last,
+        )
+
+    def _nominal_image(self, layer: MaskedLayer, geometry: ConvGeometry) -> Image:
+        """Return an input whose output has 196 pixels, in channels-last memory if any convolution's weight is."""
+        size = (14, 14) if len(layer.shape) == 4 else (1, 196)
+        walk = zip(size, geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, strict=True)
+        height, width = (max(1, (n - 1) * s + d * (k - 1) + 1 - 2 * p) for n, k, s, p, d in walk)
+        return Image(_NOMINAL_BATCH, height, width, any(is_channels_last(x.parameter) for x in self._layers))
 
     def _use_backend(self, layer: MaskedLayer, backend: str) -> None:
         layer.backend = backend
@@ -837,4 +885,9 @@ def _skipped_by_scaler(optimizer: Optimizer) -> bool:
 def _refusal(backend: Backend, layer: MaskedLayer) -> str | None:
     """Return why a backend cannot compute a layer with its present mask, or None."""
     topology = BlockTopology.from_mask(layer.mask, layer.block_size)
-    return backend.unsupported(layer.device, layer.parameter.dtype, topology)
+    if not layer.candidate.is_convolution:
+        return backend.unsupported(layer.device, layer.parameter.dtype, topology)
+    module: Any = layer.candidate.module
+    geometry = conv_geometry(module)
+    assert geometry is not None  # or the layer has no operator
+    return conv_refusal(backend.name, layer.device, layer.parameter.dtype, topology, geometry)

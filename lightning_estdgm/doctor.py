@@ -1,4 +1,7 @@
-"""``estdgm doctor``: can energy be measured here, by what, and if not, what is in the way."""
+"""``estdgm doctor``: can energy be measured here, by what, and if not, what is in the way.
+
+And by what layers are computed here: the backends, and what was measured for the never-slower choice.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,21 @@ from lightning_estdgm.bench.environment import environment
 from lightning_estdgm.energy import KINDS, resolve, torch_ids
 from lightning_estdgm.energy.probe import Probe, probe
 from lightning_estdgm.ops import backends
+from lightning_estdgm.ops.measurements import ENVIRONMENT, device_name, files_of, folder, machine, read_file
+from lightning_estdgm.ops.selection import choice_of
 from lightning_estdgm.topology import BlockTopology
 
-__all__ = ["diagnose", "show"]
+__all__ = ["diagnose", "layer_words", "show"]
 
 
-def diagnose(seconds: float = 1.0) -> dict[str, Any]:
+def diagnose(seconds: float = 1.0, remeasure: bool = False) -> dict[str, Any]:
     """All that `estdgm doctor` tells, in plain types; "measurable" is the answer.
 
     Args:
         seconds: how long the sensors are read.
+        remeasure: drop first what was measured of layers on this machine's devices.
     """
+    dropped = _drop_choices() if remeasure else []
     seen = probe(resolve(None), seconds)
     return {
         "measurable": seen.measurable,
@@ -58,6 +65,7 @@ def diagnose(seconds: float = 1.0) -> dict[str, Any]:
         "absent": [{"name": a.name, "status": a.status.value, "reason": a.reason} for a in seen.absent],
         "torch_devices": _torch_devices(),
         "backends": _backends(),
+        "choices": {"folder": None if folder() is None else str(folder()), "dropped": dropped, "files": _choices()},
         "environment": environment(),
     }
 
@@ -85,15 +93,74 @@ def _torch_devices() -> list[dict[str, Any]]:
     return found
 
 
+def _device_types() -> list[str]:
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
 def _backends() -> list[dict[str, Any]]:
     """Whether each backend of the sparse operators could run a layer of one block here, or why not."""
-    types = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     topology = BlockTopology.from_mask(torch.ones(64, 64, dtype=torch.bool), 32)
     return [
         {"name": name, "device": kind, "unsupported": backend.unsupported(torch.device(kind), torch.float32, topology)}
         for name, backend in backends().items()
-        for kind in types
+        for kind in _device_types()
     ]
+
+
+def _models() -> list[torch.device]:
+    """One device of each model that this machine has."""
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in gpus)]
+    return list({device_name(device): device for device in devices}.values())
+
+
+def _choices() -> list[dict[str, Any]]:
+    """What was measured on devices of these models, whatever the threads and versions, and what it says."""
+    found: list[dict[str, Any]] = []
+    for device in _models():
+        here = {**machine(device), "threads": None}
+        for path in files_of(device):
+            try:
+                there, rows = read_file(path)
+            except (OSError, ValueError) as error:
+                found.append({"path": str(path), "error": str(error)})
+                continue
+            found.append(
+                {
+                    "path": str(path),
+                    "machine": there,
+                    "of_these_versions": {**there, "threads": None} == here,
+                    "choices": [
+                        {**asdict(row), **asdict(choice_of(row.seconds, row.when))}
+                        for row in sorted(
+                            rows, key=lambda row: (row.layer["device"], layer_words(row.layer), row.density)
+                        )
+                    ],
+                }
+            )
+    return found
+
+
+def _drop_choices() -> list[str]:
+    dropped = [path for device in _models() for path in files_of(device)]
+    for path in dropped:
+        path.unlink(missing_ok=True)
+    return list(map(str, dropped))
+
+
+def layer_words(layer: Mapping[str, Any]) -> str:
+    """Name a layer and its input, as `cases.layer_of` describes them: weight, then input."""
+    if "tokens" in layer:
+        words = f"{layer['out_features']} x {layer['in_features']}, {layer['tokens']} tokens"
+        return words + ", stored (in, out)" * layer["transposed"] + ", frozen" * layer["frozen"]
+    kernel, stride, padding, dilation = (
+        "x".join(map(str, layer[name])) for name in ("kernel_size", "stride", "padding", "dilation")
+    )
+    words = f"{layer['out_channels']} x {layer['in_channels']} x {kernel}"
+    words += f" stride {stride}" * (stride != "1x1") + f" padding {padding}" * (padding != "0x0")
+    words += f" dilation {dilation}" * (dilation != "1x1")
+    words += f", {layer['batch']} images of {layer['height']}x{layer['width']}"
+    return words + ", channels last" * layer["channels_last"] + ", frozen" * layer["frozen"]
 
 
 def show(result: Mapping[str, Any]) -> RenderableType:
@@ -131,7 +198,41 @@ def show(result: Mapping[str, Any]) -> RenderableType:
     for name, value in result["environment"].items():
         table.add_row(name, escape(str(value)))
     parts.append(table)
-    return Group(*parts)
+    return Group(*parts, *_show_choices(result["choices"]))
+
+
+def _show_choices(choices: Mapping[str, Any]) -> list[RenderableType]:
+    """A table for each file that these versions use, a line for each other."""
+    if choices["folder"] is None:
+        return [Text(f"Measured layers are not kept: {ENVIRONMENT}=off.")]
+    parts: list[RenderableType] = [Text(f"Dropped: {path}") for path in choices["dropped"]]
+    for file in choices["files"]:
+        if "error" in file:
+            parts.append(Text(f"Not used, and written anew by the next run: {file['error']}"))
+            continue
+        there = file["machine"]
+        threads = "" if there.get("threads") is None else f", {there['threads']} thread(s)"
+        where = f"{there.get('device')}{threads}, torch {there.get('torch')}"
+        if not file["of_these_versions"]:
+            count = f"{len(file['choices'])} of other versions" if file["choices"] else "nothing"
+            parts.append(Text(f"Not used: {count}, {where}: {file['path']}"))
+            continue
+        table = Table(
+            title=escape(f"Measured layers: {where}"), title_justify="left", caption=escape(file["path"]),
+            caption_justify="left",
+        )  # fmt: skip
+        for column in ("layer and input", "dtype", "block", "density", "chosen", "dense, ms", "sparse, ms", "when"):
+            table.add_column(column, overflow="fold", justify="right" if "ms" in column else "left")
+        for row in file["choices"]:
+            layer, times = row["layer"], (f"{1e3 * row[name]:.3g}" for name in ("dense_s", "sparse_s"))
+            block, density = str(layer["block_size"]), f"{row['density']:.3f}"
+            table.add_row(
+                escape(layer_words(layer)), layer["dtype"], block, density, escape(row["backend"]), *times, row["when"]
+            )
+        parts.append(table)
+    if not choices["files"]:
+        parts.append(Text(f"No layers measured yet on this machine; they would be kept in {choices['folder']}."))
+    return parts
 
 
 def _device(device: Mapping[str, Any]) -> str:

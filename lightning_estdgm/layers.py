@@ -13,16 +13,20 @@ from torch import Tensor, nn
 
 from lightning_estdgm.distributed import Shard, Whole, shard_of
 from lightning_estdgm.ops import masked_linear
+from lightning_estdgm.ops.convolution import ConvGeometry, masked_conv2d
 from lightning_estdgm.topology import BlockTopology
 
 __all__ = [
     "BLOCK_SIZES",
     "Candidate",
     "ForwardProbe",
+    "Image",
     "Selector",
     "auto_block_size",
+    "conv_geometry",
     "find_candidates",
     "fitting_block_sizes",
+    "is_channels_last",
     "restore_dense_",
     "set_observing",
     "sparsify_",
@@ -51,16 +55,15 @@ class LayerKind:
         weight_name: name of the parameter that is masked.
         transposed: the weight is stored ``(in, out)``.
         positions: how many positions (tokens, pixels) a forward applies the weight to, from module, inputs and output.
-        exact: whether a module's forward is this kind's own and not a subclass's, so that it may be replaced by the
-            sparse operator; ``None`` where no operator exists.
+        why_dense: why no sparse operator can replace a module's forward, such as a subclass's own; empty where one can.
     """
 
     name: str
     matches: Callable[[nn.Module], bool]
     positions: Callable[[Any, tuple[Any, ...], Any], int]
+    why_dense: Callable[[Any], str]
     weight_name: str = "weight"
     transposed: bool = False
-    exact: Callable[[nn.Module], bool] | None = None
 
 
 def _own_class(module: nn.Module) -> type:
@@ -94,30 +97,78 @@ def _input_pixels(module: Any, args: tuple[Any, ...], output: Any) -> int:
     return args[0].numel() // module.in_channels
 
 
+def _no_operator(module: nn.Module) -> str:
+    return f"no sparse operator for {_own_class(module).__name__}"
+
+
+def _has_operator(module: nn.Module) -> str:
+    return ""
+
+
+def _why_linear_is_dense(module: nn.Module) -> str:
+    return "" if _own_class(module) is nn.Linear else _no_operator(module)
+
+
+def _why_convolution_is_dense(module: Any) -> str:
+    if module.groups > 1:
+        return "grouped convolution: no sparse operator"
+    if _own_class(module) not in (nn.Conv1d, nn.Conv2d):
+        return _no_operator(module)
+    if module.padding_mode != "zeros":
+        return f"no sparse operator for padding_mode={module.padding_mode!r}"
+    if conv_geometry(module) is None:
+        return f"no sparse operator for padding='same' with a kernel of {'x'.join(map(str, module.kernel_size))}"
+    return ""
+
+
+def conv_geometry(module: nn.Conv1d | nn.Conv2d) -> ConvGeometry | None:
+    """Return how a convolution walks over its input, a 1-D one as of height 1.
+
+    ``None`` where ``padding="same"`` asks for unequal sides (an even kernel at odd dilation).
+    """
+    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    spread = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    padding: tuple[int, ...]
+    if module.padding == "same":
+        if any(total % 2 for total in spread):
+            return None
+        padding = tuple(total // 2 for total in spread)
+    else:
+        padding = (0,) * len(kernel) if isinstance(module.padding, str) else tuple(module.padding)
+    if len(kernel) == 1:
+        return ConvGeometry((1, kernel[0]), (1, stride[0]), (0, padding[0]), (1, dilation[0]))
+    return ConvGeometry(
+        (kernel[0], kernel[1]), (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1])
+    )
+
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 LAYER_KINDS: tuple[LayerKind, ...] = (
-    LayerKind("linear", lambda m: isinstance(m, nn.Linear), _tokens, exact=lambda m: _own_class(m) is nn.Linear),
-    LayerKind(
-        "convolution",
-        lambda m: isinstance(m, _CONVOLUTIONS),
-        _pixels,
-    ),
+    LayerKind("linear", lambda m: isinstance(m, nn.Linear), _tokens, _why_linear_is_dense),
+    LayerKind("convolution", lambda m: isinstance(m, _CONVOLUTIONS), _pixels, _why_convolution_is_dense),
     LayerKind(
         "transposed convolution",
         lambda m: isinstance(m, _TRANSPOSED_CONVOLUTIONS),
         _input_pixels,
+        lambda m: "no sparse operator for transposed convolutions",
     ),
-    LayerKind("attention projection", _is_fused_attention, _tokens, weight_name="in_proj_weight"),
+    LayerKind(
+        "attention projection",
+        _is_fused_attention,
+        _tokens,
+        lambda m: "no sparse operator for attention projections",
+        weight_name="in_proj_weight",
+    ),
     LayerKind(
         "Hugging Face Conv1D",
         lambda m: _is_named(m, "transformers", "Conv1D"),
         _tokens,
+        _has_operator,
         transposed=True,
-        exact=lambda m: True,
     ),
-    LayerKind("PyG linear", lambda m: _is_named(m, "torch_geometric", "Linear"), _tokens, exact=lambda m: True),
+    LayerKind("PyG linear", lambda m: _is_named(m, "torch_geometric", "Linear"), _tokens, _has_operator),
 )
 """Kinds of maskable layers, the first match wins."""
 
@@ -132,7 +183,7 @@ class Candidate:
         kind: what sort of layer it is.
         weight: as stored: the parameter that optimizers hold, which a sharded module's attribute is not at all times.
         shard: how the weight lies over ranks.
-        has_operator: whether a sparse operator can replace its forward.
+        why_dense: why no sparse operator can replace its forward; empty where one can.
         parts: matrices of one shape that are stacked along the outputs, such as query, key and value; each has its own
             density and budget, or the one with the largest weights would take the units of the others.
         masked: whether its weight is masked.
@@ -144,10 +195,20 @@ class Candidate:
     kind: LayerKind
     weight: Tensor
     shard: Shard
-    has_operator: bool
+    why_dense: str
     parts: int
     masked: bool
     why: str
+
+    @property
+    def has_operator(self) -> bool:
+        """Whether a sparse operator can replace its forward."""
+        return not self.why_dense
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether its operator, if it has one, is a convolution."""
+        return isinstance(self.module, (nn.Conv1d, nn.Conv2d))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -253,9 +314,9 @@ def find_candidates(
         masked, why = verdict(name, module, kind, is_last=index == len(found) - 1)
         weight = getattr(module, kind.weight_name)
         shard = _shard(model, name, module, kind, asked_for=masked or not isinstance(weight, nn.Parameter))
-        has_operator = kind.exact is not None and kind.exact(module) and not shard.why_dense
+        why_dense = f"no sparse operator: {shard.why_dense}" if shard.why_dense else kind.why_dense(module)
         parts = _fused_parts(name, shard.shape, kind) if masked else 1
-        candidates.append(Candidate(name, module, kind, weight, shard, has_operator, parts, masked, why))
+        candidates.append(Candidate(name, module, kind, weight, shard, why_dense, parts, masked, why))
     if not any(candidate.masked for candidate in candidates):
         reasons = {candidate.name: candidate.why for candidate in candidates}
         raise ValueError(
@@ -287,12 +348,8 @@ def auto_block_size(candidate: Candidate) -> tuple[int, str]:
         The block size and, where it is 1, the reason.
 
     """
-    if candidate.shard.why_dense:
-        return 1, f"no sparse operator: {candidate.shard.why_dense}"
-    if not candidate.has_operator:
-        kind = candidate.kind
-        what = type(candidate.module).__name__ if kind.exact else f"{kind.name}s"
-        return 1, f"no sparse operator for {what}"
+    if candidate.why_dense:
+        return 1, candidate.why_dense
     shape = candidate.part_shape
     fitting = fitting_block_sizes(shape)
     roomy = [b for b in fitting if min(shape[:2]) >= _MIN_BLOCKS_A_SIDE * b]
@@ -319,11 +376,34 @@ def unit_of(candidate: Candidate, block_size: int | str) -> tuple[int, str]:
             f"block sizes that do are {(1, *fitting_block_sizes(shape))}; exclude the layer, "
             'or use block_size="auto"'
         )
-    if why := candidate.shard.why_dense:
-        return block_size, f"no sparse operator: {why}"
+    if candidate.why_dense:
+        return block_size, candidate.why_dense
     if block_size == 1 and candidate.has_operator and candidate.shard.groups:
         return block_size, "no sparse operator for single weights of a sharded weight"
     return block_size, ""
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a tensor lies in channels-last memory, and not in contiguous memory just as well."""
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+@dataclass(frozen=True)
+class Image:
+    """What a convolution was given, one of length L as of height 1.
+
+    Attributes:
+        batch: how many.
+        height: of the input.
+        width: of the input.
+        channels_last: whether the output lies in channels-last memory, as it does if input or weight do.
+
+    """
+
+    batch: int
+    height: int
+    width: int
+    channels_last: bool
 
 
 class ForwardProbe:
@@ -334,13 +414,16 @@ class ForwardProbe:
     Attributes:
         positions: tokens or pixels of the last forward; 0 before one.
         dtype: of its output.
+        image: what it was, for a convolution that has an operator.
 
     """
 
     def __init__(self, candidate: Candidate) -> None:
         self._count = candidate.kind.positions
+        self._sees_images = candidate.is_convolution and candidate.has_operator
         self.positions = 0
         self.dtype: torch.dtype | None = None
+        self.image: Image | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note one forward."""
@@ -348,6 +431,9 @@ class ForwardProbe:
             return
         self.positions = max(1, self._count(module, args, output))
         self.dtype = (output[0] if isinstance(output, tuple) else output).dtype
+        if self._sees_images and args:  # not where the input was passed by name
+            batch, _, height, width = _as_images(module, args[0]).shape
+            self.image = Image(max(1, batch), height, width, is_channels_last(_as_images(module, output)))
 
 
 # --------------------------------------------------------------------------- swapping the forward
@@ -370,6 +456,21 @@ class _SparseForward:
     _estdgm_observing: bool
     _estdgm_frozen: bool
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for name in _TOPOLOGY_TENSORS:
+            setattr(self, f"_estdgm_{name}", fn(getattr(self, f"_estdgm_{name}")))
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy is the plain layer: nobody would tell it of later masks, and inactive weights are zero anyway (or, if
+        # frozen, take part in the forward). So it is right for ever, and unpickles without this package.
+        state = {name: value for name, value in self.__dict__.items() if not name.startswith("_estdgm_")}
+        return object.__new__, (self._estdgm_dense_class,), state
+
+
+class _SparseLinear(_SparseForward):
+    """A linear layer on active blocks."""
+
     def forward(self, x: Tensor) -> Tensor:
         if self._estdgm_backend == "dense" or x.layout is not torch.strided:
             return super().forward(x)  # type: ignore[misc]
@@ -383,16 +484,35 @@ class _SparseForward:
             frozen=self._estdgm_frozen,
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        for name in _TOPOLOGY_TENSORS:
-            setattr(self, f"_estdgm_{name}", fn(getattr(self, f"_estdgm_{name}")))
-        return super()._apply(fn, recurse)  # type: ignore[misc]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # A copy is the plain layer: nobody would tell it of later masks, and inactive weights are zero anyway (or, if
-        # frozen, take part in the forward). So it is right for ever, and unpickles without this package.
-        state = {name: value for name, value in self.__dict__.items() if not name.startswith("_estdgm_")}
-        return object.__new__, (self._estdgm_dense_class,), state
+class _SparseConv(_SparseForward):
+    """A convolution on active blocks; one over a length is computed as of height 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        spatial = self.weight.dim() - 2  # type: ignore[attr-defined]
+        geometry = conv_geometry(self)  # type: ignore[arg-type]
+        as_given = x.layout is not torch.strided or x.dim() not in (spatial + 1, spatial + 2)
+        if self._estdgm_backend == "dense" or geometry is None or as_given:
+            return super().forward(x)  # type: ignore[misc]
+        y = masked_conv2d(
+            _as_images(self, x),
+            self.weight if spatial == 2 else self.weight.unsqueeze(2),  # type: ignore[attr-defined]
+            self.bias,  # type: ignore[attr-defined]
+            _topology(self),
+            geometry,
+            backend=self._estdgm_backend,
+            dense_grad=self._estdgm_observing,
+            frozen=self._estdgm_frozen,
+        )
+        y = y if spatial == 2 else y.squeeze(2)
+        return y if x.dim() == spatial + 2 else y.squeeze(0)
+
+
+def _as_images(module: Any, x: Tensor) -> Tensor:
+    """View the input or output of a 1-D or 2-D convolution, batched or not, as ``[N, channels, H, W]``."""
+    spatial = module.weight.dim() - 2
+    x = x if x.dim() == spatial + 2 else x.unsqueeze(0)
+    return x if spatial == 2 else x.unsqueeze(2)
 
 
 _SWAPPED: dict[type, type] = {}
@@ -401,7 +521,8 @@ _SWAPPED: dict[type, type] = {}
 def _swapped_class(cls: type[nn.Module]) -> type[nn.Module]:
     """Return the class that puts `_SparseForward` over `cls`; always the same one, so that type guards hold."""
     if cls not in _SWAPPED:
-        _SWAPPED[cls] = type(f"Masked{cls.__name__}", (_SparseForward, cls), {"_estdgm_dense_class": cls})
+        sparse = _SparseConv if issubclass(cls, _CONVOLUTIONS) else _SparseLinear
+        _SWAPPED[cls] = type(f"Masked{cls.__name__}", (sparse, cls), {"_estdgm_dense_class": cls})
     return _SWAPPED[cls]
 
 

@@ -131,7 +131,7 @@ def test_the_choice_of_backends_considers_it_on_a_gpu(ask, monkeypatch):
         return {name: 1.0 if name == "dense" else 0.25 for name in names}
 
     layer = {"tokens": 64, "out_features": 32, "in_features": 48, "block_size": 16, "density": 0.25}
-    choice = BackendSelector(measure=measure).choose(**layer, dtype=torch.bfloat16, device=CUDA)
+    choice = BackendSelector(measure=measure).choose(Case(**layer, dtype=torch.bfloat16, device=CUDA))
     assert "triton" in asked[0]
     assert choice.backend == "triton"
     assert refusals(Case(**layer, dtype=torch.bfloat16, device=torch.device("cpu")))["triton"] is not None

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from lightning_estdgm.ops.measurements import cpu_model
+
 __all__ = ["command_line", "environment", "header"]
 
 
@@ -21,7 +23,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in ("lightning-estdgm", "lightning", "torch", "triton", "numpy")},
         "platform": platform.platform(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
@@ -48,12 +50,3 @@ def _version(distribution: str) -> str:
         return version(distribution)
     except PackageNotFoundError:  # a source tree that was never installed
         return "not installed"
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(found, platform.processor() or platform.machine())

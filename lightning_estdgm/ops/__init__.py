@@ -6,7 +6,6 @@ A backend is one module of this package with a module-level ``BACKEND``, or an e
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -15,9 +14,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from lightning_estdgm.ops.operands import TOPOLOGY_SCHEMA, as_given, prepared, topology_of
 from lightning_estdgm.topology import BlockTopology
 
 __all__ = ["ENTRY_POINT_GROUP", "Backend", "backends", "get_backend", "masked_linear"]
@@ -112,26 +111,7 @@ def _supporting(name: str, device: torch.device, dtype: torch.dtype, topology: B
     return backend
 
 
-# ---- operators: flat arguments, since a torch operator cannot take a BlockTopology; nobody else calls them
-
-_TOPOLOGY = "Tensor row_ptr, Tensor col_idx, Tensor col_ptr, Tensor row_idx, int block_size, str backend"
-
-
-def _topology(row_ptr: Tensor, col_idx: Tensor, col_ptr: Tensor, row_idx: Tensor, block_size: int) -> BlockTopology:
-    return BlockTopology(block_size, row_ptr.shape[0] - 1, col_ptr.shape[0] - 1, row_ptr, col_idx, col_ptr, row_idx)
-
-
-def _autocast_on(kind: str) -> bool:
-    # Asking about a device that knows no autocast ("meta") raises.
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
-def _as_given(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Inside, products keep the dtype of their operands, even where backward() is called under autocast."""
-    kind = tensor.device.type
-    if _autocast_on(kind):
-        return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
+# ---- operators: nobody else calls them
 
 
 def _linear(
@@ -147,9 +127,9 @@ def _linear(
     dense_grad: bool,
     frozen: bool,
 ) -> Tensor:
-    topology = _topology(row_ptr, col_idx, col_ptr, row_idx, block_size)
+    topology = topology_of(row_ptr, col_idx, col_ptr, row_idx, block_size)
     chosen = _supporting(backend, x.device, x.dtype, topology)
-    with _as_given(x):
+    with as_given(x):
         return F.linear(x, weight, bias) if frozen else chosen.linear(x, weight, bias, topology)
 
 
@@ -164,8 +144,8 @@ def _grad_input(
     backend: str,
     dense: bool,
 ) -> Tensor:
-    topology = _topology(row_ptr, col_idx, col_ptr, row_idx, block_size)
-    with _as_given(dy):
+    topology = topology_of(row_ptr, col_idx, col_ptr, row_idx, block_size)
+    with as_given(dy):
         return dy @ weight if dense else get_backend(backend).grad_input(dy, weight, topology)
 
 
@@ -180,8 +160,8 @@ def _grad_weight(
     backend: str,
     dense: bool,
 ) -> Tensor:
-    topology = _topology(row_ptr, col_idx, col_ptr, row_idx, block_size)
-    with _as_given(dy):
+    topology = topology_of(row_ptr, col_idx, col_ptr, row_idx, block_size)
+    with as_given(dy):
         return dy.t() @ x if dense else get_backend(backend).grad_weight(dy, x, topology)
 
 
@@ -189,19 +169,19 @@ _linear_op = torch.library.custom_op(
     "estdgm::masked_linear",
     _linear,
     mutates_args=(),
-    schema=f"(Tensor x, Tensor weight, Tensor? bias, {_TOPOLOGY}, bool dense_grad, bool frozen) -> Tensor",
+    schema=f"(Tensor x, Tensor weight, Tensor? bias, {TOPOLOGY_SCHEMA}, bool dense_grad, bool frozen) -> Tensor",
 )
 _grad_input_op = torch.library.custom_op(
     "estdgm::masked_linear_grad_input",
     _grad_input,
     mutates_args=(),
-    schema=f"(Tensor dy, Tensor weight, {_TOPOLOGY}, bool dense) -> Tensor",
+    schema=f"(Tensor dy, Tensor weight, {TOPOLOGY_SCHEMA}, bool dense) -> Tensor",
 )
 _grad_weight_op = torch.library.custom_op(
     "estdgm::masked_linear_grad_weight",
     _grad_weight,
     mutates_args=(),
-    schema=f"(Tensor dy, Tensor x, {_TOPOLOGY}, bool dense) -> Tensor",
+    schema=f"(Tensor dy, Tensor x, {TOPOLOGY_SCHEMA}, bool dense) -> Tensor",
 )
 
 
@@ -219,7 +199,7 @@ def _(
     dense_grad: bool,
     frozen: bool,
 ) -> Tensor:
-    _supporting(backend, x.device, x.dtype, _topology(row_ptr, col_idx, col_ptr, row_idx, block_size))
+    _supporting(backend, x.device, x.dtype, topology_of(row_ptr, col_idx, col_ptr, row_idx, block_size))
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -263,11 +243,6 @@ _linear_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 # ---- wrapper
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # As torch's own autocast: floating-point operands are cast, float64 is left alone.
-    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
 def masked_linear(
@@ -317,22 +292,7 @@ def masked_linear(
         raise ValueError(f"x must have {topology.shape[1]} features in its last dimension, got shape {tuple(x.shape)}")
     if bias is not None and tuple(bias.shape) != topology.shape[:1]:
         raise ValueError(f"bias must have shape {topology.shape[:1]}, got {tuple(bias.shape)}")
-    kind = x.device.type
-    if _autocast_on(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        x, weight = _cast(x, dtype), _cast(weight, dtype)
-        bias = None if bias is None else _cast(bias, dtype)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"x and {name} must have one dtype, got {x.dtype} and {tensor.dtype}")
-    for name, tensor in (("weight", weight), ("bias", bias), ("topology", topology.row_ptr)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"x and {name} must be on one device, got {x.device} and {tensor.device}")
-    if not torch.compiler.is_compiling() and any(
-        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in (x, weight, bias)
-    ):
-        # Without this, torch would take the tangent of the result for zero.
-        raise NotImplementedError("masked_linear has no forward-mode derivative: use reverse mode")
+    x, weight, bias = prepared("masked_linear", x, weight, bias, topology)
     y: Tensor = _linear_op(
         x.reshape(-1, x.shape[-1]),
         weight,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_estdgm.ops.convolution import ConvGeometry, library_gradient
 from lightning_estdgm.topology import BlockTopology
 
 __all__ = ["BACKEND", "ReferenceBackend", "expand_mask"]
@@ -19,7 +20,10 @@ def expand_mask(topology: BlockTopology) -> Tensor:
 
 def _active(dense: Tensor, topology: BlockTopology) -> Tensor:
     # Selecting, not multiplying: 0 * nan is nan, and inactive blocks may hold anything.
-    return torch.where(expand_mask(topology), dense, torch.zeros((), dtype=dense.dtype, device=dense.device))
+    mask = expand_mask(topology)
+    return torch.where(
+        mask.view(*mask.shape, *[1] * (dense.dim() - 2)), dense, torch.zeros((), dtype=dense.dtype, device=dense.device)
+    )
 
 
 class ReferenceBackend:
@@ -42,6 +46,30 @@ class ReferenceBackend:
     def grad_weight(self, dy2d: Tensor, x2d: Tensor, topology: BlockTopology) -> Tensor:
         """``dW = (dY^T X) * M``: ``[T, out], [T, in] -> [out, in]``."""
         return _active(dy2d.t() @ x2d, topology)
+
+    def conv_unsupported(
+        self, device: torch.device, dtype: torch.dtype, topology: BlockTopology, geometry: ConvGeometry
+    ) -> str | None:
+        """Reason why a case cannot be run, or None."""
+        return self.unsupported(device, dtype, topology)
+
+    def conv(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology, geometry: ConvGeometry
+    ) -> Tensor:
+        """``Y = conv2d(X, W * M) + bias``."""
+        return F.conv2d(x, _active(weight, topology), bias, geometry.stride, geometry.padding, geometry.dilation)
+
+    def conv_grad_input(
+        self, dy: Tensor, weight: Tensor, size: tuple[int, int], topology: BlockTopology, geometry: ConvGeometry
+    ) -> Tensor:
+        """Gradient of the input by the library, with the masked weight."""
+        x = dy.new_empty(dy.shape[0], weight.shape[1], *size)  # its shape is what counts
+        return library_gradient(dy, x, _active(weight, topology), geometry, (True, False, False))[0]
+
+    def conv_grad_weight(self, dy: Tensor, x: Tensor, topology: BlockTopology, geometry: ConvGeometry) -> Tensor:
+        """Gradient of the weight by the library, then masked."""
+        weight = x.new_empty(*topology.shape, *geometry.kernel_size)
+        return _active(library_gradient(dy, x, weight, geometry, (False, True, False))[1], topology)
 
 
 BACKEND = ReferenceBackend()

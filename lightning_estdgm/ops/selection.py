@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+from lightning_estdgm.ops import backends, get_backend
+from lightning_estdgm.ops.cases import DENSE, Case, ConvCase, is_layer, layer_key, layer_of, measure_case, refusals
+from lightning_estdgm.ops.measurements import Measurements
 
-from lightning_estdgm.ops import backends, get_backend, masked_linear
-from lightning_estdgm.topology import BlockTopology
-
-__all__ = ["BUCKETS", "DENSE", "BackendSelector", "Case", "Choice", "bucket_of", "measure_case", "refusals"]
-
-DENSE = "dense"
-"""The layer's own dense forward, with the mask applied to its weight."""
+__all__ = [
+    "BUCKETS",
+    "DENSE",
+    "BackendSelector",
+    "Case",
+    "Choice",
+    "ConvCase",
+    "bucket_of",
+    "choice_of",
+    "measure_case",
+    "refusals",
+]
 
 BUCKETS = 32
 """Densities up to 1/4 are decided in steps of 1/32, up to 1/2 of 2/32 and above of 4/32: see `bucket_of`."""
 
 MARGIN = 0.05
 """By what share of the dense time a sparse backend must be faster: noise must not choose it."""
-
-AGREEMENT = 0.1
-"""A timing counts once its two fastest turns are this close to each other, or after `MOST_ROUNDS` turns."""
-
-MOST_ROUNDS = 12
-
-_ORACLE = "reference"  # dense work plus masking: never faster, so never a candidate
-_FIELDS = ("tokens", "out_features", "in_features", "block_size", "dtype", "device", "frozen", "transposed")
 
 
 @dataclass(frozen=True)
@@ -52,129 +48,24 @@ class Choice:
     why: str
 
 
-@dataclass(frozen=True)
-class Case:
-    """One shape to decide: the layer, its input and the density.
+def choice_of(seconds: Mapping[str, float], when: str = "") -> Choice:
+    """The rule: the fastest sparse backend, if it takes at least 5 % less time than dense.
 
     Args:
-        tokens: rows of the flattened input.
-        out_features: rows of the weight.
-        in_features: columns of the weight.
-        block_size: side of a mask block, in weights.
-        density: active share of the blocks, in (0, 1].
-        dtype: what the products run in (under autocast, autocast's dtype).
-        device: where.
-        frozen: dense forward and dX, sparse dW only.
-        transposed: the weight is stored ``(in, out)``, as in Hugging Face's ``Conv1D``.
+        seconds: of forward and backward, for ``"dense"`` and at least one backend.
+        when: the date of a measurement that was kept, ISO 8601.
     """
-
-    tokens: int
-    out_features: int
-    in_features: int
-    block_size: int
-    density: float
-    dtype: torch.dtype
-    device: torch.device
-    frozen: bool = False
-    transposed: bool = False
-
-    def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise ValueError(f"tokens must be at least 1, got {self.tokens}")
-        if self.block_size < 1:
-            raise ValueError(f"block_size must be at least 1, got {self.block_size}")
-        for name in ("out_features", "in_features"):
-            value = getattr(self, name)
-            if value < 1 or value % self.block_size:
-                raise ValueError(f"{name} must be a positive multiple of block size {self.block_size}, got {value}")
-        if not 0.0 < self.density <= 1.0:
-            raise ValueError(f"density must be in (0, 1], got {self.density}")
-
-    def topology(self) -> BlockTopology:
-        """A random topology of this shape and density, always the same one."""
-        rows, cols = self.out_features // self.block_size, self.in_features // self.block_size
-        generator = torch.Generator().manual_seed(0)
-        active = max(1, round(self.density * rows * cols))
-        mask = torch.zeros(rows * cols, dtype=torch.bool, device="cpu")
-        mask[torch.randperm(rows * cols, generator=generator, device="cpu")[:active]] = True
-        return BlockTopology.from_mask(mask.view(rows, cols).to(self.device), self.block_size)
-
-
-def refusals(case: Case) -> dict[str, str | None]:
-    """Return for each backend that could be faster than dense why it cannot run `case`, or None where it can."""
-    topology = case.topology()
-    return {
-        name: backend.unsupported(case.device, case.dtype, topology)
-        for name, backend in backends().items()
-        if name != _ORACLE
-    }
-
-
-def measure_case(case: Case, names: Sequence[str], *, rounds: int = 3) -> dict[str, float]:
-    """Seconds of one forward and backward, per name: the fastest of several rounds, after one to warm up.
-
-    There are at least ``rounds``, and on a busy machine more, until the two fastest of every name agree.
-
-    Dense is ``F.linear`` with a masked weight, everything else :func:`masked_linear`; both with gradients of
-    input, weight and bias, on random data of the case's shape and dtype, autocast off. The names take turns:
-    a slow moment of the machine hits all of them. Neither the global random state nor any ``.grad`` is
-    touched, and ambient ``no_grad``, ``inference_mode`` and autocast do not matter.
-
-    Args:
-        case: what to measure.
-        names: backends, ``"dense"`` included where wanted.
-        rounds: timed repetitions at least, 1 to ``MOST_ROUNDS``.
-    """
-    device, dtype = case.device, case.dtype
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*shape: int) -> Tensor:
-            values = torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
-            return values.to(device, dtype)
-
-        topology = case.topology()
-        weight = random(case.out_features, case.in_features)
-        weight *= topology.mask().repeat_interleave(case.block_size, 0).repeat_interleave(case.block_size, 1)
-        weight = weight.t().contiguous() if case.transposed else weight
-        leaves = [
-            t.requires_grad_() for t in (random(case.tokens, case.in_features), weight, random(case.out_features))
-        ]
-        dy = random(case.tokens, case.out_features)
-
-        def once(name: str) -> float:
-            x, stored, bias = leaves
-            _synchronize(device)
-            start = time.perf_counter()
-            matrix = stored.t() if case.transposed else stored
-            if name == DENSE:
-                y = F.linear(x, matrix, bias)
-            else:
-                y = masked_linear(x, matrix, bias, topology, backend=name, frozen=case.frozen)
-            torch.autograd.grad(y, leaves, dy)
-            _synchronize(device)
-            return time.perf_counter() - start
-
-        for name in names:
-            once(name)
-        turns: dict[str, list[float]] = {name: [] for name in names}
-        for turn in range(MOST_ROUNDS):
-            if turn >= rounds and all(_settled(seconds) for seconds in turns.values()):
-                break
-            for name in names:
-                turns[name].append(once(name))
-    return {name: min(seconds) for name, seconds in turns.items()}
-
-
-def _settled(seconds: Sequence[float]) -> bool:
-    """Whether the two fastest turns agree: on a busy machine a single fast turn is no evidence yet."""
-    fastest = sorted(seconds)[:2]
-    return fastest[-1] <= (1.0 + AGREEMENT) * fastest[0]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    dense_s = seconds[DENSE]
+    best = min((name for name in seconds if name != DENSE), key=lambda name: seconds[name])
+    sparse_s = seconds[best]
+    spent = f"({sparse_s * 1e3:.3g} against {dense_s * 1e3:.3g} ms)"
+    if when:
+        spent += f", measured on {when.partition('T')[0]}"
+    if sparse_s <= (1.0 - MARGIN) * dense_s:
+        return Choice(best, dense_s, sparse_s, f"sparse {dense_s / sparse_s:.1f}x faster {spent}")
+    if sparse_s < dense_s:
+        return Choice(DENSE, dense_s, sparse_s, f"dense: sparse is less than {MARGIN:.0%} faster {spent}")
+    return Choice(DENSE, dense_s, sparse_s, f"dense faster: sparse takes {sparse_s / dense_s:.1f}x the time {spent}")
 
 
 def bucket_of(density: float) -> int:
@@ -198,14 +89,15 @@ class BackendSelector:
         forced: None to measure; ``"dense"`` or a backend's name to use that everywhere. A forced backend that
             does not support a layer raises, and is never replaced.
         measure: how long each named implementation takes on a case, in seconds.
+        kept: what earlier runs on this machine have measured, to use and to add to; None: neither.
 
     Raises:
         ValueError: ``forced`` is no known name.
 
     Example:
-        >>> selector = BackendSelector(forced="dense")
-        >>> selector.choose(tokens=64, out_features=32, in_features=32, block_size=16, density=0.5,
-        ...                 dtype=torch.float32, device="cpu").backend
+        >>> import torch
+        >>> case = Case(64, 32, 32, block_size=16, density=0.5, dtype=torch.float32, device=torch.device("cpu"))
+        >>> BackendSelector(forced="dense").choose(case).backend
         'dense'
     """
 
@@ -213,58 +105,35 @@ class BackendSelector:
         self,
         forced: str | None = None,
         *,
-        measure: Callable[[Case, Sequence[str]], Mapping[str, float]] = measure_case,
+        measure: Callable[[Case | ConvCase, Sequence[str]], Mapping[str, float]] = measure_case,
+        kept: Measurements | None = None,
     ) -> None:
         if forced is not None and forced != DENSE and forced not in backends():
             known = ", ".join((DENSE, *backends()))
             raise ValueError(f"unknown backend {forced!r}, expected one of: {known}")
         self._forced = forced
         self._measure = measure
-        # layer (all fields but the density) -> bucket -> choice
-        self._choices: dict[tuple[Any, ...], dict[int, Choice]] = {}
+        self._kept = kept
+        self._layers: dict[str, dict[str, Any]] = {}  # key -> layer
+        self._choices: dict[str, dict[int, Choice]] = {}  # key -> bucket -> choice
 
-    def choose(
-        self,
-        *,
-        tokens: int,
-        out_features: int,
-        in_features: int,
-        block_size: int,
-        density: float,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        frozen: bool = False,
-        transposed: bool = False,
-    ) -> Choice:
+    def choose(self, case: Case | ConvCase) -> Choice:
         """The choice for one layer at one density; measured if nothing measured before answers it.
 
-        Args: as the fields of :class:`Case`.
-
         Raises:
-            ValueError: sizes that do not fit each other, a density outside (0, 1], or a forced (or restored)
-                backend that does not run this layer.
+            ValueError: a forced (or restored) backend does not run this layer.
         """
-        case = Case(
-            tokens,
-            out_features,
-            in_features,
-            block_size,
-            density,
-            dtype,
-            torch.device(device),
-            frozen,
-            transposed,
-        )
-        # Rounded up, so that what is measured is never sparser than what will run.
-        bucket = max(1, math.ceil(density * BUCKETS - 1e-9))
-        bucket = bucket_of(density)
+        bucket = bucket_of(case.density)
         case = replace(case, density=bucket / BUCKETS)
         if self._forced is not None:
             return self._forced_choice(case)
-        if block_size == 1:
+        if case.block_size == 1:
             return Choice(DENSE, None, None, "single-weight masks have no sparse operator")
-        layer = _layer_key(case)
-        known = self._choices.setdefault(layer, {})
+        layer = layer_of(case)
+        key = layer_key(layer)
+        if key not in self._choices:
+            self._layers[key], self._choices[key] = layer, self._measured_earlier(case)
+        known = self._choices[key]
         if bucket not in known:
             known[bucket] = _inferred(known, bucket) or self._measured(case)
         choice = known[bucket]
@@ -276,8 +145,8 @@ class BackendSelector:
         """Every choice so far, as plain types: loads with ``torch.load(weights_only=True)``."""
         return {
             "choices": [
-                {**dict(zip(_FIELDS, layer, strict=True)), "bucket": bucket, **asdict(choice)}
-                for layer, known in self._choices.items()
+                {**self._layers[key], "bucket": bucket, **asdict(choice)}
+                for key, known in self._choices.items()
                 for bucket, choice in known.items()
             ]
         }
@@ -288,48 +157,55 @@ class BackendSelector:
         Raises:
             ValueError: ``state`` is not what :meth:`state_dict` returns.
         """
-        choices: dict[tuple[Any, ...], dict[int, Choice]] = {}
+        layers: dict[str, dict[str, Any]] = {}
+        choices: dict[str, dict[int, Choice]] = {}
         try:
             for row in state["choices"]:
-                layer = tuple(row[field] for field in _FIELDS)
-                choice = Choice(row["backend"], row["dense_s"], row["sparse_s"], row["why"])
-                choices.setdefault(layer, {})[row["bucket"]] = choice
-        except (KeyError, TypeError) as error:
+                chosen = {name: row[name] for name in _CHOICE}
+                layer = {name: value for name, value in row.items() if name not in (*_CHOICE, "bucket")}
+                if not is_layer(layer):
+                    raise KeyError("the layer's fields")
+                key = layer_key(layer)
+                layers[key] = layer
+                choices.setdefault(key, {})[row["bucket"]] = Choice(**chosen)
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"expected a state from BackendSelector.state_dict(), got {state!r:.200}") from error
-        self._choices = choices
+        self._layers, self._choices = layers, choices
 
-    def _forced_choice(self, case: Case) -> Choice:
+    def _forced_choice(self, case: Case | ConvCase) -> Choice:
         assert self._forced is not None
-        if self._forced != DENSE:
-            reason = get_backend(self._forced).unsupported(case.device, case.dtype, case.topology())
-            if reason is not None:
-                raise ValueError(f"backend {self._forced!r} was forced, but cannot run this layer: it {reason}")
+        if self._forced != DENSE and (reason := case.refusal(self._forced)) is not None:
+            raise ValueError(f"backend {self._forced!r} was forced, but cannot run this layer: it {reason}")
         return Choice(self._forced, None, None, "forced")
 
-    def _measured(self, case: Case) -> Choice:
+    def _measured_earlier(self, case: Case | ConvCase) -> dict[int, Choice]:
+        """Choices for a layer by what is kept of it, at any density; of the same backends that would be tried now."""
+        if self._kept is None:
+            return {}
+        names = {DENSE, *_able(refusals(case))}
+        return {
+            round(row.density * BUCKETS): choice_of(row.seconds, row.when)
+            for row in self._kept.of(case)
+            if row.seconds.keys() == names
+        }
+
+    def _measured(self, case: Case | ConvCase) -> Choice:
         reasons_against = refusals(case)
-        names = [name for name, reason in reasons_against.items() if reason is None]
+        names = _able(reasons_against)
         if not names:
             reasons = "; ".join(f"{name} {reason}" for name, reason in reasons_against.items())
             return Choice(DENSE, None, None, f"no sparse backend: {reasons}")
-        times = self._measure(case, [DENSE, *names])
-        dense_s = times[DENSE]
-        best = min(names, key=lambda name: times[name])
-        sparse_s = times[best]
-        spent = f"({sparse_s * 1e3:.3g} against {dense_s * 1e3:.3g} ms)"
-        if sparse_s <= (1.0 - MARGIN) * dense_s:
-            return Choice(best, dense_s, sparse_s, f"sparse {dense_s / sparse_s:.1f}x faster {spent}")
-        if sparse_s < dense_s:
-            return Choice(DENSE, dense_s, sparse_s, f"dense: sparse is less than {MARGIN:.0%} faster {spent}")
-        return Choice(
-            DENSE, dense_s, sparse_s, f"dense faster: sparse takes {sparse_s / dense_s:.1f}x the time {spent}"
-        )
+        seconds = self._measure(case, [DENSE, *names])
+        if self._kept is not None:
+            self._kept.add(case, seconds)
+        return choice_of(seconds)
 
 
-def _layer_key(case: Case) -> tuple[Any, ...]:
-    # The device's type, not its index: a resumed run may sit on another device of the same machine.
-    plain = {"dtype": str(case.dtype).removeprefix("torch."), "device": case.device.type}
-    return tuple(plain.get(field, getattr(case, field)) for field in _FIELDS)
+_CHOICE = tuple(field.name for field in fields(Choice))
+
+
+def _able(reasons_against: Mapping[str, str | None]) -> list[str]:
+    return [name for name, reason in reasons_against.items() if reason is None]
 
 
 def _inferred(known: Mapping[int, Choice], bucket: int) -> Choice | None:

@@ -6,6 +6,8 @@ without.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,11 @@ class NativeBackend:
         if dtype is torch.bfloat16 and not compiled.estdgm_has_bfloat16():
             return "needs a CPU with AVX512_BF16 for bfloat16"
         return None
+
+    def build(self, device: torch.device) -> str | None:
+        """What was compiled for that device, by which compiler: two builds may differ in speed."""
+        compiled = library() if device.type == "cpu" else ""
+        return None if isinstance(compiled, str) else Path(compiled._name).stem
 
     def linear(self, x2d: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
         """``Y[:, r] = sum over active c of X[:, c] W[r, c]^T + bias[r]``: ``[T, in] -> [T, out]``."""

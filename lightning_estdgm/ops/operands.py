@@ -1,0 +1,69 @@
+"""What the operators of this package do with their operands, whatever they compute."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lightning_estdgm.topology import BlockTopology
+
+__all__ = ["TOPOLOGY_SCHEMA", "as_given", "prepared", "topology_of"]
+
+TOPOLOGY_SCHEMA = "Tensor row_ptr, Tensor col_idx, Tensor col_ptr, Tensor row_idx, int block_size, str backend"
+"""Flat arguments of an operator, since one of torch's cannot take a BlockTopology."""
+
+
+def topology_of(row_ptr: Tensor, col_idx: Tensor, col_ptr: Tensor, row_idx: Tensor, block_size: int) -> BlockTopology:
+    """Put the flat arguments together again."""
+    return BlockTopology(block_size, row_ptr.shape[0] - 1, col_ptr.shape[0] - 1, row_ptr, col_idx, col_ptr, row_idx)
+
+
+def _autocast_on(kind: str) -> bool:
+    # Asking about a device that knows no autocast ("meta") raises.
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def as_given(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Inside, products keep the dtype of their operands, even where backward() is called under autocast."""
+    kind = tensor.device.type
+    if _autocast_on(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # As torch's own autocast: floating-point operands are cast, float64 is left alone.
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+
+def prepared(
+    operator: str, x: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the operands in the dtype that autocast asks for.
+
+    Raises:
+        TypeError: dtypes differ.
+        ValueError: devices differ.
+        NotImplementedError: an operand carries a forward-mode tangent.
+    """
+    kind = x.device.type
+    if _autocast_on(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight = _cast(x, dtype), _cast(weight, dtype)
+        bias = None if bias is None else _cast(bias, dtype)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"x and {name} must have one dtype, got {x.dtype} and {tensor.dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("topology", topology.row_ptr)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"x and {name} must be on one device, got {x.device} and {tensor.device}")
+    if not torch.compiler.is_compiling() and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in (x, weight, bias)
+    ):
+        # Without this, torch would take the tangent of the result for zero.
+        raise NotImplementedError(f"{operator} has no forward-mode derivative: use reverse mode")
+    return x, weight, bias
