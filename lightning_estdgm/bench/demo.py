@@ -48,7 +48,7 @@ from lightning_estdgm.bench.demo_report import (
     summarize,
     sweep_table,
 )
-from lightning_estdgm.bench.environment import command_line, environment
+from lightning_estdgm.bench.environment import environment
 from lightning_estdgm.callbacks.dgm import DGMCallback
 from lightning_estdgm.callbacks.energy import EnergyMonitor
 from lightning_estdgm.controller import DGMConfig
@@ -456,7 +456,9 @@ class StepProfiler(Callback):
             self.wall_s = time.perf_counter() - self.wall_s
             self.profile.stop()
         elif self.seen == self.length - self.count:
-            with environment_variable("KINETO_LOG_LEVEL", "99"):  # else it announces itself on stderr; read at its first start
+            with environment_variable(
+                "KINETO_LOG_LEVEL", "99"
+            ):  # else it announces itself on stderr; read at its first start
                 self.profile.start()
             self.wall_s = time.perf_counter()
 
@@ -484,11 +486,13 @@ class LightningRanges(Profiler):
         self._open: dict[str, record_function] = {}
 
     def start(self, action_name: str) -> None:
+        """Open the range of a hook."""
         if action_name.startswith("[") and "optimizer_step" not in action_name:
             self._open[action_name] = record_function(action_name)
             self._open[action_name].__enter__()
 
     def stop(self, action_name: str) -> None:
+        """Close it."""
         if action_name in self._open:
             self._open.pop(action_name).__exit__(None, None, None)
 

@@ -36,9 +36,10 @@ def train_goals(results: Sequence[Mapping[str, Any]], gpu: str | None) -> list[G
         if not (is_small or is_large):
             continue
         name = f"GPT, width {workload['width']}, {workload['layers']} layers, {result['mode']}"
+        backend = result["settings"]["backend"]
         phase, whole = result["phases"]["refinement"]["speedup"], result["whole"]["speedup"]
-        goals.append(_goal(f"{name}: refinement over dense", 4.0 if is_small else 3.5, phase, "auto"))
-        goals.append(_goal(f"{name}: whole schedule over dense", 2.2 if is_small else 2.5, whole, "auto"))
+        goals.append(_goal(f"{name}: refinement over dense", 4.0 if is_small else 3.5, phase, backend))
+        goals.append(_goal(f"{name}: whole schedule over dense", 2.2 if is_small else 2.5, whole, backend))
     return goals
 
 

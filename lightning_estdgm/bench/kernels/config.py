@@ -34,6 +34,7 @@ class KernelsConfig:
         kinds: of `KINDS`.
         images: batch of the convolutions.
         image_size: height and width of the images that the ResNet-50 sees, in pixels.
+        most_layers: only so many of its convolutions, those with the most work; 0 for all.
         device: where; the GPU if there is one.
         rounds: timed turns of each; the fastest counts.
         peers: whether to measure PyTorch's own sparse layouts too.
@@ -49,6 +50,7 @@ class KernelsConfig:
     kinds: Sequence[str] = KINDS
     images: int = 0
     image_size: int = 224
+    most_layers: int = 0
     device: str = field(default_factory=_device)
     rounds: int = 5
     peers: bool = True
@@ -95,6 +97,7 @@ def quick_kernels(device: str | None = None) -> KernelsConfig:
             densities=(0.125, 0.25),
             dtypes=("float32",),
             images=1,
+            most_layers=6,
             device=device,
             rounds=3,
         )
@@ -103,6 +106,7 @@ def quick_kernels(device: str | None = None) -> KernelsConfig:
         block_sizes=(32, 64, 128),
         densities=(0.125, 0.25),
         dtypes=("bfloat16",),
+        most_layers=8,
         device=device,
         rounds=3,
     )

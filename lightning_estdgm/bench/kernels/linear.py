@@ -14,8 +14,8 @@ from lightning_estdgm.bench.kernels.peers import PEERS, Weights, measure_peer
 from lightning_estdgm.bench.kernels.rows import is_wrong, product_row, relative_error, row
 from lightning_estdgm.bench.kernels.timing import take_turns
 from lightning_estdgm.ops import get_backend
+from lightning_estdgm.ops.cases import DENSE, Case, measure_case, refusals
 from lightning_estdgm.ops.reference import expand_mask
-from lightning_estdgm.ops.selection import DENSE, Case, measure_case, refusals
 
 __all__ = ["linear_products", "linear_rows"]
 
@@ -124,7 +124,11 @@ def _peer_rows(
     x, weight, dy = _operands(case)
     weights = Weights(weight, case.topology())
     for peer in PEERS:
-        key = (peer.name, *([case.block_size] if peer.has_blocks else []), *([case.density] if peer.any_density else []))
+        key = (
+            peer.name,
+            *([case.block_size] if peer.has_blocks else []),
+            *([case.density] if peer.any_density else []),
+        )
         if key in done:
             continue
         done.add(key)

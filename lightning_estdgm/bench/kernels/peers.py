@@ -77,7 +77,7 @@ def torch_two_four(weights: Weights) -> tuple[Tensor, Tensor]:
     groups = dense.view(dense.shape[0], -1, 4)
     keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.abs().topk(2, -1).indices, True)
     pruned = torch.where(keep, groups, torch.zeros_like(groups)).view_as(dense)
-    return torch.sparse.to_sparse_semi_structured(pruned), pruned  # type: ignore[no-untyped-call]
+    return torch.sparse.to_sparse_semi_structured(pruned), pruned
 
 
 PEERS = (

@@ -124,8 +124,10 @@ def _panel(axes: Axes, rows: Sequence[Row], colours: Mapping[str, str], layers: 
         else:
             style, label = {"lw": 0.6, "alpha": 0.5, "marker": "."}, f"{backend}, one convolution"
         handles[label] = axes.plot(xs, ys, color=colours[backend], ms=4, **style)[0]
-    for backend, (xs, ys) in _whole_nets(rows).items():
-        handles[f"{backend}, all convolutions"] = axes.plot(xs, ys, color=colours[backend], lw=3, marker="o")[0]
+    for backend, (densities, efficiencies) in _whole_nets(rows).items():
+        handles[f"{backend}, all convolutions"] = axes.plot(
+            densities, efficiencies, color=colours[backend], lw=3, marker="o"
+        )[0]
     return handles
 
 

@@ -65,8 +65,8 @@ def _between_events(call: Callable[[], object], cache: Tensor, count: int) -> li
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
     for start, end in events:
         cache.zero_()
-        start.record()  # type: ignore[no-untyped-call]
+        start.record()
         call()
-        end.record()  # type: ignore[no-untyped-call]
+        end.record()
     torch.cuda.synchronize(cache.device)
     return [start.elapsed_time(end) / 1e3 for start, end in events]

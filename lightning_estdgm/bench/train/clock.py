@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -44,7 +45,7 @@ class StepClock(Callback):
         on_gpu = pl_module.device.type == "cuda"
         if on_gpu:
             mark = torch.cuda.Event(enable_timing=True)
-            mark.record()  # type: ignore[no-untyped-call]
+            mark.record()
             self._marks.append(mark)
         else:
             self._marks.append(time.perf_counter())
@@ -92,6 +93,6 @@ class StepClock(Callback):
 
 def _differences(marks: list[Any]) -> Iterable[float]:
     if not marks or isinstance(marks[0], float):
-        return [after - before for before, after in zip(marks, marks[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(marks)]
     torch.cuda.synchronize()
-    return [before.elapsed_time(after) / 1e3 for before, after in zip(marks, marks[1:], strict=False)]
+    return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(marks)]

@@ -147,8 +147,9 @@ def free_memory(device: str) -> float:
 def product_rate(width: int, tokens: int, device: str) -> float:
     """FLOP/s of one dense product ``tokens x width x 4 width``, in the dtype of training."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    x, weight = torch.randn(tokens, width, dtype=dtype, device=device), torch.randn(
-        width, 4 * width, dtype=dtype, device=device
+    x, weight = (
+        torch.randn(tokens, width, dtype=dtype, device=device),
+        torch.randn(width, 4 * width, dtype=dtype, device=device),
     )
     best = float("inf")
     for _ in range(3):

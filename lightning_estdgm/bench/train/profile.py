@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lightning_estdgm.bench.train.config import TrainConfig
 from lightning_estdgm.bench.train.run import dgm_config, fit
 from lightning_estdgm.bench.train.workloads import Workload
 from lightning_estdgm.callbacks.dgm import DGMCallback
-from lightning_estdgm.schedules import EstDgm, Phase
+from lightning_estdgm.schedules import EstDgm
 
 __all__ = ["PARTS", "part_of", "profile_train"]
 
@@ -78,18 +79,15 @@ def profile_train(workload: Workload, config: TrainConfig) -> dict[str, dict[str
 
 def _refinement(config: TrainConfig, length: int) -> EstDgm:
     """Two steps of each earlier phase, then refinement, whose second half is frozen."""
-    default = EstDgm()
-    lengths = {"exploration": 2, "consolidation": 2, "refinement": length + 1 - 4}
-    phases = {
-        name: Phase(phase.start, phase.end, lengths[name])
-        for name, phase in (
-            ("exploration", default.exploration),
-            ("consolidation", default.consolidation),
-            ("refinement", default.refinement),
-        )
-    }
-    freeze = (config.profile_steps + 3) / lengths["refinement"]
-    return EstDgm(**phases, update_every=length, observe_steps=1, freeze=freeze)
+    default, last = EstDgm(), length + 1 - 4
+    return EstDgm(
+        exploration=replace(default.exploration, length=2),
+        consolidation=replace(default.consolidation, length=2),
+        refinement=replace(default.refinement, length=last),
+        update_every=length,
+        observe_steps=1,
+        freeze=(config.profile_steps + 3) / last,
+    )
 
 
 class _StepProfiler(Callback):

@@ -113,7 +113,7 @@ def draw_train(results: Sequence[Result], path: Path, machine: str) -> None:
         axes.set_title(f"{result['name']}\n{result['mode']}", fontsize=9)
         axes.set_ylabel(f"{result['workload']['unit']} per second over dense")
         _draw_profile(grid[1][column], result.get("profile") or {})
-    handles = [axes for axes in grid[1][0].containers]
+    handles = list(grid[1][0].containers)
     if handles:
         figure.legend(handles, [handle.get_label() for handle in handles], loc="outside lower center", ncols=4)
     figure.suptitle(f"training by EST-DGM against dense - {machine}", fontsize=10)
