@@ -9,12 +9,15 @@ import torch
 from torch import nn
 
 from lightning_estdgm.layers import (
+    ForwardProbe,
+    Image,
     auto_block_size,
     find_candidates,
     fitting_block_sizes,
     restore_dense_,
     set_observing,
     sparsify_,
+    unit_of,
 )
 
 
@@ -125,7 +128,19 @@ def candidate(module):
         (nn.Linear(384, 1152), 32, ""),
         (nn.Linear(128, 144), 16, ""),
         (nn.Linear(64, 64), 1, "fewer than 8 blocks of 16 a side"),
-        (nn.Conv2d(256, 256, 3), 1, "no sparse operator for convolutions"),
+        (nn.Conv2d(256, 512, 3), 32, ""),
+        (nn.Conv1d(128, 128, 5, padding="same"), 16, ""),
+        (nn.Conv2d(128, 128, (2, 3), dilation=(2, 1), padding="same"), 16, ""),
+        (nn.Conv2d(3, 64, 7), 1, "no block of 16, 32, 64, 128 divides both dimensions"),
+        (nn.Conv2d(64, 64, 3), 1, "fewer than 8 blocks of 16 a side"),
+        (nn.Conv2d(256, 256, 3, groups=2), 1, "grouped convolution: no sparse operator"),
+        (nn.Conv1d(256, 256, 3, groups=256), 1, "grouped convolution: no sparse operator"),
+        (nn.Conv2d(256, 256, 3, padding_mode="reflect"), 1, "no sparse operator for padding_mode='reflect'"),
+        (nn.Conv2d(256, 256, (2, 3), padding="same"), 1, "no sparse operator for padding='same' with a kernel of 2x3"),
+        (nn.Conv3d(256, 256, 3), 1, "no sparse operator for Conv3d"),
+        (type("MyConv2d", (nn.Conv2d,), {})(256, 256, 3), 1, "no sparse operator for MyConv2d"),
+        (nn.ConvTranspose2d(256, 256, 3), 1, "no sparse operator for transposed convolutions"),
+        (nn.MultiheadAttention(256, 2), 1, "no sparse operator for attention projections"),
         (nn.modules.linear.NonDynamicallyQuantizableLinear(256, 256), 1, "no sparse operator for NonDynamically"),
     ],
 )
@@ -134,6 +149,12 @@ def test_automatic_blocks_are_the_largest_that_fit_and_say_why_not(module, size,
     assert got == size
     assert said.startswith(why)
     assert bool(said) == (got == 1)
+
+
+def test_a_block_size_that_is_asked_for_does_not_hide_why_a_layer_is_dense():
+    assert unit_of(candidate(nn.Conv2d(64, 64, 3)), 16) == (16, "")
+    assert unit_of(candidate(nn.Conv2d(64, 64, 3, groups=2)), 16) == (16, "grouped convolution: no sparse operator")
+    assert unit_of(candidate(nn.Conv3d(64, 64, 3)), 16) == (16, "no sparse operator for Conv3d")
 
 
 def test_fitting_block_sizes():
@@ -309,3 +330,107 @@ def test_blocks_of_a_fused_projection_fit_its_parts():
         assert auto_block_size(find_candidates(model)[0])[0] == 1
     model = nn.ModuleDict({"qkv": nn.Linear(128, 384), "last": nn.Linear(8, 4)})
     assert auto_block_size(find_candidates(model)[0]) == (16, "")
+
+
+# ---- convolutions
+
+
+CONVOLUTIONS = {
+    "2d": (lambda: nn.Conv2d(32, 48, 3, stride=2, padding=1), (3, 32, 7, 6)),
+    "2d pointwise": (lambda: nn.Conv2d(32, 48, 1, stride=2, bias=False), (3, 32, 7, 6)),
+    "2d same": (lambda: nn.Conv2d(32, 48, (3, 2), padding="same", dilation=(1, 2)), (3, 32, 7, 6)),
+    "2d valid": (lambda: nn.Conv2d(32, 48, (1, 3), padding="valid"), (3, 32, 7, 6)),
+    "2d unbatched": (lambda: nn.Conv2d(32, 48, 3), (32, 7, 6)),
+    "1d": (lambda: nn.Conv1d(32, 48, 5, stride=2, padding=3, dilation=2), (3, 32, 17)),
+    "1d unbatched": (lambda: nn.Conv1d(32, 48, 3), (32, 17)),
+}
+
+
+@pytest.fixture(params=CONVOLUTIONS)
+def convolution(request):
+    """A swapped convolution, its mask over the weight, a dense twin with masked weights, and an input."""
+    make, shape = CONVOLUTIONS[request.param]
+    c, full = swapped(module=make())
+    full = full[(..., *[None] * (c.weight.dim() - 2))].expand_as(c.weight)
+    dense = make()
+    dense.load_state_dict(c.module.state_dict())
+    with torch.no_grad():
+        dense.weight.mul_(full)
+    return c, full, dense, torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_swapped_convolution_computes_on_active_blocks_only_and_comes_back(convolution):
+    c, full, dense, x = convolution
+    own = type(dense)
+    with torch.no_grad():
+        c.module.weight.masked_fill_(~full, float("nan"))
+    y0, dx0, dw0 = run(dense, x)
+    y, dx, dw = run(c.module, x)
+    torch.testing.assert_close((y, dx, dw), (y0, dx0, dw0 * full))
+    set_observing(c, True)
+    torch.testing.assert_close(run(c.module, x)[2], dw0)
+    restore_dense_(c)
+    assert type(c.module) is own
+    assert vars(c.module).keys() == vars(dense).keys()
+
+
+def test_a_frozen_convolution_keeps_a_dense_forward(convolution):
+    c, full, dense, x = convolution
+    dense.load_state_dict(c.module.state_dict())
+    restore_dense_(c)
+    sparsify_(c, full[::16, ::16].flatten(2)[..., 0], 16, "reference", frozen=True)
+    y0, dx0, dw0 = run(dense, x)
+    torch.testing.assert_close(run(c.module, x), (y0, dx0, dw0 * full))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_a_copy_or_pickle_of_a_swapped_convolution_is_the_plain_layer(convolution, duplicate):
+    c, _, dense, x = convolution
+    twin = duplicate(c.module)
+    assert type(twin) is type(dense)
+    assert vars(twin).keys() == vars(dense).keys()
+    assert list(c.module.state_dict()) == list(dense.state_dict())
+    twin.load_state_dict(dense.state_dict())
+    assert torch.equal(twin(x), dense(x))
+
+
+def test_a_swapped_convolution_compiles_whole(convolution):
+    c, _, dense, x = convolution
+    torch._dynamo.reset()
+    compiled = torch.compile(c.module, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), dense(x))
+
+
+def test_a_swapped_convolution_gives_the_memory_format_of_the_plain_one(convolution):
+    c, _, dense, x = convolution
+    if x.dim() != 4:
+        return
+    for inputs, weights in ((x, dense), (x.contiguous(memory_format=torch.channels_last), dense)):
+        assert c.module(inputs).stride() == weights(inputs).stride()
+    c.module.to(memory_format=torch.channels_last)
+    dense.to(memory_format=torch.channels_last)
+    assert c.module(x).stride() == dense(x).stride()
+    assert c.module.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("module", "x", "positions", "image"),
+    [
+        (nn.Conv2d(4, 8, 3, stride=2), torch.randn(5, 4, 9, 7), 5 * 4 * 3, Image(5, 9, 7, False)),
+        (
+            nn.Conv2d(4, 8, 3),
+            torch.randn(5, 4, 9, 7).contiguous(memory_format=torch.channels_last),
+            5 * 7 * 5,
+            Image(5, 9, 7, True),
+        ),
+        (nn.Conv2d(4, 8, 3), torch.randn(4, 9, 7), 7 * 5, Image(1, 9, 7, False)),
+        (nn.Conv1d(4, 8, 3), torch.randn(5, 4, 9), 5 * 7, Image(5, 1, 9, False)),
+        (nn.Conv2d(4, 8, 3, groups=2), torch.randn(5, 4, 9, 7), 5 * 7 * 5, None),
+        (nn.Linear(4, 8), torch.randn(5, 3, 4), 15, None),
+    ],
+)
+def test_a_probe_sees_what_a_layer_is_given(module, x, positions, image):
+    probe = ForwardProbe(candidate(module))
+    module.register_forward_hook(probe)
+    module(x)
+    assert (probe.positions, probe.dtype, probe.image) == (positions, torch.float32, image)

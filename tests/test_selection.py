@@ -1,7 +1,11 @@
 """The never-slower choice. Times are injected: no test depends on how fast this machine is."""
 
 import io
+import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_estdgm.ops.cases import MOST_ROUNDS, Case, _settled, measure_case
+from lightning_estdgm.ops import get_backend, measurements, selection
+from lightning_estdgm.ops.cases import MOST_ROUNDS, Case, ConvCase, _settled, measure_case, refusals
+from lightning_estdgm.ops.convolution import ConvGeometry
+from lightning_estdgm.ops.measurements import Measurements, folder, read_file
 from lightning_estdgm.ops.selection import BUCKETS, BackendSelector, Choice, bucket_of
 
 LAYER = {
@@ -40,6 +47,24 @@ def _never(case, names):
 
 def _case(**change):
     return Case(**{**LAYER, "density": 0.25, **change})
+
+
+CONV = {
+    "batch": 2,
+    "height": 9,
+    "width": 6,
+    "out_channels": 32,
+    "in_channels": 48,
+    "geometry": ConvGeometry((3, 1), (2, 1), (1, 0)),
+    "block_size": 16,
+    "dtype": torch.float32,
+    "device": torch.device("cpu"),
+}
+POINTWISE = ConvGeometry((1, 1))
+
+
+def _conv(**change):
+    return ConvCase(**{**CONV, "density": 0.5, **change})
 
 
 # ------------------------------------------------------------------------------------------------------ choice
@@ -145,6 +170,30 @@ def test_another_layer_is_measured_by_itself(change):
     assert [case for case, _ in clock.asked] == [_case(density=0.125), _case(density=0.125, **change)]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch": 3},
+        {"height": 8},
+        {"width": 5},
+        {"out_channels": 64},
+        {"in_channels": 64},
+        {"geometry": ConvGeometry((1, 1), (2, 1))},
+        {"dtype": torch.float64},
+        {"frozen": True},
+        {"channels_last": False},
+    ],
+    ids=str,
+)
+def test_another_convolution_is_measured_by_itself(change):
+    clock = Clock()
+    selector = BackendSelector(measure=clock)
+    cases = [_conv(geometry=POINTWISE), _conv(**{"geometry": POINTWISE, **change})]
+    for case in [*cases, *cases]:
+        selector.choose(case)
+    assert [case for case, _ in clock.asked] == cases
+
+
 def test_single_weight_masks_run_dense():
     choice = BackendSelector(measure=_never).choose(_case(block_size=1, density=0.1))
     assert choice == Choice("dense", None, None, "single-weight masks have no sparse operator")
@@ -202,9 +251,28 @@ def test_a_case_that_cannot_be_raises(change, message):
         _case(**change)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"in_channels": 40}, "in_channels must be a positive multiple of block size 16, got 40"),
+        ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
+        ({"geometry": ConvGeometry((11, 1))}, "an input of 9 x 6 is too small for ConvGeometry"),
+    ],
+)
+def test_a_convolution_that_cannot_be_raises(change, message):
+    with pytest.raises(ValueError, match=message):
+        _conv(**change)
+
+
 # ------------------------------------------------------------------------------------------------------- state
 
-QUESTIONS = [_case(density=density, frozen=frozen) for frozen in (False, True) for density in (0.3, 0.9, 0.1, 1.0)]
+QUESTIONS = [
+    case(density=density, frozen=frozen)
+    for case in (_case, lambda **change: _conv(geometry=POINTWISE, **change))
+    for frozen in (False, True)
+    for density in (0.3, 0.9, 0.1, 1.0)
+]
 
 
 def _saved_and_loaded(state):
@@ -225,6 +293,17 @@ def test_a_restored_selector_gives_the_very_same_choices_without_measuring():
     # The control: on a machine where sparse is slow, a selector that was not restored chooses otherwise.
     other = BackendSelector(measure=Clock(lambda density: 3.0))
     assert [other.choose(question) for question in QUESTIONS] != choices
+
+
+def test_a_state_from_before_convolutions_is_understood():
+    row = {
+        "tokens": 64, "out_features": 64, "in_features": 96, "block_size": 16, "dtype": "float32", "device": "cpu",
+        "frozen": False, "transposed": False, "bucket": 8,
+        "backend": "cpu", "dense_s": 2.0, "sparse_s": 1.0, "why": "once measured",
+    }  # fmt: skip
+    selector = BackendSelector(measure=_never)
+    selector.load_state_dict({"choices": [row]})
+    assert selector.choose(_case(density=0.25)) == Choice("cpu", 2.0, 1.0, "once measured")
 
 
 def test_restoring_replaces_what_was_known():
@@ -311,6 +390,33 @@ def test_measuring_runs_forward_and_backward_in_the_dtype_asked_and_leaves_no_tr
     assert (torch.get_num_threads(), torch.is_grad_enabled()) == (threads, mode)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_convolution_is_measured_as_it_lies_in_memory(frozen, channels_last):
+    case = _conv(frozen=frozen, channels_last=channels_last)
+    with _Operators() as operators:
+        times = measure_case(case, ["dense", "reference"], rounds=1)
+    assert set(times) == {"dense", "reference"}
+    names = [func.name() for func, _ in operators.calls]
+    assert sorted(set(names)) == [f"estdgm::masked_conv2d{part}" for part in ("", "_grad_input", "_grad_weight")]
+    for func, args in operators.calls:
+        if func.name() == "estdgm::masked_conv2d":
+            assert args[0].shape == (2, 48, 9, 6)
+            assert args[1].shape == (32, 48, 3, 1)
+            assert args[1].is_contiguous(memory_format=torch.channels_last) == channels_last
+            assert args[-1] is frozen
+    problem = case.problem()
+    for name in ("dense", "reference"):
+        y = problem.forward(name)
+        assert y.shape == problem.dy.shape
+        assert y.is_contiguous(memory_format=torch.channels_last) == channels_last
+
+
+def test_refusals_of_a_convolution_know_its_geometry():
+    assert refusals(_conv(geometry=POINTWISE))["cpu"] is None
+    assert "needs blocks of at least 8" in refusals(_conv(block_size=4, geometry=POINTWISE))["cpu"]
+
+
 @pytest.mark.parametrize(
     ("seconds", "settled"),
     [([5.0, 1.0, 1.09], True), ([5.0, 1.0, 1.11], False), ([2.0, 1.0, 2.0], False), ([3.0, 3.0, 3.0], True)],
@@ -326,3 +432,205 @@ def test_the_measured_mask_has_the_density_asked_and_is_always_the_same(density)
     assert topology.shape == (64, 96)
     assert topology.nnz == max(1, round(density * 24))
     assert torch.equal(topology.mask(), case.topology().mask())
+
+
+# ------------------------------------------------------------------------------------------------- kept on disk
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path):
+    """A machine on which nothing was measured yet: the folder of its measurements."""
+    monkeypatch.setenv(measurements.ENVIRONMENT, str(tmp_path / "choices"))
+    return tmp_path / "choices"
+
+
+def _file(kept):
+    (path,) = kept.glob("*.json")
+    return path
+
+
+def _rows(kept):
+    return read_file(_file(kept))[1]
+
+
+def test_no_test_touches_the_users_measurements():
+    assert os.environ[measurements.ENVIRONMENT] == "off"
+    assert folder() is None
+    clock = Clock()
+    for _ in range(2):
+        BackendSelector(measure=clock, kept=Measurements()).choose(_case())
+    assert len(clock.asked) == 2
+
+
+@pytest.mark.parametrize("case", [_case, lambda **change: _conv(geometry=POINTWISE, **change)], ids=["linear", "conv"])
+def test_what_was_measured_once_is_not_measured_by_the_next_run(kept, case):
+    clock = Clock()
+    densities = (0.25, 0.75, 0.125, 1.0)
+    first = [BackendSelector(measure=clock, kept=Measurements()).choose(case(density=densities[0]))]
+    selector = BackendSelector(measure=clock, kept=Measurements())
+    first += [selector.choose(case(density=density)) for density in densities[1:]]
+    assert [row.density for row in _rows(kept)] == [0.25, 0.75]  # and neither of the two that were inferred
+    selector = BackendSelector(measure=_never, kept=Measurements())
+    again = [selector.choose(case(density=density)) for density in densities]
+    assert [choice.backend for choice in again] == [choice.backend for choice in first]
+    assert [choice.dense_s for choice in again] == [9e-3, 9e-3, None, None]
+    day = _rows(kept)[0].when[:10]
+    assert [choice.why for choice in again] == [
+        f"sparse 2.0x faster (4.5 against 9 ms), measured on {day}",
+        f"dense faster: sparse takes 1.5x the time (13.5 against 9 ms), measured on {day}",
+        "sparse already faster at density 0.25",
+        "dense already faster at density 0.75",
+    ]
+
+
+def test_forced_choices_are_not_kept(kept):
+    BackendSelector("cpu", measure=_never, kept=Measurements()).choose(_case())
+    assert not kept.exists()
+
+
+def test_the_file_is_for_people_too(kept):
+    BackendSelector(measure=Clock(), kept=Measurements()).choose(_case())
+    content = json.loads(_file(kept).read_text())
+    assert content["machine"]["device"] == measurements.cpu_model()
+    assert content["machine"]["threads"] == torch.get_num_threads()
+    assert content["machine"]["torch"] == torch.__version__
+    (row,) = content["measurements"]
+    assert row["layer"] == {**LAYER, "dtype": "float32", "device": "cpu", "frozen": False, "transposed": False}
+    assert set(row["seconds"]) == {"dense", *(n for n, why in refusals(_case()).items() if why is None)}
+
+
+CHANGES = {
+    "device": lambda m: m.setattr(measurements, "cpu_model", lambda: "Another CPU"),
+    "threads": lambda m: m.setattr(torch, "get_num_threads", lambda: 99),
+    "torch": lambda m: m.setattr(torch, "__version__", "9.9"),
+    "a version": lambda m: m.setattr(measurements, "_version", lambda distribution: f"{distribution} 9.9"),
+    "the source": lambda m: m.setattr(measurements, "_digest", lambda module: "other"),
+    "a build": lambda m: m.setattr(type(get_backend("native")), "build", lambda self, device: "other"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_machine_or_version_measures_by_itself(kept, monkeypatch, change):
+    BackendSelector(measure=Clock(), kept=Measurements()).choose(_case())
+    clock = Clock()
+    with monkeypatch.context() as patch:
+        CHANGES[change](patch)
+        BackendSelector(measure=clock, kept=Measurements()).choose(_case())
+    assert len(clock.asked) == 1
+    assert len(list(kept.glob("*.json"))) == 2
+    BackendSelector(measure=_never, kept=Measurements()).choose(_case())
+
+
+def test_backends_that_come_or_go_are_measured_with_the_others(kept, monkeypatch):
+    if refusals(_case())["native"] is not None:
+        pytest.skip("the native backend is not here")
+    with monkeypatch.context() as patch:
+        patch.setattr(selection, "refusals", lambda case: {**refusals(case), "native": "is gone"})
+        BackendSelector(measure=Clock(), kept=Measurements()).choose(_case())
+    assert set(_rows(kept)[0].seconds) == {"dense", "cpu"}
+    clock = Clock()
+    BackendSelector(measure=clock, kept=Measurements()).choose(_case())
+    assert len(clock.asked) == 1
+    assert [set(row.seconds) for row in _rows(kept)] == [{"dense", "cpu", "native"}]
+
+
+def _content(change):
+    row = {"layer": {**LAYER, "dtype": "float32", "device": "cpu", "frozen": False, "transposed": False}}
+    row |= {"density": 0.25, "seconds": {"dense": 1.0, "cpu": 2.0}, "when": "2026-01-01T00:00Z"}
+    content = {"format": 1, "machine": {}, "measurements": [row]}
+    change(content, row)
+    return json.dumps(content).encode()
+
+
+BROKEN = {
+    "empty": b"",
+    "cut off": _content(lambda content, row: None)[:-30],
+    "not text": b"\xff\x00",
+    "not a table": b"[1, 2]",
+    "of a later format": _content(lambda content, row: content.update(format=2)),
+    "rows of something else": _content(lambda content, row: row.update(layer={"tokens": 3})),
+    "a row too short": _content(lambda content, row: row.pop("when")),
+    "no time": _content(lambda content, row: row["seconds"].update(cpu=float("nan"))),
+    "nothing to compare": _content(lambda content, row: row["seconds"].pop("cpu")),
+    "a list of times": _content(lambda content, row: row.update(seconds=[1.0, 2.0])),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_file_is_said_once_and_written_anew(kept, broken):
+    BackendSelector(measure=Clock(), kept=Measurements()).choose(_case())
+    _file(kept).write_bytes(BROKEN[broken])
+    selector = BackendSelector(measure=Clock(), kept=Measurements())
+    with pytest.warns(RuntimeWarning, match="measured times of layers are not used.*does not hold") as said:
+        choices = [selector.choose(_case(density=density)) for density in (0.25, 0.75)]
+    assert len(said) == 1
+    assert [choice.dense_s for choice in choices] == [9e-3, 9e-3]
+    assert len(_rows(kept)) == 2
+
+
+def test_what_the_broken_files_are_made_of_is_a_whole_one(kept):
+    kept.mkdir()
+    (kept / "whole.json").write_bytes(_content(lambda content, row: None))
+    assert len(_rows(kept)) == 1
+
+
+def test_a_folder_that_cannot_be_used_is_said_once_and_stops_nothing(kept):
+    (kept.parent / "choices").write_text("no folder")
+    selector = BackendSelector(measure=Clock(), kept=Measurements())
+    with pytest.warns(RuntimeWarning, match="measured times of layers") as said:
+        chosen = [selector.choose(_case(density=density)).backend for density in (0.25, 0.75)]
+    assert chosen == ["cpu", "dense"]
+    assert ["cannot be kept" in str(warning.message) for warning in said] == [False, True]  # nor read
+
+
+def test_a_full_disk_leaves_the_old_file_whole(kept, monkeypatch):
+    BackendSelector(measure=Clock(), kept=Measurements()).choose(_case())
+    before = _file(kept).read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measurements.json, "dump", full)
+        with pytest.warns(RuntimeWarning, match="cannot be kept.*No space left"):
+            BackendSelector(measure=Clock(), kept=Measurements()).choose(_case(tokens=3))
+    assert _file(kept).read_bytes() == before
+    assert {path.suffix for path in kept.iterdir()} == {".json", ".lock"}
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+import torch
+from lightning_estdgm.ops.cases import Case
+from lightning_estdgm.ops.measurements import Measurements
+
+first, folder = int(sys.argv[1]), Path(sys.argv[2])
+kept = Measurements()
+kept.path(torch.device("cpu"))
+(folder / f"ready{first}").touch()
+while len(list(folder.glob("ready*"))) < 2:
+    time.sleep(0.001)
+for tokens in range(first, 80 + first, 2):
+    case = Case(tokens, 64, 96, 16, 0.25, torch.float32, torch.device("cpu"))
+    kept.add(case, {"dense": float(tokens), "cpu": 1.0})
+"""
+
+
+def test_two_processes_that_write_at_once_lose_nothing(kept, tmp_path):
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(n), str(tmp_path)]) for n in (1, 2)]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    assert {row.layer["tokens"]: row.seconds["dense"] for row in _rows(kept)} == {n: float(n) for n in range(1, 81)}
+
+
+def test_a_restored_choice_counts_for_more_than_the_file(kept):
+    first = BackendSelector(measure=Clock())
+    choice = first.choose(_case())
+    slow = Clock(lambda density: 3.0)
+    assert BackendSelector(measure=slow, kept=Measurements()).choose(_case()).backend == "dense"
+    resumed = BackendSelector(measure=_never, kept=Measurements())
+    resumed.load_state_dict(_saved_and_loaded(first.state_dict()))
+    assert resumed.choose(_case()) == choice
+    assert choice.backend == "cpu"
+    # The control: a run that was not resumed asks the file.
+    assert BackendSelector(measure=_never, kept=Measurements()).choose(_case()).backend == "dense"

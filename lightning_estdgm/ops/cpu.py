@@ -1,4 +1,4 @@
-"""Blocked products on the CPU: library GEMMs on strided views of the dense matrices, active blocks only."""
+"""Blocked products on the CPU: library GEMMs on strided views of the dense matrices, and library convolutions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import itertools
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from lightning_estdgm.ops.convolution import ConvGeometry, library_gradient
 from lightning_estdgm.topology import BlockTopology
 
 __all__ = ["BACKEND", "CPUBackend"]
@@ -43,8 +45,22 @@ def _gemm_ready(matrix: Tensor) -> Tensor:
     return matrix if row_major or column_major else matrix.contiguous()
 
 
+def _channels(tensor: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+    """The spans of dimension 1 side by side, in channels-last memory: what the library's convolutions read."""
+    parts = [tensor[:, i:j] for i, j in spans]
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return joined.contiguous(memory_format=torch.channels_last)
+
+
+def _empty_image(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
+
+
 class CPUBackend:
     """One GEMM per run of adjacent active blocks, read and written in place: no gather, no packed weight.
+
+    Of a convolution, one library convolution per block row (block column for the input gradient), on a copy of the
+    channels that it needs.
 
     Accumulation is in the dtype itself for float32 and float64, and in float32 (inside the GEMM) for bfloat16
     and float16.
@@ -107,6 +123,65 @@ class CPUBackend:
             rows = slice(r * b, (r + 1) * b)
             for i, j in spans:
                 torch.mm(dy2d[:, rows].t(), x2d[:, i:j], out=dw[rows, i:j])
+        return dw
+
+    def conv_unsupported(
+        self, device: torch.device, dtype: torch.dtype, topology: BlockTopology, geometry: ConvGeometry
+    ) -> str | None:
+        """Reason why a case cannot be run, or None: as for a linear layer."""
+        return self.unsupported(device, dtype, topology)
+
+    def conv(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology, geometry: ConvGeometry
+    ) -> Tensor:
+        """``Y[:, r] = conv2d(X[:, active], W[r, active]) + bias[r]``."""
+        b = topology.block_size
+        y = _empty_image(x, x.shape[0], topology.shape[0], *geometry.output_size(x.shape[2], x.shape[3]))
+        if y.numel() == 0:
+            return y
+        for r, spans in enumerate(_runs(topology.row_ptr, topology.col_idx, b)):
+            rows = slice(r * b, (r + 1) * b)
+            b_row = None if bias is None else bias[rows]
+            if spans:
+                w_row = _channels(weight[rows], spans)
+                part = F.conv2d(_channels(x, spans), w_row, b_row, geometry.stride, geometry.padding, geometry.dilation)
+            else:
+                part = y.new_zeros(()) if b_row is None else b_row[:, None, None]
+            y[:, rows] = part
+        return y
+
+    def conv_grad_input(
+        self, dy: Tensor, weight: Tensor, size: tuple[int, int], topology: BlockTopology, geometry: ConvGeometry
+    ) -> Tensor:
+        """Gradient of the input, from ``dY[:, active]`` and ``W[active, c]`` for each block column."""
+        b = topology.block_size
+        dx = _empty_image(dy, dy.shape[0], topology.shape[1], *size)
+        if dx.numel() == 0:
+            return dx
+        for c, spans in enumerate(_runs(topology.col_ptr, topology.row_idx, b)):
+            part = dx[:, c * b : (c + 1) * b]
+            if spans:
+                w_col = _channels(weight[:, c * b : (c + 1) * b].transpose(0, 1), spans).transpose(0, 1)
+                part.copy_(library_gradient(_channels(dy, spans), part, w_col, geometry, (True, False, False))[0])
+            else:
+                part.zero_()
+        return dx
+
+    def conv_grad_weight(self, dy: Tensor, x: Tensor, topology: BlockTopology, geometry: ConvGeometry) -> Tensor:
+        """Gradient of the weight from ``dY[:, r]`` and ``X[:, active]``, in channels-last memory."""
+        b = topology.block_size
+        dw = _empty_image(x, *topology.shape, *geometry.kernel_size).zero_()
+        if dy.numel() == 0:
+            return dw
+        for r, spans in enumerate(_runs(topology.row_ptr, topology.col_idx, b)):
+            if not spans:
+                continue
+            rows = slice(r * b, (r + 1) * b)
+            dy_row, x_row = _channels(dy, [(rows.start, rows.stop)]), _channels(x, spans)
+            w_row = _empty_image(x, b, x_row.shape[1], *geometry.kernel_size)  # its shape is what counts
+            grad = library_gradient(dy_row, x_row, w_row, geometry, (False, True, False))[1]
+            for (i, j), part in zip(spans, grad.split([j - i for i, j in spans], 1), strict=True):
+                dw[rows, i:j] = part
         return dw
 
 

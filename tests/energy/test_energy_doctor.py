@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Collection, Iterable
+from pathlib import Path
 
 import pytest
+import torch
 from energy_parts import ConstantPower, FakeGpu, Machine
 from rich.console import Console
 from typer.testing import CliRunner
@@ -24,6 +26,10 @@ from lightning_estdgm.energy import (
     nvml,
     probe,
 )
+from lightning_estdgm.ops import measurements
+from lightning_estdgm.ops.convolution import ConvGeometry
+from lightning_estdgm.ops.measurements import Measurements
+from lightning_estdgm.ops.selection import Case, ConvCase
 
 Found = list[tuple[str, "EnergySource | SourceUnavailable"]]
 
@@ -206,7 +212,8 @@ def test_the_command_exits_with_0_where_energy_is_measured(sensors: list[Found],
     result = json.loads(outcome.output)
     assert result["measurable"]
     assert set(result) == {
-        "measurable", "verdict", "seconds", "sources", "absent", "torch_devices", "backends", "environment",
+        "measurable", "verdict", "seconds", "sources", "absent", "torch_devices", "backends", "choices",
+        "environment",
     }  # fmt: skip
     (source,) = result["sources"]
     assert (source["name"], source["driver"]) == ("nvml", "nvidia 999.1")
@@ -216,3 +223,74 @@ def test_the_command_exits_with_0_where_energy_is_measured(sensors: list[Found],
     assert all(device["status"] == "ok" for device in source["devices"])
     assert {row["name"] for row in result["backends"]} >= {"cpu", "reference"}
     assert result["environment"]["torch"]
+
+
+# ----------------------------------------------------------------------------------------- measured layers
+
+
+CPU = torch.device("cpu")
+LINEAR = Case(2048, 1024, 512, 64, 0.125, torch.float32, CPU)
+CONV = ConvCase(32, 28, 14, 256, 128, ConvGeometry((3, 3), (2, 2), (1, 1)), 32, 0.25, torch.bfloat16, CPU)
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """What this machine has measured; beside it what it has with other threads, in other versions, and another CPU."""
+    monkeypatch.setenv(measurements.ENVIRONMENT, str(tmp_path))
+    for name, value in (("_version", "0.0"), ("cpu_model", "Another CPU"), ("", "")):
+        with monkeypatch.context() as patch:
+            if name:
+                patch.setattr(measurements, name, lambda *args, value=value: value)
+            Measurements().add(LINEAR, {"dense": 9e-3, "cpu": 4e-3, "native": 3e-3})
+    Measurements().add(CONV, {"dense": 2e-3, "cpu": 5e-3})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 64)
+        Measurements().add(CONV, {"dense": 1e-3, "cpu": 0.5e-3})
+    return tmp_path
+
+
+def test_measured_layers_are_shown(sensors: list[Found], kept: Path) -> None:
+    sensors.append([])
+    result = doctor.diagnose(0.01)
+    assert json.loads(json.dumps(result)) == result
+    choices = result["choices"]
+    assert choices["folder"] == str(kept)
+    used = [file for file in choices["files"] if file["of_these_versions"]]
+    assert sorted(file["machine"]["threads"] for file in used) == sorted([torch.get_num_threads(), 64])
+    assert len(choices["files"]) == 3  # nothing of the other CPU
+    rows = [row for file in used for row in file["choices"]]
+    assert sorted((row["layer"]["block_size"], row["backend"], row["dense_s"], row["sparse_s"]) for row in rows) == [
+        (32, "cpu", 1e-3, 0.5e-3),
+        (32, "dense", 2e-3, 5e-3),
+        (64, "native", 9e-3, 3e-3),
+    ]
+    text = text_of(result)
+    for part in (
+        "1024 x 512, 2048 tokens",
+        "256 x 128 x 3x3 stride 2x2 padding 1x1, 32 images of 28x14, channels last",
+        "bfloat16",
+        "0.125",
+        "64 thread(s)",
+        "Not used: 1 of other versions",
+        *(file["path"] for file in used),
+    ):
+        assert part in text
+
+
+def test_remeasure_drops_what_is_known_of_this_machine_and_nothing_else(sensors: list[Found], kept: Path) -> None:
+    sensors.append([])
+    (kept / f"choices.{measurements._slug(measurements.cpu_model())}.broken.json").write_text("{")
+    outcome = CliRunner().invoke(app, ["doctor", "--remeasure", "--json"])
+    assert outcome.exit_code == 1  # as without: nothing measures energy here
+    choices = json.loads(outcome.output)["choices"]
+    assert len(choices["dropped"]) == 4
+    assert choices["files"] == []
+    assert [path.name.split(".")[1] for path in kept.glob("*.json")] == ["another-cpu"]
+    assert Measurements().of(LINEAR) == []
+
+
+def test_without_measurements_it_says_so(sensors: list[Found], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sensors.append([])
+    assert "Measured layers are not kept: ESTDGM_CHOICES=off" in text_of(doctor.diagnose(0.01))
+    monkeypatch.setenv(measurements.ENVIRONMENT, str(tmp_path / "none"))
+    assert f"would be kept in {tmp_path / 'none'}" in text_of(doctor.diagnose(0.01))

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_estdgm.ops.native.build import DTYPES, function, library
+from lightning_estdgm.ops.convolution import ConvGeometry
+from lightning_estdgm.ops.native.build import DTYPES, check, function, library
+from lightning_estdgm.ops.native.convolution import NativeConvolution
 from lightning_estdgm.topology import BlockTopology
 
 __all__ = ["BACKEND", "NativeBackend"]
@@ -24,12 +26,7 @@ def _rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
-def _check(failed: int) -> None:
-    if failed:
-        raise MemoryError("the native backend found no memory for its buffers")
-
-
-class NativeBackend:
+class NativeBackend(NativeConvolution):
     """One register-blocked loop over the active blocks, in parallel over tokens or blocks.
 
     Only active blocks of the weight are read: forward and input gradient copy them once a call into the order in which
@@ -58,6 +55,12 @@ class NativeBackend:
         compiled = library() if device.type == "cpu" else ""
         return None if isinstance(compiled, str) else Path(compiled._name).stem
 
+    def conv_unsupported(
+        self, device: torch.device, dtype: torch.dtype, topology: BlockTopology, geometry: ConvGeometry
+    ) -> str | None:
+        """Reason why a case cannot be run, or None: as for a linear layer."""
+        return self.unsupported(device, dtype, topology)
+
     def linear(self, x2d: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
         """``Y[:, r] = sum over active c of X[:, c] W[r, c]^T + bias[r]``: ``[T, in] -> [T, out]``."""
         y = x2d.new_empty(x2d.shape[0], topology.shape[0])
@@ -81,7 +84,7 @@ class NativeBackend:
             y.stride(0),
             torch.get_num_threads(),
         )
-        _check(failed)
+        check(failed)
         return y
 
     def grad_input(self, dy2d: Tensor, weight: Tensor, topology: BlockTopology) -> Tensor:
@@ -108,7 +111,7 @@ class NativeBackend:
             dw.data_ptr(),
             torch.get_num_threads(),
         )
-        _check(failed)
+        check(failed)
         return dw
 
 

@@ -16,7 +16,7 @@ import torch
 
 from lightning_estdgm.ops.cache import cache_folder
 
-__all__ = ["DTYPES", "function", "library"]
+__all__ = ["DTYPES", "check", "function", "library"]
 
 _FOLDER = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
@@ -26,6 +26,8 @@ _P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS = {  # of each function that is compiled for every dtype
     "linear": [_P, _N, _N, _P, _N, _N, _P, _P, _P, _N, _N, _N, _P, _N, _I],
     "grad_weight": [_P, _N, _P, _N, _N, _P, _P, _N, _N, _N, _P, _I],
+    "conv": [_P, *[_N] * 4, _P, _N, _N, _P, *[_N] * 3, _P, _P, _P, _N, _N, _P, *[_N] * 5, _I],
+    "conv_grad_weight": [_P, _N, _N, _P, *[_N] * 4, _P, *[_N] * 3, _P, _P, *[_N] * 3, _P, _N, _I],
 }
 
 
@@ -82,3 +84,9 @@ def function(name: str, dtype: torch.dtype) -> Callable[..., int]:
     assert not isinstance(loaded, str)
     found: Callable[..., int] = getattr(loaded, f"estdgm_{name}_{DTYPES[dtype]}")
     return found
+
+
+def check(failed: int) -> None:
+    """Raise what a compiled function reports."""
+    if failed:
+        raise MemoryError("the native backend found no memory for its buffers")
