@@ -89,7 +89,10 @@ def kernels(
     quick: Annotated[bool, typer.Option("--quick", help="The few cases that show most, in minutes.")] = False,
     output: _Output = None,
 ) -> None:
-    """Time the three products of sparse linear layers and convolutions against dense, and against PyTorch's own."""
+    """Time the three products of sparse linear layers and convolutions against dense, and against PyTorch's own.
+
+    The exit status is 1 if a backend failed or computed something wrong.
+    """
     from dataclasses import replace
 
     from lightning_estdgm.bench.goals import goals_table, kernel_goals
@@ -133,6 +136,13 @@ def kernels(
     _finish(out, record, goals_table(goals) if (goals := content()["goals"]) else None)
     if record.picture is not None and rows:
         draw_kernels(rows, record.picture, machine_name(record.header["environment"]))
+    bad = [row for row in rows if row["wrong"] or "failed" in row["notes"]]
+    for row in bad:
+        text = row["notes"].get("failed", "a product came out wrong")
+        out.print(
+            f"{row['backend']}, {row['dtype']}, block {row['block_size']}: {text}", style="bold red", soft_wrap=True
+        )
+    raise typer.Exit(1 if bad else 0)
 
 
 @app.command()

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_estdgm.bench.kernels.cases import attempt, timed_product
 from lightning_estdgm.bench.kernels.config import KernelsConfig
-from lightning_estdgm.bench.kernels.rows import PRODUCTS, is_wrong, product_row, relative_error, row
-from lightning_estdgm.bench.kernels.timing import take_turns
-from lightning_estdgm.ops.cases import DENSE, ConvCase, measure_case, refusals
+from lightning_estdgm.bench.kernels.rows import PRODUCTS
+from lightning_estdgm.ops.cases import DENSE, ConvCase, refusals
 from lightning_estdgm.ops.convolution import ConvGeometry
 from lightning_estdgm.ops.reference import expand_mask
 from lightning_estdgm.recipes.resnet import resnet50
@@ -51,14 +52,15 @@ def conv_rows(config: KernelsConfig, say: Callable[[str], None] = lambda text: N
                 continue
             for density in config.densities:
                 case = ConvCase(config.images, height, width, out, inner, geometry, block_size, density, dtype, device)
-                names = []
+                shape: dict[str, Any] = {"count": count, "batch": config.images, "height": height, "width": width}
+                shape |= {"out_channels": out, "in_channels": inner}
+                shape |= {name: list(pair) for name, pair in asdict(geometry).items()}
                 for name, reason in refusals(case).items():
-                    if reason is None:
-                        names.append(name)
-                    else:
+                    if reason is not None:
                         say_once(f"backend {name} left out of some convolutions: it {reason}")
-                if names:
-                    yield from _case_rows(case, names, count, config.rounds)
+                        continue
+                    products = partial(conv_products, case, name, config.rounds)
+                    yield attempt("convolution", shape, case, name, products, config.rounds)
 
 
 def conv_layers(image_size: int) -> Counter[ConvLayer]:
@@ -86,62 +88,31 @@ def conv_layers(image_size: int) -> Counter[ConvLayer]:
     return found
 
 
-def conv_products(case: ConvCase, names: list[str], rounds: int) -> dict[str, dict[str, Any]]:
+def conv_products(case: ConvCase, name: str, rounds: int) -> dict[str, dict[str, Any]]:
     """Time Y, dX and dW by the operator and its autograd against ``F.conv2d`` and the library's gradients.
 
     With bias. Every result is compared with the dense one of the masked weight.
 
     Returns:
-        by backend and product, what `product_row` holds.
+        by product, what `product_row` holds.
     """
-    topology = case.topology()
-    problem = case.problem()
-    mask = expand_mask(topology)[:, :, None, None]
+    problem, mask = case.problem(), expand_mask(case.topology())[:, :, None, None]
     flops = _flops(case.batch, case.out_channels, case.in_channels, case.height, case.width, case.geometry)
-    result: dict[str, dict[str, Any]] = {name: {} for name in names}
 
     def call_of(product: str, name: str) -> Callable[[], Tensor]:
         if product == "Y":
-
-            def forward() -> Tensor:
-                with torch.no_grad():
-                    return problem.forward(name)
-
-            return forward
-        leaf = problem.leaves[0 if product == "dX" else 1]
-        y = problem.forward(name)
+            return torch.no_grad()(lambda: problem.forward(name))
+        leaf, y = problem.leaves[PRODUCTS.index(product) - 1], problem.forward(name)
         return lambda: torch.autograd.grad(y, leaf, problem.dy, retain_graph=True)[0]
 
+    found = {}
     with torch.autocast(case.device.type, enabled=False):
         for index, product in enumerate(PRODUCTS):
             for position, leaf in enumerate(problem.leaves):
                 leaf.requires_grad_(position == index - 1)
-            calls = {name: call_of(product, name) for name in (DENSE, *names)}
-            expected = calls[DENSE]()
-            if product == "dW":
-                expected = torch.where(mask, expected, torch.zeros_like(expected))
-            errors = {name: relative_error(calls[name](), expected) for name in names}
-            seconds = take_turns(calls, case.device, rounds)
-            for name in names:
-                wrong = is_wrong(errors[name], case.dtype)
-                result[name][product] = product_row(
-                    seconds[DENSE], seconds[name], flops, topology.density, errors[name], wrong
-                )
-    return result
-
-
-def _case_rows(case: ConvCase, names: list[str], count: int, rounds: int) -> Iterator[dict[str, Any]]:
-    products = conv_products(case, names, rounds)
-    seconds = measure_case(case, [DENSE, *names], rounds=rounds)
-    shape = {
-        "count": count,
-        **{n: getattr(case, n) for n in ("batch", "height", "width", "out_channels", "in_channels")},
-    }
-    shape |= {name: list(pair) for name, pair in asdict(case.geometry).items()}
-    for name in names:
-        times = seconds[DENSE], seconds[name]
-        density = case.topology().density
-        yield row("convolution", shape, case.dtype, case.block_size, density, name, times, products[name])
+            calls = call_of(product, DENSE), call_of(product, name)
+            found[product] = timed_product(*calls, mask if product == "dW" else None, flops, case, rounds)
+    return found
 
 
 def _flops(batch: int, out: int, inner: int, height: int, width: int, geometry: ConvGeometry) -> float:

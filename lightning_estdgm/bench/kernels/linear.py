@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_estdgm.bench.kernels.cases import attempt, timed_product
 from lightning_estdgm.bench.kernels.config import KernelsConfig
 from lightning_estdgm.bench.kernels.peers import PEERS, Weights, measure_peer
-from lightning_estdgm.bench.kernels.rows import is_wrong, product_row, relative_error, row
-from lightning_estdgm.bench.kernels.timing import take_turns
+from lightning_estdgm.bench.kernels.rows import row
 from lightning_estdgm.ops import get_backend
-from lightning_estdgm.ops.cases import DENSE, Case, measure_case, refusals
+from lightning_estdgm.ops.cases import Case, refusals
 from lightning_estdgm.ops.reference import expand_mask
 
 __all__ = ["linear_products", "linear_rows"]
@@ -55,67 +56,35 @@ def _case_rows(case: Case, config: KernelsConfig, refuse: Callable[[str, str], N
             names.append(name)
         else:
             refuse(f"backend {name}", f"it {reason}")
-    if not names:
-        return
-    products = linear_products(case, names, config.rounds)
-    seconds = measure_case(case, [DENSE, *names], rounds=config.rounds)
+    shape = {"tokens": case.tokens, "out_features": case.out_features, "in_features": case.in_features}
     for name in names:
-        times = seconds[DENSE], seconds[name]
-        yield row(
-            "linear",
-            _shape(case),
-            case.dtype,
-            case.block_size,
-            case.topology().density,
-            name,
-            times,
-            products[name],
-        )
+        products = partial(linear_products, case, name, config.rounds)
+        yield attempt("linear", shape, case, name, products, config.rounds)
 
 
-def linear_products(case: Case, names: list[str], rounds: int) -> dict[str, dict[str, Any]]:
-    """Time Y, dX and dW by the backends' own methods against ``F.linear``, ``dY @ W`` and ``dY^T @ X``.
+def linear_products(case: Case, name: str, rounds: int) -> dict[str, dict[str, Any]]:
+    """Time Y, dX and dW by a backend's own methods against ``F.linear``, ``dY @ W`` and ``dY^T @ X``.
 
     Without bias and autograd. Every result is compared with the dense product of the masked weight.
 
     Returns:
-        by backend and product, what `product_row` holds.
+        by product, what `product_row` holds.
     """
-    topology = case.topology()
+    topology, backend = case.topology(), get_backend(name)
+    mask = expand_mask(topology)
     x, weight, dy = _operands(case)
-    weight = torch.where(expand_mask(topology), weight, torch.zeros((), dtype=case.dtype, device=case.device))
-    dense: dict[str, Callable[[], Tensor]] = {
-        "Y": lambda: F.linear(x, weight),
-        "dX": lambda: dy @ weight,
-        "dW": lambda: dy.t() @ x,
+    weight = torch.where(mask, weight, torch.zeros_like(weight))
+    calls: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+        "Y": (lambda: F.linear(x, weight), lambda: backend.linear(x, weight, None, topology)),
+        "dX": (lambda: dy @ weight, lambda: backend.grad_input(dy, weight, topology)),
+        "dW": (lambda: dy.t() @ x, lambda: backend.grad_weight(dy, x, topology)),
     }
     flops = 2.0 * case.tokens * case.out_features * case.in_features
-    result: dict[str, dict[str, Any]] = {name: {} for name in names}
     with torch.no_grad(), torch.autocast(case.device.type, enabled=False):
-        for product, dense_call in dense.items():
-            calls: dict[str, Callable[[], object]] = {DENSE: dense_call}
-            for name in names:
-                calls[name] = _product(name, product, x, weight, dy, case)
-            expected = dense_call()
-            if product == "dW":
-                expected = torch.where(expand_mask(topology), expected, torch.zeros_like(expected))
-            errors = {name: relative_error(calls[name](), expected) for name in names}  # type: ignore[arg-type]
-            seconds = take_turns(calls, case.device, rounds)
-            for name in names:
-                wrong = is_wrong(errors[name], case.dtype)
-                result[name][product] = product_row(
-                    seconds[DENSE], seconds[name], flops, topology.density, errors[name], wrong
-                )
-    return result
-
-
-def _product(name: str, product: str, x: Tensor, weight: Tensor, dy: Tensor, case: Case) -> Callable[[], Tensor]:
-    backend, topology = get_backend(name), case.topology()
-    if product == "Y":
-        return lambda: backend.linear(x, weight, None, topology)
-    if product == "dX":
-        return lambda: backend.grad_input(dy, weight, topology)
-    return lambda: backend.grad_weight(dy, x, topology)
+        return {
+            product: timed_product(dense, sparse, mask if product == "dW" else None, flops, case, rounds)
+            for product, (dense, sparse) in calls.items()
+        }
 
 
 def _peer_rows(
@@ -137,17 +106,9 @@ def _peer_rows(
             refuse(peer.name, found)
             continue
         block_size = case.block_size if peer.has_blocks else None
-        yield row(
-            "linear",
-            _shape(case),
-            case.dtype,
-            block_size,
-            found.density,
-            peer.name,
-            found.seconds,
-            found.products,
-            found.notes,
-        )
+        shape = {"tokens": case.tokens, "out_features": case.out_features, "in_features": case.in_features}
+        seconds, products, notes = found.seconds, found.products, found.notes
+        yield row("linear", shape, case.dtype, block_size, found.density, peer.name, seconds, products, notes)
 
 
 def _operands(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +117,3 @@ def _operands(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     shapes = (case.tokens, case.in_features), (case.out_features, case.in_features), (case.tokens, case.out_features)
     x, weight, dy = (torch.randn(*s, generator=generator, device=case.device).to(case.dtype) for s in shapes)
     return x, weight, dy
-
-
-def _shape(case: Case) -> dict[str, int]:
-    return {"tokens": case.tokens, "out_features": case.out_features, "in_features": case.in_features}

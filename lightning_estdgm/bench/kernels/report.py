@@ -46,7 +46,7 @@ def kernels_columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
                 "-" if row["block_size"] is None else str(row["block_size"]),
                 f"{row['density']:.3f}",
                 *(_number(row[name], "{:.2f}", 1e3) for name in ("dense_s", "sparse_s")),
-                "WRONG" if row["wrong"] else _number(row["speedup"], "{:.2f}x"),
+                _failure(row) or _number(row["speedup"], "{:.2f}x"),
                 _number(row["efficiency"], "{:.2f}"),
                 *(_number(product.get("efficiency"), "{:.2f}") for product in products),
             ]
@@ -145,6 +145,10 @@ def _whole_nets(rows: Sequence[Row]) -> dict[str, tuple[list[float], list[float]
         xs.append(density)
         ys.append(density * dense_s / sparse_s)
     return found
+
+
+def _failure(row: Row) -> str:
+    return "FAILED" if "failed" in row["notes"] else "WRONG" if row["wrong"] else ""
 
 
 def _value(row: Row) -> float | None:

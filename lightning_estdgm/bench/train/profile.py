@@ -174,9 +174,9 @@ def part_of(names: list[str]) -> str:
     >>> part_of(["aten::mm", "estdgm::masked_linear"]), part_of(["aten::gelu", "[Strategy]SingleDevice.training_step"])
     ('sparse products', 'norms, activations, loss')
     """
-    # A product inside a sparse operator is the operator's.
-    if any(_OPERATIONS[0][1].search(name) for name in names):
-        return SPARSE
+    for part, pattern in _OPERATIONS[:2]:  # a product inside a sparse operator, or inside attention, is theirs
+        if any(pattern.search(name) for name in names):
+            return part
     if names[0].startswith("Optimizer.step#"):
         return OTHER
     for name in names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -126,15 +126,15 @@ class ResNetWorkload:
 Workload = GptWorkload | ResNetWorkload
 
 
-def compile_blocks(module: nn.Module) -> int:
-    """Compile each decoder block or bottleneck in place, and return how many there are.
+def compile_blocks(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> int:
+    """Compile each decoder block or bottleneck in place by one of torch's backends, and return how many there are.
 
     One block is compiled and its code serves all others of its kind: minutes less than the whole model at once, at
     about the same speed.
     """
     blocks = [part for part in module.modules() if isinstance(part, (Block, Bottleneck))]
     for block in blocks:
-        block.compile()
+        block.compile(backend=backend)
     return len(blocks)
 
 
