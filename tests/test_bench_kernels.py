@@ -152,6 +152,7 @@ def test_the_convolutions_are_those_of_a_resnet50():
 def test_convolution_rows_have_their_geometry_and_ratios():
     rows = list(conv_rows(replace(TINY, densities=(0.5,))))
     assert {tuple(r["kernel_size"]) for r in rows} >= {(3, 3)}
+    assert all(r["products"][p] and r["dense_s"] for r in rows for p in ("Y", "dX", "dW"))
     for found in rows:
         taps = found["kernel_size"][0] * found["kernel_size"][1]
         pixels = (found["height"] // found["stride"][0]) ** 2

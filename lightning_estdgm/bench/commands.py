@@ -99,7 +99,7 @@ def kernels(
     from lightning_estdgm.bench.kernels.config import KernelsConfig, quick_kernels
     from lightning_estdgm.bench.kernels.convolution import conv_rows
     from lightning_estdgm.bench.kernels.linear import linear_rows
-    from lightning_estdgm.bench.kernels.report import draw_kernels, kernels_table
+    from lightning_estdgm.bench.kernels.report import draw_kernels, drawable, kernels_table
     from lightning_estdgm.bench.kernels.timing import METHOD
     from lightning_estdgm.bench.show import Record, console, machine_name
 
@@ -134,14 +134,13 @@ def kernels(
     record.write(content(), complete=True)
     out.print(kernels_table(rows))
     _finish(out, record, goals_table(goals) if (goals := content()["goals"]) else None)
-    if record.picture is not None and rows:
+    if record.picture is not None and drawable(rows):
         draw_kernels(rows, record.picture, machine_name(record.header["environment"]))
     bad = [row for row in rows if row["wrong"] or "failed" in row["notes"]]
     for row in bad:
         text = row["notes"].get("failed", "a product came out wrong")
-        out.print(
-            f"{row['backend']}, {row['dtype']}, block {row['block_size']}: {text}", style="bold red", soft_wrap=True
-        )
+        where = f"{row['backend']}, {row['dtype']}, block {row['block_size']}"
+        out.print(f"{where}: {text}", style="bold red", soft_wrap=True, markup=False)
     raise typer.Exit(1 if bad else 0)
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from lightning_estdgm.bench.kernels.rows import PRODUCTS
 from lightning_estdgm.bench.picture import COLOURS, new_figure, save
 
-__all__ = ["draw_kernels", "kernels_columns", "kernels_table", "shape_name"]
+__all__ = ["draw_kernels", "drawable", "kernels_columns", "kernels_table", "shape_name"]
 
 Row = Mapping[str, Any]
 _LINES = ("-", "--", ":", "-.")
@@ -74,7 +74,7 @@ def draw_kernels(rows: Sequence[Row], path: Path, machine: str) -> None:
     Raises:
         ValueError: no row has an efficiency to draw.
     """
-    drawn = [row for row in rows if _value(row) is not None]
+    drawn = drawable(rows)
     if not drawn:
         raise ValueError("expected rows with an efficiency, or with that of Y, to draw; got none")
     blocks = sorted({row["block_size"] for row in drawn if row["block_size"] is not None}) or [None]
@@ -101,6 +101,11 @@ def draw_kernels(rows: Sequence[Row], path: Path, machine: str) -> None:
     figure.suptitle(f"sparse products, forward and backward together (peers without gradients: Y) - {machine}")
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
     save(figure, path)
+
+
+def drawable(rows: Sequence[Row]) -> list[Row]:
+    """The rows that have an efficiency, or that of Y."""
+    return [row for row in rows if _value(row) is not None]
 
 
 def _panel(axes: Axes, rows: Sequence[Row], colours: Mapping[str, str], layers: Sequence[str]) -> dict[str, Any]:
