@@ -1,6 +1,7 @@
 """The method in a plain PyTorch loop: no Lightning anywhere in this file."""
 
 import copy
+import dataclasses
 import io
 import pickle
 import re
@@ -12,6 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_estdgm.controller import DGMConfig, DGMController
+from lightning_estdgm.ops.convolution import ConvGeometry
+from lightning_estdgm.ops.selection import BackendSelector
 from lightning_estdgm.schedules import EstDgm, Phase
 
 STEPS = 40
@@ -596,24 +599,174 @@ def test_pyg_linear_layers():
         assert [d.backend for d in dgm.decisions()] == ["cpu", "cpu", "dense"]
 
 
-def test_convolutions_channels_last():
+class Residual(nn.Module):
+    """A small residual net: strides, 1x1, 3x3, dilated, 1-D, grouped and depthwise convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(32)
+        self.down = nn.Conv2d(32, 48, 3, stride=2, padding=1)
+        self.skip = nn.Conv2d(32, 48, 1, stride=2, bias=False)
+        self.same = nn.Conv2d(48, 48, 3, padding="same", dilation=2)
+        self.grouped = nn.Conv2d(48, 48, 3, padding=1, groups=3)
+        self.depthwise = nn.Conv2d(48, 48, 3, padding=1, groups=48)
+        self.point = nn.Conv2d(48, 64, 1)
+        self.length = nn.Conv1d(64, 32, 3, padding=1)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu()
+        x = (self.same(self.down(x).relu()) + self.skip(x)).relu()
+        x = self.point(self.depthwise(self.grouped(x)).relu()).relu()
+        return self.head(self.length(x.flatten(2)).mean(2))
+
+
+IN_BLOCKS = ("down", "skip", "same", "point", "length")
+IMAGES = DGMConfig(SCHEDULE, block_size=16, exclude=("stem", "depthwise"))
+
+
+def fit_images(config, channels_last=False, steps=20):
+    """Train a `Residual`; yields it with its controller, from before the first step on."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4)
-    ).to(memory_format=torch.channels_last)
-    optimizer = adamw(model)
-    config = DGMConfig(SCHEDULE, block_size=16)
+    model = Residual()
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
-        for step in range(STEPS):
+        yield model, dgm
+        for step in range(steps):
             optimizer.zero_grad()
-            model(batch(step, 16 * 36).view(8, 16, 6, 6)).square().mean().backward()
+            x = batch(step, 3 * 64).view(8, 3, 8, 8)
+            if channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
+            F.mse_loss(model(x), x[:, 0, 0, :4].sin()).backward()
             dgm.mask_gradients()
             optimizer.step()
             dgm.advance()
-            for name, mask in full_masks(dgm).items():
-                assert torch.count_nonzero(model.get_submodule(name).weight[~mask]) == 0
-        assert dgm.masks()["2"].shape == (2, 2)
-    assert model[2].weight.is_contiguous(memory_format=torch.channels_last)
+            yield model, dgm
+
+
+@pytest.mark.parametrize("inactive", ["zero", "frozen"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "native"])
+def test_a_convolutional_net_trains_as_with_dense_products(backend, channels_last, inactive):
+    config = dataclasses.replace(IMAGES, inactive=inactive)
+    *_, (theirs, _) = fit_images(dataclasses.replace(config, backend="dense"), channels_last)
+    for ours, dgm in fit_images(dataclasses.replace(config, backend=backend), channels_last):
+        assert {d.name: d.backend for d in dgm.decisions()} == {
+            d.name: backend if d.name in IN_BLOCKS else "dense" for d in dgm.decisions()
+        }
+        outside = {name: getattr(ours, name).weight[~mask] for name, mask in full_masks(dgm).items()}
+        if inactive == "zero":
+            assert not any(torch.count_nonzero(weights) for weights in outside.values())
+        assert ours.down.weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+    for name, weight in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_layers_that_stay_dense_say_why():
+    *_, (_, dgm) = fit_images(dataclasses.replace(IMAGES, backend="reference", block_size="auto"), steps=1)
+    said = {d.name: (d.backend, d.why) for d in dgm.decisions()}
+    assert said["grouped"] == ("dense", "grouped convolution: no sparse operator")
+    assert said["down"] == ("dense", "fewer than 8 blocks of 16 a side")
+    assert said["depthwise"] == ("dense", "excluded")
+
+
+class Asked:
+    """Finds every sparse backend twice as fast as dense, and remembers what it was asked."""
+
+    def __init__(self):
+        self.cases = []
+
+    def __call__(self, case, names):
+        self.cases.append(case)
+        return {name: 2.0 if name == "dense" else 1.0 for name in names}
+
+
+def measured(monkeypatch):
+    asked = Asked()
+    monkeypatch.setitem(BackendSelector.__init__.__kwdefaults__, "measure", asked)
+    return asked
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+def test_a_backend_is_chosen_for_what_a_convolution_is_given(monkeypatch, channels_last):
+    asked = measured(monkeypatch)
+    *_, (_, dgm) = fit_images(dataclasses.replace(IMAGES, inactive="frozen"), channels_last, steps=1)
+    assert {d.backend for d in dgm.decisions() if d.name in IN_BLOCKS} == {"cpu"}
+    given = {c.geometry: (c.batch, c.height, c.width, c.out_channels, c.in_channels) for c in asked.cases}
+    assert given == {
+        ConvGeometry((3, 3), (2, 2), (1, 1)): (8, 8, 8, 48, 32),
+        ConvGeometry((1, 1), (2, 2)): (8, 8, 8, 48, 32),
+        ConvGeometry((3, 3), (1, 1), (2, 2), (2, 2)): (8, 4, 4, 48, 48),
+        ConvGeometry((1, 1)): (8, 4, 4, 64, 48),
+        ConvGeometry((1, 3), (1, 1), (0, 1)): (8, 1, 16, 32, 64),
+    }
+    two_dimensional = [c for c in asked.cases if c.height > 1]
+    assert {(c.channels_last, c.frozen, c.block_size) for c in two_dimensional} == {(channels_last, True, 16)}
+
+
+def test_a_resumed_run_knows_what_its_convolutions_are_given(monkeypatch):
+    asked = measured(monkeypatch)
+    *_, (model, dgm) = fit_images(IMAGES, steps=1)
+    state = dgm.state_dict()
+    seen = {(c.batch, c.height, c.width) for c in asked.cases}
+    state["selector"] = {"choices": []}
+    asked.cases.clear()
+    copied = Residual()
+    copied.load_state_dict(model.state_dict())
+    with DGMController(copied, sgd(copied), IMAGES, total_steps=STEPS, state=saved(state)) as resumed:
+        resumed._choose_backends()
+    assert {(c.batch, c.height, c.width) for c in asked.cases} == seen
+    # A state from before there were such operators: choices are for an image of no particular size.
+    del state["images"]
+    asked.cases.clear()
+    with DGMController(copied, sgd(copied), IMAGES, total_steps=STEPS, state=saved(state)) as resumed:
+        resumed._choose_backends()
+        assert {c.geometry.output_size(c.height, c.width) for c in asked.cases} == {(14, 14), (1, 196)}
+
+
+def test_an_older_run_keeps_its_units_where_automatic_blocks_are_others_now():
+    model = nn.Sequential(nn.Conv2d(128, 128, 1), nn.Flatten(), nn.Linear(128, 4))
+    config = DGMConfig(SCHEDULE, backend="dense")
+    with DGMController(model, sgd(model), dataclasses.replace(config, block_size=1), total_steps=STEPS) as dgm:
+        state = dgm.state_dict()
+        masks = dgm.masks()
+    with DGMController(model, sgd(model), config, total_steps=STEPS, state=state) as resumed:
+        assert resumed.decisions()[0].block_size == 1
+        assert resumed.decisions()[0].why == "units of 1 as in the checkpoint"
+        assert torch.equal(resumed.masks()["0"], masks["0"])
+    with DGMController(model, sgd(model), config, total_steps=STEPS) as new:
+        assert new.decisions()[0].block_size == 16
+
+
+@pytest.mark.parametrize(("backend", "skips"), [("dense", False), ("reference", False), ("cpu", True)])
+def test_convolutions_count_what_their_backend_skips(backend, skips):
+    schedule = dataclasses.replace(constant(0.25), observe_steps=1)
+    config = dataclasses.replace(IMAGES, schedule=schedule, distribution="uniform", backend=backend)
+    *_, (model, dgm) = fit_images(config, steps=1)
+    assert not schedule.resolve(STEPS)(0).observe
+    pixels = {"stem": 64, "down": 16, "skip": 16, "same": 16, "grouped": 16, "depthwise": 16, "point": 16, "length": 16}
+    products = {name: 2 * 8 * n * getattr(model, name).weight.numel() for name, n in pixels.items()}
+    products["head"] = 2 * 8 * 4 * 32
+    skipped = sum(products[d.name] * (1 - d.density) for d in dgm.decisions() if d.name in IN_BLOCKS)
+    assert dgm.flops["dense"] == 3 * sum(products.values())
+    assert dgm.flops["executed"] == pytest.approx(dgm.flops["dense"] - 3 * skipped * skips)
+
+
+def test_what_an_earlier_run_has_measured_is_used_and_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("ESTDGM_CHOICES", str(tmp_path))
+    asked = measured(monkeypatch)
+    config = dataclasses.replace(IMAGES, exclude=("stem", "depthwise", "grouped"))
+    *_, (_, first) = fit_images(config, steps=1)
+    assert len(asked.cases) > 4
+    asked.cases.clear()
+    *_, (_, second) = fit_images(config, steps=1)
+    assert asked.cases == []
+    assert [d.backend for d in second.decisions()] == [d.backend for d in first.decisions()]
+    assert any("measured on 20" in d.why for d in second.decisions())
+    assert not any("measured on 20" in d.why for d in first.decisions())
 
 
 # ------------------------------------------------------------------ what it counts

@@ -143,17 +143,19 @@ def test_a_single_rank_holds_everything(strategy: str) -> None:
 # --------------------------------------------------------------------------- the swap
 
 
-def swapped_around_fully_shard(swap_first: bool) -> dict[str, Any]:
+def swapped_around_fully_shard(swap_first: bool, convolution: bool) -> dict[str, Any]:
     """Swap a layer before or after FSDP2 takes it, use it, and give it back."""
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 2))
+    net = nn.Sequential(nn.Conv2d(32, 48, 3) if convolution else nn.Linear(32, 48), nn.Linear(48, 2))
     mask = torch.tensor([[True, False], [False, True], [True, True]])
     whole = net[0].weight.detach().clone()
-    x = torch.randn(5, 32)
-    plain = F.linear(x, whole * mask.repeat_interleave(16, 0).repeat_interleave(16, 1), net[0].bias.detach().clone())
-    dense = F.linear(x, whole, net[0].bias.detach().clone())
+    full = mask.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    x, full = (torch.randn(5, 32, 4, 4), full[:, :, None, None]) if convolution else (torch.randn(5, 32), full)
+    forward = F.conv2d if convolution else F.linear
+    plain = forward(x, whole * full, net[0].bias.detach().clone())
+    dense = forward(x, whole, net[0].bias.detach().clone())
     if not swap_first:
         fully_shard(net[0])
     candidate = find_candidates(net)[0]
@@ -164,7 +166,7 @@ def swapped_around_fully_shard(swap_first: bool) -> dict[str, Any]:
     y = net[0](x)
     y.sum().backward()
     found = {
-        "sparse": torch.equal(y, plain),
+        "sparse": torch.allclose(y, plain, atol=1e-6),
         "gradient": net[0].weight.grad.full_tensor(),
         "is FSDP": isinstance(net[0], FSDPModule),
         "keys": list(net.state_dict()),
@@ -176,17 +178,19 @@ def swapped_around_fully_shard(swap_first: bool) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize("convolution", [False, True], ids=["linear", "convolution"])
 @pytest.mark.parametrize("swap_first", [True, False])
-def test_the_swap_survives_fully_shard_before_and_after(swap_first: bool) -> None:
-    for rank in jobs.run(swapped_around_fully_shard, 2, swap_first):
+def test_the_swap_survives_fully_shard_before_and_after(swap_first: bool, convolution: bool) -> None:
+    for rank in jobs.run(swapped_around_fully_shard, 2, swap_first, convolution):
         gradient = rank.pop("gradient")
-        blocks = gradient.unflatten(1, (2, 16)).unflatten(0, (3, 16)).abs().sum((1, 3))
+        blocks = gradient.unflatten(1, (2, 16)).unflatten(0, (3, 16)).abs()
+        blocks = blocks.sum((1, 3, *range(4, blocks.dim())))
         assert (blocks > 0).tolist() == [[True, False], [False, True], [True, True]]
         assert rank == {
             "sparse": True,
             "is FSDP": True,
             "keys": ["0.weight", "0.bias", "1.weight", "1.bias"],
             "dense again": True,
-            "class": ["FSDPLinear", "FSDPModule", "Linear"],
+            "class": ["FSDPConv2d", "FSDPModule", "Conv2d"] if convolution else ["FSDPLinear", "FSDPModule", "Linear"],
             "left": [],
         }
