@@ -9,7 +9,8 @@ from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
-from rich.table import Table
+
+from lightning_estdgm.bench.commands import app as bench_commands
 
 app = typer.Typer(
     name="estdgm",
@@ -86,8 +87,9 @@ def demo(
 ) -> None:
     """Train a small GPT dense and by EST-DGM on the same batches, and show what each cost."""
     # Imported here: --help and --version should not wait for torch.
-    from lightning_estdgm.bench.demo import DemoConfig, command_line, run_demo, run_sweep
+    from lightning_estdgm.bench.demo import DemoConfig, run_demo, run_sweep
     from lightning_estdgm.bench.demo_report import DENSE, DGM
+    from lightning_estdgm.bench.environment import command_line
 
     given: dict[str, Any] = {
         "steps": steps, "seeds": seeds, "out": out, "text": text, "batch_size": batch_size, "context": context,
@@ -231,77 +233,7 @@ def doctor(
     raise typer.Exit(0 if result["measurable"] else 1)
 
 
-bench = typer.Typer(help="Speed on this machine, as ratios against dense in the same run.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
-
-
-@bench.command()
-def overhead(
-    update_every: Annotated[int, typer.Option(help="Steps between mask updates; as many are timed.", min=20)] = 200,
-    rounds: Annotated[int, typer.Option(help="How often it is repeated.", min=1)] = 3,
-    json: Annotated[Path | None, typer.Option(help="Where a JSON goes.")] = None,
-) -> None:
-    """Time what single-weight masks add to a dense step of a small GPT; nothing is skipped there."""
-    from lightning_estdgm.bench.overhead import OverheadConfig, measure_overhead, overhead_table
-
-    result = measure_overhead(OverheadConfig(update_every=update_every, rounds=rounds))
-    _show(overhead_table(result), result, json)
-
-
-@bench.command()
-def energy(
-    steps: Annotated[int, typer.Option(help="Steps of each run; the monitor logs once in as many.", min=10)] = 50,
-    pairs: Annotated[int, typer.Option(help="Runs with the monitor and without, in turns.", min=1)] = 40,
-    against: Annotated[
-        bool, typer.Option("--against", help="On an NVIDIA GPU: its joules against nvidia-smi's and Zeus's instead.")
-    ] = False,
-    seconds: Annotated[float, typer.Option(help="With --against: how long to train.", min=1.0)] = 60.0,
-    json: Annotated[Path | None, typer.Option(help="Where a JSON goes.")] = None,
-) -> None:
-    """Time what EnergyMonitor adds to a step of a small GPT."""
-    from lightning_estdgm.bench import energy as bench_energy
-
-    config = bench_energy.EnergyBenchConfig(steps=steps, pairs=pairs)
-    if not against:
-        result = bench_energy.measure_energy_overhead(config)
-        _show(bench_energy.energy_table(result), result, json)
-        return
-    try:
-        result = bench_energy.measure_against(seconds, config)
-    except RuntimeError as e:
-        typer.echo(f"estdgm bench energy --against: {e}", err=True)
-        raise typer.Exit(1) from e
-    _show(bench_energy.against_table(result), result, json)
-
-
-@bench.command()
-def distributed(
-    update_every: Annotated[int, typer.Option(help="Steps between mask updates.", min=20)] = 200,
-    intervals: Annotated[int, typer.Option(help="How many such stretches are timed.", min=1)] = 3,
-    ranks: Annotated[int, typer.Option(help="Processes.", min=2)] = 2,
-    block_size: Annotated[int, typer.Option(help="Unit of the masks: 1, 16, 32, 64 or 128.")] = 1,
-    json: Annotated[Path | None, typer.Option(help="Where a JSON goes.")] = None,
-) -> None:
-    """Time mask updates of a small GPT under DDP (gloo), and count its traffic with and without the hook."""
-    from lightning_estdgm.bench.distributed import DistributedConfig, distributed_table, measure_distributed
-
-    config = DistributedConfig(ranks=ranks, block_size=block_size, update_every=update_every, intervals=intervals)
-    result = measure_distributed(config)
-    _show(distributed_table(result), result, json)
-
-
-@bench.command()
-def kernels(
-    dtype: Annotated[list[str] | None, typer.Option(help="Data types (default: float32 bfloat16).")] = None,
-    rounds: Annotated[int, typer.Option(help="Timed repetitions; the fastest counts.", min=1, max=12)] = 5,
-    json: Annotated[Path | None, typer.Option(help="Where a JSON goes.")] = None,
-) -> None:
-    """Time forward, input gradient and weight gradient of sparse linear layers against dense ones."""
-    from lightning_estdgm.bench.kernels import KernelsConfig, kernels_table, measure_kernels
-
-    config = KernelsConfig(dtypes=dtype, rounds=rounds) if dtype else KernelsConfig(rounds=rounds)
-    rows = list(measure_kernels(config))
-    _show(kernels_table(rows), {"rows": rows}, json)
+app.add_typer(bench_commands, name="bench")
 
 
 @app.command()
@@ -360,7 +292,7 @@ def plan(
     ] = False,
 ) -> None:
     """Calculate what each GPU would hold and send, and list the layers that would be masked; nothing is trained."""
-    from lightning_estdgm.bench.demo import command_line
+    from lightning_estdgm.bench.environment import command_line
     from lightning_estdgm.plan import STRATEGIES, Setup, gpt, load_model, plan_tables, scaling_tables
     from lightning_estdgm.plan import plan as make_plan
     from lightning_estdgm.report import write_json
@@ -386,23 +318,6 @@ def plan(
     console.print("calculated, not measured; docs/scaling.md has the formulas", style="dim", soft_wrap=True)
     if json is not None:
         write_json({"command": command_line(), **result}, json)
-        console.print(str(json), style="dim", soft_wrap=True)
-
-
-def _show(table: Table, content: dict[str, Any], json: Path | None) -> None:
-    """Print a benchmark's table with the machine it ran on, and write its JSON where one is wanted."""
-    from lightning_estdgm.bench.demo import command_line
-    from lightning_estdgm.bench.environment import environment
-    from lightning_estdgm.report import write_json
-
-    machine = environment()
-    console = Console(width=max(Console().width, 120))  # a log file has no width; the columns need this
-    console.print(table)
-    console.print(
-        f"{machine['cpu']}, {machine['threads']} thread(s), torch {machine['torch']}", style="dim", soft_wrap=True
-    )
-    if json is not None:
-        write_json({"command": command_line(), "environment": machine, **content}, json)
         console.print(str(json), style="dim", soft_wrap=True)
 
 

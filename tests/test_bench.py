@@ -1,11 +1,9 @@
-"""The benchmark commands run and say what they measured; how fast anything is, is no test's business."""
+"""The overhead benchmark runs and says what it measured; how fast anything is, is no test's business."""
 
 import json
 
-import pytest
 from typer.testing import CliRunner
 
-from lightning_estdgm.bench.kernels import KernelsConfig, measure_kernels
 from lightning_estdgm.bench.overhead import OverheadConfig, measure_overhead
 from lightning_estdgm.cli import app
 
@@ -18,17 +16,6 @@ def test_overhead_times_one_whole_interval_with_one_update():
     assert result["dense_step_s"] > 0
     assert result["updates"] == 1
     assert result["observed_steps"] == 8
-
-
-def test_kernel_rows_cover_the_grid():
-    config = KernelsConfig(
-        shapes=((8, 64, 32),), block_sizes=(16, 32), densities=(0.5, 1.0), dtypes=("float32",), rounds=1
-    )
-    rows = list(measure_kernels(config))
-    assert {(row["block_size"], row["density"]) for row in rows} == {(16, 0.5), (16, 1.0), (32, 0.5), (32, 1.0)}
-    for row in rows:
-        assert row["speedup"] == pytest.approx(row["dense_s"] / row["sparse_s"])
-        assert row["efficiency"] == pytest.approx(row["speedup"] * row["density"])
 
 
 def test_overhead_command_writes_its_json_with_the_machine(tmp_path, monkeypatch):

@@ -252,7 +252,7 @@ def train(config: DemoConfig, mode: str, seed: int, lr: float, bar: ProgressBar 
         check_val_every_n_epoch=None,
     )
     called = time.perf_counter()
-    with _environment("PL_GLOBAL_SEED", str(seed)):  # where EnergyMonitor looks for the seed
+    with environment_variable("PL_GLOBAL_SEED", str(seed)):  # where EnergyMonitor looks for the seed
         trainer.fit(model, datamodule=data)
     logger.finalize("success")
     masked, active, outside = count_masked(model, dgm) if dgm else (0, 0, 0)
@@ -434,7 +434,7 @@ def profile_steps(config: DemoConfig, mode: str) -> dict[str, Any]:
     # What DGMCallback prints has been seen in the timed runs.
     with _quiet(), torch.random.fork_rng(devices=[]), redirect_stdout(io.StringIO()):
         torch.manual_seed(0)
-        trainer = _trainer(callbacks, max_steps=length, logger=False, limit_val_batches=0, profiler=_Ranges())
+        trainer = _trainer(callbacks, max_steps=length, logger=False, limit_val_batches=0, profiler=LightningRanges())
         trainer.fit(config.model(config.lr(mode)), datamodule=config.data(seed=0))
     return profiler.shares()
 
@@ -456,7 +456,9 @@ class StepProfiler(Callback):
             self.wall_s = time.perf_counter() - self.wall_s
             self.profile.stop()
         elif self.seen == self.length - self.count:
-            with _environment("KINETO_LOG_LEVEL", "99"):  # else it announces itself on stderr; read at its first start
+            with environment_variable(
+                "KINETO_LOG_LEVEL", "99"
+            ):  # else it announces itself on stderr; read at its first start
                 self.profile.start()
             self.wall_s = time.perf_counter()
 
@@ -476,7 +478,7 @@ class StepProfiler(Callback):
         }
 
 
-class _Ranges(Profiler):
+class LightningRanges(Profiler):
     """Puts Lightning's own ranges into the profile, to tell operations by the hook they ran in."""
 
     def __init__(self) -> None:
@@ -484,11 +486,13 @@ class _Ranges(Profiler):
         self._open: dict[str, record_function] = {}
 
     def start(self, action_name: str) -> None:
+        """Open the range of a hook."""
         if action_name.startswith("[") and "optimizer_step" not in action_name:
             self._open[action_name] = record_function(action_name)
             self._open[action_name].__enter__()
 
     def stop(self, action_name: str) -> None:
+        """Close it."""
         if action_name in self._open:
             self._open.pop(action_name).__exit__(None, None, None)
 
@@ -568,7 +572,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
+def environment_variable(name: str, value: str) -> Iterator[None]:
     """Set an environment variable for a moment."""
     before = os.environ.get(name)
     os.environ[name] = value
@@ -617,8 +621,3 @@ def _cells(mask: Tensor) -> list[list[float]]:
     shares = mask.flatten(1).float()
     size = (min(len(shares), _MAX_CELLS), min(shares.shape[1], _MAX_CELLS))
     return F.adaptive_avg_pool2d(shares[None], size)[0].tolist()
-
-
-def command_line() -> str:
-    """The command that runs now, for the record."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,30 +1,48 @@
-"""On what machine and with which versions a benchmark ran."""
+"""On what machine, with which versions and by which command a benchmark ran."""
 
 from __future__ import annotations
 
 import os
 import platform
+import sys
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_estdgm.ops.measurements import cpu_model
 
-__all__ = ["environment"]
+__all__ = ["command_line", "environment", "header"]
 
 
 def environment() -> dict[str, Any]:
     """Versions and machine: what a reader needs to judge the seconds."""
     return {
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("lightning-estdgm", "lightning", "torch", "numpy")},
+        **{name: _version(name) for name in ("lightning-estdgm", "lightning", "torch", "triton", "numpy")},
         "platform": platform.platform(),
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
     }
+
+
+def header() -> dict[str, Any]:
+    """What a benchmark's JSON begins with: the command, the date (local time) and the environment."""
+    date = datetime.now().astimezone().isoformat(timespec="seconds")
+    return {"command": command_line(), "date": date, "environment": environment()}
+
+
+def command_line() -> str:
+    """The command that runs now, for the record."""
+    program = Path(sys.argv[0]).name
+    return " ".join(["estdgm" if program == "cli.py" else program, *sys.argv[1:]])
 
 
 def _version(distribution: str) -> str:

@@ -1,0 +1,99 @@
+"""Which workloads ``estdgm bench train`` runs here by default, and how long it may take for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning_estdgm.bench.train.config import (
+    SETTLE_STEPS,
+    TrainConfig,
+    fitting_layers,
+    free_memory,
+    product_rate,
+    wanted_layers,
+)
+from lightning_estdgm.bench.train.workloads import GptWorkload, ResNetWorkload, Workload
+
+__all__ = ["MODELS", "TrainChoice", "choose", "quick_config"]
+
+MODELS = ("gpt", "resnet50")
+
+_SPARSE_OVER_DENSE = 0.7  # mean time of a sparse step, for planning only
+_PROFILED_STEPS = 30
+
+
+@dataclass(frozen=True)
+class TrainChoice:
+    """What the command line asked for; None where it did not.
+
+    Attributes:
+        models: of `MODELS`.
+        widths: of GPTs.
+        layers: of GPTs; None for as many as memory and time allow.
+        context: tokens a sequence.
+        batch: sequences or images a step.
+        image_size: of a ResNet's images, in pixels.
+        seconds: that the steps of one workload may take, about; layers of GPTs are chosen for it.
+        quick: the smaller defaults.
+    """
+
+    models: Sequence[str] = MODELS
+    widths: Sequence[int] = ()
+    layers: int | None = None
+    context: int | None = None
+    batch: int | None = None
+    image_size: int | None = None
+    seconds: float = 600.0
+    quick: bool = False
+
+    def __post_init__(self) -> None:
+        for model in self.models:
+            if model not in MODELS:
+                raise ValueError(f"model: got {model!r}, expected one of {', '.join(MODELS)}")
+        if not self.seconds > 0:
+            raise ValueError(f"seconds: got {self.seconds}, expected more than 0")
+
+
+def quick_config(**settings: Any) -> TrainConfig:
+    """Few steps: two densities in each phase, two rounds."""
+    quick = TrainConfig(densities=2, interval=8, observe_steps=4, dense_steps=4, rounds=2, profile_steps=2)
+    return replace(quick, **settings)
+
+
+def choose(choice: TrainChoice, config: TrainConfig, say: Callable[[str], None] = lambda text: None) -> list[Workload]:
+    """The workloads to run, in order; `say` is told how many layers each GPT gets and why, and what is left out."""
+    on_gpu = config.device != "cpu"
+    found: list[Workload] = []
+    widths = choice.widths or _default_widths(on_gpu, choice.quick)
+    for width in widths if "gpt" in choice.models else ():
+        context, batch = choice.context or (1024 if on_gpu else 128), choice.batch or 8
+        layers, reason = choice.layers, "as asked for"
+        if layers is None:
+            tokens = context * batch
+            limit_s = choice.seconds / _dense_steps(config)
+            rate = product_rate(width, tokens, config.device)
+            layers, reason = fitting_layers(width, tokens, free_memory(config.device), limit_s, rate)
+        if layers == 0:
+            say(f"GPT of width {width} left out: not even one layer fits into the free memory")
+            continue
+        say(f"GPT of width {width}: {layers} layers of {wanted_layers(width)} ({reason})")
+        found.append(GptWorkload(width, layers, context, batch))
+    if "resnet50" in choice.models:
+        size = choice.image_size or (224 if on_gpu or not choice.quick else 96)
+        found.append(ResNetWorkload(size, choice.batch or (128 if on_gpu else 4)))
+    return found
+
+
+def _default_widths(on_gpu: bool, quick: bool) -> tuple[int, ...]:
+    if quick:
+        return (2048,) if on_gpu else (1024,)
+    return (512, 1024, 2048, 4096) if on_gpu else (512, 1024)
+
+
+def _dense_steps(config: TrainConfig) -> float:
+    """About how many dense steps take as long as all runs of one workload."""
+    sparse = config.rounds * 3 * config.densities * config.interval * _SPARSE_OVER_DENSE
+    dense = (config.rounds + 1) * (SETTLE_STEPS + config.dense_steps + 1)
+    return sparse + dense + (_PROFILED_STEPS if config.profile_steps else 0)
