@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -147,6 +148,44 @@ def train(context: typer.Context) -> None:
     except (OSError, ValueError, TypeError) as e:
         raise typer.BadParameter(str(e)) from e
     run.fit()
+
+
+@app.command()
+def study(
+    preset: Annotated[str, typer.Option(help="Which runs: headline, rates, methods, ablations or quick.")] = "headline",
+    out: Annotated[
+        Path, typer.Option(help="Folder for the table, its Markdown and its picture; a study there goes on.")
+    ] = Path("runs/study"),
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at a time (default: one a core; the networks are small).")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Only this task; repeatable (default: all).")] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Train nothing: write Markdown and picture of the table as it is.")
+    ] = False,
+) -> None:
+    """Train the methods side by side on small tasks that need no download; go on where an earlier call stopped."""
+    from lightning_estdgm.study.plans import plan_named
+    from lightning_estdgm.study.runner import run_study
+    from lightning_estdgm.study.summary import markdown, picture
+    from lightning_estdgm.study.table import Table, read_rows
+    from lightning_estdgm.study.tasks import task_named
+
+    console = Console()
+    try:
+        chosen = {task_named(name).name for name in task or ()}
+        runs = [run for run in plan_named(preset) if not chosen or run.task in chosen]
+        table = Table(out / f"{preset}.csv")
+        if not report_only:
+            run_study(runs, table, jobs or len(os.sched_getaffinity(0)), console)
+        rows = read_rows(table.path)
+    except (ValueError, FileNotFoundError) as e:
+        raise typer.BadParameter(str(e)) from e
+    text = markdown(rows)
+    (out / f"{preset}.md").write_text(text, encoding="utf-8")
+    picture(rows, out / f"{preset}.png")
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{table.path}\n{out / f'{preset}.md'}\n{out / f'{preset}.png'}", style="dim", soft_wrap=True)
 
 
 @app.command()

@@ -1,0 +1,134 @@
+"""Which runs answer which question: named plans, each a list of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from lightning_estdgm.study.runs import DENSE, Run
+from lightning_estdgm.study.tasks import TASKS, Task, task_named
+
+__all__ = ["PLANS", "SCALED", "plan_named"]
+
+SEEDS = (0, 1, 2)
+DENSITY = 0.1
+RIVALS = ("static", "set", "rigl")
+SCALED: dict[str, Any] = {"step_exponent": 1.0, "scale_init": True}
+"""The density-aware step size and initialisation, given to rivals as well: the mask rule alone is to differ."""
+
+
+def _best_rate(task: Task, method: str) -> float:
+    """Return the learning rate that a sweep found best; see docs/study.md."""
+    return BEST_RATES.get((task.name, method)) or BEST_RATES.get((task.name, ""), task.rates[1])
+
+
+BEST_RATES: dict[tuple[str, str], float] = {}
+"""(task, method) -> rate, and (task, "") for all other methods; from the plan ``rates``."""
+
+
+def _sparse(task: Task, method: str, seed: int, *, lr: float | None = None, length: float = 1.0, **more: Any) -> Run:
+    settings = dict(more) if method == "est-dgm" else {**SCALED, **more}
+    settings = {"block_size": 1, **settings}
+    return Run(task.name, method, lr or _best_rate(task, method), seed, DENSITY, length, settings)
+
+
+def headline() -> Iterator[Run]:
+    """Dense against EST-DGM, RigL, SET and static masks at density 0.10 by single weights, three seeds, each task.
+
+    Beside equal steps: dense at EST-DGM's FLOPs, and RigL at EST-DGM's.
+    """
+    for seed in SEEDS:
+        for task in TASKS:
+            yield Run(task.name, DENSE, _best_rate(task, DENSE), seed)
+            yield _sparse(task, "est-dgm", seed)
+            for method in RIVALS:
+                yield _sparse(task, method, seed)
+            yield Run(task.name, DENSE, _best_rate(task, DENSE), seed, length=0.27)
+            yield _sparse(task, "rigl", seed, length=2.5)
+
+
+def rates() -> Iterator[Run]:
+    """Each method at three learning rates, one seed: where the headline's rates come from."""
+    for task in TASKS:
+        for lr in task.rates:
+            yield Run(task.name, DENSE, lr, 0)
+            for method in ("est-dgm", *RIVALS):
+                yield _sparse(task, method, 0, lr=lr)
+
+
+def methods() -> Iterator[Run]:
+    """Every preset, by its paper's settings and with the density-aware step size, three seeds."""
+    from lightning_estdgm.presets import PRESETS
+
+    for seed in SEEDS:
+        for task in TASKS:
+            for method in PRESETS:
+                lr = _best_rate(task, method)
+                yield Run(task.name, method, lr, seed, DENSITY, settings={"block_size": 1})
+                yield _sparse(task, method, seed)
+
+
+ABLATIONS: tuple[dict[str, Any], ...] = (
+    {"gamma": 0.0},
+    {"gamma": 0.5},
+    {"gamma": 2.0},
+    {"drop_fraction": 0.1},
+    {"drop_fraction": 0.5},
+    {"distribution": "uniform"},
+    {"step_exponent": 0.0},
+    {"step_exponent": 0.5},
+    {"scale_init": False},
+    {"schedule.cycles": 2},
+    {"schedule.cycles": 3},
+    {"schedule.update_every": 25},
+    {"schedule.update_every": 100},
+    {"schedule.observe_steps": 1},
+    {"schedule.observe_steps": 20},
+    {"schedule.freeze": 0.5},
+    # a short exploration, and one that starts dense
+    {
+        "schedule.exploration": [0.7, 0.6, 0.05],
+        "schedule.consolidation": [0.3, 0.2, 0.55],
+        "schedule.refinement": [0.15, 0.1, 0.4],
+    },
+    {
+        "schedule.exploration": [1.0, 0.6, 0.15],
+        "schedule.consolidation": [0.3, 0.15, 0.25],
+        "schedule.refinement": [0.1, 0.1, 0.6],
+    },
+)
+"""EST-DGM's own choices, changed one at a time."""
+
+
+def ablations() -> Iterator[Run]:
+    """EST-DGM with one choice changed at a time, on GPT and the cluttered digits, three seeds."""
+    for seed in SEEDS:
+        for task in map(task_named, ("gpt", "clutter")):
+            yield _sparse(task, "est-dgm", seed)
+            for change in ABLATIONS:
+                yield _sparse(task, "est-dgm", seed, **change)
+
+
+def quick() -> Iterator[Run]:
+    """Two tiny runs, to see that the study works."""
+    task = task_named("tabular")
+    yield Run(task.name, DENSE, 3e-3, 0, length=0.2)
+    yield _sparse(task, "est-dgm", 0, length=0.2)
+
+
+PLANS: dict[str, Callable[[], Iterator[Run]]] = {
+    plan.__name__: plan for plan in (headline, rates, methods, ablations, quick)
+}
+"""Plans by name."""
+
+
+def plan_named(name: str) -> Sequence[Run]:
+    """Return the runs of a plan.
+
+    Raises:
+        ValueError: there is none of that name; the message lists the known ones.
+
+    """
+    if name not in PLANS:
+        raise ValueError(f"unknown preset {name!r}, expected one of: {', '.join(PLANS)}")
+    return list(PLANS[name]())

@@ -1,0 +1,71 @@
+"""Training the runs of a plan that a table lacks, several at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lightning_estdgm.bench.environment import environment
+from lightning_estdgm.study.runs import Run, train
+from lightning_estdgm.study.table import Table
+
+__all__ = ["run_study"]
+
+
+def run_study(runs: Sequence[Run], table: Table, jobs: int, console: Console) -> None:
+    """Train what `table` lacks of `runs`, `jobs` at a time with an equal share of the threads; append row by row.
+
+    Small networks gain nothing from several threads, so one run a core is the fastest. Seconds are then those of a busy
+    machine: compare them with each other, not with a run alone.
+
+    Raises:
+        ValueError: for `jobs` below 1.
+        Exception: what a run raised, after the runs under way have ended and been written.
+
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs: got {jobs}, expected at least 1")
+    todo, began = table.lacks(runs), time.perf_counter()
+    console.print(f"{len(runs) - len(todo)} of {len(runs)} runs are in {table.path}; {len(todo)} to train")
+    if not todo:
+        return
+    about = environment()
+    threads = max(1, (about["cores"] or 1) // jobs)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=_prepare, initargs=(threads,)) as pool:
+        waiting: dict[Future[dict[str, Any]], Run] = {pool.submit(train, run): run for run in todo}
+        failed: BaseException | None = None
+        for count, future in enumerate(as_completed(waiting), 1):
+            run = waiting[future]
+            if future.cancelled():
+                continue
+            if (error := future.exception()) is not None:
+                failed = failed or error
+                pool.shutdown(wait=False, cancel_futures=True)
+                continue
+            when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            result = future.result()
+            table.add(run, {**result, "when": when, "torch": about["torch"], "cpu": about["cpu"]})
+            left = (time.perf_counter() - began) / count * (len(todo) - count)
+            console.print(
+                f"[{count}/{len(todo)}] {run.task} {run.method} {run.variant} lr {run.lr:g} seed {run.seed} "
+                f"x{run.length:g}: loss {result['val_loss']:.4f} accuracy {result['val_accuracy']:.4f} "
+                f"({result['seconds']:.0f} s; about {left / 60:.0f} min left)",
+                highlight=False,
+                soft_wrap=True,
+            )
+        if failed is not None:
+            raise failed
+
+
+def _prepare(threads: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)

@@ -1,0 +1,160 @@
+"""One training run of the study: what defines it, and how it is trained and measured."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from lightning_estdgm.callbacks.dgm import DGMCallback
+from lightning_estdgm.callbacks.energy import EnergyMonitor
+from lightning_estdgm.schedules import EstDgm, Phase
+from lightning_estdgm.study.tasks import task_named
+
+__all__ = ["DENSE", "Run", "train"]
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What defines a run; two equal ones train the same network on the same batches.
+
+    Attributes:
+        task: name of a task.
+        method: ``"dense"``, or a preset's name.
+        lr: peak learning rate.
+        seed: of initial weights, batches and masks.
+        density: final density; 1 for dense.
+        length: steps, as a multiple of the task's.
+        settings: what differs from the preset: fields of `DGMConfig`, or of `EstDgm` as ``"schedule.<field>"`` (a phase
+            as ``[start, end, length]``); plain types.
+
+    """
+
+    task: str
+    method: str
+    lr: float
+    seed: int
+    density: float = 1.0
+    length: float = 1.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return max(1, round(self.length * task_named(self.task).steps))
+
+    @property
+    def variant(self) -> str:
+        """The settings in one line, sorted; empty where there are none."""
+        return json.dumps(self.settings, sort_keys=True) if self.settings else ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Identifies the run in a table of text."""
+        numbers = (f"{self.lr:g}", str(self.seed), f"{self.density:g}", f"{self.length:g}")
+        return (self.task, self.method, *numbers, self.variant)
+
+    def callback(self) -> DGMCallback | None:
+        """Return the callback that makes it sparse; ``None`` for dense."""
+        if self.method == DENSE:
+            return None
+        overrides: dict[str, Any] = {k: v for k, v in self.settings.items() if not k.startswith("schedule.")}
+        schedule: dict[str, Any] = {
+            name.partition(".")[2]: Phase(*value) if isinstance(value, list) else value
+            for name, value in self.settings.items()
+            if name.startswith("schedule.")
+        }
+        if schedule:
+            overrides["schedule"] = EstDgm(**schedule)
+        return DGMCallback.from_preset(self.method, density=self.density, seed=self.seed, **overrides)
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train `run` with a real Trainer and return what it reached and cost.
+
+    Returns:
+        ``val_loss`` and ``val_accuracy`` (NaN where a task has none) after the last step; ``flops_ratio``: training
+        FLOPs of linear and convolution layers that the masks ask for, over dense ones of as many steps;
+        ``final_density`` of the masked weights; ``seconds`` of training; ``joules`` and how they are known; ``status``:
+        ``"ok"`` or ``"diverged"``.
+
+    """
+    task = task_named(run.task)
+    torch.manual_seed(run.seed)
+    model, callback = task.model(run.lr), run.callback()
+    monitor, clock = EnergyMonitor(), _Clock()
+    callbacks: list[Callback] = [*([callback] if callback else []), monitor, clock]
+    status = "ok"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", ".*does not have many workers")
+        warnings.filterwarnings("ignore", ".*number of training batches.*smaller than the logging interval")
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        trainer = Trainer(
+            accelerator="cpu",
+            max_steps=run.steps,
+            max_epochs=-1,
+            callbacks=callbacks,
+            gradient_clip_val=1.0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+        )
+        try:
+            trainer.fit(model, datamodule=task.data(run.seed))
+        except ValueError as error:
+            if "diverged" not in str(error):
+                raise
+            status = "diverged"
+        metrics = _validate(model, run)
+    loss = metrics.get("val/loss", math.nan)
+    energy = monitor.summary()
+    return {
+        "status": status if math.isfinite(loss) else "diverged",
+        "val_loss": loss,
+        "val_accuracy": metrics.get("val/accuracy", math.nan),
+        "flops_ratio": callback.flops_ratio if callback else 1.0,
+        "final_density": callback.density if callback else 1.0,
+        "seconds": clock.seconds,
+        "joules": energy.get("train_joules", math.nan),
+        "energy_method": energy.get("method", ""),
+    }
+
+
+class _Clock(Callback):
+    """Seconds from the first training step to the last."""
+
+    seconds = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin."""
+        self._began = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End."""
+        self.seconds = time.perf_counter() - self._began
+
+
+def _validate(model: LightningModule, run: Run) -> dict[str, float]:
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    (metrics,) = trainer.validate(model, datamodule=task_named(run.task).data(run.seed), verbose=False)
+    return dict(metrics)

@@ -1,0 +1,143 @@
+"""The study: a table that goes on where it stopped, what it says of its rows, and two real runs through the command."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lightning_estdgm.cli import app
+from lightning_estdgm.study.plans import PLANS, SCALED, plan_named
+from lightning_estdgm.study.runs import Run, train
+from lightning_estdgm.study.summary import arms, baseline, distance, markdown, picture
+from lightning_estdgm.study.table import COLUMNS, Table, read_rows
+from lightning_estdgm.study.tasks import TASKS, citation_graph, cluttered_digits, task_named
+
+RESULT = {"status": "ok", "val_loss": 1.5, "val_accuracy": 0.9, "flops_ratio": 0.3, "final_density": 0.1}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_plan_names_runs_that_can_be_made(plan):
+    runs = plan_named(plan)
+    assert runs
+    for run in runs:
+        callback = run.callback()
+        assert (callback is None) == (run.method == "dense")
+        if callback is not None and "block_size" in run.settings:
+            assert callback.config.block_size == run.settings["block_size"]
+
+
+def test_the_headline_compares_at_equal_steps_on_every_task():
+    runs = plan_named("headline")
+    for task in TASKS:
+        for method in ("dense", "est-dgm", "rigl", "set", "static"):
+            seeds = {r.seed for r in runs if (r.task, r.method, r.length) == (task.name, method, 1.0)}
+            assert len(seeds) >= 3, (task.name, method)
+
+
+def test_settings_of_a_schedule_reach_it():
+    settings = {"schedule.cycles": 2, "schedule.refinement": [0.2, 0.1, 0.5], "gamma": 0.5}
+    config = Run("gpt", "est-dgm", 1e-3, 3, 0.1, settings=settings).callback().config
+    assert (config.schedule.cycles, config.schedule.refinement.start) == (2, 0.2)
+    assert (config.gamma, config.seed) == (0.5, 3)
+
+
+def test_a_table_knows_its_runs_again_and_leaves_out_a_line_that_was_cut_off(tmp_path):
+    done = Run("gpt", "rigl", 4e-3, 1, 0.1, 2.5, {"gamma": 0.0, "block_size": 1})
+    table = Table(tmp_path / "new" / "t.csv")
+    assert table.lacks([done, done]) == [done]
+    table.add(done, RESULT)
+    other = replace(done, seed=2)
+    table.add(other, RESULT)
+    text = table.path.read_text()
+    table.path.write_text(text[: text.index("\n", text.index(",2,")) - 30])
+    assert Table(table.path).lacks([done, other]) == [other]
+    (row,) = read_rows(table.path)
+    assert (row["lr"], row["length"], row["val_loss"], row["steps"]) == (4e-3, 2.5, 1.5, 3750)
+    table.path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="expected a table with columns"):
+        Table(table.path)
+
+
+def _rows(tmp_path, *entries):
+    table = Table(tmp_path / "t.csv")
+    for run, loss, accuracy in entries:
+        table.add(run, {**RESULT, "val_loss": loss, "val_accuracy": accuracy})
+    return read_rows(table.path)
+
+
+def test_distances_are_to_the_best_dense_rate(tmp_path):
+    rows = _rows(
+        tmp_path,
+        (Run("gpt", "dense", 1e-3, 0), math.log(4.0), math.nan),
+        (Run("gpt", "dense", 2e-3, 0), math.log(3.0), math.nan),
+        (Run("gpt", "dense", 2e-3, 0, length=0.3), math.log(2.0), math.nan),
+        (Run("gpt", "est-dgm", 2e-3, 0, 0.1, 2.0), math.log(3.3), math.nan),
+        (Run("gpt", "est-dgm", 2e-3, 1, 0.1, 2.0), math.log(3.6), math.nan),
+        (Run("digits", "dense", 2e-3, 0), 1.0, 0.98),
+        (Run("digits", "set", 2e-3, 0, 0.1, settings=SCALED), 1.0, 0.95),
+    )
+    found = arms(rows)
+    dense = baseline(found, "gpt")
+    assert (dense.lr, dense.length) == (2e-3, 1.0)
+    sparse = next(arm for arm in found if arm.method == "est-dgm")
+    assert distance(sparse, dense) == pytest.approx(15.0, abs=0.01)
+    assert sparse.flops == pytest.approx(0.6)
+    digits = next(arm for arm in found if arm.method == "set")
+    assert distance(digits, baseline(found, "digits")) == pytest.approx(3.0, abs=1e-6)
+    text = markdown(rows)
+    assert "| est-dgm 2x steps | 0.002 | 2 | 3.4500 ± 0.2121 | +15.00 | 0.60 |" in text
+    assert "set with scaled steps" in text
+    picture(rows, tmp_path / "t.png")
+    assert (tmp_path / "t.png").stat().st_size > 10_000
+
+
+def test_generated_data_is_the_same_each_time_and_as_described():
+    first, second = cluttered_digits(50, 20), cluttered_digits(50, 20)
+    assert torch.equal(first[0][0], second[0][0])
+    assert first[0][0].shape == (50, 1, 16, 16)
+    adjacency, features, label = citation_graph(nodes=300)
+    assert torch.allclose(adjacency.to_dense(), adjacency.to_dense().t())
+    off = adjacency.coalesce().indices()
+    off = off[:, off[0] != off[1]]
+    same = (label[off[0]] == label[off[1]]).float().mean()
+    assert 0.7 < same < 0.95
+    assert (features.sum(1) <= 18).all()
+
+
+@pytest.mark.parametrize("name", [task.name for task in TASKS])
+def test_each_task_trains_dense_and_sparse(name):
+    length = 8 / task_named(name).steps
+    dense = train(Run(name, "dense", 1e-3, 0, length=length))
+    settings = {"block_size": 1, "schedule.update_every": 2}
+    sparse = train(Run(name, "est-dgm", 1e-3, 0, 0.1, length, settings))
+    assert math.isfinite(dense["val_loss"])
+    assert dense["flops_ratio"] == 1.0
+    assert sparse["status"] == "ok"
+    assert sparse["final_density"] == pytest.approx(0.1, abs=0.01)
+    assert 0.2 < sparse["flops_ratio"] < 0.8
+    assert math.isnan(dense["val_accuracy"]) == (task_named(name).metric == "loss")
+
+
+def test_the_command_trains_what_the_table_lacks(tmp_path):
+    arguments = ["study", "--preset", "quick", "--out", str(tmp_path), "--jobs", "1"]
+    first = CliRunner().invoke(app, arguments)
+    assert first.exit_code == 0, first.output
+    rows = read_rows(tmp_path / "quick.csv")
+    assert [row["method"] for row in rows] == ["dense", "est-dgm"]
+    assert all(tuple(row)[: len(COLUMNS)] == COLUMNS for row in rows)
+    again = CliRunner().invoke(app, arguments)
+    assert "2 of 2 runs are in" in again.output
+    assert read_rows(tmp_path / "quick.csv") == rows
+    assert "est-dgm" in (tmp_path / "quick.md").read_text()
+
+
+def test_bad_names_are_refused(tmp_path):
+    for arguments, told in (
+        (["--preset", "no"], "unknown preset 'no', expected one of: headline"),
+        (["--task", "no"], "unknown task 'no', expected one of: gpt"),
+    ):
+        result = CliRunner().invoke(app, ["study", "--out", str(tmp_path), *arguments])
+        assert result.exit_code == 2
+        assert told in " ".join(result.output.replace("│", " ").split())
