@@ -179,11 +179,11 @@ def study(
         if not report_only:
             run_study(runs, table, jobs or len(os.sched_getaffinity(0)), console)
         rows = read_rows(table.path)
+        text = markdown(rows)
+        picture(rows, out / f"{preset}.png")
     except (ValueError, FileNotFoundError) as e:
         raise typer.BadParameter(str(e)) from e
-    text = markdown(rows)
     (out / f"{preset}.md").write_text(text, encoding="utf-8")
-    picture(rows, out / f"{preset}.png")
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(f"{table.path}\n{out / f'{preset}.md'}\n{out / f'{preset}.png'}", style="dim", soft_wrap=True)
 

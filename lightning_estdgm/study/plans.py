@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from lightning_estdgm.presets import PRESETS
 from lightning_estdgm.study.runs import DENSE, Run
 from lightning_estdgm.study.tasks import TASKS, Task, task_named
 
@@ -58,14 +59,13 @@ def rates() -> Iterator[Run]:
 
 def methods() -> Iterator[Run]:
     """Every preset, by its paper's settings and with the density-aware step size, three seeds."""
-    from lightning_estdgm.presets import PRESETS
-
     for seed in SEEDS:
         for task in TASKS:
             for method in PRESETS:
-                lr = _best_rate(task, method)
-                yield Run(task.name, method, lr, seed, DENSITY, settings={"block_size": 1})
-                yield _sparse(task, method, seed)
+                own: dict[str, Any] = {"block_size": 1, **({"m": 8} if method == "n:m" else {})}
+                density = 0.125 if method == "n:m" else DENSITY  # the nearest that one of eight weights can be
+                for settings in (own, {**own, **SCALED})[: 1 if method == "est-dgm" else 2]:
+                    yield Run(task.name, method, _best_rate(task, method), seed, density, settings=settings)
 
 
 ABLATIONS: tuple[dict[str, Any], ...] = (

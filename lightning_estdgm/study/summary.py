@@ -88,9 +88,9 @@ def arms(rows: Sequence[dict[str, Any]]) -> list[Arm]:
 
 
 def baseline(found: Sequence[Arm], task: str) -> Arm | None:
-    """Return the best dense arm of full length of a task: of all its learning rates."""
-    dense = [arm for arm in found if (arm.task, arm.method, arm.length) == (task, DENSE, 1.0)]
-    return min(dense, key=lambda arm: arm.loss, default=None)
+    """Return the best dense arm of a task, of all its learning rates: of full length, or the longest below it."""
+    dense = [arm for arm in found if (arm.task, arm.method) == (task, DENSE) and arm.length <= 1.0]
+    return min(dense, key=lambda arm: (-arm.length, arm.loss), default=None)
 
 
 def distance(arm: Arm, dense: Arm) -> float:
@@ -131,6 +131,8 @@ def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     found = arms(rows)
     tasks = [task for task in TASKS if baseline(found, task.name) is not None]
+    if not tasks:
+        raise ValueError("expected at least one dense run to compare with, got none")
     figure, axes = plt.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 4), squeeze=False, layout="constrained")
     for axis, task in zip(axes[0], tasks, strict=True):
         dense = baseline(found, task.name)

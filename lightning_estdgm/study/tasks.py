@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_estdgm.recipes.gpt import ByteGPT, StdlibText, warmup_cosine
+from lightning_estdgm.recipes import ByteGPT, StdlibText
+from lightning_estdgm.recipes.rates import run_steps, warmup_cosine
 
 __all__ = ["TASKS", "Task", "task_named"]
 
@@ -73,7 +74,7 @@ class Classifier(LightningModule):
         rest = [p for p in self.parameters() if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.lr)
-        factor = partial(warmup_cosine, steps=int(self.trainer.estimated_stepping_batches), warmup=0.05, floor=0.0)
+        factor = partial(warmup_cosine, steps=run_steps(self), warmup=0.05, floor=0.0)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
 

@@ -10,7 +10,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from lightning_estdgm.recipes.gpt import VOCABULARY, Block, ByteGPT
+from lightning_estdgm.recipes.gpt import Block, ByteGPT
 from lightning_estdgm.recipes.resnet import Bottleneck, ImageClassifier
 
 __all__ = ["GptWorkload", "ResNetWorkload", "Workload", "compile_blocks"]
@@ -65,7 +65,7 @@ class GptWorkload:
 
     def batch(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Random bytes and their targets."""
-        x, y = torch.randint(0, VOCABULARY, (2, self.batch_size, self.context), device=device)
+        x, y = torch.randint(256, (2, self.batch_size, self.context), device=device)
         return x, y
 
     def describe(self) -> dict[str, Any]:
