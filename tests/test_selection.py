@@ -619,7 +619,7 @@ for tokens in range(first, 80 + first, 2):
 
 def test_two_processes_that_write_at_once_lose_nothing(kept, tmp_path):
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(n), str(tmp_path)]) for n in (1, 2)]
-    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    assert [writer.wait(timeout=300) for writer in writers] == [0, 0]
     assert {row.layer["tokens"]: row.seconds["dense"] for row in _rows(kept)} == {n: float(n) for n in range(1, 81)}
 
 
