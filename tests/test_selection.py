@@ -462,6 +462,15 @@ def test_no_test_touches_the_users_measurements():
     assert len(clock.asked) == 2
 
 
+def test_without_a_word_they_lie_in_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for word in (None, ""):
+        monkeypatch.delenv(measurements.ENVIRONMENT) if word is None else monkeypatch.setenv("ESTDGM_CHOICES", word)
+        assert folder() == tmp_path / "lightning_estdgm"
+    monkeypatch.setenv("ESTDGM_CHOICES", "off")
+    assert folder() is None
+
+
 @pytest.mark.parametrize("case", [_case, lambda **change: _conv(geometry=POINTWISE, **change)], ids=["linear", "conv"])
 def test_what_was_measured_once_is_not_measured_by_the_next_run(kept, case):
     clock = Clock()
