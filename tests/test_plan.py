@@ -78,12 +78,23 @@ def test_layers_units_and_densities_are_those_of_a_run(block_size: Any, distribu
 def test_layers_of_a_user_s_model_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = nn.Sequential(
-            nn.Conv2d(3, 64, 3), nn.Linear(256, 768), nn.MultiheadAttention(128, 2), nn.Linear(256, 10)
+            nn.Conv2d(3, 64, 3),
+            nn.Linear(256, 768),
+            nn.MultiheadAttention(128, 2),
+            nn.Conv2d(128, 256, 3),
+            nn.Conv2d(256, 256, 3, groups=4),
+            nn.Linear(256, 10),
         )
-    planned = {layer.name: layer for layer in inspect(model, Setup(density=0.5)).layers}
-    assert [planned[n].block_size for n in ("0", "1", "2", "2.out_proj", "3")] == [1, 32, 1, 1, 0]
+    found = inspect(model, Setup(density=0.5))
+    planned = {layer.name: layer for layer in found.layers}
+    names = ("0", "1", "2", "2.out_proj", "3", "4", "5")
+    assert [planned[n].block_size for n in names] == [1, 32, 1, 1, 16, 1, 0]
+    assert (planned["3"].units, planned["3"].has_operator) == (8 * 16, True)
+    assert (planned["4"].has_operator, planned["4"].why) == (False, "grouped convolution: no sparse operator")
+    lists = [2 * 24 * 8 + 24 + 8 + 2, 2 * 16 * 8 + 16 + 8 + 2]  # of the linear layer and the convolution
+    assert memory(found, Setup(gpus=1, density=0.5), "ddp")["block index lists"] == 4 * sum(lists)
     assert planned["2"].parts == 3
-    assert planned["3"].why == "output head"
+    assert planned["5"].why == "output head"
     total = sum(x.weights for x in planned.values() if x.block_size)
     assert sum(x.active_weights for x in planned.values() if x.block_size) == pytest.approx(total / 2, abs=32 * 32)
 

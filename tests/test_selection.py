@@ -462,6 +462,15 @@ def test_no_test_touches_the_users_measurements():
     assert len(clock.asked) == 2
 
 
+def test_without_a_word_they_lie_in_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for word in (None, ""):
+        monkeypatch.delenv(measurements.ENVIRONMENT) if word is None else monkeypatch.setenv("ESTDGM_CHOICES", word)
+        assert folder() == tmp_path / "lightning_estdgm"
+    monkeypatch.setenv("ESTDGM_CHOICES", "off")
+    assert folder() is None
+
+
 @pytest.mark.parametrize("case", [_case, lambda **change: _conv(geometry=POINTWISE, **change)], ids=["linear", "conv"])
 def test_what_was_measured_once_is_not_measured_by_the_next_run(kept, case):
     clock = Clock()
@@ -619,7 +628,7 @@ for tokens in range(first, 80 + first, 2):
 
 def test_two_processes_that_write_at_once_lose_nothing(kept, tmp_path):
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(n), str(tmp_path)]) for n in (1, 2)]
-    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    assert [writer.wait(timeout=300) for writer in writers] == [0, 0]
     assert {row.layer["tokens"]: row.seconds["dense"] for row in _rows(kept)} == {n: float(n) for n in range(1, 81)}
 
 

@@ -191,11 +191,12 @@ def _topology(case: Case | ConvCase, out: int, inner: int) -> BlockTopology:
 
 def _random(case: Case | ConvCase) -> Callable[..., Tensor]:
     """Return a maker of random tensors of the case's dtype; always the same ones, and no global state is touched."""
-    generator = torch.Generator().manual_seed(0)
+    # On the device: the images of a large batch would take seconds on the CPU.
+    generator = torch.Generator(case.device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        values = torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
-        return values.to(case.device, case.dtype)
+        values = torch.randn(*shape, generator=generator, device=case.device, dtype=torch.float32)
+        return values.to(case.dtype)
 
     return random
 
