@@ -51,14 +51,14 @@ def _assert_right(geometry, topology, *operands):
         assert error < (3e-6 if dtype is torch.float32 else 4e-3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block_size", [16, 32, 48, 64, 128])
 def test_every_loop_of_every_target(target, block_size, dtype):  # noqa: F811
     # 2 x 11 x 13 pixels: an odd number in a row for pairs, and some left over in each loop.
     _assert_right(SAME, *_case(2, 11, 13, 2, 3, block_size, SAME, dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("batch", "size", "blocks", "geometry"),
     [
@@ -73,7 +73,7 @@ def test_windows(batch, size, blocks, geometry, dtype):
     _assert_right(geometry, *_case(batch, size, size + 1, *blocks, geometry, dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("batch", "size"), [(1, 6), (6, 20)], ids=["one window", "several"])
 def test_results_do_not_depend_on_the_number_of_threads(batch, size, dtype):
     topology, *operands = _case(batch, size, size, 6, 5, 32, SAME, dtype)

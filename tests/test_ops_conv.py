@@ -309,12 +309,13 @@ def test_autocast_casts_as_a_dense_convolution_does(backend):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", ON_CPU)
-def test_backward_called_under_autocast_keeps_the_forward_dtype(backend, mode):
+@pytest.mark.parametrize("geometry", [THREE, POINTS], ids=["3x3", "1x1"])
+def test_backward_called_under_autocast_keeps_the_forward_dtype(backend, mode, geometry):
     topology = _topology()
-    x, weight, bias, dy = (t.float() for t in _operands(topology, 2, 5, 5, THREE, torch.float32))
-    expected = _run(x, weight, bias, dy, topology, THREE, backend=backend, **MODES[mode])
+    x, weight, bias, dy = (t.float() for t in _operands(topology, 2, 5, 5, geometry, torch.float32))
+    expected = _run(x, weight, bias, dy, topology, geometry, backend=backend, **MODES[mode])
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    y = masked_conv2d(*leaves, topology, THREE, backend=backend, **MODES[mode])
+    y = masked_conv2d(*leaves, topology, geometry, backend=backend, **MODES[mode])
     with torch.autocast("cpu", torch.bfloat16):
         got = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -426,6 +427,7 @@ def test_bad_arguments_raise(change, error, message):
         ({"kernel_size": (0, 3)}, r"kernel_size must be two numbers of at least 1, got \(0, 3\)"),
         ({"stride": (1, 0)}, r"stride must be two numbers of at least 1, got \(1, 0\)"),
         ({"padding": (-1, 0)}, r"padding must be two numbers of at least 0, got \(-1, 0\)"),
+        ({"stride": 2}, "stride must be two numbers of at least 1, got 2"),
         ({"dilation": (1,)}, r"dilation must be two numbers of at least 1, got \(1,\)"),
     ],
 )

@@ -43,7 +43,7 @@ class ConvGeometry:
     def __post_init__(self) -> None:
         for name, least in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
             pair = getattr(self, name)
-            if len(pair) != 2 or min(pair) < least:
+            if not isinstance(pair, tuple) or len(pair) != 2 or min(pair) < least:
                 raise ValueError(f"{name} must be two numbers of at least {least}, got {pair}")
 
     @property
