@@ -318,11 +318,7 @@ class DGMController:
 
         """
         layers = self._layers if optimizer is None else self._owned[id(optimizer)]
-        with torch.no_grad():
-            if self.observing and not MaskedLayer.observe(layers, 1.0 / grad_scale):
-                self._warn_nonfinite()
-            for layer in layers:
-                layer.mask_gradient_()
+        self._mask_gradients(layers, 1.0 / grad_scale)
 
     def advance(self, position: int | None = None) -> bool:
         """Go on to the next step, if an optimizer step has happened: next phase, mask update when due.
@@ -696,6 +692,12 @@ class DGMController:
 
     # ------------------------------------------------------------------ around the optimizer's step
 
+    @torch.no_grad()
+    def _mask_gradients(self, layers: Sequence[MaskedLayer], scale: float = 1.0, *, if_touched: bool = False) -> None:
+        if self.observing and not MaskedLayer.observe(layers, scale):
+            self._warn_nonfinite()
+        MaskedLayer.mask_gradients_(layers, if_touched=if_touched)
+
     def _step_scale(self, layer: MaskedLayer) -> float:
         return 1.0 if self.config.inactive == "frozen" else layer.density**-self.config.step_exponent
 
@@ -705,11 +707,12 @@ class DGMController:
         self._idle = closure is None and self._is_idle(optimizer)
         if self._idle:
             return None
-        if closure is None:  # the gradients are there: mask them even if the loop did not
-            self.mask_gradients(optimizer)
-        for layer in self._owned[id(optimizer)]:
-            if not layer.is_dense and (self.config.inactive == "frozen" or self._step_scale(layer) != 1.0):
-                layer.snapshot_weight()
+        layers, zeroing = self._owned[id(optimizer)], self.config.inactive == "zero"
+        if closure is None:  # the gradients are there: mask them if the loop did not, or changed them since
+            self._mask_gradients(layers, if_touched=True)
+        for layer in layers:
+            if not layer.is_dense and (not zeroing or self._step_scale(layer) != 1.0):
+                layer.snapshot_weight(active_only=zeroing and self.config.reserve is None)
             else:
                 layer.forget_snapshot()
         return None if self.config.reserve is None else self._make_whole(optimizer, closure, args, kwargs)
@@ -723,7 +726,7 @@ class DGMController:
             for layer in layers:
                 layer.put_in_held_back_(1.0 if scale is None else scale)
                 if self._step_scale(layer) != 1.0:
-                    layer.snapshot_weight()
+                    layer.snapshot_weight(active_only=False)
 
         if closure is None:
             put_in()
@@ -751,6 +754,7 @@ class DGMController:
             return
         self._stepped = True
         for layer in self._owned[id(optimizer)]:
+            layer.forget_masked_gradient()
             if layer.gradient is None:
                 continue
             layer.scale_step_(self._step_scale(layer))
@@ -830,7 +834,7 @@ class DGMController:
                 layer.held_back.take_all(layer.weight, layer.mask)
             if self.config.inactive == "zero":
                 layer.fill_inactive_(layer.weight)
-            layer.mask_gradient_()
+            MaskedLayer.mask_gradients_([layer])
             for optimizer in self._optimizers if layer.held_back is None else ():
                 layer.clear_optimizer_state_(_state_holder(optimizer), changed)
         self.updates += 1

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.weak import TensorWeakRef
 
 from lightning_estdgm import scores
 from lightning_estdgm.distributed import Shard, agree, all_reduce, gather
@@ -23,7 +24,7 @@ from lightning_estdgm.layers import Candidate
 from lightning_estdgm.masks import (
     active_units,
     exchange,
-    fill_inactive_,
+    keep_active_,
     kept_units,
     mask_shape,
     masked_select_units,
@@ -36,9 +37,12 @@ from lightning_estdgm.patterns import exchange_in_groups, fitted
 from lightning_estdgm.redistribution import Budget, Scored
 from lightning_estdgm.reserve import HeldBack, Reserve
 from lightning_estdgm.rule import Rule
+from lightning_estdgm.runs import ActiveRuns
 from lightning_estdgm.scores import Evidence
 
-__all__ = ["MaskedLayer"]
+__all__ = ["FEW", "MaskedLayer"]
+
+FEW = 1 / 3  # density up to which copying the active blocks alone takes less time than copying the weight
 
 
 class _Window:
@@ -81,7 +85,9 @@ class MaskedLayer:
         self.why = ""
         self._window: _Window | None = None
         self._sampled = False
+        self._runs: ActiveRuns | None = None  # that the snapshot is of; of the whole weight without
         self._snapshot: Tensor | None = None
+        self._masked: tuple[Any, int, int] | None = None  # the gradient masked last, and its versions then
         shape = tuple(self.weight.shape) if self.mask_is_local else mask_shape(self.shape, block_size)
         self._part_active = [self.units // candidate.parts] * candidate.parts
         self._take(torch.ones(shape, dtype=torch.bool), self.units)
@@ -161,7 +167,7 @@ class MaskedLayer:
     def fill_inactive_(self, tensor: Tensor) -> None:
         """Zero a local tensor of the weight's shape where the mask is inactive."""
         if not self.is_dense:
-            fill_inactive_(tensor, self._inactive.to(tensor.device), self._grain)
+            keep_active_(tensor, self._active_here.to(tensor.device), self._grain)
 
     @property
     def mask_is_local(self) -> bool:
@@ -174,8 +180,9 @@ class MaskedLayer:
 
     def _take(self, mask: Tensor, active: int) -> None:
         self.mask = mask.to(self.weight.device)
-        self._inactive = self.shard.expand(~self.mask, self.block_size)
+        self._active_here = self.shard.expand(self.mask, self.block_size)
         self.active = active
+        self._runs = self._snapshot = self._masked = None
 
     def _part(self, whole: Tensor) -> Tensor:
         """Return this rank's part of a whole mask, or of anything of its shape."""
@@ -187,10 +194,8 @@ class MaskedLayer:
 
     # ------------------------------------------------------------------ the optimizer's step
 
-    def mask_gradient_(self) -> None:
+    def _mask_gradient_(self, gradient: Tensor) -> None:
         """Zero the gradient of units that do not learn."""
-        if (gradient := self.gradient) is None:
-            return
         if self.held_back is not None:
             self.held_back.mask_gradient_(gradient)
         else:
@@ -213,26 +218,70 @@ class MaskedLayer:
             self.held_back.take_out(self.weight, self.mask)
             self.fill_inactive_(self.weight)
 
-    def snapshot_weight(self) -> None:
-        """Remember the weight as it is before a step."""
-        if self._snapshot is None:
+    @staticmethod
+    def mask_gradients_(layers: Sequence[MaskedLayer], *, if_touched: bool = False) -> None:
+        """Zero the gradients of inactive units; with `if_touched`, but those that nothing wrote to since the last time.
+
+        Torch counts the writes to a tensor, together with those to other views of its memory.
+        """
+        for layer in layers:
+            gradient = layer.gradient
+            if gradient is not None and not (if_touched and layer._is_still_masked()):
+                layer._mask_gradient_(gradient)
+        for layer in layers:  # not before: gradients may be views of one buffer
+            layer._masked = layer._gradient_as_it_is()
+
+    def _gradient_as_it_is(self) -> tuple[Any, int, int] | None:
+        """Return what tells later whether the gradient is the same tensor, not written to; None where nothing does."""
+        whole, gradient = self.parameter.grad, self.gradient
+        if whole is None or gradient is None or whole.is_inference():  # such tensors count no writes
+            return None
+        return TensorWeakRef(whole), whole._version, gradient._version
+
+    def _is_still_masked(self) -> bool:
+        then, now = self._masked, self._gradient_as_it_is()
+        return then is not None and now is not None and then[0]() is now[0]() and then[1:] == now[1:]
+
+    def forget_masked_gradient(self) -> None:
+        """Take no gradient for masked: the next backward may write to it where torch does not see it (DDP does)."""
+        self._masked = None
+
+    def snapshot_weight(self, *, active_only: bool) -> None:
+        """Remember the weight as it is before a step; with `active_only`, maybe of active units alone."""
+        self._runs = self._few_runs() if active_only else None
+        if self._runs is not None:
+            self._snapshot = self._runs.read(self.weight, into=self._snapshot)
+        elif self._snapshot is None:
             self._snapshot = self.weight.clone()
         else:
             self._snapshot.copy_(self.weight)
 
+    def _few_runs(self) -> ActiveRuns | None:
+        """Return where the active blocks of a whole weight lie, if they are so few that copying them alone pays."""
+        if self.shard.groups or self.block_size == 1 or self.density > FEW:
+            return None
+        if self._runs is None or not self._runs.fit(self.weight):
+            self._snapshot = None
+            return ActiveRuns.of(self.weight, self.mask, self.block_size)
+        return self._runs
+
     def forget_snapshot(self) -> None:
         """Free the memory of the last snapshot."""
-        self._snapshot = None
+        self._runs = self._snapshot = None
 
     def scale_step_(self, scale: float) -> None:
         """Make the step since the snapshot `scale` times as large."""
-        if self._snapshot is not None and scale != 1.0:
+        if self._snapshot is None or scale == 1.0:
+            return
+        if self._runs is None:
             self.weight.lerp_(self._snapshot, 1.0 - scale)
+        else:
+            self._runs.scale_step_(self.weight, self._snapshot, scale)
 
     def undo_inactive_(self) -> None:
         """Give inactive weights the value they had at the snapshot."""
         if self._snapshot is not None:
-            self.weight.copy_(masked_select_units(self._inactive, self._snapshot, self.weight, self._grain))
+            self.weight.copy_(masked_select_units(self._active_here, self.weight, self._snapshot, self._grain))
 
     # ------------------------------------------------------------------ observation
 
@@ -244,6 +293,7 @@ class MaskedLayer:
     def begin_step(self) -> None:
         """Allow the next `observe` of this layer."""
         self._sampled = False
+        self.forget_masked_gradient()
 
     @staticmethod
     def observe(layers: Sequence[MaskedLayer], scale: float) -> bool:
@@ -476,7 +526,7 @@ class MaskedLayer:
         """Zero every state tensor of the weight's shape at `units`; step counts and the like stay."""
         for value in optimizer.state.get(self.parameter, {}).values():
             if isinstance(value, Tensor) and self.shard.holds(value):
-                fill_inactive_(self.shard.local(value), self.shard.expand(units, self.block_size), self._grain)
+                keep_active_(self.shard.local(value), self.shard.expand(~units, self.block_size), self._grain)
 
     # ------------------------------------------------------------------ state
 

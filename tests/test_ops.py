@@ -272,11 +272,46 @@ def test_forward_mode_raises(operand):
             call(dual)
 
 
-def test_functional_gradients_raise():
+def _functional(x, weight, bias, call):
+    """What torch.func makes of a layer: gradients, those of each sample, a Jacobian, a product, two models at once."""
+
+    def loss(weight, x, bias):
+        return call(x, weight, bias).square().sum()
+
+    return {
+        "grad": torch.func.grad(loss, (0, 1, 2))(weight, x[0], bias),
+        "of each sample": torch.func.vmap(torch.func.grad(loss), (None, 0, None))(weight, x, bias),
+        "jacrev": torch.func.jacrev(lambda bias: call(x[0, :1], weight, bias))(bias),
+        "vjp": torch.func.vjp(call, x[0], weight, bias)[1](torch.ones(x.shape[1], len(weight), dtype=x.dtype)),
+        "ensemble": torch.func.vmap(call, (None, 0, None))(x, torch.stack([weight, -weight]), bias),
+        "transposed": torch.func.grad(lambda stored: loss(stored.t(), x, bias))(weight.t().contiguous()),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_functional_gradients(backend):
     topology = _topology()
-    x, weight, bias, _ = _operands(topology, 4, torch.float64)
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda w: masked_linear(x, w, bias, topology, backend="cpu").sum())(weight)
+    dtype = _widest(backend)
+    x, weight, bias, _ = (t.to(dtype) for t in _operands(topology, 4, torch.float32))
+    x = torch.stack([x, x + 1, -x])
+    on = topology.mask().repeat_interleave(16, 0).repeat_interleave(16, 1)
+    expected = _functional(x, weight, bias, lambda x, weight, bias: F.linear(x, weight * on, bias))
+    got = _functional(x, weight, bias, functools.partial(masked_linear, topology=topology, backend=backend))
+    tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-3}
+    torch.testing.assert_close(got, expected, **tolerance)
+
+
+def test_functional_gradients_of_gradients_raise():
+    topology = _topology()
+    x, weight, _, _ = _operands(topology, 4, torch.float64)
+
+    def gradient(weight):
+        call = functools.partial(masked_linear, bias=None, topology=topology, backend="cpu")
+        return torch.func.grad(lambda x: call(x, weight).square().sum())(x).sum()
+
+    with pytest.raises(NotImplementedError, match="masked_linear has no gradients of gradients"):
+        torch.func.grad(gradient)(weight)
 
 
 def test_a_mask_changed_between_forward_and_backward_raises():

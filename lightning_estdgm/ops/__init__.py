@@ -228,18 +228,61 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     swapped = (col_ptr, row_idx, row_ptr, col_idx, ctx.block_size, ctx.backend)
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     dx = dw = db = None
+    grad_input: Any = _grad_input_op
+    grad_weight: Any = _grad_weight_op
+    if _transforming():
+        grad_input, grad_weight = (
+            functools.partial(_TransformedGradient.apply, op) for op in (grad_input, grad_weight)
+        )
     if need_x:
-        dx = _grad_input_op(dy, weight, *forward, ctx.frozen)
+        dx = grad_input(dy, weight, *forward, ctx.frozen)
     if need_weight and ctx.transposed:
-        dw = _grad_weight_op(x, dy, *swapped, ctx.dense_grad).t()
+        dw = grad_weight(x, dy, *swapped, ctx.dense_grad).t()
     elif need_weight:
-        dw = _grad_weight_op(dy, x, *forward, ctx.dense_grad)
+        dw = grad_weight(dy, x, *forward, ctx.dense_grad)
     if need_bias:
         db = dy.sum(0)
     return dx, dw, db, None, None, None, None, None, None, None, None
 
 
 _linear_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Transformed(torch.autograd.Function):
+    """The operator under the transforms of `torch.func`, which do not take `register_autograd`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        y: Tensor = _linear_op(*args)
+        return y
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+
+class _TransformedGradient(torch.autograd.Function):
+    """One of the gradients under the transforms of `torch.func`; its own gradient is not defined."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(operator: Any, *args: Any) -> Tensor:
+        gradient: Tensor = operator(*args)
+        return gradient
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError("masked_linear has no gradients of gradients")
+
+
+def _transforming() -> bool:
+    return torch._C._are_functorch_transforms_active()
 
 
 # ---- wrapper
@@ -293,7 +336,8 @@ def masked_linear(
     if bias is not None and tuple(bias.shape) != topology.shape[:1]:
         raise ValueError(f"bias must have shape {topology.shape[:1]}, got {tuple(bias.shape)}")
     x, weight, bias = prepared("masked_linear", x, weight, bias, topology)
-    y: Tensor = _linear_op(
+    operator: Any = _Transformed.apply if _transforming() else _linear_op
+    y: Tensor = operator(
         x.reshape(-1, x.shape[-1]),
         weight,
         bias,

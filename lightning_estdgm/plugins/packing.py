@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_estdgm.masks import active_units, fill_inactive_, mask_shape, pack_bits, unit_size, unpack_bits
+from lightning_estdgm.masks import active_units, keep_active_, mask_shape, pack_bits, unit_size, unpack_bits
 
 __all__ = ["pack", "unpack"]
 
@@ -77,7 +77,7 @@ class _Mask:
 
     def over_weights(self) -> Tensor:
         """Return it with one entry a weight: bool, on the CPU."""
-        return fill_inactive_(torch.ones(self.shape, dtype=torch.bool), ~self._units(), self._block_size)
+        return keep_active_(torch.ones(self.shape, dtype=torch.bool), self._units(), self._block_size)
 
 
 def _masks(checkpoint: Any) -> dict[str, _Mask]:

@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_estdgm import DGMCallback, DGMConfig
+from lightning_estdgm.ops import get_backend
+from lightning_estdgm.topology import BlockTopology
 
 pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
 
@@ -127,6 +129,29 @@ def test_defaults_work_and_leave_the_users_optimizer_alone(case: Case) -> None:
     assert 0.1 < callback.flops_ratio < 0.75
     assert callback.controller.explored > callback.density
     assert leftovers(module, trainer) == []
+
+
+def test_bf16_true_by_the_compiled_operator() -> None:
+    """Weights, products and optimizer state in bfloat16: as by the oracle, up to what rounding leaves."""
+    topology = BlockTopology.from_mask(torch.ones(2, 2, dtype=torch.bool), 16)
+    if reason := get_backend("native").unsupported(torch.device("cpu"), torch.bfloat16, topology):
+        pytest.skip(f"native {reason}")
+    outputs: dict[str, list[float]] = {}
+    for backend in ("native", "reference"):
+        pl.seed_everything(0, verbose=False)
+        module, callback = MLP(optimizer="adamw"), DGMCallback(DGMConfig(block_size=16, backend=backend))
+        kept = outputs[backend] = []
+        watch = module.register_forward_hook(lambda _, x, y, kept=kept: kept.append(y.float().norm().item()))
+        trainer = make_trainer(callback, max_epochs=2, precision="bf16-true", accumulate_grad_batches=2)
+        trainer.fit(module, MLP.batches(BATCHES))
+        assert {d.backend for d in callback.decisions() if d.masked} == {backend}
+        watch.remove()
+        assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+        assert callback.density < 0.2
+        assert_final(module, callback)
+        assert leftovers(module, trainer) == []
+    assert outputs["native"] == pytest.approx(outputs["reference"], rel=0.05)
+    assert outputs["native"][0] != pytest.approx(outputs["native"][-BATCHES], rel=0.05)  # the same batch, later
 
 
 def test_which_layers_are_masked_and_by_what_unit() -> None:

@@ -66,6 +66,9 @@ class Moved(TorchDispatchMode):
                 whole = args[1] if name == "_reduce_scatter_base_" else (args or [kwargs])[0]
                 kind = COLLECTIVES.get(name, name)
                 self.sent[kind] = self.sent.get(kind, 0) + sum(map(size, tensors(whole)))
+        elif name in ("index_select", "index_copy_"):  # what is copied, read and written, and the index
+            copied = result if name == "index_select" else args[3]
+            self.memory += 2 * size(copied) + size(args[2])
         elif not any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
             read = args[1:] if name == "copy_" else (args, kwargs)
             self.memory += sum(map(size, tensors(read))) + sum(map(size, tensors(result)))
@@ -76,15 +79,16 @@ def held(layer: MaskedLayer) -> dict[str, int]:
     """Bytes of the tensors that one masked layer holds, each storage once."""
 
     def bytes_of(*names: str) -> int:
-        storages = [vars(layer)[name].untyped_storage() for name in names if vars(layer)[name] is not None]
+        found = vars(layer) | {"index": layer._runs and layer._runs.index}
+        storages = [found[name].untyped_storage() for name in names if found[name] is not None]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     lists = [x for name, x in vars(layer.candidate.module).items() if name.startswith("_estdgm_")]
     window = layer._window
     return {
-        "masks": bytes_of("mask", "explored", "_inactive"),
+        "masks": bytes_of("mask", "explored", "_active_here"),
         "block index lists": sum(map(size, tensors(lists))),
-        "weights before the step": bytes_of("_snapshot"),
+        "weights before the step": bytes_of("_snapshot", "index"),
         "observation window": 0 if window is None else size(window.gradient) + size(window.norm),
     }
 
@@ -149,6 +153,7 @@ def run(strategy: str, block_size: int | str, compress: bool = False) -> dict[st
             with work:
                 dgm.mask_gradients()
             optimizer.step()
+            dgm.mask_gradients()
             with work, torch.no_grad():  # once more, and counted
                 before(optimizer, (), {})
                 after(optimizer, (), {})

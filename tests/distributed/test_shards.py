@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from simulated import assembled, layouts, local_of, spread
 
 from lightning_estdgm.distributed import Whole
-from lightning_estdgm.masks import fill_inactive_, mask_shape
+from lightning_estdgm.masks import keep_active_, mask_shape
 
 SHAPES = st.one_of(
     st.tuples(st.sampled_from([2, 4, 6, 8]), st.sampled_from([2, 4, 6])),
@@ -35,7 +35,7 @@ def test_units_cut_by_a_border_are_summed_and_masked_as_on_one_device(layout: tu
     shape, block_size = layout[1], 2
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     weight = torch.randn(shape, generator=generator, dtype=torch.float64)
-    inactive = torch.rand(mask_shape(shape, block_size), generator=generator) < 0.5
+    active = torch.rand(mask_shape(shape, block_size), generator=generator) < 0.5
     shards = spread(layout)
     expected = Whole(weight)
     sums = sum(s.pool(local_of(s, weight).square(), block_size) for s in shards)
@@ -43,5 +43,5 @@ def test_units_cut_by_a_border_are_summed_and_masked_as_on_one_device(layout: tu
     masked = []
     for shard in shards:
         local = local_of(shard, weight)
-        masked.append(fill_inactive_(local, shard.expand(inactive, block_size), shard.grain(block_size)))
-    assert torch.equal(assembled(shards, masked), fill_inactive_(weight.clone(), inactive, block_size))
+        masked.append(keep_active_(local, shard.expand(active, block_size), shard.grain(block_size)))
+    assert torch.equal(assembled(shards, masked), keep_active_(weight.clone(), active, block_size))
