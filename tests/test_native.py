@@ -107,12 +107,14 @@ def test_strided_operands(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_results_do_not_depend_on_the_number_of_threads(dtype):
-    topology, *operands = _case(500, 8, 8, 32, dtype)
+@pytest.mark.parametrize(("rows", "cols", "block_size"), [(8, 8, 32), (2, 3, 128)])  # few blocks: several threads each
+def test_results_do_not_depend_on_the_number_of_threads(rows, cols, block_size, dtype):
+    topology, *operands = _case(500, rows, cols, block_size, dtype)
+    _assert_right(topology, *operands)
     threads = torch.get_num_threads()
     try:
         results = []
-        for n in (1, 2, 5):
+        for n in (1, 2, 5, 65):  # more than have a stretch of tasks of their own
             torch.set_num_threads(n)
             results.append(_products(native.BACKEND, topology, *operands))
     finally:
