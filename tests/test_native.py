@@ -123,6 +123,22 @@ def test_results_do_not_depend_on_the_number_of_threads(rows, cols, block_size, 
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_fewer_threads_than_asked_for_do_all_the_work():
+    code = (
+        "import torch\n"
+        "from lightning_estdgm.ops import get_backend\n"
+        "from lightning_estdgm.topology import BlockTopology\n"
+        "torch.set_num_threads(4)\n"
+        "topology = BlockTopology.from_mask(torch.ones(4, 4, dtype=torch.bool), 16)\n"
+        "x, weight, dy = torch.ones(300, 64), torch.ones(64, 64), torch.ones(300, 64)\n"
+        "native = get_backend('native')\n"
+        "assert native.unsupported(x.device, x.dtype, topology) is None\n"
+        "assert native.linear(x, weight, None, topology).eq(64).all()\n"
+        "assert native.grad_weight(dy, x, topology).eq(300).all()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_THREAD_LIMIT": "1"}, check=True, timeout=300)
+
+
 def test_it_is_built_once_and_kept(rebuilt):
     topology = BlockTopology.from_mask(torch.ones(1, 1, dtype=torch.bool), 16)
     assert native.BACKEND.unsupported(CPU, torch.float32, topology) is None
