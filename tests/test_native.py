@@ -107,18 +107,36 @@ def test_strided_operands(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_results_do_not_depend_on_the_number_of_threads(dtype):
-    topology, *operands = _case(500, 8, 8, 32, dtype)
+@pytest.mark.parametrize(("rows", "cols", "block_size"), [(8, 8, 32), (2, 3, 128)])  # few blocks: several threads each
+def test_results_do_not_depend_on_the_number_of_threads(rows, cols, block_size, dtype):
+    topology, *operands = _case(500, rows, cols, block_size, dtype)
+    _assert_right(topology, *operands)
     threads = torch.get_num_threads()
     try:
         results = []
-        for n in (1, 2, 5):
+        for n in (1, 2, 5, 65):  # more than have a stretch of tasks of their own
             torch.set_num_threads(n)
             results.append(_products(native.BACKEND, topology, *operands))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_fewer_threads_than_asked_for_do_all_the_work():
+    code = (
+        "import torch\n"
+        "from lightning_estdgm.ops import get_backend\n"
+        "from lightning_estdgm.topology import BlockTopology\n"
+        "torch.set_num_threads(4)\n"
+        "topology = BlockTopology.from_mask(torch.ones(4, 4, dtype=torch.bool), 16)\n"
+        "x, weight, dy = torch.ones(300, 64), torch.ones(64, 64), torch.ones(300, 64)\n"
+        "native = get_backend('native')\n"
+        "assert native.unsupported(x.device, x.dtype, topology) is None\n"
+        "assert native.linear(x, weight, None, topology).eq(64).all()\n"
+        "assert native.grad_weight(dy, x, topology).eq(300).all()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_THREAD_LIMIT": "1"}, check=True, timeout=300)
 
 
 def test_it_is_built_once_and_kept(rebuilt):

@@ -1,14 +1,20 @@
 // Products of a block-sparse linear layer on the CPU: what ops/native compiles on first use and calls.
 //
 // All three products are one register-blocked loop: a tile of MR x (NV * VL) sums stays in registers while k runs over
-// the active blocks. The order of sums depends on nothing but the shapes and the mask, so results are the same for any
-// number of threads.
+// the active blocks, and what a later tile reads is fetched into the cache meanwhile. The order of sums depends on
+// nothing but the shapes and the mask, so results are the same for any number of threads.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("ira-region=all")  // else GCC moves sums of bfloat16 to the stack and back in the innermost loop
+#endif
+
 #include <omp.h>
 
 #include "elements.h"
 #include "share.h"
 
 namespace {
+
+float *floats(i64 count) { return (float *)aligned_alloc(64, (size_t)(count + 16) / 16 * 64); }
 
 // Columns of the strip of a block of which `left` are left.
 i64 strip_width(i64 left) {
@@ -71,14 +77,13 @@ struct Linear {
   i64 rows, in, b;
   T *y;
   i64 ldy;
-  i64 tile;  // tokens that stay in the second-level cache while block rows pass over them
 
-  // NV vectors of columns of a block row from column n of y on, for tokens t .. end - 1.
+  // NV vectors of columns of a block row from column n of y on, for tokens t .. end - 1. Meanwhile, of the tokens that
+  // come `tile` later, this strip's share of x comes into the cache.
   template <int MR, int NV>
-  void strip(i64 r, i64 n, i64 t, i64 end) const {
+  void strip(i64 r, i64 n, i64 t, i64 end, i64 tile) const {
     const T *bias_n = bias ? bias + n : nullptr;
     const float *packed_n = packed + (ptr[r] * b + n - r * b) * b / E::PAIR;
-    // Meanwhile its share of the same rows of the next tile of tokens comes into the cache.
     const i64 width = rows * b / (NV * VL), first = n / (NV * VL) * in / width, last = (n / (NV * VL) + 1) * in / width;
     for (; t + MR <= end; t += MR) {
       const T *coming = x + (t + tile < tokens ? t + tile : t) * ldx;
@@ -87,20 +92,21 @@ struct Linear {
                              ldy, ahead);
     }
     if constexpr (MR > 1)
-      if (t < end) strip<MR / 2, NV>(r, n, t, end);
+      if (t < end) strip<MR / 2, NV>(r, n, t, end, tile);
   }
 
   void block_row(i64 r, i64 t, i64 end) const {
+    const i64 tile = end - t;
     for (i64 j = 0, width; j < b; j += width) {
       width = strip_width(b - j);
       if (!WIDE)
-        strip<6, 2>(r, r * b + j, t, end);
+        strip<6, 2>(r, r * b + j, t, end, tile);
       else if (width == 4 * VL)
-        strip<6, 4>(r, r * b + j, t, end);
+        strip<6, 4>(r, r * b + j, t, end, tile);
       else if (width == 2 * VL)
-        strip<12, 2>(r, r * b + j, t, end);
+        strip<12, 2>(r, r * b + j, t, end, tile);
       else
-        strip<12, 1>(r, r * b + j, t, end);
+        strip<12, 1>(r, r * b + j, t, end, tile);
     }
   }
 };
@@ -130,24 +136,24 @@ template <class E>
 int linear(const typename E::type *x, i64 ldx, i64 tokens, const typename E::type *weight, i64 sn, i64 sk,
            const typename E::type *bias, const int32_t *ptr, const int32_t *idx, i64 rows, i64 in, i64 b,
            typename E::type *y, i64 ldy, int threads) {
-  float *packed = (float *)malloc((size_t)ptr[rows] * b * b / E::PAIR * 4 + 64);
+  float *packed = floats(ptr[rows] * b * b / E::PAIR);
   if (!packed) return 1;
   pack<E>(weight, sn, sk, ptr, idx, rows, b, packed, threads);
-  i64 tile = (256 * 1024) / (in * (i64)sizeof(typename E::type)) / 12 * 12;
-  tile = tile < 24 ? 24 : tile > 192 ? 192 : tile;
-  i64 tiles = (tokens + tile - 1) / tile;
-  tiles = (tiles + threads - 1) / threads * threads;  // as many for each thread
-  tile = ((tokens + tiles - 1) / tiles + 11) / 12 * 12;
-  tiles = (tokens + tile - 1) / tile;
+  // Tokens are counted in twelves, whole tiles of sums. So many of them that x stays in the second-level cache for all
+  // block rows, beside that of the tile that comes next.
+  const i64 units = (tokens + 11) / 12, cached = 256 * 1024 / (12 * in * (i64)sizeof(typename E::type));
+  const i64 most = cached < 2 ? 2 : cached > 16 ? 16 : cached;
+  i64 tiles = (units + most - 1) / most;
+  tiles = (tiles + threads - 1) / threads * threads;  // equally many for each thread
+  tiles = tiles > units ? units : tiles;
   i64 groups = (4 * threads + tiles - 1) / tiles;  // few tokens: share the block rows as well
   groups = groups > rows ? rows : groups;
-  const Linear<E> all = {x, ldx, tokens, packed, bias, ptr, idx, rows, in, b, y, ldy, tile};
+  const Linear<E> all = {x, ldx, tokens, packed, bias, ptr, idx, rows, in, b, y, ldy};
   Shares shares(tiles * groups, threads);
 #pragma omp parallel num_threads(threads)
   shares.work(omp_get_thread_num(), [&](i64 task) {
-    const i64 t = task / groups * tile, g = task % groups;
-    for (i64 r = g * rows / groups; r < (g + 1) * rows / groups; r++)
-      all.block_row(r, t, t + tile < tokens ? t + tile : tokens);
+    const i64 i = task / groups, g = task % groups, t = i * units / tiles * 12, end = (i + 1) * units / tiles * 12;
+    for (i64 r = g * rows / groups; r < (g + 1) * rows / groups; r++) all.block_row(r, t, end < tokens ? end : tokens);
   });
   free(packed);
   return 0;
@@ -193,7 +199,8 @@ struct Outer {
   void tiles(i64 m, i64 j) {
     for (; m + MR <= height; m += MR, line++) {
       const Panels here = {now.a + m, now.x + j};
-      const Panels fetch = {line * 16 < height ? next.a + line * 16 : here.a, line * 16 < b ? next.x + line * 16 : here.x};
+      const Panels fetch = {line * 16 < height ? next.a + line * 16 : here.a,
+                            line * 16 < b ? next.x + line * 16 : here.x};
       outer_tile<E, MR, NV>(here, fetch, lda, ldx, words, first, sums + m * b + j, b);
     }
     if constexpr (MR > 2)
@@ -255,7 +262,8 @@ struct GradWeight {
         const i64 next_t = again ? t + CHUNK : t, next_p = again ? begin : p + 1;
         r = again ? first_row : r;
         while (ptr[r + 1] <= next_p) r++;
-        const Panels next = next_t < words ? Panels{first_dy + next_t * ldd + r * b, x + next_t * ldx + idx[next_p] * b} : now;
+        Panels next = now;
+        if (next_t < words) next = {first_dy + next_t * ldd + r * b, x + next_t * ldx + idx[next_p] * b};
         Outer<E>{now, next, ldd, ldx, words - t < CHUNK ? words - t : CHUNK, height, b, t == 0,
                  sums + (p - begin) * height * b}
             .block();
@@ -274,7 +282,7 @@ struct GradWeight {
 template <class E>
 int grad_weight(const float *dy, i64 ldd, const float *x, i64 ldx, i64 words, const int32_t *ptr, const int32_t *idx,
                 i64 rows, i64 b, typename E::type *dw, i64 in, int threads) {
-  const i64 wanted = 8 * threads, most = b < 45 ? 32 : 65536 / (b * b);  // sums of 256 kB at most
+  const i64 wanted = 8 * threads, most = b < 48 ? 32 : 65536 / (b * b);  // sums of 256 kB at most
   i64 run = ptr[rows] / wanted, parts = 1;
   run = run > most ? most : run;
   run = run < 1 ? 1 : run;
@@ -286,7 +294,7 @@ int grad_weight(const float *dy, i64 ldd, const float *x, i64 ldx, i64 words, co
   {
 #pragma omp for schedule(static) nowait
     for (i64 row = 0; row < rows * b; row++) all.zero(row);
-    float *sums = (float *)malloc((size_t)run * (b / parts) * b * 4);
+    float *sums = floats(run * (b / parts) * b);
     if (sums)
       shares.work(omp_get_thread_num(), [&](i64 task) { all.work(task, sums); });
     else
