@@ -1,9 +1,12 @@
-"""ResNet-50: the published net, weight by weight."""
+"""ResNet-50: the published net, weight by weight, and how it is trained."""
+
+from unittest import mock
 
 import pytest
 import torch
 
-from lightning_estdgm.recipes.resnet import ResNet, resnet50
+from lightning_estdgm.recipes import resnet
+from lightning_estdgm.recipes.resnet import ImageClassifier, ResNet, resnet50
 
 
 def test_resnet50_computes_what_hugging_faces_does():
@@ -56,3 +59,44 @@ def test_weights_have_torchvisions_names():
 def test_bad_shapes_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         ResNet(**settings)
+
+
+def test_training_is_channels_last_with_smoothed_labels_and_decay_on_matrices_only():
+    torch.manual_seed(0)
+    model = ImageClassifier(num_classes=5, layers=(1, 1, 1, 1), width=8, label_smoothing=0.2)
+    seen = []
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+            layer.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    x, y = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 4])
+    steps = []
+    model.log = lambda name, value, **_: steps.append((name, value))
+    loss = model.training_step((x, y), 0)
+    assert len(seen) == 17
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+    logs = model(x).log_softmax(1)
+    target = 0.8 * torch.nn.functional.one_hot(y, 5) + 0.2 / 5
+    torch.testing.assert_close(loss, -(target * logs).sum(1).mean())
+    assert steps == [("train/loss", loss)]
+    with mock.patch.object(resnet, "run_steps", return_value=100):
+        made = model.configure_optimizers()
+    decayed, plain = made["optimizer"].param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"], plain["momentum"]) == (1e-4, 0.0, 0.9)
+    assert {p.ndim for p in decayed["params"]} == {2, 4}
+    assert {p.ndim for p in plain["params"]} == {1}
+    rates = [0.1 * made["lr_scheduler"]["scheduler"].lr_lambdas[0](step) for step in (0, 4, 100)]
+    assert rates == pytest.approx([0.02, 0.1, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 0.0}, "lr: got 0.0, expected a positive number"),
+        ({"momentum": 1.0}, r"momentum: got 1.0, expected a fraction in \[0, 1\)"),
+        ({"label_smoothing": -0.1}, r"label_smoothing: got -0.1, expected a fraction"),
+    ],
+)
+def test_bad_settings_of_the_training_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ImageClassifier(**settings)

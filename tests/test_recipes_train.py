@@ -92,6 +92,7 @@ def test_a_recipe_trains_from_its_published_layout_and_resumes(name, method, tmp
         name, tmp_path, f"--method={method}", f"--ckpt_path={run}/checkpoints/step=4.ckpt", data=tmp_path / "data"
     )
     assert again == tmp_path / "runs" / method / "version_1"
+    assert not (again / "checkpoints/step=4.ckpt").exists(), "it goes on from there"
     resumed, middle = checkpoint(again, 8), checkpoint(run, 4)
     assert all(torch.equal(whole["state_dict"][key], value) for key, value in resumed["state_dict"].items())
     assert not all(torch.equal(middle["state_dict"][key], value) for key, value in resumed["state_dict"].items())
@@ -120,6 +121,8 @@ def test_the_gpt_configurations_have_the_sizes_that_name_them(name, expected):
     with torch.device("meta"):
         model = GPT(**settings["model"], context=settings["data"]["context"], vocabulary=50_257)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(expected, rel=0.02)
+    of_bytes = sum(p.numel() for p in model.parameters()) - (50_257 - 256) * settings["model"]["width"]
+    assert round(of_bytes / 1e6) == {"gpt-125m": 86, "gpt-350m": 303, "gpt-1.3b": 1211}[name]
     step = settings["data"]["context"] * settings["data"]["batch_size"] * settings["trainer"]["accumulate_grad_batches"]
     assert step == (2**20 if name == "gpt-1.3b" else 2**19)
 

@@ -20,6 +20,7 @@ from lightning_estdgm.callbacks.energy import EnergyMonitor
 from lightning_estdgm.presets import PRESETS
 
 CONFIGS = Path(__file__).parent
+_LIGHTNING_CLI = ("jsonargparse", "docstring_parser", "typeshed_client")  # jsonargparse[signatures]
 INSTALL = "pip install 'lightning-estdgm[recipes]'"
 
 
@@ -168,7 +169,7 @@ def prepare(recipe: str, given: Sequence[str]) -> Run:
     the recipe's model and data for bad settings and missing files.
     """
     chosen = RECIPES[recipe]
-    for package in ("jsonargparse", *chosen.packages):
+    for package in (*_LIGHTNING_CLI, *chosen.packages):
         if find_spec(package) is None:
             raise ModuleNotFoundError(f"it needs {package}, which is not installed: {INSTALL}", name=package)
     # LightningCLI warns where it is given arguments and finds others in sys.argv.
