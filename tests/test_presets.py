@@ -457,6 +457,38 @@ def test_steps_of_weights_outside_the_forward_are_scaled_like_the_others(mlp):
         torch.testing.assert_close(after, before - 0.1 * factor * gradient)
 
 
+def test_a_scaler_that_skips_and_scales_changes_nothing(mlp):
+    """With a fused optimizer, which steps by scaled gradients and is called for infinite ones, too."""
+
+    def weights(scaler, infinite_at=()):
+        model = mlp(12, 24, 4)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True)
+        data = torch.Generator().manual_seed(0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=100, backoff_factor=0.5, enabled=scaler)
+        config = preset("top-kast", 0.2, update_every=4, penalty=0.05)
+        with DGMController(model, optimizer, config, total_steps=100) as dgm:
+            for step in range(12 + len(infinite_at)):
+                infinite = step in infinite_at
+                x = torch.full((8, 12), torch.inf) if infinite else torch.randn(8, 12, generator=data)
+                optimizer.zero_grad()
+                loss = model(x).square().mean()
+                scaler.scale(loss).backward()
+                if infinite:
+                    model[0].weight.grad.fill_(torch.inf)
+                dgm.mask_gradients(grad_scale=scaler.get_scale())
+                scaler.step(optimizer)
+                scaler.update()
+                dgm.advance()
+                mask = dgm.masks()["0"]
+                assert torch.count_nonzero(model[0].weight[~mask]) == 0
+        return [p.detach().clone() for p in model.parameters()]
+
+    plain = weights(scaler=False)
+    for a, b, c in zip(plain, weights(scaler=True), weights(scaler=True, infinite_at=(3, 6)), strict=True):
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, c)
+
+
 def test_a_step_without_a_gradient_leaves_the_reserve_where_it_is(mlp):
     model = mlp(12, 24, 4)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
