@@ -221,6 +221,7 @@ def test_gmp_prunes_along_the_cubic_and_regrows_nothing(mlp):
             assert abs(count(mask) - (1 - sparsity) * mask.size) <= 1, step
     for layers in updates.values():
         for seen in layers.values():
+            assert not seen.gradients  # nothing is observed that nothing is decided by
             assert (seen.new_mask == best(abs(seen.weight), seen.mask, count(seen.new_mask))).all()
             assert_weights_follow(seen)
 
