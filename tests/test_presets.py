@@ -161,6 +161,16 @@ def test_random_growth_is_fixed_by_the_seed_alone(mlp):
     assert any((first[-1][name] != other[-1][name]).any() for name in first[-1])
 
 
+def test_layers_of_one_shape_grow_by_chances_of_their_own(mlp):
+    updates, _, _ = trained(mlp, preset("set", DENSITY, update_every=EVERY), 32, (16, 16, 16, 4))
+    shared = grown = 0
+    for layers in updates.values():
+        first, second = (seen.new_mask & ~seen.mask for seen in layers.values())
+        shared, grown = shared + count(first & second), grown + count(first)
+    assert grown > 60
+    assert shared < grown / 3
+
+
 def test_snfs_moves_weights_to_layers_of_large_momentum(mlp):
     updates, masks, _ = trained(mlp, preset("snfs", DENSITY, update_every=EVERY))
     assert [count(masks[0][n]) / masks[0][n].size for n in ("0", "2")] == pytest.approx([DENSITY] * 2, abs=0.005)
