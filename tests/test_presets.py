@@ -96,16 +96,18 @@ def assert_weights_follow(seen):
 
 def assert_random(updates, kept_of):
     """What was grown beyond the kept ones looks drawn: spread over the candidates, otherwise in every update."""
-    places = []
+    places, brought_in = [], 0
     for layers in updates.values():
         for name, seen in layers.items():
             kept = kept_of(seen)
             assert (seen.new_mask & kept == kept).all()
+            brought_in += count(seen.new_mask & ~seen.mask)
             candidates = np.flatnonzero(~kept.ravel())
             grown = np.searchsorted(candidates, np.flatnonzero((seen.new_mask & ~kept).ravel()))
             places += [(name, place / len(candidates)) for place in grown]
     shares = np.array([share for _, share in places])
     assert len(shares) > 200
+    assert brought_in > 0.7 * len(shares)  # most of the candidates were inactive
     assert abs(shares.mean() - 0.5) < 5 * math.sqrt(1 / 12 / len(shares))
     assert np.histogram(shares, 8, (0, 1))[0].min() > len(shares) / 16
 
