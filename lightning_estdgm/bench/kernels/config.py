@@ -97,7 +97,7 @@ def quick_kernels(device: str | None = None) -> KernelsConfig:
             densities=(0.125, 0.25),
             dtypes=("float32",),
             images=1,
-            most_layers=6,
+            most_layers=4,
             device=device,
             rounds=3,
         )
