@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_estdgm.ops.convolution import ConvGeometry
 from lightning_estdgm.ops.triton import BLOCK_SIZES
 from lightning_estdgm.ops.triton.tiles import Tiles, candidates
 from lightning_estdgm.topology import BlockTopology
@@ -17,7 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from lightning_estdgm.ops.triton import kernels  # noqa: E402
+from lightning_estdgm.ops.triton import conv, kernels  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # target, shared memory of one program in bytes, products on matrix units
@@ -96,6 +97,34 @@ def _launch(product, dtype, precision, block_size, tiles):
         kernels.grad_weight(dy, x, topology, tiles, precision=precision)
 
 
+def _conv_cases(name):
+    """As above, for convolutions: not every block size in every dtype."""
+    for dtype, precision, block_size, tiles, products in _cases(name):
+        if dtype != torch.float32 and block_size != 32:
+            yield dtype, precision, block_size, tiles, products
+        elif dtype == torch.float32 and block_size == 32:
+            yield dtype, precision, block_size, tiles, products - {"grad_weight"}
+        elif dtype == torch.float32 and block_size == 128:
+            yield dtype, precision, block_size, tiles, {"grad_weight"}
+
+
+def _launch_conv(product, dtype, precision, block_size, tiles):
+    topology = BlockTopology.from_mask(torch.ones(4, 16, dtype=torch.bool), block_size)
+    geometry = ConvGeometry((3, 3), (1, 1), (1, 1))
+    out, channels = topology.shape
+    number = 1 if dtype == torch.float32 else 4  # then the pixels may be split, as above
+    x, dy, weight = (
+        torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+        for shape in ((number, channels, 16, 16), (number, out, 16, 16), (out, channels, 3, 3))
+    )
+    if product == "linear":
+        conv.conv(x, weight, x.new_empty(out), topology, geometry, tiles, precision=precision)
+    elif product == "grad_input":
+        conv.conv_grad_input(dy, weight, (16, 16), topology, geometry, tiles, precision=precision)
+    else:
+        conv.conv_grad_weight(dy, x, topology, geometry, tiles, precision=precision)
+
+
 def _spilled_bytes(kernel, folder):
     """Bytes of registers kept in memory, per thread."""
     if "amdgcn" in kernel.asm:
@@ -113,24 +142,34 @@ def _text(kernel):
     return kernel.asm["amdgcn"] if "amdgcn" in kernel.asm else kernel.asm["ptx"]
 
 
+LAYERS = {"linear": (_cases, _launch, ""), "conv": (_conv_cases, _launch_conv, "_conv")}
+# Exact float32 has no matrix units on NVIDIA. ptxas holds its registers down so that more programs fit: that may cost
+# an address or two.
+SPILL_OF_EXACT_CONV = 32
+
+
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("name", TARGETS)
-def test_kernels_compile_use_matrix_units_and_do_not_spill(name, compile_for, tmp_path):
+def test_kernels_compile_use_matrix_units_and_do_not_spill(name, layer, compile_for, tmp_path):
     compiled = compile_for(name)
+    cases, launch, prefix = LAYERS[layer]
     _, shared, matrix_units = TARGETS[name]
     seen = set()
-    for dtype, precision, block_size, tiles, products in _cases(name):
+    for dtype, precision, block_size, tiles, products in cases(name):
         for product in sorted(products):
             compiled.clear()
-            _launch(product, dtype, precision, block_size, tiles)
+            launch(product, dtype, precision, block_size, tiles)
             for function, kernel in compiled:
                 case = f"{function} of {product}, {name}, {dtype}, {precision}, block {block_size}, {tiles}"
                 seen.add(function)
-                assert _spilled_bytes(kernel, tmp_path) == 0, case
+                exact_on_nvidia = name.startswith("sm") and (dtype, precision) == (torch.float32, "ieee")
+                allowed = SPILL_OF_EXACT_CONV if exact_on_nvidia and layer == "conv" else 0
+                assert _spilled_bytes(kernel, tmp_path) <= allowed, case
                 assert kernel.metadata.shared <= shared, case
                 multiplies = function != "_sum_parts_kernel"
-                exact_on_nvidia = name.startswith("sm") and (dtype, precision) == (torch.float32, "ieee")
                 assert bool(re.search(matrix_units, _text(kernel))) == (multiplies and not exact_on_nvidia), case
-    assert seen == {"_linear_kernel", "_grad_weight_kernel", "_sum_parts_kernel"}
+    product = "_linear_kernel" if layer == "linear" else "_conv_kernel"
+    assert seen == {product, f"{prefix}_grad_weight_kernel", "_sum_parts_kernel"}
 
 
 @pytest.mark.parametrize("name", ["sm_80", "gfx942"])
