@@ -7,6 +7,7 @@ from lightning_estdgm.controller import DGMConfig, DGMController, LayerDecision
 from lightning_estdgm.energy.context import EnergyMeter
 from lightning_estdgm.energy.footprint import Footprint
 from lightning_estdgm.plugins.checkpoint_io import SparseCheckpointIO, densify_checkpoint
+from lightning_estdgm.presets import preset
 from lightning_estdgm.schedules import EstDgm, Phase
 
 __version__ = "0.1.0"
@@ -23,4 +24,5 @@ __all__ = [
     "RequeueBetweenSteps",
     "SparseCheckpointIO",
     "densify_checkpoint",
+    "preset",
 ]

@@ -354,7 +354,7 @@ class DGMController:
         updated = due and not self._waiting
         if updated:
             self._update()
-        if is_first:
+        if is_first or (updated and self._rule.moves_budgets):
             self._settle_backends()
         if updated or is_first:
             self._choose_backends()
@@ -905,6 +905,7 @@ class DGMController:
             layer.final_backend, layer.why = self._choose(layer, final[index])
             for densities_then in others:
                 self._choose(layer, densities_then[index])
+            self._choose(layer, layer.density)  # which the rule may have moved away from the schedule's
 
     def _choose_backends(self) -> None:
         for layer in self._layers:

@@ -334,7 +334,7 @@ class MaskedLayer:
             layers: all of them.
             budgets: for each, the active units of each of its parts; a redistribution keeps to their sum.
             drop_fraction: see `masks.decide`.
-            rule: how to choose.
+            rule: how to choose; `Rule.check_sharded` holds for sharded weights.
             update: number of the update, for random scores.
 
         Yields:
@@ -345,8 +345,6 @@ class MaskedLayer:
 
         """
         sharded = [layer for layer in layers if layer.shard.groups]
-        for layer in sharded:
-            rule.check_sharded(layer.name)
         sums = all_reduce([layer.shard for layer in sharded], [layer._evidence() for layer in sharded])
         for layer, evidence in zip(sharded, sums, strict=True):
             layer._refuse_nan(evidence)

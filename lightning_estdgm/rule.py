@@ -45,6 +45,11 @@ class Rule:
         """Whether anything is decided by observed gradients."""
         return not all(isinstance(x, str) and x in WITHOUT_GRADIENTS for x in (self.keep, self.grow))
 
+    @property
+    def moves_budgets(self) -> bool:
+        """Whether layers may come to other densities than the schedule and the distribution give them."""
+        return self.pattern is not None or self.redistribute is not None
+
     def check_sharded(self, name: str) -> None:
         """Raise ValueError if a weight that is spread over ranks cannot be updated by this rule."""
         found = [

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_estdgm.masks import (
     active_units,
     decide,
+    exchange,
     fill_inactive_,
     initial_mask,
     mask_shape,
@@ -18,6 +19,7 @@ from lightning_estdgm.masks import (
     pack_bits,
     pool_norm,
     top_k,
+    top_k_in_groups,
     unit_size,
     unpack_bits,
 )
@@ -131,6 +133,33 @@ def test_decide_reads_only_the_scores_that_count(case):
     nan = torch.tensor(float("nan"))
     with_nan = decide(mask, torch.where(mask, weights, nan), torch.where(mask, nan, gradients), k, drop)
     assert torch.equal(with_nan, decide(mask, weights, gradients, k, drop))
+
+
+@given(decisions())
+def test_with_regrowth_the_dropped_compete_with_the_inactive(case):
+    mask, weights, growth, k, fraction = case
+    survivors = min(active_units(mask), k)
+    keep = survivors - int(fraction * survivors)
+    new = decide(mask, weights, growth, k, fraction, regrow=True)
+    kept = top_k(weights.masked_fill(~mask, -torch.inf), keep)
+    assert torch.equal(new, kept | top_k(growth.masked_fill(kept, -torch.inf), k - keep))
+    assert torch.equal(new, exchange(mask, weights, growth, k, keep, regrow=True))
+
+
+@given(st.integers(1, 6), st.integers(1, 8), st.integers(0, 10**6))
+def test_top_k_in_groups_is_top_k_of_each_row(groups, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, 4, (groups, size), generator=generator).float()
+    counts = torch.randint(0, size + 1, (groups,), generator=generator)
+    expected = [top_k(row, int(k)) for row, k in zip(scores, counts, strict=True)]
+    assert torch.equal(top_k_in_groups(scores, counts), torch.stack(expected))
+
+
+def test_top_k_in_groups_refuses_bad_counts_and_nan():
+    with pytest.raises(ValueError, match=re.escape("counts must be 2 numbers in [0, 3], got [1, 4]")):
+        top_k_in_groups(torch.zeros(2, 3), torch.tensor([1, 4]))
+    with pytest.raises(ValueError, match="NaN"):
+        top_k_in_groups(torch.full((1, 2), torch.nan), torch.tensor([1]))
 
 
 def test_decide_by_hand():

@@ -96,16 +96,18 @@ def assert_weights_follow(seen):
 
 def assert_random(updates, kept_of):
     """What was grown beyond the kept ones looks drawn: spread over the candidates, otherwise in every update."""
-    places = []
+    places, brought_in = [], 0
     for layers in updates.values():
         for name, seen in layers.items():
             kept = kept_of(seen)
             assert (seen.new_mask & kept == kept).all()
+            brought_in += count(seen.new_mask & ~seen.mask)
             candidates = np.flatnonzero(~kept.ravel())
             grown = np.searchsorted(candidates, np.flatnonzero((seen.new_mask & ~kept).ravel()))
             places += [(name, place / len(candidates)) for place in grown]
     shares = np.array([share for _, share in places])
     assert len(shares) > 200
+    assert brought_in > 0.7 * len(shares)  # most of the candidates were inactive
     assert abs(shares.mean() - 0.5) < 5 * math.sqrt(1 / 12 / len(shares))
     assert np.histogram(shares, 8, (0, 1))[0].min() > len(shares) / 16
 
@@ -159,6 +161,16 @@ def test_random_growth_is_fixed_by_the_seed_alone(mlp):
     other = masks_of(preset("set", DENSITY, update_every=EVERY, seed=1))
     assert all((a[name] == b[name]).all() for a, b in zip(first, again, strict=True) for name in a)
     assert any((first[-1][name] != other[-1][name]).any() for name in first[-1])
+
+
+def test_layers_of_one_shape_grow_by_chances_of_their_own(mlp):
+    updates, _, _ = trained(mlp, preset("set", DENSITY, update_every=EVERY), 32, (16, 16, 16, 4))
+    shared = grown = 0
+    for layers in updates.values():
+        first, second = (seen.new_mask & ~seen.mask for seen in layers.values())
+        shared, grown = shared + count(first & second), grown + count(first)
+    assert grown > 60
+    assert shared < grown / 3
 
 
 def test_snfs_moves_weights_to_layers_of_large_momentum(mlp):
@@ -221,6 +233,7 @@ def test_gmp_prunes_along_the_cubic_and_regrows_nothing(mlp):
             assert abs(count(mask) - (1 - sparsity) * mask.size) <= 1, step
     for layers in updates.values():
         for seen in layers.values():
+            assert not seen.gradients  # nothing is observed that nothing is decided by
             assert (seen.new_mask == best(abs(seen.weight), seen.mask, count(seen.new_mask))).all()
             assert_weights_follow(seen)
 
@@ -455,6 +468,38 @@ def test_steps_of_weights_outside_the_forward_are_scaled_like_the_others(mlp):
         before, gradient, after = after_one_step(exponent)
         assert torch.count_nonzero(gradient) == gradient.numel()
         torch.testing.assert_close(after, before - 0.1 * factor * gradient)
+
+
+def test_a_scaler_that_skips_and_scales_changes_nothing(mlp):
+    """With a fused optimizer, which steps by scaled gradients and is called for infinite ones, too."""
+
+    def weights(scaler, infinite_at=()):
+        model = mlp(12, 24, 4)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True)
+        data = torch.Generator().manual_seed(0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=100, backoff_factor=0.5, enabled=scaler)
+        config = preset("top-kast", 0.2, update_every=4, penalty=0.05)
+        with DGMController(model, optimizer, config, total_steps=100) as dgm:
+            for step in range(12 + len(infinite_at)):
+                infinite = step in infinite_at
+                x = torch.full((8, 12), torch.inf) if infinite else torch.randn(8, 12, generator=data)
+                optimizer.zero_grad()
+                loss = model(x).square().mean()
+                scaler.scale(loss).backward()
+                if infinite:
+                    model[0].weight.grad.fill_(torch.inf)
+                dgm.mask_gradients(grad_scale=scaler.get_scale())
+                scaler.step(optimizer)
+                scaler.update()
+                dgm.advance()
+                mask = dgm.masks()["0"]
+                assert torch.count_nonzero(model[0].weight[~mask]) == 0
+        return [p.detach().clone() for p in model.parameters()]
+
+    plain = weights(scaler=False)
+    for a, b, c in zip(plain, weights(scaler=True), weights(scaler=True, infinite_at=(3, 6)), strict=True):
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, c)
 
 
 def test_a_step_without_a_gradient_leaves_the_reserve_where_it_is(mlp):

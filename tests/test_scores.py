@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_estdgm.scores import consistency, growth, magnitude
+from lightning_estdgm.scores import SCORES, Evidence, WeightAndGradient, consistency, growth, magnitude
 
 
 @pytest.mark.parametrize("block_size", [1, 4])
@@ -69,3 +69,23 @@ def test_absent_gradients_score_zero_also_where_subnormals_are_flushed():
     finally:
         torch.set_flush_denormal(False)
     assert scores.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_scores_by_name():
+    shape, generator = (4, 6), torch.Generator().manual_seed(0)
+    weight, mean_gradient, mean_norm = (torch.rand(shape, generator=generator) for _ in range(3))
+
+    def evidence(seed=0):
+        mask = torch.ones(shape, dtype=torch.bool)
+        return Evidence(mask, weight, mean_gradient, mean_norm, 0.5, torch.Generator().manual_seed(seed))
+
+    got = {name: score(evidence()) for name, score in SCORES.items()}
+    assert torch.equal(got["magnitude"], weight)
+    assert torch.equal(got["gradient"], mean_norm)
+    assert torch.equal(got["momentum"], mean_gradient)
+    assert torch.equal(got["consistency"], growth(mean_gradient, mean_norm, 0.5))
+    assert torch.equal(got["random"], SCORES["random"](evidence()))
+    assert not torch.equal(got["random"], SCORES["random"](evidence(1)))
+    assert torch.equal(WeightAndGradient(0.25)(evidence()), weight + 0.25 * mean_norm)
+    with pytest.raises(ValueError, match="scale must be a finite number of at least 0, got -1"):
+        WeightAndGradient(-1)
