@@ -63,11 +63,11 @@ def test_a_whole_run_adds_up_every_step_at_its_density():
 
 
 def steps_of(phase, density, plain_s, window_s=None, last_s=None, first_s=100.0):
-    """Two slow first steps, three plain ones, and a window of four."""
+    """Two slow first steps, two plain ones, and a window of four."""
     first = [Step(phase, density, False, False, age, first_s) for age in range(2)]
-    plain = [Step(phase, density, False, False, 2 + i, plain_s) for i in range(3)]
-    window = [] if window_s is None else [Step(phase, density, True, False, 5 + i, window_s) for i in range(3)]
-    return first + plain + window + ([] if last_s is None else [Step(phase, density, True, True, 8, last_s)])
+    plain = [Step(phase, density, False, False, 2 + i, plain_s) for i in range(2)]
+    window = [] if window_s is None else [Step(phase, density, True, False, 4 + i, window_s) for i in range(3)]
+    return first + plain + window + ([] if last_s is None else [Step(phase, density, True, True, 7, last_s)])
 
 
 def test_phase_times_leave_first_steps_out_and_tell_windows_from_updates():
@@ -86,7 +86,7 @@ def test_a_window_without_its_update_does_not_count():
 
 def test_a_window_that_compiles_first_costs_what_the_others_cost():
     steps = steps_of("exploration", 0.7, 2.0, 3.0, 7.0)
-    steps[5] = Step("exploration", 0.7, True, False, 5, 60.0)
+    steps[4] = Step("exploration", 0.7, True, False, 4, 60.0)
     assert phase_times(steps)["exploration"].observing_s == ((0.7, 1.0),)
 
 
