@@ -128,8 +128,9 @@ class MaskedLayer:
 
     @property
     def has_operator(self) -> bool:
-        """Whether a sparse operator can replace the layer's forward: it needs the whole mask."""
-        return self.candidate.has_operator and not self.mask_is_local
+        """Whether a sparse operator can replace the layer's forward: it needs the whole mask, of matrices or blocks."""
+        taps = self.block_size == 1 and self.candidate.is_convolution
+        return self.candidate.has_operator and not self.mask_is_local and not taps
 
     @property
     def density(self) -> float:
@@ -474,9 +475,11 @@ class MaskedLayer:
 
     def _local_scores(self, which: str | Callable[[Evidence], Tensor], taken: Tensor, rule: Rule) -> Tensor:
         """Return scores of this rank's part of a sharded weight, those of `taken` units last."""
+        weight_norm = scores.magnitude(self.weight, 1)
+        if which == "magnitude":  # looked at in many passes: what it needs nothing of is not computed
+            return weight_norm.masked_fill(taken, -torch.inf)
         norm = None if self._window is None else pool_norm(self._window.gradient, 1)
-        evidence = self._seen(scores.magnitude(self.weight, 1), norm, rule, torch.Generator())
-        return rule.score(which, evidence).masked_fill(taken, -torch.inf)
+        return rule.score(which, self._seen(weight_norm, norm, rule, torch.Generator())).masked_fill(taken, -torch.inf)
 
     def _seen(self, weight: Tensor, gradient_norm: Tensor | None, rule: Rule, generator: torch.Generator) -> Evidence:
         """Put together what scores are made of; `gradient_norm` is that of the window's sum."""

@@ -1284,3 +1284,13 @@ def test_without_parts_the_largest_weights_take_all():
     with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
         run(model, optimizer, dgm)
     assert not dgm.masks()["0"].chunk(3)[2].any()
+
+
+def test_single_weights_of_a_convolution_run_dense_and_say_so_whatever_backend_is_forced():
+    model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.Flatten(), nn.Linear(8 * 6, 16), nn.Linear(16, 2))
+    config = DGMConfig(block_size=1, backend="reference")
+    with DGMController(model, torch.optim.SGD(model.parameters(), 0.1), config, total_steps=20) as dgm:
+        found = {decision.name: decision for decision in dgm.decisions()}
+    assert found["0"].backend == "dense"
+    assert "no sparse operator for single weights of a convolution" in found["0"].why
+    assert found["2"].backend == "reference"
