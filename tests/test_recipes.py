@@ -234,6 +234,26 @@ def test_training_decays_matrices_only_and_follows_the_schedule(tmp_path):
     assert rates[-1] == pytest.approx(0.001)
 
 
+@pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", False)])
+def test_gradients_are_clipped_in_any_precision(precision, fused, tmp_path):
+    """Lightning refuses to clip for a fused optimizer under mixed precision."""
+    model = ByteGPT(width=16, layers=1, heads=2, context=16)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        precision=precision,
+        gradient_clip_val=1.0,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, datamodule=StdlibText(context=16, batch_size=2, path=small_text(tmp_path)))
+    assert trainer.global_step == 2
+    assert trainer.optimizers[0].defaults["fused"] == fused
+
+
 def test_a_run_of_unknown_length_is_refused(tmp_path):
     trainer = Trainer(
         max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -133,7 +134,9 @@ class GPT(LightningModule):
             {"params": [p for p in self.parameters() if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in self.parameters() if p.ndim < 2], "weight_decay": 0.0},
         ]
-        fused = self.device.type in ("cpu", "cuda")
+        # Lightning clips no gradients for a fused optimizer under mixed precision.
+        clips_mixed = self.trainer.gradient_clip_val and isinstance(self.trainer.precision_plugin, MixedPrecision)
+        fused = self.device.type in ("cpu", "cuda") and not clips_mixed
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), fused=fused)
         factor = partial(warmup_cosine, steps=run_steps(self), warmup=self.warmup)
         return {

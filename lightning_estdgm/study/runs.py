@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def train(run: Run) -> dict[str, Any]:
     monitor, clock = EnergyMonitor(), _Clock()
     callbacks: list[Callback] = [*([callback] if callback else []), monitor, clock]
     status = "ok"
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), TemporaryDirectory() as folder:  # of the monitor's energy.json
         warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", ".*does not have many workers")
         warnings.filterwarnings("ignore", ".*number of training batches.*smaller than the logging interval")
@@ -104,6 +105,7 @@ def train(run: Run) -> dict[str, Any]:
             accelerator="cpu",
             max_steps=run.steps,
             max_epochs=-1,
+            default_root_dir=folder,
             callbacks=callbacks,
             gradient_clip_val=1.0,
             logger=False,
