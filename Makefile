@@ -28,7 +28,7 @@ check: .venv/ready  ## style, types, layers
 
 bench: .venv/ready  ## ratios against dense on this machine: mask overhead, sparse products
 	$(BIN)/estdgm bench overhead
-	$(BIN)/estdgm bench kernels
+	$(BIN)/estdgm bench kernels --quick
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -161,6 +161,13 @@ def test_convolution_rows_have_their_geometry_and_ratios():
         assert found["count"] >= 1
 
 
+def test_a_density_of_less_than_one_block_is_left_out():
+    said = []
+    rows = list(conv_rows(replace(TINY, block_sizes=(32,), densities=(0.001, 1.0), most_layers=1), said.append))
+    assert {row["density"] for row in rows} == {1.0}
+    assert any("density 0.001: it has" in text for text in said)
+
+
 def test_calls_take_turns_after_one_to_warm_up(monkeypatch):
     order = []
     ticks = iter([0.0, 5.0, 10.0, 11.0, 20.0, 23.0, 30.0, 37.0])

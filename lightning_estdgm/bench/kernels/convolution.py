@@ -28,7 +28,8 @@ ConvLayer = tuple[int, int, int, int, ConvGeometry]
 def conv_rows(config: KernelsConfig, say: Callable[[str], None] = lambda text: None) -> Iterator[dict[str, Any]]:
     """Yield a row for each layer, block size, density and backend, in the first of the dtypes; `say` as in linear_rows.
 
-    "count" is how often the net has the layer. Layers whose channels a block size does not divide are left out.
+    "count" is how often the net has the layer. Left out are layers whose channels a
+    block size does not divide, and densities of less than one block.
     """
     told: set[str] = set()
 
@@ -50,7 +51,14 @@ def conv_rows(config: KernelsConfig, say: Callable[[str], None] = lambda text: N
                     f"convolution {inner} to {out} left out at block {block_size}: it does not divide the channels"
                 )
                 continue
+            blocks = (out // block_size) * (inner // block_size)
             for density in config.densities:
+                if density * blocks < 1:
+                    say_once(
+                        f"convolution {inner} to {out} left out at block {block_size}, density {density:g}: "
+                        f"it has {blocks} blocks"
+                    )
+                    continue
                 case = ConvCase(config.images, height, width, out, inner, geometry, block_size, density, dtype, device)
                 shape: dict[str, Any] = {"count": count, "batch": config.images, "height": height, "width": width}
                 shape |= {"out_channels": out, "in_channels": inner}
