@@ -59,7 +59,7 @@ from lightning_estdgm.topology import BlockTopology
 __all__ = ["DGMConfig", "DGMController", "LayerDecision"]
 
 _STATE_VERSION = 1
-_NOMINAL_TOKENS, _NOMINAL_BATCH = 2048, 32  # for choosing a backend where no forward could be seen (a compiled model)
+_NOMINAL_TOKENS, _NOMINAL_BATCH = 2048, 32  # for choosing a backend where no forward could be seen
 
 
 @dataclass(frozen=True)
@@ -379,6 +379,11 @@ class DGMController:
         self.close()
 
     # ------------------------------------------------------------------ what it knows
+
+    @property
+    def probing(self) -> bool:
+        """Whether the step under way shows what the layers compute; a compiled model has to run eagerly to show it."""
+        return self._probing
 
     @property
     def phase(self) -> str:

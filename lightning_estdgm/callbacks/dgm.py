@@ -83,6 +83,7 @@ class DGMCallback(pl.Callback):
         self.controller: DGMController | None = None
         self._handover = Handover()
         self._compression: GradientCompression | None = None
+        self._eagerly: Any = None  # what takes torch.compile back in after the first step
         self._restored: dict[str, Any] | None = None
         self._checkpoint_step = 0  # of the checkpoint that the fit goes on from
         self._max_epochs: int | None = None
@@ -277,6 +278,13 @@ class DGMCallback(pl.Callback):
             fused = getattr(optimizer, "_step_supports_amp_scaling", False)
             controller.mask_gradients(optimizer, grad_scale=_grad_scale(trainer) if fused else 1.0)
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Run the first step without torch.compile: it shows the shapes that backends are measured at."""
+        if self._eagerly is None and self._bound().probing:
+            self._eagerly = torch.compiler.set_stance("force_eager")
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -284,6 +292,8 @@ class DGMCallback(pl.Callback):
         controller = self._bound()
         before = controller.steps
         updated = self._advance()
+        if not controller.probing:
+            self._compile_again()
         if controller.steps == before:
             return
         if updated:
@@ -316,7 +326,13 @@ class DGMCallback(pl.Callback):
         """Leave no hook behind."""
         self._release()
 
+    def _compile_again(self) -> None:
+        if self._eagerly is not None:
+            self._eagerly.__exit__(None, None, None)
+            self._eagerly = None
+
     def _release(self) -> None:
+        self._compile_again()
         if self.controller is not None:
             self.controller.close()
         if self._compression is not None:

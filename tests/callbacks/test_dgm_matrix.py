@@ -572,9 +572,14 @@ def test_compiled_module_equals_eager_with_the_cpu_backend() -> None:
         assert {d.name for d in callback.decisions()} == {"net.0", "net.2", "net.4"}
         assert_final(module, callback)
         assert leftovers(module, trainer) == []
-        results[compiled] = module.state_dict(), callback.masks(), callback.flops_ratio
+        assert callback.controller is not None
+        seen = callback.controller.state_dict()["positions"]
+        assert len(seen) == len(callback.decisions())  # backends are measured at the real shapes, compiled or not
+        results[compiled] = module.state_dict(), callback.masks(), (callback.flops_ratio, seen)
     torch._dynamo.reset()
-    (eager, eager_masks, eager_flops), (compiled_, compiled_masks, compiled_flops) = results[False], results[True]
+    (eager, eager_masks, (eager_flops, eager_seen)) = results[False]
+    (compiled_, compiled_masks, (compiled_flops, compiled_seen)) = results[True]
+    assert compiled_seen == eager_seen
     assert list(eager) == list(compiled_)
     for name in eager_masks:
         assert torch.equal(eager_masks[name], compiled_masks[name])
