@@ -715,12 +715,14 @@ class DGMController:
         layers, zeroing = self._owned[id(optimizer)], self.config.inactive == "zero"
         if closure is None:  # the gradients are there: mask them if the loop did not, or changed them since
             self._mask_gradients(layers, if_touched=True)
+        if self.config.reserve is not None:  # the copy to scale from is taken once the weights are whole
+            return self._make_whole(optimizer, closure, args, kwargs)
         for layer in layers:
             if not layer.is_dense and (not zeroing or self._step_scale(layer) != 1.0):
-                layer.snapshot_weight(active_only=zeroing and self.config.reserve is None)
+                layer.snapshot_weight(active_only=zeroing)
             else:
                 layer.forget_snapshot()
-        return None if self.config.reserve is None else self._make_whole(optimizer, closure, args, kwargs)
+        return None
 
     def _make_whole(self, optimizer: Optimizer, closure: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Put held-back weights in for the step that comes: after its closure, whose forward is without them."""
@@ -953,13 +955,11 @@ class DGMController:
         out, inner = layer.shape[:2]
         dtype = self._dtypes.get(layer.name, layer.parameter.dtype)
         frozen = self.config.inactive == "frozen"
-        module: Any = layer.candidate.module
         if not layer.candidate.is_convolution:
             tokens = self._positions.get(layer.name, _NOMINAL_TOKENS)
             transposed = layer.candidate.kind.transposed
             return Case(tokens, out, inner, layer.block_size, density, dtype, layer.device, frozen, transposed)
-        geometry = conv_geometry(module)
-        assert geometry is not None  # or the layer has no operator
+        geometry = _geometry(layer)
         image = self._images.get(layer.name) or self._nominal_image(layer, geometry)
         return ConvCase(
             image.batch,
@@ -1023,7 +1023,12 @@ def _refusal(backend: Backend, layer: MaskedLayer) -> str | None:
     topology = BlockTopology.from_mask(layer.mask, layer.block_size)
     if not layer.candidate.is_convolution:
         return backend.unsupported(layer.device, layer.parameter.dtype, topology)
+    return conv_refusal(backend.name, layer.device, layer.parameter.dtype, topology, _geometry(layer))
+
+
+def _geometry(layer: MaskedLayer) -> ConvGeometry:
+    """Return how a convolution that has an operator walks over its input."""
     module: Any = layer.candidate.module
     geometry = conv_geometry(module)
     assert geometry is not None  # or the layer has no operator
-    return conv_refusal(backend.name, layer.device, layer.parameter.dtype, topology, geometry)
+    return geometry

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lightning_estdgm.ops import backends, get_backend, masked_linear
 from lightning_estdgm.ops.convolution import ConvGeometry, conv_refusal, masked_conv2d
+from lightning_estdgm.ops.reference import expand_mask
 from lightning_estdgm.topology import BlockTopology
 
 __all__ = ["DENSE", "MOST_ROUNDS", "Case", "ConvCase", "is_layer", "layer_key", "layer_of", "measure_case", "refusals"]
@@ -72,9 +73,7 @@ class Case:
     def problem(self) -> _Problem:
         """Random operands, and the layer's forward on them."""
         random, topology = _random(self), self.topology()
-        weight = random(self.out_features, self.in_features) * topology.mask().repeat_interleave(
-            self.block_size, 0
-        ).repeat_interleave(self.block_size, 1)
+        weight = random(self.out_features, self.in_features) * expand_mask(topology)
         stored = weight.t().contiguous() if self.transposed else weight
         leaves = [random(self.tokens, self.in_features), stored, random(self.out_features)]
 
@@ -140,8 +139,7 @@ class ConvCase:
         """Random operands, and the layer's forward on them."""
         random, topology, g = _random(self), self.topology(), self.geometry
         memory = torch.channels_last if self.channels_last else torch.contiguous_format
-        mask = topology.mask().repeat_interleave(self.block_size, 0).repeat_interleave(self.block_size, 1)
-        weight = random(self.out_channels, self.in_channels, *g.kernel_size) * mask[:, :, None, None]
+        weight = random(self.out_channels, self.in_channels, *g.kernel_size) * expand_mask(topology)[:, :, None, None]
         x = random(self.batch, self.in_channels, self.height, self.width)
         dy = random(self.batch, self.out_channels, *g.output_size(self.height, self.width))
         leaves = [

@@ -24,6 +24,14 @@ __all__ = ["DENSE", "Run", "train"]
 
 DENSE = "dense"
 
+_QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -102,16 +110,12 @@ def train(run: Run) -> dict[str, Any]:
         warnings.filterwarnings("ignore", ".*number of training batches.*smaller than the logging interval")
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         trainer = Trainer(
-            accelerator="cpu",
+            **_QUIET,
             max_steps=run.steps,
             max_epochs=-1,
             default_root_dir=folder,
             callbacks=callbacks,
             gradient_clip_val=1.0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             limit_val_batches=0,
             num_sanity_val_steps=0,
         )
@@ -151,12 +155,6 @@ class _Clock(Callback):
 
 
 def _validate(model: LightningModule, run: Run) -> dict[str, float]:
-    trainer = Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = Trainer(**_QUIET)
     (metrics,) = trainer.validate(model, datamodule=task_named(run.task).data(run.seed), verbose=False)
     return dict(metrics)
