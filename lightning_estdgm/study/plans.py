@@ -18,6 +18,10 @@ SCALED: dict[str, Any] = {"step_exponent": 1.0, "scale_init": True}
 """The density-aware step size and initialisation, given to rivals as well: the mask rule alone is to differ."""
 
 
+WIDE = task_named("wide")
+SMALL = tuple(task for task in TASKS if task is not WIDE)
+
+
 def _best_rate(task: Task, method: str) -> float:
     """Return the learning rate that a sweep found best; see docs/study.md."""
     return BEST_RATES.get((task.name, method)) or BEST_RATES.get((task.name, ""), task.rates[1])
@@ -27,25 +31,36 @@ BEST_RATES: dict[tuple[str, str], float] = {}
 """(task, method) -> rate, and (task, "") for all other methods; from the plan ``rates``."""
 
 
-def _sparse(task: Task, method: str, seed: int, *, lr: float | None = None, length: float = 1.0, **more: Any) -> Run:
+def _sparse(
+    task: Task,
+    method: str,
+    seed: int,
+    *,
+    lr: float | None = None,
+    density: float = DENSITY,
+    length: float = 1.0,
+    **more: Any,
+) -> Run:
     settings = dict(more) if method == "est-dgm" else {**SCALED, **more}
     settings = {"block_size": 1, **settings}
-    return Run(task.name, method, lr or _best_rate(task, method), seed, DENSITY, length, settings)
+    return Run(task.name, method, lr or _best_rate(task, method), seed, density, length, settings)
 
 
 def headline() -> Iterator[Run]:
     """Dense against EST-DGM, RigL, SET and static masks at density 0.10 by single weights, three seeds, each task.
 
-    Beside equal steps: dense at EST-DGM's FLOPs, and RigL at EST-DGM's.
+    Beside equal steps: dense at EST-DGM's FLOPs, and RigL at EST-DGM's. On the wide GPT, EST-DGM by blocks of 64.
     """
     for seed in SEEDS:
-        for task in TASKS:
+        for task in SMALL:
             yield Run(task.name, DENSE, _best_rate(task, DENSE), seed)
             yield _sparse(task, "est-dgm", seed)
             for method in RIVALS:
                 yield _sparse(task, method, seed)
             yield Run(task.name, DENSE, _best_rate(task, DENSE), seed, length=0.27)
             yield _sparse(task, "rigl", seed, length=2.5)
+        yield Run(WIDE.name, DENSE, _best_rate(WIDE, DENSE), seed)
+        yield _sparse(WIDE, "est-dgm", seed, block_size=64)
 
 
 def rates() -> Iterator[Run]:
@@ -53,6 +68,9 @@ def rates() -> Iterator[Run]:
     for task in TASKS:
         for lr in task.rates:
             yield Run(task.name, DENSE, lr, 0, length=0.5)
+            if task is WIDE:
+                yield _sparse(task, "est-dgm", 0, lr=lr, length=0.5, block_size=64)
+                continue
             for method in ("est-dgm", *RIVALS):
                 yield _sparse(task, method, 0, lr=lr, length=0.5)
 
@@ -60,7 +78,7 @@ def rates() -> Iterator[Run]:
 def methods() -> Iterator[Run]:
     """Every preset, by its paper's settings and with the density-aware step size, three seeds."""
     for seed in SEEDS:
-        for task in TASKS:
+        for task in SMALL:
             for method in PRESETS:
                 own: dict[str, Any] = {"block_size": 1, **({"m": 8} if method == "n:m" else {})}
                 density = 0.125 if method == "n:m" else DENSITY  # the nearest that one of eight weights can be
@@ -69,44 +87,109 @@ def methods() -> Iterator[Run]:
 
 
 ABLATIONS: tuple[dict[str, Any], ...] = (
+    # growth score and drop rule
     {"gamma": 0.0},
     {"gamma": 0.5},
     {"gamma": 2.0},
+    {"grow": "random"},
     {"drop_fraction": 0.1},
     {"drop_fraction": 0.5},
-    {"distribution": "uniform"},
+    {"keep": "gradient"},
+    {"with.seed_second_moment": {}},
+    # step size, initialisation, layer densities
     {"step_exponent": 0.0},
     {"step_exponent": 0.5},
     {"scale_init": False},
+    {"distribution": "uniform"},
+    # schedule: cycles, updates, observation, phases
     {"schedule.cycles": 2},
     {"schedule.cycles": 3},
-    {"schedule.update_every": 25},
-    {"schedule.update_every": 100},
+    {"schedule.update_every": 20},
+    {"schedule.update_every": 120},
     {"schedule.observe_steps": 1},
-    {"schedule.observe_steps": 20},
+    {"schedule.observe_steps": 18},
     {"schedule.freeze": 0.5},
-    # a short exploration, and one that starts dense
     {
         "schedule.exploration": [0.7, 0.6, 0.05],
-        "schedule.consolidation": [0.3, 0.2, 0.55],
-        "schedule.refinement": [0.15, 0.1, 0.4],
+        "schedule.consolidation": [0.3, 0.2, 0.35],
+        "schedule.refinement": [0.15, 0.1, 0.6],
     },
     {
-        "schedule.exploration": [1.0, 0.6, 0.15],
-        "schedule.consolidation": [0.3, 0.15, 0.25],
-        "schedule.refinement": [0.1, 0.1, 0.6],
+        "schedule.exploration": [0.7, 0.6, 0.25],
+        "schedule.consolidation": [0.3, 0.2, 0.5],
+        "schedule.refinement": [0.15, 0.1, 0.25],
+    },
+    {
+        "schedule.exploration": [0.4, 0.35, 0.15],
+        "schedule.consolidation": [0.3, 0.2, 0.35],
+        "schedule.refinement": [0.15, 0.1, 0.5],
+    },
+    {
+        "schedule.exploration": [1.0, 0.7, 0.15],
+        "schedule.consolidation": [0.3, 0.2, 0.35],
+        "schedule.refinement": [0.15, 0.1, 0.5],
     },
 )
 """EST-DGM's own choices, changed one at a time."""
 
 
 def ablations() -> Iterator[Run]:
-    """EST-DGM with one choice changed at a time, on GPT and the cluttered digits, three seeds."""
+    """EST-DGM with one choice changed at a time, on the GPT and the cluttered digits, half the steps, three seeds."""
     for seed in SEEDS:
         for task in map(task_named, ("gpt", "clutter")):
-            yield _sparse(task, "est-dgm", seed)
-            for change in ABLATIONS:
-                yield _sparse(task, "est-dgm", seed, **change)
+            yield Run(task.name, DENSE, _best_rate(task, DENSE), seed, length=0.5)
+            for change in ({}, *ABLATIONS):
+                yield _sparse(task, "est-dgm", seed, length=0.5, **change)
+
+
+WIN_BACK: tuple[tuple[float, dict[str, Any]], ...] = (
+    # dense attention
+    (DENSITY, {"exclude": ["*.query", "*.key", "*.value", "*.proj"]}),
+    # a companion of low rank that takes 0.025 of the density; one that comes on top
+    (0.075, {"model.companion_rank": 8, "exclude": ["*.down", "*.up"]}),
+    (DENSITY, {"model.companion_rank": 16, "exclude": ["*.down", "*.up"]}),
+    # wider and sparser: as many FLOPs, 2.25 times the weights
+    (
+        0.0444,
+        {
+            "model.width": 768,
+            "model.heads": 12,
+            "schedule.exploration": [0.3111, 0.2667, 0.15],
+            "schedule.consolidation": [0.1333, 0.0889, 0.35],
+            "schedule.refinement": [0.0667, 0.0444, 0.5],
+        },
+    ),
+    (DENSITY, {"with.distill": {"share": 0.3}}),
+    # a dense start, without and with a permutation of channels at its end
+    (DENSITY, {"schedule.warmup": 0.1}),
+    (DENSITY, {"schedule.warmup": 0.1, "with.group_hidden": {}}),
+    (DENSITY, {"distribution": "uniform"}),
+    (DENSITY, {"step_exponent": 0.5}),
+    # longer exploration and consolidation
+    (
+        DENSITY,
+        {
+            "schedule.exploration": [0.7, 0.6, 0.25],
+            "schedule.consolidation": [0.3, 0.2, 0.5],
+            "schedule.refinement": [0.15, 0.1, 0.25],
+        },
+    ),
+)
+"""What may win back the accuracy of blocks of 64: final density, settings."""
+
+
+def blocks() -> Iterator[Run]:
+    """Density by block size on a GPT of width 512, and what may win back what blocks lose, three seeds."""
+    for seed in SEEDS:
+        for length in (1.0, 0.5, 0.35):  # the shorter ones for equal joules and equal FLOPs
+            yield Run(WIDE.name, DENSE, _best_rate(WIDE, DENSE), seed, length=length)
+        for block in (1, 16, 32, 64, 128):
+            yield _sparse(WIDE, "est-dgm", seed, block_size=block)
+        for density in (0.05, 0.2, 0.4):
+            for block in (16, 64):
+                yield _sparse(WIDE, "est-dgm", seed, density=density, block_size=block)
+        for density, change in WIN_BACK:
+            yield _sparse(WIDE, "est-dgm", seed, density=density, block_size=64, **change)
 
 
 def quick() -> Iterator[Run]:
@@ -117,7 +200,7 @@ def quick() -> Iterator[Run]:
 
 
 PLANS: dict[str, Callable[[], Iterator[Run]]] = {
-    plan.__name__: plan for plan in (headline, rates, methods, ablations, quick)
+    plan.__name__: plan for plan in (headline, rates, methods, ablations, blocks, quick)
 }
 """Plans by name."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import math
@@ -14,11 +16,13 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from torch import nn
 
 from lightning_estdgm.callbacks.dgm import DGMCallback
 from lightning_estdgm.callbacks.energy import EnergyMonitor
 from lightning_estdgm.schedules import EstDgm, Phase
 from lightning_estdgm.study.tasks import task_named
+from lightning_estdgm.study.variants import VARIANTS, StudyGPT
 
 __all__ = ["DENSE", "Run", "train"]
 
@@ -44,8 +48,9 @@ class Run:
         seed: of initial weights, batches and masks.
         density: final density; 1 for dense.
         length: steps, as a multiple of the task's.
-        settings: what differs from the preset: fields of `DGMConfig`, or of `EstDgm` as ``"schedule.<field>"`` (a phase
-            as ``[start, end, length]``); plain types.
+        settings: what differs from the preset: fields of `DGMConfig`; of `EstDgm` as ``"schedule.<field>"`` (a phase as
+            ``[start, end, length]``); of the task's model as ``"model.<argument>"``; and arguments
+            of `variants.VARIANTS` as ``"with.<name>"``. Plain types.
 
     """
 
@@ -73,18 +78,23 @@ class Run:
         numbers = (f"{self.lr:g}", str(self.seed), f"{self.density:g}", f"{self.length:g}")
         return (self.task, self.method, *numbers, self.variant)
 
+    def settings_of(self, part: str) -> dict[str, Any]:
+        """Return the settings named ``<part>.<name>`` by that name; those without a part for an empty one."""
+        split = ((name.rpartition("."), value) for name, value in self.settings.items())
+        return {name: value for (prefix, _, name), value in split if prefix == part}
+
+    def model(self) -> LightningModule:
+        """Return the model with its first weights, from the global random state."""
+        return task_named(self.task).model(self.lr, **self.settings_of("model"))
+
     def callback(self) -> DGMCallback | None:
         """Return the callback that makes it sparse; ``None`` for dense."""
         if self.method == DENSE:
             return None
-        overrides: dict[str, Any] = {k: v for k, v in self.settings.items() if not k.startswith("schedule.")}
-        schedule: dict[str, Any] = {
-            name.partition(".")[2]: Phase(*value) if isinstance(value, list) else value
-            for name, value in self.settings.items()
-            if name.startswith("schedule.")
-        }
+        overrides, schedule = self.settings_of(""), self.settings_of("schedule")
         if schedule:
-            overrides["schedule"] = EstDgm(**schedule)
+            phases = {k: Phase(*value) if isinstance(value, list) else value for k, value in schedule.items()}
+            overrides["schedule"] = EstDgm(**phases)
         return DGMCallback.from_preset(self.method, density=self.density, seed=self.seed, **overrides)
 
 
@@ -93,18 +103,25 @@ def train(run: Run) -> dict[str, Any]:
 
     Returns:
         ``val_loss`` and ``val_accuracy`` (NaN where a task has none) after the last step; ``flops_ratio``: training
-        FLOPs of linear and convolution layers that the masks ask for, over dense ones of as many steps;
+        FLOPs of linear and convolution layers that the masks ask for, over those of the task's own model in as many
+        dense steps;
         ``final_density`` of the masked weights; ``seconds`` of training; ``joules`` and how they are known; ``status``:
         ``"ok"`` or ``"diverged"``.
 
     """
-    task = task_named(run.task)
     torch.manual_seed(run.seed)
-    model, callback = task.model(run.lr), run.callback()
+    model, callback = run.model(), run.callback()
     monitor, clock = EnergyMonitor(), _Clock()
-    callbacks: list[Callback] = [*([callback] if callback else []), monitor, clock]
+    variants = [VARIANTS[name](**arguments) for name, arguments in run.settings_of("with").items()]
+    callbacks: list[Callback] = [*(variant for variant in variants if variant.is_first)]
+    callbacks += [callback] if callback else []
+    callbacks += [*(variant for variant in variants if not variant.is_first), monitor, clock]
     status = "ok"
-    with warnings.catch_warnings(), TemporaryDirectory() as folder:  # of the monitor's energy.json
+    with (
+        warnings.catch_warnings(),
+        TemporaryDirectory() as folder,  # of the monitor's energy.json
+        contextlib.redirect_stdout(io.StringIO()),  # the decisions of each run
+    ):
         warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", ".*does not have many workers")
         warnings.filterwarnings("ignore", ".*number of training batches.*smaller than the logging interval")
@@ -120,7 +137,7 @@ def train(run: Run) -> dict[str, Any]:
             num_sanity_val_steps=0,
         )
         try:
-            trainer.fit(model, datamodule=task.data(run.seed))
+            trainer.fit(model, datamodule=task_named(run.task).data(run.seed))
         except ValueError as error:
             if "diverged" not in str(error):
                 raise
@@ -132,12 +149,24 @@ def train(run: Run) -> dict[str, Any]:
         "status": status if math.isfinite(loss) else "diverged",
         "val_loss": loss,
         "val_accuracy": metrics.get("val/accuracy", math.nan),
-        "flops_ratio": callback.flops_ratio if callback else 1.0,
+        "flops_ratio": _flops_ratio(run, model, callback),
         "final_density": callback.density if callback else 1.0,
         "seconds": clock.seconds,
         "joules": energy.get("train_joules", math.nan),
         "energy_method": energy.get("method", ""),
     }
+
+
+def _flops_ratio(run: Run, model: LightningModule, callback: DGMCallback | None) -> float:
+    own = callback.flops_ratio if callback else 1.0
+    if isinstance(model, StudyGPT):  # every linear layer of it sees every token, so its weights tell the FLOPs
+        own += model.taught_steps / run.steps * model.teacher_density / 3.0
+        own *= _linear_weights(model) / _linear_weights(task_named(run.task).model(run.lr))
+    return own
+
+
+def _linear_weights(model: LightningModule) -> int:
+    return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
 
 
 class _Clock(Callback):

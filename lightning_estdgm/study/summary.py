@@ -61,7 +61,11 @@ class Arm:
     @property
     def flops(self) -> float:
         """Training FLOPs of linear and convolution layers over those of a dense run of the task's own length."""
-        return statistics.fmean(row["flops_ratio"] for row in self.rows) * self.length
+        return self.mean("flops_ratio") * self.length
+
+    def mean(self, column: str) -> float:
+        """Mean of a column over the seeds; NaN where a seed lacks it."""
+        return statistics.fmean(row[column] for row in self.rows)
 
     @property
     def label(self) -> str:
@@ -100,7 +104,10 @@ def distance(arm: Arm, dense: Arm) -> float:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """One table a task: every arm by its distance to the best dense one, mean and sample deviation over the seeds."""
+    """One table a task: every arm by its distance to the best dense one, mean and sample deviation over the seeds.
+
+    FLOPs, time and joules are those of the whole run over those of the best dense run.
+    """
     found = arms(rows)
     parts = []
     for task in TASKS:
@@ -111,17 +118,20 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         unit, metric = ("%", "perplexity") if task.metric == "loss" else ("points", "accuracy")
         lines = [
             f"### {task.name}: {task.what}\n",
-            f"| method | rate | seeds | {metric} | worse than dense, {unit} | FLOPs |",
-            "|---|---|---|---|---|---|",
+            f"| method | density | rate | seeds | {metric} | worse than dense, {unit} | FLOPs | time | joules |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for arm in sorted(mine, key=lambda arm: distance(arm, dense)):
             spread = f" ± {statistics.stdev(arm.scores):.4f}" if len(arm.scores) > 1 else ""
             lost = f"{len(arm.rows)}, {arm.diverged} diverged" if arm.diverged else str(len(arm.rows))
             lines.append(
-                f"| {arm.label} | {arm.lr:g} | {lost} | {statistics.fmean(arm.scores):.4f}{spread} "
-                f"| {distance(arm, dense):+.2f} | {arm.flops:.2f} |"
+                f"| {arm.label} | {arm.density:g} | {arm.lr:g} | {lost} | {statistics.fmean(arm.scores):.4f}{spread} "
+                f"| {distance(arm, dense):+.2f} | {arm.flops:.2f} | {arm.mean('seconds') / dense.mean('seconds'):.2f} "
+                f"| {arm.mean('joules') / dense.mean('joules'):.2f} |"
             )
         parts.append("\n".join(lines))
+    known = sorted({row["energy_method"] for row in rows if row["energy_method"]})
+    parts.append(f"Joules are {' or '.join(known)}; FLOPs, time and joules are of the whole run, over the best dense one.")
     return "\n\n".join(parts) + "\n"
 
 

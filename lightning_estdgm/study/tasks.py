@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_estdgm.recipes import ByteGPT, StdlibText
+from lightning_estdgm.recipes import StdlibText
 from lightning_estdgm.recipes.rates import run_steps, warmup_cosine
+from lightning_estdgm.study.variants import StudyGPT
 
 __all__ = ["TASKS", "Task", "task_named"]
 
@@ -32,7 +33,8 @@ class Task:
         metric: what decides: ``"loss"`` (validation, nats) or ``"accuracy"`` (validation, a share).
         steps: optimizer steps of a whole run.
         rates: peak learning rates that are swept.
-        model: a model with weights from the global random state, from a learning rate.
+        model: a model with weights from the global random state, from a learning rate and, for the GPTs, arguments of
+            `variants.StudyGPT`.
         data: the data, from a seed that decides the order of batches (and nothing about the split).
 
     """
@@ -42,7 +44,7 @@ class Task:
     metric: str
     steps: int
     rates: tuple[float, ...]
-    model: Callable[[float], LightningModule]
+    model: Callable[..., LightningModule]
     data: Callable[[int], LightningDataModule]
 
 
@@ -293,15 +295,19 @@ def _tabular_data(seed: int) -> LightningDataModule:
     return Arrays((x[train], y[train]), (x[val], y[val]), batch_size=32, seed=seed)
 
 
+def _gpt(lr: float, **changes: Any) -> LightningModule:
+    return StudyGPT(context=128, lr=lr, **changes)
+
+
 TASKS: tuple[Task, ...] = (
     Task(
         "gpt",
-        "byte-level GPT (width 128, 4 layers, 0.8 M masked weights) on the source of Python's standard library",
+        "byte-level GPT (width 96, 4 layers, 0.44 M masked weights) on the source of Python's standard library",
         "loss",
-        1200,
-        (2e-3, 4e-3, 8e-3, 1.6e-2),
-        lambda lr: ByteGPT(width=128, layers=4, heads=4, context=128, lr=lr),
-        lambda seed: StdlibText(context=128, batch_size=8, seed=seed),
+        1500,
+        (8e-3, 4e-3, 1.6e-2),
+        partial(_gpt, width=96, layers=4, heads=3),
+        lambda seed: StdlibText(context=128, batch_size=16, seed=seed),
     ),
     _conv_task("digits", "residual conv net on scikit-learn's digits", 400, digit_images),
     _conv_task("clutter", "residual conv net naming the brighter of two noisy digits", 800, cluttered_digits),
@@ -322,6 +328,15 @@ TASKS: tuple[Task, ...] = (
         (1e-3, 3e-3, 1e-2),
         lambda lr: Classifier(perceptron(30, 2), lr),
         _tabular_data,
+    ),
+    Task(
+        "wide",
+        "byte-level GPT of width 512 (2 layers, 6.3 M masked weights), for blocks, on the same text",
+        "loss",
+        400,
+        (1e-3, 2e-3, 4e-3),
+        partial(_gpt, width=512, layers=2, heads=8),
+        lambda seed: StdlibText(context=128, batch_size=8, seed=seed),
     ),
 )
 """All tasks of the study."""
