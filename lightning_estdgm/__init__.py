@@ -3,7 +3,8 @@
 from lightning_estdgm.callbacks.dgm import DGMCallback
 from lightning_estdgm.callbacks.energy import EnergyMonitor
 from lightning_estdgm.callbacks.requeue import RequeueBetweenSteps
-from lightning_estdgm.controller import DGMConfig, DGMController, LayerDecision
+from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.controller import DGMController, LayerDecision
 from lightning_estdgm.energy.context import EnergyMeter
 from lightning_estdgm.energy.footprint import Footprint
 from lightning_estdgm.plugins.checkpoint_io import SparseCheckpointIO, densify_checkpoint

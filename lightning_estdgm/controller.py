@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,165 +25,19 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 
 from lightning_estdgm import densities
+from lightning_estdgm.backend_choice import BackendChoice
+from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.distributed import agree, local_tensor
 from lightning_estdgm.distributed.digest import check_same_on_all_ranks, mask_digest
-from lightning_estdgm.layers import (
-    BLOCK_SIZES,
-    Candidate,
-    ForwardProbe,
-    Image,
-    Selector,
-    clean_name,
-    conv_geometry,
-    find_candidates,
-    is_channels_last,
-    restore_dense_,
-    set_observing,
-    sparsify_,
-    unit_of,
-)
+from lightning_estdgm.layers import Candidate, clean_name, find_candidates, set_observing, unit_of
 from lightning_estdgm.masked_layer import MaskedLayer
 from lightning_estdgm.masks import active_units, initial_mask
-from lightning_estdgm.ops import Backend, backends, get_backend
-from lightning_estdgm.ops.convolution import ConvGeometry, conv_refusal
-from lightning_estdgm.ops.measurements import Measurements
-from lightning_estdgm.ops.selection import BackendSelector, Case, ConvCase
-from lightning_estdgm.patterns import Pattern, draw
-from lightning_estdgm.redistribution import REDISTRIBUTIONS, Redistribution
-from lightning_estdgm.reserve import Reserve
-from lightning_estdgm.rule import Rule
-from lightning_estdgm.schedules import EstDgm, Schedule, ScheduleConfig
-from lightning_estdgm.scores import SCORES, Evidence
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.patterns import draw
+from lightning_estdgm.schedules import Schedule
 
-__all__ = ["DGMConfig", "DGMController", "LayerDecision"]
+__all__ = ["DGMController", "LayerDecision"]
 
 _STATE_VERSION = 1
-_NOMINAL_TOKENS, _NOMINAL_BATCH = 2048, 32  # for choosing a backend where no forward could be seen
-
-
-@dataclass(frozen=True)
-class DGMConfig:
-    """Everything a user can set about the method.
-
-    Attributes:
-        schedule: phases, densities and update times; see `EstDgm`.
-        block_size: side of a mask unit: 1 (single weights), 16, 32, 64, 128, or ``"auto"``: for each layer the largest
-            block that its sparse operator can use, single weights where there is none.
-        distribution: how one budget becomes layer densities: ``"erk"``, ``"uniform"``, or a function
-            ``(shapes, density) -> densities``.
-        gamma: exponent of the directional consistency in the growth score, at least 0.
-        drop_fraction: share of a layer's active units given up for new ones at an update, in [0, 1); annealed to 0 by a
-            half cosine over the run. Or a function ``(progress, density) -> share``, such as `StagedDrop`.
-        keep: score by which active units stay: a name in `scores.SCORES`, or a function of a `scores.Evidence`.
-        grow: score by which units are grown, likewise.
-        regrow: whether an update may grow back the units that it has just dropped; they then keep their weight.
-        pattern: of the active units of a layer, such as `NofM` or `FanIn`; ``None``: anywhere. It needs `regrow`.
-        redistribute: moves units between layers at updates: ``"global"``, ``"growth"``, or a function as those in
-            `redistribution.py`; ``None``: `distribution` holds throughout. It needs one `block_size` for all layers.
-        reserve: have inactive weights go on learning outside the forward; masks are then chosen among all weights by
-            `keep`, and nothing is dropped or grown. Not with "frozen", nor for sharded weights.
-        method: name of the method, for reports; empty: that of the schedule.
-        inactive: ``"zero"``: inactive weights are 0; ``"frozen"``: they keep their value and only stop being updated.
-        step_exponent: a layer at density rho takes steps ``rho**-step_exponent`` times as large; 0 turns it off.
-        scale_init: scale the initial weights of a layer by ``1/sqrt(rho)`` (not with a dense warm-up, nor "frozen").
-        include: layers to mask although they look like the output head: globs over names, or predicates.
-        exclude: layers to leave dense.
-        backend: ``"auto"`` measures and takes the faster; ``"dense"`` or a backend's name forces it for every layer
-            that has an operator.
-        seed: of the initial masks.
-
-    """
-
-    schedule: ScheduleConfig = field(default_factory=EstDgm)
-    block_size: int | Literal["auto"] = "auto"
-    distribution: str | Callable[[Sequence[Sequence[int]], float], list[float]] = "erk"
-    gamma: float = 1.0
-    drop_fraction: float | Callable[[float, float], float] = 0.3
-    keep: str | Callable[[Evidence], Tensor] = "magnitude"
-    grow: str | Callable[[Evidence], Tensor] = "consistency"
-    regrow: bool = False
-    pattern: Pattern | None = None
-    redistribute: str | Redistribution | None = None
-    reserve: Reserve | None = None
-    method: str = ""
-    inactive: Literal["zero", "frozen"] = "zero"
-    step_exponent: float = 1.0
-    scale_init: bool = True
-    include: Sequence[Selector] = ()
-    exclude: Sequence[Selector] = ()
-    backend: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.schedule, type) or not isinstance(self.schedule, ScheduleConfig):
-            raise TypeError(f"schedule must have resolve() and to_dict(), such as EstDgm(), got {self.schedule!r}")
-        if self.block_size != "auto" and (type(self.block_size) is not int or self.block_size not in (1, *BLOCK_SIZES)):
-            raise ValueError(f"block_size must be 'auto', 1 or one of {BLOCK_SIZES}, got {self.block_size!r}")
-        if not callable(self.distribution) and self.distribution not in densities.DISTRIBUTIONS:
-            known = sorted(densities.DISTRIBUTIONS)
-            raise ValueError(f"distribution must be one of {known} or a function, got {self.distribution!r}")
-        for name in ("gamma", "step_exponent"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-        if not callable(self.drop_fraction) and not 0.0 <= self.drop_fraction < 1.0:
-            raise ValueError(f"drop_fraction must lie in [0, 1), got {self.drop_fraction!r}")
-        for name in ("keep", "grow"):
-            score = getattr(self, name)
-            if not callable(score) and score not in SCORES:
-                raise ValueError(f"{name} must be one of {sorted(SCORES)} or a function, got {score!r}")
-        if self.pattern is not None and (isinstance(self.pattern, type) or not isinstance(self.pattern, Pattern)):
-            raise TypeError(f"pattern must be None or a Pattern such as NofM(4), got {self.pattern!r}")
-        if self.pattern is not None and not self.regrow:
-            raise ValueError(f"pattern={self.pattern!r} needs regrow=True: each group has to be filled up")
-        if not (self.redistribute is None or callable(self.redistribute) or self.redistribute in REDISTRIBUTIONS):
-            known = sorted(REDISTRIBUTIONS)
-            raise ValueError(f"redistribute must be None, one of {known} or a function, got {self.redistribute!r}")
-        if self.redistribute is not None and self.block_size == "auto":
-            raise ValueError(
-                f"redistribute={self.redistribute!r} needs units of one size in all layers, got block_size='auto'"
-            )
-        if self.inactive not in ("zero", "frozen"):
-            raise ValueError(f"inactive must be 'zero' or 'frozen', got {self.inactive!r}")
-        if self.reserve is not None and not isinstance(self.reserve, Reserve):
-            raise TypeError(f"reserve must be None or a Reserve, got {self.reserve!r}")
-        if self.reserve is not None and self.inactive == "frozen":
-            raise ValueError(
-                "reserve has inactive weights go on learning, and inactive='frozen' has not: leave one out"
-            )
-        for name in ("include", "exclude"):
-            selectors = getattr(self, name)
-            if isinstance(selectors, str) or not isinstance(selectors, Sequence):
-                raise TypeError(f"{name} must be a sequence of selectors, got {selectors!r}")
-            for selector in selectors:
-                if not (isinstance(selector, str) or callable(selector)):
-                    raise TypeError(f"{name} takes globs over names and predicates, got {selector!r}")
-        if type(self.seed) is not int:
-            raise TypeError(f"seed must be an int, got {self.seed!r}")
-        if self.backend not in ("auto", "dense"):
-            get_backend(self.backend)
-
-    @property
-    def rule(self) -> Rule:
-        """How mask updates choose."""
-        name = self.redistribute
-        redistribute = REDISTRIBUTIONS[name] if isinstance(name, str) else name
-        return Rule(self.keep, self.grow, self.gamma, self.regrow, self.pattern, redistribute, self.seed)
-
-    def drop_share(self, progress: float, density: float) -> float:
-        """Return the share of active units that an update gives up.
-
-        Raises:
-            ValueError: if the function given as `drop_fraction` returns none in [0, 1).
-
-        """
-        if not callable(self.drop_fraction):
-            return self.drop_fraction * 0.5 * (1.0 + math.cos(math.pi * progress))
-        share = self.drop_fraction(progress, density)
-        if not 0.0 <= share < 1.0:
-            raise ValueError(f"drop_fraction must return a share in [0, 1), got {share!r} from {self.drop_fraction!r}")
-        return share
 
 
 @dataclass(frozen=True)
@@ -266,23 +120,15 @@ class DGMController:
         self._candidates = find_candidates(model, self.config.include, self.config.exclude, everything_held)
         self._layers = [self._new_layer(c, state) for c in self._candidates if c.masked]
         self._owned = {key: [x for x in self._layers if id(x.parameter) in ids] for key, ids in held.items()}
-        forced = None if self.config.backend == "auto" else self.config.backend
-        self._selector = BackendSelector(forced, kept=Measurements())
-        self._check_forced_backend()
+        self._backends = BackendChoice(self.config, self._candidates, self._layers, group)
         self._check_rule()
         self._idle = False  # the optimizer step under way is none of training
         self._unevenly_held: dict[int, bool] = {}  # per optimizer: some rank holds no part of any parameter
         self._stepped = False
-        self._probing = True  # the next step shows what the layers compute, and backends are chosen after it
         self.recovered = ""
         self._waiting = False  # a mask update is due but nothing could be observed yet
         self._warned_nonfinite = False
-        self._positions: dict[str, int] = {}  # that each layer's weight is applied to in a forward, as probed
-        self._dtypes: dict[str, torch.dtype] = {}  # that it computes in, as probed
-        self._images: dict[str, Image] = {}  # that each convolution was given, as probed
-        self._probes = {candidate.name: ForwardProbe(candidate) for candidate in self._candidates}
         self._handles: list[Any] = []
-        self._probe_handles: list[Any] = []
         try:
             if state is not None:
                 self.load_state_dict(state)
@@ -342,9 +188,9 @@ class DGMController:
         if after < before:
             raise ValueError(f"the schedule's position must not go backwards: was {before}, got {after}")
         self._stepped = False
-        is_first, self._probing = self._probing, False
+        is_first = self._backends.probing
         if is_first:
-            self._read_probes()
+            self._backends.read_probes()
         self._count_flops()
         self.steps += 1
         self.position = after
@@ -358,18 +204,20 @@ class DGMController:
         if updated:
             self._update()
         if is_first or (updated and self._rule.moves_budgets):
-            self._settle_backends()
+            all_densities = (self._final_density(), *self.schedule.densities)
+            self._backends.settle([self._budget_densities(density) for density in all_densities])
         if updated or is_first:
-            self._choose_backends()
+            self._backends.switch()
         self._observe_or_not()
         return updated
 
     def close(self) -> None:
         """Remove every hook and swapped forward. Weights keep their values; masks stay readable. Idempotent."""
-        self._remove(self._handles)
-        self._remove(self._probe_handles)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._backends.close()
         for layer in self._layers:
-            restore_dense_(layer.candidate)
             layer.forget_snapshot()
 
     def __enter__(self) -> DGMController:
@@ -383,7 +231,7 @@ class DGMController:
     @property
     def probing(self) -> bool:
         """Whether the step under way shows what the layers compute; a compiled model has to run eagerly to show it."""
-        return self._probing
+        return self._backends.probing
 
     @property
     def phase(self) -> str:
@@ -476,10 +324,7 @@ class DGMController:
             "waiting": self._waiting,
             "stepped": self._stepped,
             "flops": dict(self.flops),
-            "positions": dict(self._positions),
-            "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in self._dtypes.items()},
-            "images": {name: asdict(image) for name, image in self._images.items()},
-            "selector": self._selector.state_dict(),
+            **self._backends.state_dict(),
             "layers": {layer.name: layer.state_dict() for layer in self._layers},
         }
 
@@ -495,16 +340,10 @@ class DGMController:
             setattr(self, name, state[name])
         self._waiting, self._stepped = state["waiting"], state["stepped"]
         self.flops = dict(state["flops"])
-        self._positions = dict(state["positions"])
-        self._dtypes = {name: getattr(torch, dtype) for name, dtype in state["dtypes"].items()}
-        self._images = {name: Image(**image) for name, image in state.get("images", {}).items()}  # newer than the rest
-        self._selector.load_state_dict(state["selector"])
+        self._backends.load_state_dict(state, probing=self.steps == 0)
         for layer in self._layers:
             layer.load_state_dict(state["layers"][layer.name])
-            self._use_backend(layer, self._resumed_backend(layer))
-        self._probing = self.steps == 0
-        if not self._probing:
-            self._remove(self._probe_handles)
+            self._backends.resume(layer)
         self._observe_or_not()
         self._check_ranks("where the run was resumed")
 
@@ -608,16 +447,6 @@ class DGMController:
             note = "; ".join(filter(None, (f"{candidate.parts} fused matrices, each with its own budget", note)))
         return MaskedLayer(candidate, block_size, note, self.config.reserve)
 
-    def _check_forced_backend(self) -> None:
-        if self.config.backend in ("auto", "dense"):
-            return
-        backend = get_backend(self.config.backend)
-        for layer in self._layers:
-            if self._is_forced(layer) and (reason := _refusal(backend, layer)):
-                raise ValueError(
-                    f"backend={backend.name!r} was asked for but cannot compute layer {layer.name!r}: {reason}"
-                )
-
     @torch.no_grad()
     def _draw_masks(self, *, largest: bool = False) -> list[int]:
         """Draw the masks of the present position, scale initial weights; see `masks.initial_mask`.
@@ -641,7 +470,7 @@ class DGMController:
                 # Where an earlier mask has left its zeros, the weights were scaled by that one.
                 if self.config.scale_init and not largest and held[-1] > layer.active:
                     layer.weight.mul_(layer.density**-0.5)
-            self._use_backend(layer, self._forced_backend(layer))
+            self._backends.begin(layer)
         self._observe_or_not()
         self._check_ranks(f"where masks were drawn, at step {self.steps}")
         return held
@@ -671,29 +500,7 @@ class DGMController:
             if self._owned[id(optimizer)]:
                 self._handles.append(optimizer.register_step_pre_hook(self._before_step))
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
-        if self._probing:
-            for candidate in self._candidates:
-                probe = self._probes[candidate.name]
-                self._probe_handles.append(candidate.module.register_forward_hook(probe))
-
-    def _read_probes(self) -> None:
-        """Take over what the first step's forwards showed."""
-        self._remove(self._probe_handles)
-        for name, probe in self._probes.items():
-            if probe.dtype is None:  # MultiheadAttention computes its out_proj without a call of it
-                probe = self._probes.get(name.rpartition(".")[0], probe)
-            if probe.dtype is not None:
-                self._positions[name], self._dtypes[name] = probe.positions, probe.dtype
-            if probe.image is not None:
-                self._images[name] = probe.image
-        seen = self._positions, self._dtypes, self._images
-        self._positions, self._dtypes, self._images = self._from_first_rank(seen)
-
-    @staticmethod
-    def _remove(handles: list[Any]) -> None:
-        for handle in handles:
-            handle.remove()
-        handles.clear()
+        self._backends.hook_up()
 
     # ------------------------------------------------------------------ around the optimizer's step
 
@@ -857,14 +664,6 @@ class DGMController:
         words |= {f"the mask of layer {layer.name!r}": mask_digest(layer.mask) for layer in whole}
         check_same_on_all_ranks(words, self._layers[0].device, when, self._group)
 
-    def _from_first_rank(self, value: Any) -> Any:
-        """Return the first rank's `value`: what depends on a machine's speed or one rank's batch must be one thing."""
-        if self._group is None:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=dist.get_global_rank(self._group, 0), group=self._group)
-        return box[0]
-
     def _budget(self, density: float) -> list[list[int]]:
         """Return the active units of each part of each layer for a density of the whole."""
         distribution = self.config.distribution
@@ -898,102 +697,11 @@ class DGMController:
         for layer in self._layers:
             set_observing(layer.candidate, self.observing or layer.held_back is not None)
 
-    # ------------------------------------------------------------------ backends
-
-    def _forced_backend(self, layer: MaskedLayer) -> str:
-        return self.config.backend if self._is_forced(layer) else "dense"
-
-    def _is_forced(self, layer: MaskedLayer) -> bool:
-        """Whether a backend that was asked for is meant for this layer: it is not where "auto" found no block."""
-        has_unit = layer.block_size > 1 or self.config.block_size != "auto"
-        return self.config.backend != "auto" and layer.has_operator and has_unit
-
-    def _has_choice(self, layer: MaskedLayer) -> bool:
-        return self._is_forced(layer) or (layer.has_operator and self.config.backend == "auto")
-
-    def _resumed_backend(self, layer: MaskedLayer) -> str:
-        """Return the backend that a checkpoint names, or dense until the next choice where it cannot run here."""
-        if self.config.backend != "auto":
-            return self._forced_backend(layer)
-        backend = backends().get(layer.backend)
-        return "dense" if backend is None or _refusal(backend, layer) else backend.name
-
-    def _settle_backends(self) -> None:
-        """Choose what computes each layer at every density of the schedule; at the first step, for the whole run.
-
-        All at once, so that a resumed run makes no choice of its own. The final density comes first: it is what the
-        user is told about, and what it shows often answers the others. Only the first rank measures.
-        """
-        if self._group is None or dist.get_rank(self._group) == 0:
-            self._choose_for_all_densities()
-        if self._group is not None:
-            self._selector.load_state_dict(self._from_first_rank(self._selector.state_dict()))
-            self._choose_for_all_densities()
-
-    def _choose_for_all_densities(self) -> None:
-        final, *others = (self._budget_densities(d) for d in (self._final_density(), *self.schedule.densities))
-        for index, layer in enumerate(self._layers):
-            if not self._has_choice(layer):
-                layer.final_backend = "dense"
-                continue
-            layer.final_backend, layer.why = self._choose(layer, final[index])
-            for densities_then in others:
-                self._choose(layer, densities_then[index])
-            self._choose(layer, layer.density)  # which the rule may have moved away from the schedule's
-
-    def _choose_backends(self) -> None:
-        for layer in self._layers:
-            if self._has_choice(layer):
-                self._use_backend(layer, self._choose(layer, layer.density)[0])
-
-    def _choose(self, layer: MaskedLayer, density: float) -> tuple[str, str]:
-        choice = self._selector.choose(self._case(layer, density))
-        return choice.backend, choice.why
-
-    def _case(self, layer: MaskedLayer, density: float) -> Case | ConvCase:
-        """Return what there is to choose a backend for: the layer as the first step has shown it."""
-        out, inner = layer.shape[:2]
-        dtype = self._dtypes.get(layer.name, layer.parameter.dtype)
-        frozen = self.config.inactive == "frozen"
-        if not layer.candidate.is_convolution:
-            tokens = self._positions.get(layer.name, _NOMINAL_TOKENS)
-            transposed = layer.candidate.kind.transposed
-            return Case(tokens, out, inner, layer.block_size, density, dtype, layer.device, frozen, transposed)
-        geometry = _geometry(layer)
-        image = self._images.get(layer.name) or self._nominal_image(layer, geometry)
-        return ConvCase(
-            image.batch,
-            image.height,
-            image.width,
-            out,
-            inner,
-            geometry,
-            layer.block_size,
-            density,
-            dtype,
-            layer.device,
-            frozen,
-            image.channels_last,
-        )
-
-    def _nominal_image(self, layer: MaskedLayer, geometry: ConvGeometry) -> Image:
-        """Return an input whose output has 196 pixels, in channels-last memory if any convolution's weight is."""
-        size = (14, 14) if len(layer.shape) == 4 else (1, 196)
-        walk = zip(size, geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, strict=True)
-        height, width = (max(1, (n - 1) * s + d * (k - 1) + 1 - 2 * p) for n, k, s, p, d in walk)
-        return Image(_NOMINAL_BATCH, height, width, any(is_channels_last(x.parameter) for x in self._layers))
-
-    def _use_backend(self, layer: MaskedLayer, backend: str) -> None:
-        layer.backend = backend
-        if layer.has_operator and (layer.block_size > 1 or backend != "dense"):
-            frozen = self.config.inactive == "frozen"
-            sparsify_(layer.candidate, layer.mask.to(layer.device), layer.block_size, backend, frozen)
-
     def _count_flops(self) -> None:
         """Add one step's FLOPs: three products a layer, each by the share of weights that takes part."""
         by_name = {layer.name: layer for layer in self._layers}
         for candidate in self._candidates:
-            positions = self._positions.get(candidate.name, 1)
+            positions = self._backends.positions.get(candidate.name, 1)
             product = 2.0 * math.prod(candidate.shape) * positions
             analytic = executed = 3.0
             layer = by_name.get(candidate.name)
@@ -1016,19 +724,3 @@ def _skipped_by_scaler(optimizer: Optimizer) -> bool:
     """Whether a fused optimizer, which a GradScaler always calls, skipped this step for infinite gradients."""
     found_inf = getattr(optimizer, "found_inf", None)
     return isinstance(found_inf, Tensor) and bool(found_inf.item())
-
-
-def _refusal(backend: Backend, layer: MaskedLayer) -> str | None:
-    """Return why a backend cannot compute a layer with its present mask, or None."""
-    topology = BlockTopology.from_mask(layer.mask, layer.block_size)
-    if not layer.candidate.is_convolution:
-        return backend.unsupported(layer.device, layer.parameter.dtype, topology)
-    return conv_refusal(backend.name, layer.device, layer.parameter.dtype, topology, _geometry(layer))
-
-
-def _geometry(layer: MaskedLayer) -> ConvGeometry:
-    """Return how a convolution that has an operator walks over its input."""
-    module: Any = layer.candidate.module
-    geometry = conv_geometry(module)
-    assert geometry is not None  # or the layer has no operator
-    return geometry

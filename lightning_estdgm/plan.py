@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_estdgm import densities
-from lightning_estdgm.controller import DGMConfig
+from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.layers import find_candidates, unit_of
 from lightning_estdgm.masked_layer import FEW
 from lightning_estdgm.masks import mask_shape, unit_size

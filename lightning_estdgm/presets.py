@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
-from lightning_estdgm.controller import DGMConfig
+from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.patterns import FanIn, NofM
 from lightning_estdgm.reserve import Reserve
 from lightning_estdgm.schedules import (

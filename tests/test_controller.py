@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_estdgm.controller import DGMConfig, DGMController
+from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.controller import DGMController
 from lightning_estdgm.ops.convolution import ConvGeometry
 from lightning_estdgm.ops.selection import BackendSelector
 from lightning_estdgm.schedules import EstDgm, Phase
@@ -786,13 +787,13 @@ def test_a_resumed_run_knows_what_its_convolutions_are_given(monkeypatch):
     copied = Residual()
     copied.load_state_dict(model.state_dict())
     with DGMController(copied, sgd(copied), IMAGES, total_steps=STEPS, state=saved(state)) as resumed:
-        resumed._choose_backends()
+        resumed._backends.switch()
     assert {(c.batch, c.height, c.width) for c in asked.cases} == seen
     # A state from before there were such operators: choices are for an image of no particular size.
     del state["images"]
     asked.cases.clear()
     with DGMController(copied, sgd(copied), IMAGES, total_steps=STEPS, state=saved(state)) as resumed:
-        resumed._choose_backends()
+        resumed._backends.switch()
         assert {c.geometry.output_size(c.height, c.width) for c in asked.cases} == {(14, 14), (1, 196)}
 
 

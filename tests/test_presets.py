@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from lightning_estdgm import DGMCallback
-from lightning_estdgm.controller import DGMConfig, DGMController
+from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.controller import DGMController
 from lightning_estdgm.patterns import NofM
 from lightning_estdgm.presets import PRESETS, preset
 

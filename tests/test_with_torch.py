@@ -10,7 +10,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_estdgm.controller import DGMConfig, DGMController
+from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.controller import DGMController
 from lightning_estdgm.layers import find_candidates, restore_dense_, set_observing, sparsify_
 from lightning_estdgm.ops import backends, masked_linear
 from lightning_estdgm.recipes.gpt import Block

@@ -173,7 +173,7 @@ def train(
     from lightning_estdgm.bench.train.profile import profile_train
     from lightning_estdgm.bench.train.report import draw_train, profile_table, train_table
     from lightning_estdgm.bench.train.run import measure_train
-    from lightning_estdgm.controller import DGMConfig
+    from lightning_estdgm.config import DGMConfig
 
     _check_output(output)
     unit = int(block_size) if block_size.isdecimal() else block_size

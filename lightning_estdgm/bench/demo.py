@@ -51,7 +51,7 @@ from lightning_estdgm.bench.demo_report import (
 from lightning_estdgm.bench.environment import environment
 from lightning_estdgm.callbacks.dgm import DGMCallback
 from lightning_estdgm.callbacks.energy import EnergyMonitor
-from lightning_estdgm.controller import DGMConfig
+from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.recipes.gpt import ByteGPT, StdlibText
 from lightning_estdgm.report import compare, read_run, write, write_json
 from lightning_estdgm.schedules import EstDgm

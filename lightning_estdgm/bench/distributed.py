@@ -18,7 +18,8 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_estdgm.bench.overhead import one_interval
-from lightning_estdgm.controller import DGMConfig, DGMController
+from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.controller import DGMController
 from lightning_estdgm.distributed.comm_hook import ActiveUnits, active_units_hook
 from lightning_estdgm.recipes.gpt import ByteGPT
 

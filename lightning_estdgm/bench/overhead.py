@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from lightning_estdgm.controller import DGMConfig, DGMController
+from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.controller import DGMController
 from lightning_estdgm.recipes.gpt import ByteGPT
 from lightning_estdgm.schedules import EstDgm, Phase
 

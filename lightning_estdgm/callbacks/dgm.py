@@ -22,7 +22,8 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_estdgm.callbacks.clock import RunClock
 from lightning_estdgm.callbacks.compression import GradientCompression
 from lightning_estdgm.callbacks.handover import Handover, Outcome
-from lightning_estdgm.controller import DGMConfig, DGMController, LayerDecision
+from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.controller import DGMController, LayerDecision
 from lightning_estdgm.distributed import adapter_for
 from lightning_estdgm.presets import preset
 from lightning_estdgm.schedules import EstDgm, Schedule

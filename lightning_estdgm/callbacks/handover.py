@@ -15,7 +15,8 @@ import torch
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 
-from lightning_estdgm.controller import DGMConfig, DGMController, LayerDecision
+from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.controller import DGMController, LayerDecision
 from lightning_estdgm.schedules import Schedule
 
 __all__ = ["Handover", "Outcome"]

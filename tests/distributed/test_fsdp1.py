@@ -17,7 +17,8 @@ from lightning.pytorch.strategies import FSDPStrategy
 from sharded import BLOCK_LAYERS, CPUFSDPStrategy
 from torch import nn
 
-from lightning_estdgm.controller import DGMConfig, DGMController
+from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.controller import DGMController
 from lightning_estdgm.distributed import adapter_for
 from lightning_estdgm.schedules import EstDgm
 

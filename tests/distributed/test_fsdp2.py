@@ -21,7 +21,8 @@ from sharded import BLOCK_LAYERS, WEIGHT_LAYERS, train
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_estdgm.controller import DGMConfig, DGMController
+from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.controller import DGMController
 from lightning_estdgm.layers import find_candidates, restore_dense_, sparsify_
 
 RANKS = 4

@@ -22,7 +22,7 @@ from lightning_estdgm.bench.train.config import NOMINAL_STEPS, SETTLE_STEPS, Tra
 from lightning_estdgm.bench.train.whole import PhaseTimes, Step, phase_times, plain_seconds, whole_run
 from lightning_estdgm.bench.train.workloads import Workload, compile_blocks
 from lightning_estdgm.callbacks.dgm import DGMCallback
-from lightning_estdgm.controller import DGMConfig
+from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.energy import SourceUnavailable, discover
 from lightning_estdgm.energy.context import EnergyMeter
 from lightning_estdgm.schedules import EstDgm, Schedule
