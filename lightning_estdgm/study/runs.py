@@ -93,7 +93,9 @@ class Run:
             return None
         overrides, schedule = self.settings_of(""), self.settings_of("schedule")
         if schedule:
-            phases = {k: Phase(*value) if isinstance(value, list) else value for k, value in schedule.items()}
+            phases: dict[str, Any] = {
+                k: Phase(*value) if isinstance(value, list) else value for k, value in schedule.items()
+            }
             overrides["schedule"] = EstDgm(**phases)
         return DGMCallback.from_preset(self.method, density=self.density, seed=self.seed, **overrides)
 

@@ -131,7 +131,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             )
         parts.append("\n".join(lines))
     known = sorted({row["energy_method"] for row in rows if row["energy_method"]})
-    parts.append(f"Joules are {' or '.join(known)}; FLOPs, time and joules are of the whole run, over the best dense one.")
+    parts.append(f"Joules are {' or '.join(known)}. FLOPs, time and joules: of the whole run, over the best dense one.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -271,7 +271,9 @@ def _conv_task(name: str, what: str, steps: int, images: Callable[[], Any]) -> T
         train, val = images()
         return Arrays(train, val, batch_size=64, seed=seed)
 
-    return Task(name, what, "accuracy", steps, (1e-3, 3e-3, 1e-2), lambda lr: Classifier(residual_net(), lr), data)
+    return Task(
+        name, what, "accuracy", steps, (1e-3, 3e-3, 1e-2, 3e-2), lambda lr: Classifier(residual_net(), lr), data
+    )
 
 
 def _graph_model(lr: float) -> LightningModule:
@@ -336,7 +338,7 @@ TASKS: tuple[Task, ...] = (
         400,
         (1e-3, 2e-3, 4e-3),
         partial(_gpt, width=512, layers=2, heads=8),
-        lambda seed: StdlibText(context=128, batch_size=8, seed=seed),
+        lambda seed: StdlibText(context=128, batch_size=4, seed=seed),
     ),
 )
 """All tasks of the study."""
