@@ -2,7 +2,11 @@
 
 import itertools
 import math
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -225,6 +229,41 @@ def test_the_command_trains_what_the_table_lacks(tmp_path):
     assert "2 of 2 runs are in" in again.output
     assert read_rows(tmp_path / "quick.csv") == rows
     assert "est-dgm" in (tmp_path / "quick.md").read_text()
+
+
+KILLED = """
+import os, signal, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from lightning_estdgm.study.runner import _prepare
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_prepare, initargs=(1,))
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600)
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_study_that_is_killed(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as study:
+        worker = int(study.stdout.readline())
+        assert _runs(worker)
+        study.wait()
+    deadline = time.monotonic() + 30
+    while _runs(worker):
+        assert time.monotonic() < deadline, f"worker {worker} outlived its study"
+        time.sleep(0.1)
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_bad_names_are_refused(tmp_path):
