@@ -59,7 +59,7 @@ class DGMConfig:
     block_size: int | Literal["auto"] = "auto"
     distribution: str | Callable[[Sequence[Sequence[int]], float], list[float]] = "erk"
     gamma: float = 1.0
-    drop_fraction: float | Callable[[float, float], float] = 0.1
+    drop_fraction: float | Callable[[float, float], float] = 0.3
     keep: str | Callable[[Evidence], Tensor] = "magnitude"
     grow: str | Callable[[Evidence], Tensor] = "consistency"
     regrow: bool = False

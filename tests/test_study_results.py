@@ -1,0 +1,40 @@
+"""The committed results of the study: what is written about them is what their tables say."""
+
+from pathlib import Path
+
+import pytest
+
+from lightning_estdgm.study.plans import BEST_RATES, plan_named
+from lightning_estdgm.study.summary import arms, markdown
+from lightning_estdgm.study.table import Table, read_rows
+from lightning_estdgm.study.tasks import task_named
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "study"
+TABLES = sorted(path.stem for path in RESULTS.glob("*.csv"))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_committed_summary_is_that_of_its_table(name):
+    assert (RESULTS / f"{name}.md").read_text() == markdown(read_rows(RESULTS / f"{name}.csv"))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_committed_table_holds_runs_of_its_plan_as_they_are_now(name):
+    runs = {run.key: run for run in plan_named(name)}
+    for row in read_rows(RESULTS / f"{name}.csv"):
+        assert row["key"] in runs
+        assert row["steps"] == runs[row["key"]].steps
+
+
+def test_the_headline_is_whole():
+    assert Table(RESULTS / "headline.csv").lacks(plan_named("headline")) == []
+
+
+@pytest.mark.parametrize("task", BEST_RATES)
+def test_best_rates_are_those_of_the_sweep(task):
+    found: dict[str, tuple[float, float]] = {}
+    for arm in arms(read_rows(RESULTS / "rates.csv")):
+        if arm.task == task:
+            found[arm.method] = min(found.get(arm.method, (float("inf"), 0.0)), (arm.loss, arm.lr))
+    assert {method: lr for method, (_, lr) in found.items()} == BEST_RATES[task]
+    assert set(BEST_RATES[task].values()) <= set(task_named(task).rates)
