@@ -10,7 +10,7 @@ from lightning_estdgm.presets import PRESETS
 from lightning_estdgm.study.runs import DENSE, Run
 from lightning_estdgm.study.tasks import TASKS, Task, task_named
 
-__all__ = ["PLANS", "SCALED", "plan_named"]
+__all__ = ["BEST_RATES", "LEAN", "PLANS", "SCALED", "plan_named"]
 
 SEEDS = (0, 1, 2)
 DENSITY = 0.1
@@ -26,10 +26,10 @@ SMALL = tuple(task for task in TASKS if task is not WIDE)
 BEST_RATES: dict[str, dict[str, float]] = {
     "gpt": {"dense": 8e-3, "est-dgm": 8e-3, "static": 8e-3, "set": 8e-3, "rigl": 4e-3},
     "digits": {"dense": 1e-2, "est-dgm": 1e-3, "static": 3e-3, "set": 3e-3, "rigl": 1e-2},
-    "clutter": {"dense": 3e-3, "est-dgm": 3e-3, "static": 1e-2, "set": 1e-2, "rigl": 1e-2},
-    "graph": {"dense": 1e-3, "est-dgm": 1e-3, "static": 3e-3, "set": 3e-3, "rigl": 1e-3},
+    "clutter": {"dense": 3e-3, "est-dgm": 1e-2, "static": 1e-2, "set": 1e-2, "rigl": 1e-2},
+    "graph": {"dense": 1e-3, "est-dgm": 1e-3, "static": 1e-3, "set": 1e-3, "rigl": 3e-4},
     "tabular": {"dense": 1e-3, "est-dgm": 3e-3, "static": 1e-2, "set": 1e-3, "rigl": 1e-2},
-    "wide": {"dense": 5e-4, "est-dgm": 1e-3},
+    "wide": {"dense": 5e-4, "est-dgm": 5e-4},
 }
 """task -> method -> the learning rate that the plan ``rates`` found best; other methods take EST-DGM's."""
 

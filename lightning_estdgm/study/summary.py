@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_estdgm.study.plans import SCALED
+from lightning_estdgm.study.plans import LEAN, SCALED
 from lightning_estdgm.study.runs import DENSE
 from lightning_estdgm.study.tasks import TASKS, task_named
 
@@ -74,9 +74,10 @@ class Arm:
         told = []
         if settings.get("block_size") == 1:
             del settings["block_size"]  # the unit of the whole study, unless another is named
-        if {k: settings.get(k) for k in SCALED} == SCALED:
-            settings = {k: v for k, v in settings.items() if k not in SCALED}
-            told.append("with scaled steps")
+        for name, bundle in (("lean", LEAN), ("with scaled steps", SCALED)):
+            if bundle.items() <= settings.items():
+                settings = {k: v for k, v in settings.items() if k not in bundle}
+                told.append(name)
         told += [f"{k.removeprefix('schedule.')}={v}" for k, v in settings.items()]
         told += [f"{self.length:g}x steps"] if self.length != 1.0 else []
         return " ".join([self.method, *told])

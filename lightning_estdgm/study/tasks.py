@@ -318,7 +318,7 @@ TASKS: tuple[Task, ...] = (
         "three graph convolutions on a generated citation-like graph of 2,700 nodes, 280 of them labelled",
         "accuracy",
         150,
-        (3e-4, 1e-3, 3e-3, 1e-2),
+        (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
         _graph_model,
         _graph_data,
     ),
