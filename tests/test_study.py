@@ -14,7 +14,7 @@ from lightning import Callback, Trainer
 from typer.testing import CliRunner
 
 from lightning_estdgm.cli import app
-from lightning_estdgm.study.plans import LEAN, PLANS, SCALED, plan_named
+from lightning_estdgm.study.plans import PLANS, SCALED, SCHEDULES, plan_named
 from lightning_estdgm.study.runs import Run, train
 from lightning_estdgm.study.summary import arms, baseline, distance, markdown, picture
 from lightning_estdgm.study.table import COLUMNS, Table, read_rows
@@ -94,7 +94,7 @@ def test_distances_are_to_the_best_dense_rate(tmp_path):
         (Run("gpt", "est-dgm", 2e-3, 1, 0.1, 2.0), math.log(3.6), math.nan),
         (Run("digits", "dense", 2e-3, 0), 1.0, 0.98),
         (Run("digits", "set", 2e-3, 0, 0.1, settings=SCALED), 1.0, 0.95),
-        (Run("digits", "est-dgm", 2e-3, 0, 0.1, 0.8, {"block_size": 1, "gamma": 2.0, **LEAN}), 1.0, 0.95),
+        (Run("digits", "est-dgm", 2e-3, 0, 0.1, 0.8, {"block_size": 1, "gamma": 2.0, **SCHEDULES["lean"]}), 1.0, 0.95),
     )
     found = arms(rows)
     dense = baseline(found, "gpt")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_estdgm.study.plans import LEAN, SCALED
+from lightning_estdgm.study.plans import SCALED, SCHEDULES
 from lightning_estdgm.study.runs import DENSE
 from lightning_estdgm.study.tasks import TASKS, task_named
 
@@ -74,7 +74,7 @@ class Arm:
         told = []
         if settings.get("block_size") == 1:
             del settings["block_size"]  # the unit of the whole study, unless another is named
-        for name, bundle in (("lean", LEAN), ("with scaled steps", SCALED)):
+        for name, bundle in (*SCHEDULES.items(), ("with scaled steps", SCALED)):
             if bundle.items() <= settings.items():
                 settings = {k: v for k, v in settings.items() if k not in bundle}
                 told.append(name)

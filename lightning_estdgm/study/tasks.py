@@ -307,7 +307,7 @@ TASKS: tuple[Task, ...] = (
         "byte-level GPT (width 96, 4 layers, 0.44 M masked weights) on the source of Python's standard library",
         "loss",
         1500,
-        (2e-3, 4e-3, 8e-3, 1.6e-2),
+        (2e-3, 4e-3, 8e-3),
         partial(_gpt, width=96, layers=4, heads=3),
         lambda seed: StdlibText(context=128, batch_size=16, seed=seed),
     ),
