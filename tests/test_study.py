@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import Callback, Trainer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from lightning_estdgm.cli import app
 from lightning_estdgm.study.plans import PLANS, SCALED, SCHEDULES, plan_named
+from lightning_estdgm.study.runner import run_study
 from lightning_estdgm.study.runs import Run, train
 from lightning_estdgm.study.summary import arms, baseline, distance, markdown, picture
 from lightning_estdgm.study.table import COLUMNS, Table, read_rows
@@ -74,6 +76,15 @@ def test_a_table_knows_its_runs_again_and_leaves_out_a_line_that_was_cut_off(tmp
     table.path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="expected a table with columns"):
         Table(table.path)
+
+
+def test_a_run_that_fails_ends_the_study_with_its_error(tmp_path):
+    bad = Run("tabular", "n:m", 1e-3, 0, 0.125, 0.02, {"block_size": 1, "m": 8})  # its first layer has 30 inputs
+    later = [Run("tabular", "dense", 1e-3, seed, length=0.02) for seed in range(8)]
+    table = Table(tmp_path / "t.csv")
+    with pytest.raises(ValueError, match="inputs that are a multiple of 8"):
+        run_study([bad, *later], table, 1, Console(quiet=True))
+    assert 0 < len(table.lacks(later)) < len(later)  # what was under way is written, what waited is not trained
 
 
 def _rows(tmp_path, *entries):

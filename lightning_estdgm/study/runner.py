@@ -50,7 +50,8 @@ def run_study(runs: Sequence[Run], table: Table, jobs: int, console: Console) ->
                 continue
             if (error := future.exception()) is not None:
                 failed = failed or error
-                pool.shutdown(wait=False, cancel_futures=True)
+                for other in waiting:
+                    other.cancel()  # as_completed would not learn of shutdown(cancel_futures=True), and wait forever
                 continue
             when = datetime.now(timezone.utc).isoformat(timespec="seconds")
             result = future.result()
