@@ -119,16 +119,15 @@ def methods() -> Iterator[Run]:
     """
     published = [method for method in PRESETS if method != "est-dgm"]
     for task in sorted(SMALL, key=lambda task: task.name == "gpt"):  # the longest last
-        both = task.name in ("digits", "graph")
+        papers: dict[str, Any] = {"step_exponent": 0.0, "scale_init": False}
+        step_sizes = ({}, papers) if task.name in ("digits", "graph") else ({},)
         for seed in SEEDS:
             yield Run(task.name, DENSE, _best_rate(task, DENSE), seed)
             yield _sparse(task, "est-dgm", seed)
-        for method, steps in itertools.product(
-            published, ({}, {"step_exponent": 0.0, "scale_init": False})[: 1 + both]
-        ):
+        for method, step_size in itertools.product(published, step_sizes):
             density, own = (0.125, _one_of_eight(task)) if method == "n:m" else (DENSITY, {})
             for seed in SEEDS:
-                yield _sparse(task, method, seed, density=density, **own, **steps)
+                yield _sparse(task, method, seed, density=density, **own, **step_size)
 
 
 def _one_of_eight(task: Task) -> dict[str, Any]:
