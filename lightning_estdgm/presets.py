@@ -63,12 +63,18 @@ def preset(name: str, density: float, **overrides: Any) -> DGMConfig:
     return replace(config, **{key: value for key, value in overrides.items() if key not in known})
 
 
-def est_dgm(density: float, *, update_every: int | None = None, observe_steps: int | None = None) -> DGMConfig:
+def est_dgm(
+    density: float, *, lean: bool = False, update_every: int | None = None, observe_steps: int | None = None
+) -> DGMConfig:
     """Return EST-DGM's settings, this package's own method: `DGMConfig`'s defaults at a density of 0.10.
 
     Consolidation goes from 3 to 2 times the final density, refinement from 1.5 times; exploration from 0.70 to 0.60, or
-    where consolidation starts if that is denser.
+    where consolidation starts if that is denser. With `lean`, phases are `EstDgm.lean`'s and the drop fraction is 0.1:
+    for blocks, and where FLOPs count more than steps.
     """
+    if lean:
+        schedule = EstDgm.lean(density, update_every=update_every, observe_steps=observe_steps)
+        return DGMConfig(schedule, drop_fraction=0.1)
 
     def times(factor: float) -> float:
         return min(1.0, round(factor * density, 12))

@@ -15,6 +15,7 @@ from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.controller import DGMController
 from lightning_estdgm.patterns import NofM
 from lightning_estdgm.presets import PRESETS, preset
+from lightning_estdgm.schedules import EstDgm
 
 STEPS, EVERY, DENSITY = 64, 4, 0.2
 WIDTHS = (12, 24, 20, 4)
@@ -521,6 +522,11 @@ def test_a_step_without_a_gradient_leaves_the_reserve_where_it_is(mlp):
 def test_est_dgm_is_the_default():
     assert preset("est-dgm", 0.1) == DGMConfig()
     assert preset("est-dgm", 0.3).schedule.resolve(100).densities[-1] == 0.3
+
+
+def test_lean_est_dgm_changes_phases_and_drop_fraction_only():
+    lean = preset("est-dgm", 0.2, lean=True, update_every=5, gamma=0.5)
+    assert lean == DGMConfig(EstDgm.lean(0.2, update_every=5), drop_fraction=0.1, gamma=0.5)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

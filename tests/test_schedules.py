@@ -200,6 +200,22 @@ def test_the_defaults_train_on_about_a_quarter_of_the_weights(total):
     assert sum(densities) / total == pytest.approx(0.25, abs=0.015)
 
 
+@given(density=st.floats(0.01, 1.0), cycles=st.integers(1, 3))
+def test_lean_phases_cost_hardly_more_than_a_constant_density(density, cycles):
+    schedule = EstDgm.lean(density, cycles=cycles).resolve(3000)
+    held = plans(schedule)
+    assert [s.phase for s in schedule.segments] == [*PHASES] * cycles
+    assert held[-1].density == density
+    assert all(density <= plan.density <= min(1.0, 1.5 * density) + 1e-9 for plan in held)
+    assert sum(plan.density for plan in held) / len(held) <= 1.05 * density
+
+
+@pytest.mark.parametrize("density", [0.0, -0.1, 1.1])
+def test_lean_phases_refuse_a_density_that_is_none(density):
+    with pytest.raises(ValueError, match=r"density must lie in \(0, 1\]"):
+        EstDgm.lean(density)
+
+
 def test_the_defaults_are_the_designs():
     schedule = EstDgm().resolve(10_000)
     assert [(s.phase, s.first, s.last) for s in schedule.segments] == [

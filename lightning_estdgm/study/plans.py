@@ -14,6 +14,7 @@ from lightning_estdgm.study.tasks import TASKS, Task, task_named
 __all__ = ["BEST_RATES", "PLANS", "SCALED", "SCHEDULES", "plan_named"]
 
 SEEDS = (0, 1, 2)
+MORE_SEEDS = (3, 4, 5, 6, 7)
 DENSITY = 0.1
 RIVALS = ("static", "set", "rigl")
 SCALED: dict[str, Any] = {"step_exponent": 1.0, "scale_init": True}
@@ -65,7 +66,7 @@ def _phases(exploration: list[float], consolidation: list[float], refinement: li
 
 
 SCHEDULES: dict[str, dict[str, Any]] = {
-    "lean": _phases([0.3, 0.25, 0.05], [0.25, 0.15, 0.25], [0.12, 0.1, 0.7]),
+    "mild": _phases([0.3, 0.25, 0.05], [0.25, 0.15, 0.25], [0.12, 0.1, 0.7]),
     "longer": _phases([0.7, 0.6, 0.25], [0.3, 0.2, 0.5], [0.15, 0.1, 0.25]),
     "shorter": _phases([0.7, 0.6, 0.05], [0.3, 0.2, 0.35], [0.15, 0.1, 0.6]),
     "lower": _phases([0.4, 0.35, 0.15], [0.3, 0.2, 0.35], [0.15, 0.1, 0.5]),
@@ -73,16 +74,19 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 """Schedules of EST-DGM other than the default, whose mean density is 0.25, by the name that tables give them.
 
-``"lean"`` has a mean density of 0.14, nearer to rivals at a constant 0.10; ``"longer"`` and ``"shorter"`` say how long
+``"mild"`` has a mean density of 0.14, between the default and `LEAN`; ``"longer"`` and ``"shorter"`` say how long
 exploration is, ``"lower"`` and ``"higher"`` its density.
 """
+
+LEAN: dict[str, Any] = {"lean": True}
+"""EST-DGM at about the FLOPs of rivals at a constant density."""
 
 
 def headline() -> Iterator[Run]:
     """Dense against EST-DGM, RigL, SET and static masks at density 0.10 by single weights, three seeds, each task.
 
-    Beside equal steps, equal FLOPs: dense in 0.3 of the steps against EST-DGM, and a leaner EST-DGM in 0.8 of the steps
-    against the rivals. On the wide GPT, EST-DGM by blocks of 64.
+    Beside equal steps, equal FLOPs: dense in 0.3 of the steps against EST-DGM, and against the rivals a lean EST-DGM
+    with random growth, which observes nothing, and a milder one in 0.8 of the steps. On the wide GPT, blocks of 64.
     """
     for seed in SEEDS:
         for task in SMALL:
@@ -91,9 +95,11 @@ def headline() -> Iterator[Run]:
             for method in RIVALS:
                 yield _sparse(task, method, seed)
             yield Run(task.name, DENSE, _best_rate(task, DENSE), seed, length=0.3)
-            yield _sparse(task, "est-dgm", seed, length=0.8, **SCHEDULES["lean"])
+            yield _sparse(task, "est-dgm", seed, grow="random", **LEAN)
+            yield _sparse(task, "est-dgm", seed, length=0.8, **SCHEDULES["mild"])
         yield Run(WIDE.name, DENSE, _best_rate(WIDE, DENSE), seed)
         yield _sparse(WIDE, "est-dgm", seed, block_size=64)
+        yield _sparse(WIDE, "est-dgm", seed, block_size=64, **LEAN)
 
 
 def rates() -> Iterator[Run]:
@@ -145,7 +151,7 @@ ABLATIONS: tuple[dict[str, Any], ...] = (
     {"drop_fraction": 0.0},
     {"drop_fraction": 0.1},
     {"drop_fraction": 0.5},
-    SCHEDULES["lean"],
+    SCHEDULES["mild"],
     SCHEDULES["longer"],
     {"schedule.cycles": 2},
     {"distribution": "uniform"},
@@ -183,9 +189,11 @@ def ablations() -> Iterator[Run]:
                 yield _sparse(task_named(task), "est-dgm", seed, length=length, **change)
 
 
+DENSE_ATTENTION: dict[str, Any] = {"exclude": ["*.query", "*.key", "*.value", "*.proj"]}
+"""The GPT's attention left dense; its feed-forward is two thirds of the weights."""
+
 WIN_BACK: tuple[tuple[float, dict[str, Any]], ...] = (
-    # dense attention
-    (DENSITY, {"exclude": ["*.query", "*.key", "*.value", "*.proj"]}),
+    (DENSITY, DENSE_ATTENTION),
     # a companion of low rank that takes 0.025 of the density
     (0.075, {"model.companion_rank": 8, "exclude": ["*.down", "*.up"]}),
     # wider and sparser: as many FLOPs, 2.25 times the weights
@@ -205,27 +213,40 @@ WIN_BACK: tuple[tuple[float, dict[str, Any]], ...] = (
     (DENSITY, {"drop_fraction": 0.1}),
     (DENSITY, {"distribution": "uniform"}),
     (DENSITY, SCHEDULES["longer"]),
+    # the lean phases, and their choices one at a time
+    (DENSITY, {**DENSE_ATTENTION, **LEAN}),
+    (DENSITY, {"grow": "random", **LEAN}),
+    (DENSITY, {"drop_fraction": 0.3, **LEAN}),
+    (DENSITY, {"drop_fraction": 0.0, **LEAN}),
 )
 """What may win back the accuracy of blocks of 64: final density, settings."""
 
 
 def blocks() -> Iterator[Run]:
-    """Density by block size on a GPT of width 512, rivals, and what may win back what blocks lose, three seeds."""
-    # the shorter dense ones are for equal joules and equal FLOPs
-    arms: list[Callable[..., Run]] = [
-        partial(Run, WIDE.name, DENSE, _best_rate(WIDE, DENSE), length=length) for length in (1.0, 0.5)
-    ]
+    """Density by block size on a GPT of width 512, rivals, and what may win back what blocks lose, three seeds.
+
+    Where EST-DGM by blocks of 64 is held against rivals and dense, eight seeds, since three did not tell them apart;
+    and three of runs three times as long.
+    """
+    dense = partial(Run, WIDE.name, DENSE, _best_rate(WIDE, DENSE))
     sparse = partial(_sparse, WIDE, "est-dgm")
-    arms += [partial(sparse, block_size=block) for block in (64, 16, 1)]
-    arms += [partial(sparse, density=density, block_size=64) for density in (0.2, 0.05)]
-    # rivals by blocks, and EST-DGM at about their FLOPs
-    arms += [partial(_sparse, WIDE, method, block_size=64) for method in RIVALS]
-    arms += [partial(sparse, block_size=64, length=0.8, **SCHEDULES["lean"])]
+    contest: list[Callable[..., Run]] = [dense, partial(sparse, block_size=64), partial(sparse, block_size=64, **LEAN)]
+    contest += [partial(_sparse, WIDE, method, block_size=64) for method in RIVALS]
+    # the shorter dense ones are for equal joules and equal FLOPs
+    arms: list[Callable[..., Run]] = [partial(dense, length=0.5), *contest]
+    arms += [partial(sparse, block_size=block) for block in (32, 16, 1)]
+    for density in (0.2, 0.05):
+        arms += [partial(sparse, density=density, block_size=block) for block in (64, 16, 1)]
+        arms += [partial(sparse, density=density, block_size=64, **LEAN)]
+    arms += [partial(sparse, block_size=64, length=0.8, **SCHEDULES["mild"])]
     arms += [partial(sparse, density=density, block_size=64, **change) for density, change in WIN_BACK]
-    arms += [partial(sparse, block_size=32)]
-    arms += [partial(sparse, density=density, block_size=block) for density in (0.2, 0.05) for block in (16, 1)]
+    long: list[Callable[..., Run]] = [*contest, partial(sparse, block_size=64, **DENSE_ATTENTION, **LEAN)]
+    arms += [partial(arm, length=3.0) for arm in long]
     for arm in arms:
         for seed in SEEDS:
+            yield arm(seed=seed)
+    for arm in contest:
+        for seed in MORE_SEEDS:
             yield arm(seed=seed)
 
 

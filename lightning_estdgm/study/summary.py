@@ -78,7 +78,7 @@ class Arm:
             if bundle.items() <= settings.items():
                 settings = {k: v for k, v in settings.items() if k not in bundle}
                 told.append(name)
-        told += [f"{k.removeprefix('schedule.')}={v}" for k, v in settings.items()]
+        told += [k if v is True else f"{k.removeprefix('schedule.')}={v}" for k, v in settings.items()]
         told += [f"{self.length:g}x steps"] if self.length != 1.0 else []
         return " ".join([self.method, *told])
 
