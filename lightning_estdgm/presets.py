@@ -30,6 +30,7 @@ from lightning_estdgm.schedules import (
     ScheduleConfig,
     StagedDrop,
 )
+from lightning_estdgm.schedules.estdgm import times
 from lightning_estdgm.scores import WeightAndGradient
 
 __all__ = ["PRESETS", "preset"]
@@ -75,14 +76,11 @@ def est_dgm(
     if lean:
         schedule = EstDgm.lean(density, update_every=update_every, observe_steps=observe_steps)
         return DGMConfig(schedule, drop_fraction=0.1)
-
-    def times(factor: float) -> float:
-        return min(1.0, round(factor * density, 12))
-
+    consolidation = times(3, density)
     schedule = EstDgm(
-        Phase(max(0.70, times(3)), max(0.60, times(3)), 0.15),
-        Phase(times(3), times(2), 0.35),
-        Phase(times(1.5), density, 0.50),
+        Phase(max(0.70, consolidation), max(0.60, consolidation), 0.15),
+        Phase(consolidation, times(2, density), 0.35),
+        Phase(times(1.5, density), density, 0.50),
         update_every=update_every,
         observe_steps=observe_steps,
     )

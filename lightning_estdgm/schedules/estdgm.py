@@ -15,6 +15,11 @@ WARMUP = "warmup"
 _FRACTION_TOLERANCE = 1e-6
 
 
+def times(factor: float, density: float) -> float:
+    """Return `factor` times `density`, 1 at most."""
+    return min(1.0, round(factor * density, 12))
+
+
 @dataclass(frozen=True)
 class Phase:
     """A stretch of training during which the density goes linearly from `start` to `end`.
@@ -126,8 +131,13 @@ class EstDgm:
             Phase(start=0.3, end=0.24, length=0.05)
 
         """
-        start, middle = (min(1.0, round(factor * density, 12)) for factor in (1.5, 1.2))
-        return cls(Phase(start, middle, 0.05), Phase(middle, density, 0.15), Phase(density, density, 0.80), **settings)
+        middle = times(1.2, density)
+        return cls(
+            Phase(times(1.5, density), middle, 0.05),
+            Phase(middle, density, 0.15),
+            Phase(density, density, 0.80),
+            **settings,
+        )
 
     def resolve(self, total_steps: int) -> Schedule:
         """Lay the phases over `total_steps` optimizer steps.
