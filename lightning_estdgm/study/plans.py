@@ -232,8 +232,10 @@ def blocks() -> Iterator[Run]:
     sparse = partial(_sparse, WIDE, "est-dgm")
     contest: list[Callable[..., Run]] = [dense, partial(sparse, block_size=64), partial(sparse, block_size=64, **LEAN)]
     contest += [partial(_sparse, WIDE, method, block_size=64) for method in RIVALS]
+    # the FLOPs of static masks and SET, which observe nothing and have no denser phases
+    equal_flops = partial(sparse, block_size=64, length=0.87, **LEAN)
     # the shorter dense ones are for equal joules and equal FLOPs
-    arms: list[Callable[..., Run]] = [partial(dense, length=0.5), *contest]
+    arms: list[Callable[..., Run]] = [partial(dense, length=0.5), *contest, equal_flops]
     arms += [partial(sparse, block_size=block) for block in (32, 16, 1)]
     for density in (0.2, 0.05):
         arms += [partial(sparse, density=density, block_size=block) for block in (64, 16, 1)]
@@ -245,7 +247,8 @@ def blocks() -> Iterator[Run]:
     for arm in arms:
         for seed in SEEDS:
             yield arm(seed=seed)
-    for arm in contest:
+    more: list[Callable[..., Run]] = [*contest, equal_flops]
+    for arm in more:
         for seed in MORE_SEEDS:
             yield arm(seed=seed)
 
