@@ -15,7 +15,7 @@ from lightning_estdgm.ops import get_backend
 from lightning_estdgm.patterns import Pattern
 from lightning_estdgm.redistribution import REDISTRIBUTIONS, Redistribution
 from lightning_estdgm.reserve import Reserve
-from lightning_estdgm.rule import Rule
+from lightning_estdgm.rule import AUTO, Rule
 from lightning_estdgm.schedules import EstDgm, ScheduleConfig
 from lightning_estdgm.scores import SCORES, Evidence
 
@@ -36,6 +36,8 @@ class DGMConfig:
         drop_fraction: share of a layer's active units given up for new ones at an update, in [0, 1); annealed to 0 by a
             half cosine over the run. Or a function ``(progress, density) -> share``, such as `StagedDrop`.
         keep: score by which active units stay: a name in `scores.SCORES`, or a function of a `scores.Evidence`.
+            ``"auto"``: single weights, and all with a `reserve`, by ``"magnitude"``, else blocks by
+            ``"weight_and_gradient"``.
         grow: score by which units are grown, likewise.
         regrow: whether an update may grow back the units that it has just dropped; they then keep their weight.
         pattern: of the active units of a layer, such as `NofM` or `FanIn`; ``None``: anywhere. It needs `regrow`.
@@ -60,7 +62,7 @@ class DGMConfig:
     distribution: str | Callable[[Sequence[Sequence[int]], float], list[float]] = "erk"
     gamma: float = 1.0
     drop_fraction: float | Callable[[float, float], float] = 0.3
-    keep: str | Callable[[Evidence], Tensor] = "magnitude"
+    keep: str | Callable[[Evidence], Tensor] = AUTO
     grow: str | Callable[[Evidence], Tensor] = "consistency"
     regrow: bool = False
     pattern: Pattern | None = None
@@ -91,8 +93,9 @@ class DGMConfig:
             raise ValueError(f"drop_fraction must lie in [0, 1), got {self.drop_fraction!r}")
         for name in ("keep", "grow"):
             score = getattr(self, name)
-            if not callable(score) and score not in SCORES:
-                raise ValueError(f"{name} must be one of {sorted(SCORES)} or a function, got {score!r}")
+            known = [AUTO, *sorted(SCORES)] if name == "keep" else sorted(SCORES)
+            if not callable(score) and score not in known:
+                raise ValueError(f"{name} must be one of {known} or a function, got {score!r}")
         if self.pattern is not None and (isinstance(self.pattern, type) or not isinstance(self.pattern, Pattern)):
             raise TypeError(f"pattern must be None or a Pattern such as NofM(4), got {self.pattern!r}")
         if self.pattern is not None and not self.regrow:
@@ -129,7 +132,8 @@ class DGMConfig:
         """How mask updates choose."""
         name = self.redistribute
         redistribute = REDISTRIBUTIONS[name] if isinstance(name, str) else name
-        return Rule(self.keep, self.grow, self.gamma, self.regrow, self.pattern, redistribute, self.seed)
+        keep = "magnitude" if self.keep == AUTO and self.reserve is not None else self.keep
+        return Rule(keep, self.grow, self.gamma, self.regrow, self.pattern, redistribute, self.seed)
 
     def drop_share(self, progress: float, density: float) -> float:
         """Return the share of active units that an update gives up.

@@ -148,7 +148,7 @@ class DGMController:
     @property
     def observing(self) -> bool:
         """Whether the gradients of the step under way are observed whole."""
-        if self.position >= self.schedule.total_steps or not self._rule.needs_gradients:
+        if self.position >= self.schedule.total_steps or not self._needs_gradients:
             return False
         return self._waiting or self.schedule(self.position).observe
 
@@ -196,7 +196,7 @@ class DGMController:
         self.position = after
         crossed = range(before + 1, min(self.position, self.schedule.total_steps - 1) + 1)
         due = self._waiting or any(self.schedule(p).update for p in crossed)
-        blind = self._rule.needs_gradients and not any(layer.observed for layer in self._layers)
+        blind = self._needs_gradients and not any(layer.observed for layer in self._layers)
         self._waiting = due and blind
         if self._waiting:
             self._refuse_nan_weights()
@@ -475,13 +475,17 @@ class DGMController:
         self._check_ranks(f"where masks were drawn, at step {self.steps}")
         return held
 
+    @property
+    def _needs_gradients(self) -> bool:
+        return any(self._rule.needs_gradients(layer.block_size) for layer in self._layers)
+
     def _check_rule(self) -> None:
         """Raise if a layer cannot be updated by the rule."""
         for layer in (layer for layer in self._layers if layer.shard.groups):
             if self.config.reserve is not None:
                 raise ValueError(f"layer {layer.name!r} is sharded over ranks, where reserve is not to be had: use DDP")
             if self.schedule.densities[1:]:
-                self._rule.check_sharded(layer.name)
+                self._rule.check_sharded(layer.name, layer.block_size)
         sizes = {layer.unit_size: layer.name for layer in self._layers}
         if self._rule.redistribute is not None and len(sizes) > 1:
             raise ValueError(

@@ -462,7 +462,7 @@ class MaskedLayer:
 
     def _share(self, drop_fraction: float, rule: Rule) -> float:
         """Return the drop fraction; 0 for a layer that took part in no observed step where it has to grow by that."""
-        return drop_fraction if self._window is not None or not rule.needs_gradients else 0.0
+        return drop_fraction if self._window is not None or not rule.needs_gradients(self.block_size) else 0.0
 
     def _kept(self, budget: Sequence[int], drop_fraction: float, rule: Rule) -> list[int]:
         """Return how many active units of each part stay."""
@@ -503,7 +503,7 @@ class MaskedLayer:
         evidence = self._seen(weight_norm, gradient_norm, rule, generator)
         # With a reserve all units are in the running: inactive ones have weights, too.
         mask = evidence.mask if self.held_back is None else torch.ones_like(evidence.mask)
-        found = (mask, rule.score(rule.keep, evidence), rule.score(rule.grow, evidence))
+        found = (mask, rule.score(rule.keep_by(self.block_size), evidence), rule.score(rule.grow, evidence))
         return [Scored(*part) for part in zip(*(x.chunk(parts) for x in found), strict=True)]
 
     def _limits(self, part: Scored, k: int, drop_fraction: float, rule: Rule) -> Budget:
@@ -585,7 +585,7 @@ def _ranked(
     """Return for sharded single weights what gives this rank's part of the kept and of the grown units."""
 
     def keeping(layer: MaskedLayer) -> Ranking:
-        return Ranking(layer.shard, lambda: layer._local_scores(rule.keep, ~layer.mask, rule), kept[layer])
+        return Ranking(layer.shard, lambda: layer._local_scores(rule.keep_by(1), ~layer.mask, rule), kept[layer])
 
     def growing(layer: MaskedLayer, budget: Sequence[int], taken: Tensor | None) -> Ranking:
         counts = [n - m for n, m in zip(budget, kept[layer], strict=True)]

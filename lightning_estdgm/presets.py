@@ -65,17 +65,32 @@ def preset(name: str, density: float, **overrides: Any) -> DGMConfig:
 
 
 def est_dgm(
-    density: float, *, lean: bool = False, update_every: int | None = None, observe_steps: int | None = None
+    density: float,
+    *,
+    lean: bool = False,
+    rising: bool = False,
+    update_every: int | None = None,
+    observe_steps: int | None = None,
 ) -> DGMConfig:
     """Return EST-DGM's settings, this package's own method: `DGMConfig`'s defaults at a density of 0.10.
 
     Consolidation goes from 3 to 2 times the final density, refinement from 1.5 times; exploration from 0.70 to 0.60, or
     where consolidation starts if that is denser. With `lean`, phases are `EstDgm.lean`'s and the drop fraction is 0.1:
-    for blocks, and where FLOPs count more than steps.
+    for blocks, where joules count more than steps. With `rising` they are `EstDgm.rising`'s, and units are grown at
+    random, dropped ones among them: for single weights, where FLOPs count more than steps.
+
+    Raises:
+        ValueError: if both are asked for.
+
     """
+    if lean and rising:
+        raise ValueError("expected lean or rising phases, got both")
     if lean:
         schedule = EstDgm.lean(density, update_every=update_every, observe_steps=observe_steps)
         return DGMConfig(schedule, drop_fraction=0.1)
+    if rising:
+        schedule = EstDgm.rising(density, update_every=update_every, observe_steps=observe_steps)
+        return DGMConfig(schedule, grow="random", regrow=True)
     consolidation = times(3, density)
     schedule = EstDgm(
         Phase(max(0.70, consolidation), max(0.60, consolidation), 0.15),
@@ -268,7 +283,8 @@ def n_of_m(
 
 
 def _published(method: str, schedule: ScheduleConfig, **settings: Any) -> DGMConfig:
-    return DGMConfig(schedule, block_size=1, method=method, step_exponent=0.0, scale_init=False, **settings)
+    own: dict[str, Any] = {"block_size": 1, "keep": "magnitude", "step_exponent": 0.0, "scale_init": False}
+    return DGMConfig(schedule, method=method, **own | settings)
 
 
 PRESETS: dict[str, Callable[..., DGMConfig]] = {

@@ -46,10 +46,13 @@ class WeightAndGradient:
 
     Attributes:
         scale: lambda, at least 0.
+        relative: take both norms over their means of the active units, so that lambda means the same whatever the
+            scale of loss and weights. What is 0 everywhere counts for nothing.
 
     """
 
     scale: float = 1.0
+    relative: bool = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.scale) and self.scale >= 0.0):
@@ -57,7 +60,16 @@ class WeightAndGradient:
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """Return the scores."""
-        return evidence.weight + self.scale * evidence.mean_norm
+        weight, gradient = evidence.weight, evidence.mean_norm
+        if self.relative:
+            weight, gradient = (_over_mean(x, evidence.mask) for x in (weight, gradient))
+        return weight + self.scale * gradient
+
+
+def _over_mean(norms: Tensor, mask: Tensor) -> Tensor:
+    """Return norms over their mean of the active units, which is taken as 1 where it is 0."""
+    mean = norms[mask].mean() if mask.any() else norms.new_zeros(())
+    return norms / torch.where(mean > 0, mean, 1.0)
 
 
 def magnitude(weight: Tensor, block_size: int) -> Tensor:
@@ -114,6 +126,7 @@ SCORES: dict[str, Callable[[Evidence], Tensor]] = {
     "gradient": lambda evidence: evidence.mean_norm,
     "momentum": lambda evidence: evidence.mean_gradient,
     "consistency": lambda evidence: growth(evidence.mean_gradient, evidence.mean_norm, evidence.gamma),
+    "weight_and_gradient": WeightAndGradient(relative=True),
     "random": _random,
 }
 """Known scores by name; `DGMConfig.keep` and `DGMConfig.grow` also take such a function itself."""

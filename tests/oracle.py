@@ -109,7 +109,10 @@ def train(
                         growth = mean_norm * torch.nan_to_num(mean_grad / mean_norm) ** gamma
                         stay = min(int(masks[i].sum()), k)
                         keep = max(stay - int(fraction * stay), k - int((~masks[i]).sum()))
-                        kept = top(norm(w).masked_fill(~masks[i], -math.inf), keep)
+                        worth = norm(w)
+                        if block > 1:  # both over their means of the active units
+                            worth = worth / worth[masks[i]].mean() + mean_norm / mean_norm[masks[i]].mean()
+                        kept = top(worth.masked_fill(~masks[i], -math.inf), keep)
                         new = kept | top(growth.masked_fill(masks[i], -math.inf), k - keep)
                         if inactive == "zero":
                             w.masked_fill_(~full(new), 0.0)

@@ -126,6 +126,42 @@ def erk_counts(density):
 # ------------------------------------------------------------------ one method after the other
 
 
+@pytest.mark.parametrize(("block_size", "keep"), [(1, "magnitude"), (16, "weight_and_gradient"), (16, "magnitude")])
+def test_est_dgm_keeps_weights_by_magnitude_and_blocks_by_gradient_too(mlp, block_size, keep):
+    schedule = EstDgm(update_every=EVERY, observe_steps=2)
+    config = DGMConfig(schedule, block_size=block_size, backend="dense", step_exponent=0.0)
+    if (block_size, keep) == (16, "magnitude"):  # as published methods do
+        config = replace(config, keep=keep)
+    updates, _, dgm = trained(mlp, config, widths=(64, 96, 64, 4))
+
+    def norms(x):
+        rows, columns = (n // block_size for n in x.shape)
+        return np.linalg.norm(x.reshape(rows, block_size, columns, block_size), axis=(1, 3))
+
+    differ = 0
+    for step, layers in updates.items():
+        for seen in layers.values():
+            weight, gradient = norms(seen.weight), np.mean([norms(g) for g in seen.gradients], 0)
+            both = weight / weight[seen.mask].mean() + gradient / max(gradient[seen.mask].mean(), 1e-30)
+            k = count(seen.new_mask)
+            stay = min(count(seen.mask), k)
+            stay -= int(cosine(0.3, step, max(updates)) * stay)
+            stay = max(stay, k - count(~seen.mask))
+            kept = best(weight if keep == "magnitude" else both, seen.mask, stay)
+            assert (kept == (seen.mask & seen.new_mask)).all()
+            differ += (best(weight, seen.mask, stay) != best(both, seen.mask, stay)).any()
+    assert dgm.updates > 8
+    assert differ > 4  # the two scores could be told apart
+
+
+def test_growth_at_random_observes_nothing_by_single_weights(mlp):
+    schedule = EstDgm(update_every=EVERY, observe_steps=2)
+    for block_size, observed in ((1, 0), (16, 2)):
+        config = DGMConfig(schedule, block_size=block_size, grow="random", backend="dense", step_exponent=0.0)
+        updates, _, _ = trained(mlp, config, widths=(64, 96, 64, 4))
+        assert {len(seen.gradients) for layers in updates.values() for seen in layers.values()} == {observed}
+
+
 def test_static_is_a_random_erk_mask_that_stays(mlp):
     updates, masks, dgm = trained(mlp, preset("static", DENSITY))
     assert not updates
@@ -527,6 +563,17 @@ def test_est_dgm_is_the_default():
 def test_lean_est_dgm_changes_phases_and_drop_fraction_only():
     lean = preset("est-dgm", 0.2, lean=True, update_every=5, gamma=0.5)
     assert lean == DGMConfig(EstDgm.lean(0.2, update_every=5), drop_fraction=0.1, gamma=0.5)
+
+
+def test_rising_est_dgm_grows_at_random():
+    rising = preset("est-dgm", 0.2, rising=True, update_every=5)
+    assert rising == DGMConfig(EstDgm.rising(0.2, update_every=5), grow="random", regrow=True)
+    with pytest.raises(ValueError, match="expected lean or rising phases, got both"):
+        preset("est-dgm", 0.2, rising=True, lean=True)
+
+
+def test_published_methods_keep_blocks_by_their_own_score():
+    assert {preset(name, 0.5, block_size=16).keep for name in ("rigl", "set", "gmp", "granet")} == {"magnitude"}
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

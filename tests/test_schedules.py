@@ -210,10 +210,21 @@ def test_lean_phases_cost_hardly_more_than_a_constant_density(density, cycles):
     assert sum(plan.density for plan in held) / len(held) <= 1.05 * density
 
 
+@given(density=st.floats(0.01, 1.0), cycles=st.integers(1, 3))
+def test_rising_phases_cost_four_fifths_of_a_constant_density(density, cycles):
+    schedule = EstDgm.rising(density, cycles=cycles).resolve(3000)
+    held = [plan.density for plan in plans(schedule)]
+    assert [s.phase for s in schedule.segments] == [*PHASES] * cycles
+    assert {round(x / density, 6) for x in held} == {0.5, 1.0}
+    assert held[0] < held[-1] == density
+    assert sum(held) / len(held) == pytest.approx(0.8 * density, rel=0.01)
+
+
+@pytest.mark.parametrize("phases", [EstDgm.lean, EstDgm.rising])
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.1])
-def test_lean_phases_refuse_a_density_that_is_none(density):
+def test_lean_and_rising_phases_refuse_a_density_that_is_none(phases, density):
     with pytest.raises(ValueError, match=r"density must lie in \(0, 1\]"):
-        EstDgm.lean(density)
+        phases(density)
 
 
 def test_the_defaults_are_the_designs():

@@ -87,5 +87,30 @@ def test_scores_by_name():
     assert torch.equal(got["random"], SCORES["random"](evidence()))
     assert not torch.equal(got["random"], SCORES["random"](evidence(1)))
     assert torch.equal(WeightAndGradient(0.25)(evidence()), weight + 0.25 * mean_norm)
+    assert torch.equal(got["weight_and_gradient"], WeightAndGradient(1.0, relative=True)(evidence()))
     with pytest.raises(ValueError, match="scale must be a finite number of at least 0, got -1"):
         WeightAndGradient(-1)
+
+
+def _evidence(weight, norm, mask):
+    return Evidence(mask, weight, norm, norm, 1.0, torch.Generator())
+
+
+@given(st.integers(0, 2**16), st.sampled_from([2.0**-30, 0.5, 2.0**20]), st.sampled_from([2.0**-30, 4.0]))
+def test_relative_weight_and_gradient_are_over_their_means_whatever_their_scale(seed, loss_scale, weight_scale):
+    generator = torch.Generator().manual_seed(seed)
+    weight, norm = (torch.rand(5, 7, generator=generator) for _ in range(2))
+    mask = torch.rand(5, 7, generator=generator) < 0.5
+    mask[0, 0] = True
+    got = WeightAndGradient(0.5, relative=True)(_evidence(weight * weight_scale, norm * loss_scale, mask))
+    w, g, m = (x.double().numpy() for x in (weight, norm, mask))
+    expected = w / (w * m).sum() * m.sum() + 0.5 * g / (g * m).sum() * m.sum()
+    torch.testing.assert_close(got, torch.tensor(expected).float(), rtol=1e-5, atol=0)
+
+
+def test_what_is_zero_everywhere_counts_for_nothing():
+    some, zero, mask = torch.tensor([1.0, 3.0, 8.0]), torch.zeros(3), torch.tensor([True, True, False])
+    score = SCORES["weight_and_gradient"]
+    assert score(_evidence(some, zero, mask)).tolist() == [0.5, 1.5, 4.0]
+    assert score(_evidence(zero, some, mask)).tolist() == [0.5, 1.5, 4.0]
+    assert score(_evidence(some, some, torch.zeros(3, dtype=torch.bool))).isfinite().all()

@@ -139,6 +139,25 @@ class EstDgm:
             **settings,
         )
 
+    @classmethod
+    def rising(cls, density: float = 0.10, **settings: Any) -> EstDgm:
+        """Return a cycle cheaper than a constant density: it explores at half of the density that it ends with.
+
+        Exploration has half of `density` for 0.40 of the run, consolidation and refinement have `density`; the mean is
+        0.8 times `density`. For single weights; docs/study.md says what it reaches at equal FLOPs.
+
+        Args:
+            density: of consolidation and refinement, in (0, 1].
+            settings: any of the other attributes.
+
+        Example:
+            >>> EstDgm.rising(0.2).exploration
+            Phase(start=0.1, end=0.1, length=0.4)
+
+        """
+        half = times(0.5, density)
+        return cls(Phase(half, half, 0.40), Phase(density, density, 0.10), Phase(density, density, 0.50), **settings)
+
     def resolve(self, total_steps: int) -> Schedule:
         """Lay the phases over `total_steps` optimizer steps.
 

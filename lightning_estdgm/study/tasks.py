@@ -336,7 +336,7 @@ TASKS: tuple[Task, ...] = (
         "byte-level GPT of width 512 (2 layers, 6.3 M masked weights), for blocks, on the same text",
         "loss",
         400,
-        (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+        (2.5e-4, 5e-4, 1e-3),
         partial(_gpt, width=512, layers=2, heads=8),
         lambda seed: StdlibText(context=128, batch_size=4, seed=seed),
     ),

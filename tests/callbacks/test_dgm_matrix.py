@@ -139,7 +139,10 @@ def test_bf16_true_by_the_compiled_operator() -> None:
     outputs: dict[str, list[float]] = {}
     for backend in ("native", "reference"):
         pl.seed_everything(0, verbose=False)
-        module, callback = MLP(optimizer="adamw"), DGMCallback(DGMConfig(block_size=16, backend=backend))
+        module, callback = (
+            MLP(optimizer="adamw"),
+            DGMCallback(DGMConfig(block_size=16, keep="magnitude", backend=backend)),
+        )
         kept = outputs[backend] = []
         watch = module.register_forward_hook(lambda _, x, y, kept=kept: kept.append(y.float().norm().item()))
         trainer = make_trainer(callback, max_epochs=2, precision="bf16-true", accumulate_grad_batches=2)

@@ -137,7 +137,8 @@ def test_recovered_masks_are_the_largest_units_of_the_whole_weights(
             block = weight.shape[0] // mask.shape[0]
             assert block == (1 if "single" in kind else 16)
             norms = weight.unflatten(1, (-1, block)).unflatten(0, (-1, block)).square().sum((1, 3))
-            assert norms[mask].min() > norms[~mask].max()
+            assert norms[mask].min() >= norms[~mask].max()  # units just grown are zeros, too
+            assert norms[mask].max() > norms[~mask].max()
             kept = mask.repeat_interleave(block, 0).repeat_interleave(block, 1)
             assert torch.equal(found["weights"][f"{name}.weight"], weight.where(kept, 0.0))
             moment = found["moments"][f"{name}.weight"]
