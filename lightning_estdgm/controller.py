@@ -17,6 +17,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -475,7 +476,7 @@ class DGMController:
         self._check_ranks(f"where masks were drawn, at step {self.steps}")
         return held
 
-    @property
+    @cached_property
     def _needs_gradients(self) -> bool:
         return any(self._rule.needs_gradients(layer.block_size) for layer in self._layers)
 

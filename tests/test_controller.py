@@ -166,6 +166,7 @@ def test_close_takes_every_hook_and_class_away(mlp, config, steps):
     model = mlp(32, 128, 64, 4)
     optimizer = adamw(model)
     before = traces(model, optimizer)
+    config = dataclasses.replace(config, keep="magnitude")  # by gradients, the first layer's inactive blocks are dead
     dgm = DGMController(model, optimizer, config, total_steps=STEPS)
     assert traces(model, optimizer) != before
     run(model, optimizer, dgm, last=steps)
@@ -179,8 +180,7 @@ def test_close_takes_every_hook_and_class_away(mlp, config, steps):
     # The optimizer is its own again: inactive weights move.
     loss_of(model, batch(0, 32)).backward()
     optimizer.step()
-    moved = [torch.count_nonzero(model[int(name)].weight[~mask]) for name, mask in full_masks(dgm).items()]
-    assert max(moved) > 0
+    assert torch.count_nonzero(model[0].weight[~full_masks(dgm)["0"]]) > 0
 
 
 def test_an_exception_leaves_nothing_behind(mlp):

@@ -256,10 +256,9 @@ def blocks() -> Iterator[Run]:
     long_equal_flops = partial(sparse, block_size=64, length=2.45, **LEAN)
     # the shorter dense ones are for equal joules and equal FLOPs
     arms: list[Callable[..., Run]] = [partial(dense, length=0.5), *contest, *by_magnitude, equal_flops]
-    arms += [
-        partial(sparse, block_size=64, **DENSE_ATTENTION),
-        partial(sparse, block_size=64, **DENSE_ATTENTION, **LEAN),
-    ]
+    feed_forward = partial(sparse, block_size=64, **DENSE_ATTENTION)
+    lean_feed_forward = partial(feed_forward, **LEAN)
+    arms += [feed_forward, lean_feed_forward]
     arms += [partial(sparse, block_size=block) for block in (32, 16, 1)]
     for density in (0.2, 0.05):
         arms += [partial(sparse, density=density, block_size=block) for block in (64, 16, 1)]
@@ -269,8 +268,8 @@ def blocks() -> Iterator[Run]:
     long: list[Callable[..., Run]] = [
         *contest,
         *by_magnitude,
-        partial(sparse, block_size=64, **DENSE_ATTENTION, **LEAN),
-        partial(sparse, block_size=64, **DENSE_ATTENTION, **LEAN, **MAGNITUDE),
+        lean_feed_forward,
+        partial(lean_feed_forward, **MAGNITUDE),
     ]
     arms += [partial(arm, length=3.0) for arm in long] + [long_equal_flops]
     for arm in arms:
