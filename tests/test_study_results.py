@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_estdgm.study.plans import BEST_RATES, plan_named
+from lightning_estdgm.study.plans import BEST_RATES, BRIEF, plan_named
 from lightning_estdgm.study.summary import arms, markdown
 from lightning_estdgm.study.table import Table, read_rows
 from lightning_estdgm.study.tasks import task_named
@@ -39,3 +39,13 @@ def test_best_rates_are_those_of_the_sweep(task):
             found[arm.method] = min(found.get(arm.method, (float("inf"), 0.0)), (arm.loss, arm.lr))
     assert {method: lr for method, (_, lr) in found.items()} == BEST_RATES[task]
     assert set(BEST_RATES[task].values()) <= set(task_named(task).rates)
+
+
+@pytest.mark.parametrize("task", sorted(BRIEF))
+def test_brief_runs_ask_for_hardly_more_flops_than_static_masks(task):
+    rows = [row for row in read_rows(RESULTS / "headline.csv") if row["task"] == task]
+    brief = [row for row in rows if row["length"] == BRIEF[task] and '"keep"' in row["settings"]]
+    static = [row for row in rows if row["method"] == "static"]
+    assert len(brief) == len(static) == 3
+    cost = [sum(row["flops_ratio"] * row["length"] for row in some) for some in (brief, static)]
+    assert cost[0] <= 1.04 * cost[1]
