@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from sybil import Sybil
@@ -9,6 +10,11 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 # No test depends on what this machine has measured before, or adds to it; also in the processes that tests start.
 os.environ["ESTDGM_CHOICES"] = "off"
+# The processes that tests start find this package and the tests' helpers where this process does.
+_PATHS = [str(Path(__file__).parent), str(Path(__file__).parent / "tests")]
+os.environ["PYTHONPATH"] = os.pathsep.join([*_PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+pytest_plugins = ["helpers.vendor_libraries"]
 
 
 def _enter_folder(namespace: dict[str, Any]) -> None:

@@ -4,12 +4,12 @@ from lightning_estdgm.callbacks.dgm import DGMCallback
 from lightning_estdgm.callbacks.energy import EnergyMonitor
 from lightning_estdgm.callbacks.requeue import RequeueBetweenSteps
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.controller import DGMController, LayerDecision
-from lightning_estdgm.energy.context import EnergyMeter
+from lightning_estdgm.energy.energy_meter import EnergyMeter
 from lightning_estdgm.energy.footprint import Footprint
+from lightning_estdgm.engine.controller import DGMController, LayerDecision
+from lightning_estdgm.method.schedules import EstDgm, Phase
 from lightning_estdgm.plugins.checkpoint_io import SparseCheckpointIO, densify_checkpoint
 from lightning_estdgm.presets import preset
-from lightning_estdgm.schedules import EstDgm, Phase
 
 __version__ = "0.1.0"
 __all__ = [

@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from lightning_estdgm.bench.commands import app as bench_commands
+from lightning_estdgm.tools.bench.commands import app as bench_commands
 
 app = typer.Typer(
     name="estdgm",
@@ -88,9 +88,9 @@ def demo(
 ) -> None:
     """Train a small GPT dense and by EST-DGM on the same batches, and show what each cost."""
     # Imported here: --help and --version should not wait for torch.
-    from lightning_estdgm.bench.demo import DemoConfig, run_demo, run_sweep
-    from lightning_estdgm.bench.demo_report import DENSE, DGM
-    from lightning_estdgm.bench.environment import command_line
+    from lightning_estdgm.tools.bench.environment import command_line
+    from lightning_estdgm.tools.demo.report import DENSE, DGM
+    from lightning_estdgm.tools.demo.run import DemoConfig, run_demo, run_sweep
 
     given: dict[str, Any] = {
         "steps": steps, "seeds": seeds, "out": out, "text": text, "batch_size": batch_size, "context": context,
@@ -136,7 +136,7 @@ def train(context: typer.Context) -> None:
     if recipe in ("--help", "-h"):
         typer.echo(context.get_help())
         return
-    from lightning_estdgm.recipes.train import RECIPES, prepare
+    from lightning_estdgm.tools.train import RECIPES, prepare
 
     if recipe not in RECIPES:
         raise typer.BadParameter(f"got {recipe!r}, expected first one of {', '.join(RECIPES)}", param_hint="recipe")
@@ -165,11 +165,11 @@ def study(
     ] = False,
 ) -> None:
     """Train the methods side by side on small tasks that need no download; go on where an earlier call stopped."""
-    from lightning_estdgm.study.plans import plan_named
-    from lightning_estdgm.study.runner import run_study
-    from lightning_estdgm.study.summary import markdown, picture
-    from lightning_estdgm.study.table import Table, read_rows
-    from lightning_estdgm.study.tasks import task_named
+    from lightning_estdgm.tools.study.plans import plan_named
+    from lightning_estdgm.tools.study.runner import run_study
+    from lightning_estdgm.tools.study.summary import markdown, picture
+    from lightning_estdgm.tools.study.table import Table, read_rows
+    from lightning_estdgm.tools.study.tasks import task_named
 
     console = Console()
     try:
@@ -215,7 +215,7 @@ def report(
     ] = None,
 ) -> None:
     """Compare finished runs of one model: joules to the same target and at the same budget, and what they rest on."""
-    from lightning_estdgm.report import FORMATS, compare, document, markdown, read_run, write
+    from lightning_estdgm.tools.report import FORMATS, compare, document, markdown, read_run, write
 
     for path in out or ():
         if path.suffix not in FORMATS or path.is_dir():
@@ -262,7 +262,7 @@ def doctor(
     """
     from json import dumps
 
-    from lightning_estdgm.doctor import diagnose, show
+    from lightning_estdgm.tools.doctor import diagnose, show
 
     result = diagnose(remeasure=remeasure)
     if json:
@@ -331,10 +331,10 @@ def plan(
     ] = False,
 ) -> None:
     """Calculate what each GPU would hold and send, and list the layers that would be masked; nothing is trained."""
-    from lightning_estdgm.bench.environment import command_line
-    from lightning_estdgm.plan import STRATEGIES, Setup, gpt, load_model, plan_tables, scaling_tables
-    from lightning_estdgm.plan import plan as make_plan
-    from lightning_estdgm.report import write_json
+    from lightning_estdgm.tools.bench.environment import command_line
+    from lightning_estdgm.tools.planner.plan import STRATEGIES, Setup, gpt, load_model, plan_tables, scaling_tables
+    from lightning_estdgm.tools.planner.plan import plan as make_plan
+    from lightning_estdgm.tools.report import write_json
 
     if scaling:
         typer.echo(scaling_tables())

@@ -9,15 +9,15 @@ from typing import Literal
 
 from torch import Tensor
 
-from lightning_estdgm import densities
-from lightning_estdgm.layers import BLOCK_SIZES, Selector
-from lightning_estdgm.ops import get_backend
-from lightning_estdgm.patterns import Pattern
-from lightning_estdgm.redistribution import REDISTRIBUTIONS, Redistribution
-from lightning_estdgm.reserve import Reserve
-from lightning_estdgm.rule import AUTO, Rule
-from lightning_estdgm.schedules import EstDgm, ScheduleConfig
-from lightning_estdgm.scores import SCORES, Evidence
+from lightning_estdgm.method import distributions as densities
+from lightning_estdgm.method.backward_set import Reserve
+from lightning_estdgm.method.patterns import Pattern
+from lightning_estdgm.method.redistribution import REDISTRIBUTIONS, Redistribution
+from lightning_estdgm.method.schedules import EstDgm, ScheduleConfig
+from lightning_estdgm.method.scores import SCORES, Evidence
+from lightning_estdgm.method.update_rule import AUTO, Rule
+from lightning_estdgm.modules.candidates import BLOCK_SIZES, Selector
+from lightning_estdgm.sparse.backends.protocol import get_backend
 
 __all__ = ["DGMConfig"]
 

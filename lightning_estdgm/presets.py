@@ -18,9 +18,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.patterns import FanIn, NofM
-from lightning_estdgm.reserve import Reserve
-from lightning_estdgm.schedules import (
+from lightning_estdgm.method.backward_set import Reserve
+from lightning_estdgm.method.patterns import FanIn, NofM
+from lightning_estdgm.method.schedules import (
     AlternatingDensity,
     ConstantDensity,
     CubicDensity,
@@ -30,8 +30,8 @@ from lightning_estdgm.schedules import (
     ScheduleConfig,
     StagedDrop,
 )
-from lightning_estdgm.schedules.estdgm import times
-from lightning_estdgm.scores import WeightAndGradient
+from lightning_estdgm.method.schedules.estdgm import times
+from lightning_estdgm.method.scores import WeightAndGradient
 
 __all__ = ["PRESETS", "preset"]
 

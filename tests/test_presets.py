@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from lightning_estdgm import DGMCallback
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.controller import DGMController
-from lightning_estdgm.patterns import NofM
+from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.method.patterns import NofM
+from lightning_estdgm.method.schedules import EstDgm
 from lightning_estdgm.presets import PRESETS, preset
-from lightning_estdgm.schedules import EstDgm
 
 STEPS, EVERY, DENSITY = 64, 4, 0.2
 WIDTHS = (12, 24, 20, 4)

@@ -19,14 +19,14 @@ from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostL
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_estdgm.callbacks.clock import RunClock
-from lightning_estdgm.callbacks.compression import GradientCompression
-from lightning_estdgm.callbacks.handover import Handover, Outcome
+from lightning_estdgm.callbacks._internal.gradient_compression import GradientCompression
+from lightning_estdgm.callbacks._internal.schedule_clock import RunClock
+from lightning_estdgm.callbacks._internal.spawned_result import Handover, Outcome
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.controller import DGMController, LayerDecision
-from lightning_estdgm.distributed import adapter_for
+from lightning_estdgm.distributed.adapters.protocol import adapter_for
+from lightning_estdgm.engine.controller import DGMController, LayerDecision
+from lightning_estdgm.method.schedules import EstDgm, Schedule
 from lightning_estdgm.presets import preset
-from lightning_estdgm.schedules import EstDgm, Schedule
 
 __all__ = ["DGMCallback", "decision_table"]
 

@@ -19,14 +19,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor
 
-from lightning_estdgm.callbacks.run_file import describe_model, describe_run, run_folder, write_run_file
-from lightning_estdgm.energy import DeviceId, DeviceInfo, EnergySource, hostname, own_gpus, resolve, torch_ids
 from lightning_estdgm.energy.accumulator import Totals
-from lightning_estdgm.energy.claims import Opened, claim, gpu_names
+from lightning_estdgm.energy.device_assignment import Opened, claim, gpu_names
 from lightning_estdgm.energy.export import Measurement, check_prometheus, measurements, write_prometheus
 from lightning_estdgm.energy.footprint import Footprint
 from lightning_estdgm.energy.ledger import Ledger
-from lightning_estdgm.energy.meter import Absent, Meter, Watts, check_interval
+from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, hostname, own_gpus, torch_ids
+from lightning_estdgm.energy.run_file import describe_model, describe_run, run_folder, write_run_file
+from lightning_estdgm.energy.sampler import Absent, Meter, Watts, check_interval
+from lightning_estdgm.energy.sources.protocol import EnergySource, resolve
 from lightning_estdgm.energy.summary import TRAIN, VAL, announcement, metrics, summary
 
 __all__ = ["EnergyMonitor"]

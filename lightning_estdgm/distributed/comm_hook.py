@@ -20,8 +20,8 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-from lightning_estdgm.distributed import Shard
-from lightning_estdgm.masks import unit_view
+from lightning_estdgm.distributed.shard import Shard
+from lightning_estdgm.method.masks import unit_view
 
 __all__ = ["WIRE_DTYPES", "ActiveUnits", "MaskedWeight", "active_units_hook"]
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_estdgm.distributed import Shard, all_reduce
+from lightning_estdgm.distributed.collectives import all_reduce
+from lightning_estdgm.distributed.shard import Shard
 
 __all__ = ["Ranking", "top_k"]
 

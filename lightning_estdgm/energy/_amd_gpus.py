@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from lightning_estdgm.energy import (
+from lightning_estdgm.energy._counter_check import MOST_W, STILL_NS, CounterCheck
+from lightning_estdgm.energy._sysfs import read_text
+from lightning_estdgm.energy.reading import (
     DeviceId,
     DeviceInfo,
     Kind,
@@ -29,8 +31,6 @@ from lightning_estdgm.energy import (
     own_gpus,
     torch_ids,
 )
-from lightning_estdgm.energy.counters import MOST_W, STILL_NS, CounterCheck
-from lightning_estdgm.energy.sysfs import read_text
 
 __all__ = [
     "AmdGpus",

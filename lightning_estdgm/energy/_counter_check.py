@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from lightning_estdgm.energy import Status
+from lightning_estdgm.energy.reading import Status
 
 __all__ = ["CounterCheck"]
 

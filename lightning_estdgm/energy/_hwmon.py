@@ -10,8 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lightning_estdgm.energy import DeviceId, DeviceInfo, Kind, Reading, Scope, SourceUnavailable, Status, hostname
-from lightning_estdgm.energy.sysfs import read_number, read_text
+from lightning_estdgm.energy._sysfs import read_number, read_text
+from lightning_estdgm.energy.reading import (
+    DeviceId,
+    DeviceInfo,
+    Kind,
+    Reading,
+    Scope,
+    SourceUnavailable,
+    Status,
+    hostname,
+)
 
 __all__ = ["DRM", "Card", "HwmonSensors", "Sensor", "cards"]
 

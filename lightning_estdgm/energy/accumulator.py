@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from lightning_estdgm.energy import DeviceId, Method, Reading, Status
+from lightning_estdgm.energy.reading import DeviceId, Method, Reading, Status
 
 __all__ = ["Accumulator", "Cell", "Totals"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lightning_estdgm.energy import DeviceId, DeviceInfo, Method, Scope
+from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, Method, Scope
 
 __all__ = ["Opened", "claim", "gpu_names"]
 

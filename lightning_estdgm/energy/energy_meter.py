@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lightning_estdgm.energy import EnergySource, resolve
 from lightning_estdgm.energy.accumulator import Totals
-from lightning_estdgm.energy.meter import Meter, check_interval
+from lightning_estdgm.energy.sampler import Meter, check_interval
+from lightning_estdgm.energy.sources.protocol import EnergySource, resolve
 from lightning_estdgm.energy.summary import joules_and_sources
 
 __all__ = ["EnergyMeter"]

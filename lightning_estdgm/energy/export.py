@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning_estdgm.energy import DeviceId, DeviceInfo, Kind
 from lightning_estdgm.energy.accumulator import Totals
-from lightning_estdgm.energy.claims import Opened
+from lightning_estdgm.energy.device_assignment import Opened
+from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, Kind
 
 __all__ = ["Measurement", "check_prometheus", "measurements", "write_prometheus"]
 

@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from lightning_estdgm.energy import DeviceId, DeviceInfo, EnergySource, Reading, SourceUnavailable, Status
 from lightning_estdgm.energy.accumulator import Accumulator
-from lightning_estdgm.energy.claims import Opened
-from lightning_estdgm.energy.meter import Absent, Meter
+from lightning_estdgm.energy.device_assignment import Opened
+from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, Reading, SourceUnavailable, Status
+from lightning_estdgm.energy.sampler import Absent, Meter
+from lightning_estdgm.energy.sources.protocol import EnergySource
 
 __all__ = ["DeviceProbe", "Probe", "probe"]
 

@@ -18,8 +18,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_estdgm.energy import hostname
-from lightning_estdgm.layers import clean_name
+from lightning_estdgm.energy.reading import hostname
+from lightning_estdgm.modules.candidates import clean_name
 
 __all__ = ["FILE_NAME", "describe_model", "describe_run", "run_folder", "write_run_file"]
 

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from lightning_estdgm.energy import DeviceId, DeviceInfo, EnergySource, Reading, SourceUnavailable, Status
 from lightning_estdgm.energy.accumulator import Accumulator, Totals
-from lightning_estdgm.energy.claims import Opened
+from lightning_estdgm.energy.device_assignment import Opened
+from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, Reading, SourceUnavailable, Status
+from lightning_estdgm.energy.sources.protocol import EnergySource
 
 __all__ = ["Absent", "Meter", "Opened", "Watts", "check_interval"]
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lightning_estdgm.energy import KINDS, DeviceId, DeviceInfo
 from lightning_estdgm.energy.accumulator import Totals
-from lightning_estdgm.energy.claims import Opened
+from lightning_estdgm.energy.device_assignment import Opened
 from lightning_estdgm.energy.footprint import Footprint
-from lightning_estdgm.energy.meter import Absent
+from lightning_estdgm.energy.reading import KINDS, DeviceId, DeviceInfo
+from lightning_estdgm.energy.sampler import Absent
 
 __all__ = ["TRAIN", "VAL", "announcement", "joules_and_sources", "metrics", "summary"]
 

@@ -25,16 +25,16 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
-from lightning_estdgm import densities
-from lightning_estdgm.backend_choice import BackendChoice
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.distributed import agree, local_tensor
-from lightning_estdgm.distributed.digest import check_same_on_all_ranks, mask_digest
-from lightning_estdgm.layers import Candidate, clean_name, find_candidates, set_observing, unit_of
-from lightning_estdgm.masked_layer import MaskedLayer
-from lightning_estdgm.masks import active_units, initial_mask
-from lightning_estdgm.patterns import draw
-from lightning_estdgm.schedules import Schedule
+from lightning_estdgm.distributed.collectives import agree, local_tensor
+from lightning_estdgm.distributed.mask_check import check_same_on_all_ranks, mask_digest
+from lightning_estdgm.engine.dispatch import BackendChoice
+from lightning_estdgm.engine.masked_weight import MaskedLayer
+from lightning_estdgm.method import distributions as densities
+from lightning_estdgm.method.masks import active_units, initial_mask
+from lightning_estdgm.method.patterns import draw
+from lightning_estdgm.method.schedules import Schedule
+from lightning_estdgm.modules.candidates import Candidate, clean_name, find_candidates, set_observing, unit_of
 
 __all__ = ["DGMController", "LayerDecision"]
 

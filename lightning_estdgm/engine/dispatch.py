@@ -13,7 +13,8 @@ import torch
 from torch import distributed as dist
 
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.layers import (
+from lightning_estdgm.engine.masked_weight import MaskedLayer
+from lightning_estdgm.modules.candidates import (
     Candidate,
     ForwardProbe,
     Image,
@@ -22,12 +23,11 @@ from lightning_estdgm.layers import (
     restore_dense_,
     sparsify_,
 )
-from lightning_estdgm.masked_layer import MaskedLayer
-from lightning_estdgm.ops import Backend, backends, get_backend
-from lightning_estdgm.ops.convolution import ConvGeometry, conv_refusal
-from lightning_estdgm.ops.measurements import Measurements
-from lightning_estdgm.ops.selection import BackendSelector, Case, ConvCase
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.sparse.autotune.choice import BackendSelector, Case, ConvCase
+from lightning_estdgm.sparse.autotune.timing_cache import Measurements
+from lightning_estdgm.sparse.backends.protocol import Backend, backends, get_backend
+from lightning_estdgm.sparse.conv import ConvGeometry, conv_refusal
+from lightning_estdgm.sparse.topology import BlockTopology
 
 __all__ = ["BackendChoice"]
 

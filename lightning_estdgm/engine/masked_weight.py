@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
-from lightning_estdgm import scores
-from lightning_estdgm.distributed import Shard, agree, all_reduce, gather
-from lightning_estdgm.distributed.selection import Ranking, top_k
-from lightning_estdgm.layers import Candidate
-from lightning_estdgm.masks import (
+from lightning_estdgm.distributed.collectives import agree, all_reduce, gather
+from lightning_estdgm.distributed.shard import Shard
+from lightning_estdgm.distributed.top_k import Ranking, top_k
+from lightning_estdgm.engine.block_slices import ActiveRuns
+from lightning_estdgm.method import scores
+from lightning_estdgm.method.backward_set import HeldBack, Reserve
+from lightning_estdgm.method.masks import (
     active_units,
     exchange,
     keep_active_,
@@ -33,12 +35,11 @@ from lightning_estdgm.masks import (
     unit_size,
     unpack_bits,
 )
-from lightning_estdgm.patterns import exchange_in_groups, fitted
-from lightning_estdgm.redistribution import Budget, Scored
-from lightning_estdgm.reserve import HeldBack, Reserve
-from lightning_estdgm.rule import Rule
-from lightning_estdgm.runs import ActiveRuns
-from lightning_estdgm.scores import Evidence
+from lightning_estdgm.method.patterns import exchange_in_groups, fitted
+from lightning_estdgm.method.redistribution import Budget, Scored
+from lightning_estdgm.method.scores import Evidence
+from lightning_estdgm.method.update_rule import Rule
+from lightning_estdgm.modules.candidates import Candidate
 
 __all__ = ["FEW", "MaskedLayer"]
 

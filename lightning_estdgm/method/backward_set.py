@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_estdgm.masks import masked_select_units, pack_bits, pool_norm, top_k, unpack_bits
+from lightning_estdgm.method.masks import masked_select_units, pack_bits, pool_norm, top_k, unpack_bits
 
 __all__ = ["HeldBack", "Reserve"]
 

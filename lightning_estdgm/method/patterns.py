@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lightning_estdgm.masks import top_k, top_k_in_groups
+from lightning_estdgm.method.masks import top_k, top_k_in_groups
 
 __all__ = ["FanIn", "NofM", "Pattern", "draw", "exchange_in_groups", "fitted"]
 

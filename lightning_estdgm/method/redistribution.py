@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_estdgm.masks import active_units, kept_units, top_k
+from lightning_estdgm.method.masks import active_units, kept_units, top_k
 
 __all__ = ["REDISTRIBUTIONS", "Budget", "Scored", "by_growth", "globally"]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_estdgm.masks import pool_norm
+from lightning_estdgm.method.masks import pool_norm
 
 __all__ = ["SCORES", "WITHOUT_GRADIENTS", "Evidence", "WeightAndGradient", "consistency", "growth", "magnitude"]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_estdgm.patterns import Pattern
-from lightning_estdgm.redistribution import Redistribution
-from lightning_estdgm.scores import SCORES, WITHOUT_GRADIENTS, Evidence
+from lightning_estdgm.method.patterns import Pattern
+from lightning_estdgm.method.redistribution import Redistribution
+from lightning_estdgm.method.scores import SCORES, WITHOUT_GRADIENTS, Evidence
 
 __all__ = ["AUTO", "Rule"]
 

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_estdgm.distributed import Shard, Whole, shard_of
-from lightning_estdgm.ops import masked_linear
-from lightning_estdgm.ops.convolution import ConvGeometry, masked_conv2d
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.distributed.adapters.protocol import shard_of
+from lightning_estdgm.distributed.adapters.whole import Whole
+from lightning_estdgm.distributed.shard import Shard
+from lightning_estdgm.sparse.conv import ConvGeometry, masked_conv2d
+from lightning_estdgm.sparse.linear import masked_linear
+from lightning_estdgm.sparse.topology import BlockTopology
 
 __all__ = [
     "BLOCK_SIZES",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_estdgm.masks import active_units, keep_active_, mask_shape, pack_bits, unit_size, unpack_bits
+from lightning_estdgm.method.masks import active_units, keep_active_, mask_shape, pack_bits, unit_size, unpack_bits
 
 __all__ = ["pack", "unpack"]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_estdgm.ops import Backend, get_backend
-from lightning_estdgm.ops.operands import TOPOLOGY_SCHEMA, as_given, prepared, topology_of
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.sparse.backends.protocol import Backend, get_backend
+from lightning_estdgm.sparse.operands import TOPOLOGY_SCHEMA, as_given, prepared, topology_of
+from lightning_estdgm.sparse.topology import BlockTopology
 
 __all__ = ["ConvBackend", "ConvGeometry", "conv_refusal", "library_gradient", "masked_conv2d"]
 
@@ -403,7 +403,7 @@ def masked_conv2d(
         bias: ``[out]`` or None.
         topology: which blocks are active; ``topology.shape`` must be ``(out, in)``.
         geometry: kernel size, stride, padding, dilation.
-        backend: name of the backend, see :func:`lightning_estdgm.ops.backends`. It is used or refused, never replaced:
+        backend: name of the backend, see `protocol.backends`. It is used or refused, never replaced:
             :func:`conv_refusal` says which.
         dense_grad: the weight's gradient without the mask, to observe that of inactive blocks.
         frozen: inactive weights keep acting: ``Y`` and ``dX`` are dense, and only ``dW`` is masked.

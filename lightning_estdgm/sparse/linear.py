@@ -1,115 +1,19 @@
-"""Products of a linear layer on the active blocks of its weight, behind one ``Backend`` protocol.
-
-A backend is one module of this package with a module-level ``BACKEND``, or an entry point of the group
-``lightning_estdgm.backends`` that loads to one. ``masked_linear`` is the operator that layers call.
-"""
+"""`masked_linear`: a linear layer on the active blocks of its weight, as operators of `torch.library`."""
 
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.metadata
-import pkgutil
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_estdgm.ops.operands import TOPOLOGY_SCHEMA, as_given, prepared, topology_of
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.sparse.backends.protocol import get_backend, supporting
+from lightning_estdgm.sparse.operands import TOPOLOGY_SCHEMA, as_given, prepared, topology_of
+from lightning_estdgm.sparse.topology import BlockTopology
 
-__all__ = ["ENTRY_POINT_GROUP", "Backend", "backends", "get_backend", "masked_linear"]
-
-ENTRY_POINT_GROUP = "lightning_estdgm.backends"
-
-_RESERVED = ("auto", "dense")  # names that mean "no backend" wherever one is chosen
-
-
-@runtime_checkable
-class Backend(Protocol):
-    """The three products of a linear layer, on active blocks only.
-
-    Methods are called below autograd, with checked arguments: ``x2d [T, in]``, ``dy2d [T, out]`` and
-    ``weight (out, in)`` of one dtype and device, of any strides, ``T >= 0``. They return new row-major
-    tensors. What inactive blocks of ``weight`` hold must not reach a result, not even if it is NaN.
-    """
-
-    name: str
-
-    def unsupported(self, device: torch.device, dtype: torch.dtype, topology: BlockTopology) -> str | None:
-        """Reason why a case cannot be run, or None. May read sizes of the topology, never its tensors."""
-        ...
-
-    def linear(self, x2d: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
-        """``Y = X (W * M)^T + bias``, shape ``[T, out]``."""
-        ...
-
-    def grad_input(self, dy2d: Tensor, weight: Tensor, topology: BlockTopology) -> Tensor:
-        """``dX = dY (W * M)``, shape ``[T, in]``."""
-        ...
-
-    def grad_weight(self, dy2d: Tensor, x2d: Tensor, topology: BlockTopology) -> Tensor:
-        """``dW = (dY^T X) * M``, shape ``(out, in)``, dense storage, exactly 0 in inactive blocks."""
-        ...
-
-
-# ---- discovery
-
-
-@functools.lru_cache(maxsize=1)
-def _discover() -> dict[str, Backend]:
-    found: dict[str, Backend] = {}
-
-    def add(backend: object, origin: str) -> None:
-        if not isinstance(backend, Backend):
-            raise TypeError(f"{origin} must be a Backend (name, unsupported, linear, grad_input, grad_weight)")
-        if backend.name in found or backend.name in _RESERVED:
-            raise ValueError(f"{origin}: the backend name {backend.name!r} is already taken")
-        found[backend.name] = backend
-
-    for info in pkgutil.iter_modules(__path__, f"{__name__}."):
-        backend = getattr(importlib.import_module(info.name), "BACKEND", None)
-        if backend is not None:
-            add(backend, f"{info.name}.BACKEND")
-    for point in sorted(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda p: p.name):
-        add(point.load(), f"entry point {point.name!r} ({point.value})")
-    return dict(sorted(found.items()))
-
-
-def backends() -> dict[str, Backend]:
-    """Every installed backend by name: those of this package and those of entry points.
-
-    Raises:
-        TypeError: a module or entry point offers something that is no backend.
-        ValueError: two backends of one name.
-
-    Example:
-        >>> sorted(backends())
-        ['cpu', 'native', 'reference', 'triton']
-    """
-    return dict(_discover())
-
-
-def get_backend(name: str) -> Backend:
-    """The backend of that name.
-
-    Raises:
-        ValueError: there is none; the message lists the known ones.
-    """
-    found = _discover()
-    if name not in found:
-        raise ValueError(f"unknown backend {name!r}, expected one of: {', '.join(found)}")
-    return found[name]
-
-
-def _supporting(name: str, device: torch.device, dtype: torch.dtype, topology: BlockTopology) -> Backend:
-    backend = get_backend(name)
-    reason = backend.unsupported(device, dtype, topology)
-    if reason is not None:
-        raise ValueError(f"backend {name!r} cannot run this layer: it {reason}")
-    return backend
-
+__all__ = ["masked_linear"]
 
 # ---- operators: nobody else calls them
 
@@ -128,7 +32,7 @@ def _linear(
     frozen: bool,
 ) -> Tensor:
     topology = topology_of(row_ptr, col_idx, col_ptr, row_idx, block_size)
-    chosen = _supporting(backend, x.device, x.dtype, topology)
+    chosen = supporting(backend, x.device, x.dtype, topology)
     with as_given(x):
         return F.linear(x, weight, bias) if frozen else chosen.linear(x, weight, bias, topology)
 
@@ -199,7 +103,7 @@ def _(
     dense_grad: bool,
     frozen: bool,
 ) -> Tensor:
-    _supporting(backend, x.device, x.dtype, topology_of(row_ptr, col_idx, col_ptr, row_idx, block_size))
+    supporting(backend, x.device, x.dtype, topology_of(row_ptr, col_idx, col_ptr, row_idx, block_size))
     return x.new_empty(x.shape[0], weight.shape[0])
 
 

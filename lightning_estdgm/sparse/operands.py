@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.sparse.topology import BlockTopology
 
 __all__ = ["TOPOLOGY_SCHEMA", "as_given", "prepared", "topology_of"]
 

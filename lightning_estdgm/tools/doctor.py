@@ -15,13 +15,14 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lightning_estdgm.bench.environment import environment
-from lightning_estdgm.energy import KINDS, resolve, torch_ids
 from lightning_estdgm.energy.probe import Probe, probe
-from lightning_estdgm.ops import backends
-from lightning_estdgm.ops.measurements import ENVIRONMENT, device_name, files_of, folder, machine, read_file
-from lightning_estdgm.ops.selection import choice_of
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.energy.reading import KINDS, torch_ids
+from lightning_estdgm.energy.sources.protocol import resolve
+from lightning_estdgm.sparse.autotune.choice import choice_of
+from lightning_estdgm.sparse.autotune.timing_cache import ENVIRONMENT, device_name, files_of, folder, machine, read_file
+from lightning_estdgm.sparse.backends.protocol import backends
+from lightning_estdgm.sparse.topology import BlockTopology
+from lightning_estdgm.tools.bench.environment import environment
 
 __all__ = ["diagnose", "layer_words", "show"]
 

@@ -12,10 +12,19 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from models import MLP, NO_VALIDATION_LOADER, Batches, TinyMLP, assert_final, assert_masked, make_trainer, weight_masks
-from runs import EPOCH_STEPS, SCHEDULE, STEPS, Run, SaveAt, differences, end_of, load
 from torch import Tensor
 
+from helpers.models import (
+    MLP,
+    NO_VALIDATION_LOADER,
+    Batches,
+    TinyMLP,
+    assert_final,
+    assert_masked,
+    make_trainer,
+    weight_masks,
+)
+from helpers.runs import EPOCH_STEPS, SCHEDULE, STEPS, Run, SaveAt, differences, end_of, load
 from lightning_estdgm import DGMCallback, DGMConfig
 
 pytestmark = [

@@ -17,7 +17,11 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.tuner import Tuner
-from models import (
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, TensorDataset
+
+from helpers.models import (
     MLP,
     NO_VALIDATION_LOADER,
     ConvNet,
@@ -27,11 +31,7 @@ from models import (
     make_trainer,
     weight_masks,
 )
-from runs import EPOCH_STEPS, SCHEDULE, STEPS, SaveAt, differences, end_of, load
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, TensorDataset
-
+from helpers.runs import EPOCH_STEPS, SCHEDULE, STEPS, SaveAt, differences, end_of, load
 from lightning_estdgm import DGMCallback, DGMConfig, DGMController
 
 pytestmark = [

@@ -10,7 +10,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from models import (
+from torch import Tensor, nn
+
+from helpers.models import (
     MLP,
     NO_VALIDATION_LOADER,
     ConvNet,
@@ -22,8 +24,6 @@ from models import (
     leftovers,
     make_trainer,
 )
-from torch import Tensor, nn
-
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
 
 pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)

@@ -21,7 +21,10 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
-from models import (
+from torch import Tensor
+from torch.nn import functional as F
+
+from helpers.models import (
     GAN,
     MLP,
     NO_VALIDATION_LOADER,
@@ -34,9 +37,6 @@ from models import (
     make_trainer,
     weight_masks,
 )
-from torch import Tensor
-from torch.nn import functional as F
-
 from lightning_estdgm import DGMCallback
 
 pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
-import models
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
 from lightning.pytorch.plugins import MixedPrecision
-from models import (
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from helpers import models
+from helpers.models import (
     GAN,
     MLP,
     NO_VALIDATION_LOADER,
@@ -26,12 +29,9 @@ from models import (
     make_trainer,
     weight_masks,
 )
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from lightning_estdgm import DGMCallback, DGMConfig
-from lightning_estdgm.ops import get_backend
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.sparse.backends.protocol import get_backend
+from lightning_estdgm.sparse.topology import BlockTopology
 
 pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import NO_VALIDATION_LOADER, TinyMLP
-from runs import Run, SaveAt, differences, end_of, load
 
+from helpers.models import NO_VALIDATION_LOADER, TinyMLP
+from helpers.runs import Run, SaveAt, differences, end_of, load
 from lightning_estdgm import DGMCallback
 from lightning_estdgm.presets import PRESETS
 

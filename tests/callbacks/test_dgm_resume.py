@@ -12,20 +12,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
-from models import (
-    GAN,
-    MLP,
-    NO_VALIDATION_LOADER,
-    ResumableLoader,
-    TinyMLP,
-    assert_final,
-    make_trainer,
-)
-from runs import EPOCH_STEPS, SCHEDULE, STEPS, Run, SaveAt, differences, end_of, load
 from torch import Tensor
 
+from helpers.models import GAN, MLP, NO_VALIDATION_LOADER, ResumableLoader, TinyMLP, assert_final, make_trainer
+from helpers.runs import EPOCH_STEPS, SCHEDULE, STEPS, Run, SaveAt, differences, end_of, load
 from lightning_estdgm import DGMCallback, DGMConfig
-from lightning_estdgm.masks import unpack_bits
+from lightning_estdgm.method.masks import unpack_bits
 from lightning_estdgm.recipes import ByteGPT, StdlibText
 
 pytestmark = [

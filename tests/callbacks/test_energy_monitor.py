@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from energy_parts import ConstantPower
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from helpers.energy_parts import ConstantPower
 from lightning_estdgm.callbacks.energy import EnergyMonitor, _batch_size
-from lightning_estdgm.energy import DeviceId, Reading, SourceUnavailable, Status
 from lightning_estdgm.energy.footprint import Footprint
+from lightning_estdgm.energy.reading import DeviceId, Reading, SourceUnavailable, Status
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*")  # as they mean to
 WATTS = 100.0

@@ -10,15 +10,15 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from energy_parts import ConstantPower
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from test_energy_monitor import Net, Phases, data, monitor, trainer
 from torch import nn
 
 import lightning_estdgm
+from helpers.energy_parts import ConstantPower
 from lightning_estdgm import DGMCallback, DGMConfig
-from lightning_estdgm.callbacks.run_file import describe_model, write_run_file
+from lightning_estdgm.energy.run_file import describe_model, write_run_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*")
 

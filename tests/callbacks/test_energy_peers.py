@@ -37,7 +37,7 @@ def found(nvml_folder: Path, rocm_folder: Path, tmp_path_factory: pytest.TempPat
         "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
         "HOME": str(folder),  # where CodeCarbon looks for a configuration
     }
-    job = Path(__file__).with_name("peers_job.py")
+    job = Path(__file__).parents[1] / "helpers" / "peers_job.py"
     done = subprocess.run(
         [sys.executable, str(job)], env=environment, cwd=folder, capture_output=True, text=True, timeout=300
     )

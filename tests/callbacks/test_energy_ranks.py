@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from energy_parts import ConstantPower
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.energy_parts import ConstantPower
 from lightning_estdgm.callbacks.energy import _own_devices
-from lightning_estdgm.energy import DeviceId, DeviceInfo
-from lightning_estdgm.energy.claims import Opened, claim, gpu_names
+from lightning_estdgm.energy.device_assignment import Opened, claim, gpu_names
+from lightning_estdgm.energy.reading import DeviceId, DeviceInfo
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 ONCE_A_HOST = {"seen-a": 100.0, "seen-b": 200.0, "package": 30.0, "memory": 5.0}
 
 
@@ -30,10 +30,9 @@ ONCE_A_HOST = {"seen-a": 100.0, "seen-b": 200.0, "package": 30.0, "memory": 5.0}
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run ranks_job.py once: every world in it is a real gloo process group."""
     out = tmp_path_factory.mktemp("worlds")
-    path = [str(HERE), str(HERE.parent), *(p for p in sys.path if p)]
     done = subprocess.run(
-        [sys.executable, str(HERE / "ranks_job.py"), str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
+        [sys.executable, str(HELPERS / "ranks_job.py"), str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=500,

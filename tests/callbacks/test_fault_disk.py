@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import fault_jobs
-import jobs
 import pytest
-from exact import differences
-from fault_jobs import EVERY, checkpoints
+
+from helpers import distributed_jobs as jobs
+from helpers import fault_jobs
+from helpers.exact import differences
+from helpers.fault_jobs import EVERY, checkpoints
 
 
 @pytest.fixture(scope="module")

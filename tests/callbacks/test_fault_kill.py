@@ -7,12 +7,12 @@ import random
 from pathlib import Path
 from typing import Any
 
-import fault_jobs
-import jobs
 import pytest
-from exact import differences
-from fault_jobs import EVERY, STEPS, checkpoints, content, temporaries
 
+from helpers import distributed_jobs as jobs
+from helpers import fault_jobs
+from helpers.exact import differences
+from helpers.fault_jobs import EVERY, STEPS, checkpoints, content, temporaries
 from lightning_estdgm import SparseCheckpointIO
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import fault_jobs
 import lightning.pytorch as pl
 import pytest
 import torch
-from exact import differences
-from fault_jobs import STEPS, checkpoints
 from lightning.pytorch.plugins import MixedPrecision
-from models import MLP, NO_VALIDATION_LOADER, assert_final
 from torch import Tensor
 
+from helpers import fault_jobs
+from helpers.exact import differences
+from helpers.fault_jobs import STEPS, checkpoints
+from helpers.models import MLP, NO_VALIDATION_LOADER, assert_final
 from lightning_estdgm import DGMCallback, SparseCheckpointIO
 
 pytestmark = [

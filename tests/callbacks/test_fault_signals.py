@@ -6,13 +6,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import fault_jobs
-import jobs
 import pytest
-from exact import differences
-from fault_jobs import checkpoints
-from models import NO_VALIDATION_LOADER
 
+from helpers import distributed_jobs as jobs
+from helpers import fault_jobs
+from helpers.exact import differences
+from helpers.fault_jobs import checkpoints
+from helpers.models import NO_VALIDATION_LOADER
 from lightning_estdgm import RequeueBetweenSteps
 
 POINTS = ["batch fetched", "forward", "gradients", "optimizer stepped", "batch over"]

@@ -7,17 +7,17 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import jobs
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from models import MLP, NO_VALIDATION_LOADER, SCHEDULE, TinyMLP, make_trainer
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from helpers import distributed_jobs as jobs
+from helpers.models import MLP, NO_VALIDATION_LOADER, SCHEDULE, TinyMLP, make_trainer
 from lightning_estdgm import DGMCallback, DGMConfig, DGMController
 from lightning_estdgm.distributed.comm_hook import ActiveUnits, active_units_hook
 

@@ -11,26 +11,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jobs
 import lightning.pytorch as pl
-import matrix
 import pytest
 import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
-from models import MLP, Batches, ResumableLoader, TinyMLP, make_trainer
-from models import SCHEDULE as SHORT
-from runs import EPOCH_STEPS, SCHEDULE, STEPS, differences, end_of, load
 from torch import nn
-from train import train
 
+from helpers import distributed_jobs as jobs
+from helpers import distributed_matrix as matrix
+from helpers.distributed_train import train
+from helpers.models import MLP, Batches, ResumableLoader, TinyMLP, make_trainer
+from helpers.models import SCHEDULE as SHORT
+from helpers.runs import EPOCH_STEPS, SCHEDULE, STEPS, differences, end_of, load
 from lightning_estdgm import DGMCallback, DGMConfig, EnergyMonitor
-from lightning_estdgm.layers import set_observing, sparsify_
-from lightning_estdgm.masks import unpack_bits
-from lightning_estdgm.ops.selection import BackendSelector
+from lightning_estdgm.method.masks import unpack_bits
+from lightning_estdgm.modules.candidates import set_observing, sparsify_
+from lightning_estdgm.sparse.autotune.choice import BackendSelector
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 
 
 def rank() -> int:
@@ -52,7 +52,7 @@ def started(how: str, folder: Path) -> list[dict[str, Any]]:
     if how == "torchrun":
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launcher, str(HERE / "train.py"), "ddp", str(folder)],
+        [*launcher, str(HELPERS / "distributed_train.py"), "ddp", str(folder)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
         text=True,

@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import jobs
 import lightning.pytorch as pl
 import pytest
 import torch
-from models import TinyMLP, make_trainer
-from sharded import train
 from torch import Tensor
 
+from helpers import distributed_jobs as jobs
+from helpers.distributed_sharded import train
+from helpers.models import TinyMLP, make_trainer
 from lightning_estdgm import DGMCallback
-from lightning_estdgm.patterns import FanIn
-from lightning_estdgm.reserve import Reserve
+from lightning_estdgm.method.backward_set import Reserve
+from lightning_estdgm.method.patterns import FanIn
 
 METHODS = ("set", "granet", "srigl", "top-kast")
 

@@ -2,10 +2,13 @@
 
 from typing import Any
 
-import jobs
 import pytest
 import torch
-from cases import (
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+
+from helpers import distributed_jobs as jobs
+from helpers.distributed_cases import (
     CHECKPOINTS,
     SPOILED,
     all_runs,
@@ -13,14 +16,11 @@ from cases import (
     assert_holds_its_part_only,
     assert_resumed_equals_straight,
 )
-from lightning.pytorch.strategies import FSDPStrategy
-from sharded import BLOCK_LAYERS, CPUFSDPStrategy
-from torch import nn
-
+from helpers.distributed_sharded import BLOCK_LAYERS, CPUFSDPStrategy
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.controller import DGMController
-from lightning_estdgm.distributed import adapter_for
-from lightning_estdgm.schedules import EstDgm
+from lightning_estdgm.distributed.adapters.protocol import adapter_for
+from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.method.schedules import EstDgm
 
 RANKS = 4
 NAMES = ("plain", "cpu operators", "accumulation", "NaN on one rank")

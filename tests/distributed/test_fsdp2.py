@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import jobs
 import pytest
 import torch
-from cases import (
+from torch import nn
+from torch.nn import functional as F
+
+from helpers import distributed_jobs as jobs
+from helpers.distributed_cases import (
     CHECKPOINTS,
     SETTINGS,
     SPOILED,
@@ -17,13 +20,10 @@ from cases import (
     assert_same_masks,
     on_one_device,
 )
-from sharded import BLOCK_LAYERS, WEIGHT_LAYERS, train
-from torch import nn
-from torch.nn import functional as F
-
+from helpers.distributed_sharded import BLOCK_LAYERS, WEIGHT_LAYERS, train
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.controller import DGMController
-from lightning_estdgm.layers import find_candidates, restore_dense_, sparsify_
+from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.modules.candidates import find_candidates, restore_dense_, sparsify_
 
 RANKS = 4
 

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-import jobs
 import pytest
 import torch
-from cases import all_runs, assert_as_on_one_device
-from sharded import BLOCK_LAYERS, TENSOR_PARALLEL
 from torch import nn
 
-from lightning_estdgm.controller import DGMController
+from helpers import distributed_jobs as jobs
+from helpers.distributed_cases import all_runs, assert_as_on_one_device
+from helpers.distributed_sharded import BLOCK_LAYERS, TENSOR_PARALLEL
+from lightning_estdgm.engine.controller import DGMController
 
 RANKS = {"tensor parallel": 2, "FSDP2 and tensor parallel": 4}
 

@@ -7,9 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jobs
 import lightning.pytorch as pl
-import matrix
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
@@ -22,7 +20,6 @@ from lightning.pytorch.strategies import (
     Strategy,
     XLAStrategy,
 )
-from models import SCHEDULE, Batches, make_trainer
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, post_localSGD_hook, powerSGD_hook
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -30,9 +27,12 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 
+from helpers import distributed_jobs as jobs
+from helpers import distributed_matrix as matrix
+from helpers.models import SCHEDULE, Batches, make_trainer
 from lightning_estdgm import DGMCallback, DGMConfig
-from lightning_estdgm.distributed import adapter_for
-from lightning_estdgm.layers import clean_name
+from lightning_estdgm.distributed.adapters.protocol import adapter_for
+from lightning_estdgm.modules.candidates import clean_name
 
 STEPS, GLOBAL_BATCH = 20, 16
 ADAMW = {"lr": 1e-3, "eps": 1e-4}  # eps: within the range of float16

@@ -6,13 +6,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import jobs
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from models import MLP, SCHEDULE, TinyMLP, make_trainer
 
+from helpers import distributed_jobs as jobs
+from helpers.models import MLP, SCHEDULE, TinyMLP, make_trainer
 from lightning_estdgm import DGMCallback, DGMConfig
 
 STEP = 8

@@ -2,17 +2,17 @@
 
 from typing import Any
 
-import jobs
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from simulated import Meeting, assembled, layouts, local_of, ranks_of, spread
 from torch import Tensor
 
-from lightning_estdgm import masks
-from lightning_estdgm.distributed.fsdp1 import RangeShard
-from lightning_estdgm.distributed.selection import Ranking, top_k
+from helpers import distributed_jobs as jobs
+from helpers.distributed_simulated import Meeting, assembled, layouts, local_of, ranks_of, spread
+from lightning_estdgm.distributed.adapters.fsdp1 import RangeShard
+from lightning_estdgm.distributed.top_k import Ranking, top_k
+from lightning_estdgm.method import masks
 
 INF = float("inf")
 # Ties, both zeros, subnormal numbers, neighbours in the last bit, and both ends of the range.

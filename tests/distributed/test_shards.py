@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from simulated import assembled, layouts, local_of, spread
 
-from lightning_estdgm.distributed import Whole
-from lightning_estdgm.masks import keep_active_, mask_shape
+from helpers.distributed_simulated import assembled, layouts, local_of, spread
+from lightning_estdgm.distributed.adapters.whole import Whole
+from lightning_estdgm.method.masks import keep_active_, mask_shape
 
 SHAPES = st.one_of(
     st.tuples(st.sampled_from([2, 4, 6, 8]), st.sampled_from([2, 4, 6])),

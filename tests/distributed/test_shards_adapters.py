@@ -12,8 +12,10 @@ from lightning.fabric.strategies import DDPStrategy as FabricDDP
 from torch import nn
 
 from lightning_estdgm import distributed
-from lightning_estdgm.controller import DGMController
-from lightning_estdgm.distributed import Adapter, Shard, Whole, adapter_for, adapters, shard_of
+from lightning_estdgm.distributed.adapters.protocol import Adapter, adapter_for, adapters, shard_of
+from lightning_estdgm.distributed.adapters.whole import Whole
+from lightning_estdgm.distributed.shard import Shard
+from lightning_estdgm.engine.controller import DGMController
 
 
 @pytest.mark.parametrize(

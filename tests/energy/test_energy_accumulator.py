@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_estdgm.energy import DeviceId, Reading, Status
 from lightning_estdgm.energy.accumulator import Accumulator, Totals
+from lightning_estdgm.energy.reading import DeviceId, Reading, Status
 
 S = 1_000_000_000
 GPU = DeviceId("a", "gpu", "GPU-1")

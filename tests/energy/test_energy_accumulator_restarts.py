@@ -12,9 +12,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from lightning_estdgm.energy import DeviceId, Reading, Status
 from lightning_estdgm.energy.accumulator import Accumulator, Cell, Totals
 from lightning_estdgm.energy.ledger import Ledger
+from lightning_estdgm.energy.reading import DeviceId, Reading, Status
 
 GPU, FAR = DeviceId("a", "gpu", "GPU-1"), DeviceId("b", "gpu", "GPU-2")
 

@@ -12,10 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lightning_estdgm import Footprint
 from lightning_estdgm.callbacks.energy import EnergyMonitor
-from lightning_estdgm.energy import DeviceId, DeviceInfo
 from lightning_estdgm.energy.accumulator import Cell, Totals
-from lightning_estdgm.energy.claims import Opened
+from lightning_estdgm.energy.device_assignment import Opened
 from lightning_estdgm.energy.export import measurements, write_prometheus
+from lightning_estdgm.energy.reading import DeviceId, DeviceInfo
 
 GPU, CPU, DRAM = DeviceId("a", "gpu", "GPU-1"), DeviceId("a", "cpu", "package-0"), DeviceId("b", "dram", 'od"d\\')
 TOTALS = Totals(

@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import pytest
-from energy_parts import ConstantPower
 
-from lightning_estdgm.energy import DeviceId, DeviceInfo, Reading, SourceUnavailable, Status
-from lightning_estdgm.energy.meter import Meter, Select
+from helpers.energy_parts import ConstantPower
+from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, Reading, SourceUnavailable, Status
+from lightning_estdgm.energy.sampler import Meter, Select
 
 SLOW = 3600.0  # the thread never gets to read: what is read is read by the test
 

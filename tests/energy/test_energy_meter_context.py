@@ -7,10 +7,10 @@ import time
 from typing import Any
 
 import pytest
-from energy_parts import ConstantPower
 
+from helpers.energy_parts import ConstantPower
 from lightning_estdgm import EnergyMeter
-from lightning_estdgm.energy import SourceUnavailable, Status
+from lightning_estdgm.energy.reading import SourceUnavailable, Status
 
 WATTS = 100.0
 

@@ -8,22 +8,12 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from energy_parts import ConstantPower
 
 import lightning_estdgm.energy as energy
-from lightning_estdgm.energy import (
-    DeviceId,
-    DeviceInfo,
-    EnergySource,
-    SourceUnavailable,
-    Status,
-    check_source,
-    discover,
-    own_gpus,
-    resolve,
-    torch_ids,
-)
-from lightning_estdgm.energy.cpu_estimate import ENVIRONMENT, CpuEstimate
+from helpers.energy_parts import ConstantPower
+from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, SourceUnavailable, Status, own_gpus, torch_ids
+from lightning_estdgm.energy.sources.cpu_estimate import ENVIRONMENT, CpuEstimate
+from lightning_estdgm.energy.sources.protocol import EnergySource, check_source, discover, resolve
 
 NAMES = [name for name, _ in discover()]
 

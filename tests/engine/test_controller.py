@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.controller import DGMController
-from lightning_estdgm.ops.convolution import ConvGeometry
-from lightning_estdgm.ops.selection import BackendSelector
-from lightning_estdgm.schedules import EstDgm, Phase
+from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.method.schedules import EstDgm, Phase
+from lightning_estdgm.sparse.autotune.choice import BackendSelector
+from lightning_estdgm.sparse.conv import ConvGeometry
 
 STEPS = 40
 SCHEDULE = EstDgm(update_every=4, observe_steps=2)  # updates before steps 3, 6, 10, 13, ...

@@ -6,11 +6,11 @@ import itertools
 import lightning.pytorch as pl
 import pytest
 import torch
-from oracle import train
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from helpers.oracle import train
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
 
 STEPS = 50

@@ -11,12 +11,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.controller import DGMController
-from lightning_estdgm.layers import find_candidates, restore_dense_, set_observing, sparsify_
-from lightning_estdgm.ops import backends, masked_linear
+from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.method.schedules import EstDgm
+from lightning_estdgm.modules.candidates import find_candidates, restore_dense_, set_observing, sparsify_
 from lightning_estdgm.recipes.gpt import Block
-from lightning_estdgm.schedules import EstDgm
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.sparse.backends.protocol import backends
+from lightning_estdgm.sparse.linear import masked_linear
+from lightning_estdgm.sparse.topology import BlockTopology
 
 STEPS = 24
 SCHEDULE = EstDgm(update_every=4, observe_steps=2)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from sharded import BLOCK_LAYERS, STEPS, WEIGHT_LAYERS, train
 from torch import Tensor
+
+from helpers.distributed_sharded import BLOCK_LAYERS, STEPS, WEIGHT_LAYERS, train
 
 CHECKPOINTS = {"inside a window": 4, "mid-epoch": 7, "phase border": 10}
 SPOILED = (3, 8)

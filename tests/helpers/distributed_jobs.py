@@ -22,11 +22,6 @@ from typing import Any
 
 import torch
 
-_HERE = Path(__file__).parent
-for _folder in (_HERE, _HERE.parent / "callbacks"):  # for the children, and for `import models`
-    if str(_folder) not in sys.path:
-        sys.path.append(str(_folder))
-
 TIMEOUT_S = 300.0
 _COLLECTIVE_TIMEOUT_S = 90.0  # after which a rank that waits for a lost one raises
 _GRACE_S = 30.0  # that the other ranks have once one has failed, before they are killed

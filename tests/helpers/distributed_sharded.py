@@ -12,20 +12,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jobs  # noqa: F401  puts the callback tests' folder on the path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from models import Batches, ResumableLoader, Task, make_trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from helpers import distributed_jobs as jobs  # noqa: F401  puts the callback tests' folder on the path
+from helpers.models import Batches, ResumableLoader, Task, make_trainer
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
-from lightning_estdgm.distributed import local_tensor
-from lightning_estdgm.layers import clean_name
-from lightning_estdgm.masked_layer import MaskedLayer
-from lightning_estdgm.ops import get_backend
+from lightning_estdgm.distributed.collectives import local_tensor
+from lightning_estdgm.engine.masked_weight import MaskedLayer
+from lightning_estdgm.modules.candidates import clean_name
+from lightning_estdgm.sparse.backends.protocol import get_backend
 
 EPOCH_STEPS = 8
 STEPS = 20

@@ -11,8 +11,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_estdgm.distributed.fsdp1 import RangeShard
-from lightning_estdgm.distributed.fsdp2 import BoxShard
+from lightning_estdgm.distributed.adapters.fsdp1 import RangeShard
+from lightning_estdgm.distributed.adapters.fsdp2 import BoxShard
 
 
 class Meeting:

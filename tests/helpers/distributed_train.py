@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import jobs  # noqa: F401 - puts `models` on the path
 import lightning.pytorch as pl
 import torch
-from models import MLP, SCHEDULE, make_trainer
 
+from helpers import distributed_jobs as jobs  # noqa: F401 - puts `models` on the path
+from helpers.models import MLP, SCHEDULE, make_trainer
 from lightning_estdgm import DGMCallback, DGMConfig
 
 

@@ -11,17 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from lightning_estdgm.energy import (
-    DeviceId,
-    DeviceInfo,
-    EnergySource,
-    Method,
-    Reading,
-    Scope,
-    SourceUnavailable,
-    Status,
-)
 from lightning_estdgm.energy.accumulator import Accumulator, Totals
+from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, Method, Reading, Scope, SourceUnavailable, Status
+from lightning_estdgm.energy.sources.protocol import EnergySource
 
 
 @dataclass

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("callbacks", "distributed")]  # for those who import
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,10 +19,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("callbacks", "distributed", "plugins")]
-
-from models import MLP, SCHEDULE, Batches, ResumableLoader, make_trainer
-
+from helpers.models import MLP, SCHEDULE, Batches, ResumableLoader, make_trainer
 from lightning_estdgm import DGMCallback, DGMConfig, RequeueBetweenSteps, SparseCheckpointIO
 
 STEPS = 20  # of models.SCHEDULE

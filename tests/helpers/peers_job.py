@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from codecarbon import OfflineEmissionsTracker
-from energy_parts import AmdMachine, FakeAmd, FakeGpu, Machine, totals_over
 from zeus.device import gpu as zeus_gpus
 from zeus.monitor import ZeusMonitor
 
+from helpers.energy_parts import AmdMachine, FakeAmd, FakeGpu, Machine, totals_over
 from lightning_estdgm import EnergyMeter
-from lightning_estdgm.energy import amdsmi
+from lightning_estdgm.energy.sources import amdsmi
 
 A, B = "GPU-aaaa1111-0000", "GPU-bbbb2222-0000"
 MACHINE = Machine(Path(os.environ["FAKE_NVML"]))

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from energy_parts import ConstantPower
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from test_energy_monitor import Net, data, trainer
 
+from helpers.energy_parts import ConstantPower
 from lightning_estdgm.callbacks.energy import EnergyMonitor
-from lightning_estdgm.energy import HOSTNAME_ENVIRONMENT, DeviceId, Reading, hostname
+from lightning_estdgm.energy.reading import HOSTNAME_ENVIRONMENT, DeviceId, Reading, hostname
 
 
 @dataclass

@@ -8,9 +8,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from models import GAN, ResumableLoader, TinyMLP, make_trainer
 from torch import Tensor
 
+from helpers.models import GAN, ResumableLoader, TinyMLP, make_trainer
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
 
 # 40 steps in five epochs: masks change before steps 4, 8, ..., 32, the three steps before each are observed.

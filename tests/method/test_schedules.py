@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
-from lightning_estdgm.schedules import (
+from lightning_estdgm.method.schedules import (
     WARMUP,
     AlternatingDensity,
     ConstantDensity,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_estdgm.layers import (
+from lightning_estdgm.modules.candidates import (
     ForwardProbe,
     Image,
     auto_block_size,

@@ -15,15 +15,25 @@ import fsspec
 import lightning.pytorch as pl
 import pytest
 import torch
-from exact import differences
-from jobs import run
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from models import GAN, GPT2, MLP, NO_VALIDATION_LOADER, ConvNet, Encoder, ResumableLoader, callback_for, make_trainer
 from packaging.version import InvalidVersion
 from typer.testing import CliRunner
 
+from helpers.distributed_jobs import run
+from helpers.exact import differences
+from helpers.models import (
+    GAN,
+    GPT2,
+    MLP,
+    NO_VALIDATION_LOADER,
+    ConvNet,
+    Encoder,
+    ResumableLoader,
+    callback_for,
+    make_trainer,
+)
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase, SparseCheckpointIO, densify_checkpoint
 from lightning_estdgm.cli import app
 from lightning_estdgm.plugins import checkpoint_io as plugin_module

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from exact import differences
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_estdgm.masks import mask_shape, pack_bits
+from helpers.exact import differences
+from lightning_estdgm.method.masks import mask_shape, pack_bits
 from lightning_estdgm.plugins.packing import pack, unpack
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.float8_e5m2, torch.bool)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from lightning import Trainer
 from PIL import Image
-from recipe_data import graph, images, ogb, planetoid, wikitext
 
+from helpers.recipe_data import graph, images, ogb, planetoid, wikitext
 from lightning_estdgm.recipes.graph_files import GraphFiles
 from lightning_estdgm.recipes.image_folders import MEAN, STD, ImageFolders, middle_box, random_box, to_tensor
 from lightning_estdgm.recipes.text_files import TextFiles

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from recipe_data import ogb
 
+from helpers.recipe_data import ogb
 from lightning_estdgm.recipes.gnn import GraphNet
 from lightning_estdgm.recipes.graph_files import GraphFiles
 

@@ -13,11 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_estdgm.ops import get_backend, measurements, selection
-from lightning_estdgm.ops.cases import MOST_ROUNDS, Case, ConvCase, _settled, measure_case, refusals
-from lightning_estdgm.ops.convolution import ConvGeometry
-from lightning_estdgm.ops.measurements import Measurements, folder, read_file
-from lightning_estdgm.ops.selection import BUCKETS, BackendSelector, Choice, bucket_of
+from lightning_estdgm.sparse.autotune import choice as selection
+from lightning_estdgm.sparse.autotune import timing_cache as measurements
+from lightning_estdgm.sparse.autotune.cases import MOST_ROUNDS, Case, ConvCase, _settled, measure_case, refusals
+from lightning_estdgm.sparse.autotune.choice import BackendSelector, Choice
+from lightning_estdgm.sparse.autotune.timing_cache import Measurements, folder, read_file
+from lightning_estdgm.sparse.backends.protocol import get_backend
+from lightning_estdgm.sparse.buckets import BUCKETS, bucket_of
+from lightning_estdgm.sparse.conv import ConvGeometry
 
 LAYER = {
     "tokens": 64,

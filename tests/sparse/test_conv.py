@@ -10,11 +10,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_estdgm import ops
-from lightning_estdgm.ops import backends, get_backend
-from lightning_estdgm.ops.convolution import ConvBackend, ConvGeometry, conv_refusal, masked_conv2d
-from lightning_estdgm.ops.reference import expand_mask
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.sparse.backends import protocol
+from lightning_estdgm.sparse.backends.protocol import backends, get_backend
+from lightning_estdgm.sparse.backends.reference import expand_mask
+from lightning_estdgm.sparse.conv import ConvBackend, ConvGeometry, conv_refusal, masked_conv2d
+from lightning_estdgm.sparse.topology import BlockTopology
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 LAST, FIRST = torch.channels_last, torch.contiguous_format
@@ -454,7 +454,7 @@ def test_a_backend_of_linear_layers_runs_pointwise_convolutions_alone(monkeypatc
         grad_input = staticmethod(get_backend("reference").grad_input)
         grad_weight = staticmethod(get_backend("reference").grad_weight)
 
-    monkeypatch.setitem(ops._discover(), "linear only", Linear())
+    monkeypatch.setitem(protocol._discover(), "linear only", Linear())
     assert "taps" in _refusal("linear only")
     assert "taps" in _refusal("linear only", geometry=ConvGeometry((1, 1), padding=(1, 1)))
     topology = _topology()

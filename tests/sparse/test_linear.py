@@ -11,10 +11,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_estdgm import ops
-from lightning_estdgm.ops import Backend, backends, get_backend, masked_linear
-from lightning_estdgm.ops.reference import expand_mask
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.sparse.backends import protocol
+from lightning_estdgm.sparse.backends.protocol import Backend, backends, get_backend
+from lightning_estdgm.sparse.backends.reference import expand_mask
+from lightning_estdgm.sparse.linear import masked_linear
+from lightning_estdgm.sparse.topology import BlockTopology
 
 BACKENDS = sorted(backends())
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -516,18 +517,18 @@ def plugin(tmp_path, monkeypatch):
         info = tmp_path / "estdgm_plugin-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: estdgm-plugin\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[{ops.ENTRY_POINT_GROUP}]\nmine = estdgm_plugin:BACKEND\n")
+        (info / "entry_points.txt").write_text(f"[{protocol.ENTRY_POINT_GROUP}]\nmine = estdgm_plugin:BACKEND\n")
         monkeypatch.syspath_prepend(str(tmp_path))
         importlib.invalidate_caches()
-        ops._discover.cache_clear()
+        protocol._discover.cache_clear()
 
     yield install
     sys.modules.pop("estdgm_plugin", None)
-    ops._discover.cache_clear()
+    protocol._discover.cache_clear()
 
 
 _PLUGIN = """
-from lightning_estdgm.ops.reference import ReferenceBackend
+from lightning_estdgm.sparse.backends.reference import ReferenceBackend
 class Mine(ReferenceBackend):
     name = {name!r}
 BACKEND = Mine()

@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 
-from lightning_estdgm.ops import get_backend
-from lightning_estdgm.ops import triton as backend_module
-from lightning_estdgm.ops.selection import BackendSelector, Case, refusals
-from lightning_estdgm.ops.triton import BLOCK_SIZES, DTYPES
-from lightning_estdgm.ops.triton.tiles import Tiles, Tuner, candidates
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.sparse.autotune.choice import BackendSelector, Case, refusals
+from lightning_estdgm.sparse.backends import triton as backend_module
+from lightning_estdgm.sparse.backends.protocol import get_backend
+from lightning_estdgm.sparse.backends.triton import BLOCK_SIZES, DTYPES
+from lightning_estdgm.sparse.backends.triton.tiles import Tiles, Tuner, candidates
+from lightning_estdgm.sparse.topology import BlockTopology
 
 CUDA = torch.device("cuda", 0)
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is built for Linux only")
@@ -93,12 +93,12 @@ def test_the_interpreter_must_be_asked_for_before_triton_is_imported():
     script = (
         "import os, torch, triton\n"
         "os.environ['TRITON_INTERPRET'] = '1'\n"
-        "from lightning_estdgm.ops import get_backend\n"
-        "from lightning_estdgm.topology import BlockTopology\n"
+        "from lightning_estdgm.sparse.backends.protocol import get_backend\n"
+        "from lightning_estdgm.sparse.topology import BlockTopology\n"
         "topology = BlockTopology.from_mask(torch.ones(1, 1, dtype=torch.bool), 16)\n"
         # Triton reads the variable anew at each decorator: kernels must have been made without it.
         "del os.environ['TRITON_INTERPRET']\n"
-        "import lightning_estdgm.ops.triton.launch\n"
+        "import lightning_estdgm.sparse.backends.triton.launch\n"
         "os.environ['TRITON_INTERPRET'] = '1'\n"
         "print(get_backend('triton').unsupported(torch.device('cpu'), torch.float32, topology))\n"
     )
@@ -111,8 +111,8 @@ def test_a_machine_without_triton_imports_and_lists_it():
         "import sys\n"
         "sys.modules['triton'] = None\n"  # what an import then finds: nothing
         "import torch\n"
-        "from lightning_estdgm.ops import backends\n"
-        "from lightning_estdgm.topology import BlockTopology\n"
+        "from lightning_estdgm.sparse.backends.protocol import backends\n"
+        "from lightning_estdgm.sparse.topology import BlockTopology\n"
         "topology = BlockTopology.from_mask(torch.ones(1, 1, dtype=torch.bool), 16)\n"
         "print(backends()['triton'].unsupported(torch.device('cuda'), torch.float32, topology))\n"
     )

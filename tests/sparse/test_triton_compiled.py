@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_estdgm.ops.convolution import ConvGeometry
-from lightning_estdgm.ops.triton import BLOCK_SIZES
-from lightning_estdgm.ops.triton.tiles import Tiles, candidates
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.sparse.backends.triton import BLOCK_SIZES
+from lightning_estdgm.sparse.backends.triton.tiles import Tiles, candidates
+from lightning_estdgm.sparse.conv import ConvGeometry
+from lightning_estdgm.sparse.topology import BlockTopology
 
 triton = pytest.importorskip("triton", reason="triton is built for Linux only")
 
@@ -18,7 +18,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from lightning_estdgm.ops.triton import conv, kernels  # noqa: E402
+from lightning_estdgm.sparse.backends.triton import conv  # noqa: E402
+from lightning_estdgm.sparse.backends.triton import linear as kernels  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # target, shared memory of one program in bytes, products on matrix units

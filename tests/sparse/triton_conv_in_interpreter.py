@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_estdgm.ops.convolution import ConvGeometry
-from lightning_estdgm.ops.reference import expand_mask
-from lightning_estdgm.ops.triton import BLOCK_SIZES, TritonBackend, conv, launch, units
-from lightning_estdgm.ops.triton.tiles import Tiles, candidates
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.sparse.backends.reference import expand_mask
+from lightning_estdgm.sparse.backends.triton import BLOCK_SIZES, TritonBackend, conv, launch
+from lightning_estdgm.sparse.backends.triton import split_k as units
+from lightning_estdgm.sparse.backends.triton.tiles import Tiles, candidates
+from lightning_estdgm.sparse.conv import ConvGeometry
+from lightning_estdgm.sparse.topology import BlockTopology
 
 TOLERANCES = {  # one rounding to the dtype, and before it the float32 sum
     torch.float32: {"rtol": 1e-5, "atol": 1e-4},

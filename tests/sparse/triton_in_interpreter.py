@@ -7,11 +7,21 @@ import torch
 import triton
 import triton.language as tl
 
-from lightning_estdgm.ops.reference import BACKEND as REFERENCE
-from lightning_estdgm.ops.reference import expand_mask
-from lightning_estdgm.ops.triton import BLOCK_SIZES, TritonBackend, kernels, launch, units
-from lightning_estdgm.ops.triton.tiles import Tiles, candidates
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.sparse.backends.reference import BACKEND as REFERENCE
+from lightning_estdgm.sparse.backends.reference import expand_mask
+from lightning_estdgm.sparse.backends.triton import (
+    BLOCK_SIZES,
+    TritonBackend,
+    launch,
+)
+from lightning_estdgm.sparse.backends.triton import (
+    linear as kernels,
+)
+from lightning_estdgm.sparse.backends.triton import (
+    split_k as units,
+)
+from lightning_estdgm.sparse.backends.triton.tiles import Tiles, candidates
+from lightning_estdgm.sparse.topology import BlockTopology
 
 TOLERANCES = {  # as in test_ops.py: one rounding to the dtype, and the float32 sum before it
     torch.float32: {"rtol": 1e-5, "atol": 5e-5},

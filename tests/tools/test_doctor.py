@@ -9,27 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from energy_parts import ConstantPower, FakeGpu, Machine
 from rich.console import Console
 from typer.testing import CliRunner
 
-from lightning_estdgm import doctor
+from helpers.energy_parts import ConstantPower, FakeGpu, Machine
 from lightning_estdgm.cli import app
-from lightning_estdgm.energy import (
-    DeviceId,
-    DeviceInfo,
-    EnergySource,
-    Reading,
-    SourceUnavailable,
-    Status,
-    cpu_estimate,
-    nvml,
-    probe,
-)
-from lightning_estdgm.ops import measurements
-from lightning_estdgm.ops.convolution import ConvGeometry
-from lightning_estdgm.ops.measurements import Measurements
-from lightning_estdgm.ops.selection import Case, ConvCase
+from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, Reading, SourceUnavailable, Status, probe
+from lightning_estdgm.energy.sources import cpu_estimate, nvml
+from lightning_estdgm.energy.sources.protocol import EnergySource
+from lightning_estdgm.sparse.autotune import timing_cache as measurements
+from lightning_estdgm.sparse.autotune.choice import Case, ConvCase
+from lightning_estdgm.sparse.autotune.timing_cache import Measurements
+from lightning_estdgm.sparse.conv import ConvGeometry
+from lightning_estdgm.tools import doctor
 
 Found = list[tuple[str, "EnergySource | SourceUnavailable"]]
 

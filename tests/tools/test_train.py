@@ -6,13 +6,13 @@ import sys
 import pytest
 import torch
 import yaml
-from recipe_data import images, ogb, planetoid, wikitext
 from typer.testing import CliRunner
 
+from helpers.recipe_data import images, ogb, planetoid, wikitext
 from lightning_estdgm import DGMCallback, DGMConfig
 from lightning_estdgm.cli import app
 from lightning_estdgm.recipes import GPT
-from lightning_estdgm.recipes.train import CONFIGS, arguments, bundled_configs, callback_for
+from lightning_estdgm.tools.train import CONFIGS, arguments, bundled_configs, callback_for
 
 pytest.importorskip("jsonargparse")
 pytestmark = [

@@ -8,8 +8,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_estdgm.controller import DGMController
 from lightning_estdgm.distributed.comm_hook import WIRE_DTYPES, ActiveUnits, active_units_hook
+from lightning_estdgm.engine.controller import DGMController
 
 __all__ = ["GradientCompression"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from lightning_estdgm.distributed import Shard, pool_box
+from lightning_estdgm.distributed.shard import Shard, pool_box
 
 __all__ = ["ADAPTER", "FSDP1Adapter", "RangeShard"]
 

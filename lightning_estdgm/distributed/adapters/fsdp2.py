@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from lightning_estdgm.distributed import Shard, local_tensor, pool_box
+from lightning_estdgm.distributed.collectives import local_tensor
+from lightning_estdgm.distributed.shard import Shard, pool_box
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

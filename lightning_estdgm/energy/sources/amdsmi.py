@@ -7,8 +7,8 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-from lightning_estdgm.energy import SourceUnavailable, Status
-from lightning_estdgm.energy.amd import AmdGpus, Gpu, LibraryError, hip_order, valid
+from lightning_estdgm.energy._amd_gpus import AmdGpus, Gpu, LibraryError, hip_order, valid
+from lightning_estdgm.energy.reading import SourceUnavailable, Status
 
 __all__ = ["SOURCE", "AmdSmi"]
 

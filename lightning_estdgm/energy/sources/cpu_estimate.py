@@ -13,7 +13,16 @@ import os
 import time
 from collections.abc import Collection, Mapping
 
-from lightning_estdgm.energy import DeviceId, DeviceInfo, Method, Reading, Scope, SourceUnavailable, Status, hostname
+from lightning_estdgm.energy.reading import (
+    DeviceId,
+    DeviceInfo,
+    Method,
+    Reading,
+    Scope,
+    SourceUnavailable,
+    Status,
+    hostname,
+)
 
 __all__ = ["SOURCE", "CpuEstimate"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from lightning_estdgm.energy import DeviceInfo, Method, SourceUnavailable, Status
-from lightning_estdgm.energy.amd import KFD, Gpu, hidden, hip_order, visible
-from lightning_estdgm.energy.hwmon import DRM, Card, HwmonSensors, Sensor, cards
-from lightning_estdgm.energy.sysfs import read_number, read_text
+from lightning_estdgm.energy._amd_gpus import KFD, Gpu, hidden, hip_order, visible
+from lightning_estdgm.energy._hwmon import DRM, Card, HwmonSensors, Sensor, cards
+from lightning_estdgm.energy._sysfs import read_number, read_text
+from lightning_estdgm.energy.reading import DeviceInfo, Method, SourceUnavailable, Status
 
 __all__ = ["SOURCE", "AmdHwmon"]
 

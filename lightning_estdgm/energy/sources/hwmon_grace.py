@@ -2,7 +2,7 @@
 
 Meters contain each other: the module (Grace and GPU) contains the Grace socket, which contains the CPU rail, the
 SysIO rail and the memory. The Grace socket is read. On a GH200 the GPU's own energy counter covers the whole
-module already (see `lightning_estdgm.energy.nvml`), so there this source is not used beside it.
+module already (see `lightning_estdgm.energy.sources.nvml`), so there this source is not used beside it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import os
 import re
 from pathlib import Path
 
-from lightning_estdgm.energy import DeviceInfo, Kind, Method, SourceUnavailable, Status
-from lightning_estdgm.energy.hwmon import HwmonSensors, Sensor
-from lightning_estdgm.energy.sysfs import read_text
+from lightning_estdgm.energy._hwmon import HwmonSensors, Sensor
+from lightning_estdgm.energy._sysfs import read_text
+from lightning_estdgm.energy.reading import DeviceInfo, Kind, Method, SourceUnavailable, Status
 
 __all__ = ["SOURCE", "GraceHwmon"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from lightning_estdgm.energy import DeviceInfo, Method, SourceUnavailable, Status
-from lightning_estdgm.energy.hwmon import DRM, HwmonSensors, Sensor, cards
-from lightning_estdgm.energy.sysfs import read_text
+from lightning_estdgm.energy._hwmon import DRM, HwmonSensors, Sensor, cards
+from lightning_estdgm.energy._sysfs import read_text
+from lightning_estdgm.energy.reading import DeviceInfo, Method, SourceUnavailable, Status
 
 __all__ = ["SOURCE", "IntelHwmon"]
 

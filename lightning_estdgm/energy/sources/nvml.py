@@ -18,7 +18,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightning_estdgm.energy import (
+from lightning_estdgm.energy._counter_check import CounterCheck
+from lightning_estdgm.energy.reading import (
     DeviceId,
     DeviceInfo,
     Kind,
@@ -29,7 +30,6 @@ from lightning_estdgm.energy import (
     Status,
     hostname,
 )
-from lightning_estdgm.energy.counters import CounterCheck
 
 __all__ = ["SOURCE", "Nvml"]
 

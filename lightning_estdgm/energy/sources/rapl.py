@@ -17,7 +17,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lightning_estdgm.energy import (
+from lightning_estdgm.energy._counter_check import CounterCheck
+from lightning_estdgm.energy._sysfs import read_number, read_text
+from lightning_estdgm.energy.reading import (
     DeviceId,
     DeviceInfo,
     Kind,
@@ -28,8 +30,6 @@ from lightning_estdgm.energy import (
     Status,
     hostname,
 )
-from lightning_estdgm.energy.counters import CounterCheck
-from lightning_estdgm.energy.sysfs import read_number, read_text
 
 __all__ = ["SOURCE", "Rapl"]
 

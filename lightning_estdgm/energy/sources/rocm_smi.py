@@ -8,8 +8,8 @@ import os
 from ctypes import POINTER, byref, c_char, c_char_p, c_float, c_size_t, c_uint32, c_uint64
 from typing import Any
 
-from lightning_estdgm.energy import SourceUnavailable, Status
-from lightning_estdgm.energy.amd import AmdGpus, Gpu, LibraryError, hip_order, pci_address, valid
+from lightning_estdgm.energy._amd_gpus import AmdGpus, Gpu, LibraryError, hip_order, pci_address, valid
+from lightning_estdgm.energy.reading import SourceUnavailable, Status
 
 __all__ = ["SOURCE", "RocmSmi"]
 

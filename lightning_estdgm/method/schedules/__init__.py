@@ -4,10 +4,10 @@ A `ScheduleConfig` is what a user writes down (a frozen dataclass, independent o
 turns it into a `Schedule` for a run of known length: `schedule(step) -> Plan`.
 """
 
-from lightning_estdgm.schedules.drop import DropTo, StagedDrop
-from lightning_estdgm.schedules.estdgm import WARMUP, EstDgm, Phase
-from lightning_estdgm.schedules.published import AlternatingDensity, ConstantDensity, CubicDensity
-from lightning_estdgm.schedules.stepped import Plan, Schedule, ScheduleConfig, Segment, SteppedSchedule
+from lightning_estdgm.method.schedules.drop_fraction import DropTo, StagedDrop
+from lightning_estdgm.method.schedules.estdgm import WARMUP, EstDgm, Phase
+from lightning_estdgm.method.schedules.protocol import Plan, Schedule, ScheduleConfig, Segment, SteppedSchedule
+from lightning_estdgm.method.schedules.published import AlternatingDensity, ConstantDensity, CubicDensity
 
 __all__ = [
     "WARMUP",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lightning_estdgm.schedules.stepped import Schedule, Segment, SteppedSchedule, check_steps, intervals
+from lightning_estdgm.method.schedules.protocol import Schedule, Segment, SteppedSchedule, check_steps, intervals
 
 __all__ = ["WARMUP", "EstDgm", "Phase"]
 

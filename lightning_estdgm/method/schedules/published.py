@@ -6,7 +6,7 @@ import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning_estdgm.schedules.stepped import Schedule, Segment, SteppedSchedule, check_steps, intervals
+from lightning_estdgm.method.schedules.protocol import Schedule, Segment, SteppedSchedule, check_steps, intervals
 
 __all__ = ["AlternatingDensity", "ConstantDensity", "CubicDensity"]
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_estdgm.ops import backends, get_backend, masked_linear
-from lightning_estdgm.ops.convolution import ConvGeometry, conv_refusal, masked_conv2d
-from lightning_estdgm.ops.reference import expand_mask
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.sparse.backends.protocol import backends, get_backend
+from lightning_estdgm.sparse.backends.reference import expand_mask
+from lightning_estdgm.sparse.conv import ConvGeometry, conv_refusal, masked_conv2d
+from lightning_estdgm.sparse.linear import masked_linear
+from lightning_estdgm.sparse.topology import BlockTopology
 
 __all__ = ["DENSE", "MOST_ROUNDS", "Case", "ConvCase", "is_layer", "layer_key", "layer_of", "measure_case", "refusals"]
 

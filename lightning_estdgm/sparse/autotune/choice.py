@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from lightning_estdgm.ops import backends, get_backend
-from lightning_estdgm.ops.cases import DENSE, Case, ConvCase, is_layer, layer_key, layer_of, measure_case, refusals
-from lightning_estdgm.ops.measurements import Measurements
+from lightning_estdgm.sparse.autotune.cases import (
+    DENSE,
+    Case,
+    ConvCase,
+    is_layer,
+    layer_key,
+    layer_of,
+    measure_case,
+    refusals,
+)
+from lightning_estdgm.sparse.autotune.timing_cache import Measurements
+from lightning_estdgm.sparse.backends.protocol import backends, get_backend
+from lightning_estdgm.sparse.buckets import bucket_of
 
 __all__ = [
-    "BUCKETS",
     "DENSE",
     "BackendSelector",
     "Case",
     "Choice",
     "ConvCase",
-    "bucket_of",
     "choice_of",
     "measure_case",
     "refusals",
 ]
-
-BUCKETS = 32
-"""Densities up to 1/4 are decided in steps of 1/32, up to 1/2 of 2/32 and above of 4/32: see `bucket_of`."""
 
 MARGIN = 0.05
 """By what share of the dense time a sparse backend must be faster: noise must not choose it."""
@@ -66,17 +70,6 @@ def choice_of(seconds: Mapping[str, float], when: str = "") -> Choice:
     if sparse_s < dense_s:
         return Choice(DENSE, dense_s, sparse_s, f"dense: sparse is less than {MARGIN:.0%} faster {spent}")
     return Choice(DENSE, dense_s, sparse_s, f"dense faster: sparse takes {sparse_s / dense_s:.1f}x the time {spent}")
-
-
-def bucket_of(density: float) -> int:
-    """Round a density up to one that is measured, in units of 1/``BUCKETS``.
-
-    So an annealed density measures a few times, not at every update, and what is measured is never sparser than what
-    will run. Buckets widen with the density: there they are a smaller share of it, and a measurement takes longer.
-    """
-    bucket = max(1, math.ceil(density * BUCKETS - 1e-9))
-    width = 1 if bucket <= BUCKETS // 4 else 2 if bucket <= BUCKETS // 2 else 4
-    return -(-bucket // width) * width
 
 
 class BackendSelector:

@@ -29,9 +29,10 @@ from typing import Any
 
 import torch
 
-from lightning_estdgm import ops
-from lightning_estdgm.ops.cache import cache_folder
-from lightning_estdgm.ops.cases import DENSE, Case, ConvCase, is_layer, layer_key, layer_of
+from lightning_estdgm import sparse
+from lightning_estdgm._environment import cache_folder
+from lightning_estdgm.sparse.autotune.cases import DENSE, Case, ConvCase, is_layer, layer_key, layer_of
+from lightning_estdgm.sparse.backends.protocol import backends
 
 try:
     import fcntl
@@ -112,8 +113,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "triton": _version("triton"),
         "lightning-estdgm": _version("lightning-estdgm"),
-        "operators": _digest(Path(ops.__file__)),
-        "backends": {name: _build(backend, device) for name, backend in ops.backends().items()},
+        "operators": _digest(Path(sparse.__file__)),
+        "backends": {name: _build(backend, device) for name, backend in backends().items()},
     }
 
 
@@ -127,7 +128,7 @@ def _version(distribution: str) -> str | None:
 def _build(backend: object, device: torch.device) -> str | None:
     """Return what a backend from elsewhere is made of, and how one that is compiled was built; ``None``: nothing."""
     parts = []
-    if not type(backend).__module__.startswith(f"{ops.__name__}."):
+    if not type(backend).__module__.startswith(f"{sparse.__name__}."):
         with contextlib.suppress(TypeError, OSError):
             parts.append(_digest(Path(inspect.getfile(type(backend)))))
     build = getattr(backend, "build", None)

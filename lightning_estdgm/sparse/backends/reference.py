@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_estdgm.ops.convolution import ConvGeometry, library_gradient
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.sparse.conv import ConvGeometry, library_gradient
+from lightning_estdgm.sparse.topology import BlockTopology
 
 __all__ = ["BACKEND", "ReferenceBackend", "expand_mask"]
 

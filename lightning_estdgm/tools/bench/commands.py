@@ -22,8 +22,8 @@ def overhead(
 ) -> None:
     """Time what single-weight masks add to a dense step of a small GPT; nothing is skipped there."""
     # Imported here, as in every command: --help should not wait for torch.
-    from lightning_estdgm.bench.overhead import OverheadConfig, measure_overhead, overhead_table
-    from lightning_estdgm.bench.show import show
+    from lightning_estdgm.tools.bench.overhead import OverheadConfig, measure_overhead, overhead_table
+    from lightning_estdgm.tools.bench.show import show
 
     result = measure_overhead(OverheadConfig(update_every=update_every, rounds=rounds))
     show(overhead_table(result), result, json)
@@ -40,8 +40,8 @@ def energy(
     json: Annotated[Path | None, typer.Option(help="Where a JSON goes.")] = None,
 ) -> None:
     """Time what EnergyMonitor adds to a step of a small GPT."""
-    from lightning_estdgm.bench import energy as bench_energy
-    from lightning_estdgm.bench.show import show
+    from lightning_estdgm.tools.bench import energy as bench_energy
+    from lightning_estdgm.tools.bench.show import show
 
     config = bench_energy.EnergyBenchConfig(steps=steps, pairs=pairs)
     if not against:
@@ -65,8 +65,8 @@ def distributed(
     json: Annotated[Path | None, typer.Option(help="Where a JSON goes.")] = None,
 ) -> None:
     """Time mask updates of a small GPT under DDP (gloo), and count its traffic with and without the hook."""
-    from lightning_estdgm.bench.distributed import DistributedConfig, distributed_table, measure_distributed
-    from lightning_estdgm.bench.show import show
+    from lightning_estdgm.tools.bench.distributed import DistributedConfig, distributed_table, measure_distributed
+    from lightning_estdgm.tools.bench.show import show
 
     config = DistributedConfig(ranks=ranks, block_size=block_size, update_every=update_every, intervals=intervals)
     result = measure_distributed(config)
@@ -95,13 +95,13 @@ def kernels(
     """
     from dataclasses import replace
 
-    from lightning_estdgm.bench.goals import goals_table, kernel_goals
-    from lightning_estdgm.bench.kernels.config import KernelsConfig, quick_kernels
-    from lightning_estdgm.bench.kernels.convolution import conv_rows
-    from lightning_estdgm.bench.kernels.linear import linear_rows
-    from lightning_estdgm.bench.kernels.report import draw_kernels, drawable, kernels_table
-    from lightning_estdgm.bench.kernels.timing import METHOD
-    from lightning_estdgm.bench.show import Record, console, machine_name
+    from lightning_estdgm.tools.bench.goals import goals_table, kernel_goals
+    from lightning_estdgm.tools.bench.kernels.config import KernelsConfig, quick_kernels
+    from lightning_estdgm.tools.bench.kernels.convolution import conv_rows
+    from lightning_estdgm.tools.bench.kernels.linear import linear_rows
+    from lightning_estdgm.tools.bench.kernels.report import draw_kernels, drawable, kernels_table
+    from lightning_estdgm.tools.bench.kernels.timing import METHOD
+    from lightning_estdgm.tools.bench.show import Record, console, machine_name
 
     _check_output(output)
     given: dict[str, Any] = {
@@ -166,14 +166,14 @@ def train(
     output: _Output = None,
 ) -> None:
     """Train GPTs and a ResNet-50 dense and by EST-DGM in turns: speed by phase and over a whole default schedule."""
-    from lightning_estdgm.bench.goals import goals_table, train_goals
-    from lightning_estdgm.bench.show import Record, console, machine_name
-    from lightning_estdgm.bench.train.choice import MODELS, TrainChoice, choose, quick_config
-    from lightning_estdgm.bench.train.config import TrainConfig
-    from lightning_estdgm.bench.train.profile import profile_train
-    from lightning_estdgm.bench.train.report import draw_train, profile_table, train_table
-    from lightning_estdgm.bench.train.run import measure_train
     from lightning_estdgm.config import DGMConfig
+    from lightning_estdgm.tools.bench.goals import goals_table, train_goals
+    from lightning_estdgm.tools.bench.show import Record, console, machine_name
+    from lightning_estdgm.tools.bench.train.choice import MODELS, TrainChoice, choose, quick_config
+    from lightning_estdgm.tools.bench.train.config import TrainConfig
+    from lightning_estdgm.tools.bench.train.profile import profile_train
+    from lightning_estdgm.tools.bench.train.report import draw_train, profile_table, train_table
+    from lightning_estdgm.tools.bench.train.run import measure_train
 
     _check_output(output)
     unit = int(block_size) if block_size.isdecimal() else block_size
@@ -227,7 +227,7 @@ def everything(
     A part that an earlier call has finished, with the same settings, is not measured again: after a cut, call it anew.
     The exit status is 1 if a part failed.
     """
-    from lightning_estdgm.bench.suite import device_folder, parts, run_parts, write_page
+    from lightning_estdgm.tools.bench.suite import device_folder, parts, run_parts, write_page
 
     folder = output or Path("docs") / "benchmarks" / device_folder()
     if folder.exists() and not folder.is_dir():
@@ -243,7 +243,7 @@ def everything(
 
 
 def _finish(out: Any, record: Any, goals: Any) -> None:
-    from lightning_estdgm.bench.show import machine_name
+    from lightning_estdgm.tools.bench.show import machine_name
 
     if goals is not None:
         out.print(goals)

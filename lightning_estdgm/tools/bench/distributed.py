@@ -17,11 +17,11 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_estdgm.bench.overhead import one_interval
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.controller import DGMController
 from lightning_estdgm.distributed.comm_hook import ActiveUnits, active_units_hook
+from lightning_estdgm.engine.controller import DGMController
 from lightning_estdgm.recipes.gpt import ByteGPT
+from lightning_estdgm.tools.bench.overhead import one_interval
 
 __all__ = ["DistributedConfig", "distributed_table", "measure_distributed", "measure_on_this_rank"]
 

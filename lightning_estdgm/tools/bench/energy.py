@@ -24,11 +24,11 @@ from lightning.pytorch.loggers import CSVLogger
 from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_estdgm.bench.demo import _quiet
 from lightning_estdgm.callbacks.energy import EnergyMonitor
-from lightning_estdgm.energy import torch_ids
-from lightning_estdgm.energy.context import EnergyMeter
+from lightning_estdgm.energy.energy_meter import EnergyMeter
+from lightning_estdgm.energy.reading import torch_ids
 from lightning_estdgm.recipes.gpt import ByteGPT
+from lightning_estdgm.tools.demo.run import _quiet
 
 __all__ = [
     "EnergyBenchConfig",

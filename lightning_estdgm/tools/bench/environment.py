@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lightning_estdgm.ops.measurements import cpu_model
+from lightning_estdgm.sparse.autotune.timing_cache import cpu_model
 
 __all__ = ["command_line", "environment", "header"]
 

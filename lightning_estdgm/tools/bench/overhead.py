@@ -11,9 +11,9 @@ import torch
 from rich.table import Table
 
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.controller import DGMController
+from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.method.schedules import EstDgm, Phase
 from lightning_estdgm.recipes.gpt import ByteGPT
-from lightning_estdgm.schedules import EstDgm, Phase
 
 __all__ = ["OverheadConfig", "measure_overhead", "one_interval", "overhead_table"]
 

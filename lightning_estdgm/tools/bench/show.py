@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lightning_estdgm.bench.environment import environment, header
-from lightning_estdgm.report import write_json
+from lightning_estdgm.tools.bench.environment import environment, header
+from lightning_estdgm.tools.report import write_json
 
 __all__ = ["Record", "console", "machine_name", "markdown_table", "show"]
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_estdgm.bench.environment import environment
-from lightning_estdgm.bench.goals import goals_columns
-from lightning_estdgm.bench.kernels.report import kernels_columns
-from lightning_estdgm.bench.show import machine_name, markdown_table
-from lightning_estdgm.bench.train.report import backends_used, profile_columns, train_columns
+from lightning_estdgm.tools.bench.environment import environment
+from lightning_estdgm.tools.bench.goals import goals_columns
+from lightning_estdgm.tools.bench.kernels.report import kernels_columns
+from lightning_estdgm.tools.bench.show import machine_name, markdown_table
+from lightning_estdgm.tools.bench.train.report import backends_used, profile_columns, train_columns
 
 __all__ = ["Part", "device_folder", "page", "parts", "run_parts", "write_page"]
 

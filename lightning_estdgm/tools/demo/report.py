@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rich.table import Table
 
-from lightning_estdgm.report import energy_label, spread
+from lightning_estdgm.tools.report import energy_label, spread
 
 DENSE, DGM = "dense", "dgm"
 

@@ -34,7 +34,13 @@ from rich.progress import (
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lightning_estdgm.bench.demo_report import (
+from lightning_estdgm.callbacks.dgm import DGMCallback
+from lightning_estdgm.callbacks.energy import EnergyMonitor
+from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.method.schedules import EstDgm
+from lightning_estdgm.recipes.gpt import ByteGPT, StdlibText
+from lightning_estdgm.tools.bench.environment import environment
+from lightning_estdgm.tools.demo.report import (
     DENSE,
     DGM,
     MaskMoment,
@@ -48,13 +54,7 @@ from lightning_estdgm.bench.demo_report import (
     summarize,
     sweep_table,
 )
-from lightning_estdgm.bench.environment import environment
-from lightning_estdgm.callbacks.dgm import DGMCallback
-from lightning_estdgm.callbacks.energy import EnergyMonitor
-from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.recipes.gpt import ByteGPT, StdlibText
-from lightning_estdgm.report import compare, read_run, write, write_json
-from lightning_estdgm.schedules import EstDgm
+from lightning_estdgm.tools.report import compare, read_run, write, write_json
 
 MIN_STEPS = 20
 _MAX_CELLS = 96  # of a drawn mask, in each direction

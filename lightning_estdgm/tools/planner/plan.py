@@ -18,11 +18,11 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_estdgm import densities
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.layers import find_candidates, unit_of
-from lightning_estdgm.masked_layer import FEW
-from lightning_estdgm.masks import mask_shape, unit_size
+from lightning_estdgm.engine.masked_weight import FEW
+from lightning_estdgm.method import distributions as densities
+from lightning_estdgm.method.masks import mask_shape, unit_size
+from lightning_estdgm.modules.candidates import find_candidates, unit_of
 from lightning_estdgm.recipes.gpt import Block
 
 __all__ = [
@@ -515,7 +515,7 @@ def plan(model: nn.Module, setup: Setup, strategies: Sequence[str] = STRATEGIES)
 
     """
     return {
-        "format": "lightning_estdgm.plan",
+        "format": "lightning_estdgm.tools.planner.plan",
         "version": 1,
         "calculated": True,
         "setup": asdict(setup),

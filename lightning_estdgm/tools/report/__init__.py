@@ -4,10 +4,10 @@
 ``estdgm report`` does all three.
 """
 
-from lightning_estdgm.report.compare import Comparison, compare, spread
-from lightning_estdgm.report.document import Document, document
-from lightning_estdgm.report.render import FORMATS, html, markdown, write, write_json
-from lightning_estdgm.report.runs import Run, RunError, energy_label, read_run
+from lightning_estdgm.tools.report.compare import Comparison, compare, spread
+from lightning_estdgm.tools.report.document import Document, document
+from lightning_estdgm.tools.report.render import FORMATS, html, markdown, write, write_json
+from lightning_estdgm.tools.report.runs import Run, RunError, energy_label, read_run
 
 __all__ = [
     "FORMATS",

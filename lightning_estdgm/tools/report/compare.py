@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lightning_estdgm.report.fairness import settings_of, warnings_of
-from lightning_estdgm.report.runs import Curve, Kind, Run, common_metrics
-from lightning_estdgm.report.words import percent, text
+from lightning_estdgm.tools.report.fairness import settings_of, warnings_of
+from lightning_estdgm.tools.report.runs import Curve, Kind, Run, common_metrics
+from lightning_estdgm.tools.report.words import percent, text
 
 __all__ = ["Arm", "Comparison", "Contrast", "Point", "RunResult", "Saving", "Target", "compare", "spread"]
 

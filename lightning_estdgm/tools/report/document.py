@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning_estdgm.report.compare import Arm, Comparison, Contrast, RunResult, Saving, spread
-from lightning_estdgm.report.figures import units_of
-from lightning_estdgm.report.runs import Kind, Run
-from lightning_estdgm.report.words import Unit, Units, number, percent, text
+from lightning_estdgm.tools.report.compare import Arm, Comparison, Contrast, RunResult, Saving, spread
+from lightning_estdgm.tools.report.figures import units_of
+from lightning_estdgm.tools.report.runs import Kind, Run
+from lightning_estdgm.tools.report.words import Unit, Units, number, percent, text
 
 __all__ = ["Document", "Headline", "Row", "Table", "document"]
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from lightning_estdgm.report.runs import Run
-from lightning_estdgm.report.words import percent, text
+from lightning_estdgm.tools.report.runs import Run
+from lightning_estdgm.tools.report.words import percent, text
 
 __all__ = ["settings_of", "warnings_of"]
 

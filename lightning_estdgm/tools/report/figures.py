@@ -24,9 +24,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from lightning_estdgm.report.compare import Comparison
-from lightning_estdgm.report.runs import Kind, Run
-from lightning_estdgm.report.words import Units, number
+from lightning_estdgm.tools.report.compare import Comparison
+from lightning_estdgm.tools.report.runs import Kind, Run
+from lightning_estdgm.tools.report.words import Units, number
 
 __all__ = ["COLOURS", "Plot", "draw", "units_of"]
 

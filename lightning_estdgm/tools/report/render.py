@@ -14,9 +14,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lightning_estdgm.report.compare import Comparison
-from lightning_estdgm.report.document import document
-from lightning_estdgm.report.figures import COLOURS, draw
+from lightning_estdgm.tools.report.compare import Comparison
+from lightning_estdgm.tools.report.document import document
+from lightning_estdgm.tools.report.figures import COLOURS, draw
 
 __all__ = ["FORMATS", "as_dict", "html", "markdown", "write", "write_json"]
 
@@ -40,7 +40,7 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
     arms = [{**asdict(arm), "runs": [_named(asdict(run), run.kind) for run in arm.runs]} for arm in comparison.arms]
     kinds = {arm.name: arm.kind for arm in comparison.arms}
     return {
-        "format": "lightning_estdgm.report",
+        "format": "lightning_estdgm.tools.report",
         "made_by": _made_by(),
         "headlines": [asdict(headline) for headline in doc.headlines],
         "warnings": list(comparison.warnings),
@@ -123,7 +123,7 @@ FORMATS: Mapping[str, Callable[[Comparison], str]] = {
 
 def _render(template: str, comparison: Comparison, escape: bool, **more: Any) -> str:
     environment = Environment(
-        loader=PackageLoader("lightning_estdgm.report", "."), autoescape=escape, undefined=StrictUndefined
+        loader=PackageLoader("lightning_estdgm.tools.report", "."), autoescape=escape, undefined=StrictUndefined
     )
     environment.filters |= {"cell": _cell, "keep": _keep}
     return environment.get_template(template).render(doc=document(comparison), made_by=_made_by(), **more)

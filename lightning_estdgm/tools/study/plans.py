@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 from lightning_estdgm.presets import PRESETS
-from lightning_estdgm.study.runs import DENSE, Run
-from lightning_estdgm.study.tasks import TASKS, Task, task_named
+from lightning_estdgm.tools.study.runs import DENSE, Run
+from lightning_estdgm.tools.study.tasks import TASKS, Task, task_named
 
 __all__ = ["BEST_RATES", "BRIEF", "PLANS", "SCALED", "SCHEDULES", "plan_named"]
 

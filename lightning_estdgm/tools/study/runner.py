@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lightning_estdgm.bench.environment import environment
-from lightning_estdgm.study.runs import Run, train
-from lightning_estdgm.study.table import Table
+from lightning_estdgm.tools.bench.environment import environment
+from lightning_estdgm.tools.study.runs import Run, train
+from lightning_estdgm.tools.study.table import Table
 
 __all__ = ["run_study"]
 

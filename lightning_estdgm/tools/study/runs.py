@@ -20,9 +20,9 @@ from torch import nn
 
 from lightning_estdgm.callbacks.dgm import DGMCallback
 from lightning_estdgm.callbacks.energy import EnergyMonitor
-from lightning_estdgm.schedules import EstDgm, Phase
-from lightning_estdgm.study.tasks import task_named
-from lightning_estdgm.study.variants import VARIANTS, StudyGPT
+from lightning_estdgm.method.schedules import EstDgm, Phase
+from lightning_estdgm.tools.study.tasks import task_named
+from lightning_estdgm.tools.study.variants import VARIANTS, StudyGPT
 
 __all__ = ["DENSE", "Run", "train"]
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_estdgm.study.plans import SCALED, SCHEDULES
-from lightning_estdgm.study.runs import DENSE
-from lightning_estdgm.study.tasks import TASKS, task_named
+from lightning_estdgm.tools.study.plans import SCALED, SCHEDULES
+from lightning_estdgm.tools.study.runs import DENSE
+from lightning_estdgm.tools.study.tasks import TASKS, task_named
 
 __all__ = ["Arm", "arms", "baseline", "distance", "markdown", "picture"]
 

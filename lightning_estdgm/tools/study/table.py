@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_estdgm.study.runs import Run
+from lightning_estdgm.tools.study.runs import Run
 
 __all__ = ["COLUMNS", "Table", "read_rows"]
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_estdgm.recipes import StdlibText
 from lightning_estdgm.recipes.rates import run_steps, warmup_cosine
-from lightning_estdgm.study.variants import StudyGPT
+from lightning_estdgm.tools.study.variants import StudyGPT
 
 __all__ = ["TASKS", "Task", "task_named"]
 

@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_estdgm.callbacks.dgm import DGMCallback
-from lightning_estdgm.controller import DGMController
+from lightning_estdgm.engine.controller import DGMController
 from lightning_estdgm.recipes import ByteGPT
 from lightning_estdgm.recipes.gpt import Block
 from lightning_estdgm.recipes.windows import Batch

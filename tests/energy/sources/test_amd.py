@@ -12,13 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from energy_parts import AmdMachine, FakeAmd, forget_amdsmi
-from test_energy_hwmon import amd_card
+from test_hwmon import amd_card
 
-from lightning_estdgm.energy import SourceUnavailable, Status, amdsmi, own_gpus, resolve, rocm_smi, torch_ids
-from lightning_estdgm.energy import amd as amd_module
-from lightning_estdgm.energy.amd import AmdGpus, hip_order, ticks_to_uj, valid
-from lightning_estdgm.energy.hwmon_amd import AmdHwmon
+from helpers.energy_parts import AmdMachine, FakeAmd, forget_amdsmi
+from lightning_estdgm.energy import _amd_gpus as amd_module
+from lightning_estdgm.energy._amd_gpus import AmdGpus, hip_order, ticks_to_uj, valid
+from lightning_estdgm.energy.reading import SourceUnavailable, Status, own_gpus, torch_ids
+from lightning_estdgm.energy.sources import amdsmi, rocm_smi
+from lightning_estdgm.energy.sources.hwmon_amd import AmdHwmon
+from lightning_estdgm.energy.sources.protocol import resolve
 
 A, B, C, D = (f"0000:{bus}:00.0" for bus in ("0c", "22", "9f", "c1"))
 IDS = {A: "aaaaaaaaaaaaaaaa", B: "bbbbbbbbbbbbbbbb", C: "cccccccccccccccc", D: "dddddddddddddddd"}

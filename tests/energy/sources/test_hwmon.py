@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from lightning_estdgm.energy import SourceUnavailable, Status
+from lightning_estdgm.energy._hwmon import HwmonSensors
 from lightning_estdgm.energy.accumulator import Accumulator
-from lightning_estdgm.energy.hwmon import HwmonSensors
-from lightning_estdgm.energy.hwmon_amd import AmdHwmon
-from lightning_estdgm.energy.hwmon_grace import GraceHwmon
-from lightning_estdgm.energy.hwmon_intel import IntelHwmon
+from lightning_estdgm.energy.reading import SourceUnavailable, Status
+from lightning_estdgm.energy.sources.hwmon_amd import AmdHwmon
+from lightning_estdgm.energy.sources.hwmon_grace import GraceHwmon
+from lightning_estdgm.energy.sources.hwmon_intel import IntelHwmon
 
 A, B, C = "0000:03:00.0", "0000:83:00.0", "0000:c3:00.0"
 

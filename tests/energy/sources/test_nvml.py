@@ -10,11 +10,12 @@ from uuid import UUID
 
 import pytest
 import torch
-from energy_parts import ConstantPower, FakeGpu, Machine, compile_library, totals_over
 
+from helpers.energy_parts import ConstantPower, FakeGpu, Machine, compile_library, totals_over
 from lightning_estdgm.callbacks.energy import _own_devices
-from lightning_estdgm.energy import DeviceInfo, SourceUnavailable, Status, nvml
-from lightning_estdgm.energy.nvml import Nvml
+from lightning_estdgm.energy.reading import DeviceInfo, SourceUnavailable, Status
+from lightning_estdgm.energy.sources import nvml
+from lightning_estdgm.energy.sources.nvml import Nvml
 
 A, B, C = "GPU-aaaa1111-0000", "GPU-bbbb2222-0000", "GPU-bbcc3333-0000"
 

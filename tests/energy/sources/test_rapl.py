@@ -4,10 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from energy_parts import rapl_zone, totals_over
 
-from lightning_estdgm.energy import SourceUnavailable, Status, rapl
-from lightning_estdgm.energy.rapl import Rapl
+from helpers.energy_parts import rapl_zone, totals_over
+from lightning_estdgm.energy.reading import SourceUnavailable, Status
+from lightning_estdgm.energy.sources import rapl
+from lightning_estdgm.energy.sources.rapl import Rapl
 
 
 def opened(root: Path) -> Rapl:

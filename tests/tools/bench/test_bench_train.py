@@ -11,19 +11,19 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lightning_estdgm.bench import suite
-from lightning_estdgm.bench.goals import train_goals
-from lightning_estdgm.bench.train import run
-from lightning_estdgm.bench.train.choice import TrainChoice, choose, quick_config
-from lightning_estdgm.bench.train.config import TrainConfig, compressed_schedule, fitting_layers
-from lightning_estdgm.bench.train.profile import PARTS, part_of, profile_train
-from lightning_estdgm.bench.train.run import measure_train, summarise
-from lightning_estdgm.bench.train.whole import PhaseTimes, Step, phase_times, whole_run
-from lightning_estdgm.bench.train.workloads import GptWorkload, ResNetWorkload, compile_blocks
 from lightning_estdgm.cli import app
-from lightning_estdgm.energy import Reading
-from lightning_estdgm.energy.cpu_estimate import CpuEstimate
-from lightning_estdgm.schedules import EstDgm
+from lightning_estdgm.energy.reading import Reading
+from lightning_estdgm.energy.sources.cpu_estimate import CpuEstimate
+from lightning_estdgm.method.schedules import EstDgm
+from lightning_estdgm.tools.bench import suite
+from lightning_estdgm.tools.bench.goals import train_goals
+from lightning_estdgm.tools.bench.train import run
+from lightning_estdgm.tools.bench.train.choice import TrainChoice, choose, quick_config
+from lightning_estdgm.tools.bench.train.config import TrainConfig, compressed_schedule, fitting_layers
+from lightning_estdgm.tools.bench.train.profile import PARTS, part_of, profile_train
+from lightning_estdgm.tools.bench.train.run import measure_train, summarise
+from lightning_estdgm.tools.bench.train.whole import PhaseTimes, Step, phase_times, whole_run
+from lightning_estdgm.tools.bench.train.workloads import GptWorkload, ResNetWorkload, compile_blocks
 
 TINY = TrainConfig(
     block_size=16,

@@ -19,8 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer.testing import CliRunner
 
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
-from lightning_estdgm.bench.demo import DemoConfig, count_masked, profile_steps, run_sweep
-from lightning_estdgm.bench.demo_report import (
+from lightning_estdgm.cli import app
+from lightning_estdgm.tools.demo.report import (
     RunRecord,
     StepLog,
     Validation,
@@ -33,8 +33,8 @@ from lightning_estdgm.bench.demo_report import (
     records,
     watts,
 )
-from lightning_estdgm.cli import app
-from lightning_estdgm.report import energy_label, spread, write_json
+from lightning_estdgm.tools.demo.run import DemoConfig, count_masked, profile_steps, run_sweep
+from lightning_estdgm.tools.report import energy_label, spread, write_json
 
 STEPS, SEEDS = 100, 2
 TINY = {"width": 64, "layers": 1, "heads": 2, "context": 32, "batch_size": 4, "val_windows": 8}
@@ -314,7 +314,7 @@ def test_an_error_in_training_is_not_taken_for_bad_input(tmp_path, monkeypatch):
         def on_train_start(self, trainer, pl_module):
             raise ValueError("from the training")
 
-    monkeypatch.setattr("lightning_estdgm.bench.demo.Recorder", lambda *_: Failing())
+    monkeypatch.setattr("lightning_estdgm.tools.demo.run.Recorder", lambda *_: Failing())
     knobs = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
     with pytest.raises(ValueError, match="from the training"):
         CliRunner().invoke(app, ["demo", "--steps=20", f"--out={tmp_path}", *knobs], catch_exceptions=False)

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from lightning_estdgm import DGMConfig, DGMController
 from lightning_estdgm.cli import app
-from lightning_estdgm.plan import (
+from lightning_estdgm.recipes import ByteGPT
+from lightning_estdgm.tools.planner.plan import (
     GPT_SIZES,
     STRATEGIES,
     Setup,
@@ -27,9 +28,8 @@ from lightning_estdgm.plan import (
     traffic,
     update_cost,
 )
-from lightning_estdgm.recipes import ByteGPT
 
-DOC = Path(__file__).parent.parent / "docs" / "scaling.md"
+DOC = Path(__file__).parents[3] / "docs" / "scaling.md"
 
 
 def run(*arguments: str) -> Any:

@@ -1,4 +1,4 @@
-"""The formulas of `lightning_estdgm.plan` against what two processes really hold, move and send."""
+"""The formulas of `lightning_estdgm.tools.planner.plan` against what two processes really hold, move and send."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
-import jobs
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,11 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from helpers import distributed_jobs as jobs
 from lightning_estdgm import DGMConfig, DGMController, EstDgm, Phase
 from lightning_estdgm.distributed.comm_hook import ActiveUnits, active_units_hook
-from lightning_estdgm.masked_layer import MaskedLayer
-from lightning_estdgm.plan import Model, Setup, inspect, memory, traffic, update_cost
+from lightning_estdgm.engine.masked_weight import MaskedLayer
 from lightning_estdgm.recipes import ByteGPT
+from lightning_estdgm.tools.planner.plan import Model, Setup, inspect, memory, traffic, update_cost
 
 # Density 0.25 throughout; the steps 2 and 3 of every four are observed.
 SCHEDULE = EstDgm(

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 from playwright.sync_api import sync_playwright
-from run_files import DGM, falling, write_arms, write_run
 
-from lightning_estdgm.report import compare, read_run, write
+from helpers.run_files import DGM, falling, write_arms, write_run
+from lightning_estdgm.tools.report import compare, read_run, write
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 QUIET = [

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from run_files import DGM, falling, summary, write_arms, write_run
 
-from lightning_estdgm.report import compare, read_run, spread
-from lightning_estdgm.report.runs import Curve, Run
+from helpers.run_files import DGM, falling, summary, write_arms, write_run
+from lightning_estdgm.tools.report import compare, read_run, spread
+from lightning_estdgm.tools.report.runs import Curve, Run
 
 
 def read(folders):

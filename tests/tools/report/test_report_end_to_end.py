@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from lightning_estdgm import DGMCallback, DGMConfig, EnergyMonitor
 from lightning_estdgm.cli import app
 from lightning_estdgm.recipes import ByteGPT, StdlibText
-from lightning_estdgm.report import compare, document, read_run
+from lightning_estdgm.tools.report import compare, document, read_run
 
 STEPS, EVERY = 40, 8
 

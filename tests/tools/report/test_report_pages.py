@@ -5,12 +5,12 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from run_files import DGM, falling, summary, write_arms, write_run
 from typer.testing import CliRunner
 
+from helpers.run_files import DGM, falling, summary, write_arms, write_run
 from lightning_estdgm.cli import app
-from lightning_estdgm.report import FORMATS, compare, document, html, markdown, read_run, write
-from lightning_estdgm.report.figures import draw
+from lightning_estdgm.tools.report import FORMATS, compare, document, html, markdown, read_run, write
+from lightning_estdgm.tools.report.figures import draw
 
 VOID = {"meta", "link", "br", "img", "path", "use", "rect", "wbr"}
 SAVING = re.compile(r"\d %? ?(?:less|more)\b|× as fast|% (?:less|more)")
@@ -247,7 +247,7 @@ def test_markdown_tables_have_as_many_cells_in_every_row(measured):
 
 def test_json_is_strict_and_holds_the_runs_as_they_were_read(measured):
     content = json.loads(as_json(measured), parse_constant=lambda name: pytest.fail(name))
-    assert content["format"] == "lightning_estdgm.report"
+    assert content["format"] == "lightning_estdgm.tools.report"
     assert content["target"] == {
         "metric": "val_loss", "value": 2.0, "mode": "min", "rule": "the worst of the baseline runs' best values"
     }  # fmt: skip

@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
-from run_files import DGM, falling, summary, write_run
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_estdgm.report.runs import Curve, RunError, energy_label, kind_of, read_run
+from helpers.run_files import DGM, falling, summary, write_run
+from lightning_estdgm.tools.report.runs import Curve, RunError, energy_label, kind_of, read_run
 
 
 def test_a_run_is_found_anywhere_below_its_folder(tmp_path):

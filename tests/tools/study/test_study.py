@@ -15,13 +15,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from lightning_estdgm.cli import app
-from lightning_estdgm.study.plans import PLANS, SCALED, SCHEDULES, plan_named
-from lightning_estdgm.study.runner import run_study
-from lightning_estdgm.study.runs import Run, train
-from lightning_estdgm.study.summary import arms, baseline, distance, markdown, picture
-from lightning_estdgm.study.table import COLUMNS, Table, read_rows
-from lightning_estdgm.study.tasks import TASKS, citation_graph, cluttered_digits, task_named
-from lightning_estdgm.study.variants import GroupHidden, LowRankCompanion, SeedSecondMoment, StudyGPT
+from lightning_estdgm.tools.study.plans import PLANS, SCALED, SCHEDULES, plan_named
+from lightning_estdgm.tools.study.runner import run_study
+from lightning_estdgm.tools.study.runs import Run, train
+from lightning_estdgm.tools.study.summary import arms, baseline, distance, markdown, picture
+from lightning_estdgm.tools.study.table import COLUMNS, Table, read_rows
+from lightning_estdgm.tools.study.tasks import TASKS, citation_graph, cluttered_digits, task_named
+from lightning_estdgm.tools.study.variants import GroupHidden, LowRankCompanion, SeedSecondMoment, StudyGPT
 
 RESULT = {
     "status": "ok",

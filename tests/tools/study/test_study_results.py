@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from lightning_estdgm.study.plans import BEST_RATES, BRIEF, plan_named
-from lightning_estdgm.study.summary import arms, markdown
-from lightning_estdgm.study.table import Table, read_rows
-from lightning_estdgm.study.tasks import task_named
+from lightning_estdgm.tools.study.plans import BEST_RATES, BRIEF, plan_named
+from lightning_estdgm.tools.study.summary import arms, markdown
+from lightning_estdgm.tools.study.table import Table, read_rows
+from lightning_estdgm.tools.study.tasks import task_named
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results" / "study"
+RESULTS = Path(__file__).parents[3] / "docs" / "results" / "study"
 TABLES = sorted(path.stem for path in RESULTS.glob("*.csv"))
 
 

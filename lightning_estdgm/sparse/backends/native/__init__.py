@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_estdgm.ops.convolution import ConvGeometry
-from lightning_estdgm.ops.native.build import DTYPES, check, function, library
-from lightning_estdgm.ops.native.convolution import NativeConvolution
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.sparse.backends.native.build import DTYPES, check, function, library
+from lightning_estdgm.sparse.backends.native.convolution import NativeConvolution
+from lightning_estdgm.sparse.conv import ConvGeometry
+from lightning_estdgm.sparse.topology import BlockTopology
 
 __all__ = ["BACKEND", "NativeBackend"]
 

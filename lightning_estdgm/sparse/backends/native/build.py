@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_estdgm.ops.cache import cache_folder
+from lightning_estdgm._environment import cache_folder
 
 __all__ = ["DTYPES", "check", "function", "library"]
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_estdgm.ops.convolution import ConvGeometry
-from lightning_estdgm.ops.native.build import check, function
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.sparse.backends.native.build import check, function
+from lightning_estdgm.sparse.conv import ConvGeometry
+from lightning_estdgm.sparse.topology import BlockTopology
 
 __all__ = ["NativeConvolution"]
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_estdgm.ops.convolution import ConvGeometry
-from lightning_estdgm.ops.selection import bucket_of
-from lightning_estdgm.ops.triton.tiles import Tiles, Tuner, candidates
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.sparse.backends.triton.tiles import Tiles, Tuner, candidates
+from lightning_estdgm.sparse.buckets import bucket_of
+from lightning_estdgm.sparse.conv import ConvGeometry
+from lightning_estdgm.sparse.topology import BlockTopology
 
 __all__ = ["BACKEND", "TritonBackend"]
 
@@ -33,7 +33,7 @@ Seconds = Callable[[Callable[[], object]], float]
 
 def _of(module: str) -> ModuleType:
     """A module of this package that imports Triton."""
-    return importlib.import_module(f"lightning_estdgm.ops.triton.{module}")
+    return importlib.import_module(f"lightning_estdgm.sparse.backends.triton.{module}")
 
 
 @functools.cache

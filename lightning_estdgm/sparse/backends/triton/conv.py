@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_estdgm.ops.convolution import ConvGeometry
-from lightning_estdgm.ops.triton import MAX_TAPS, launch
-from lightning_estdgm.ops.triton.tiles import Tiles
-from lightning_estdgm.ops.triton.units import deal, split_count, unit_blocks, unit_columns, units_before
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.sparse.backends.triton import MAX_TAPS, launch
+from lightning_estdgm.sparse.backends.triton.split_k import deal, split_count, unit_blocks, unit_columns, units_before
+from lightning_estdgm.sparse.backends.triton.tiles import Tiles
+from lightning_estdgm.sparse.conv import ConvGeometry
+from lightning_estdgm.sparse.topology import BlockTopology
 
 __all__ = ["Phase", "conv", "conv_grad_input", "conv_grad_weight", "phases"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton
 
-from lightning_estdgm.ops.triton.tiles import Tiles
+from lightning_estdgm.sparse.backends.triton.tiles import Tiles
 
 __all__ = ["INTERPRETED", "SWIZZLE", "TOO_BIG", "multiprocessors", "on", "options"]
 

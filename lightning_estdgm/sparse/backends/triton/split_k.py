@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_estdgm.ops.triton import launch
-from lightning_estdgm.ops.triton.tiles import Tiles
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.sparse.backends.triton import launch
+from lightning_estdgm.sparse.backends.triton.tiles import Tiles
+from lightning_estdgm.sparse.topology import BlockTopology
 
 __all__ = ["Deal", "deal", "split_count", "unit_blocks", "unit_columns", "units_before"]
 

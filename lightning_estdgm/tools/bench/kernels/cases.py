@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_estdgm.bench.kernels.rows import is_wrong, product_row, relative_error, row
-from lightning_estdgm.bench.kernels.timing import take_turns
-from lightning_estdgm.ops.cases import DENSE, Case, ConvCase, measure_case
+from lightning_estdgm.sparse.autotune.cases import DENSE, Case, ConvCase, measure_case
+from lightning_estdgm.tools.bench.kernels.rows import is_wrong, product_row, relative_error, row
+from lightning_estdgm.tools.bench.kernels.timing import take_turns
 
 __all__ = ["attempt", "timed_product"]
 

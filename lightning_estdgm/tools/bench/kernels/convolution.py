@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_estdgm.bench.kernels.cases import attempt, timed_product
-from lightning_estdgm.bench.kernels.config import KernelsConfig
-from lightning_estdgm.bench.kernels.rows import PRODUCTS
-from lightning_estdgm.ops.cases import DENSE, ConvCase, refusals
-from lightning_estdgm.ops.convolution import ConvGeometry
-from lightning_estdgm.ops.reference import expand_mask
 from lightning_estdgm.recipes.resnet import resnet50
+from lightning_estdgm.sparse.autotune.cases import DENSE, ConvCase, refusals
+from lightning_estdgm.sparse.backends.reference import expand_mask
+from lightning_estdgm.sparse.conv import ConvGeometry
+from lightning_estdgm.tools.bench.kernels.cases import attempt, timed_product
+from lightning_estdgm.tools.bench.kernels.config import KernelsConfig
+from lightning_estdgm.tools.bench.kernels.rows import PRODUCTS
 
 __all__ = ["ConvLayer", "conv_layers", "conv_products", "conv_rows"]
 

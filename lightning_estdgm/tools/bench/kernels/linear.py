@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_estdgm.bench.kernels.cases import attempt, timed_product
-from lightning_estdgm.bench.kernels.config import KernelsConfig
-from lightning_estdgm.bench.kernels.peers import PEERS, Weights, measure_peer
-from lightning_estdgm.bench.kernels.rows import row
-from lightning_estdgm.ops import get_backend
-from lightning_estdgm.ops.cases import Case, refusals
-from lightning_estdgm.ops.reference import expand_mask
+from lightning_estdgm.sparse.autotune.cases import Case, refusals
+from lightning_estdgm.sparse.backends.protocol import get_backend
+from lightning_estdgm.sparse.backends.reference import expand_mask
+from lightning_estdgm.tools.bench.kernels.cases import attempt, timed_product
+from lightning_estdgm.tools.bench.kernels.config import KernelsConfig
+from lightning_estdgm.tools.bench.kernels.peers import PEERS, Weights, measure_peer
+from lightning_estdgm.tools.bench.kernels.rows import row
 
 __all__ = ["linear_products", "linear_rows"]
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_estdgm.bench.kernels.rows import is_wrong, product_row, relative_error
-from lightning_estdgm.bench.kernels.timing import take_turns
-from lightning_estdgm.ops.reference import expand_mask
-from lightning_estdgm.topology import BlockTopology
+from lightning_estdgm.sparse.backends.reference import expand_mask
+from lightning_estdgm.sparse.topology import BlockTopology
+from lightning_estdgm.tools.bench.kernels.rows import is_wrong, product_row, relative_error
+from lightning_estdgm.tools.bench.kernels.timing import take_turns
 
 __all__ = ["PEERS", "Peer", "PeerTimes", "Weights", "measure_peer", "torch_bsr", "torch_csr", "torch_two_four"]
 

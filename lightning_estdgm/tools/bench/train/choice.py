@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_estdgm.bench.train.config import (
+from lightning_estdgm.tools.bench.train.config import (
     SETTLE_STEPS,
     TrainConfig,
     fitting_layers,
@@ -14,7 +14,7 @@ from lightning_estdgm.bench.train.config import (
     product_rate,
     wanted_layers,
 )
-from lightning_estdgm.bench.train.workloads import GptWorkload, ResNetWorkload, Workload
+from lightning_estdgm.tools.bench.train.workloads import GptWorkload, ResNetWorkload, Workload
 
 __all__ = ["MODELS", "TrainChoice", "choose", "quick_config"]
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_estdgm.bench.train.config import SETTLE_STEPS
-from lightning_estdgm.bench.train.whole import Step
 from lightning_estdgm.callbacks.dgm import DGMCallback
-from lightning_estdgm.energy.context import EnergyMeter
+from lightning_estdgm.energy.energy_meter import EnergyMeter
+from lightning_estdgm.tools.bench.train.config import SETTLE_STEPS
+from lightning_estdgm.tools.bench.train.whole import Step
 
 __all__ = ["DENSE", "StepClock"]
 

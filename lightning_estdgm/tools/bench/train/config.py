@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lightning_estdgm.schedules import EstDgm, Phase
+from lightning_estdgm.method.schedules import EstDgm, Phase
 
 __all__ = ["TrainConfig", "compressed_schedule", "fitting_layers", "wanted_layers"]
 

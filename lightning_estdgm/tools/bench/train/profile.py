@@ -12,12 +12,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lightning_estdgm.bench.demo import LightningRanges, environment_variable
-from lightning_estdgm.bench.train.config import TrainConfig
-from lightning_estdgm.bench.train.run import dgm_config, fit
-from lightning_estdgm.bench.train.workloads import Workload
 from lightning_estdgm.callbacks.dgm import DGMCallback
-from lightning_estdgm.schedules import EstDgm
+from lightning_estdgm.method.schedules import EstDgm
+from lightning_estdgm.tools.bench.train.config import TrainConfig
+from lightning_estdgm.tools.bench.train.run import dgm_config, fit
+from lightning_estdgm.tools.bench.train.workloads import Workload
+from lightning_estdgm.tools.demo.run import LightningRanges, environment_variable
 
 __all__ = ["PARTS", "part_of", "profile_train"]
 

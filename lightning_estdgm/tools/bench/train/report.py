@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from lightning_estdgm.bench.picture import COLOURS, new_figure, save
-from lightning_estdgm.bench.train.profile import PARTS
+from lightning_estdgm.tools.bench.picture import COLOURS, new_figure, save
+from lightning_estdgm.tools.bench.train.profile import PARTS
 
 __all__ = ["backends_used", "draw_train", "profile_columns", "profile_table", "train_columns", "train_table"]
 

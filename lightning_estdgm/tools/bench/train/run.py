@@ -16,16 +16,17 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_estdgm.bench.demo import _quiet
-from lightning_estdgm.bench.train.clock import DENSE, StepClock
-from lightning_estdgm.bench.train.config import NOMINAL_STEPS, SETTLE_STEPS, TrainConfig, compressed_schedule
-from lightning_estdgm.bench.train.whole import PhaseTimes, Step, phase_times, plain_seconds, whole_run
-from lightning_estdgm.bench.train.workloads import Workload, compile_blocks
 from lightning_estdgm.callbacks.dgm import DGMCallback
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.energy import SourceUnavailable, discover
-from lightning_estdgm.energy.context import EnergyMeter
-from lightning_estdgm.schedules import EstDgm, Schedule
+from lightning_estdgm.energy.energy_meter import EnergyMeter
+from lightning_estdgm.energy.reading import SourceUnavailable
+from lightning_estdgm.energy.sources.protocol import discover
+from lightning_estdgm.method.schedules import EstDgm, Schedule
+from lightning_estdgm.tools.bench.train.clock import DENSE, StepClock
+from lightning_estdgm.tools.bench.train.config import NOMINAL_STEPS, SETTLE_STEPS, TrainConfig, compressed_schedule
+from lightning_estdgm.tools.bench.train.whole import PhaseTimes, Step, phase_times, plain_seconds, whole_run
+from lightning_estdgm.tools.bench.train.workloads import Workload, compile_blocks
+from lightning_estdgm.tools.demo.run import _quiet
 
 __all__ = ["counters", "dgm_config", "fit", "measure_train", "summarise"]
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_estdgm.bench.train.config import SETTLE_STEPS
-from lightning_estdgm.schedules import Schedule
+from lightning_estdgm.method.schedules import Schedule
+from lightning_estdgm.tools.bench.train.config import SETTLE_STEPS
 
 __all__ = ["PhaseTimes", "Step", "phase_times", "plain_seconds", "whole_run"]
 

@@ -16,18 +16,17 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from energy_parts import AmdMachine, Machine, compile_library, forget_amdsmi
 
-HERE = Path(__file__).parent
+from helpers.energy_parts import AmdMachine, Machine, compile_library, forget_amdsmi
 
-collect_ignore = ["peers_job.py"]  # a program of its own: importing it loads other meters into this process
+LIBRARIES = Path(__file__).parents[1] / "energy"  # the stand-ins, in C
 
 
 @pytest.fixture(scope="session")
 def nvml_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the stand-in under the real library's name."""
     folder = tmp_path_factory.mktemp("nvml")
-    compile_library(HERE / "fake_nvml.c", folder / "libnvidia-ml.so.1", "-Wl,-soname,libnvidia-ml.so.1")
+    compile_library(LIBRARIES / "fake_nvml.c", folder / "libnvidia-ml.so.1", "-Wl,-soname,libnvidia-ml.so.1")
     return folder
 
 
@@ -64,7 +63,7 @@ def rocm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert spec.origin is not None
     wrapper = (Path(spec.origin).parent / "amdsmi_wrapper.py").read_text()
     wanted = set(re.findall(r"_libraries\['libamd_smi.so'\]\.(\w+)", wrapper))
-    text = (HERE / "fake_amd.c").read_text()
+    text = (LIBRARIES / "fake_amd.c").read_text()
     stubs = [f"int {name}(void) {{ return 2; }}" for name in sorted(wanted) if f" {name}(" not in text]
     folder = tmp_path_factory.mktemp("rocm")
     (folder / "lib").mkdir()
@@ -74,7 +73,7 @@ def rocm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         compile_library(source, folder / "lib" / name)
     for other in ("old", "bare"):
         (folder / other / "lib").mkdir(parents=True)
-    compile_library(HERE / "fake_amd.c", folder / "bare" / "lib" / "libamd_smi.so")
+    compile_library(LIBRARIES / "fake_amd.c", folder / "bare" / "lib" / "libamd_smi.so")
     compile_library(source, folder / "old" / "lib" / "librocm_smi64.so", "-DOLD_ROCM")
     return folder
 

@@ -1,0 +1,65 @@
+"""Discovery of what a folder of this package, or an entry point of another one, offers: the one place that does it.
+
+A discovery folder holds ``protocol.py`` and, beside it, only modules (or packages) that offer one thing each under an
+agreed name, such as ``BACKEND``. Another distribution offers one by an entry point that loads to it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+
+__all__ = ["Offer", "offers"]
+
+_NOT_OFFERED = "protocol"  # the module that says what the others have to look like
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One thing that was found, not loaded yet.
+
+    Attributes:
+        name: of the module or entry point.
+        origin: where it comes from, for error messages.
+        is_own: whether it is this package's.
+        load: imports it and returns it; raises whatever the import raises, and TypeError where a module of the folder
+            lacks the agreed name.
+
+    """
+
+    name: str
+    origin: str
+    is_own: bool
+    load: Callable[[], object]
+
+
+def offers(package: ModuleType, attribute: str, group: str) -> list[Offer]:
+    """List what is on offer: the modules of a folder by name, then the entry points of a group by name.
+
+    Args:
+        package: the folder, imported.
+        attribute: the agreed name in its modules.
+        group: of the entry points.
+
+    """
+    modules = sorted(info.name for info in pkgutil.iter_modules(package.__path__) if info.name != _NOT_OFFERED)
+    points = sorted(entry_points(group=group), key=lambda point: point.name)
+    return [_of_module(f"{package.__name__}.{name}", attribute) for name in modules] + [_of_point(x) for x in points]
+
+
+def _of_module(name: str, attribute: str) -> Offer:
+    def load() -> object:
+        module = importlib.import_module(name)
+        if not hasattr(module, attribute):
+            raise TypeError(f"{name} must offer {attribute}: its folder holds nothing else")
+        return getattr(module, attribute)
+
+    return Offer(name.rpartition(".")[2], f"{name}.{attribute}", True, load)
+
+
+def _of_point(point: EntryPoint) -> Offer:
+    return Offer(point.name, f"entry point {point.name!r} ({point.value})", False, point.load)

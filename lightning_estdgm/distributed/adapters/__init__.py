@@ -1,0 +1,1 @@
+"""The strategies that spread a model over ranks: `protocol`, and one adapter a module."""

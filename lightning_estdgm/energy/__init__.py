@@ -1,0 +1,1 @@
+"""Energy metering: joules from hardware counters, without Lightning."""

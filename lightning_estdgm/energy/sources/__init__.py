@@ -1,0 +1,1 @@
+"""Where energy is read: `protocol`, and one source a module."""

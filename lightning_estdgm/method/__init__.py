@@ -1,0 +1,1 @@
+"""The method's mathematics: tensors in, tensors out; no state, no Lightning."""

@@ -1,0 +1,1 @@
+"""What computes the products on active blocks: `protocol`, and one backend a module."""

@@ -1,0 +1,1 @@
+"""``estdgm demo``: dense against EST-DGM on the same batches."""

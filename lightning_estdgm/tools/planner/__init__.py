@@ -1,0 +1,1 @@
+"""``estdgm plan``: what each GPU would hold and send."""
