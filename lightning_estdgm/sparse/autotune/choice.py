@@ -18,7 +18,7 @@ from lightning_estdgm.sparse.autotune.cases import (
 )
 from lightning_estdgm.sparse.autotune.timing_cache import Measurements
 from lightning_estdgm.sparse.backends.protocol import backends, get_backend
-from lightning_estdgm.sparse.buckets import bucket_of
+from lightning_estdgm.sparse.buckets import BUCKETS, bucket_of
 
 __all__ = [
     "DENSE",
