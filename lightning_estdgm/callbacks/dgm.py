@@ -24,7 +24,8 @@ from lightning_estdgm.callbacks._internal.schedule_clock import RunClock
 from lightning_estdgm.callbacks._internal.spawned_result import Handover, Outcome
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.distributed.adapters.protocol import adapter_for
-from lightning_estdgm.engine.controller import DGMController, LayerDecision
+from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.engine.decisions import LayerDecision
 from lightning_estdgm.method.schedules import EstDgm, Schedule
 from lightning_estdgm.presets import preset
 

@@ -18,6 +18,7 @@ from torch import nn
 import lightning_estdgm
 from helpers.energy_parts import ConstantPower
 from lightning_estdgm import DGMCallback, DGMConfig
+from lightning_estdgm.config import Units
 from lightning_estdgm.energy.run_file import describe_model, write_run_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*")
@@ -162,7 +163,7 @@ def test_est_dgm_tells_what_it_did(tmp_path: Path, monitor_first: bool, fails: b
             if fails and trainer.global_step == 6:
                 raise RuntimeError("out of luck")
 
-    dgm, mon = DGMCallback(DGMConfig(block_size=1, backend="dense")), monitor()
+    dgm, mon = DGMCallback(DGMConfig(units=Units(size=1), backend="dense")), monitor()
     run = trainer(tmp_path, *((mon, dgm) if monitor_first else (dgm, mon)), Fails(), max_epochs=3)
     if fails:
         with pytest.raises(RuntimeError, match="out of luck"):
