@@ -19,7 +19,7 @@ from lightning_estdgm.callbacks._internal.run_description import (
 )
 from lightning_estdgm.callbacks._internal.work_counters import check_per
 from lightning_estdgm.energy.device_assignment import ActiveSource, UnavailableSource, gpu_names
-from lightning_estdgm.energy.export import Measurement, check_prometheus, measurements
+from lightning_estdgm.energy.export import EnergyMeasurement, check_prometheus, measurements
 from lightning_estdgm.energy.footprint import Footprint
 from lightning_estdgm.energy.ledger import Ledger
 from lightning_estdgm.energy.reading import DeviceId
@@ -117,7 +117,7 @@ class EnergyMonitor(Callback):
             self._ledger.total(), self._active(), self._unavailable, idle_w=idle_w, footprint=self._footprint
         )
 
-    def measurements(self) -> list[Measurement]:
+    def measurements(self) -> list[EnergyMeasurement]:
         """Return the run so far under OpenTelemetry's names; watts are those of the last log."""
         return measurements(self._ledger.total(), self._active(), self._power_w)
 

@@ -1,4 +1,4 @@
-"""The source behind AMD's two libraries: what their counters mean, and when not to believe them.
+"""Source of energy behind AMD's two libraries: units of their counters, and checks on them.
 
 The energy accumulator counts in units of 2^-16 J; the libraries report a rounded 15.3 microjoules.
 """
@@ -98,7 +98,7 @@ class _Sensor:
 
 
 class AmdGpus:
-    """The AMD GPUs that this process may use, through one of AMD's libraries.
+    """AMD GPUs that this process may use, through one of AMD's libraries.
 
     A counter that stands still when the source is opened is passed over for power; one that stops later, or
     jumps, is a gap. Dies and partitions without a sensor of their own belong to the GPU that reports for them.

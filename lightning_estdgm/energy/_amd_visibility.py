@@ -1,4 +1,4 @@
-"""Which AMD GPUs there are for this process: their ids, HIP's order, and what the environment leaves of them.
+"""AMD GPUs that are visible to this process: their ids, HIP's order, and the variables that hide some of them.
 
 A GPU's id is its PCI address, which amdsmi, ROCm-SMI and the kernel's hwmon files all give, so that a GPU which
 several of them offer is read once.

@@ -1,4 +1,4 @@
-"""Which NVIDIA GPUs and MIG slices this process may use, as NVML handles.
+"""NVIDIA GPUs and MIG slices that are visible to this process, as NVML handles.
 
 Under CUDA these are torch's devices, by UUID. Before CUDA starts, CUDA_VISIBLE_DEVICES is read as CUDA does: by
 index or by (abbreviated) UUID, ending at the first entry that is not valid. What an index means depends on

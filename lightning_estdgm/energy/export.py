@@ -12,14 +12,14 @@ from lightning_estdgm.energy.device_assignment import ActiveSource
 from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, Kind
 from lightning_estdgm.energy.totals import Totals
 
-__all__ = ["Measurement", "check_prometheus", "measurements", "write_prometheus"]
+__all__ = ["EnergyMeasurement", "check_prometheus", "measurements", "write_prometheus"]
 
 _HW_TYPES: dict[Kind, str] = {"gpu": "gpu", "cpu": "cpu", "dram": "memory"}
 _UNITS = {"J": "joules", "W": "watts", "1": "ratio"}
 
 
 @dataclass(frozen=True)
-class Measurement:
+class EnergyMeasurement:
     """One value under the names of OpenTelemetry's semantic conventions for hardware.
 
     Attributes:
@@ -37,7 +37,9 @@ class Measurement:
     attributes: Mapping[str, str]
 
 
-def measurements(totals: Totals, active: Sequence[ActiveSource], watts: Mapping[DeviceId, float]) -> list[Measurement]:
+def measurements(
+    totals: Totals, active: Sequence[ActiveSource], watts: Mapping[DeviceId, float]
+) -> list[EnergyMeasurement]:
     """Return joules by device, phase and stage, watts by device, coverage, gaps and steps.
 
     Estimates are told apart by the attribute `estdgm.method`. Source of the names:
@@ -46,7 +48,7 @@ def measurements(totals: Totals, active: Sequence[ActiveSource], watts: Mapping[
     infos = {device: info for source in active for device, info in source.devices.items()}
     methods = {device: source.method for source in active for device in source.devices}
     found = [
-        Measurement(
+        EnergyMeasurement(
             "hw.energy",
             "counter",
             "J",
@@ -60,13 +62,13 @@ def measurements(totals: Totals, active: Sequence[ActiveSource], watts: Mapping[
         for cell, uj in totals.energy_uj.items()
     ]
     found += [
-        Measurement("hw.power", "gauge", "W", w, _attributes(device, infos.get(device), methods[device]))
+        EnergyMeasurement("hw.power", "gauge", "W", w, _attributes(device, infos.get(device), methods[device]))
         for device, w in watts.items()
     ]
     found += [
-        Measurement("estdgm.energy.coverage", "gauge", "1", totals.coverage_ratio, {}),
-        Measurement("estdgm.energy.gaps", "counter", "{gap}", totals.gaps, {}),
-        Measurement("estdgm.steps", "counter", "{step}", totals.steps, {}),
+        EnergyMeasurement("estdgm.energy.coverage", "gauge", "1", totals.coverage_ratio, {}),
+        EnergyMeasurement("estdgm.energy.gaps", "counter", "{gap}", totals.gaps, {}),
+        EnergyMeasurement("estdgm.steps", "counter", "{step}", totals.steps, {}),
     ]
     return found
 
@@ -83,7 +85,7 @@ def check_prometheus() -> None:
         )
 
 
-def write_prometheus(path: str | os.PathLike[str], values: Iterable[Measurement]) -> None:
+def write_prometheus(path: str | os.PathLike[str], values: Iterable[EnergyMeasurement]) -> None:
     """Write a file for the textfile collector of Prometheus's node exporter; it is replaced in one move.
 
     Names follow OpenTelemetry's translation: ``hw.energy`` in J becomes ``hw_energy_joules_total``.
@@ -101,7 +103,7 @@ def write_prometheus(path: str | os.PathLike[str], values: Iterable[Measurement]
 
 
 class _Collector:
-    def __init__(self, values: list[Measurement]) -> None:
+    def __init__(self, values: list[EnergyMeasurement]) -> None:
         self._values = values
 
     def collect(self) -> Iterator[Any]:

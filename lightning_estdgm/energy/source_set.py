@@ -17,7 +17,7 @@ Select = Callable[[EnergySource, Mapping[DeviceId, DeviceInfo]], Collection[Devi
 
 
 class SourceSet:
-    """The sources of one process: opened together, each device read by one of them.
+    """Sources of one process, opened together; each device is read by one of them.
 
     A device is read by the first source that offers it. An estimate is dropped for a kind that is measured, and
     every source for a kind whose energy another reading includes (a module counter).
@@ -38,7 +38,7 @@ class SourceSet:
         self.unavailable: list[UnavailableSource] = []
 
     def __bool__(self) -> bool:
-        """Whether any source is open."""
+        """Return whether any source is open."""
         return bool(self._sources)
 
     def open(self, select: Select | None = None) -> None:

@@ -26,16 +26,16 @@ def test_every_device_has_one_reader_the_lowest_rank_that_can(ranks: list[list[D
     offers = [
         [*(offer(d, ConstantPower()) for d in wanted), offer(DeviceId("a", "cpu", "process"), own)] for wanted in ranks
     ]
-    claims = assign_devices(offers)
-    claimed = [[d for source in mine if source.scope == "host" for d in source.devices] for mine in claims]
-    assert Counter(d for mine in claimed for d in mine) == dict.fromkeys({d for wanted in ranks for d in wanted}, 1)
-    for rank, mine in enumerate(claimed):
+    assigned = assign_devices(offers)
+    read = [[d for source in mine if source.scope == "host" for d in source.devices] for mine in assigned]
+    assert Counter(d for mine in read for d in mine) == dict.fromkeys({d for wanted in ranks for d in wanted}, 1)
+    for rank, mine in enumerate(read):
         for device in mine:
             assert device in ranks[rank]
             assert not any(device in lower for lower in ranks[:rank])
-    assert all(mine[-1].scope == "process" for mine in claims)
+    assert all(mine[-1].scope == "process" for mine in assigned)
 
-    names = gpu_names(claims)
+    names = gpu_names(assigned)
     assert set(names) == {d for wanted in ranks for d in wanted if d.kind == "gpu"}
     assert len(set(names.values())) == len(names)
     for device, name in names.items():

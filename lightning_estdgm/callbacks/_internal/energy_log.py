@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
-from lightning_estdgm.energy.export import Measurement, write_prometheus
+from lightning_estdgm.energy.export import EnergyMeasurement, write_prometheus
 from lightning_estdgm.energy.reading import DeviceId
 
 __all__ = ["EnergyLog"]
@@ -56,7 +56,7 @@ class EnergyLog:
             separator = logger.group_separator
             logger.log_metrics({name.replace("/", separator): value for name, value in values.items()}, step=step)
 
-    def write_prometheus(self, path: Path, values: Iterable[Measurement]) -> None:
+    def write_prometheus(self, path: Path, values: Iterable[EnergyMeasurement]) -> None:
         """Rewrite the Prometheus file; one that cannot be written costs a warning."""
         try:
             write_prometheus(path, values)

@@ -83,7 +83,7 @@ class RocmSmi:
                 if e.status is not Status.UNSUPPORTED:
                     raise
                 continue
-            microwatts = valid(power.value)
+            microwatts = valid(power.value)  # the unit of both
             if microwatts:
                 return microwatts // 1000
         raise AmdLibraryError(Status.UNSUPPORTED, "no power reading")
