@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from test_energy_monitor import Net, Phases, data, monitor, trainer
 from torch import nn
 
 import lightning_estdgm
 from helpers.energy_parts import ConstantPower
+from helpers.energy_runs import Net, Phases, data, monitor, trainer
 from lightning_estdgm import DGMCallback, DGMConfig
+from lightning_estdgm.callbacks._internal.run_description import describe_model
 from lightning_estdgm.config import Units
-from lightning_estdgm.energy.run_file import describe_model, write_run_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*")
 
@@ -125,14 +124,6 @@ def test_a_file_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> N
     with pytest.warns(UserWarning, match="energy summary cannot be written: FileExistsError"):
         run.fit(Net(), data())
     assert mon.summary()["steps"] == 8
-
-
-def test_it_is_replaced_in_one_move(tmp_path: Path) -> None:
-    write_run_file(tmp_path, {"a": 1})
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        write_run_file(tmp_path, {"a": object()})
-    assert read(tmp_path) == {"a": 1}
-    assert os.listdir(tmp_path) == ["energy.json"]
 
 
 class Told(Phases):
