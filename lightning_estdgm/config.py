@@ -16,7 +16,8 @@ from lightning_estdgm.method.redistribution import REDISTRIBUTIONS, Redistributi
 from lightning_estdgm.method.schedules import EstDgm, ScheduleConfig
 from lightning_estdgm.method.scores import SCORES, Evidence
 from lightning_estdgm.method.update_rule import AUTO, Rule
-from lightning_estdgm.modules.candidates import BLOCK_SIZES, Selector
+from lightning_estdgm.modules.candidates import Selector
+from lightning_estdgm.modules.mask_unit import BLOCK_SIZES
 from lightning_estdgm.sparse.backends.protocol import get_backend
 
 __all__ = ["DGMConfig"]

@@ -34,7 +34,9 @@ from lightning_estdgm.method import distributions as densities
 from lightning_estdgm.method.masks import active_units, initial_mask
 from lightning_estdgm.method.patterns import draw
 from lightning_estdgm.method.schedules import Schedule
-from lightning_estdgm.modules.candidates import Candidate, clean_name, find_candidates, set_observing, unit_of
+from lightning_estdgm.modules.candidates import Candidate, clean_name, find_candidates
+from lightning_estdgm.modules.mask_unit import unit_of
+from lightning_estdgm.modules.swap import set_observing
 
 __all__ = ["DGMController", "LayerDecision"]
 
