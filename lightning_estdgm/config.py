@@ -11,7 +11,8 @@ from lightning_estdgm.method import distributions
 from lightning_estdgm.method.backward_set import BackwardSet
 from lightning_estdgm.method.schedules import EstDgm, ScheduleConfig
 from lightning_estdgm.method.update_rule import AUTO, UpdateRule
-from lightning_estdgm.modules.candidates import BLOCK_SIZES, Selector
+from lightning_estdgm.modules.candidates import Selector
+from lightning_estdgm.modules.mask_unit import BLOCK_SIZES
 from lightning_estdgm.sparse.backends.protocol import get_backend
 
 __all__ = ["DGMConfig", "Selection", "StepSize", "Units", "merged"]
@@ -153,9 +154,14 @@ class DGMConfig:
             get_backend(self.backend)
 
     @property
+    def trains_inactive_weights(self) -> bool:
+        """Whether inactive weights go on learning outside the forward."""
+        return isinstance(self.inactive, BackwardSet)
+
+    @property
     def resolved_update_rule(self) -> UpdateRule:
         """The update rule, its ``keep="auto"`` settled where inactive weights learn: there all go by magnitude."""
-        if isinstance(self.inactive, BackwardSet) and self.update_rule.keep == AUTO:
+        if self.trains_inactive_weights and self.update_rule.keep == AUTO:
             return replace(self.update_rule, keep="magnitude")
         return self.update_rule
 

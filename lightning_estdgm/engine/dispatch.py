@@ -14,19 +14,13 @@ from torch import distributed as dist
 
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.engine.masked_weight import MaskedWeight
-from lightning_estdgm.modules.candidates import (
-    Candidate,
-    ForwardProbe,
-    Image,
-    conv_geometry,
-    is_channels_last,
-    restore_dense_,
-    sparsify_,
-)
+from lightning_estdgm.modules.candidates import Candidate
+from lightning_estdgm.modules.forward_probe import ForwardProbe, Image, is_channels_last
+from lightning_estdgm.modules.kinds import conv_geometry
+from lightning_estdgm.modules.swap import restore_dense_, sparsify_
 from lightning_estdgm.sparse.autotune.choice import BackendSelector, Case, ConvCase
-from lightning_estdgm.sparse.autotune.timing_cache import Measurements
-from lightning_estdgm.sparse.backends.protocol import Backend, backends, get_backend
-from lightning_estdgm.sparse.conv import ConvGeometry, conv_refusal
+from lightning_estdgm.sparse.backends.protocol import Backend, backends, conv_refusal, get_backend
+from lightning_estdgm.sparse.conv_geometry import ConvGeometry
 from lightning_estdgm.sparse.topology import BlockTopology
 
 __all__ = ["Dispatch"]
@@ -65,7 +59,7 @@ class Dispatch:
         self._candidates = candidates
         self._weights = weights
         self._group = group
-        self._selector = BackendSelector(None if config.backend == "auto" else config.backend, kept=Measurements())
+        self._selector = BackendSelector(None if config.backend == "auto" else config.backend, kept=TimingCache())
         self._check_forced()
         self.probing = True
         self.positions: dict[str, int] = {}

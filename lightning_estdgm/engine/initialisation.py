@@ -12,7 +12,8 @@ from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.engine.masked_weight import MaskedWeight
 from lightning_estdgm.method.masks import active_units, initial_mask
 from lightning_estdgm.method.patterns import Pattern, draw
-from lightning_estdgm.modules.candidates import Candidate, unit_of
+from lightning_estdgm.modules.candidates import Candidate
+from lightning_estdgm.modules.mask_unit import unit_of
 
 
 def masked_weights(

@@ -18,7 +18,8 @@ from lightning_estdgm.engine.decisions import LayerDecision, layer_decisions
 from lightning_estdgm.engine.gradient_mask import mask_gradients_
 from lightning_estdgm.engine.initialisation import draw_masks, masked_weights
 from lightning_estdgm.engine.mask_update import drop_and_grow
-from lightning_estdgm.modules.candidates import Candidate, clean_name, set_observing
+from lightning_estdgm.modules.candidates import Candidate, clean_name
+from lightning_estdgm.modules.swap import set_observing
 
 
 class MaskedModel:

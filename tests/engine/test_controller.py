@@ -17,7 +17,7 @@ from lightning_estdgm.engine.controller import DGMController
 from lightning_estdgm.method.schedules import EstDgm, Phase
 from lightning_estdgm.method.update_rule import UpdateRule
 from lightning_estdgm.sparse.autotune.choice import BackendSelector
-from lightning_estdgm.sparse.conv import ConvGeometry
+from lightning_estdgm.sparse.conv_geometry import ConvGeometry
 
 STEPS = 40
 SCHEDULE = EstDgm(update_every=4, observe_steps=2)  # updates before steps 3, 6, 10, 13, ...

@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 
-from lightning_estdgm.sparse.autotune.choice import BackendSelector, Case, refusals
-from lightning_estdgm.sparse.backends import triton as backend_module
+from lightning_estdgm.sparse.autotune.cases import Case, refusals
+from lightning_estdgm.sparse.autotune.choice import BackendSelector
 from lightning_estdgm.sparse.backends.protocol import get_backend
-from lightning_estdgm.sparse.backends.triton import BLOCK_SIZES, DTYPES
+from lightning_estdgm.sparse.backends.triton import requirements
+from lightning_estdgm.sparse.backends.triton.requirements import BLOCK_SIZES, DTYPES
 from lightning_estdgm.sparse.backends.triton.tiles import Tiles, Tuner, candidates
 from lightning_estdgm.sparse.topology import BlockTopology
 
@@ -25,7 +26,7 @@ def _topology(block_size=16):
 @pytest.fixture
 def ask(monkeypatch):
     """Ask why a case is refused, on a machine that has an NVIDIA GPU of some capability."""
-    caches = (backend_module._triton_refusal, backend_module._device_refusal)
+    caches = (requirements.triton_refusal, requirements.device_refusal)
 
     def unsupported(device=CUDA, dtype=torch.bfloat16, block_size=16, capability=(9, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

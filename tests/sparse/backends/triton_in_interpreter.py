@@ -8,22 +8,13 @@ import triton
 import triton.language as tl
 
 from lightning_estdgm.sparse.backends.reference import BACKEND as REFERENCE
-from lightning_estdgm.sparse.backends.reference import expand_mask
-from lightning_estdgm.sparse.backends.triton import (
-    BLOCK_SIZES,
-    TritonBackend,
-    launch,
-)
-from lightning_estdgm.sparse.backends.triton import (
-    linear as kernels,
-)
-from lightning_estdgm.sparse.backends.triton import (
-    split_k as units,
-)
+from lightning_estdgm.sparse.backends.triton import launch, linear, split_k
+from lightning_estdgm.sparse.backends.triton.backend import TritonBackend
+from lightning_estdgm.sparse.backends.triton.requirements import BLOCK_SIZES
 from lightning_estdgm.sparse.backends.triton.tiles import Tiles, candidates
 from lightning_estdgm.sparse.topology import BlockTopology
 
-TOLERANCES = {  # as in test_ops.py: one rounding to the dtype, and the float32 sum before it
+TOLERANCES = {  # as in helpers/sparse_linear.py: one rounding to the dtype, and the float32 sum before it
     torch.float32: {"rtol": 1e-5, "atol": 5e-5},
     torch.float16: {"rtol": 2**-11, "atol": 5e-5},
 }
@@ -43,7 +34,7 @@ def _operands(topology, tokens, dtype=torch.float32, seed=1):
     out, features = topology.shape
     shapes = ((tokens, features), (out, features), (out,), (tokens, out))
     x, weight, bias, dy = (torch.randn(*shape, generator=generator).to(dtype) for shape in shapes)
-    return x, weight.masked_fill(~expand_mask(topology), float("nan")), bias, dy
+    return x, weight.masked_fill(~topology.weight_mask(), float("nan")), bias, dy
 
 
 def _expected(x, weight, bias, dy, topology):
@@ -57,9 +48,9 @@ def _expected(x, weight, bias, dy, topology):
 
 def _products(x, weight, bias, dy, topology, tiles):
     return {
-        "linear": kernels.linear(x, weight, bias, topology, tiles, precision="ieee"),
-        "grad_input": kernels.linear(dy, weight.t(), None, topology.transpose(), tiles, precision="ieee"),
-        "grad_weight": kernels.grad_weight(dy, x, topology, tiles, precision="ieee"),
+        "linear": linear.linear(x, weight, bias, topology, tiles, precision="ieee"),
+        "grad_input": linear.linear(dy, weight.t(), None, topology.transpose(), tiles, precision="ieee"),
+        "grad_weight": linear.grad_weight(dy, x, topology, tiles, precision="ieee"),
     }
 
 
@@ -70,7 +61,7 @@ def _assert_right(operands, topology, tiles):
         torch.testing.assert_close(
             got[name].double(), right, **TOLERANCES[operands[0].dtype], msg=lambda m, at=name: f"{at}, {tiles}: {m}"
         )
-    assert not got["grad_weight"][~expand_mask(topology)].any()
+    assert not got["grad_weight"][~topology.weight_mask()].any()
 
 
 def _all_tiles(block_size, itemsize):
@@ -123,8 +114,8 @@ def test_activations_that_no_active_block_reads_reach_nothing(block_size):
     x, weight, bias, dy = _operands(topology, 20)
     x[:, :block_size] = float("nan")  # block column 0 is never active
     tiles = Tiles(128, 64, 4, 2)
-    assert kernels.linear(x, weight, bias, topology, tiles, precision="ieee").isfinite().all()
-    dw = kernels.grad_weight(dy, x, topology, tiles, precision="ieee")
+    assert linear.linear(x, weight, bias, topology, tiles, precision="ieee").isfinite().all()
+    dw = linear.grad_weight(dy, x, topology, tiles, precision="ieee")
     assert dw.isfinite().all()
     assert dw.any()
 
@@ -140,7 +131,7 @@ def test_a_mask_changed_in_place_is_followed():
 def test_results_are_bitwise_repeatable_and_never_read_a_count_on_the_host(monkeypatch):
     topology = _topology()
     operands = _operands(topology, 100)
-    monkeypatch.setattr(units, "MIN_STEPS", 1)
+    monkeypatch.setattr(split_k, "MIN_STEPS", 1)
     monkeypatch.setattr(BlockTopology, "nnz", property(lambda self: pytest.fail("waits for the device")))
     first, second = (_products(*operands, topology, Tiles(128, 16, 4, 2)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -151,7 +142,7 @@ def test_results_are_bitwise_repeatable_and_never_read_a_count_on_the_host(monke
 
 @triton.jit
 def _splits_kernel(out, items, steps, programs, MIN_STEPS: tl.constexpr, MAX_SPLITS: tl.constexpr, WAVES: tl.constexpr):
-    tl.store(out, units.split_count(items, steps, programs, MIN_STEPS, MAX_SPLITS, WAVES))
+    tl.store(out, split_k.split_count(items, steps, programs, MIN_STEPS, MAX_SPLITS, WAVES))
 
 
 @pytest.mark.parametrize(
@@ -170,18 +161,18 @@ def _splits_kernel(out, items, steps, programs, MIN_STEPS: tl.constexpr, MAX_SPL
 )
 def test_the_weight_gradient_is_split_where_programs_would_idle(items, steps, splits):
     out = torch.zeros(1, dtype=torch.int32)
-    _splits_kernel[(1,)](out, items, steps, 132, units.MIN_STEPS, units.MAX_SPLITS, units.WAVES)
+    _splits_kernel[(1,)](out, items, steps, 132, split_k.MIN_STEPS, split_k.MAX_SPLITS, split_k.WAVES)
     assert int(out) == splits
 
 
 @pytest.mark.parametrize(("block_size", "multiprocessors"), [(16, 1), (16, 5), (128, 1), (128, 12)])
 def test_split_sums_equal_the_reference(block_size, multiprocessors, monkeypatch):
     monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
-    monkeypatch.setattr(units, "MIN_STEPS", 1)
+    monkeypatch.setattr(split_k, "MIN_STEPS", 1)
     topology = _topology(block_size=block_size, density=0.3)
     tiles = Tiles(128, 64, 4, 2)
     x, weight, bias, dy = _operands(topology, 300)
-    dw = kernels.grad_weight(dy, x, topology, tiles, precision="ieee")
+    dw = linear.grad_weight(dy, x, topology, tiles, precision="ieee")
     expected = _expected(x, weight, bias, dy, topology)["grad_weight"]
     torch.testing.assert_close(dw.double(), expected, rtol=1e-5, atol=2e-4)
 
@@ -189,8 +180,8 @@ def test_split_sums_equal_the_reference(block_size, multiprocessors, monkeypatch
 @triton.jit
 def _blocks_kernel(out, row_ptr, col_idx, block_rows, JOIN: tl.constexpr, CHUNK: tl.constexpr):
     unit = tl.program_id(0)
-    row, first, stop = units.unit_blocks(row_ptr, block_rows, unit, JOIN, CHUNK)
-    _, _, total = units.units_before(row_ptr, block_rows, unit, JOIN, CHUNK)
+    row, first, stop = split_k.unit_blocks(row_ptr, block_rows, unit, JOIN, CHUNK)
+    _, _, total = split_k.units_before(row_ptr, block_rows, unit, JOIN, CHUNK)
     tl.store(out + unit * 4, row)
     tl.store(out + unit * 4 + 1, first)
     tl.store(out + unit * 4 + 2, stop)

@@ -180,7 +180,7 @@ def test_without_a_compiler_it_says_why(rebuilt, tmp_path, monkeypatch, compiler
 def test_without_a_compiler_training_goes_on_by_the_pure_backend(tmp_path):
     code = (
         "import torch\n"
-        "from lightning_estdgm.sparse.autotune.choice import Case, refusals\n"
+        "from lightning_estdgm.sparse.autotune.cases import Case, refusals\n"
         "said = refusals(Case(64, 128, 128, 16, 0.25, torch.float32, torch.device('cpu')))\n"
         "assert 'no C++ compiler' in said['native'], said\n"
         "assert said['cpu'] is None\n"

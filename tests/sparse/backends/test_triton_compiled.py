@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_estdgm.sparse.backends.triton import BLOCK_SIZES
+from lightning_estdgm.sparse.backends.triton.requirements import BLOCK_SIZES
 from lightning_estdgm.sparse.backends.triton.tiles import Tiles, candidates
-from lightning_estdgm.sparse.conv import ConvGeometry
+from lightning_estdgm.sparse.conv_geometry import ConvGeometry
 from lightning_estdgm.sparse.topology import BlockTopology
 
 triton = pytest.importorskip("triton", reason="triton is built for Linux only")
@@ -18,8 +18,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from lightning_estdgm.sparse.backends.triton import conv  # noqa: E402
-from lightning_estdgm.sparse.backends.triton import linear as kernels  # noqa: E402
+from lightning_estdgm.sparse.backends.triton import conv, linear  # noqa: E402
+from lightning_estdgm.sparse.backends.triton.conv_grad_weight import conv_grad_weight  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # target, shared memory of one program in bytes, products on matrix units
@@ -91,11 +91,11 @@ def _launch(product, dtype, precision, block_size, tiles):
     tokens = 256 if dtype == torch.float32 else 1024
     x, dy, weight = (torch.empty(shape, dtype=dtype) for shape in ((tokens, features), (tokens, out), (out, features)))
     if product == "linear":
-        kernels.linear(x, weight, x.new_empty(out), topology, tiles, precision=precision)
+        linear.linear(x, weight, x.new_empty(out), topology, tiles, precision=precision)
     elif product == "grad_input":
-        kernels.linear(dy, weight.t(), None, topology.transpose(), tiles, precision=precision)
+        linear.linear(dy, weight.t(), None, topology.transpose(), tiles, precision=precision)
     else:
-        kernels.grad_weight(dy, x, topology, tiles, precision=precision)
+        linear.grad_weight(dy, x, topology, tiles, precision=precision)
 
 
 def _conv_cases(name):
@@ -123,7 +123,7 @@ def _launch_conv(product, dtype, precision, block_size, tiles):
     elif product == "grad_input":
         conv.conv_grad_input(dy, weight, (16, 16), topology, geometry, tiles, precision=precision)
     else:
-        conv.conv_grad_weight(dy, x, topology, geometry, tiles, precision=precision)
+        conv_grad_weight(dy, x, topology, geometry, tiles, precision=precision)
 
 
 def _spilled_bytes(kernel, folder):

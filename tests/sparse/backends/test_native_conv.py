@@ -6,7 +6,7 @@ from test_native import target  # noqa: F401
 
 from lightning_estdgm.sparse.backends import native
 from lightning_estdgm.sparse.backends.protocol import get_backend
-from lightning_estdgm.sparse.conv import ConvGeometry
+from lightning_estdgm.sparse.conv_geometry import ConvGeometry
 from lightning_estdgm.sparse.topology import BlockTopology
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_estdgm.sparse.backends.reference import expand_mask
-from lightning_estdgm.sparse.backends.triton import BLOCK_SIZES, TritonBackend, conv, launch
-from lightning_estdgm.sparse.backends.triton import split_k as units
+from lightning_estdgm.sparse.backends.triton import conv, launch, split_k
+from lightning_estdgm.sparse.backends.triton.backend import TritonBackend
+from lightning_estdgm.sparse.backends.triton.conv_grad_weight import conv_grad_weight
+from lightning_estdgm.sparse.backends.triton.requirements import BLOCK_SIZES
 from lightning_estdgm.sparse.backends.triton.tiles import Tiles, candidates
-from lightning_estdgm.sparse.conv import ConvGeometry
+from lightning_estdgm.sparse.conv_geometry import ConvGeometry
 from lightning_estdgm.sparse.topology import BlockTopology
 
 TOLERANCES = {  # one rounding to the dtype, and before it the float32 sum
@@ -43,7 +44,7 @@ def _operands(topology, geometry, image, dtype=torch.float32, seed=1):
         (number, out, *geometry.output_size(height, width)),
     )
     x, weight, bias, dy = (torch.randn(*shape, generator=generator).to(dtype) for shape in shapes)
-    weight = weight.masked_fill(~expand_mask(topology)[:, :, None, None], float("nan"))
+    weight = weight.masked_fill(~topology.weight_mask()[:, :, None, None], float("nan"))
     return *(t.contiguous(memory_format=torch.channels_last) for t in (x, weight)), bias, _last(dy)
 
 
@@ -53,7 +54,7 @@ def _last(image):
 
 def _expected(x, weight, bias, dy, topology, geometry):
     """y, dx, dw of the library on a weight with zeros, in float64."""
-    active = expand_mask(topology)[:, :, None, None]
+    active = topology.weight_mask()[:, :, None, None]
     leaves = [x.double().requires_grad_(), torch.where(active, weight.double(), 0.0).requires_grad_()]
     y = F.conv2d(*leaves, bias.double(), geometry.stride, geometry.padding, geometry.dilation)
     dx, dw = torch.autograd.grad(y, leaves, dy.double())
@@ -65,7 +66,7 @@ def _products(x, weight, bias, dy, topology, geometry, tiles):
     return {
         "y": conv.conv(x, weight, bias, topology, geometry, tiles, precision="ieee"),
         "dx": conv.conv_grad_input(dy, weight, size, topology, geometry, tiles, precision="ieee"),
-        "dw": conv.conv_grad_weight(dy, x, topology, geometry, tiles, precision="ieee"),
+        "dw": conv_grad_weight(dy, x, topology, geometry, tiles, precision="ieee"),
     }
 
 
@@ -79,7 +80,7 @@ def _assert_right(operands, topology, geometry, tiles):
         torch.testing.assert_close(
             got[name].double(), right, **TOLERANCES[dtype], msg=lambda m, at=name: f"{at}, {geometry}, {tiles}: {m}"
         )
-    assert not got["dw"][~expand_mask(topology)].any()
+    assert not got["dw"][~topology.weight_mask()].any()
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_a_mask_changed_in_place_is_followed():
 def test_results_are_bitwise_repeatable_and_never_read_a_count_on_the_host(monkeypatch):
     topology = _topology()
     operands = _operands(topology, TWO, (1, 7, 8))
-    monkeypatch.setattr(units, "MIN_STEPS", 1)
+    monkeypatch.setattr(split_k, "MIN_STEPS", 1)
     monkeypatch.setattr(BlockTopology, "nnz", property(lambda self: pytest.fail("waits for the device")))
     first, second = (_products(*operands, topology, TWO, Tiles(128, 16, 4, 2)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -175,13 +176,13 @@ def test_results_are_bitwise_repeatable_and_never_read_a_count_on_the_host(monke
 @pytest.mark.parametrize("image", [(2, 9, 7), (40, 2, 3)], ids=["a step is less than an image", "and more"])
 def test_split_sums_equal_the_reference(block_size, multiprocessors, image, monkeypatch):
     monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
-    monkeypatch.setattr(units, "MIN_STEPS", 1)
+    monkeypatch.setattr(split_k, "MIN_STEPS", 1)
     topology = _topology(2, 3, block_size, density=1.0)
     operands = _operands(topology, TWO, image)
     tiles = Tiles(128, 32, 4, 2)
     x, _, _, dy = operands
-    assert units.deal(dy[:, 0].numel(), topology, tiles, x.device, 2).partial.shape[0] > 0
-    dw = conv.conv_grad_weight(dy, x, topology, TWO, tiles, precision="ieee")
+    assert split_k.deal(dy[:, 0].numel(), topology, tiles, x.device, 2).partial.shape[0] > 0
+    dw = conv_grad_weight(dy, x, topology, TWO, tiles, precision="ieee")
     expected = _expected(*operands, topology, TWO)["dw"]
     torch.testing.assert_close(dw.double(), expected, rtol=1e-5, atol=2e-4)
 
@@ -222,7 +223,7 @@ def test_more_pixels_than_an_index_counts_are_refused():
     with pytest.raises(ValueError, match=r"needs fewer than 2\*\*31 pixels in a batch, got 2147483648"):
         conv.conv(x, weight, None, topology, ConvGeometry((1, 1)), SMALL, precision="ieee")
     with pytest.raises(ValueError, match="got 2147483648"):
-        conv.conv_grad_weight(x, x, topology, ConvGeometry((1, 1)), SMALL, precision="ieee")
+        conv_grad_weight(x, x, topology, ConvGeometry((1, 1)), SMALL, precision="ieee")
 
 
 # ----------------------------------------------------------------------------------------------------------- backend
