@@ -37,7 +37,7 @@ from helpers.models import (
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase, SparseCheckpointIO, densify_checkpoint
 from lightning_estdgm.cli import app
 from lightning_estdgm.config import Units
-from lightning_estdgm.plugins import checkpoint_io as plugin_module
+from lightning_estdgm.plugins import sparse_file
 from lightning_estdgm.recipes.gpt import ByteGPT
 
 pytestmark = [
@@ -388,7 +388,7 @@ def test_truncated_ordinary_checkpoint_is_an_error_too(tmp_path: Path) -> None:
 
 def test_version_of_the_future_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(plugin_module, "_VERSION", 99)
+        patch.setattr(sparse_file, "_VERSION", 99)
         SparseCheckpointIO().save_checkpoint({}, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match="expected a sparse checkpoint of version 1, got 99"):
         SparseCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")
