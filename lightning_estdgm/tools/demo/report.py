@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rich.table import Table
 
-from lightning_estdgm.tools.report import energy_label, spread
+from lightning_estdgm.tools.report import energy_label
+from lightning_estdgm.tools.stats import spread
 
 DENSE, DGM = "dense", "dgm"
 

@@ -34,7 +34,8 @@ from lightning_estdgm.tools.demo.report import (
     watts,
 )
 from lightning_estdgm.tools.demo.run import DemoConfig, count_masked, profile_steps, run_sweep
-from lightning_estdgm.tools.report import energy_label, spread, write_json
+from lightning_estdgm.tools.report import energy_label, write_json
+from lightning_estdgm.tools.stats import spread
 
 STEPS, SEEDS = 100, 2
 TINY = {"width": 64, "layers": 1, "heads": 2, "context": 32, "batch_size": 4, "val_windows": 8}

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.run_files import DGM, falling, summary, write_arms, write_run
-from lightning_estdgm.tools.report import compare, read_run, spread
-from lightning_estdgm.tools.report.runs import Curve, Run
+from lightning_estdgm.tools.report import FinishedRun, compare, read_run
+from lightning_estdgm.tools.report.curve import Curve
+from lightning_estdgm.tools.stats import spread
 
 
 def read(folders):
@@ -365,7 +366,9 @@ def in_memory(place, method, seed, end, kind):
         "energy/total_joules": Curve.of((step, 10.0 * (step + 1)) for step in steps),
         "energy/seconds": Curve.of((step, 0.2 * (step + 1)) for step in steps),
     }
-    return Run(Path(f"/runs/{place}{seed}"), summary(method=method, seed=seed, estimated=kind == "estimated"), curves)
+    return FinishedRun(
+        Path(f"/runs/{place}{seed}"), summary(method=method, seed=seed, estimated=kind == "estimated"), curves
+    )
 
 
 @given(ENDS, ENDS, KINDS, KINDS, st.floats(1.0, 3.0))
