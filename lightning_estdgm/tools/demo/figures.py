@@ -97,7 +97,7 @@ def _draw_density(axes: Axes, runs: Sequence[RunRecord]) -> None:
     for i, j in zip(changes, [*changes[1:], len(log)], strict=True):
         end = log.clock_s[j - 1]
         axes.axvspan(starts[i], end, color=PHASE_COLOURS[phases.index(log.phase[i]) % 4], lw=0)
-        axes.text((starts[i] + end) / 2, 1.04, log.phase[i], ha="center", va="bottom", fontsize=9, color=INK)
+        axes.text((starts[i] + end) / 2, 1.04, log.phase[i], ha="center", va="bottom", fontsize=8, color=INK)
     axes.plot([0, dense.steps.clock_s[-1]], [1, 1], color=_COLOURS[DENSE], lw=1.8, label="Dense")
     axes.step(
         [*starts, log.clock_s[-1]],
@@ -123,7 +123,7 @@ def _draw_density(axes: Axes, runs: Sequence[RunRecord]) -> None:
 def _draw_mask(axes: Axes, moment: MaskMoment, first: bool) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
-    colours = LinearSegmentedColormap.from_list("share", ["white", _COLOURS[DGM]])
+    colours = LinearSegmentedColormap.from_list("share", ["#fdf1e7", _COLOURS[DGM]])
     cells = np.array(moment.cells)
     axes.imshow(cells, cmap=colours, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
     axes.set_xticks([])
