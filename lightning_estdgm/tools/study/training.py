@@ -1,16 +1,12 @@
-"""One training run of the study: what defines it, and how it is trained and measured."""
+"""Training and measuring a run of the study."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
-import logging
 import math
 import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -20,88 +16,16 @@ from torch import nn
 
 from lightning_estdgm.callbacks.dgm import DGMCallback
 from lightning_estdgm.callbacks.energy import EnergyMonitor
-from lightning_estdgm.method.schedules import EstDgm, Phase
+from lightning_estdgm.tools.quiet import QUIET_TRAINER, quiet_lightning
+from lightning_estdgm.tools.study.study_run import StudyRun
 from lightning_estdgm.tools.study.tasks import task_named
 from lightning_estdgm.tools.study.variants import VARIANTS, StudyGPT
 
-__all__ = ["DENSE", "Run", "train"]
-
-DENSE = "dense"
-
-_QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
+__all__ = ["train"]
 
 
-@dataclass(frozen=True)
-class Run:
-    """What defines a run; two equal ones train the same network on the same batches.
-
-    Attributes:
-        task: name of a task.
-        method: ``"dense"``, or a preset's name.
-        lr: peak learning rate.
-        seed: of initial weights, batches and masks.
-        density: final density; 1 for dense.
-        length: steps, as a multiple of the task's.
-        settings: what differs from the preset: fields of `DGMConfig`; of `EstDgm` as ``"schedule.<field>"`` (a phase as
-            ``[start, end, length]``); of the task's model as ``"model.<argument>"``; and arguments
-            of `variants.VARIANTS` as ``"with.<name>"``. Plain types.
-
-    """
-
-    task: str
-    method: str
-    lr: float
-    seed: int
-    density: float = 1.0
-    length: float = 1.0
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps."""
-        return max(1, round(self.length * task_named(self.task).steps))
-
-    @property
-    def variant(self) -> str:
-        """The settings in one line, sorted; empty where there are none."""
-        return json.dumps(self.settings, sort_keys=True) if self.settings else ""
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """Identifies the run in a table of text."""
-        numbers = (f"{self.lr:g}", str(self.seed), f"{self.density:g}", f"{self.length:g}")
-        return (self.task, self.method, *numbers, self.variant)
-
-    def settings_of(self, part: str) -> dict[str, Any]:
-        """Return the settings named ``<part>.<name>`` by that name; those without a part for an empty one."""
-        split = ((name.rpartition("."), value) for name, value in self.settings.items())
-        return {name: value for (prefix, _, name), value in split if prefix == part}
-
-    def model(self) -> LightningModule:
-        """Return the model with its first weights, from the global random state."""
-        return task_named(self.task).model(self.lr, **self.settings_of("model"))
-
-    def callback(self) -> DGMCallback | None:
-        """Return the callback that makes it sparse; ``None`` for dense."""
-        if self.method == DENSE:
-            return None
-        overrides, schedule = self.settings_of(""), self.settings_of("schedule")
-        if schedule:
-            phases: dict[str, Any] = {
-                k: Phase(*value) if isinstance(value, list) else value for k, value in schedule.items()
-            }
-            overrides["schedule"] = EstDgm(**phases)
-        return DGMCallback.from_preset(self.method, density=self.density, seed=self.seed, **overrides)
-
-
-def train(run: Run) -> dict[str, Any]:
-    """Train `run` with a real Trainer and return what it reached and cost.
+def train(run: StudyRun) -> dict[str, Any]:
+    """Train a run with a real Trainer, and measure its quality and its cost.
 
     Returns:
         ``val_loss`` and ``val_accuracy`` (NaN where a task has none) after the last step; ``flops_ratio``: training
@@ -120,16 +44,14 @@ def train(run: Run) -> dict[str, Any]:
     callbacks += [*(variant for variant in variants if not variant.is_first), monitor, clock]
     status = "ok"
     with (
-        warnings.catch_warnings(),
+        quiet_lightning(),
         TemporaryDirectory() as folder,  # of the monitor's energy.json
         contextlib.redirect_stdout(io.StringIO()),  # the decisions of each run
     ):
-        warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
-        warnings.filterwarnings("ignore", ".*does not have many workers")
         warnings.filterwarnings("ignore", ".*number of training batches.*smaller than the logging interval")
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         trainer = Trainer(
-            **_QUIET,
+            **QUIET_TRAINER,
+            logger=False,
             max_steps=run.steps,
             max_epochs=-1,
             default_root_dir=folder,
@@ -159,7 +81,7 @@ def train(run: Run) -> dict[str, Any]:
     }
 
 
-def _flops_ratio(run: Run, model: LightningModule, callback: DGMCallback | None) -> float:
+def _flops_ratio(run: StudyRun, model: LightningModule, callback: DGMCallback | None) -> float:
     own = callback.flops_ratio if callback else 1.0
     if isinstance(model, StudyGPT):  # every linear layer of it sees every token, so its weights tell the FLOPs
         own += model.taught_steps / run.steps * model.teacher_density / 3.0
@@ -185,7 +107,7 @@ class _Clock(Callback):
         self.seconds = time.perf_counter() - self._began
 
 
-def _validate(model: LightningModule, run: Run) -> dict[str, float]:
-    trainer = Trainer(**_QUIET)
+def _validate(model: LightningModule, run: StudyRun) -> dict[str, float]:
+    trainer = Trainer(**QUIET_TRAINER, logger=False)
     (metrics,) = trainer.validate(model, datamodule=task_named(run.task).data(run.seed), verbose=False)
     return dict(metrics)
