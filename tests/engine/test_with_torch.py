@@ -10,10 +10,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from helpers.swapped_layers import index_lists
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.engine.controller import DGMController
 from lightning_estdgm.method.schedules import EstDgm
-from lightning_estdgm.modules.candidates import find_candidates, restore_dense_, set_observing, sparsify_
+from lightning_estdgm.modules.candidates import find_candidates
+from lightning_estdgm.modules.swap import restore_dense_, set_observing, sparsify_
 from lightning_estdgm.recipes.decoder_block import DecoderBlock
 from lightning_estdgm.sparse.backends.protocol import backends
 from lightning_estdgm.sparse.linear import masked_linear
@@ -145,11 +147,7 @@ def test_what_a_captured_graph_reads_stays_in_its_place():
     layers = [candidate for candidate in find_candidates(net.block, include=["*"]) if candidate.masked]
 
     def places():
-        return [
-            value.data_ptr()
-            for layer in layers
-            for value in (layer.weight, *(v for v in vars(layer.module).values() if isinstance(v, torch.Tensor)))
-        ]
+        return [value.data_ptr() for layer in layers for value in (layer.weight, *index_lists(layer.module))]
 
     seen = []
     for backend, density in (("cpu", 0.5), ("cpu", 0.9), ("dense", 1.0), ("reference", 0.0), ("cpu", 0.1)):

@@ -31,6 +31,7 @@ from helpers.models import (
     make_trainer,
 )
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase, SparseCheckpointIO
+from lightning_estdgm.config import Units
 from lightning_estdgm.recipes.gpt import ByteGPT
 
 pytestmark = [
@@ -106,7 +107,7 @@ def byte_gpt_checkpoint(folder: Path, block_size: int, inactive: str = "zero") -
     schedule = EstDgm(
         exploration=Phase(0.7, 0.6, 1), consolidation=Phase(0.3, 0.2, 1), refinement=Phase(0.1, 0.1, 2), update_every=1
     )
-    config = DGMConfig(schedule=schedule, block_size=block_size, inactive=inactive, backend="dense")  # type: ignore
+    config = DGMConfig(schedule=schedule, units=Units(size=block_size), inactive=inactive, backend="dense")  # type: ignore
     pl.seed_everything(0, verbose=False)
     module, callback = ByteGPT(), DGMCallback(config)
     generator = torch.Generator().manual_seed(0)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lightning_estdgm.sparse.autotune.timing_cache import cpu_model
+from lightning_estdgm._environment import processor_name
 from lightning_estdgm.tools.terminal import command_line
 
 __all__ = ["environment", "header"]
@@ -22,7 +22,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in ("lightning-estdgm", "lightning", "torch", "triton", "numpy")},
         "platform": platform.platform(),
-        "cpu": cpu_model(),
+        "cpu": processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,

@@ -22,7 +22,8 @@ from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.engine.masked_weight import FEW
 from lightning_estdgm.method import distributions as densities
 from lightning_estdgm.method.masks import mask_shape, unit_size
-from lightning_estdgm.modules.candidates import find_candidates, unit_of
+from lightning_estdgm.modules.candidates import find_candidates
+from lightning_estdgm.modules.mask_unit import unit_of
 from lightning_estdgm.recipes.decoder_block import DecoderBlock
 
 __all__ = [

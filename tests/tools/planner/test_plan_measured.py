@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from helpers import distributed_jobs as jobs
+from helpers.swapped_layers import index_lists
 from lightning_estdgm import DGMConfig, DGMController, EstDgm, Phase
 from lightning_estdgm.distributed.comm_hook import ActiveUnits, active_units_hook
 from lightning_estdgm.engine.masked_weight import MaskedLayer
@@ -83,11 +84,10 @@ def held(layer: MaskedLayer) -> dict[str, int]:
         storages = [found[name].untyped_storage() for name in names if found[name] is not None]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
-    lists = [x for name, x in vars(layer.candidate.module).items() if name.startswith("_estdgm_")]
     window = layer._window
     return {
         "masks": bytes_of("mask", "explored", "_active_here"),
-        "block index lists": sum(map(size, tensors(lists))),
+        "block index lists": sum(map(size, index_lists(layer.candidate.module))),
         "weights before the step": bytes_of("_snapshot", "index"),
         "observation window": 0 if window is None else size(window.gradient) + size(window.norm),
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lightning_estdgm.modules.candidates import BLOCK_SIZES
+from lightning_estdgm.modules.mask_unit import BLOCK_SIZES
 
 __all__ = ["KINDS", "KernelsConfig", "quick_kernels"]
 
