@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lightning_estdgm.energy.energy_meter import EnergyMeter as EnergyMeter
     from lightning_estdgm.energy.footprint import Footprint as Footprint
     from lightning_estdgm.engine.controller import DGMController as DGMController
-    from lightning_estdgm.engine.controller import LayerDecision as LayerDecision
+    from lightning_estdgm.engine.decisions import LayerDecision as LayerDecision
     from lightning_estdgm.export.densify import densify_checkpoint as densify_checkpoint
     from lightning_estdgm.method.schedules import EstDgm as EstDgm
     from lightning_estdgm.method.schedules import Phase as Phase
@@ -31,7 +31,7 @@ else:
             "EnergyMonitor": "lightning_estdgm.callbacks.energy",
             "EstDgm": "lightning_estdgm.method.schedules",
             "Footprint": "lightning_estdgm.energy.footprint",
-            "LayerDecision": "lightning_estdgm.engine.controller",
+            "LayerDecision": "lightning_estdgm.engine.decisions",
             "Phase": "lightning_estdgm.method.schedules",
             "RequeueBetweenSteps": "lightning_estdgm.callbacks.requeue",
             "SparseCheckpointIO": "lightning_estdgm.plugins.checkpoint_io",

@@ -64,7 +64,12 @@ def preset(name: str, density: float, **overrides: Any) -> DGMConfig:
     if unknown := sorted(overrides.keys() - known - settings):
         raise TypeError(f"{name!r} takes {sorted(known)} and the fields of DGMConfig, got {unknown}")
     config = PRESETS[name](density, **{key: value for key, value in overrides.items() if key in known})
-    return merged(config, {key: value for key, value in overrides.items() if key not in known})
+    result = merged(config, {key: value for key, value in overrides.items() if key not in known})
+    if config.trains_inactive_weights and not result.trains_inactive_weights:
+        raise ValueError(
+            f"{name!r} has inactive weights go on learning, and inactive={result.inactive!r} has not: leave one out"
+        )
+    return result
 
 
 def est_dgm(

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from lightning_estdgm import DGMCallback
-from lightning_estdgm.config import DGMConfig, StepSize, Units
+from lightning_estdgm.config import DGMConfig, StepSize, Units, merged
 from lightning_estdgm.engine.controller import DGMController
 from lightning_estdgm.method.patterns import NofM
 from lightning_estdgm.method.schedules import EstDgm
@@ -132,7 +132,7 @@ def test_est_dgm_keeps_weights_by_magnitude_and_blocks_by_gradient_too(mlp, bloc
     schedule = EstDgm(update_every=EVERY, observe_steps=2)
     config = DGMConfig(schedule, units=Units(size=block_size), backend="dense", step_size=StepSize(exponent=0.0))
     if (block_size, keep) == (16, "magnitude"):  # as published methods do
-        config = replace(config, keep=keep)
+        config = merged(config, {"update_rule": {"keep": keep}})
     updates, _, dgm = trained(mlp, config, widths=(64, 96, 64, 4))
 
     def norms(x):
@@ -504,12 +504,12 @@ def test_steps_of_weights_outside_the_forward_are_scaled_like_the_others(mlp):
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         with DGMController(model, optimizer, replace(config, backend="cpu"), total_steps=8) as dgm:
             (layer,) = dgm.masked_weights
-            before = model[0].weight.detach() + layer.held_back.weights
+            before = model[0].weight.detach() + layer.inactive.shadow.weights
             x = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
             F.mse_loss(model(x), x[:, :4]).backward()
             gradient = model[0].weight.grad.clone()
             optimizer.step()
-            return before, gradient, model[0].weight.detach() + layer.held_back.weights
+            return before, gradient, model[0].weight.detach() + layer.inactive.shadow.weights
 
     for exponent, factor in ((0.0, 1.0), (1.0, 4.0)):
         before, gradient, after = after_one_step(exponent)
@@ -554,11 +554,11 @@ def test_a_step_without_a_gradient_leaves_the_reserve_where_it_is(mlp):
     optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
     with DGMController(model, optimizer, preset("top-kast", 0.2), total_steps=8) as dgm:
         (layer,) = dgm.masked_weights
-        weight, held = model[0].weight.detach().clone(), layer.held_back.weights.clone()
+        weight, held = model[0].weight.detach().clone(), layer.inactive.shadow.weights.clone()
         optimizer.step()
         optimizer.step(lambda: None)
         assert torch.equal(model[0].weight, weight)
-        assert torch.equal(layer.held_back.weights, held)
+        assert torch.equal(layer.inactive.shadow.weights, held)
 
 
 # ------------------------------------------------------------------ presets as such
@@ -569,20 +569,26 @@ def test_est_dgm_is_the_default():
     assert preset("est-dgm", 0.3).schedule.resolve(100).densities[-1] == 0.3
 
 
-def test_lean_est_dgm_changes_phases_and_drop_fraction_only():
-    lean = preset("est-dgm", 0.2, phases="low-density", update_every=5, update_rule={"gamma": 0.5})
-    assert lean == DGMConfig(EstDgm.lean(0.2, update_every=5), update_rule=UpdateRule(drop_fraction=0.1, gamma=0.5))
+def test_low_density_est_dgm_changes_phases_and_drop_fraction_only():
+    low = preset("est-dgm", 0.2, phases="low-density", update_every=5, update_rule={"gamma": 0.5})
+    assert low == DGMConfig(
+        EstDgm.low_density(0.2, update_every=5), update_rule=UpdateRule(drop_fraction=0.1, gamma=0.5)
+    )
 
 
-def test_rising_est_dgm_grows_at_random():
-    rising = preset("est-dgm", 0.2, phases="sparse-to-denser", update_every=5)
-    assert rising == DGMConfig(EstDgm.rising(0.2, update_every=5), update_rule=UpdateRule(grow="random", regrow=True))
-    with pytest.raises(ValueError, match="expected lean or rising phases, got both"):
-        preset("est-dgm", 0.2, phases="sparse-to-denser", phases="low-density")
+def test_sparse_to_denser_est_dgm_grows_at_random():
+    denser = preset("est-dgm", 0.2, phases="sparse-to-denser", update_every=5)
+    assert denser == DGMConfig(
+        EstDgm.sparse_to_denser(0.2, update_every=5), update_rule=UpdateRule(grow="random", regrow=True)
+    )
+    with pytest.raises(ValueError, match="phases must be 'cycle', 'low-density' or 'sparse-to-denser', got 'lean'"):
+        preset("est-dgm", 0.2, phases="lean")
 
 
 def test_published_methods_keep_blocks_by_their_own_score():
-    assert {preset(name, 0.5, units={"size": 16}).keep for name in ("rigl", "set", "gmp", "granet")} == {"magnitude"}
+    assert {preset(name, 0.5, units={"size": 16}).update_rule.keep for name in ("rigl", "set", "gmp", "granet")} == {
+        "magnitude"
+    }
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -595,11 +601,11 @@ def test_presets_print_compare_and_pickle(name):
     callback = DGMCallback.from_preset(
         name, 0.5, step_size={"exponent": 0.5}, selection={"exclude": ("0",)}, total_steps=7
     )
-    assert callback.config == replace(config, step_exponent=0.5, exclude=("0",))
+    assert callback.config == merged(config, {"step_size": {"exponent": 0.5}, "selection": {"exclude": ("0",)}})
     assert callback.total_steps == 7
     assert callback.run_summary()["name"] == (config.method or "EST-DGM")
     published = name != "est-dgm"
-    assert (config.step_exponent, config.scale_init, config.block_size) == (
+    assert (config.step_size.exponent, config.step_size.scale_initial_weights, config.units.size) == (
         (0.0, False, 1) if published else (1.0, True, "auto")
     )
 

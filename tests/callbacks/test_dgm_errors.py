@@ -58,8 +58,12 @@ pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
             ValueError,
             "drop_fraction must lie in [0, 1), got 1.0",
         ),
-        (lambda: DGMConfig(inactive="off"), ValueError, "inactive must be 'zero' or 'frozen', got 'off'"),
-        (lambda: DGMConfig(step_size=StepSize(exponent=float("nan"))), ValueError, "step_exponent"),
+        (
+            lambda: DGMConfig(inactive="off"),
+            ValueError,
+            "inactive must be 'zero', 'frozen' or a BackwardSet, got 'off'",
+        ),
+        (lambda: DGMConfig(step_size=StepSize(exponent=float("nan"))), ValueError, "step_size.exponent"),
         (
             lambda: DGMConfig(selection=Selection(include="net.*")),
             TypeError,
@@ -143,13 +147,18 @@ def test_nothing_but_an_output_head() -> None:
 
 
 def test_everything_excluded() -> None:
-    refuse("no layer to mask.*'net.0': 'excluded'", callback_for(exclude=("net.*",)), TinyMLP(), TinyMLP.batches(20))
+    refuse(
+        "no layer to mask.*'net.0': 'excluded'",
+        callback_for(selection={"exclude": ("net.*",)}),
+        TinyMLP(),
+        TinyMLP.batches(20),
+    )
 
 
 def test_selector_that_matches_nothing() -> None:
     refuse(
         r"exclude='encoder\.\*' matches none of the layers that can be masked: \['net.0', 'net.2', 'net.4'\]",
-        callback_for(exclude=("encoder.*",)),
+        callback_for(selection={"exclude": ("encoder.*",)}),
         TinyMLP(),
         TinyMLP.batches(20),
     )
@@ -158,7 +167,7 @@ def test_selector_that_matches_nothing() -> None:
 def test_block_size_that_does_not_fit() -> None:
     refuse(
         r"block_size=32 does not fit layer 'net.0' with weight \(16, 16\): block sizes that do are \(1, 16\)",
-        callback_for(block_size=32),
+        callback_for(units={"size": 32}),
         TinyMLP(),
         TinyMLP.batches(20),
     )
@@ -167,7 +176,7 @@ def test_block_size_that_does_not_fit() -> None:
 def test_forced_backend_that_cannot_compute_a_layer() -> None:
     refuse(
         "backend='cpu' was asked for but cannot compute layer 'net.0': needs blocks of at least",
-        callback_for(block_size=1, backend="cpu"),
+        callback_for(units={"size": 1}, backend="cpu"),
         TinyMLP(),
         TinyMLP.batches(20),
     )
@@ -270,13 +279,13 @@ def test_checkpoint_of_other_masked_layers(checkpoint: Path) -> None:
     refuse_checkpoint(
         r"another model or other masked layers: they differ in \['net.2'\]; 'net.2' is \(\(16, 16\), 1\) there and",
         checkpoint,
-        callback_for(exclude=("net.2",)),
+        callback_for(selection={"exclude": ("net.2",)}),
     )
 
 
 def test_checkpoint_with_another_block_size(checkpoint: Path) -> None:
     refuse_checkpoint(
-        r"'net.0' is \(\(16, 16\), 1\) there and \(\(16, 16\), 16\) here", checkpoint, callback_for(block_size=16)
+        r"'net.0' is \(\(16, 16\), 1\) there and \(\(16, 16\), 16\) here", checkpoint, callback_for(units={"size": 16})
     )
 
 
@@ -309,7 +318,7 @@ def test_damaged_block_mask_leaves_no_swapped_layer(tmp_path: Path) -> None:
 
 
 def test_refused_checkpoint_does_not_spoil_a_later_run(checkpoint: Path) -> None:
-    callback = callback_for(exclude=("net.2",))
+    callback = callback_for(selection={"exclude": ("net.2",)})
     refuse_checkpoint("another model", checkpoint, callback)
     module = TinyMLP()
     make_trainer(callback, max_epochs=1).fit(module, TinyMLP.batches(20))
@@ -385,7 +394,7 @@ def test_nonfinite_gradients_outside_windows_are_none_of_our_business(recwarn: p
 def test_convolutions_refuse_blocks_that_do_not_fit() -> None:
     refuse(
         r"block_size=16 does not fit layer 'features.0' with weight \(8, 3, 3, 3\)",
-        callback_for(block_size=16),
+        callback_for(units={"size": 16}),
         ConvNet(),
         ConvNet.batches(20),
     )

@@ -71,7 +71,7 @@ def round_trip(checkpoint: dict[str, Any], path: Path) -> Any:
     ("model", "dgm"),
     [
         (MLP, {}),
-        (MLP, {"block_size": 1}),
+        (MLP, {"units": {"size": 1}}),
         (MLP, {"inactive": "frozen"}),
         (ConvNet, {}),
         (Encoder, {}),
@@ -139,7 +139,7 @@ def test_file_size_at_density_a_tenth(block_size: int, inactive: str, at_most: f
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("dgm", [{}, {"block_size": 1}, {"inactive": "frozen"}], ids=str)
+@pytest.mark.parametrize("dgm", [{}, {"units": {"size": 1}}, {"inactive": "frozen"}], ids=str)
 def test_resume_from_a_sparse_checkpoint_equals_the_run_straight_through(
     dgm: dict[str, Any], asynchronous: bool, tmp_path: Path
 ) -> None:

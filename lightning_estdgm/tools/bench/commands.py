@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lightning_estdgm.config import Units
 from lightning_estdgm.tools.terminal import parse_block_size
 
 app = typer.Typer(help="Speed on this machine, as ratios against dense in the same run.", no_args_is_help=True)
@@ -185,7 +186,7 @@ def train(
     out, record = console(), Record(output)
     modes = [True] if only_compiled else [False, True] if compiled else [False]
     try:
-        DGMConfig(block_size=unit, backend=backend)  # type: ignore[arg-type]
+        DGMConfig(units=Units(size=unit), backend=backend)  # type: ignore[arg-type]
         configs = [make(block_size=unit, backend=backend, compiled=mode, **given) for mode in modes]
         choice = TrainChoice(
             model or MODELS, width or (), layers, context, batch, image_size,

@@ -18,8 +18,8 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.engine.masked_weight import FEW
+from lightning_estdgm.config import DGMConfig, Units
+from lightning_estdgm.engine.step_size import FEW
 from lightning_estdgm.method import distributions as densities
 from lightning_estdgm.method.masks import mask_shape, unit_size
 from lightning_estdgm.modules.candidates import find_candidates
@@ -104,7 +104,7 @@ class Setup:
         for name, known in (("precision", tuple(PARAMETER_BYTES)), ("optimizer", tuple(OPTIMIZER_STATES))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        DGMConfig(block_size=self.block_size, distribution=self.distribution)  # refuses what a run would
+        DGMConfig(units=Units(size=self.block_size, distribution=self.distribution))  # refuses what a run would
 
     @property
     def parameter_bytes(self) -> int:

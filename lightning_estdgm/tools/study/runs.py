@@ -97,7 +97,35 @@ class Run:
                 k: Phase(*value) if isinstance(value, list) else value for k, value in schedule.items()
             }
             overrides["schedule"] = EstDgm(**phases)
-        return DGMCallback.from_preset(self.method, density=self.density, seed=self.seed, **overrides)
+        return DGMCallback.from_preset(self.method, density=self.density, seed=self.seed, **_nested(overrides))
+
+
+_PLACES = {
+    "block_size": ("units", "size"),
+    "distribution": ("units", "distribution"),
+    "step_exponent": ("step_size", "exponent"),
+    "scale_init": ("step_size", "scale_initial_weights"),
+    "exclude": ("selection", "exclude"),
+    **{name: ("update_rule", name) for name in ("keep", "grow", "gamma", "drop_fraction")},
+}
+"""Settings by the short names that the tables of the study hold, and their places in `DGMConfig`."""
+
+_PHASES = {"lean": "low-density", "rising": "sparse-to-denser"}
+"""Schedules by the short names that the tables of the study hold, and their names in `presets.est_dgm`."""
+
+
+def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by short names as overrides of a preset."""
+    overrides: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name in _PLACES:
+            part, field_name = _PLACES[name]
+            overrides.setdefault(part, {})[field_name] = value
+        elif name in _PHASES:
+            overrides["phases"] = _PHASES[name]
+        else:
+            overrides[name] = value
+    return overrides
 
 
 def train(run: Run) -> dict[str, Any]:
