@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_estdgm.recipes.checks import at_least, fraction, positive
+from lightning_estdgm._checks import expect_fraction, expect_int, expect_positive
 from lightning_estdgm.recipes.decoder_block import DecoderBlock
 from lightning_estdgm.recipes.rates import run_steps, warmup_cosine
 from lightning_estdgm.recipes.stdlib_text import StdlibText
@@ -61,11 +61,11 @@ class GPT(LightningModule):
         super().__init__()
         sizes = {"width": width, "layers": layers, "heads": heads, "context": context, "vocabulary": vocabulary}
         for name, value in sizes.items():
-            at_least(name, value, 1)
+            expect_int(name, value, at_least=1)
         if width % heads:
             raise ValueError(f"width: got {width}, expected a multiple of heads={heads}")
-        positive("lr", lr)
-        fraction("warmup", warmup)
+        expect_positive("lr", lr)
+        expect_fraction("warmup", warmup)
         self.save_hyperparameters()
         self.context, self.lr, self.weight_decay, self.warmup = context, lr, weight_decay, warmup
         self.tokens = nn.Embedding(vocabulary, width)

@@ -16,13 +16,13 @@ def command_line() -> str:
     return " ".join(["estdgm" if program == "cli.py" else program, *sys.argv[1:]])
 
 
-def parse_block_size(text: str | None) -> int | str | None:
+def parse_block_size(text: str) -> int | str:
     """Return a number where the text is one, else the text; whoever takes it says what is wrong with it.
 
     >>> parse_block_size("32"), parse_block_size("auto")
     (32, 'auto')
     """
-    return int(text) if text is not None and text.isdecimal() else text
+    return int(text) if text.isdecimal() else text
 
 
 def wide_console(columns: int) -> Console:

@@ -71,7 +71,7 @@ def demo(
         "val_windows": val_windows, "profile_steps": profile_steps,
     }  # fmt: skip
     masks: dict[str, Any] = {
-        "block_size": parse_block_size(block_size),
+        "block_size": block_size and parse_block_size(block_size),
         "distribution": distribution,
         "backend": backend,
     }

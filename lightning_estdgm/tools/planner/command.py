@@ -53,7 +53,7 @@ def plan(
         raise typer.BadParameter("expected one of --params and --model", param_hint="--params")
     given: dict[str, Any] = {
         "gpus": gpus, "density": density, "tensor_parallel": tensor_parallel, "precision": precision,
-        "optimizer": optimizer, "block_size": parse_block_size(block_size), "distribution": distribution,
+        "optimizer": optimizer, "block_size": block_size and parse_block_size(block_size), "distribution": distribution,
         "tokens": tokens, "update_every": update_every, "observe_steps": observe_steps,
     }  # fmt: skip
     try:

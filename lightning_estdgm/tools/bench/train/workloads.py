@@ -10,6 +10,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from lightning_estdgm._checks import expect_int
 from lightning_estdgm.recipes.decoder_block import DecoderBlock
 from lightning_estdgm.recipes.gpt import ByteGPT
 from lightning_estdgm.recipes.resnet import Bottleneck, ImageClassifier
@@ -41,7 +42,8 @@ class GptWorkload:
     without_blocks: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        _check_positive(self, ("width", "layers", "context", "batch_size"))
+        for name in ("width", "layers", "context", "batch_size"):
+            expect_int(name, getattr(self, name), at_least=1)
         if self.width % self.head_width:
             raise ValueError(f"width: got {self.width}, expected a multiple of the head's {self.head_width}")
 
@@ -96,7 +98,8 @@ class ResNetWorkload:
     without_blocks: ClassVar[tuple[str, ...]] = ("model.conv1",)  # three input channels: dense where blocks are forced
 
     def __post_init__(self) -> None:
-        _check_positive(self, ("image_size", "batch_size", "width"))
+        for name in ("image_size", "batch_size", "width"):
+            expect_int(name, getattr(self, name), at_least=1)
 
     @property
     def name(self) -> str:
@@ -137,9 +140,3 @@ def compile_blocks(module: nn.Module, backend: str | Callable[..., Any] = "induc
     for block in blocks:
         block.compile(backend=backend)
     return len(blocks)
-
-
-def _check_positive(workload: object, names: Sequence[str]) -> None:
-    for name in names:
-        if (value := getattr(workload, name)) < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
