@@ -25,6 +25,8 @@ from helpers.models import (
     make_trainer,
 )
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
+from lightning_estdgm.config import Selection, StepSize, Units
+from lightning_estdgm.method.update_rule import UpdateRule
 
 pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
 
@@ -42,17 +44,33 @@ pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
         (lambda: DGMCallback(total_steps=True), TypeError, "total_steps must be an int or None, got True"),
         (lambda: DGMConfig(schedule="est-dgm"), TypeError, "such as EstDgm(), got 'est-dgm'"),
         (lambda: DGMConfig(schedule=EstDgm), TypeError, "such as EstDgm(), got"),
-        (lambda: DGMConfig(block_size=24), ValueError, "block_size must be 'auto', 1 or one of"),
-        (lambda: DGMConfig(block_size="big"), ValueError, "got 'big'"),
-        (lambda: DGMConfig(distribution="er"), ValueError, "['erk', 'uniform'] or a function, got 'er'"),
-        (lambda: DGMConfig(gamma=-1), ValueError, "gamma must be a finite number of at least 0, got -1"),
-        (lambda: DGMConfig(gamma=float("nan")), ValueError, "gamma"),
-        (lambda: DGMConfig(drop_fraction=1.0), ValueError, "drop_fraction must lie in [0, 1), got 1.0"),
+        (lambda: DGMConfig(units=Units(size=24)), ValueError, "block_size must be 'auto', 1 or one of"),
+        (lambda: DGMConfig(units=Units(size="big")), ValueError, "got 'big'"),
+        (lambda: DGMConfig(units=Units(distribution="er")), ValueError, "['erk', 'uniform'] or a function, got 'er'"),
+        (
+            lambda: DGMConfig(update_rule=UpdateRule(gamma=-1)),
+            ValueError,
+            "gamma must be a finite number of at least 0, got -1",
+        ),
+        (lambda: DGMConfig(update_rule=UpdateRule(gamma=float("nan"))), ValueError, "gamma"),
+        (
+            lambda: DGMConfig(update_rule=UpdateRule(drop_fraction=1.0)),
+            ValueError,
+            "drop_fraction must lie in [0, 1), got 1.0",
+        ),
         (lambda: DGMConfig(inactive="off"), ValueError, "inactive must be 'zero' or 'frozen', got 'off'"),
-        (lambda: DGMConfig(step_exponent=float("nan")), ValueError, "step_exponent"),
-        (lambda: DGMConfig(include="net.*"), TypeError, "include must be a sequence of selectors, got 'net.*'"),
-        (lambda: DGMConfig(exclude="net.*"), TypeError, "exclude must be a sequence of selectors, got 'net.*'"),
-        (lambda: DGMConfig(exclude=(3,)), TypeError, "exclude"),
+        (lambda: DGMConfig(step_size=StepSize(exponent=float("nan"))), ValueError, "step_exponent"),
+        (
+            lambda: DGMConfig(selection=Selection(include="net.*")),
+            TypeError,
+            "include must be a sequence of selectors, got 'net.*'",
+        ),
+        (
+            lambda: DGMConfig(selection=Selection(exclude="net.*")),
+            TypeError,
+            "exclude must be a sequence of selectors, got 'net.*'",
+        ),
+        (lambda: DGMConfig(selection=Selection(exclude=(3,))), TypeError, "exclude"),
         (lambda: DGMConfig(backend="triturate"), ValueError, "unknown backend 'triturate', expected one of: cpu"),
         (lambda: DGMConfig(seed=1.5), TypeError, "seed"),
     ],

@@ -12,16 +12,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.config import DGMConfig, Selection, StepSize, Units
 from lightning_estdgm.engine.controller import DGMController
 from lightning_estdgm.method.schedules import EstDgm, Phase
+from lightning_estdgm.method.update_rule import UpdateRule
 from lightning_estdgm.sparse.autotune.choice import BackendSelector
 from lightning_estdgm.sparse.conv_geometry import ConvGeometry
 
 STEPS = 40
 SCHEDULE = EstDgm(update_every=4, observe_steps=2)  # updates before steps 3, 6, 10, 13, ...
-WEIGHTS = DGMConfig(SCHEDULE, block_size=1)
-BLOCKS = DGMConfig(SCHEDULE, block_size=16, backend="cpu")
+WEIGHTS = DGMConfig(SCHEDULE, units=Units(size=1))
+BLOCKS = DGMConfig(SCHEDULE, units=Units(size=16), backend="cpu")
 
 
 def constant(density: float) -> EstDgm:
@@ -237,7 +238,9 @@ def test_param_groups_stay_as_the_user_made_them(mlp):
 @pytest.mark.parametrize("exponent", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("make", [adamw, sgd])
 def test_a_layer_steps_as_its_density_asks(mlp, make, exponent):
-    config = DGMConfig(constant(0.25), block_size=1, step_exponent=exponent, distribution="uniform")
+    config = DGMConfig(
+        constant(0.25), units=Units(size=1, distribution="uniform"), step_size=StepSize(exponent=exponent)
+    )
     model = mlp(32, 128, 64, 4, dtype=torch.float64)
     optimizer = make(model)
     with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
@@ -263,7 +266,10 @@ def test_a_layer_steps_as_its_density_asks(mlp, make, exponent):
             dgm.advance()
 
 
-@pytest.mark.parametrize(("config", "factor"), [(WEIGHTS, True), (DGMConfig(SCHEDULE, 1, scale_init=False), False)])
+@pytest.mark.parametrize(
+    ("config", "factor"),
+    [(WEIGHTS, True), (DGMConfig(SCHEDULE, 1, step_size=StepSize(scale_initial_weights=False)), False)],
+)
 def test_initial_weights_are_scaled(mlp, config, factor):
     model, plain = mlp(32, 128, 64, 4), mlp(32, 128, 64, 4)
     with DGMController(model, adamw(model), config, total_steps=STEPS) as dgm:
@@ -275,7 +281,7 @@ def test_initial_weights_are_scaled(mlp, config, factor):
 
 
 def test_a_dense_warm_up_changes_nothing_until_it_ends(mlp):
-    config = DGMConfig(EstDgm(warmup=10, update_every=4, observe_steps=2), block_size=1)
+    config = DGMConfig(EstDgm(warmup=10, update_every=4, observe_steps=2), units=Units(size=1))
     model, plain = mlp(32, 64, 4), mlp(32, 64, 4)
     optimizer, theirs = adamw(model), adamw(plain)
     with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
@@ -316,7 +322,7 @@ def test_grown_weights_start_at_zero_with_a_clean_state(mlp):
 
 @pytest.mark.parametrize("block_size", [1, 16])
 def test_frozen_keeps_inactive_weights_bitwise_and_never_scales(mlp, block_size):
-    config = DGMConfig(SCHEDULE, block_size=block_size, inactive="frozen")
+    config = DGMConfig(SCHEDULE, units=Units(size=block_size), inactive="frozen")
     model = mlp(32, 128, 64, 4)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
     start = copy.deepcopy(model.state_dict())
@@ -694,7 +700,7 @@ class Residual(nn.Module):
 
 
 IN_BLOCKS = ("down", "skip", "same", "point", "length")
-IMAGES = DGMConfig(SCHEDULE, block_size=16, exclude=("stem", "depthwise"))
+IMAGES = DGMConfig(SCHEDULE, units=Units(size=16), selection=Selection(exclude=("stem", "depthwise")))
 
 
 def fit_images(config, channels_last=False, steps=20):
@@ -847,7 +853,7 @@ def test_flops_ratios_by_hand(mlp):
     schedule = EstDgm(*(Phase(0.25, 0.25, n) for n in (4, 4, 8)), update_every=4, observe_steps=1, freeze=0.5)
     model = mlp(32, 64, 4)
     optimizer = sgd(model)
-    with DGMController(model, optimizer, DGMConfig(schedule, block_size=1), total_steps=16) as dgm:
+    with DGMController(model, optimizer, DGMConfig(schedule, units=Units(size=1)), total_steps=16) as dgm:
         run(model, optimizer, dgm, last=16)
         observed = sum(schedule.resolve(16)(step).observe for step in range(16))
         assert observed == 3
@@ -986,7 +992,7 @@ def same(one, other):
 CONFIGS = {
     "weights": WEIGHTS,
     "blocks": BLOCKS,
-    "frozen": DGMConfig(SCHEDULE, block_size=16, backend="cpu", inactive="frozen"),
+    "frozen": DGMConfig(SCHEDULE, units=Units(size=16), backend="cpu", inactive="frozen"),
 }
 
 
@@ -1101,7 +1107,7 @@ def test_bad_settings_are_refused_with_what_was_got(settings, error, message):
 def test_a_distribution_must_keep_to_the_budget(mlp, distribution, message):
     model = mlp(32, 64, 64, 4)
     with pytest.raises(ValueError, match=re.escape(message)):
-        DGMController(model, sgd(model), DGMConfig(distribution=distribution, block_size=1), total_steps=STEPS)
+        DGMController(model, sgd(model), DGMConfig(units=Units(distribution=distribution, size=1)), total_steps=STEPS)
 
 
 def test_flops_count_every_position_that_a_weight_is_applied_to():
@@ -1120,7 +1126,7 @@ def test_flops_count_every_position_that_a_weight_is_applied_to():
 
     model = Model()
     optimizer = sgd(model)
-    with DGMController(model, optimizer, DGMConfig(block_size=1), total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, DGMConfig(units=Units(size=1)), total_steps=STEPS) as dgm:
         model(torch.randn(5, 2, 2, 2)).sum().backward()
         optimizer.step()
         dgm.advance()
@@ -1152,7 +1158,7 @@ def refuse(model, message, config=WEIGHTS, optimizer=None, **kwargs):
 
 def test_a_forced_block_that_does_not_fit_is_refused_with_the_layers_name(mlp):
     message = r"block_size=64 does not fit layer '2' with weight \(96, 128\): block sizes that do are \(1, 16, 32\)"
-    refuse(mlp(64, 128, 96, 4), message, DGMConfig(SCHEDULE, block_size=64))
+    refuse(mlp(64, 128, 96, 4), message, DGMConfig(SCHEDULE, units=Units(size=64)))
 
 
 def test_an_automatic_block_falls_back_and_says_so(mlp):
@@ -1165,7 +1171,7 @@ def test_an_automatic_block_falls_back_and_says_so(mlp):
 
 def test_a_forced_backend_that_cannot_run_is_refused(mlp):
     message = "backend='cpu' was asked for but cannot compute layer '0': needs blocks of at least 8"
-    refuse(mlp(32, 64, 4), message, DGMConfig(SCHEDULE, block_size=1, backend="cpu"))
+    refuse(mlp(32, 64, 4), message, DGMConfig(SCHEDULE, units=Units(size=1), backend="cpu"))
 
 
 def test_a_forced_backend_is_used_from_the_first_step_on(mlp):
@@ -1182,7 +1188,11 @@ def test_no_layer_to_mask_is_refused():
 
 
 def test_a_selector_that_matches_nothing_is_refused(mlp):
-    refuse(mlp(8, 8, 4), re.escape("exclude='body.*' matches none of"), DGMConfig(SCHEDULE, exclude=["body.*"]))
+    refuse(
+        mlp(8, 8, 4),
+        re.escape("exclude='body.*' matches none of"),
+        DGMConfig(SCHEDULE, selection=Selection(exclude=["body.*"])),
+    )
 
 
 def test_a_weight_in_no_optimizer_stays_dense(mlp):
@@ -1263,7 +1273,7 @@ def test_parts_of_a_fused_weight_have_budgets_of_their_own(block_size):
     with torch.no_grad():
         model.qkv.weight[:64].mul_(10.0)  # queries and keys that would win every unit from the values
     optimizer = sgd(model)
-    config = DGMConfig(EstDgm(update_every=4, observe_steps=2), block_size=block_size, distribution="uniform")
+    config = DGMConfig(EstDgm(update_every=4, observe_steps=2), units=Units(size=block_size, distribution="uniform"))
     with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
         note = "3 fused matrices, each with its own budget"
         assert [note in d.why for d in dgm.decisions()] == [True, False, False]
@@ -1282,7 +1292,9 @@ def test_without_parts_the_largest_weights_take_all():
     model = nn.Sequential(model.qkv, nn.Tanh(), model.plain, nn.Tanh(), model.last)
     optimizer = sgd(model)
     schedule = EstDgm(update_every=4, observe_steps=2)
-    config = DGMConfig(schedule, block_size=16, distribution="uniform", drop_fraction=0.0)
+    config = DGMConfig(
+        schedule, units=Units(size=16, distribution="uniform"), update_rule=UpdateRule(drop_fraction=0.0)
+    )
     with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
         run(model, optimizer, dgm)
     assert not dgm.masks()["0"].chunk(3)[2].any()
@@ -1290,7 +1302,7 @@ def test_without_parts_the_largest_weights_take_all():
 
 def test_single_weights_of_a_convolution_run_dense_and_say_so_whatever_backend_is_forced():
     model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.Flatten(), nn.Linear(8 * 6, 16), nn.Linear(16, 2))
-    config = DGMConfig(block_size=1, backend="reference")
+    config = DGMConfig(units=Units(size=1), backend="reference")
     with DGMController(model, torch.optim.SGD(model.parameters(), 0.1), config, total_steps=20) as dgm:
         found = {decision.name: decision for decision in dgm.decisions()}
     assert found["0"].backend == "dense"

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from helpers.oracle import train
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
+from lightning_estdgm.config import Units
 
 STEPS = 50
 PHASES = [(0.7, 0.6, 12), (0.3, 0.2, 18), (0.15, 0.1, 20)]
@@ -105,7 +106,7 @@ def by_callback(case):
     names = {"drop": "drop_fraction", "exponent": "step_exponent"}
     config = DGMConfig(
         SCHEDULE,
-        block_size=case.block,
+        units=Units(size=case.block),
         backend=case.backend,
         seed=rules.pop("seed", 0),
         **{names.get(name, name): value for name, value in rules.items()},

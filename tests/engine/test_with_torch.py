@@ -16,7 +16,7 @@ from lightning_estdgm.engine.controller import DGMController
 from lightning_estdgm.method.schedules import EstDgm
 from lightning_estdgm.modules.candidates import find_candidates
 from lightning_estdgm.modules.swap import restore_dense_, set_observing, sparsify_
-from lightning_estdgm.recipes.gpt import Block
+from lightning_estdgm.recipes.decoder_block import DecoderBlock
 from lightning_estdgm.sparse.backends.protocol import backends
 from lightning_estdgm.sparse.linear import masked_linear
 from lightning_estdgm.sparse.topology import BlockTopology
@@ -32,7 +32,7 @@ class Net(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.block, self.head = Block(64, 4), nn.Linear(64, 8)
+            self.block, self.head = DecoderBlock(64, 4), nn.Linear(64, 8)
         self.around = around
 
     def forward(self, x):
@@ -220,7 +220,7 @@ def test_recomputed_activations_give_the_same_run_to_the_last_bit(use_reentrant,
 def test_the_wrapper_that_strategies_checkpoint_with_changes_no_layers_name():
     plain, net = Net(), Net()
     masks = train(plain, "cpu")
-    apply_activation_checkpointing(net, check_fn=lambda module: isinstance(module, Block))
+    apply_activation_checkpointing(net, check_fn=lambda module: isinstance(module, DecoderBlock))
     its_masks = train(net, "cpu")
     assert list(its_masks) == list(masks)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), plain.parameters(), strict=True))

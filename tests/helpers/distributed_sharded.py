@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from helpers import distributed_jobs as jobs  # noqa: F401  puts the callback tests' folder on the path
 from helpers.models import Batches, ResumableLoader, Task, make_trainer
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
+from lightning_estdgm.config import Selection, Units
 from lightning_estdgm.distributed.collectives import local_tensor
 from lightning_estdgm.engine.masked_weight import MaskedLayer
 from lightning_estdgm.modules.candidates import clean_name
@@ -313,12 +314,11 @@ def train(
     dgm = DGMCallback(
         DGMConfig(
             SCHEDULE,
-            block_size=block_size,  # type: ignore[arg-type]
+            units=Units(size=block_size, distribution="uniform"),
             backend=backend,
-            inactive=inactive,  # type: ignore[arg-type]
-            distribution="uniform",
-            exclude=exclude,
-            **(rule or {}),
+            inactive=inactive,
+            selection=Selection(exclude=exclude),
+            **rule or {},
         )
     )
     watch = Watch(dgm, save_at)

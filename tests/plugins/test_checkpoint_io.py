@@ -36,7 +36,8 @@ from helpers.models import (
 )
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase, SparseCheckpointIO, densify_checkpoint
 from lightning_estdgm.cli import app
-from lightning_estdgm.plugins import checkpoint_io as plugin_module
+from lightning_estdgm.config import Units
+from lightning_estdgm.plugins import sparse_file
 from lightning_estdgm.recipes.gpt import ByteGPT
 
 pytestmark = [
@@ -160,7 +161,7 @@ def byte_gpt_checkpoint(folder: Path, block_size: int, inactive: str = "zero") -
     schedule = EstDgm(
         exploration=Phase(0.7, 0.6, 1), consolidation=Phase(0.3, 0.2, 1), refinement=Phase(0.1, 0.1, 2), update_every=1
     )
-    config = DGMConfig(schedule=schedule, block_size=block_size, inactive=inactive, backend="dense")  # type: ignore
+    config = DGMConfig(schedule=schedule, units=Units(size=block_size), inactive=inactive, backend="dense")  # type: ignore
     pl.seed_everything(0, verbose=False)
     module, callback = ByteGPT(), DGMCallback(config)
     generator = torch.Generator().manual_seed(0)
@@ -387,7 +388,7 @@ def test_truncated_ordinary_checkpoint_is_an_error_too(tmp_path: Path) -> None:
 
 def test_version_of_the_future_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(plugin_module, "_VERSION", 99)
+        patch.setattr(sparse_file, "_VERSION", 99)
         SparseCheckpointIO().save_checkpoint({}, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match="expected a sparse checkpoint of version 1, got 99"):
         SparseCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")

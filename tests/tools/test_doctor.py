@@ -108,7 +108,7 @@ def test_what_fails_has_no_watts_and_is_not_measured(clock: Clock) -> None:
     ]
     assert all(s.failed == s.reads >= 2 for s in seen)
     assert not result.measurable
-    assert [(a.name, a.status, a.reason) for a in result.absent] == [("gone", Status.NO_PERMISSION, "chmod it")]
+    assert [(a.name, a.status, a.reason) for a in result.unavailable] == [("gone", Status.NO_PERMISSION, "chmod it")]
 
 
 def test_an_estimate_is_no_measurement(clock: Clock) -> None:
@@ -128,7 +128,7 @@ def test_two_sources_of_one_device_are_read_once(clock: Clock) -> None:
     first, second = Stepping(clock, 0.1, name="first"), Stepping(clock, 0.1, name="second")
     result = look(first, second)
     assert [opened.name for opened, _ in result.sources] == ["first"]
-    assert [(a.name, a.reason) for a in result.absent] == [("second", "another source reads the same devices")]
+    assert [(a.name, a.reason) for a in result.unavailable] == [("second", "another source reads the same devices")]
 
 
 def test_a_look_takes_time() -> None:

@@ -116,7 +116,7 @@ class EstDgm:
             raise ValueError(f"freeze must lie in [0, 1), got {self.freeze!r}")
 
     @classmethod
-    def lean(cls, density: float = 0.10, **settings: Any) -> EstDgm:
+    def low_density(cls, density: float = 0.10, **settings: Any) -> EstDgm:
         """Return a cycle of about the FLOPs of a constant density: its phases are hardly denser than they end.
 
         Exploration goes from 1.5 to 1.2 times `density` for 0.05 of the run, consolidation on to `density` for 0.15,
@@ -127,7 +127,7 @@ class EstDgm:
             settings: any of the other attributes.
 
         Example:
-            >>> EstDgm.lean(0.2, cycles=2).exploration
+            >>> EstDgm.low_density(0.2, cycles=2).exploration
             Phase(start=0.3, end=0.24, length=0.05)
 
         """
@@ -140,7 +140,7 @@ class EstDgm:
         )
 
     @classmethod
-    def rising(cls, density: float = 0.10, **settings: Any) -> EstDgm:
+    def sparse_to_denser(cls, density: float = 0.10, **settings: Any) -> EstDgm:
         """Return a cycle cheaper than a constant density: it explores at half of the density that it ends with.
 
         Exploration has half of `density` for 0.40 of the run, consolidation and refinement have `density`; the mean is
@@ -151,7 +151,7 @@ class EstDgm:
             settings: any of the other attributes.
 
         Example:
-            >>> EstDgm.rising(0.2).exploration
+            >>> EstDgm.sparse_to_denser(0.2).exploration
             Phase(start=0.1, end=0.1, length=0.4)
 
         """

@@ -16,10 +16,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Curve", "Kind", "Run", "RunError", "energy_label", "find_summary", "read_run"]
+from lightning_estdgm.energy.run_file import FILE_NAME, FORMAT, VERSION
 
-SUMMARY = "energy.json"
-FORMAT, VERSION = "lightning_estdgm.energy", 1
+__all__ = ["Curve", "Kind", "Run", "RunError", "energy_label", "find_summary", "read_run"]
 
 Kind = Literal["measured", "estimated", "partly estimated", "unknown"]
 """Where joules come from; "unknown" where nothing was read."""
@@ -210,11 +209,11 @@ def find_summary(folder: Path) -> Path:
         raise RunError(
             f"{folder}: expected the folder of a run, got {'a file' if folder.exists() else 'nothing there'}"
         )
-    found = sorted(folder.rglob(SUMMARY))
+    found = sorted(folder.rglob(FILE_NAME))
     if not found:
         raise RunError(
-            f"{folder}: no {SUMMARY} in it or below. EnergyMonitor writes it at the end of fit, into the folder of the "
-            "first logger, else into default_root_dir"
+            f"{folder}: no {FILE_NAME} in it or below. EnergyMonitor writes it at the end of fit, into the folder of "
+            "the first logger, else into default_root_dir"
         )
     if len(found) > 1:
         folders = ", ".join(str(path.parent) for path in found)

@@ -10,7 +10,8 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from lightning_estdgm.recipes.gpt import Block, ByteGPT
+from lightning_estdgm.recipes.decoder_block import DecoderBlock
+from lightning_estdgm.recipes.gpt import ByteGPT
 from lightning_estdgm.recipes.resnet import Bottleneck, ImageClassifier
 
 __all__ = ["GptWorkload", "ResNetWorkload", "Workload", "compile_blocks"]
@@ -132,7 +133,7 @@ def compile_blocks(module: nn.Module, backend: str | Callable[..., Any] = "induc
     One block is compiled and its code serves all others of its kind: minutes less than the whole model at once, at
     about the same speed.
     """
-    blocks = [part for part in module.modules() if isinstance(part, (Block, Bottleneck))]
+    blocks = [part for part in module.modules() if isinstance(part, (DecoderBlock, Bottleneck))]
     for block in blocks:
         block.compile(backend=backend)
     return len(blocks)

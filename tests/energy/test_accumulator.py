@@ -1,15 +1,16 @@
+"""Conversion of readings to joules."""
+
 from __future__ import annotations
 
-import io
 from fractions import Fraction
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_estdgm.energy.accumulator import Accumulator, Totals
+from lightning_estdgm.energy.accumulator import Accumulator
 from lightning_estdgm.energy.reading import DeviceId, Reading, Status
+from lightning_estdgm.energy.totals import Totals
 
 S = 1_000_000_000
 GPU = DeviceId("a", "gpu", "GPU-1")
@@ -205,24 +206,6 @@ def test_kinds_and_estimates_are_told_apart() -> None:
     assert totals.joules(estimated=False) == 5e-6
 
 
-def test_the_state_loads_with_weights_only_and_adds_up() -> None:
-    acc = counter()
-    read(acc, 0, 0)
-    read(acc, 1, 3_000_000)
-    file = io.BytesIO()
-    torch.save(acc.totals().state_dict(), file)
-    file.seek(0)
-    restored = Totals.from_state_dict(torch.load(file, weights_only=True))
-    assert restored == acc.totals()
-    both = restored.add(acc.totals())
-    assert both.joules() == 6.0
-    assert both.seconds == 2.0
-    assert both.coverage_ratio == 1.0
-    beside = restored.add(acc.totals(), beside=True)
-    assert beside.joules() == 6.0
-    assert beside.seconds == 1.0
-
-
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="max_interval_s must be > 0, got 0"):
         Accumulator(max_interval_s=0)
@@ -236,8 +219,6 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="version 1 or 2 expected, got 7"):
         Totals.from_state_dict({"version": 7})
 
-
-# Any interleaving of switches, readings and faults. The oracle knows the true energy, not how it is found.
 
 OUTCOMES = ("ok", "ok", "ok", "error", "lost", "reset", "missing")
 RANGE = 50_000_000

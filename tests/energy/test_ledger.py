@@ -12,9 +12,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from lightning_estdgm.energy.accumulator import Accumulator, Cell, Totals
+from lightning_estdgm.energy.accumulator import Accumulator
 from lightning_estdgm.energy.ledger import Ledger
 from lightning_estdgm.energy.reading import DeviceId, Reading, Status
+from lightning_estdgm.energy.totals import Cell, Totals
 
 GPU, FAR = DeviceId("a", "gpu", "GPU-1"), DeviceId("b", "gpu", "GPU-2")
 
@@ -202,21 +203,3 @@ def test_a_state_of_the_future_is_refused_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match="version 1 or 2 expected, got 3"):
         ledger.load_state_dict({"totals": {"version": 3}, "fit": ""})
     assert ledger.total().joules() == 3.0
-
-
-def test_net_joules_need_a_baseline_for_all_that_was_read() -> None:
-    def run(idle_mw: int | None) -> Totals:
-        acc = Accumulator()
-        acc.add_device(GPU, source="nvml", method="counter", idle_mw=idle_mw)
-        acc.switch(0, "train", "train")
-        for second in (0, 1, 2):
-            acc.update(second * 10**9, {GPU: Reading(second * 10**9, energy_uj=second * 300_000_000)})
-        return acc.totals()
-
-    with_baseline = run(idle_mw=60_000)
-    assert (with_baseline.joules(), with_baseline.net_joules) == (600.0, 600.0 - 2 * 60.0)
-    assert with_baseline.add(with_baseline).net_joules == 2 * 480.0
-    assert run(idle_mw=None).net_joules is None
-    assert with_baseline.add(run(idle_mw=None)).net_joules is None  # a restart without idle_s
-    restored = Totals.from_state_dict(through_a_file(with_baseline.state_dict()))
-    assert restored == with_baseline
