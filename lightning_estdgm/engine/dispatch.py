@@ -19,6 +19,7 @@ from lightning_estdgm.modules.forward_probe import ForwardProbe, Image, is_chann
 from lightning_estdgm.modules.kinds import conv_geometry
 from lightning_estdgm.modules.swap import restore_dense_, sparsify_
 from lightning_estdgm.sparse.autotune.choice import BackendSelector, Case, ConvCase
+from lightning_estdgm.sparse.autotune.timing_cache import TimingCache
 from lightning_estdgm.sparse.backends.protocol import Backend, backends, conv_refusal, get_backend
 from lightning_estdgm.sparse.conv_geometry import ConvGeometry
 from lightning_estdgm.sparse.topology import BlockTopology
