@@ -2,8 +2,11 @@
 
 import csv
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from lightning_estdgm.tools.report import FinishedRun, read_run
 
 MODEL = {"class": "ByteGPT", "parameters": 1234, "fingerprint": "ab" * 32}
 DGM = {
@@ -145,3 +148,20 @@ def write_arms(root: Path, seeds: int = 3, losses: tuple[float, float] = (2.0, 1
             each = {"method": method, "watts": watts + seed, "seconds": seconds, "seed": seed, "started": started}
             folders.append(write_run(root / f"{name}{seed}", falling(losses[i]), **deep(each, settings)))
     return folders
+
+
+def read_runs(folders: Iterable[Path]) -> list[FinishedRun]:
+    """The runs of these folders, without labels."""
+    return [read_run(folder) for folder in folders]
+
+
+def pair(
+    root: Path,
+    dense: dict[str, Any] | None = None,
+    dgm: dict[str, Any] | None = None,
+    losses: tuple[float, float] = (2.0, 1.0),
+) -> list[FinishedRun]:
+    """One dense and one DGM run, with settings of each."""
+    first = write_run(root / "dense", falling(losses[0]), **(dense or {}))
+    second = {"watts": 40.0, "seconds": 15.0, "method": DGM, **(dgm or {})}
+    return read_runs([first, write_run(root / "dgm", falling(losses[1]), **second)])

@@ -28,7 +28,7 @@ from lightning_estdgm.callbacks.energy import EnergyMonitor
 from lightning_estdgm.energy.energy_meter import EnergyMeter
 from lightning_estdgm.energy.reading import torch_ids
 from lightning_estdgm.recipes.gpt import ByteGPT
-from lightning_estdgm.tools.demo.run import _quiet
+from lightning_estdgm.tools.quiet import quiet_lightning
 
 __all__ = [
     "EnergyBenchConfig",
@@ -209,7 +209,7 @@ def _run(config: EnergyBenchConfig, monitored: bool) -> tuple[float, list[str]]:
     tokens = torch.randint(0, 256, (config.batch_size * steps, config.context))
     clock, monitor = _Clock(config.steps), EnergyMonitor()
     loader = DataLoader(TensorDataset(tokens, tokens), batch_size=config.batch_size)
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet_lightning():
         Trainer(
             max_steps=steps,
             devices=1,

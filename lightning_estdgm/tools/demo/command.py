@@ -60,8 +60,10 @@ def demo(
 ) -> None:
     """Train a small GPT dense and by EST-DGM on the same batches, and show what each cost."""
     # Imported here: --help should not wait for torch.
-    from lightning_estdgm.tools.demo.report import DENSE, DGM
-    from lightning_estdgm.tools.demo.run import DemoConfig, run_demo, run_sweep
+    from lightning_estdgm.tools.demo.demo_config import DemoConfig
+    from lightning_estdgm.tools.demo.records import DENSE, DGM
+    from lightning_estdgm.tools.demo.run import run_demo
+    from lightning_estdgm.tools.demo.sweep import run_sweep
 
     given: dict[str, Any] = {
         "steps": steps, "seeds": seeds, "out": out, "text": text, "batch_size": batch_size, "context": context,

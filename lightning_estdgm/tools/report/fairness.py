@@ -1,4 +1,4 @@
-"""What the runs of a comparison ran with, and what makes it unfair or weak."""
+"""Settings of compared runs, and warnings of what makes the comparison unfair or weak."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from lightning_estdgm.tools.report.runs import Run
-from lightning_estdgm.tools.report.words import percent, text
+from lightning_estdgm.tools.report.finished_run import FinishedRun
+from lightning_estdgm.tools.report.words import text
+from lightning_estdgm.tools.stats import percent
 
 __all__ = ["settings_of", "warnings_of"]
 
-MIN_COVERAGE = 0.95
-MIN_SEEDS = 3
+_MIN_COVERAGE = 0.95
+_MIN_SEEDS = 3
 
 
-def settings_of(arms: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, tuple[str, ...]]]:
-    """By name of the setting and arm, the values in use, each once."""
+def settings_of(arms: Mapping[str, Sequence[FinishedRun]]) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Values in use by name of the setting and arm, each once."""
     table: dict[str, dict[str, tuple[str, ...]]] = {}
     for arm, runs in arms.items():
         for run in runs:
@@ -26,7 +27,7 @@ def settings_of(arms: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, tuple[
     return table
 
 
-def _setting(run: Run) -> dict[str, str]:
+def _setting(run: FinishedRun) -> dict[str, str]:
     of, sources = run.run, run.energy["sources"]
     drivers = {f"{s['name']} {s['driver']}" for s in sources if s.get("driver")}
     plain = {
@@ -52,12 +53,19 @@ def _setting(run: Run) -> dict[str, str]:
 
 
 def warnings_of(
-    arms: Mapping[str, Sequence[Run]],
+    arms: Mapping[str, Sequence[FinishedRun]],
     names: Mapping[Path, str],
     settings: Mapping[str, Mapping[str, tuple[str, ...]]],
     differing: frozenset[str],
 ) -> list[str]:
-    """What makes a comparison unfair or weak, or leaves joules out, in sentences."""
+    """Sentences on what makes a comparison unfair or weak, or leaves joules out.
+
+    Args:
+        arms: Runs by arm.
+        names: Name of each run by its folder.
+        settings: Values of each setting by arm.
+        differing: Names of the settings that are not the same in all runs.
+    """
     found = []
     runs = [run for members in arms.values() for run in members]
     for name, by_arm in settings.items():
@@ -72,7 +80,7 @@ def warnings_of(
                 "counts against one of them"
             )
     for run in runs:
-        if run.kind != "unknown" and run.energy["coverage_ratio"] < MIN_COVERAGE:
+        if run.kind != "unknown" and run.energy["coverage_ratio"] < _MIN_COVERAGE:
             found.append(f"{names[run.path]}: readings cover only {percent(run.energy['coverage_ratio'])} of the time")
         if run.energy["gaps"]:
             found.append(
@@ -89,21 +97,21 @@ def warnings_of(
     return found
 
 
-def _seed_warnings(arms: Mapping[str, Sequence[Run]]) -> list[str]:
+def _seed_warnings(arms: Mapping[str, Sequence[FinishedRun]]) -> list[str]:
     found = []
     for name, members in arms.items():
         seeds = [run.run.get("seed") for run in members]
         if len(members) == 1:
             found.append(f"{name}: a single run, so its spread is not known")
-        elif len(members) < MIN_SEEDS:
-            found.append(f"{name}: only {len(members)} runs; at least {MIN_SEEDS} seeds tell a difference from chance")
+        elif len(members) < _MIN_SEEDS:
+            found.append(f"{name}: only {len(members)} runs; at least {_MIN_SEEDS} seeds tell a difference from chance")
         if None not in seeds and len(set(seeds)) < len(seeds):
             found.append(f"{name}: runs of one seed ({text(seeds)}) are not independent")
     return found
 
 
-def _one_after_the_other(arms: Mapping[str, Sequence[Run]]) -> bool:
-    """With several runs an arm: did any two arms not overlap in time?"""
+def _one_after_the_other(arms: Mapping[str, Sequence[FinishedRun]]) -> bool:
+    """Whether two arms of several runs did not overlap in time."""
     spans = []
     for members in arms.values():
         times = [run.started for run in members if run.started is not None]

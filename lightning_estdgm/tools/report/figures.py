@@ -1,91 +1,51 @@
-"""The plots of a report as SVG: text stays text, and colours are CSS variables with a printable value.
+"""The plots of a report.
 
-Arms differ in dash and marker besides colour, phases in their number, so nothing is lost in grey. Drawn for a width of
-400 px, so that text stays readable on a phone.
+Arms differ in dash and marker besides colour, phases in their number, so nothing is lost in grey.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from lightning_estdgm.tools.report.compare import Comparison
-from lightning_estdgm.tools.report.runs import Kind, Run
-from lightning_estdgm.tools.report.words import Units, number
+from lightning_estdgm.tools.plotting import INK, MARKERS, MUTED, PAPER, style_axes
+from lightning_estdgm.tools.report.comparison import Comparison
+from lightning_estdgm.tools.report.finished_run import FinishedRun, Kind
+from lightning_estdgm.tools.report.svg import (
+    SETTINGS,
+    Plot,
+    arm_colour,
+    legend_above,
+    new_canvas,
+    phase_colour,
+    plot_of,
+)
+from lightning_estdgm.tools.report.words import Units
+from lightning_estdgm.tools.stats import number
 
-__all__ = ["COLOURS", "Plot", "draw", "units_of"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-COLOURS = {
-    "ink": ("#1c2733", "#e8edf2"),
-    "muted": ("#5b6875", "#a3b0bd"),
-    "grid": ("#dfe5ea", "#36424e"),
-    "paper": ("#fefefe", "#182028"),
-    "arm-0": ("#33475b", "#b9c9d9"),
-    "arm-1": ("#d9640d", "#f59a4c"),
-    "arm-2": ("#0d8f86", "#3cc9bd"),
-    "arm-3": ("#7d3fe0", "#b794f6"),
-    "arm-4": ("#a8127a", "#f07cc8"),
-    "phase-0": ("#fbe8c8", "#4a3a1c"),
-    "phase-1": ("#d3e4f5", "#1f3a52"),
-    "phase-2": ("#d7eed9", "#21452b"),
-    "phase-3": ("#e9dcf6", "#3c2c52"),
-}
-"""Name of the CSS variable: value in light (and on paper), value in dark."""
+__all__ = ["draw"]
 
 _DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (2.5, 2.5)))
-_MARKERS = ("o", "s", "^", "D", "v")
 _HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\")
-_WIDTH_IN = 3.55
 _MAX_POINTS = 300
-
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "lightning_estdgm",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # measured with this one, the widest; shown with the page's own
-    "font.size": 9,
-    "hatch.linewidth": 0.8,
-}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One plot: what it shows in a title, in a sentence, and in words for who cannot see it."""
-
-    name: str
-    title: str
-    caption: str
-    alt: str
-    svg: str
-
-
-def units_of(comparison: Comparison) -> Units:
-    """The units that fit the largest of the runs."""
-    runs = [run for arm in comparison.arms for run in arm.runs]
-    return Units.of(max(run.joules or 0.0 for run in runs), max(run.seconds for run in runs))
 
 
 def draw(comparison: Comparison) -> list[Plot]:
-    """Metric over joules, watts over time with the phases shaded, joules by phase; each where there is data for it."""
-    units = units_of(comparison)
+    """Draw metric over joules, watts over time with the phases shaded, joules by phase; each where there is data."""
+    import matplotlib as mpl
+
+    units = comparison.units
     with mpl.rc_context():
         mpl.rcdefaults()  # a report looks the same whatever the user's own matplotlibrc says
-        mpl.rcParams.update(_STYLE)
+        mpl.rcParams.update(SETTINGS)
         plots = [
             _metric_over_joules(comparison, units),
             _watts_over_time(comparison, units),
@@ -98,7 +58,8 @@ def _metric_over_joules(comparison: Comparison, units: Units) -> Plot | None:
     target = comparison.target
     if target is None:
         return None
-    figure, axes = _figure(2.75)
+    figure = new_canvas(2.75)
+    axes = figure.add_subplot()
     drawn: list[NDArray[np.float64]] = []
     ends = []
     for i, (arm, runs) in enumerate(comparison.members.items()):
@@ -115,9 +76,9 @@ def _metric_over_joules(comparison: Comparison, units: Units) -> Plot | None:
             axes.plot(
                 x,
                 y,
-                color=_arm(i),
+                color=arm_colour(i),
                 ls=_DASHES[i % len(_DASHES)],
-                marker=_MARKERS[i % len(_MARKERS)] if few else None,
+                marker=MARKERS[i % 5] if few else None,
                 ms=3.5,
                 lw=1.6 if n == 0 else 1.0,
                 alpha=1.0 if n == 0 else 0.55,
@@ -129,10 +90,10 @@ def _metric_over_joules(comparison: Comparison, units: Units) -> Plot | None:
     if not drawn:
         return None
     every = np.concatenate(drawn)
-    axes.axhline(target.value, color=COLOURS["muted"][0], lw=1, ls=(0, (2, 2)))
+    axes.axhline(target.value, color=MUTED, lw=1, ls=(0, (2, 2)))
     axes.annotate(
         f"target {target.value:.4g}", (0, target.value), (3, 3), xycoords=("axes fraction", "data"),
-        textcoords="offset points", ha="left", va="bottom", color=COLOURS["muted"][0], fontsize=8.5,
+        textcoords="offset points", ha="left", va="bottom", color=MUTED, fontsize=8.5,
     )  # fmt: skip
     # The first values of a loss are far above the rest, and would flatten what the plot is about.
     if target.mode == "min":
@@ -141,29 +102,31 @@ def _metric_over_joules(comparison: Comparison, units: Units) -> Plot | None:
         low, high = min(float(np.quantile(every, 0.1)), target.value), max(float(every.max()), target.value)
     margin = 0.08 * (high - low) or 1e-3
     axes.set_ylim(low - margin, high + margin)
-    how = _how(comparison)
-    _style(axes, f"energy since the start, {units.energy.name}{how}", target.metric)
-    _legend(figure, axes)
+    how = _kind_note(comparison)
+    _style_axes(axes, f"energy since the start, {units.energy.name}{how}", target.metric)
+    legend_above(figure, axes)
     title = f"{target.metric} over energy{how}"
     caption = (
         "Each mark or line joins a logged value to the joules used until that step. "
         "Where an arm has several runs, the first is drawn in full and the others faintly."
     )
-    return _plot(figure, "metric", title, caption, ends)
+    return plot_of(figure, "metric", title, caption, ends)
 
 
 def _watts_over_time(comparison: Comparison, units: Units) -> Plot | None:
+    from matplotlib.patches import Patch
+
     arms = comparison.members
     series = {arm: next((s for run in runs if len((s := _power(run))[0]) > 1), None) for arm, runs in arms.items()}
     shown = {arm: s for arm, s in series.items() if s is not None}
     if not shown:
         return None
     size = units.time.size
-    figure = _canvas(0.75 + 1.25 * len(shown))
+    figure = new_canvas(0.75 + 1.25 * len(shown))
     panels = figure.subplots(len(shown), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     phases: list[str] = []
     words = []
-    how = _how(comparison)
+    how = _kind_note(comparison)
     for axes, (arm, (clock, watts)) in zip(panels, shown.items(), strict=True):
         i = list(arms).index(arm)
         run = next(run for run in arms[arm] if len(_power(run)[0]) > 1)
@@ -171,30 +134,30 @@ def _watts_over_time(comparison: Comparison, units: Units) -> Plot | None:
             if name not in phases:
                 phases.append(name)
             n = phases.index(name)
-            axes.axvspan(start / size, end / size, color=_phase(n), lw=0)
+            axes.axvspan(start / size, end / size, color=phase_colour(n), lw=0)
             axes.annotate(
                 str(n + 1), ((start + end) / 2 / size, 1), (0, -2), xycoords=("data", "axes fraction"),
-                textcoords="offset points", ha="center", va="top", fontsize=8, color=COLOURS["muted"][0],
+                textcoords="offset points", ha="center", va="top", fontsize=8, color=MUTED,
             )  # fmt: skip
-        axes.step(clock / size, watts, where="pre", color=_arm(i), lw=1.3)
-        axes.set_title(_short(arm), loc="left", fontsize=9, color=COLOURS["ink"][0], pad=3)
-        _style(axes, "", "watts")
+        axes.step(clock / size, watts, where="pre", color=arm_colour(i), lw=1.3)
+        axes.set_title(_short(arm), loc="left", fontsize=9, color=INK, pad=3)
+        _style_axes(axes, "", "watts")
         mean_w, long = number(float(np.mean(watts)), 3), number(clock[-1] / size, 3)
         words.append(f"{arm}: {mean_w} W on average over {long} {units.time.name}")
     top = max(float(np.max(watts)) for _, watts in shown.values())
     panels[0].set_ylim(0, 1.25 * top or 1.0)
-    panels[-1].set_xlabel(f"time since the start, {units.time.name}{how}", color=COLOURS["ink"][0])
+    panels[-1].set_xlabel(f"time since the start, {units.time.name}{how}", color=INK)
     if phases:
         figure.legend(
-            handles=[Patch(color=_phase(n)) for n in range(len(phases))],
+            handles=[Patch(color=phase_colour(n)) for n in range(len(phases))],
             labels=[f"{n + 1} {name}" for n, name in enumerate(phases)],
             loc="outside lower left", ncols=2, frameon=False, handlelength=1.2, fontsize=8.5,
-            labelcolor=COLOURS["ink"][0],
+            labelcolor=INK,
         )  # fmt: skip
     title = f"Watts over time{how}"
     caption = "The first run of each arm: mean watts between one log entry and the next"
     caption += ", with the phases shaded and numbered." if phases else "."
-    return _plot(figure, "watts", title, caption, words)
+    return plot_of(figure, "watts", title, caption, words)
 
 
 def _joules_by_phase(comparison: Comparison, units: Units) -> Plot | None:
@@ -205,7 +168,8 @@ def _joules_by_phase(comparison: Comparison, units: Units) -> Plot | None:
     ]
     if not rows:
         return None
-    figure, axes = _figure(0.75 + 0.27 * len(rows) + 0.12 * len(comparison.members))
+    figure = new_canvas(0.75 + 0.27 * len(rows) + 0.12 * len(comparison.members))
+    axes = figure.add_subplot()
     places: list[float] = []
     for before, row in zip([None, *rows], rows, strict=False):
         gap = 1.0 if before is None or before[0] == row[0] else 1.5
@@ -218,27 +182,27 @@ def _joules_by_phase(comparison: Comparison, units: Units) -> Plot | None:
                 [place for place, _ in own],
                 [value for _, value in own],
                 height=0.72,
-                color=_arm(i),
+                color=arm_colour(i),
                 hatch=_HATCHES[i % len(_HATCHES)],
-                edgecolor=COLOURS["paper"][0],
+                edgecolor=PAPER,
                 lw=0,
                 label=_short(arm),
             )
     for place, (_, _, value) in zip(places, rows, strict=True):
         axes.annotate(
             number(value, 3), (value, place), (3, 0), textcoords="offset points", va="center", fontsize=8.5,
-            color=COLOURS["ink"][0],
+            color=INK,
         )  # fmt: skip
     axes.set_yticks(places, [phase for _, phase, _ in rows])
     axes.invert_yaxis()
-    how = _how(comparison)
-    _style(axes, f"energy, {units.energy.name}{how}", "", grid="x")
+    how = _kind_note(comparison)
+    _style_axes(axes, f"energy, {units.energy.name}{how}", "", grid="x")
     axes.set_xlim(0, 1.18 * max(value for _, _, value in rows) or 1.0)
     axes.tick_params(axis="y", length=0)
-    _legend(figure, axes)
+    legend_above(figure, axes)
     title = f"Energy by phase{how}"
     caption = "Mean over the runs of an arm; validation is in the phase in which it ran."
-    return _plot(
+    return plot_of(
         figure,
         "phases",
         title,
@@ -247,7 +211,7 @@ def _joules_by_phase(comparison: Comparison, units: Units) -> Plot | None:
     )
 
 
-def _mean_phases(runs: Sequence[Run]) -> list[tuple[str, float]]:
+def _mean_phases(runs: Sequence[FinishedRun]) -> list[tuple[str, float]]:
     """Joules by phase, mean over the runs that have it."""
     found: dict[str, list[float]] = {}
     for run in runs:
@@ -257,16 +221,16 @@ def _mean_phases(runs: Sequence[Run]) -> list[tuple[str, float]]:
     return [(phase, float(np.mean(values))) for phase, values in found.items()]
 
 
-def _power(run: Run) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Seconds and mean watts until then, at most `_MAX_POINTS` of them."""
+def _power(run: FinishedRun) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Seconds, and mean watts up to each, at most `_MAX_POINTS` of them."""
     clock = run.seconds.along(run.watts.steps)
     points = np.stack([clock, run.watts.values], axis=1)[np.isfinite(clock)]
     groups = np.array_split(points, min(len(points), _MAX_POINTS)) if len(points) else []
     return np.array([g[-1, 0] for g in groups]), np.array([g[:, 1].mean() for g in groups])
 
 
-def _spans(run: Run) -> list[tuple[float, float, str]]:
-    """Start and end in seconds, and name, of each stretch of one phase, as far as was logged."""
+def _spans(run: FinishedRun) -> list[tuple[float, float, str]]:
+    """Start and end in seconds and name of each stretch of one phase, as far as was logged."""
     index = run.curves.get("dgm/phase")
     names = list((run.method or {}).get("phases") or ())
     if index is None or not names:
@@ -292,8 +256,8 @@ def _short(arm: str) -> str:
     return arm if len(arm) <= 18 else f"{arm[:17]}…"
 
 
-def _how(comparison: Comparison) -> str:
-    """What a title or an axis adds where not all of it was measured."""
+def _kind_note(comparison: Comparison) -> str:
+    """Addition to a title or an axis where not all of it was measured."""
     kinds: set[Kind] = {arm.kind for arm in comparison.arms} & {"estimated", "partly estimated"}
     if not kinds:
         return ""
@@ -304,66 +268,7 @@ def _how(comparison: Comparison) -> str:
     )
 
 
-# Looks ------------------------------------------------------------------------------------------------------
-
-
-def _arm(i: int) -> str:
-    return COLOURS[f"arm-{i % 5}"][0]
-
-
-def _phase(i: int) -> str:
-    return COLOURS[f"phase-{i % 4}"][0]
-
-
-def _canvas(height_in: float) -> Figure:
-    figure = Figure(figsize=(_WIDTH_IN, height_in), layout=ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04))
-    figure.patch.set_visible(False)
-    FigureCanvasSVG(figure)
-    return figure
-
-
-def _figure(height_in: float) -> tuple[Figure, Axes]:
-    figure = _canvas(height_in)
-    return figure, figure.add_subplot()
-
-
-def _style(axes: Axes, x: str, y: str, grid: Any = "both") -> None:
+def _style_axes(axes: Axes, x: str, y: str, grid: Literal["both", "x"] = "both") -> None:
     axes.patch.set_visible(False)
-    axes.set_xlabel(x, color=COLOURS["ink"][0], fontsize=9)
-    axes.set_ylabel(y, color=COLOURS["ink"][0], fontsize=9)
-    axes.tick_params(labelsize=8.5, colors=COLOURS["muted"][0], labelcolor=COLOURS["ink"][0], length=3)
+    style_axes(axes, x, y, grid=grid, tick_size=8.5)
     axes.locator_params(axis="x", nbins=5)
-    axes.grid(axis=grid, color=COLOURS["grid"][0], lw=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(COLOURS["muted"][0])
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=9, handlelength=2.6,
-        labelcolor=COLOURS["ink"][0],
-    )  # fmt: skip
-
-
-def _plot(figure: Figure, name: str, title: str, caption: str, words: Sequence[str]) -> Plot:
-    """Inline SVG: no fixed size, no metadata, ids of its own, colours by variable."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    head, rest = text.split(">", 1)
-    view = re.search(r'viewBox="[^"]+"', head)
-    assert view is not None
-    rest = re.sub(r"<metadata>.*?</metadata>", "", rest, flags=re.DOTALL)
-    rest = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", rest)
-    for variable, (light, _) in COLOURS.items():
-        rest = rest.replace(light, f"var(--{variable}, {light})")
-    rest = re.sub(r"'DejaVu Sans'", "var(--sans, 'DejaVu Sans')", rest)
-    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    alt = f"{title}. {'; '.join(words)}."
-    svg = f'<svg {spaces} {view[0]} role="img" aria-label="{escape(alt)}">{rest}'.strip()
-    return Plot(name, title, caption, alt, svg)

@@ -1,19 +1,24 @@
-"""Values as text."""
+"""Units and settings as text."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-__all__ = ["Unit", "Units", "number", "percent", "text"]
+__all__ = ["Unit", "Units", "made_by", "text"]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit with its size in J or s."""
+    """A unit of energy or time.
+
+    Attributes:
+        name: Symbol.
+        size: Size in J or s.
+    """
 
     name: str
     size: float
@@ -25,14 +30,14 @@ _SECONDS = (Unit("s", 1.0), Unit("h", 3600.0))
 
 @dataclass(frozen=True)
 class Units:
-    """What energy and time are shown in, throughout a report."""
+    """Units in which a report shows energy and time."""
 
     energy: Unit
     time: Unit
 
     @classmethod
     def of(cls, joules: float, seconds: float) -> Units:
-        """Those in which the largest values have at most four digits before the point, as far as there are such.
+        """Units in which the largest values have at most four digits before the point, or else the largest units.
 
         >>> units = Units.of(joules=12_000.0, seconds=900.0)
         >>> units.energy.name, units.time.name
@@ -45,29 +50,8 @@ class Units:
         return cls(fitting(_JOULES, joules), fitting(_SECONDS, seconds))
 
 
-def number(value: float, digits: int = 4) -> str:
-    """Plain decimals, at least ``digits`` significant ones.
-
-    >>> number(0.01234), number(1234.56), number(0.0)
-    ('0.01234', '1235', '0')
-    """
-    if not math.isfinite(value) or value == 0:
-        return f"{value:g}"
-    places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:.{min(places, 12)}f}"
-
-
-def percent(share: float, places: int = 1) -> str:
-    """A share in percent.
-
-    >>> percent(0.9991)
-    '99.9 %'
-    """
-    return f"{100 * share:.{places}f} %"
-
-
 def text(value: Any) -> str:
-    """A value of a summary in words; equal entries of a list are counted.
+    """Text of a value of a summary; equal entries of a list are counted.
 
     >>> text(["H100", "H100"]), text(True), text(None), text({"16": 4})
     ('2 × H100', 'yes', 'not stated', '16: 4')
@@ -80,3 +64,11 @@ def text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "not stated" if value is None else str(value)
+
+
+def made_by() -> str:
+    """Name and version of this package in a sentence."""
+    try:
+        return f"Made by lightning_estdgm {version('lightning-estdgm')}."
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "Made by lightning_estdgm."

@@ -247,7 +247,7 @@ def test_markdown_tables_have_as_many_cells_in_every_row(measured):
 
 def test_json_is_strict_and_holds_the_runs_as_they_were_read(measured):
     content = json.loads(as_json(measured), parse_constant=lambda name: pytest.fail(name))
-    assert content["format"] == "lightning_estdgm.tools.report"
+    assert content["format"] == "lightning_estdgm.report"
     assert content["target"] == {
         "metric": "val_loss", "value": 2.0, "mode": "min", "rule": "the worst of the baseline runs' best values"
     }  # fmt: skip

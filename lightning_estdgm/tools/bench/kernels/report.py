@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from rich.table import Table
 
 from lightning_estdgm.tools.bench.kernels.rows import PRODUCTS
-from lightning_estdgm.tools.bench.picture import COLOURS, new_figure, save
+from lightning_estdgm.tools.plotting import COLOURS, new_figure, save
 
 __all__ = ["draw_kernels", "drawable", "kernels_columns", "kernels_table", "shape_name"]
 

@@ -17,7 +17,8 @@ from lightning_estdgm.method.schedules import EstDgm
 from lightning_estdgm.tools.bench.train.config import TrainConfig
 from lightning_estdgm.tools.bench.train.run import dgm_config, fit
 from lightning_estdgm.tools.bench.train.workloads import Workload
-from lightning_estdgm.tools.demo.run import LightningRanges, environment_variable
+from lightning_estdgm.tools.demo.step_profile import LightningRanges
+from lightning_estdgm.tools.quiet import environment_variable
 
 __all__ = ["PARTS", "part_of", "profile_train"]
 

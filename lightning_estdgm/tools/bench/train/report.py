@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from lightning_estdgm.tools.bench.picture import COLOURS, new_figure, save
 from lightning_estdgm.tools.bench.train.profile import PARTS
+from lightning_estdgm.tools.plotting import COLOURS, new_figure, save
 
 __all__ = ["backends_used", "draw_train", "profile_columns", "profile_table", "train_columns", "train_table"]
 

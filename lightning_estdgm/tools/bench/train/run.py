@@ -26,7 +26,7 @@ from lightning_estdgm.tools.bench.train.clock import DENSE, StepClock
 from lightning_estdgm.tools.bench.train.config import NOMINAL_STEPS, SETTLE_STEPS, TrainConfig, compressed_schedule
 from lightning_estdgm.tools.bench.train.whole import PhaseTimes, Step, phase_times, plain_seconds, whole_run
 from lightning_estdgm.tools.bench.train.workloads import Workload, compile_blocks
-from lightning_estdgm.tools.demo.run import _quiet
+from lightning_estdgm.tools.quiet import quiet_lightning
 
 __all__ = ["counters", "dgm_config", "fit", "measure_train", "summarise"]
 
@@ -176,7 +176,12 @@ def fit(workload: Workload, config: TrainConfig, steps: int, callbacks: Sequence
     device = torch.device(config.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with torch.random.fork_rng(devices=[]), _quiet(), contextlib.redirect_stdout(io.StringIO()), _dynamo(config):
+    with (
+        torch.random.fork_rng(devices=[]),
+        quiet_lightning(),
+        contextlib.redirect_stdout(io.StringIO()),
+        _dynamo(config),
+    ):
         torch.manual_seed(0)
         with device:
             module = workload.module()

@@ -7,21 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.run_files import DGM, falling, summary, write_arms, write_run
-from lightning_estdgm.tools.report import compare, read_run, spread
-from lightning_estdgm.tools.report.runs import Curve, Run
-
-
-def read(folders):
-    return [read_run(folder) for folder in folders]
-
-
-def pair(tmp_path, dense=None, dgm=None, losses=(2.0, 1.0)):
-    """One dense and one DGM run, with settings of each."""
-    first = write_run(tmp_path / "dense", falling(losses[0]), **(dense or {}))
-    second = {"watts": 40.0, "seconds": 15.0, "method": DGM, **(dgm or {})}
-    return read([first, write_run(tmp_path / "dgm", falling(losses[1]), **second)])
-
+from helpers.run_files import DGM, falling, pair, read_runs, summary, write_arms, write_run
+from lightning_estdgm.tools.report import FinishedRun, compare, read_run
+from lightning_estdgm.tools.report.curve import Curve
 
 # To the same target -------------------------------------------------------------------------------------------------
 
@@ -42,7 +30,7 @@ def test_energy_to_the_target_is_that_at_the_first_value_that_meets_it(tmp_path)
 
 
 def test_joules_between_two_log_entries_are_interpolated_and_never_beyond(tmp_path):
-    runs = read([write_run(tmp_path / "run", falling(2.0), every=20)])
+    runs = read_runs([write_run(tmp_path / "run", falling(2.0), every=20)])
     assert compare(runs, "val_loss", 4.0).arms[0].runs[0].reached.joules == pytest.approx(400.0)  # step 39, logged
     assert compare(runs, "val_loss", 4.5).arms[0].runs[0].reached.joules == pytest.approx(300.0)  # step 29, between
     before = compare(runs, "val_loss", 5.0).arms[0].runs[0].reached  # step 9, before the first entry at 19
@@ -52,7 +40,7 @@ def test_joules_between_two_log_entries_are_interpolated_and_never_beyond(tmp_pa
 def test_a_run_that_met_the_target_before_its_first_joules_gives_no_saving(tmp_path):
     first = write_run(tmp_path / "dense", falling(2.0), every=20)
     second = write_run(tmp_path / "dgm", falling(1.0), every=20, method=DGM)
-    (contrast,) = compare(read([first, second]), target=5.0, metric="val_loss").contrasts
+    (contrast,) = compare(read_runs([first, second]), target=5.0, metric="val_loss").contrasts
     assert (contrast.at_target, contrast.at_budget) == (None, None)
     assert "no joules were logged around step 9" in contrast.reasons[0]
 
@@ -70,23 +58,23 @@ def test_who_misses_the_target_is_not_comparable_whichever_arm_it_is(tmp_path, l
 def test_one_seed_that_misses_spoils_the_arm(tmp_path):
     folders = write_arms(tmp_path)
     write_run(tmp_path / "late", falling(2.5), method=DGM, seed=3)
-    (contrast,) = compare(read([*folders, tmp_path / "late"])).contrasts
+    (contrast,) = compare(read_runs([*folders, tmp_path / "late"])).contrasts
     assert contrast.at_target is None
     assert "missed" in contrast.reasons[0]
     assert "1 of 4 runs" in contrast.reasons[0]
-    assert compare(read(folders)).contrasts[0].at_target is not None  # the control
+    assert compare(read_runs(folders)).contrasts[0].at_target is not None  # the control
 
 
 def test_the_default_target_is_one_that_each_baseline_run_reached(tmp_path):
     folders = [write_run(tmp_path / f"d{i}", falling(end), seed=i) for i, end in enumerate((2.0, 2.2, 1.9))]
-    comparison = compare(read(folders))
+    comparison = compare(read_runs(folders))
     assert comparison.target.value == 2.2
     assert all(run.reached for run in comparison.arms[0].runs)
 
 
 def test_a_diverged_run_reaches_nothing(tmp_path):
     losses = falling(1.0) | dict.fromkeys(range(19, 100, 10), math.nan)
-    runs = read([write_run(tmp_path / "dense", falling(2.0)), write_run(tmp_path / "dgm", losses, method=DGM)])
+    runs = read_runs([write_run(tmp_path / "dense", falling(2.0)), write_run(tmp_path / "dgm", losses, method=DGM)])
     comparison = compare(runs)
     assert comparison.arms[1].runs[0].reached is None
     assert comparison.contrasts[0].at_target is None
@@ -95,7 +83,7 @@ def test_a_diverged_run_reaches_nothing(tmp_path):
 def test_of_an_accuracy_the_higher_value_is_better(tmp_path):
     rising = {step: 1 - loss / 10 for step, loss in falling(2.0).items()}
     higher = {step: 1 - loss / 10 for step, loss in falling(1.0).items()}
-    runs = read(
+    runs = read_runs(
         [
             write_run(tmp_path / "dense", rising, metric="val/acc"),
             write_run(tmp_path / "dgm", higher, metric="val/acc", method=DGM),
@@ -113,7 +101,7 @@ def test_of_an_accuracy_the_higher_value_is_better(tmp_path):
 def test_the_budget_is_what_all_runs_came_to(tmp_path):
     short = write_run(tmp_path / "dense", {9: 4.0, 39: 2.0}, steps=50)
     long = write_run(tmp_path / "dgm", {9: 4.0, 39: 2.0, 99: 1.0}, method=DGM, watts=30.0)
-    comparison = compare(read([short, long]))
+    comparison = compare(read_runs([short, long]))
     assert comparison.budget_steps == 50
     dense, dgm = (arm.runs[0] for arm in comparison.arms)
     assert dense.budget.joules == 1000.0
@@ -125,7 +113,7 @@ def test_the_budget_is_what_all_runs_came_to(tmp_path):
 def test_no_saving_at_a_budget_within_which_the_target_was_not_reached(tmp_path):
     short = write_run(tmp_path / "dense", {9: 4.0, 39: 2.0}, steps=50)
     long = write_run(tmp_path / "dgm", {9: 4.0, 99: 1.0}, method=DGM)
-    (contrast,) = compare(read([short, long])).contrasts
+    (contrast,) = compare(read_runs([short, long])).contrasts
     assert contrast.at_target is not None
     assert contrast.at_budget is None
 
@@ -161,135 +149,6 @@ def test_unknown_joules_are_not_compared(tmp_path):
     assert contrast.at_target is None
     assert "had no energy source" in contrast.reasons[0]
     assert comparison.budget_steps is None
-
-
-# Seeds and arms -----------------------------------------------------------------------------------------------------
-
-
-def test_equal_seeds_are_compared_in_pairs(tmp_path):
-    folders = write_arms(tmp_path)
-    (contrast,) = compare(read([folders[i] for i in (4, 1, 0, 5, 3, 2)])).contrasts  # in whatever order
-    expected = [1 - 0.8 * 15 * (40 + seed) / (20 * (50 + seed)) for seed in range(3)]
-    assert contrast.at_target.paired
-    assert contrast.at_target.share["values"] == pytest.approx(expected)
-    assert contrast.at_target.share["std"] == pytest.approx(spread(expected)["std"])
-
-
-def test_unknown_seeds_give_one_ratio_of_the_means(tmp_path):
-    (contrast,) = compare(read(write_arms(tmp_path, run={"seed": None}))).contrasts
-    assert not contrast.at_target.paired
-    assert contrast.at_target.share["mean"] == pytest.approx(1 - 0.8 * 15 * 41 / (20 * 51))
-    assert contrast.at_target.share["std"] is None
-
-
-def test_arms_come_from_labels_or_else_from_method_and_configuration(tmp_path):
-    folders = write_arms(tmp_path, seeds=2)
-    assert [(a.name, len(a.runs)) for a in compare(read(folders)).arms] == [("dense", 2), ("EST-DGM", 2)]
-    labels = ["a", "b", "a", "b"]
-    labelled = [read_run(folder, label) for folder, label in zip(folders, labels, strict=True)]
-    assert [arm.name for arm in compare(labelled).arms] == ["a", "b"]
-
-
-def test_the_arm_without_a_method_is_the_baseline_wherever_it_stands(tmp_path):
-    folders = write_arms(tmp_path, seeds=1)
-    comparison = compare(read(reversed(folders)))
-    assert comparison.baseline == "dense"
-    assert [arm.name for arm in comparison.arms] == ["dense", "EST-DGM"]
-
-
-def test_runs_of_one_method_with_different_settings_are_two_arms(tmp_path):
-    runs = pair(tmp_path)
-    wide = read_run(write_run(tmp_path / "wide", falling(1.0), method=DGM, run={"batch_size": 64}))
-    comparison = compare([*runs, wide])
-    assert [arm.name for arm in comparison.arms] == ["dense", "EST-DGM, batch size 16", "EST-DGM, batch size 64"]
-    assert len(comparison.contrasts) == 2
-
-
-def test_one_run_is_reported_without_a_comparison(tmp_path):
-    comparison = compare(read([write_run(tmp_path / "run", falling(2.0))]))
-    assert comparison.contrasts == ()
-    assert comparison.arms[0].runs[0].joules == 1000.0
-    assert comparison.warnings == ()
-
-
-# Warnings -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_fair_comparison_has_no_warnings(tmp_path):
-    assert compare(read(write_arms(tmp_path))).warnings == ()
-
-
-@pytest.mark.parametrize(
-    ("changes", "warning"),
-    [
-        ({"run": {"batch_size": 64}}, "batch size differs (dense: 16; sparse: 64)"),
-        ({"run": {"precision": "bf16-mixed"}}, "precision differs (dense: 32-true; sparse: bf16-mixed)"),
-        ({"run": {"devices": ["H100", "H100"]}}, "devices differ (dense: cpu; sparse: 2 × H100)"),
-        ({"run": {"global_step": 90}}, "steps differ (dense: 100; sparse: 90)"),
-        ({"run": {"compiled": True}}, "compiled differs (dense: no; sparse: yes)"),
-        ({"run": {"host": "other"}}, "host differs"),
-        ({"run": {"world_size": 2}}, "processes differ"),
-        ({"run": {"versions": {"torch": "2.6.0"}}}, "torch version differs (dense: 2.13.0; sparse: 2.6.0)"),
-        ({"energy": {"coverage_ratio": 0.9}}, "readings cover only 90.0 % of the time"),
-        ({"energy": {"gaps": 3}}, "3 gap(s) in the readings"),
-        ({"status": "exception"}, "ended with an exception"),
-        ({"method": DGM | {"sparse_operators_ran": False}}, "sparse: no sparse operator ran"),
-        ({"run": {"seed": 7}}, "sparse: runs of one seed (3 × 7) are not independent"),
-    ],
-)
-def test_what_makes_it_unfair_is_said(tmp_path, changes, warning):
-    folders = write_arms(tmp_path / "fair")
-    dense = [read_run(folder, "dense") for folder in folders[::2]]
-    sparse = [
-        read_run(
-            write_run(
-                tmp_path / f"changed{seed}", falling(1.0), **{
-                    "method": DGM, "seed": seed, "started": f"2026-11-23T{9 + 2 * seed:02d}:00:00+00:00", **changes
-                }
-            ),
-            "sparse",
-        )
-        for seed in range(3)
-    ]  # fmt: skip
-    found = compare([*dense, *sparse]).warnings
-    assert any(warning in each for each in found), found
-
-
-def test_a_driver_that_differs_and_other_users_work_are_said(tmp_path):
-    (source,) = summary(watts=40.0, seconds=15.0)["energy"]["sources"]
-    device = source["devices"][0] | {"shared": True}
-    other = source | {"driver": "intel-rapl 5.4", "devices": [device]}
-    found = " ".join(compare(pair(tmp_path, dgm={"energy": {"sources": [other]}})).warnings)
-    assert "energy drivers differ (dense: rapl intel-rapl 6.1; EST-DGM: rapl intel-rapl 5.4)" in found
-    assert "other users' work is in the joules of a CPU" in found
-
-
-def test_a_metric_that_was_logged_rarely_is_said_to_tell_little(tmp_path):
-    losses = {19: 4.0, 59: 3.0, 99: 1.0}
-    folders = [write_run(tmp_path / "dense", losses), write_run(tmp_path / "dgm", losses, method=DGM)]
-    found = [warning for warning in compare(read(folders)).warnings if "rarely" in warning]
-    assert found == [
-        f"{arm}: val_loss was logged so rarely that the target may have been reached up to 40 % of the steps earlier"
-        for arm in ("dense", "EST-DGM")
-    ]
-
-
-def test_few_runs_are_said_to_be_few(tmp_path):
-    found = compare(pair(tmp_path)).warnings
-    assert [w for w in found if "a single run" in w] == [
-        f"{arm}: a single run, so its spread is not known" for arm in ("dense", "EST-DGM")
-    ]
-    two = compare(read(write_arms(tmp_path / "two", seeds=2))).warnings
-    assert "dense: only 2 runs; at least 3 seeds tell a difference from chance" in two
-
-
-def test_arms_that_ran_one_after_the_other_are_said_to(tmp_path):
-    folders = write_arms(tmp_path / "turns")
-    late = [
-        write_run(tmp_path / f"late{seed}", falling(1.0), method=DGM, seed=seed, started=f"2026-11-24T0{seed}:00:00Z")
-        for seed in range(3)
-    ]
-    assert any("one after the other" in each for each in compare(read([*folders[::2], *late])).warnings)
 
 
 # Bad input ----------------------------------------------------------------------------------------------------------
@@ -331,7 +190,7 @@ def test_a_bad_target_is_refused(tmp_path, arguments, message):
 
 
 def test_a_metric_whose_name_does_not_tell_needs_the_mode(tmp_path):
-    runs = read([write_run(tmp_path / "run", falling(2.0), metric="val_quality")])
+    runs = read_runs([write_run(tmp_path / "run", falling(2.0), metric="val_quality")])
     with pytest.raises(ValueError, match=r"mode of 'val_quality': .* expected min or max"):
         compare(runs, "val_quality")
     assert compare(runs, "val_quality", mode="max").target.value == 5.0
@@ -342,7 +201,7 @@ def test_a_metric_whose_name_does_not_tell_needs_the_mode(tmp_path):
 
 def test_without_a_target_there_is_no_saving(tmp_path):
     folders = [write_run(tmp_path / "dense", {}), write_run(tmp_path / "dgm", {}, method=DGM, watts=1.0)]
-    (contrast,) = compare(read(folders)).contrasts
+    (contrast,) = compare(read_runs(folders)).contrasts
     assert (contrast.at_target, contrast.at_budget) == (None, None)
     assert contrast.reasons[0].startswith("no target: ")
 
@@ -365,7 +224,9 @@ def in_memory(place, method, seed, end, kind):
         "energy/total_joules": Curve.of((step, 10.0 * (step + 1)) for step in steps),
         "energy/seconds": Curve.of((step, 0.2 * (step + 1)) for step in steps),
     }
-    return Run(Path(f"/runs/{place}{seed}"), summary(method=method, seed=seed, estimated=kind == "estimated"), curves)
+    return FinishedRun(
+        Path(f"/runs/{place}{seed}"), summary(method=method, seed=seed, estimated=kind == "estimated"), curves
+    )
 
 
 @given(ENDS, ENDS, KINDS, KINDS, st.floats(1.0, 3.0))
