@@ -1,29 +1,41 @@
 """Cheaper training in PyTorch Lightning: EST-DGM with real sparse compute, and joules that were measured."""
 
-from lightning_estdgm.callbacks.dgm import DGMCallback
-from lightning_estdgm.callbacks.energy import EnergyMonitor
-from lightning_estdgm.callbacks.requeue import RequeueBetweenSteps
-from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.energy.energy_meter import EnergyMeter
-from lightning_estdgm.energy.footprint import Footprint
-from lightning_estdgm.engine.controller import DGMController, LayerDecision
-from lightning_estdgm.method.schedules import EstDgm, Phase
-from lightning_estdgm.plugins.checkpoint_io import SparseCheckpointIO, densify_checkpoint
-from lightning_estdgm.presets import preset
+from typing import TYPE_CHECKING
+
+from lightning_estdgm._lazy import attach
 
 __version__ = "0.1.0"
-__all__ = [
-    "DGMCallback",
-    "DGMConfig",
-    "DGMController",
-    "EnergyMeter",
-    "EnergyMonitor",
-    "EstDgm",
-    "Footprint",
-    "LayerDecision",
-    "Phase",
-    "RequeueBetweenSteps",
-    "SparseCheckpointIO",
-    "densify_checkpoint",
-    "preset",
-]
+
+if TYPE_CHECKING:
+    from lightning_estdgm.callbacks.dgm import DGMCallback as DGMCallback
+    from lightning_estdgm.callbacks.energy import EnergyMonitor as EnergyMonitor
+    from lightning_estdgm.callbacks.requeue import RequeueBetweenSteps as RequeueBetweenSteps
+    from lightning_estdgm.config import DGMConfig as DGMConfig
+    from lightning_estdgm.energy.energy_meter import EnergyMeter as EnergyMeter
+    from lightning_estdgm.energy.footprint import Footprint as Footprint
+    from lightning_estdgm.engine.controller import DGMController as DGMController
+    from lightning_estdgm.engine.decisions import LayerDecision as LayerDecision
+    from lightning_estdgm.export.densify import densify_checkpoint as densify_checkpoint
+    from lightning_estdgm.method.schedules import EstDgm as EstDgm
+    from lightning_estdgm.method.schedules import Phase as Phase
+    from lightning_estdgm.plugins.checkpoint_io import SparseCheckpointIO as SparseCheckpointIO
+    from lightning_estdgm.presets import preset as preset
+else:
+    __getattr__, __dir__, __all__ = attach(
+        __name__,
+        {
+            "DGMCallback": "lightning_estdgm.callbacks.dgm",
+            "DGMConfig": "lightning_estdgm.config",
+            "DGMController": "lightning_estdgm.engine.controller",
+            "EnergyMeter": "lightning_estdgm.energy.energy_meter",
+            "EnergyMonitor": "lightning_estdgm.callbacks.energy",
+            "EstDgm": "lightning_estdgm.method.schedules",
+            "Footprint": "lightning_estdgm.energy.footprint",
+            "LayerDecision": "lightning_estdgm.engine.decisions",
+            "Phase": "lightning_estdgm.method.schedules",
+            "RequeueBetweenSteps": "lightning_estdgm.callbacks.requeue",
+            "SparseCheckpointIO": "lightning_estdgm.plugins.checkpoint_io",
+            "densify_checkpoint": "lightning_estdgm.export.densify",
+            "preset": "lightning_estdgm.presets",
+        },
+    )

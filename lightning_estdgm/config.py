@@ -1,150 +1,198 @@
-"""Everything a user can set about the method, refused at once where it cannot be meant."""
+"""`DGMConfig`: every setting of the method, in a few frozen dataclasses that refuse at once what cannot be meant."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal
 
-from torch import Tensor
-
-from lightning_estdgm.method import distributions as densities
-from lightning_estdgm.method.backward_set import Reserve
-from lightning_estdgm.method.patterns import Pattern
-from lightning_estdgm.method.redistribution import REDISTRIBUTIONS, Redistribution
+from lightning_estdgm.method import distributions
+from lightning_estdgm.method.backward_set import BackwardSet
 from lightning_estdgm.method.schedules import EstDgm, ScheduleConfig
-from lightning_estdgm.method.scores import SCORES, Evidence
-from lightning_estdgm.method.update_rule import AUTO, Rule
-from lightning_estdgm.modules.candidates import BLOCK_SIZES, Selector
+from lightning_estdgm.method.update_rule import AUTO, UpdateRule
+from lightning_estdgm.modules.candidates import Selector
+from lightning_estdgm.modules.mask_unit import BLOCK_SIZES
 from lightning_estdgm.sparse.backends.protocol import get_backend
 
-__all__ = ["DGMConfig"]
+__all__ = ["DGMConfig", "Selection", "StepSize", "Units", "merged"]
+
+
+@dataclass(frozen=True)
+class Units:
+    """Mask units: what the mask decides on, and how many each layer may have active.
+
+    Attributes:
+        size: side of a unit: 1 (single weights), 16, 32, 64, 128, or ``"auto"``: for each layer the largest block that
+            its sparse operator can use, single weights where there is none.
+        distribution: layer densities from one budget: ``"erk"``, ``"uniform"``, or a function
+            ``(shapes, density) -> densities``.
+
+    Raises:
+        ValueError: for another size or an unknown distribution.
+
+    Example:
+        >>> Units(size=64)
+        Units(size=64, distribution='erk')
+
+    """
+
+    size: int | Literal["auto"] = "auto"
+    distribution: str | Callable[[Sequence[Sequence[int]], float], list[float]] = "erk"
+
+    def __post_init__(self) -> None:
+        if self.size != "auto" and (type(self.size) is not int or self.size not in (1, *BLOCK_SIZES)):
+            raise ValueError(f"units.size must be 'auto', 1 or one of {BLOCK_SIZES}, got {self.size!r}")
+        if not callable(self.distribution) and self.distribution not in distributions.DISTRIBUTIONS:
+            known = sorted(distributions.DISTRIBUTIONS)
+            raise ValueError(f"units.distribution must be one of {known} or a function, got {self.distribution!r}")
+
+
+@dataclass(frozen=True)
+class StepSize:
+    r"""Density-aware step size: a layer at density :math:`\rho` takes steps :math:`\rho^{-e}` times as large.
+
+    Attributes:
+        exponent: :math:`e`, at least 0; 0 leaves the optimizer's steps as they are.
+        scale_initial_weights: whether the initial weights of a layer are scaled by :math:`1/\sqrt\rho` (not with a
+            dense warm-up, nor with frozen inactive weights).
+
+    Raises:
+        ValueError: for a negative or infinite exponent.
+
+    """
+
+    exponent: float = 1.0
+    scale_initial_weights: bool = True
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.exponent) and self.exponent >= 0):
+            raise ValueError(f"step_size.exponent must be a finite number of at least 0, got {self.exponent!r}")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Layers whose weights are masked: all linear and convolution layers but the output head, unless said here.
+
+    Attributes:
+        include: layers to mask although they look like the output head: globs over module names, or predicates of a
+            name and a module.
+        exclude: layers to leave dense.
+
+    Raises:
+        TypeError: for anything but sequences of globs and predicates.
+
+    """
+
+    include: Sequence[Selector] = ()
+    exclude: Sequence[Selector] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            selectors = getattr(self, name)
+            if isinstance(selectors, str) or not isinstance(selectors, Sequence):
+                raise TypeError(f"selection.{name} must be a sequence of selectors, got {selectors!r}")
+            for selector in selectors:
+                if not (isinstance(selector, str) or callable(selector)):
+                    raise TypeError(f"selection.{name} takes globs over names and predicates, got {selector!r}")
 
 
 @dataclass(frozen=True)
 class DGMConfig:
-    """Everything a user can set about the method.
+    """Settings of the method.
 
     Attributes:
         schedule: phases, densities and update times; see `EstDgm`.
-        block_size: side of a mask unit: 1 (single weights), 16, 32, 64, 128, or ``"auto"``: for each layer the largest
-            block that its sparse operator can use, single weights where there is none.
-        distribution: how one budget becomes layer densities: ``"erk"``, ``"uniform"``, or a function
-            ``(shapes, density) -> densities``.
-        gamma: exponent of the directional consistency in the growth score, at least 0.
-        drop_fraction: share of a layer's active units given up for new ones at an update, in [0, 1); annealed to 0 by a
-            half cosine over the run. Or a function ``(progress, density) -> share``, such as `StagedDrop`.
-        keep: score by which active units stay: a name in `scores.SCORES`, or a function of a `scores.Evidence`.
-            ``"auto"``: single weights, and all with a `reserve`, by ``"magnitude"``, else blocks by
-            ``"weight_and_gradient"``.
-        grow: score by which units are grown, likewise.
-        regrow: whether an update may grow back the units that it has just dropped; they then keep their weight.
-        pattern: of the active units of a layer, such as `NofM` or `FanIn`; ``None``: anywhere. It needs `regrow`.
-        redistribute: moves units between layers at updates: ``"global"``, ``"growth"``, or a function as those in
-            `redistribution.py`; ``None``: `distribution` holds throughout. It needs one `block_size` for all layers.
-        reserve: have inactive weights go on learning outside the forward; masks are then chosen among all weights by
-            `keep`, and nothing is dropped or grown. Not with "frozen", nor for sharded weights.
-        method: name of the method, for reports; empty: that of the schedule.
-        inactive: ``"zero"``: inactive weights are 0; ``"frozen"``: they keep their value and only stop being updated.
-        step_exponent: a layer at density rho takes steps ``rho**-step_exponent`` times as large; 0 turns it off.
-        scale_init: scale the initial weights of a layer by ``1/sqrt(rho)`` (not with a dense warm-up, nor "frozen").
-        include: layers to mask although they look like the output head: globs over names, or predicates.
-        exclude: layers to leave dense.
+        units: mask units and their distribution over layers.
+        update_rule: choice of the active units at a mask update.
+        step_size: correction of steps and initial weights for the density.
+        selection: layers that are masked.
+        inactive: treatment of inactive weights. ``"zero"``: they are 0; ``"frozen"``: they keep their value and only
+            stop being updated; a `BackwardSet`: they go on learning outside the forward, masks are chosen among all
+            weights by `update_rule.keep`, and nothing is dropped or grown (not for sharded weights).
         backend: ``"auto"`` measures and takes the faster; ``"dense"`` or a backend's name forces it for every layer
             that has an operator.
-        seed: of the initial masks.
+        seed: seed of the initial masks and of random scores.
+        method: name of the method, for reports; empty: that of the schedule.
+
+    Raises:
+        TypeError: for a part of another type.
+        ValueError: for values that cannot be meant.
+
+    Example:
+        >>> DGMConfig(units=Units(size=1), step_size=StepSize(exponent=0.5)).units.size
+        1
 
     """
 
     schedule: ScheduleConfig = field(default_factory=EstDgm)
-    block_size: int | Literal["auto"] = "auto"
-    distribution: str | Callable[[Sequence[Sequence[int]], float], list[float]] = "erk"
-    gamma: float = 1.0
-    drop_fraction: float | Callable[[float, float], float] = 0.3
-    keep: str | Callable[[Evidence], Tensor] = AUTO
-    grow: str | Callable[[Evidence], Tensor] = "consistency"
-    regrow: bool = False
-    pattern: Pattern | None = None
-    redistribute: str | Redistribution | None = None
-    reserve: Reserve | None = None
-    method: str = ""
-    inactive: Literal["zero", "frozen"] = "zero"
-    step_exponent: float = 1.0
-    scale_init: bool = True
-    include: Sequence[Selector] = ()
-    exclude: Sequence[Selector] = ()
+    units: Units = field(default_factory=Units)
+    update_rule: UpdateRule = field(default_factory=UpdateRule)
+    step_size: StepSize = field(default_factory=StepSize)
+    selection: Selection = field(default_factory=Selection)
+    inactive: Literal["zero", "frozen"] | BackwardSet = "zero"
     backend: str = "auto"
     seed: int = 0
+    method: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.schedule, type) or not isinstance(self.schedule, ScheduleConfig):
             raise TypeError(f"schedule must have resolve() and to_dict(), such as EstDgm(), got {self.schedule!r}")
-        if self.block_size != "auto" and (type(self.block_size) is not int or self.block_size not in (1, *BLOCK_SIZES)):
-            raise ValueError(f"block_size must be 'auto', 1 or one of {BLOCK_SIZES}, got {self.block_size!r}")
-        if not callable(self.distribution) and self.distribution not in densities.DISTRIBUTIONS:
-            known = sorted(densities.DISTRIBUTIONS)
-            raise ValueError(f"distribution must be one of {known} or a function, got {self.distribution!r}")
-        for name in ("gamma", "step_exponent"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-        if not callable(self.drop_fraction) and not 0.0 <= self.drop_fraction < 1.0:
-            raise ValueError(f"drop_fraction must lie in [0, 1), got {self.drop_fraction!r}")
-        for name in ("keep", "grow"):
-            score = getattr(self, name)
-            known = [AUTO, *sorted(SCORES)] if name == "keep" else sorted(SCORES)
-            if not callable(score) and score not in known:
-                raise ValueError(f"{name} must be one of {known} or a function, got {score!r}")
-        if self.pattern is not None and (isinstance(self.pattern, type) or not isinstance(self.pattern, Pattern)):
-            raise TypeError(f"pattern must be None or a Pattern such as NofM(4), got {self.pattern!r}")
-        if self.pattern is not None and not self.regrow:
-            raise ValueError(f"pattern={self.pattern!r} needs regrow=True: each group has to be filled up")
-        if not (self.redistribute is None or callable(self.redistribute) or self.redistribute in REDISTRIBUTIONS):
-            known = sorted(REDISTRIBUTIONS)
-            raise ValueError(f"redistribute must be None, one of {known} or a function, got {self.redistribute!r}")
-        if self.redistribute is not None and self.block_size == "auto":
+        for name, kind in _PARTS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
+        if self.update_rule.redistribute is not None and self.units.size == "auto":
             raise ValueError(
-                f"redistribute={self.redistribute!r} needs units of one size in all layers, got block_size='auto'"
+                f"update_rule.redistribute={self.update_rule.redistribute!r} needs units of one size in all layers, "
+                "got units.size='auto'"
             )
-        if self.inactive not in ("zero", "frozen"):
-            raise ValueError(f"inactive must be 'zero' or 'frozen', got {self.inactive!r}")
-        if self.reserve is not None and not isinstance(self.reserve, Reserve):
-            raise TypeError(f"reserve must be None or a Reserve, got {self.reserve!r}")
-        if self.reserve is not None and self.inactive == "frozen":
-            raise ValueError(
-                "reserve has inactive weights go on learning, and inactive='frozen' has not: leave one out"
-            )
-        for name in ("include", "exclude"):
-            selectors = getattr(self, name)
-            if isinstance(selectors, str) or not isinstance(selectors, Sequence):
-                raise TypeError(f"{name} must be a sequence of selectors, got {selectors!r}")
-            for selector in selectors:
-                if not (isinstance(selector, str) or callable(selector)):
-                    raise TypeError(f"{name} takes globs over names and predicates, got {selector!r}")
+        if not isinstance(self.inactive, BackwardSet) and self.inactive not in ("zero", "frozen"):
+            raise ValueError(f"inactive must be 'zero', 'frozen' or a BackwardSet, got {self.inactive!r}")
         if type(self.seed) is not int:
             raise TypeError(f"seed must be an int, got {self.seed!r}")
         if self.backend not in ("auto", "dense"):
             get_backend(self.backend)
 
     @property
-    def rule(self) -> Rule:
-        """How mask updates choose."""
-        name = self.redistribute
-        redistribute = REDISTRIBUTIONS[name] if isinstance(name, str) else name
-        keep = "magnitude" if self.keep == AUTO and self.reserve is not None else self.keep
-        return Rule(keep, self.grow, self.gamma, self.regrow, self.pattern, redistribute, self.seed)
+    def trains_inactive_weights(self) -> bool:
+        """Whether inactive weights go on learning outside the forward."""
+        return isinstance(self.inactive, BackwardSet)
 
-    def drop_share(self, progress: float, density: float) -> float:
-        """Return the share of active units that an update gives up.
+    @property
+    def resolved_update_rule(self) -> UpdateRule:
+        """The update rule, its ``keep="auto"`` settled where inactive weights learn: there all go by magnitude."""
+        if self.trains_inactive_weights and self.update_rule.keep == AUTO:
+            return replace(self.update_rule, keep="magnitude")
+        return self.update_rule
 
-        Raises:
-            ValueError: if the function given as `drop_fraction` returns none in [0, 1).
 
-        """
-        if not callable(self.drop_fraction):
-            return self.drop_fraction * 0.5 * (1.0 + math.cos(math.pi * progress))
-        share = self.drop_fraction(progress, density)
-        if not 0.0 <= share < 1.0:
-            raise ValueError(f"drop_fraction must return a share in [0, 1), got {share!r} from {self.drop_fraction!r}")
-        return share
+_PARTS = {"units": Units, "update_rule": UpdateRule, "step_size": StepSize, "selection": Selection}
+
+
+def merged(config: DGMConfig, changes: Mapping[str, Any]) -> DGMConfig:
+    """Return a config with some fields changed; a part given as a mapping has only the named fields of it changed.
+
+    Args:
+        config: the settings to start from.
+        changes: new values by field of `DGMConfig`.
+
+    Raises:
+        TypeError: if a field is unknown.
+
+    Example:
+        >>> merged(DGMConfig(seed=1), {"step_size": {"exponent": 0.5}}).step_size
+        StepSize(exponent=0.5, scale_initial_weights=True)
+
+    """
+    new = {name: _part(config, name, value) for name, value in changes.items()}
+    return replace(config, **new)
+
+
+def _part(config: DGMConfig, name: str, value: Any) -> Any:
+    part = getattr(config, name, None)
+    if not isinstance(value, Mapping) or not is_dataclass(part) or isinstance(part, type):
+        return value
+    known = [f.name for f in fields(part)]
+    if unknown := sorted(value.keys() - set(known)):
+        raise TypeError(f"{name} takes {known}, got {unknown}")
+    return replace(part, **value)

@@ -1,8 +1,9 @@
 """Published methods as settings of one controller: each a schedule, two scores, a distribution, a pattern.
 
 `preset` gives the `DGMConfig` of a method by name; `DGMCallback.from_preset` makes the callback of it. docs/methods.md
-lists the methods side by side. All mask single weights (``block_size=1``) and take the optimizer's own steps
-(``step_exponent=0``, ``scale_init=False``), as their papers do; both can be overridden, as can any other setting.
+lists the methods side by side. All mask single weights (``Units(size=1)``) and take the optimizer's own steps
+(``StepSize(exponent=0.0, scale_initial_weights=False)``), as their papers do; both can be overridden, as can any other
+setting.
 
 Common to all, and different from the papers' own code: the gradient is the one of the step just before an update, after
 which that step is still taken; grown weights start at 0 with cleared optimizer state; ties go to the lowest index; the
@@ -15,10 +16,10 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Literal
 
-from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.method.backward_set import Reserve
+from lightning_estdgm.config import DGMConfig, StepSize, Units, merged
+from lightning_estdgm.method.backward_set import BackwardSet
 from lightning_estdgm.method.patterns import FanIn, NofM
 from lightning_estdgm.method.schedules import (
     AlternatingDensity,
@@ -32,25 +33,27 @@ from lightning_estdgm.method.schedules import (
 )
 from lightning_estdgm.method.schedules.estdgm import times
 from lightning_estdgm.method.scores import WeightAndGradient
+from lightning_estdgm.method.update_rule import UpdateRule
 
 __all__ = ["PRESETS", "preset"]
 
 
 def preset(name: str, density: float, **overrides: Any) -> DGMConfig:
-    """Return the settings of a published method.
+    """Return the settings of a published method by its name.
 
     Args:
         name: one of `PRESETS`.
         density: active share of the masked weights at the end of the run, in (0, 1].
         overrides: keyword arguments of the method's function in this module, such as ``update_every``, and fields of
-            `DGMConfig`, such as ``step_exponent`` or ``exclude``, which go over what the method sets.
+            `DGMConfig`, which go over what the method sets. A part such as ``step_size`` may be given whole, or as a
+            mapping of the fields to change.
 
     Raises:
         ValueError: if there is no such method, or a setting is out of range.
         TypeError: if an override is known neither to the method nor to `DGMConfig`.
 
     Example:
-        >>> preset("rigl", density=0.1, step_exponent=1.0).grow
+        >>> preset("rigl", density=0.1, step_size={"exponent": 1.0}).update_rule.grow
         'gradient'
 
     """
@@ -61,36 +64,45 @@ def preset(name: str, density: float, **overrides: Any) -> DGMConfig:
     if unknown := sorted(overrides.keys() - known - settings):
         raise TypeError(f"{name!r} takes {sorted(known)} and the fields of DGMConfig, got {unknown}")
     config = PRESETS[name](density, **{key: value for key, value in overrides.items() if key in known})
-    return replace(config, **{key: value for key, value in overrides.items() if key not in known})
+    result = merged(config, {key: value for key, value in overrides.items() if key not in known})
+    if config.trains_inactive_weights and not result.trains_inactive_weights:
+        raise ValueError(
+            f"{name!r} has inactive weights go on learning, and inactive={result.inactive!r} has not: leave one out"
+        )
+    return result
 
 
 def est_dgm(
     density: float,
     *,
-    lean: bool = False,
-    rising: bool = False,
+    phases: Literal["cycle", "low-density", "sparse-to-denser"] = "cycle",
     update_every: int | None = None,
     observe_steps: int | None = None,
 ) -> DGMConfig:
     """Return EST-DGM's settings, this package's own method: `DGMConfig`'s defaults at a density of 0.10.
 
-    Consolidation goes from 3 to 2 times the final density, refinement from 1.5 times; exploration from 0.70 to 0.60, or
-    where consolidation starts if that is denser. With `lean`, phases are `EstDgm.lean`'s and the drop fraction is 0.1:
-    for blocks, where joules count more than steps. With `rising` they are `EstDgm.rising`'s, and units are grown at
-    random, dropped ones among them: for single weights, where FLOPs count more than steps.
+    Args:
+        density: active share of the masked weights at the end of the run, in (0, 1].
+        phases: ``"cycle"``: consolidation goes from 3 to 2 times the final density, refinement from 1.5 times;
+            exploration from 0.70 to 0.60, or where consolidation starts if that is denser. ``"low-density"``:
+            `EstDgm.low_density` and a drop fraction of 0.1, for blocks, where joules count more than steps.
+            ``"sparse-to-denser"``: `EstDgm.sparse_to_denser`, and units are grown at random, dropped ones among them,
+            for single weights, where FLOPs count more than steps.
+        update_every: steps between mask updates; see `EstDgm`.
+        observe_steps: observed steps before an update; see `EstDgm`.
 
     Raises:
-        ValueError: if both are asked for.
+        ValueError: for other phases, or a number out of range.
 
     """
-    if lean and rising:
-        raise ValueError("expected lean or rising phases, got both")
-    if lean:
-        schedule = EstDgm.lean(density, update_every=update_every, observe_steps=observe_steps)
-        return DGMConfig(schedule, drop_fraction=0.1)
-    if rising:
-        schedule = EstDgm.rising(density, update_every=update_every, observe_steps=observe_steps)
-        return DGMConfig(schedule, grow="random", regrow=True)
+    if phases == "low-density":
+        schedule = EstDgm.low_density(density, update_every=update_every, observe_steps=observe_steps)
+        return DGMConfig(schedule, update_rule=UpdateRule(drop_fraction=0.1))
+    if phases == "sparse-to-denser":
+        schedule = EstDgm.sparse_to_denser(density, update_every=update_every, observe_steps=observe_steps)
+        return DGMConfig(schedule, update_rule=UpdateRule(grow="random", regrow=True))
+    if phases != "cycle":
+        raise ValueError(f"phases must be 'cycle', 'low-density' or 'sparse-to-denser', got {phases!r}")
     consolidation = times(3, density)
     schedule = EstDgm(
         Phase(max(0.70, consolidation), max(0.60, consolidation), 0.15),
@@ -228,7 +240,7 @@ def srigl(
     as in the authors' code. Fan-ins are whole numbers, so a layer's density is its budget's only nearly.
     """
     config = rigl(density, update_every=update_every, alpha=alpha, stop=stop)
-    return replace(config, method="SRigL", pattern=FanIn(ablate))
+    return replace(config, method="SRigL", update_rule=replace(config.update_rule, pattern=FanIn(ablate)))
 
 
 def top_kast(
@@ -250,7 +262,7 @@ def top_kast(
         ConstantDensity(density, update_every, stop=1.0),
         distribution="uniform",
         grow="magnitude",
-        reserve=Reserve(backward, penalty, penalty / density),
+        inactive=BackwardSet(backward, penalty, penalty / density),
     )
 
 
@@ -278,13 +290,26 @@ def n_of_m(
         grow="magnitude",
         regrow=True,
         pattern=NofM(m),
-        reserve=Reserve(1.0, 0.0, decay),
+        inactive=BackwardSet(1.0, 0.0, decay),
     )
 
 
-def _published(method: str, schedule: ScheduleConfig, **settings: Any) -> DGMConfig:
-    own: dict[str, Any] = {"block_size": 1, "keep": "magnitude", "step_exponent": 0.0, "scale_init": False}
-    return DGMConfig(schedule, method=method, **own | settings)
+def _published(
+    method: str,
+    schedule: ScheduleConfig,
+    *,
+    distribution: str = "erk",
+    inactive: Literal["zero"] | BackwardSet = "zero",
+    **rule: Any,
+) -> DGMConfig:
+    return DGMConfig(
+        schedule,
+        Units(1, distribution),
+        UpdateRule(**{"keep": "magnitude", **rule}),
+        StepSize(exponent=0.0, scale_initial_weights=False),
+        inactive=inactive,
+        method=method,
+    )
 
 
 PRESETS: dict[str, Callable[..., DGMConfig]] = {

@@ -11,10 +11,11 @@ import torch
 from torch.nn import functional as F
 
 from lightning_estdgm import DGMCallback
-from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.config import DGMConfig, StepSize, Units, merged
 from lightning_estdgm.engine.controller import DGMController
 from lightning_estdgm.method.patterns import NofM
 from lightning_estdgm.method.schedules import EstDgm
+from lightning_estdgm.method.update_rule import UpdateRule
 from lightning_estdgm.presets import PRESETS, preset
 
 STEPS, EVERY, DENSITY = 64, 4, 0.2
@@ -129,9 +130,9 @@ def erk_counts(density):
 @pytest.mark.parametrize(("block_size", "keep"), [(1, "magnitude"), (16, "weight_and_gradient"), (16, "magnitude")])
 def test_est_dgm_keeps_weights_by_magnitude_and_blocks_by_gradient_too(mlp, block_size, keep):
     schedule = EstDgm(update_every=EVERY, observe_steps=2)
-    config = DGMConfig(schedule, block_size=block_size, backend="dense", step_exponent=0.0)
+    config = DGMConfig(schedule, units=Units(size=block_size), backend="dense", step_size=StepSize(exponent=0.0))
     if (block_size, keep) == (16, "magnitude"):  # as published methods do
-        config = replace(config, keep=keep)
+        config = merged(config, {"update_rule": {"keep": keep}})
     updates, _, dgm = trained(mlp, config, widths=(64, 96, 64, 4))
 
     def norms(x):
@@ -157,7 +158,13 @@ def test_est_dgm_keeps_weights_by_magnitude_and_blocks_by_gradient_too(mlp, bloc
 def test_growth_at_random_observes_nothing_by_single_weights(mlp):
     schedule = EstDgm(update_every=EVERY, observe_steps=2)
     for block_size, observed in ((1, 0), (16, 2)):
-        config = DGMConfig(schedule, block_size=block_size, grow="random", backend="dense", step_exponent=0.0)
+        config = DGMConfig(
+            schedule,
+            units=Units(size=block_size),
+            update_rule=UpdateRule(grow="random"),
+            backend="dense",
+            step_size=StepSize(exponent=0.0),
+        )
         updates, _, _ = trained(mlp, config, widths=(64, 96, 64, 4))
         assert {len(seen.gradients) for layers in updates.values() for seen in layers.values()} == {observed}
 
@@ -490,17 +497,19 @@ def test_n_of_m_is_sr_ste(mlp):
 
 def test_steps_of_weights_outside_the_forward_are_scaled_like_the_others(mlp):
     def after_one_step(exponent):
-        config = preset("top-kast", 0.25, penalty=0.0, backward_density=1.0, block_size=16, step_exponent=exponent)
+        config = preset(
+            "top-kast", 0.25, penalty=0.0, backward_density=1.0, units={"size": 16}, step_size={"exponent": exponent}
+        )
         model = mlp(32, 64, 4)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         with DGMController(model, optimizer, replace(config, backend="cpu"), total_steps=8) as dgm:
             (layer,) = dgm.masked_weights
-            before = model[0].weight.detach() + layer.held_back.weights
+            before = model[0].weight.detach() + layer.inactive.shadow.weights
             x = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
             F.mse_loss(model(x), x[:, :4]).backward()
             gradient = model[0].weight.grad.clone()
             optimizer.step()
-            return before, gradient, model[0].weight.detach() + layer.held_back.weights
+            return before, gradient, model[0].weight.detach() + layer.inactive.shadow.weights
 
     for exponent, factor in ((0.0, 1.0), (1.0, 4.0)):
         before, gradient, after = after_one_step(exponent)
@@ -545,11 +554,11 @@ def test_a_step_without_a_gradient_leaves_the_reserve_where_it_is(mlp):
     optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
     with DGMController(model, optimizer, preset("top-kast", 0.2), total_steps=8) as dgm:
         (layer,) = dgm.masked_weights
-        weight, held = model[0].weight.detach().clone(), layer.held_back.weights.clone()
+        weight, held = model[0].weight.detach().clone(), layer.inactive.shadow.weights.clone()
         optimizer.step()
         optimizer.step(lambda: None)
         assert torch.equal(model[0].weight, weight)
-        assert torch.equal(layer.held_back.weights, held)
+        assert torch.equal(layer.inactive.shadow.weights, held)
 
 
 # ------------------------------------------------------------------ presets as such
@@ -560,20 +569,26 @@ def test_est_dgm_is_the_default():
     assert preset("est-dgm", 0.3).schedule.resolve(100).densities[-1] == 0.3
 
 
-def test_lean_est_dgm_changes_phases_and_drop_fraction_only():
-    lean = preset("est-dgm", 0.2, lean=True, update_every=5, gamma=0.5)
-    assert lean == DGMConfig(EstDgm.lean(0.2, update_every=5), drop_fraction=0.1, gamma=0.5)
+def test_low_density_est_dgm_changes_phases_and_drop_fraction_only():
+    low = preset("est-dgm", 0.2, phases="low-density", update_every=5, update_rule={"gamma": 0.5})
+    assert low == DGMConfig(
+        EstDgm.low_density(0.2, update_every=5), update_rule=UpdateRule(drop_fraction=0.1, gamma=0.5)
+    )
 
 
-def test_rising_est_dgm_grows_at_random():
-    rising = preset("est-dgm", 0.2, rising=True, update_every=5)
-    assert rising == DGMConfig(EstDgm.rising(0.2, update_every=5), grow="random", regrow=True)
-    with pytest.raises(ValueError, match="expected lean or rising phases, got both"):
-        preset("est-dgm", 0.2, rising=True, lean=True)
+def test_sparse_to_denser_est_dgm_grows_at_random():
+    denser = preset("est-dgm", 0.2, phases="sparse-to-denser", update_every=5)
+    assert denser == DGMConfig(
+        EstDgm.sparse_to_denser(0.2, update_every=5), update_rule=UpdateRule(grow="random", regrow=True)
+    )
+    with pytest.raises(ValueError, match="phases must be 'cycle', 'low-density' or 'sparse-to-denser', got 'lean'"):
+        preset("est-dgm", 0.2, phases="lean")
 
 
 def test_published_methods_keep_blocks_by_their_own_score():
-    assert {preset(name, 0.5, block_size=16).keep for name in ("rigl", "set", "gmp", "granet")} == {"magnitude"}
+    assert {preset(name, 0.5, units={"size": 16}).update_rule.keep for name in ("rigl", "set", "gmp", "granet")} == {
+        "magnitude"
+    }
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -583,12 +598,14 @@ def test_presets_print_compare_and_pickle(name):
     assert pickle.loads(pickle.dumps(config)) == config
     schedule = config.schedule.resolve(200)
     assert schedule(199).density == 0.5
-    callback = DGMCallback.from_preset(name, 0.5, step_exponent=0.5, exclude=("0",), total_steps=7)
-    assert callback.config == replace(config, step_exponent=0.5, exclude=("0",))
+    callback = DGMCallback.from_preset(
+        name, 0.5, step_size={"exponent": 0.5}, selection={"exclude": ("0",)}, total_steps=7
+    )
+    assert callback.config == merged(config, {"step_size": {"exponent": 0.5}, "selection": {"exclude": ("0",)}})
     assert callback.total_steps == 7
     assert callback.run_summary()["name"] == (config.method or "EST-DGM")
     published = name != "est-dgm"
-    assert (config.step_exponent, config.scale_init, config.block_size) == (
+    assert (config.step_size.exponent, config.step_size.scale_initial_weights, config.units.size) == (
         (0.0, False, 1) if published else (1.0, True, "auto")
     )
 
@@ -602,8 +619,8 @@ def test_presets_print_compare_and_pickle(name):
         (lambda: preset("n:m", 0.3), ValueError, "whole number of 4ths, got 0.3"),
         (lambda: preset("n:m", 0.5, m=1), ValueError, "whole number of 1ths, got 0.5"),
         (lambda: preset("top-kast", 0.3, backward_density=0.2), ValueError, "at least density, got 0.2 and 0.3"),
-        (lambda: preset("srigl", 0.1, regrow=False), ValueError, "needs regrow=True"),
-        (lambda: preset("granet", 0.1, block_size="auto"), ValueError, "units of one size in all layers"),
+        (lambda: preset("srigl", 0.1, update_rule={"regrow": False}), ValueError, "needs regrow=True"),
+        (lambda: preset("granet", 0.1, units={"size": "auto"}), ValueError, "units of one size in all layers"),
         (lambda: preset("top-kast", 0.1, inactive="frozen"), ValueError, "leave one out"),
         (
             lambda: DGMCallback.from_preset("top-kast", compress_gradients=True),
@@ -622,7 +639,10 @@ def test_layers_that_do_not_fit_are_named(mlp):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for config, message in (
         (preset("n:m", 0.5, m=8), "layer '0': N:8 needs inputs that are a multiple of 8, got a mask of (24, 12)"),
-        (preset("rigl", 0.3, pattern=NofM(4)), "layer '0': N:4 needs a density that is a whole number of 4ths"),
+        (
+            preset("rigl", 0.3, update_rule={"pattern": NofM(4)}),
+            "layer '0': N:4 needs a density that is a whole number of 4ths",
+        ),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             DGMController(model, optimizer, config, total_steps=8)
@@ -637,9 +657,13 @@ def test_layers_that_do_not_fit_are_named(mlp):
 )
 def test_bad_scores_are_refused(mlp, score, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        trained(mlp, preset("rigl", 0.2, update_every=EVERY, grow=score), 8)
+        trained(mlp, preset("rigl", 0.2, update_every=EVERY, update_rule={"grow": score}), 8)
 
 
 def test_a_drop_fraction_outside_its_range_is_refused(mlp):
     with pytest.raises(ValueError, match="must return a share in"):
-        trained(mlp, preset("rigl", 0.2, update_every=EVERY, drop_fraction=lambda progress, density: 1.0), 8)
+        trained(
+            mlp,
+            preset("rigl", 0.2, update_every=EVERY, update_rule={"drop_fraction": lambda progress, density: 1.0}),
+            8,
+        )

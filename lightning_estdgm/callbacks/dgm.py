@@ -24,7 +24,8 @@ from lightning_estdgm.callbacks._internal.schedule_clock import RunClock
 from lightning_estdgm.callbacks._internal.spawned_result import Handover, Outcome
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.distributed.adapters.protocol import adapter_for
-from lightning_estdgm.engine.controller import DGMController, LayerDecision
+from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.engine.decisions import LayerDecision
 from lightning_estdgm.method.schedules import EstDgm, Schedule
 from lightning_estdgm.presets import preset
 
@@ -74,9 +75,10 @@ class DGMCallback(pl.Callback):
             raise ValueError(f"total_steps must be at least 1, got {total_steps!r}")
         if not isinstance(compress_gradients, bool):
             raise TypeError(f"compress_gradients must be a bool, got {compress_gradients!r}")
-        if compress_gradients and config is not None and config.reserve is not None:
+        if compress_gradients and config is not None and config.trains_inactive_weights:
             raise ValueError(
-                "compress_gradients sends the gradients of active units only, and reserve needs others: leave one out"
+                "compress_gradients sends the gradients of active units only, and a BackwardSet needs others: "
+                "leave one out"
             )
         self.config = config or DGMConfig()
         self.total_steps = total_steps

@@ -23,7 +23,7 @@ class RequeueBetweenSteps(pl.Callback):
     With several ranks it costs one reduction of a flag a step.
 
     Args:
-        requeue_signal: that of Lightning's ``SLURMEnvironment``; ``None``: SIGUSR1, as there.
+        requeue_signal: Signal of Lightning's ``SLURMEnvironment``; ``None`` takes SIGUSR1, as that does.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -65,11 +65,11 @@ class RequeueBetweenSteps(pl.Callback):
         self._requeue_if_asked(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the handler back."""
+        """Put Lightning's handler back."""
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Put the handler back."""
+        """Put Lightning's handler back."""
         self._release()
 
     def _ask(self, number: int, frame: Any) -> None:

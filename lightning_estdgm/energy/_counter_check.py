@@ -1,4 +1,4 @@
-"""Does a hardware counter count? Counters of GPUs and CPUs have been seen to stand still and to jump.
+"""Check that a hardware counter counts: those of GPUs and CPUs have been seen to stand still and to jump.
 
 ROCm/amdsmi issues 22, 38 and 115 tell of counters that keep one value under full load, or go back. A counter
 that stands still would show 0 J for a device at work, so its readings are dropped and show as a gap.
@@ -23,10 +23,10 @@ _log = logging.getLogger(__name__)
 
 
 class CounterCheck:
-    """Follows one counter; says once, in the log, when it stops making sense.
+    """Check of the readings of one counter; logs once that it stands still or jumps.
 
     Args:
-        label: the device's name in the log.
+        label: Name of the device in the log.
     """
 
     def __init__(self, label: str) -> None:
@@ -36,13 +36,13 @@ class CounterCheck:
         self._warned = False
 
     def status(self, energy_uj: int, now_ns: int, power_mw: Callable[[], int | None]) -> Status:
-        """OK, or UNAVAILABLE for a reading that must not be counted.
+        """Return OK, or UNAVAILABLE for a reading that must not be counted.
 
         Args:
-            energy_uj: the counter, in microjoules.
+            energy_uj: Counter in microjoules.
             now_ns: `time.monotonic_ns()` of the reading.
-            power_mw: asked only where the counter did not move: the device's power in milliwatts, None where
-                unknown. A device that draws 0 mW may keep its counter still; one of unknown power may not,
+            power_mw: Returns the device's power in milliwatts, None where unknown; called only where the counter
+                did not move. A device that draws 0 mW may keep its counter still; one of unknown power may not,
                 since whatever is switched on draws some.
         """
         last_uj, since_ns = self._energy_uj, now_ns - self._moved_ns

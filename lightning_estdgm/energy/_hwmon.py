@@ -1,4 +1,4 @@
-"""Sensors of the kernel's hwmon tree: finding them, reading them, and saying why one cannot be read."""
+"""Sensors of the kernel's hwmon tree."""
 
 from __future__ import annotations
 
@@ -31,7 +31,13 @@ _PCI = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 
 @dataclass(frozen=True)
 class Card:
-    """A graphics card of the kernel's list and one of its hwmon folders."""
+    """A graphics card and one of its hwmon folders.
+
+    Attributes:
+        pci: PCI address.
+        device: Folder of the device.
+        hwmon: Folder of the sensors.
+    """
 
     pci: str
     device: Path
@@ -39,10 +45,14 @@ class Card:
 
 
 def cards(root: str | os.PathLike[str], drivers: tuple[str, ...]) -> list[Card]:
-    """The cards below `root` (/sys/class/drm) with a hwmon folder whose name is one of `drivers`.
+    """Return the cards with a hwmon folder of one of the drivers.
+
+    Args:
+        root: Folder of the cards, /sys/class/drm.
+        drivers: Names of the drivers.
 
     Raises:
-        SourceUnavailable: there is no such folder, or no such card.
+        SourceUnavailable: There is no such folder, or no such card.
     """
     folder = Path(root)
     try:
@@ -74,7 +84,13 @@ def cards(root: str | os.PathLike[str], drivers: tuple[str, ...]) -> list[Card]:
 
 @dataclass(frozen=True)
 class Sensor:
-    """One file of energy (microjoules) or power (microwatts)."""
+    """One file of energy or power.
+
+    Attributes:
+        path: File with a whole number of microjoules or microwatts.
+        quantity: "energy" or "power".
+        info: Device that it belongs to.
+    """
 
     path: Path
     quantity: Literal["energy", "power"]
@@ -82,7 +98,7 @@ class Sensor:
 
 
 class HwmonSensors:
-    """Base of the sources that read hwmon files; a subclass finds them in `_find`."""
+    """Base of the sources that read hwmon files, which a subclass finds in `_find`."""
 
     name: str
     scope: Scope = "host"
@@ -93,7 +109,7 @@ class HwmonSensors:
         self._sensors: dict[DeviceId, Sensor] = {}
 
     def _find(self) -> dict[str, Sensor]:
-        """Sensors by uid; raises `SourceUnavailable` where there is none."""
+        """Return the sensors by uid; raise `SourceUnavailable` where there is none."""
         raise NotImplementedError
 
     def open(self) -> None:
@@ -112,19 +128,19 @@ class HwmonSensors:
         self._sensors = {DeviceId(host, self.kind, uid): sensor for uid, sensor in sensors.items()}
 
     def devices(self) -> Mapping[DeviceId, DeviceInfo]:
-        """The sensors that were found."""
+        """Return the devices of the sensors that were found."""
         return {device: sensor.info for device, sensor in self._sensors.items()}
 
     def wrap_range_uj(self, device: DeviceId) -> int | None:
-        """None: the kernel extends what wraps in hardware to 64 bits."""
+        """Return None: the kernel extends counters that wrap in hardware to 64 bits."""
         return None
 
     def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
-        """One file per sensor."""
+        """Read the sensors, one file each."""
         return {d: _read(sensor) for d, sensor in self._sensors.items() if devices is None or d in devices}
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Forget the sensors; nothing is held open."""
         self._sensors = {}
 
 

@@ -8,7 +8,7 @@ __all__ = ["read_number", "read_text"]
 
 
 def read_text(path: Path) -> str | None:
-    """What the file holds, without white space around it; None where it cannot be read."""
+    """Return the text of a file without white space around it; None where it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:
@@ -16,7 +16,7 @@ def read_text(path: Path) -> str | None:
 
 
 def read_number(path: Path) -> int | OSError | ValueError:
-    """The whole number in the file, or why there is none."""
+    """Return the whole number in a file, or the exception where there is none."""
     try:
         return int(path.read_text())
     except (OSError, ValueError) as e:

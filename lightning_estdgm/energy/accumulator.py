@@ -1,200 +1,26 @@
-"""From readings to joules: differences, gaps, attribution to phases, totals that survive a restart.
+"""Conversion of readings to joules: differences, gaps, and attribution to phases and stages.
 
 Pure logic: no thread, no clock, no device. Energy is kept in integer microjoules, so windows add up to the
-total exactly, in whatever way they were cut.
+total exactly, however they were cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
 from lightning_estdgm.energy.reading import DeviceId, Method, Reading, Status
+from lightning_estdgm.energy.totals import Cell, Totals
 
-__all__ = ["Accumulator", "Cell", "Totals"]
-
-_Key = TypeVar("_Key")
+__all__ = ["Accumulator"]
 
 MAX_WRAP_POWER_W = 1000
 """No CPU package or memory domain draws more: a wrap that implies more is a reset of the counter."""
 
-_VERSION = 2
-_READABLE = (1, 2)  # version 1 knew no steps, counts, idle baseline, nor times by device
-
-
-@dataclass(frozen=True, order=True)
-class Cell:
-    """What one entry of the ledger belongs to."""
-
-    source: str
-    method: Method
-    device: DeviceId
-    label: str
-    stage: str
-
-
-@dataclass
-class Totals:
-    """Sums that may be added up over restarts and over processes.
-
-    Attributes:
-        energy_uj: microjoules per cell.
-        window_ns: wall time per (label, stage).
-        covered_ns: device time between two readings whose difference is known.
-        expected_ns: device time there was: wall time times devices.
-        gaps: stretches in which a device could not be read, plus counter resets.
-        segments: runs of readings without a break, over all devices.
-        device_ns: the covered time by device.
-        idle_uj: what the devices would have used idle in the covered time, as far as a baseline was measured.
-        idle_ns: the covered device time for which there is a baseline.
-        steps: optimizer steps.
-        counts: what else was counted, by unit ("sample", "token"); None where it is not known.
-    """
-
-    energy_uj: dict[Cell, int] = field(default_factory=dict)
-    window_ns: dict[tuple[str, str], int] = field(default_factory=dict)
-    covered_ns: int = 0
-    expected_ns: int = 0
-    gaps: int = 0
-    segments: int = 0
-    device_ns: dict[DeviceId, int] = field(default_factory=dict)
-    idle_uj: int = 0
-    idle_ns: int = 0
-    steps: int = 0
-    counts: dict[str, int | None] = field(default_factory=dict)
-
-    def add(self, other: Totals, *, beside: bool = False) -> Totals:
-        """Return the sum. With `beside` the other ran at the same time: its wall time and steps are left out."""
-        return Totals(
-            energy_uj=_sum(self.energy_uj, other.energy_uj),
-            window_ns=dict(self.window_ns) if beside else _sum(self.window_ns, other.window_ns),
-            covered_ns=self.covered_ns + other.covered_ns,
-            expected_ns=self.expected_ns + other.expected_ns,
-            gaps=self.gaps + other.gaps,
-            segments=self.segments + other.segments,
-            device_ns=_sum(self.device_ns, other.device_ns),
-            idle_uj=self.idle_uj + other.idle_uj,
-            idle_ns=self.idle_ns + other.idle_ns,
-            steps=self.steps + (0 if beside else other.steps),
-            counts={
-                unit: _known_sum(self._count(unit), other._count(unit))
-                for unit in dict.fromkeys([*self.counts, *other.counts])
-            },
-        )
-
-    def _count(self, unit: str) -> int | None:
-        """Nobody counted the unit: unknown, unless there was nothing to count yet."""
-        return self.counts.get(unit, None if self.steps else 0)
-
-    def joules(
-        self,
-        *,
-        kind: str | None = None,
-        label: str | None = None,
-        stage: str | None = None,
-        estimated: bool | None = None,
-    ) -> float | None:
-        """Joules of the cells that match; None where nothing was ever read (which is not 0 J)."""
-        cells = [
-            uj
-            for cell, uj in self.energy_uj.items()
-            if kind in (None, cell.device.kind)
-            and label in (None, cell.label)
-            and stage in (None, cell.stage)
-            and estimated in (None, cell.method == "estimated")
-        ]
-        return sum(cells) / 1e6 if cells else None
-
-    @property
-    def net_joules(self) -> float | None:
-        """Joules above the idle baseline; None unless all that was read has one. It may be below 0."""
-        if not self.idle_ns or self.idle_ns != self.covered_ns:
-            return None
-        return (sum(self.energy_uj.values()) - self.idle_uj) / 1e6
-
-    def device_uj(self) -> dict[DeviceId, int]:
-        """Microjoules by device."""
-        sums: dict[DeviceId, int] = {}
-        for cell, uj in self.energy_uj.items():
-            sums[cell.device] = sums.get(cell.device, 0) + uj
-        return sums
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of all windows."""
-        return sum(self.window_ns.values()) / 1e9
-
-    @property
-    def coverage_ratio(self) -> float:
-        """Share of the device time that readings cover, in [0, 1]; 0 without devices."""
-        return min(1.0, self.covered_ns / self.expected_ns) if self.expected_ns else 0.0
-
-    def labels(self) -> list[str]:
-        """The labels in the order in which they were first entered."""
-        return list(dict.fromkeys(label for label, _ in self.window_ns))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain types only: loads with `torch.load(weights_only=True)`."""
-        return {
-            "version": _VERSION,
-            "energy_uj": [
-                [c.source, c.method, c.device.host, c.device.kind, c.device.uid, c.label, c.stage, uj]
-                for c, uj in self.energy_uj.items()
-            ],
-            "window_ns": [[label, stage, ns] for (label, stage), ns in self.window_ns.items()],
-            "covered_ns": self.covered_ns,
-            "expected_ns": self.expected_ns,
-            "gaps": self.gaps,
-            "segments": self.segments,
-            "device_ns": [[d.host, d.kind, d.uid, ns] for d, ns in self.device_ns.items()],
-            "idle_uj": self.idle_uj,
-            "idle_ns": self.idle_ns,
-            "steps": self.steps,
-            "counts": dict(self.counts),
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Totals:
-        """Rebuild what `state_dict` gave, now or in an older release.
-
-        Raises:
-            ValueError: the state is of an unknown version.
-        """
-        if state.get("version") not in _READABLE:
-            known = " or ".join(map(str, _READABLE))
-            raise ValueError(f"energy totals of version {known} expected, got {state.get('version')!r}")
-        energy = {
-            Cell(source, method, DeviceId(host, kind, uid), label, stage): int(uj)
-            for source, method, host, kind, uid, label, stage, uj in state["energy_uj"]
-        }
-        windows = {(label, stage): int(ns) for label, stage, ns in state["window_ns"]}
-        return cls(
-            energy,
-            windows,
-            covered_ns=int(state["covered_ns"]),
-            expected_ns=int(state["expected_ns"]),
-            gaps=int(state["gaps"]),
-            segments=int(state["segments"]),
-            device_ns={DeviceId(host, kind, uid): int(ns) for host, kind, uid, ns in state.get("device_ns", ())},
-            idle_uj=int(state.get("idle_uj", 0)),
-            idle_ns=int(state.get("idle_ns", 0)),
-            steps=int(state.get("steps", 0)),
-            counts=dict(state.get("counts", {})),
-        )
-
-
-def _sum(a: Mapping[_Key, int], b: Mapping[_Key, int]) -> dict[_Key, int]:
-    return {key: a.get(key, 0) + b.get(key, 0) for key in dict.fromkeys([*a, *b])}
-
-
-def _known_sum(a: int | None, b: int | None) -> int | None:
-    return None if a is None or b is None else a + b
-
 
 @dataclass
 class _Track:
-    """The state of one device between two readings."""
+    """State of one device between two readings."""
 
     source: str
     method: Method
@@ -206,7 +32,7 @@ class _Track:
 
 
 class Accumulator:
-    """Adds up differences of readings and attributes them to the window (label, stage) in which they fell.
+    """Sums up the differences between readings, by the window (label, stage) in which they fell.
 
     A difference that spans several windows (a reading failed at the boundary, or came a little after it) is
     split between them by time, in whole microjoules, so nothing is lost to rounding.
@@ -219,7 +45,7 @@ class Accumulator:
       the gap used; after a lost device it does not.
 
     Args:
-        max_interval_s: longest stretch that is bridged between two readings of power, in seconds.
+        max_interval_s: longest interval between two readings of power over which power is integrated, in seconds.
 
     Raises:
         ValueError: `max_interval_s` is not positive.
@@ -243,11 +69,17 @@ class Accumulator:
         wrap_range_uj: int | None = None,
         idle_mw: int | None = None,
     ) -> None:
-        """Expect readings of `device`; `idle_mw` is what it draws idle, where that was measured.
+        """Expect readings of `device` from now on.
+
+        Args:
+            device: Device to add.
+            source: Name of the source that reads it.
+            method: Method of that source.
+            wrap_range_uj: Range of the counter in microjoules; None takes a counter that goes back for a reset.
+            idle_mw: Idle power in milliwatts, where it was measured.
 
         Raises:
-            ValueError: the device is known already: it would be counted twice. Or the wrap range is not
-                positive.
+            ValueError: The device was added before, so it would be counted twice, or the wrap range is not positive.
         """
         if device in self._tracks:
             raise ValueError(f"{device} is already read by source {self._tracks[device].source!r}")
@@ -257,11 +89,11 @@ class Accumulator:
 
     @property
     def devices(self) -> tuple[DeviceId, ...]:
-        """The devices that are expected."""
+        """Devices that were added."""
         return tuple(self._tracks)
 
     def switch(self, now_ns: int, label: str, stage: str) -> None:
-        """Energy from `now_ns` on belongs to (label, stage). The first call starts the clock."""
+        """Attribute energy from `now_ns` on to (label, stage). The first call starts the clock."""
         self._advance(now_ns)
         if not self._windows or self._windows[-1][1:] != (label, stage):
             self._windows.append((max(now_ns, self._now_ns), label, stage))
@@ -269,16 +101,16 @@ class Accumulator:
 
     @property
     def failing(self) -> tuple[DeviceId, ...]:
-        """The devices whose last reading failed."""
+        """Devices whose last reading failed."""
         return tuple(device for device, track in self._tracks.items() if track.in_gap)
 
     def update(
         self, now_ns: int, readings: Mapping[DeviceId, Reading], not_due: Collection[DeviceId] = frozenset()
     ) -> None:
-        """Take one round of readings; an expected device that is neither among them nor `not_due` failed.
+        """Add one round of readings; a device that is neither among them nor in `not_due` counts as failed.
 
         Raises:
-            RuntimeError: no window was opened with `switch`.
+            RuntimeError: No window was opened with `switch`.
         """
         if not self._windows:
             raise RuntimeError("call switch(now_ns, label, stage) before the first update")
@@ -291,7 +123,7 @@ class Accumulator:
         self._forget_old_windows()
 
     def totals(self) -> Totals:
-        """A copy of the sums so far."""
+        """Return a copy of the sums so far."""
         with_idle = [(track.idle_mw, track.covered_ns) for track in self._tracks.values() if track.idle_mw is not None]
         idle = Totals(
             idle_uj=sum(mw * ns // 1_000_000 for mw, ns in with_idle),  # mW * ns = pJ

@@ -1,26 +1,26 @@
-"""Which process reads which device, so that each is read once whatever the processes; pure functions."""
+"""Assignment of devices to processes, so that each device is read once however many processes there are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, Method, Scope
+from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, Method, Scope, Status
 
-__all__ = ["Opened", "claim", "gpu_names"]
+__all__ = ["ActiveSource", "UnavailableSource", "assign_devices", "gpu_names"]
 
 
 @dataclass(frozen=True)
-class Opened:
+class ActiveSource:
     """A source in use by one process.
 
     Attributes:
-        name: of the source.
+        name: Name of the source.
         method: "counter", "integrated" or "estimated".
         scope: "host" or "process".
-        driver: its version; empty where unknown.
-        update_period_s: how often the hardware renews the value.
-        devices: what the process reads by it.
+        driver: Version of the driver; empty where unknown.
+        update_period_s: Time between two new values of the hardware, in seconds.
+        devices: Devices that the process reads with it.
     """
 
     name: str
@@ -31,40 +31,55 @@ class Opened:
     devices: dict[DeviceId, DeviceInfo]
 
 
-def claim(offers: Sequence[Sequence[Opened]]) -> list[list[Opened]]:
-    """Give each device to the lowest rank that can read it; what covers one process only stays with it.
+@dataclass(frozen=True)
+class UnavailableSource:
+    """A source that is not used, and why.
+
+    Attributes:
+        name: Name of the source.
+        status: Reason for programs; OK where the source works and another one is used.
+        reason: Reason for people.
+    """
+
+    name: str
+    status: Status
+    reason: str
+
+
+def assign_devices(offers: Sequence[Sequence[ActiveSource]]) -> list[list[ActiveSource]]:
+    """Give each device to the lowest rank that can read it; a source of scope "process" stays with its process.
 
     Args:
-        offers: by rank, the sources that the process could read. Devices of two hosts differ in their id.
+        offers: By rank, the sources that the process could read. Devices of two hosts differ in their id.
 
     Returns:
         By rank, the sources that the process reads, without those that have no device left.
     """
     taken: set[DeviceId] = set()
-    claims = []
+    assigned = []
     for sources in offers:
-        mine = []
+        own = []
         for source in sources:
             devices = source.devices
             if source.scope == "host":
                 devices = {device: info for device, info in devices.items() if device not in taken}
                 taken.update(devices)
             if devices:
-                mine.append(replace(source, devices=devices))
-        claims.append(mine)
-    return claims
+                own.append(replace(source, devices=devices))
+        assigned.append(own)
+    return assigned
 
 
-def gpu_names(claims: Sequence[Sequence[Opened]]) -> dict[DeviceId, str]:
+def gpu_names(assigned: Sequence[Sequence[ActiveSource]]) -> dict[DeviceId, str]:
     """Name each GPU "{node}/{local}": hosts, and GPUs on a host, in the order of the ranks that read them.
 
     Example:
         >>> gpus = [DeviceId(host, "gpu", uid) for host, uid in (("a", "u"), ("b", "w"), ("a", "v"))]
-        >>> by_rank = [[Opened("s", "counter", "host", "", 0.1, {gpu: DeviceInfo("")})] for gpu in gpus]
+        >>> by_rank = [[ActiveSource("s", "counter", "host", "", 0.1, {gpu: DeviceInfo("")})] for gpu in gpus]
         >>> list(gpu_names(by_rank).values())
         ['0/0', '1/0', '0/1']
     """
-    devices = [device for sources in claims for source in sources for device in source.devices]
+    devices = [device for sources in assigned for source in sources for device in source.devices]
     nodes = list(dict.fromkeys(device.host for device in devices))
     names: dict[DeviceId, str] = {}
     local = dict.fromkeys(nodes, 0)

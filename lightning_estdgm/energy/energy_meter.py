@@ -7,30 +7,30 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lightning_estdgm.energy.accumulator import Totals
-from lightning_estdgm.energy.sampler import Meter, check_interval
+from lightning_estdgm.energy.sampler import Sampler, check_seconds
 from lightning_estdgm.energy.sources.protocol import EnergySource, resolve
 from lightning_estdgm.energy.summary import joules_and_sources
+from lightning_estdgm.energy.totals import Totals
 
 __all__ = ["EnergyMeter"]
 
 OUTSIDE = ""
-"""The label of what lies in no window."""
+"""Label of the energy outside all windows."""
 
 
 class EnergyMeter:
     """Measures the energy of a ``with`` block: of all devices that this process sees, whoever else uses them.
 
-    Figures are there during the block and after it. A meter may be used for several blocks, which add up.
+    Figures are available during the block and after it. A meter may be used for several blocks, which add up.
     At the ends of blocks and windows it waits for the kernels that CUDA has queued on the current device.
 
     Args:
-        sources: names ("nvml", "rapl", "cpu-estimate") or `EnergySource` objects; None takes all that work
+        sources: Names ("nvml", "rapl", "cpu-estimate") or `EnergySource` objects; None takes all that work
             here, and the CPU estimate only where the CPU is not measured.
-        interval_s: seconds between two readings of the background thread.
+        interval_s: Seconds between two readings of the background thread.
 
     Raises:
-        TypeError: `sources` or one of its objects is not what is expected, or `interval_s` is no number.
+        TypeError: `sources` is no list, one of its objects is no source, or `interval_s` is no number.
         ValueError: `interval_s` is not positive, or no source has that name.
 
     Example:
@@ -43,43 +43,43 @@ class EnergyMeter:
     """
 
     def __init__(self, sources: Iterable[str | EnergySource] | None = None, interval_s: float = 1.0) -> None:
-        self._interval_s = check_interval(interval_s)
+        self._interval_s = check_seconds("interval_s", interval_s)
         self._sources = None if sources is None else (sources if isinstance(sources, str) else list(sources))
         resolve(self._sources)
         self._base = Totals()
-        self._meter: Meter | None = None
-        self._last: Meter | None = None
+        self._sampler: Sampler | None = None
+        self._last: Sampler | None = None
         self._labels: list[str] = []
 
     def __enter__(self) -> EnergyMeter:
-        if self._meter is not None:
+        if self._sampler is not None:
             raise RuntimeError("this EnergyMeter is measuring already; use window() inside its block")
         self._labels = [OUTSIDE]
         _synchronize()
-        self._meter = self._last = Meter(resolve(self._sources), interval_s=self._interval_s)
-        self._meter.start(OUTSIDE, "")
+        self._sampler = self._last = Sampler(resolve(self._sources), interval_s=self._interval_s)
+        self._sampler.start(OUTSIDE, "")
         return self
 
     def __exit__(self, *exc: object) -> None:
-        assert self._meter is not None
+        assert self._sampler is not None
         _synchronize()
-        self._meter.stop()
-        self._base, self._meter = self._totals(), None
+        self._sampler.stop()
+        self._base, self._sampler = self._totals(), None
 
     @contextlib.contextmanager
     def window(self, label: str) -> Iterator[None]:
-        """Book the energy of this stretch under `label`; in a nested window, under the inner one alone.
+        """Attribute the energy of this block to `label`; that of a nested window to the inner one alone.
 
         Raises:
             TypeError: `label` is no str.
             ValueError: `label` is empty.
-            RuntimeError: outside the meter's block.
+            RuntimeError: The meter's own block is not entered.
         """
         if not isinstance(label, str):
             raise TypeError(f"label must be a str, got {label!r}")
         if not label:
             raise ValueError("label must not be empty")
-        if self._meter is None:
+        if self._sampler is None:
             raise RuntimeError("window() works inside the block of its EnergyMeter only")
         self._labels.append(label)
         self._switch()
@@ -91,7 +91,7 @@ class EnergyMeter:
 
     @property
     def joules(self) -> float | None:
-        """Joules so far; None where nothing was read. `summary` says how much of it is estimated."""
+        """Joules so far; None where nothing was read. `summary` tells how many of them are estimated."""
         return self._current().joules()
 
     @property
@@ -101,32 +101,32 @@ class EnergyMeter:
 
     @property
     def by_window(self) -> dict[str, float | None]:
-        """Joules by label; windows of one label add up, and "" is what lies in none."""
+        """Joules by label; windows of one label add up, and "" is the energy outside all windows."""
         totals = self._current()
         return {label: totals.joules(label=label) for label in totals.labels()}
 
     def summary(self) -> dict[str, Any]:
-        """All figures in plain types: those of `EnergyMonitor.summary` that have a meaning here, and by window."""
+        """Return all figures in plain types: those of `EnergyMonitor.summary` that apply here, and sums by window."""
         totals = self._current()
-        opened, absent = (self._last.opened, self._last.absent) if self._last else ([], [])
+        active, unavailable = (self._last.active, self._last.unavailable) if self._last else ([], [])
         return {
-            **joules_and_sources(totals, opened, absent),
+            **joules_and_sources(totals, active, unavailable),
             "by_window": {label: totals.joules(label=label) for label in totals.labels()},
             "seconds_by_window": {label: totals.window_ns[label, ""] / 1e9 for label in totals.labels()},
         }
 
     def _switch(self) -> None:
-        assert self._meter is not None
+        assert self._sampler is not None
         _synchronize()
-        self._meter.mark(self._labels[-1], "")
+        self._sampler.mark(self._labels[-1], "")
 
     def _current(self) -> Totals:
-        if self._meter is not None:
-            self._meter.read()
+        if self._sampler is not None:
+            self._sampler.read()
         return self._totals()
 
     def _totals(self) -> Totals:
-        return self._base if self._meter is None else self._base.add(self._meter.totals())
+        return self._base if self._sampler is None else self._base.add(self._sampler.totals())
 
 
 def _synchronize() -> None:

@@ -1,4 +1,4 @@
-"""Energy under the names of OpenTelemetry, and as a text file for Prometheus."""
+"""Export of energy under OpenTelemetry's names, and as a text file for Prometheus."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning_estdgm.energy.accumulator import Totals
-from lightning_estdgm.energy.device_assignment import Opened
+from lightning_estdgm.energy.device_assignment import ActiveSource
 from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, Kind
+from lightning_estdgm.energy.totals import Totals
 
-__all__ = ["Measurement", "check_prometheus", "measurements", "write_prometheus"]
+__all__ = ["EnergyMeasurement", "check_prometheus", "measurements", "write_prometheus"]
 
 _HW_TYPES: dict[Kind, str] = {"gpu": "gpu", "cpu": "cpu", "dram": "memory"}
 _UNITS = {"J": "joules", "W": "watts", "1": "ratio"}
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """One value as OpenTelemetry's semantic conventions for hardware name it.
+class EnergyMeasurement:
+    """One value under the names of OpenTelemetry's semantic conventions for hardware.
 
     Attributes:
-        name: "hw.energy", "hw.power", or a name of our own under "estdgm.".
+        name: "hw.energy", "hw.power", or a name of this package under "estdgm.".
         instrument: "counter" or "gauge".
-        unit: UCUM: "J", "W", "1", "{step}".
-        value: of a counter: since the beginning of the run.
-        attributes: `hw.id`, `hw.type`, `hw.name`, `host.name`, and our own under "estdgm.".
+        unit: Unit in UCUM: "J", "W", "1", "{step}".
+        value: Current value; a counter's since the beginning of the run.
+        attributes: `hw.id`, `hw.type`, `hw.name`, `host.name`, and those of this package under "estdgm.".
     """
 
     name: str
@@ -37,16 +37,18 @@ class Measurement:
     attributes: Mapping[str, str]
 
 
-def measurements(totals: Totals, opened: Sequence[Opened], watts: Mapping[DeviceId, float]) -> list[Measurement]:
-    """Joules by device, phase and stage, watts by device, and how complete they are.
+def measurements(
+    totals: Totals, active: Sequence[ActiveSource], watts: Mapping[DeviceId, float]
+) -> list[EnergyMeasurement]:
+    """Return joules by device, phase and stage, watts by device, coverage, gaps and steps.
 
     Estimates are told apart by the attribute `estdgm.method`. Source of the names:
     https://opentelemetry.io/docs/specs/semconv/hardware/common/ (status: development).
     """
-    infos = {device: info for source in opened for device, info in source.devices.items()}
-    methods = {device: source.method for source in opened for device in source.devices}
+    infos = {device: info for source in active for device, info in source.devices.items()}
+    methods = {device: source.method for source in active for device in source.devices}
     found = [
-        Measurement(
+        EnergyMeasurement(
             "hw.energy",
             "counter",
             "J",
@@ -60,33 +62,37 @@ def measurements(totals: Totals, opened: Sequence[Opened], watts: Mapping[Device
         for cell, uj in totals.energy_uj.items()
     ]
     found += [
-        Measurement("hw.power", "gauge", "W", w, _attributes(device, infos.get(device), methods[device]))
+        EnergyMeasurement("hw.power", "gauge", "W", w, _attributes(device, infos.get(device), methods[device]))
         for device, w in watts.items()
     ]
     found += [
-        Measurement("estdgm.energy.coverage", "gauge", "1", totals.coverage_ratio, {}),
-        Measurement("estdgm.energy.gaps", "counter", "{gap}", totals.gaps, {}),
-        Measurement("estdgm.steps", "counter", "{step}", totals.steps, {}),
+        EnergyMeasurement("estdgm.energy.coverage", "gauge", "1", totals.coverage_ratio, {}),
+        EnergyMeasurement("estdgm.energy.gaps", "counter", "{gap}", totals.gaps, {}),
+        EnergyMeasurement("estdgm.steps", "counter", "{step}", totals.steps, {}),
     ]
     return found
 
 
 def check_prometheus() -> None:
-    """Raise `ModuleNotFoundError`, with what to install, where `prometheus_client` is not there."""
+    """Check that `prometheus_client` is installed.
+
+    Raises:
+        ModuleNotFoundError: It is not; the message says what to install.
+    """
     if importlib.util.find_spec("prometheus_client") is None:
         raise ModuleNotFoundError(
             "the Prometheus file needs prometheus_client: pip install 'lightning-estdgm[prometheus]'"
         )
 
 
-def write_prometheus(path: str | os.PathLike[str], values: Iterable[Measurement]) -> None:
+def write_prometheus(path: str | os.PathLike[str], values: Iterable[EnergyMeasurement]) -> None:
     """Write a file for the textfile collector of Prometheus's node exporter; it is replaced in one move.
 
     Names follow OpenTelemetry's translation: ``hw.energy`` in J becomes ``hw_energy_joules_total``.
 
     Raises:
         ModuleNotFoundError: `prometheus_client` is not installed.
-        OSError: the file cannot be written.
+        OSError: The file cannot be written.
     """
     check_prometheus()
     from prometheus_client import CollectorRegistry, write_to_textfile
@@ -97,7 +103,7 @@ def write_prometheus(path: str | os.PathLike[str], values: Iterable[Measurement]
 
 
 class _Collector:
-    def __init__(self, values: list[Measurement]) -> None:
+    def __init__(self, values: list[EnergyMeasurement]) -> None:
         self._values = values
 
     def collect(self) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""CO2 and cost of joules, from what the user states; kept apart from the joules themselves."""
+"""CO2 and cost of joules, from factors that the user states; kept apart from the joules themselves."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ _JOULES_PER_KWH = 3.6e6
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a kilowatt-hour means where the machine stands.
+    """Carbon intensity and price of the electricity of the machine.
 
     ``grams = joules / 3.6e6 * pue * grams_co2_per_kwh`` and ``cost = joules / 3.6e6 * pue * price_per_kwh``.
     Nothing is looked up or assumed: a figure whose factor is not given is None.
 
     Args:
-        grams_co2_per_kwh: carbon intensity of the electricity.
-        price_per_kwh: in any currency.
-        pue: energy of the building over energy of its computers; 1 leaves the building out.
-        currency: for display.
+        grams_co2_per_kwh: Carbon intensity of the electricity.
+        price_per_kwh: Price of a kilowatt-hour, in any currency.
+        pue: Energy of the building over energy of its computers (power usage effectiveness); 1 leaves the
+            building out.
+        currency: Name of the currency, for display.
 
     Raises:
-        TypeError: a factor is no number.
-        ValueError: a factor is negative or not finite, `pue` is below 1, or neither factor is given.
+        TypeError: A factor is no number.
+        ValueError: A factor is negative or not finite, `pue` is below 1, or neither factor is given.
 
     Example:
         >>> footprint = Footprint(grams_co2_per_kwh=380, pue=1.2)
@@ -51,11 +52,11 @@ class Footprint:
                 raise ValueError(f"{name} must be a finite number of at least {least:g}, got {value!r}")
 
     def grams_co2(self, joules: float | None) -> float | None:
-        """Grams of CO2 (or of what the intensity counts); None where the joules or the intensity are unknown."""
+        """Return grams of CO2, or of CO2 equivalent if the intensity is; None where joules or intensity are unknown."""
         return self._times(joules, self.grams_co2_per_kwh)
 
     def cost(self, joules: float | None) -> float | None:
-        """Money, in the currency of the price; None where the joules or the price are unknown."""
+        """Return the cost in the currency of the price; None where joules or price are unknown."""
         return self._times(joules, self.price_per_kwh)
 
     def _times(self, joules: float | None, per_kwh: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""A live look at the sensors of this machine, as a run would use them: what they read, and how often they renew it."""
+"""A live look at the sensors of this machine: their power, and how often they renew it."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from lightning_estdgm.energy.accumulator import Accumulator
-from lightning_estdgm.energy.device_assignment import Opened
+from lightning_estdgm.energy.device_assignment import ActiveSource, UnavailableSource
 from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, Reading, SourceUnavailable, Status
-from lightning_estdgm.energy.sampler import Absent, Meter
+from lightning_estdgm.energy.source_set import SourceSet
 from lightning_estdgm.energy.sources.protocol import EnergySource
 
 __all__ = ["DeviceProbe", "Probe", "probe"]
 
 PAUSE_S = 0.002
-"""Between two looks: shorter than any sensor but RAPL (1 ms) renews its value."""
+"""Pause between two looks: shorter than the update period of any sensor but RAPL (1 ms)."""
 
 
 @dataclass
 class DeviceProbe:
-    """What one device showed.
+    """Readings of one device.
 
     Attributes:
-        info: what is known of it.
-        watts: mean power over the look; None where nothing could be read.
-        period_s: mean time between two new values; None where fewer than two came. It cannot be seen shorter
-            than the time between two looks.
-        status: of the last reading.
-        reads: how often it was read.
-        failed: how many of these failed.
+        info: Name and properties of the device.
+        watts: Mean power over the look; None where nothing could be read.
+        period_s: Mean time between two new values, not shorter than the time between two looks; None where fewer
+            than two came.
+        status: Status of the last reading.
+        reads: Number of readings.
+        failed: Number of failed readings.
     """
 
     info: DeviceInfo
@@ -42,20 +42,20 @@ class DeviceProbe:
 
 @dataclass
 class Probe:
-    """What the sensors of a machine showed.
+    """Readings of the sensors of a machine.
 
     Attributes:
-        seconds: how long they were looked at.
-        sources: those that a run would use, with their devices.
-        absent: the others, and why.
+        seconds: Duration of the look.
+        sources: Sources that a run would use, with their devices.
+        unavailable: Other sources, and why they are not used.
     """
 
     seconds: float
-    sources: list[tuple[Opened, dict[DeviceId, DeviceProbe]]] = field(default_factory=list)
-    absent: list[Absent] = field(default_factory=list)
+    sources: list[tuple[ActiveSource, dict[DeviceId, DeviceProbe]]] = field(default_factory=list)
+    unavailable: list[UnavailableSource] = field(default_factory=list)
 
     def kinds(self, *, estimated: bool) -> dict[str, str]:
-        """Kinds of devices that gave watts, with the sources: only those that estimate, or only those that measure."""
+        """Return the kinds of devices that gave watts, with the sources that estimate them, or else measure them."""
         kinds: dict[str, list[str]] = {}
         for source, devices in self.sources:
             for device, seen in devices.items():
@@ -66,12 +66,12 @@ class Probe:
 
     @property
     def measurable(self) -> bool:
-        """True if at least one device's energy is measured, not merely estimated."""
+        """Whether the energy of at least one device is measured, not merely estimated."""
         return bool(self.kinds(estimated=False))
 
 
 class _Changes:
-    """When one device's value became another one."""
+    """Times at which the value of one device changed."""
 
     def __init__(self) -> None:
         self._value: tuple[int | None, int | None] | None = None
@@ -93,36 +93,30 @@ def probe(sources: Iterable[tuple[str, EnergySource | SourceUnavailable]], secon
     """Open the sources as a run would, and read them for `seconds`.
 
     Args:
-        sources: names with sources, or with the reason why there is none, as `resolve` gives them.
-        seconds: how long to look; each device is read at least twice.
+        sources: Names with sources, or with the reason why there is none, as `resolve` gives them.
+        seconds: Duration of the look; each device is read at least twice.
 
     Raises:
         ValueError: `seconds` is not positive.
     """
     if not seconds > 0:
         raise ValueError(f"seconds must be > 0, got {seconds!r}")
-    candidates = list(sources)
-    by_name = {name: source for name, source in candidates if not isinstance(source, SourceUnavailable)}
-    meter = Meter(candidates, interval_s=seconds)
-    meter.open()
+    opened = SourceSet(sources)
+    opened.open()
     try:
-        result = Probe(seconds, absent=meter.absent)
-        for opened in meter.opened:
-            result.sources.append((opened, {d: DeviceProbe(info) for d, info in opened.devices.items()}))
-        _watch(result, by_name, seconds)
+        result = Probe(seconds, unavailable=opened.unavailable)
+        for source in opened.active:
+            result.sources.append((source, {d: DeviceProbe(info) for d, info in source.devices.items()}))
+        _watch(result, opened, seconds)
     finally:
-        meter.stop()
+        opened.close()
     return result
 
 
-def _watch(result: Probe, by_name: dict[str, EnergySource], seconds: float) -> None:
+def _watch(result: Probe, opened: SourceSet, seconds: float) -> None:
     accumulator = Accumulator(max_interval_s=max(5.0, seconds))
-    changes: dict[DeviceId, _Changes] = {}
-    for opened, devices in result.sources:
-        for device in devices:
-            wrap_range_uj = by_name[opened.name].wrap_range_uj(device)
-            accumulator.add_device(device, source=opened.name, method=opened.method, wrap_range_uj=wrap_range_uj)
-            changes[device] = _Changes()
+    opened.expect_in(accumulator)
+    changes = {device: _Changes() for _, devices in result.sources for device in devices}
     begin_ns = time.monotonic_ns()
     accumulator.switch(begin_ns, "", "")
     done = False
@@ -130,9 +124,9 @@ def _watch(result: Probe, by_name: dict[str, EnergySource], seconds: float) -> N
         # A last look comes after the time is up, so that there are two of every device.
         done = time.monotonic_ns() - begin_ns > seconds * 1e9
         readings: dict[DeviceId, Reading] = {}
-        for opened, devices in result.sources:
+        for source, devices in result.sources:
             try:
-                got = by_name[opened.name].read()
+                got = opened.read(source)
             except Exception:  # a vendor's library may fail in any way: its devices count as failed
                 got = {}
             for device, seen in devices.items():

@@ -1,4 +1,4 @@
-"""One look at one device: readings, devices, and what they are called."""
+"""Readings of devices, and the ids and names of the devices."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ METHODS: tuple[Method, ...] = ("counter", "integrated", "estimated")
 
 
 class Status(str, enum.Enum):
-    """How one reading, or the opening of one source, went."""
+    """Outcome of one reading, or of the opening of one source."""
 
     OK = "ok"
     UNSUPPORTED = "unsupported"
     """The device exists and does not offer this."""
     NO_PERMISSION = "no_permission"
     UNAVAILABLE = "unavailable"
-    """The driver, library or device is not there (any more): what is read later does not continue this."""
+    """The driver, library or device is not there (any more): a later reading does not continue this one."""
     ERROR = "error"
     """A passing failure: the same device may answer the next time, and its counter ran on meanwhile."""
 
 
 @dataclass(frozen=True, order=True)
 class DeviceId:
-    """One device: the same hardware has the same id in every process of every run.
+    """Id of one device: the same hardware has the same id in every process of every run.
 
     Attributes:
-        host: name of the machine.
+        host: Name of the machine.
         kind: "gpu", "cpu" or "dram".
         uid: UUID, PCI address or zone name, never an index that an environment variable can renumber.
     """
@@ -68,15 +68,15 @@ class DeviceId:
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """What people, and the choice of devices, need to know of one device.
+    """Name and properties of one device.
 
     Attributes:
-        name: product name and what is read, for people.
-        shared: the reading also holds work of others: the parent of a MIG slice, both dies of an MI250.
-        covers: other kinds whose energy is in this reading too; a Grace-Hopper module counter covers
+        name: Product name and measured quantity, for people.
+        shared: Whether the reading includes the work of others: the parent of a MIG slice, both dies of an MI250.
+        covers: Other kinds whose energy the reading includes; a Grace-Hopper module counter covers
             ("cpu", "dram"), so that sources of those kinds would count it again.
         pci: PCI address in lower case, "0000:c1:00.0"; None where there is none.
-        ids: further UUIDs and PCI addresses of compute devices whose energy this reading holds: the UUID
+        ids: Further UUIDs and PCI addresses of compute devices whose energy the reading includes: the UUID
             where `DeviceId.uid` is a PCI address, MIG slices, the second die of an MI250.
     """
 
@@ -89,13 +89,13 @@ class DeviceInfo:
 
 @dataclass(frozen=True)
 class Reading:
-    """One look at one device. A failed one holds None, never 0.
+    """One reading of one device. A failed one holds None, never 0.
 
     Attributes:
         monotonic_ns: `time.monotonic_ns()` at the reading.
-        energy_uj: raw counter in microjoules, from an arbitrary origin.
-        power_mw: power in milliwatts.
-        status: anything but OK makes this a gap.
+        energy_uj: Raw counter in microjoules, from an arbitrary origin.
+        power_mw: Power in milliwatts.
+        status: Outcome; anything but OK makes this a gap.
     """
 
     monotonic_ns: int
@@ -105,7 +105,12 @@ class Reading:
 
 
 class SourceUnavailable(Exception):
-    """A source that cannot be used here, and why: `status` for programs, `reason` for people."""
+    """Raised where a source cannot be used.
+
+    Args:
+        status: Reason for programs.
+        reason: Reason for people.
+    """
 
     def __init__(self, status: Status, reason: str) -> None:
         super().__init__(reason)
@@ -117,7 +122,7 @@ class SourceUnavailable(Exception):
 
 
 def hostname() -> str:
-    """The `host` of the devices of this machine: ESTDGM_HOSTNAME, else the system's host name.
+    """Return the `host` of this machine's devices: ESTDGM_HOSTNAME, else the system's host name.
 
     Processes that see the same host name are taken to share its devices; the variable tells machines apart
     that share a name, and joins containers of one machine that do not.
@@ -126,9 +131,12 @@ def hostname() -> str:
 
 
 def torch_ids(properties: object) -> tuple[str | None, str | None]:
-    """UUID and PCI address of a torch device, from `torch.cuda.get_device_properties`; None where unknown.
+    """Return UUID and PCI address of a torch device; None where unknown.
 
     ROCm gives the 16 letters of its UUID where CUDA gives 16 bytes: they are put back into letters.
+
+    Args:
+        properties: Result of `torch.cuda.get_device_properties`.
     """
     uuid = getattr(properties, "uuid", None)
     text = None if uuid is None else str(uuid).lower()
@@ -145,10 +153,15 @@ def torch_ids(properties: object) -> tuple[str | None, str | None]:
 def own_gpus(
     infos: Mapping[DeviceId, DeviceInfo], torch_uuid: str | None, torch_pci: str | None = None
 ) -> list[DeviceId]:
-    """The devices whose reading holds the energy of one torch device, known by what `torch_ids` gives.
+    """Return the devices whose readings include the energy of one torch device; empty where none matches.
 
-    NVIDIA GPUs and MIG slices match by UUID, AMD GPUs by UUID or PCI address. Empty where none matches.
-    A UUID match wins over one by address, which the partitions of a GPU may share.
+    NVIDIA GPUs and MIG slices match by UUID, AMD GPUs by UUID or PCI address. A UUID match wins over one by
+    address, which the partitions of a GPU may share.
+
+    Args:
+        infos: Devices to choose from.
+        torch_uuid: UUID of the torch device, as `torch_ids` gives it.
+        torch_pci: PCI address of the torch device, as `torch_ids` gives it.
 
     Example:
         >>> gpu = DeviceId("host", "gpu", "0000:c1:00.0")

@@ -1,83 +1,46 @@
-"""`energy.json`: what a run was, by what method, and what it used, for `estdgm report` and for other programs."""
+"""`energy.json`: the file that tells `estdgm report` and other programs what a run was and what it used."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import platform
-import sys
 import tempfile
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningModule, Trainer
-from torch import nn
-from torch.nn.parameter import is_lazy
-
-from lightning_estdgm.energy.reading import hostname
-from lightning_estdgm.modules.candidates import clean_name
-
-__all__ = ["FILE_NAME", "describe_model", "describe_run", "run_folder", "write_run_file"]
+__all__ = ["FILE_NAME", "FORMAT", "VERSION", "run_file_content", "write_run_file"]
 
 FILE_NAME = "energy.json"
+FORMAT, VERSION = "lightning_estdgm.energy", 1
 
 
-def describe_model(module: nn.Module) -> dict[str, Any]:
-    """Class, number of parameters, and a fingerprint that equals for models of the same names and shapes.
+def run_file_content(
+    *, status: str, run: Mapping[str, Any], method: Mapping[str, Any] | None, energy: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the content of the file.
 
-    Returns:
-        "class", "parameters" (int) and "fingerprint" (SHA-256, hex); the last two None while parameters are lazy.
+    Args:
+        status: "finished" or "exception".
+        run: Description of the run: model, batch size, precision, devices, versions.
+        method: Summary of the training method; None for an ordinary run.
+        energy: Result of `EnergyMonitor.summary`.
     """
-    parameters = dict(module.named_parameters())
-    name = type(module).__name__
-    if any(is_lazy(p) for p in parameters.values()):
-        return {"class": name, "parameters": None, "fingerprint": None}
-    shapes = sorted((clean_name(key), tuple(p.shape)) for key, p in parameters.items())
-    digest = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
-    return {"class": name, "parameters": sum(p.numel() for p in parameters.values()), "fingerprint": digest}
-
-
-def describe_run(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-    """What can be said of a run at its start."""
-    logger = trainer.logger
-    name = "/".join(str(part) for part in (logger.name, logger.version) if part not in (None, "")) if logger else ""
-    seed = os.environ.get("PL_GLOBAL_SEED", "")
-    return {
-        "name": name or run_folder(trainer).name,
-        "host": hostname(),
-        "world_size": trainer.world_size,
-        "strategy": type(trainer.strategy).__name__,
-        "accelerator": type(trainer.accelerator).__name__.removesuffix("Accelerator").lower(),
-        "precision": str(trainer.precision),
-        "accumulate_grad_batches": trainer.accumulate_grad_batches,
-        "compiled": _is_compiled(pl_module),
-        "seed": int(seed) if seed.lstrip("-").isdecimal() else None,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "lightning")},
-            "lightning_estdgm": _version("lightning-estdgm"),
-            "cuda": torch.version.cuda,
-            "hip": torch.version.hip,
-        },
-    }
-
-
-def run_folder(trainer: Trainer) -> Path:
-    """The first logger's own folder, where it has one, else the trainer's root."""
-    # Not trainer.log_dir: it broadcasts, and after an exception the other ranks may be gone.
-    folder = getattr(trainer.logger, "log_dir", None) if trainer.logger else None
-    return Path(folder if isinstance(folder, str) and folder else trainer.default_root_dir)
+    return {"version": VERSION, "format": FORMAT, "status": status, "run": run, "method": method, "energy": energy}
 
 
 def write_run_file(folder: Path, content: Mapping[str, Any]) -> Path:
     """Write `energy.json` in one move: readers see the old file or the new one, whole.
 
+    Args:
+        folder: Folder of the run; made where it is missing.
+        content: Content, as `run_file_content` gives it.
+
+    Returns:
+        The path of the file.
+
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: The folder cannot be made or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{FILE_NAME}.", dir=folder)
@@ -91,18 +54,3 @@ def write_run_file(folder: Path, content: Mapping[str, Any]) -> Path:
         os.unlink(temporary)
         raise
     return folder / FILE_NAME
-
-
-def _is_compiled(module: LightningModule) -> bool:
-    """Whether the whole module was given compiled, or a part of it is."""
-    if getattr(module, "_compiler_ctx", None) is not None:
-        return True
-    dynamo = sys.modules.get("torch._dynamo")  # not imported: nothing was compiled
-    return dynamo is not None and any(isinstance(m, dynamo.OptimizedModule) for m in module.modules())
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:  # a source tree that was never installed
-        return None

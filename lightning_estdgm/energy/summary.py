@@ -1,4 +1,4 @@
-"""What is told of a run's energy: the summary in plain types, and the metrics for loggers. Pure functions."""
+"""Figures of a run's energy: the summary in plain types, the metrics for loggers, the announcement. Pure functions."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lightning_estdgm.energy.accumulator import Totals
-from lightning_estdgm.energy.device_assignment import Opened
+from lightning_estdgm.energy.device_assignment import ActiveSource, UnavailableSource
 from lightning_estdgm.energy.footprint import Footprint
 from lightning_estdgm.energy.reading import KINDS, DeviceId, DeviceInfo
-from lightning_estdgm.energy.sampler import Absent
+from lightning_estdgm.energy.totals import Totals
 
 __all__ = ["TRAIN", "VAL", "announcement", "joules_and_sources", "metrics", "summary"]
 
 TRAIN, VAL = "train", "val"
 
 
-def joules_and_sources(totals: Totals, opened: Iterable[Opened], absent: Iterable[Absent]) -> dict[str, Any]:
-    """How much, by which sources and how well, in plain types; a figure that nobody read is None, never 0.
+def joules_and_sources(
+    totals: Totals, active: Iterable[ActiveSource], unavailable: Iterable[UnavailableSource]
+) -> dict[str, Any]:
+    """Return joules, sources and coverage in plain types; a figure that nobody read is None, never 0.
 
     Args:
-        totals: sums over restarts and processes.
-        opened: the sources of the process or run as it is now; earlier ones are in `totals`.
-        absent: the sources that are not used.
+        totals: Sums over restarts and processes.
+        active: Sources in use now; earlier ones are in `totals`.
+        unavailable: Sources that are not used.
     """
-    opened = list(opened)
-    methods: set[str] = {cell.method for cell in totals.energy_uj} | {source.method for source in opened}
+    active = list(active)
+    methods: set[str] = {cell.method for cell in totals.energy_uj} | {source.method for source in active}
     return {
         "total_joules": totals.joules(),
         "measured_joules": totals.joules(estimated=False),
@@ -36,33 +37,33 @@ def joules_and_sources(totals: Totals, opened: Iterable[Opened], absent: Iterabl
         "coverage_ratio": totals.coverage_ratio,
         "gaps": totals.gaps,
         "segments": totals.segments,
-        "sources": _sources(totals, opened),
-        "absent": [{"name": a.name, "status": a.status.value, "reason": a.reason} for a in absent],
+        "sources": _sources(totals, active),
+        "absent": [{"name": a.name, "status": a.status.value, "reason": a.reason} for a in unavailable],
         "method": "none" if not methods else methods.pop() if len(methods) == 1 else "mixed",
     }
 
 
 def summary(
     totals: Totals,
-    opened: Iterable[Opened],
-    absent: Iterable[Absent],
+    active: Iterable[ActiveSource],
+    unavailable: Iterable[UnavailableSource],
     *,
     idle_w: Mapping[DeviceId, float] | None = None,
     footprint: Footprint | None = None,
 ) -> dict[str, Any]:
-    """`joules_and_sources`, and how it spreads over the phases and steps of a run.
+    """Return `joules_and_sources` of a run, and its energy by phase, by step and by sample.
 
     Args:
-        totals: sums over restarts and processes.
-        opened: the sources of the run as it is now; earlier ones are in `totals`.
-        absent: the sources that are not used.
-        idle_w: the idle baseline in watts, where one was asked for.
-        footprint: for CO2 and cost, where they were asked for.
+        totals: Sums over restarts and processes.
+        active: Sources in use now; earlier ones are in `totals`.
+        unavailable: Sources that are not used.
+        idle_w: Idle baseline in watts by device; None without one.
+        footprint: Factors for CO2 and cost; None leaves both out.
     """
     joules, train_j = totals.joules(), totals.joules(stage=TRAIN)
     counts = {"step": totals.steps, **totals.counts}
     content: dict[str, Any] = {
-        **joules_and_sources(totals, opened, absent),
+        **joules_and_sources(totals, active, unavailable),
         "by_phase": {label: totals.joules(label=label) for label in totals.labels()},
         "train_by_phase": {label: totals.joules(label=label, stage=TRAIN) for label in totals.labels()},
         "seconds_by_phase": {
@@ -99,22 +100,24 @@ def summary(
 
 def metrics(
     totals: Totals,
-    opened: Sequence[Opened],
+    active: Sequence[ActiveSource],
     watts: Mapping[DeviceId, float],
     gpus: Mapping[DeviceId, str],
     footprint: Footprint | None = None,
 ) -> dict[str, float]:
-    """What is logged, by name; a figure that nobody read is left out, one with an estimated part is named so.
+    """Return the logged metrics by name.
+
+    A figure that nobody read is left out; the name of one with an estimated part ends in "_estimated".
 
     Args:
-        totals: sums over restarts and processes.
-        opened: the sources of all processes.
-        watts: by device, since the last log.
-        gpus: the place of each GPU, "node/local".
-        footprint: for CO2 and cost, where they were asked for.
+        totals: Sums over restarts and processes.
+        active: Sources of all processes.
+        watts: Mean watts by device since the last log.
+        gpus: Name of each GPU, "node/local".
+        footprint: Factors for CO2 and cost; None leaves both out.
     """
     found: dict[str, float] = {"energy/seconds": totals.seconds}
-    guessed = {device.kind for source in opened if source.method == "estimated" for device in source.devices}
+    guessed = {device.kind for source in active if source.method == "estimated" for device in source.devices}
 
     def suffix(kind: str | None = None, **which: str) -> str:
         # Also before an estimate's first joule is there: a curve must not change its name.
@@ -138,7 +141,7 @@ def metrics(
     if totals.net_joules is not None:
         found[f"energy/net_joules{suffix()}"] = totals.net_joules
 
-    methods = {device: source.method for source in opened for device in source.devices}
+    methods = {device: source.method for source in active for device in source.devices}
     for name, kinds in (*((kind, {kind}) for kind in KINDS), ("total", set(KINDS))):
         devices = [d for d in methods if d.kind in kinds]
         if devices and all(d in watts for d in devices):  # a sum with a device missing would look like a saving
@@ -156,28 +159,30 @@ def metrics(
     return found
 
 
-def announcement(opened: Sequence[Opened], absent: Iterable[Absent], idle_w: Mapping[DeviceId, float]) -> str:
-    """What is measured, by what, and why the rest is not: to be printed once."""
-    if opened:
+def announcement(
+    active: Sequence[ActiveSource], unavailable: Iterable[UnavailableSource], idle_w: Mapping[DeviceId, float]
+) -> str:
+    """Return a text of which device is measured by which source, and why other sources are not used."""
+    if active:
         lines = ["Energy of this run:"]
     else:
         lines = ["Energy of this run: no joules, seconds only, because no source could be used:"]
-    for source in opened:
+    for source in active:
         word = source.method if source.method != "estimated" else "ESTIMATED, not measured"
         for device, info in source.devices.items():
             idle = f", idle {idle_w[device]:.1f} W" if device in idle_w else ""
             lines.append(f"  {device.kind}: {source.name} ({word}): {info.name} [{device.host} {device.uid}]{idle}")
-    lines += [f"  not used: {a.name} ({a.status.value}): {a.reason}" for a in absent]
+    lines += [f"  not used: {a.name} ({a.status.value}): {a.reason}" for a in unavailable]
     return "\n".join(lines)
 
 
-def _sources(totals: Totals, opened: Iterable[Opened]) -> list[dict[str, Any]]:
-    """All sources that were read, those of earlier fits included, with the joules and mean watts of each device."""
+def _sources(totals: Totals, active: Iterable[ActiveSource]) -> list[dict[str, Any]]:
+    """Return all sources that were read, those of earlier fits included, with joules and mean watts by device."""
     used: dict[tuple[str, str], dict[DeviceId, DeviceInfo | None]] = {}
     drivers: dict[tuple[str, str], str] = {}
     for cell in totals.energy_uj:
         used.setdefault((cell.source, cell.method), {}).setdefault(cell.device, None)
-    for source in opened:
+    for source in active:
         used.setdefault((source.name, source.method), {}).update(source.devices)
         drivers[source.name, source.method] = source.driver
     energy_uj: dict[tuple[str, str, DeviceId], int] = {}

@@ -1,4 +1,4 @@
-"""The active blocks of a weight as runs of adjacent elements of its storage: copied out and in without the rest."""
+"""Active blocks of a weight as slices of adjacent elements of its storage: copied out and in without the rest."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ActiveRuns"]
+__all__ = ["BlockSlices"]
 
 _PIECE = 1 << 18  # elements: what stays in a CPU's cache between reading and writing
 
 
 @dataclass(frozen=True, eq=False)
-class ActiveRuns:
-    """Where the active blocks of one weight lie.
+class BlockSlices:
+    """Positions of the active blocks of one weight in its memory.
 
-    A block of a row-major ``(out, in)`` matrix is ``block_size`` runs of as many elements; a convolution's kernels
+    A block of a row-major ``(out, in)`` matrix is ``block_size`` slices of as many elements; a convolution's kernels
     lengthen them, or in channels-last memory multiply them.
 
     Attributes:
-        order: the weight's dimensions from the outermost in memory to the innermost.
-        length: elements of a run.
-        index: int64 ``[runs]``, ascending: active ones of all runs in memory.
+        order: dimensions of the weight from the outermost in memory to the innermost.
+        length: number of elements of a slice.
+        index: int64 ``[slices]``, ascending: active ones of all slices in memory.
 
     """
 
@@ -31,8 +31,8 @@ class ActiveRuns:
     index: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, mask: Tensor, block_size: int) -> ActiveRuns | None:
-        """Return the runs of the blocks that `mask` has, or None where the weight leaves gaps in its memory.
+    def of(cls, weight: Tensor, mask: Tensor, block_size: int) -> BlockSlices | None:
+        """Return the slices of the blocks that `mask` has, or None where the weight leaves gaps in its memory.
 
         Args:
             weight: ``(out, in, ...)``, any strides.
@@ -56,21 +56,21 @@ class ActiveRuns:
         return cls(order, length, index)
 
     def fit(self, weight: Tensor) -> bool:
-        """Whether a weight of the same shape still lies as the one did that these are of."""
+        """Whether a weight of the same shape lies in memory as the one did that these were made of."""
         return weight.device == self.index.device and weight.permute(self.order).is_contiguous()
 
     def read(self, weight: Tensor, *, into: Tensor | None = None) -> Tensor:
-        """Return a copy of the active blocks, ``[runs, length]``; written to `into` where that is given."""
+        """Return a copy of the active blocks, ``[slices, length]``; written to `into` where that is given."""
         if into is None:
             return self._all(weight).index_select(0, self.index)
         return torch.index_select(self._all(weight), 0, self.index, out=into)
 
     def scale_step_(self, weight: Tensor, before: Tensor, scale: float) -> None:
         """Make the step of the active blocks since they were `before` `scale` times as large, in place."""
-        runs = self._all(weight)
+        slices = self._all(weight)
         piece = max(1, _PIECE // self.length) if weight.device.type == "cpu" else max(1, len(self.index))
         for index, old in zip(self.index.split(piece), before.split(piece), strict=True):
-            runs.index_copy_(0, index, runs.index_select(0, index).lerp_(old, 1.0 - scale))
+            slices.index_copy_(0, index, slices.index_select(0, index).lerp_(old, 1.0 - scale))
 
     def _all(self, weight: Tensor) -> Tensor:
         return weight.permute(self.order).view(-1, self.length)

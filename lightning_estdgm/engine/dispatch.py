@@ -1,6 +1,6 @@
-"""What computes each layer of a run: chosen once its first step has shown the shapes, switched as masks change.
+"""Dispatch of the layers of a run to backends: chosen once its first step has shown shapes, applied as masks change.
 
-`ops.selection` measures and decides for one shape and density; here a model's layers are what it is asked about.
+`autotune.choice` measures and decides for one shape and density; here a model's layers are what it is asked about.
 """
 
 from __future__ import annotations
@@ -13,36 +13,31 @@ import torch
 from torch import distributed as dist
 
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.engine.masked_weight import MaskedLayer
-from lightning_estdgm.modules.candidates import (
-    Candidate,
-    ForwardProbe,
-    Image,
-    conv_geometry,
-    is_channels_last,
-    restore_dense_,
-    sparsify_,
-)
+from lightning_estdgm.engine.masked_weight import MaskedWeight
+from lightning_estdgm.modules.candidates import Candidate
+from lightning_estdgm.modules.forward_probe import ForwardProbe, Image, is_channels_last
+from lightning_estdgm.modules.kinds import conv_geometry
+from lightning_estdgm.modules.swap import restore_dense_, sparsify_
 from lightning_estdgm.sparse.autotune.choice import BackendSelector, Case, ConvCase
-from lightning_estdgm.sparse.autotune.timing_cache import Measurements
-from lightning_estdgm.sparse.backends.protocol import Backend, backends, get_backend
-from lightning_estdgm.sparse.conv import ConvGeometry, conv_refusal
+from lightning_estdgm.sparse.autotune.timing_cache import TimingCache
+from lightning_estdgm.sparse.backends.protocol import Backend, backends, conv_refusal, get_backend
+from lightning_estdgm.sparse.conv_geometry import ConvGeometry
 from lightning_estdgm.sparse.topology import BlockTopology
 
-__all__ = ["BackendChoice"]
+__all__ = ["Dispatch"]
 
 _NOMINAL_TOKENS, _NOMINAL_BATCH = 2048, 32  # for choosing a backend where no forward could be seen
 
 
-class BackendChoice:
-    """What computes each masked layer: probes the first step, chooses for all densities, swaps the layers' forwards.
+class Dispatch:
+    """Backends of the masked layers: probes the first step, chooses for all densities, swaps the layers' forwards.
 
-    Of a layer it sets `backend`, `final_backend` and `why`.
+    It sets `backend`, `final_backend` and `why` of each weight.
 
     Args:
-        config: its `backend` is ``"auto"`` or forced; `block_size` and `inactive` say what it has to compute.
+        config: its `backend` is ``"auto"`` or forced; `units` says what "auto" means.
         candidates: all linear and convolution layers of the model.
-        layers: the masked ones.
+        weights: the masked ones.
         group: ranks that have to come to the same choice: the first one's. ``None``: no other rank is asked.
 
     Attributes:
@@ -50,7 +45,7 @@ class BackendChoice:
         positions: that each layer's weight is applied to in a forward, by name; empty until probed.
 
     Raises:
-        ValueError: if a forced backend cannot compute a layer.
+        ValueError: if a forced backend cannot compute a weight.
 
     """
 
@@ -58,15 +53,14 @@ class BackendChoice:
         self,
         config: DGMConfig,
         candidates: Sequence[Candidate],
-        layers: Sequence[MaskedLayer],
+        weights: Sequence[MaskedWeight],
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self._config = config
         self._candidates = candidates
-        self._layers = layers
+        self._weights = weights
         self._group = group
-        self._is_frozen = config.inactive == "frozen"
-        self._selector = BackendSelector(None if config.backend == "auto" else config.backend, kept=Measurements())
+        self._selector = BackendSelector(None if config.backend == "auto" else config.backend, kept=TimingCache())
         self._check_forced()
         self.probing = True
         self.positions: dict[str, int] = {}
@@ -99,7 +93,7 @@ class BackendChoice:
 
     # ------------------------------------------------------------------ choosing
 
-    def settle(self, densities: Sequence[Sequence[float]]) -> None:
+    def choose_all(self, densities: Sequence[Sequence[float]]) -> None:
         """Choose what computes each layer at every density of the schedule; at the first step, for the whole run.
 
         All at once, so that a resumed run makes no choice of its own. The final density comes first: it is what the
@@ -115,29 +109,29 @@ class BackendChoice:
             self._selector.load_state_dict(self._from_first_rank(self._selector.state_dict()))
             self._choose_for_all(densities)
 
-    def switch(self) -> None:
+    def apply(self) -> None:
         """Have every layer computed by what is chosen for its present density, on its present mask."""
-        for layer in self._layers:
-            if self._has_choice(layer):
-                self._use(layer, self._choose(layer, layer.density)[0])
+        for weight in self._weights:
+            if self._has_choice(weight):
+                self._use(weight, self._choose(weight, weight.density)[0])
 
-    def begin(self, layer: MaskedLayer) -> None:
+    def begin(self, weight: MaskedWeight) -> None:
         """Have a layer of new masks computed by the backend that was asked for, or dense until the first choice."""
-        self._use(layer, self._forced(layer))
+        self._use(weight, self._forced(weight))
 
-    def resume(self, layer: MaskedLayer) -> None:
+    def resume(self, weight: MaskedWeight) -> None:
         """Have a layer computed by what its checkpoint names, or dense until the next choice where that cannot run."""
         if self._config.backend != "auto":
-            self.begin(layer)
+            self.begin(weight)
             return
-        backend = backends().get(layer.backend)
-        self._use(layer, "dense" if backend is None or _refusal(backend, layer) else backend.name)
+        backend = backends().get(weight.backend)
+        self._use(weight, "dense" if backend is None or _refusal(backend, weight) else backend.name)
 
     def close(self) -> None:
         """Take the hooks away and give every layer its own forward back."""
         self._remove_hooks()
-        for layer in self._layers:
-            restore_dense_(layer.candidate)
+        for weight in self._weights:
+            restore_dense_(weight.candidate)
 
     # ------------------------------------------------------------------ state
 
@@ -151,7 +145,7 @@ class BackendChoice:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, probing: bool) -> None:
-        """Go on from `state`, which may hold more than this; `resume` then says what computes each layer.
+        """Go on from `state`, which may hold more than this; `resume` then says what computes each weight.
 
         Args:
             state: what `state_dict` returned.
@@ -168,54 +162,55 @@ class BackendChoice:
 
     # ------------------------------------------------------------------ which layers have a choice
 
-    def _is_forced(self, layer: MaskedLayer) -> bool:
+    def _is_forced(self, weight: MaskedWeight) -> bool:
         """Whether a backend that was asked for is meant for this layer: it is not where "auto" found no block."""
-        has_unit = layer.block_size > 1 or self._config.block_size != "auto"
-        return self._config.backend != "auto" and layer.has_operator and has_unit
+        has_unit = weight.block_size > 1 or self._config.units.size != "auto"
+        return self._config.backend != "auto" and weight.has_operator and has_unit
 
-    def _has_choice(self, layer: MaskedLayer) -> bool:
-        return self._is_forced(layer) or (layer.has_operator and self._config.backend == "auto")
+    def _has_choice(self, weight: MaskedWeight) -> bool:
+        return self._is_forced(weight) or (weight.has_operator and self._config.backend == "auto")
 
-    def _forced(self, layer: MaskedLayer) -> str:
-        return self._config.backend if self._is_forced(layer) else "dense"
+    def _forced(self, weight: MaskedWeight) -> str:
+        return self._config.backend if self._is_forced(weight) else "dense"
 
     def _check_forced(self) -> None:
         if self._config.backend in ("auto", "dense"):
             return
         backend = get_backend(self._config.backend)
-        for layer in self._layers:
-            if self._is_forced(layer) and (reason := _refusal(backend, layer)):
+        for weight in self._weights:
+            if self._is_forced(weight) and (reason := _refusal(backend, weight)):
                 raise ValueError(
-                    f"backend={backend.name!r} was asked for but cannot compute layer {layer.name!r}: {reason}"
+                    f"backend={backend.name!r} was asked for but cannot compute layer {weight.name!r}: {reason}"
                 )
 
     # ------------------------------------------------------------------ what the selector is asked
 
     def _choose_for_all(self, densities: Sequence[Sequence[float]]) -> None:
         final, *others = densities
-        for index, layer in enumerate(self._layers):
-            if not self._has_choice(layer):
-                layer.final_backend = "dense"
+        for index, weight in enumerate(self._weights):
+            if not self._has_choice(weight):
+                weight.final_backend = "dense"
                 continue
-            layer.final_backend, layer.why = self._choose(layer, final[index])
+            weight.final_backend, weight.why = self._choose(weight, final[index])
             for densities_then in others:
-                self._choose(layer, densities_then[index])
-            self._choose(layer, layer.density)  # which the rule may have moved away from the schedule's
+                self._choose(weight, densities_then[index])
+            self._choose(weight, weight.density)  # which the rule may have moved away from the schedule's
 
-    def _choose(self, layer: MaskedLayer, density: float) -> tuple[str, str]:
-        choice = self._selector.choose(self._case(layer, density))
+    def _choose(self, weight: MaskedWeight, density: float) -> tuple[str, str]:
+        choice = self._selector.choose(self._case(weight, density))
         return choice.backend, choice.why
 
-    def _case(self, layer: MaskedLayer, density: float) -> Case | ConvCase:
+    def _case(self, weight: MaskedWeight, density: float) -> Case | ConvCase:
         """Return what there is to choose a backend for: the layer as the first step has shown it."""
-        out, inner = layer.shape[:2]
-        dtype = self._dtypes.get(layer.name, layer.parameter.dtype)
-        if not layer.candidate.is_convolution:
-            tokens = self.positions.get(layer.name, _NOMINAL_TOKENS)
-            transposed = layer.candidate.kind.transposed
-            return Case(tokens, out, inner, layer.block_size, density, dtype, layer.device, self._is_frozen, transposed)
-        geometry = _geometry(layer)
-        image = self._images.get(layer.name) or self._nominal_image(layer, geometry)
+        out, inner = weight.shape[:2]
+        frozen = weight.inactive.act_in_forward
+        dtype = self._dtypes.get(weight.name, weight.parameter.dtype)
+        if not weight.candidate.is_convolution:
+            tokens = self.positions.get(weight.name, _NOMINAL_TOKENS)
+            transposed = weight.candidate.kind.transposed
+            return Case(tokens, out, inner, weight.block_size, density, dtype, weight.device, frozen, transposed)
+        geometry = _geometry(weight)
+        image = self._images.get(weight.name) or self._nominal_image(weight, geometry)
         return ConvCase(
             image.batch,
             image.height,
@@ -223,27 +218,33 @@ class BackendChoice:
             out,
             inner,
             geometry,
-            layer.block_size,
+            weight.block_size,
             density,
             dtype,
-            layer.device,
-            self._is_frozen,
+            weight.device,
+            frozen,
             image.channels_last,
         )
 
-    def _nominal_image(self, layer: MaskedLayer, geometry: ConvGeometry) -> Image:
+    def _nominal_image(self, weight: MaskedWeight, geometry: ConvGeometry) -> Image:
         """Return an input whose output has 196 pixels, in channels-last memory if any convolution's weight is."""
-        size = (14, 14) if len(layer.shape) == 4 else (1, 196)
+        size = (14, 14) if len(weight.shape) == 4 else (1, 196)
         walk = zip(size, geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, strict=True)
         height, width = (max(1, (n - 1) * s + d * (k - 1) + 1 - 2 * p) for n, k, s, p, d in walk)
-        return Image(_NOMINAL_BATCH, height, width, any(is_channels_last(x.parameter) for x in self._layers))
+        return Image(_NOMINAL_BATCH, height, width, any(is_channels_last(x.parameter) for x in self._weights))
 
     # ------------------------------------------------------------------ helpers
 
-    def _use(self, layer: MaskedLayer, backend: str) -> None:
-        layer.backend = backend
-        if layer.has_operator and (layer.block_size > 1 or backend != "dense"):
-            sparsify_(layer.candidate, layer.mask.to(layer.device), layer.block_size, backend, self._is_frozen)
+    def _use(self, weight: MaskedWeight, backend: str) -> None:
+        weight.backend = backend
+        if weight.has_operator and (weight.block_size > 1 or backend != "dense"):
+            sparsify_(
+                weight.candidate,
+                weight.mask.to(weight.device),
+                weight.block_size,
+                backend,
+                weight.inactive.act_in_forward,
+            )
 
     def _from_first_rank(self, value: Any) -> Any:
         """Return the first rank's `value`: what depends on a machine's speed or one rank's batch must be one thing."""
@@ -259,17 +260,17 @@ class BackendChoice:
         self._handles.clear()
 
 
-def _refusal(backend: Backend, layer: MaskedLayer) -> str | None:
+def _refusal(backend: Backend, weight: MaskedWeight) -> str | None:
     """Return why a backend cannot compute a layer with its present mask, or None."""
-    topology = BlockTopology.from_mask(layer.mask, layer.block_size)
-    if not layer.candidate.is_convolution:
-        return backend.unsupported(layer.device, layer.parameter.dtype, topology)
-    return conv_refusal(backend.name, layer.device, layer.parameter.dtype, topology, _geometry(layer))
+    topology = BlockTopology.from_mask(weight.mask, weight.block_size)
+    if not weight.candidate.is_convolution:
+        return backend.unsupported(weight.device, weight.parameter.dtype, topology)
+    return conv_refusal(backend.name, weight.device, weight.parameter.dtype, topology, _geometry(weight))
 
 
-def _geometry(layer: MaskedLayer) -> ConvGeometry:
+def _geometry(weight: MaskedWeight) -> ConvGeometry:
     """Return how a convolution that has an operator walks over its input."""
-    module: Any = layer.candidate.module
+    module: Any = weight.candidate.module
     geometry = conv_geometry(module)
     assert geometry is not None  # or the layer has no operator
     return geometry

@@ -1,7 +1,7 @@
 """Weights that are out of the forward and go on learning: two levels of mask, as Top-KAST and SR-STE have them.
 
-The parameter holds the active weights and zeros elsewhere, as always; the others wait in a `HeldBack` of their layer.
-For the optimizer's step they are put in their places, and taken out again after it, so any optimizer serves them.
+The parameter holds the active weights and zeros elsewhere, as always; the others wait in the `ShadowWeights` of their
+layer. For the optimizer's step they are put in their places, and taken out after it, so any optimizer serves them.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from torch import Tensor
 
 from lightning_estdgm.method.masks import masked_select_units, pack_bits, pool_norm, top_k, unpack_bits
 
-__all__ = ["HeldBack", "Reserve"]
+__all__ = ["BackwardSet", "ShadowWeights"]
 
 
 @dataclass(frozen=True)
-class Reserve:
+class BackwardSet:
     r"""Which inactive weights learn, and the penalty that holds them down.
 
     With active weights A and learning ones B, a superset, the gradient that the optimizer sees is
-    :math:`\nabla_i + c_i w_i`, where :math:`c_i` is `active_decay` on A and `reserve_decay` on the rest of B. Weights
+    :math:`\nabla_i + c_i w_i`, where :math:`c_i` is `active_decay` on A and `shadow_decay` on the rest of B. Weights
     outside B rest: they keep their value. At a mask update each layer's B are its largest weights.
 
     Attributes:
         density: share of each layer's weights that learn, in (0, 1]; at least the active ones do.
         active_decay: penalty of active weights, at least 0.
-        reserve_decay: penalty of learning weights that are not active, at least 0.
+        shadow_decay: penalty of learning weights that are not active, at least 0.
 
     """
 
     density: float = 1.0
     active_decay: float = 0.0
-    reserve_decay: float = 0.0
+    shadow_decay: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.density <= 1.0:
             raise ValueError(f"density must lie in (0, 1], got {self.density!r}")
-        for name in ("active_decay", "reserve_decay"):
+        for name in ("active_decay", "shadow_decay"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0.0):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
 
 
-class HeldBack:
+class ShadowWeights:
     """The inactive weights of one layer. Whole weights only; tensors have the weight's shape, masks the units'.
 
     Attributes:
@@ -56,8 +56,8 @@ class HeldBack:
 
     """
 
-    def __init__(self, reserve: Reserve, weight: Tensor, mask: Tensor, block_size: int) -> None:
-        self._reserve = reserve
+    def __init__(self, backward_set: BackwardSet, weight: Tensor, mask: Tensor, block_size: int) -> None:
+        self._backward_set = backward_set
         self._block_size = block_size
         self.weights = torch.zeros_like(weight)
         self.learning = torch.ones_like(mask)
@@ -70,7 +70,7 @@ class HeldBack:
 
     def take_all(self, weight: Tensor, mask: Tensor) -> None:
         """Take the inactive weights of a whole `weight`, and choose which of them learn."""
-        count = max(round(self._reserve.density * mask.numel()), int(torch.count_nonzero(mask)))
+        count = max(round(self._backward_set.density * mask.numel()), int(torch.count_nonzero(mask)))
         self.learning = top_k(pool_norm(weight, self._block_size).masked_fill(mask, torch.inf), count)
         self.weights = self._where(mask, torch.zeros_like(weight), weight)
         self._is_out = False
@@ -94,9 +94,9 @@ class HeldBack:
 
     def penalize_(self, gradient: Tensor, weight: Tensor, mask: Tensor, scale: float | Tensor) -> None:
         """Add the penalty's gradient, `scale` times, while the inactive weights are in their places."""
-        active, reserve = self._reserve.active_decay, self._reserve.reserve_decay
-        if active or reserve:
-            penalty = self._where(mask, active * weight, reserve * weight)
+        active, shadow = self._backward_set.active_decay, self._backward_set.shadow_decay
+        if active or shadow:
+            penalty = self._where(mask, active * weight, shadow * weight)
             gradient.add_(self._where(self.learning, penalty, torch.zeros_like(penalty)).mul_(scale))
 
     def _where(self, mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ __all__ = [
     "active_units",
     "decide",
     "exchange",
+    "expand_mask",
     "initial_mask",
     "keep_active_",
     "kept_units",
@@ -54,6 +55,21 @@ def unit_size(weight_shape: torch.Size | tuple[int, ...], block_size: int) -> in
     if block_size == 1:
         return 1
     return block_size * block_size * int(torch.Size(weight_shape[2:]).numel())
+
+
+def expand_mask(mask: Tensor, block_size: int) -> Tensor:
+    """Return the mask of single weights ``(out, in)`` of a block mask: each flag repeated over its ``b x b`` weights.
+
+    Args:
+        mask: Block mask, ``(out / b, in / b)``.
+        block_size: Side ``b`` of a block.
+
+    Example:
+        >>> expand_mask(torch.tensor([[True, False]]), 2).tolist()
+        [[True, True, False, False], [True, True, False, False]]
+
+    """
+    return mask.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
 
 
 def unit_view(weight: Tensor, block_size: int) -> Tensor:

@@ -1,17 +1,18 @@
-"""How mask updates choose: the scores, the pattern and the redistribution that make up a method."""
+"""`UpdateRule`: the scores, the pattern and the redistribution that decide a mask update."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from lightning_estdgm.method.patterns import Pattern
-from lightning_estdgm.method.redistribution import Redistribution
+from lightning_estdgm.method.redistribution import REDISTRIBUTIONS, Redistribution
 from lightning_estdgm.method.scores import SCORES, WITHOUT_GRADIENTS, Evidence
 
-__all__ = ["AUTO", "Rule"]
+__all__ = ["AUTO", "UpdateRule"]
 
 AUTO = "auto"
 """Keep single weights by magnitude, blocks by weight and gradient: the norms of blocks differ too little to tell."""
@@ -24,27 +25,76 @@ Blocks' norms are summed over ranks first, so of them all is known that needs no
 
 
 @dataclass(frozen=True)
-class Rule:
-    """How mask updates choose.
+class UpdateRule:
+    """Choice of the active units at a mask update.
 
     Attributes:
-        keep: name in `scores.SCORES`, or a function, by which active units stay; or `AUTO`.
-        grow: by which units are grown.
-        gamma: see `scores.growth`.
-        regrow: see `masks.exchange`.
-        pattern: of the active units of a layer; ``None``: anywhere.
-        redistribute: moves units between layers at updates; ``None``: budgets are given.
-        seed: of random scores.
+        keep: score by which active units stay: a name in `scores.SCORES`, or a function of a `scores.Evidence`.
+            ``"auto"``: single weights by ``"magnitude"``, blocks by ``"weight_and_gradient"``.
+        grow: score by which units are grown, likewise.
+        gamma: exponent of the directional consistency in the growth score, at least 0; see `scores.growth`.
+        drop_fraction: share of a layer's active units given up for new ones at an update, in [0, 1); annealed to 0 by a
+            half cosine over the run. Or a function ``(progress, density) -> share``, such as `StagedDrop`.
+        regrow: whether an update may grow back the units that it has just dropped; they then keep their weight.
+        pattern: pattern of the active units of a layer, such as `NofM` or `FanIn`; ``None``: anywhere. It needs
+            `regrow`.
+        redistribute: redistribution of units between layers at updates: ``"global"``, ``"growth"``, or a function as
+            those in `redistribution`; ``None``: the distribution of the start holds throughout. It needs units of one
+            size in all layers.
+
+    Raises:
+        TypeError: for a pattern that is none.
+        ValueError: for an unknown score or redistribution, or a number out of range.
 
     """
 
     keep: str | Callable[[Evidence], Tensor] = AUTO
     grow: str | Callable[[Evidence], Tensor] = "consistency"
     gamma: float = 1.0
+    drop_fraction: float | Callable[[float, float], float] = 0.3
     regrow: bool = False
     pattern: Pattern | None = None
-    redistribute: Redistribution | None = None
-    seed: int = 0
+    redistribute: str | Redistribution | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "grow"):
+            score = getattr(self, name)
+            known = [AUTO, *sorted(SCORES)] if name == "keep" else sorted(SCORES)
+            if not callable(score) and score not in known:
+                raise ValueError(f"update_rule.{name} must be one of {known} or a function, got {score!r}")
+        if not (math.isfinite(self.gamma) and self.gamma >= 0):
+            raise ValueError(f"update_rule.gamma must be a finite number of at least 0, got {self.gamma!r}")
+        if not callable(self.drop_fraction) and not 0.0 <= self.drop_fraction < 1.0:
+            raise ValueError(f"update_rule.drop_fraction must lie in [0, 1), got {self.drop_fraction!r}")
+        if self.pattern is not None and (isinstance(self.pattern, type) or not isinstance(self.pattern, Pattern)):
+            raise TypeError(f"update_rule.pattern must be None or a Pattern such as NofM(4), got {self.pattern!r}")
+        if self.pattern is not None and not self.regrow:
+            raise ValueError(f"update_rule.pattern={self.pattern!r} needs regrow=True: each group has to be filled up")
+        if not (self.redistribute is None or callable(self.redistribute) or self.redistribute in REDISTRIBUTIONS):
+            known = sorted(REDISTRIBUTIONS)
+            raise ValueError(
+                f"update_rule.redistribute must be None, one of {known} or a function, got {self.redistribute!r}"
+            )
+
+    @property
+    def redistribution(self) -> Redistribution | None:
+        """Function that `redistribute` stands for; ``None`` where budgets are given."""
+        name = self.redistribute
+        return REDISTRIBUTIONS[name] if isinstance(name, str) else name
+
+    def drop_share(self, progress: float, density: float) -> float:
+        """Return the share of active units that an update gives up.
+
+        Raises:
+            ValueError: if the function given as `drop_fraction` returns none in [0, 1).
+
+        """
+        if not callable(self.drop_fraction):
+            return self.drop_fraction * 0.5 * (1.0 + math.cos(math.pi * progress))
+        share = self.drop_fraction(progress, density)
+        if not 0.0 <= share < 1.0:
+            raise ValueError(f"drop_fraction must return a share in [0, 1), got {share!r} from {self.drop_fraction!r}")
+        return share
 
     def keep_by(self, block_size: int) -> str | Callable[[Evidence], Tensor]:
         """Return the score by which units of that size stay: what `AUTO` stands for."""

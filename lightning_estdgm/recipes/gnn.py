@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor
 
-from lightning_estdgm.recipes.checks import at_least, fraction, positive
+from lightning_estdgm._checks import expect_fraction, expect_int, expect_positive
 
 __all__ = ["GraphNet"]
 
@@ -55,9 +55,9 @@ class GraphNet(LightningModule):
 
         sizes = {"features": features, "classes": classes, "hidden": hidden, "layers": layers}
         for name, value in sizes.items():
-            at_least(name, value, 1)
-        fraction("dropout", dropout)
-        positive("lr", lr)
+            expect_int(name, value, at_least=1)
+        expect_fraction("dropout", dropout)
+        expect_positive("lr", lr)
         if kind not in ("gcn", "sage"):
             raise ValueError(f"kind: got {kind!r}, expected gcn or sage")
         self.save_hyperparameters()

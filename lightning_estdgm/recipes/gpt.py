@@ -11,41 +11,13 @@ from lightning import LightningModule
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
-from lightning_estdgm.recipes.checks import at_least, fraction, positive
+from lightning_estdgm._checks import expect_fraction, expect_int, expect_positive
+from lightning_estdgm.recipes.decoder_block import DecoderBlock
 from lightning_estdgm.recipes.optimizers import decay_groups, with_cosine
 from lightning_estdgm.recipes.stdlib_text import StdlibText
 from lightning_estdgm.recipes.windows import Batch
 
-__all__ = ["GPT", "Block", "ByteGPT", "StdlibText"]
-
-
-class Block(nn.Module):
-    """One pre-norm decoder block: x + attention(norm(x)), then x + mlp(norm(x)); [batch, time, width] throughout."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm_attention = nn.LayerNorm(width)
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.proj = nn.Linear(width, width, bias=False)
-        self.norm_mlp = nn.LayerNorm(width)
-        self.fc = nn.Linear(width, 4 * width, bias=False)
-        self.gelu = nn.GELU()
-        self.out = nn.Linear(4 * width, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix positions by causal attention, then channels by the two-layer perceptron."""
-        batch, time, width = x.shape
-        h = self.norm_attention(x)
-        q, k, v = (
-            project(h).view(batch, time, self.heads, -1).transpose(1, 2)  # each [batch, heads, time, width / heads]
-            for project in (self.query, self.key, self.value)
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(mixed.transpose(1, 2).reshape(batch, time, width))
-        return x + self.out(self.gelu(self.fc(self.norm_mlp(x))))
+__all__ = ["GPT", "ByteGPT", "StdlibText"]
 
 
 class GPT(LightningModule):
@@ -87,16 +59,16 @@ class GPT(LightningModule):
         super().__init__()
         sizes = {"width": width, "layers": layers, "heads": heads, "context": context, "vocabulary": vocabulary}
         for name, value in sizes.items():
-            at_least(name, value, 1)
+            expect_int(name, value, at_least=1)
         if width % heads:
             raise ValueError(f"width: got {width}, expected a multiple of heads={heads}")
-        positive("lr", lr)
-        fraction("warmup", warmup)
+        expect_positive("lr", lr)
+        expect_fraction("warmup", warmup)
         self.save_hyperparameters()
         self.context, self.lr, self.weight_decay, self.warmup = context, lr, weight_decay, warmup
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(DecoderBlock(width, heads) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         if tied:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_estdgm.recipes.checks import at_least
+from lightning_estdgm._checks import expect_int
 from lightning_estdgm.recipes.windows import EpochSampler, ResumableLoader, ranks_of
 
 __all__ = [
@@ -70,8 +70,8 @@ class ImageFolders(LightningDataModule):
     def __init__(self, path: str, batch_size: int = 64, size: int = 224, seed: int = 0, workers: int = 8) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("size", size, 1), ("workers", workers, 0)):
-            at_least(name, value, least)
-        at_least("seed", seed, 0)
+            expect_int(name, value, at_least=least)
+        expect_int("seed", seed, at_least=0)
         self.path, self.batch_size, self.size, self.seed, self.workers = Path(path), batch_size, size, seed, workers
         self.classes = find_classes(self.path)
         self.num_classes = len(self.classes)

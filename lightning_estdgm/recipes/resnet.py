@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from lightning_estdgm.recipes.checks import at_least, fraction, positive
+from lightning_estdgm._checks import expect_fraction, expect_int, expect_positive
 from lightning_estdgm.recipes.optimizers import decay_groups, with_cosine
 
 __all__ = ["Batch", "Bottleneck", "ImageClassifier", "ResNet", "resnet50"]
@@ -67,7 +67,7 @@ class ResNet(nn.Module):
         if len(layers) != 4 or min(layers) < 1:
             raise ValueError(f"layers: got {list(layers)}, expected four positive numbers")
         for name, value in (("num_classes", num_classes), ("width", width)):
-            at_least(name, value, 1)
+            expect_int(name, value, at_least=1)
         self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
         self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
         self.layer1 = _stage(layers[0], width, width, stride=1)
@@ -129,9 +129,9 @@ class ImageClassifier(LightningModule):
         warmup: float = 0.05,
     ) -> None:
         super().__init__()
-        positive("lr", lr)
+        expect_positive("lr", lr)
         for name, value in (("momentum", momentum), ("label_smoothing", label_smoothing), ("warmup", warmup)):
-            fraction(name, value)
+            expect_fraction(name, value)
         self.save_hyperparameters()
         self.lr, self.momentum, self.weight_decay, self.warmup = lr, momentum, weight_decay, warmup
         self.label_smoothing = label_smoothing

@@ -11,7 +11,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lightning_estdgm.recipes.checks import at_least
+from lightning_estdgm._checks import expect_int
 
 __all__ = [
     "Batch",
@@ -127,9 +127,9 @@ class TextWindows(LightningDataModule):
     def __init__(self, context: int, batch_size: int, seed: int, val_windows: int, workers: int = 0) -> None:
         super().__init__()
         for name, value in (("context", context), ("batch_size", batch_size), ("val_windows", val_windows)):
-            at_least(name, value, 1)
-        at_least("seed", seed, 0)
-        at_least("workers", workers, 0)
+            expect_int(name, value, at_least=1)
+        expect_int("seed", seed, at_least=0)
+        expect_int("workers", workers, at_least=0)
         self.context, self.batch_size, self.seed = context, batch_size, seed
         self.val_windows, self.workers = val_windows, workers
         self.text: dict[str, Tensor] = {}

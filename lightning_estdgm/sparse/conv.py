@@ -1,171 +1,21 @@
-"""Convolutions on the active blocks of their weight: the geometry, what a backend offers, and the operator.
-
-A block is ``b x b`` over output and input channels, all taps of the kernel together: the topology's matrix is
-``(out_channels, in_channels)``.
-"""
+"""`masked_conv2d`: a 2-D convolution on the active blocks of its weight, as operators of `torch.library`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_estdgm.sparse.backends.protocol import Backend, get_backend
-from lightning_estdgm.sparse.operands import TOPOLOGY_SCHEMA, as_given, prepared, topology_of
+from lightning_estdgm.sparse import conv_products
+from lightning_estdgm.sparse.backends.protocol import get_backend, supporting_conv
+from lightning_estdgm.sparse.conv_geometry import ConvGeometry, empty_image, library_gradient, memory_format
+from lightning_estdgm.sparse.operands import TOPOLOGY_SCHEMA, as_given, prepared, topology_arguments, topology_of
 from lightning_estdgm.sparse.topology import BlockTopology
 
-__all__ = ["ConvBackend", "ConvGeometry", "conv_refusal", "library_gradient", "masked_conv2d"]
-
-
-@dataclass(frozen=True)
-class ConvGeometry:
-    """How a 2-D convolution (one group, zeros around the image) walks over its input; each pair is (height, width).
-
-    Attributes:
-        kernel_size: taps, at least 1.
-        stride: at least 1.
-        padding: rows and columns of zeros on each side, at least 0.
-        dilation: distance between taps, at least 1.
-
-    Raises:
-        ValueError: a field that is no pair, or a number below its minimum.
-    """
-
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-
-    def __post_init__(self) -> None:
-        for name, least in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
-            pair = getattr(self, name)
-            if not isinstance(pair, tuple) or len(pair) != 2 or min(pair) < least:
-                raise ValueError(f"{name} must be two numbers of at least {least}, got {pair}")
-
-    @property
-    def pointwise(self) -> bool:
-        """Whether it is a linear layer on pixels: one tap and no padding, of any stride."""
-        return self.kernel_size == (1, 1) and self.padding == (0, 0)
-
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the output."""
-        out_h, out_w = (
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, k, s, p, d in zip(
-                (height, width), self.kernel_size, self.stride, self.padding, self.dilation, strict=True
-            )
-        )
-        return out_h, out_w
-
-
-@runtime_checkable
-class ConvBackend(Backend, Protocol):
-    """A backend that has the three products of a convolution as well.
-
-    Called below autograd, with checked arguments: ``x [N, in, H, W]`` and ``dy [N, out, H', W']`` in channels-last
-    memory, ``weight (out, in, kh, kw)`` of any strides, all of one dtype and device, ``N >= 0``. They return new
-    tensors; activations in channels-last memory. What inactive blocks of ``weight`` hold must not reach a result.
-    """
-
-    def conv_unsupported(
-        self, device: torch.device, dtype: torch.dtype, topology: BlockTopology, geometry: ConvGeometry
-    ) -> str | None:
-        """Reason why a case cannot be run, or None. May read sizes of the topology, never its tensors."""
-        ...
-
-    def conv(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology, geometry: ConvGeometry
-    ) -> Tensor:
-        """``Y = conv2d(X, W * M) + bias``, shape ``[N, out, H', W']``."""
-        ...
-
-    def conv_grad_input(
-        self, dy: Tensor, weight: Tensor, size: tuple[int, int], topology: BlockTopology, geometry: ConvGeometry
-    ) -> Tensor:
-        """Gradient of the input, shape ``[N, in, *size]``."""
-        ...
-
-    def conv_grad_weight(self, dy: Tensor, x: Tensor, topology: BlockTopology, geometry: ConvGeometry) -> Tensor:
-        """Gradient of the weight, shape ``(out, in, kh, kw)``, exactly 0 in inactive blocks."""
-        ...
-
-
-def conv_refusal(
-    backend_name: str, device: torch.device, dtype: torch.dtype, topology: BlockTopology, geometry: ConvGeometry
-) -> str | None:
-    """Return why a backend cannot run a convolution, or None. A pointwise one needs a backend of linear layers only.
-
-    Raises:
-        ValueError: there is no backend of that name.
-    """
-    backend = get_backend(backend_name)
-    if geometry.pointwise:
-        return backend.unsupported(device, dtype, topology)
-    if not isinstance(backend, ConvBackend):
-        return f"has no convolutions of {geometry.kernel_size} taps and padding {geometry.padding}"
-    return backend.conv_unsupported(device, dtype, topology, geometry)
-
-
-# ---- the products of a backend; pointwise ones as those of a linear layer
-
-
-def _pixels(image: Tensor) -> Tensor:
-    """``[N, channels, H, W] -> [N*H*W, channels]``: no copy in channels-last memory."""
-    return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
-
-
-def _image(pixels: Tensor, batch: int, height: int, width: int) -> Tensor:
-    """``[N*H*W, channels] -> [N, channels, H, W]`` in channels-last memory."""
-    return pixels.view(batch, height, width, pixels.shape[1]).permute(0, 3, 1, 2)
-
-
-def _seen(x: Tensor, geometry: ConvGeometry) -> Tensor:
-    """The part of an image that a pointwise convolution reads."""
-    return x[:, :, :: geometry.stride[0], :: geometry.stride[1]]
-
-
-def _forward(
-    backend: Backend, x: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology, geometry: ConvGeometry
-) -> Tensor:
-    if geometry.pointwise:
-        seen = _seen(x, geometry)
-        y = backend.linear(_pixels(seen), weight.flatten(1), bias, topology)
-        return _image(y, seen.shape[0], *seen.shape[2:])
-    assert isinstance(backend, ConvBackend)
-    return backend.conv(x, weight, bias, topology, geometry)
-
-
-def _input_gradient(
-    backend: Backend,
-    dy: Tensor,
-    weight: Tensor,
-    size: tuple[int, int],
-    topology: BlockTopology,
-    geometry: ConvGeometry,
-) -> Tensor:
-    if geometry.pointwise:
-        dx = _image(backend.grad_input(_pixels(dy), weight.flatten(1), topology), dy.shape[0], *dy.shape[2:])
-        if geometry.stride == (1, 1):
-            return dx
-        spread = _empty_image(dy, dy.shape[0], weight.shape[1], *size).zero_()
-        _seen(spread, geometry).copy_(dx)
-        return spread
-    assert isinstance(backend, ConvBackend)
-    return backend.conv_grad_input(dy, weight, size, topology, geometry)
-
-
-def _weight_gradient(
-    backend: Backend, dy: Tensor, x: Tensor, topology: BlockTopology, geometry: ConvGeometry
-) -> Tensor:
-    if geometry.pointwise:
-        return backend.grad_weight(_pixels(dy), _pixels(_seen(x, geometry)), topology)[:, :, None, None]
-    assert isinstance(backend, ConvBackend)
-    return backend.conv_grad_weight(dy, x, topology, geometry)
-
+__all__ = ["masked_conv2d"]
 
 # ---- operators: activations in channels-last memory; nobody else calls them
 
@@ -177,32 +27,6 @@ def _geometry(
 ) -> ConvGeometry:
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = kernel_size, stride, padding, dilation
     return ConvGeometry((kh, kw), (sh, sw), (ph, pw), (dh, dw))
-
-
-def _memory(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _empty_image(like: Tensor, *shape: int, channels_last: bool = True) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_memory(channels_last))
-
-
-def _supporting(
-    name: str, device: torch.device, dtype: torch.dtype, topology: BlockTopology, geometry: ConvGeometry
-) -> Backend:
-    reason = conv_refusal(name, device, dtype, topology, geometry)
-    if reason is not None:
-        raise ValueError(f"backend {name!r} cannot run this convolution: it {reason}")
-    return get_backend(name)
-
-
-def library_gradient(
-    dy: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry, wanted: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a dense convolution for ``x``, ``weight`` and bias, by the library; only those that are wanted."""
-    return torch.ops.aten.convolution_backward(
-        dy, x, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), 1, wanted
-    )
 
 
 def _conv2d(
@@ -224,12 +48,12 @@ def _conv2d(
 ) -> Tensor:
     topology = topology_of(row_ptr, col_idx, col_ptr, row_idx, block_size)
     geometry = _geometry(kernel_size, stride, padding, dilation)
-    chosen = _supporting(backend, x.device, x.dtype, topology, geometry)
+    chosen = supporting_conv(backend, x.device, x.dtype, topology, geometry)
     with as_given(x):
         if frozen:
             y = F.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
         else:
-            y = _forward(chosen, x, weight, bias, topology, geometry)
+            y = conv_products.conv(chosen, x, weight, bias, topology, geometry)
     return y.contiguous(memory_format=torch.channels_last)
 
 
@@ -254,10 +78,10 @@ def _grad_input(
     height, width = size
     with as_given(dy):
         if dense:
-            x = _empty_image(dy, dy.shape[0], weight.shape[1], height, width)  # its shape is what counts
+            x = empty_image(dy, dy.shape[0], weight.shape[1], height, width)  # its shape is what counts
             dx = library_gradient(dy, x, weight, geometry, (True, False, False))[0]
         else:
-            dx = _input_gradient(get_backend(backend), dy, weight, (height, width), topology, geometry)
+            dx = conv_products.conv_grad_input(get_backend(backend), dy, weight, (height, width), topology, geometry)
     return dx.contiguous(memory_format=torch.channels_last)
 
 
@@ -281,11 +105,11 @@ def _grad_weight(
     geometry = _geometry(kernel_size, stride, padding, dilation)
     with as_given(dy):
         if dense:
-            weight = _empty_image(dy, dy.shape[1], x.shape[1], *kernel_size, channels_last=channels_last)
+            weight = empty_image(dy, dy.shape[1], x.shape[1], *kernel_size, channels_last=channels_last)
             dw = library_gradient(dy, x, weight, geometry, (False, True, False))[1]
         else:
-            dw = _weight_gradient(get_backend(backend), dy, x, topology, geometry)
-    return dw.contiguous(memory_format=_memory(channels_last))
+            dw = conv_products.conv_grad_weight(get_backend(backend), dy, x, topology, geometry)
+    return dw.contiguous(memory_format=memory_format(channels_last))
 
 
 _conv2d_op = torch.library.custom_op(
@@ -328,20 +152,20 @@ def _(
     frozen: bool,
 ) -> Tensor:
     geometry = _geometry(kernel_size, stride, padding, dilation)
-    _supporting(backend, x.device, x.dtype, topology_of(row_ptr, col_idx, col_ptr, row_idx, block_size), geometry)
-    return _empty_image(x, x.shape[0], weight.shape[0], *geometry.output_size(x.shape[2], x.shape[3]))
+    supporting_conv(backend, x.device, x.dtype, topology_of(row_ptr, col_idx, col_ptr, row_idx, block_size), geometry)
+    return empty_image(x, x.shape[0], weight.shape[0], *geometry.output_size(x.shape[2], x.shape[3]))
 
 
 @_grad_input_op.register_fake
 def _(dy: Tensor, weight: Tensor, *others: Any) -> Tensor:
     *_, size, _dense = others
-    return _empty_image(dy, dy.shape[0], weight.shape[1], *size)
+    return empty_image(dy, dy.shape[0], weight.shape[1], *size)
 
 
 @_grad_weight_op.register_fake
 def _(dy: Tensor, x: Tensor, *others: Any) -> Tensor:
     *_, kernel_size, _stride, _padding, _dilation, channels_last, _dense = others
-    return _empty_image(dy, dy.shape[1], x.shape[1], *kernel_size, channels_last=channels_last)
+    return empty_image(dy, dy.shape[1], x.shape[1], *kernel_size, channels_last=channels_last)
 
 
 def _channels_last(image: Tensor) -> bool:
@@ -445,11 +269,7 @@ def masked_conv2d(
         x.contiguous(memory_format=torch.channels_last),
         weight,
         bias,
-        topology.row_ptr,
-        topology.col_idx,
-        topology.col_ptr,
-        topology.row_idx,
-        topology.block_size,
+        *topology_arguments(topology),
         backend,
         geometry.kernel_size,
         geometry.stride,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_estdgm.sparse.backends.protocol import get_backend, supporting
-from lightning_estdgm.sparse.operands import TOPOLOGY_SCHEMA, as_given, prepared, topology_of
+from lightning_estdgm.sparse.operands import TOPOLOGY_SCHEMA, as_given, prepared, topology_arguments, topology_of
 from lightning_estdgm.sparse.topology import BlockTopology
 
 __all__ = ["masked_linear"]
@@ -245,11 +245,7 @@ def masked_linear(
         x.reshape(-1, x.shape[-1]),
         weight,
         bias,
-        topology.row_ptr,
-        topology.col_idx,
-        topology.col_ptr,
-        topology.row_idx,
-        topology.block_size,
+        *topology_arguments(topology),
         backend,
         dense_grad,
         frozen,

@@ -1,4 +1,4 @@
-"""What the operators of this package do with their operands, whatever they compute."""
+"""Operands of the sparse operators: the topology as flat arguments, autocast, and checks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from torch.autograd import forward_ad
 
 from lightning_estdgm.sparse.topology import BlockTopology
 
-__all__ = ["TOPOLOGY_SCHEMA", "as_given", "prepared", "topology_of"]
+__all__ = ["TOPOLOGY_SCHEMA", "as_given", "prepared", "topology_arguments", "topology_of"]
 
 TOPOLOGY_SCHEMA = "Tensor row_ptr, Tensor col_idx, Tensor col_ptr, Tensor row_idx, int block_size, str backend"
-"""Flat arguments of an operator, since one of torch's cannot take a BlockTopology."""
+"""A topology and a backend's name in the schema of an operator, since one of torch's cannot take a BlockTopology."""
+
+
+def topology_arguments(topology: BlockTopology) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Take a topology apart for an operator: the only place that does."""
+    return topology.row_ptr, topology.col_idx, topology.col_ptr, topology.row_idx, topology.block_size
 
 
 def topology_of(row_ptr: Tensor, col_idx: Tensor, col_ptr: Tensor, row_idx: Tensor, block_size: int) -> BlockTopology:
-    """Put the flat arguments together again."""
+    """Inside an operator, put the topology together again from its `topology_arguments`."""
     return BlockTopology(block_size, row_ptr.shape[0] - 1, col_ptr.shape[0] - 1, row_ptr, col_idx, col_ptr, row_idx)
 
 
@@ -46,9 +51,9 @@ def prepared(
     """Return the operands in the dtype that autocast asks for.
 
     Raises:
-        TypeError: dtypes differ.
-        ValueError: devices differ.
-        NotImplementedError: an operand carries a forward-mode tangent.
+        TypeError: Dtypes differ.
+        ValueError: Devices differ.
+        NotImplementedError: An operand carries a forward-mode tangent.
     """
     kind = x.device.type
     if _autocast_on(kind):

@@ -1,11 +1,14 @@
-"""Which blocks of a weight matrix are active: the index lists that every sparse operator walks."""
+"""Active blocks of a weight matrix as the index lists that every sparse operator walks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lightning_estdgm.method.masks import expand_mask
 
 __all__ = ["BlockTopology"]
 
@@ -21,16 +24,16 @@ class BlockTopology:
     them needs no recompilation.
 
     Args:
-        block_size: ``b >= 1``, in weights per side.
-        block_rows: ``R``, number of block rows (``out / b``).
-        block_cols: ``C``, number of block columns (``in / b``).
-        row_ptr: int32 ``[R+1]``, where each block row starts in ``col_idx``.
+        block_size: Side ``b >= 1`` of a block, in weights.
+        block_rows: Number ``R`` of block rows (``out / b``).
+        block_cols: Number ``C`` of block columns (``in / b``).
+        row_ptr: int32 ``[R+1]``, start of each block row in ``col_idx``.
         col_idx: int32 ``[R*C]``, block columns, row-major; only the first ``nnz`` entries mean anything.
-        col_ptr: int32 ``[C+1]``, where each block column starts in ``row_idx``.
+        col_ptr: int32 ``[C+1]``, start of each block column in ``row_idx``.
         row_idx: int32 ``[R*C]``, block rows, column-major; only the first ``nnz`` entries mean anything.
 
     Raises:
-        ValueError: a size below 1, a tensor of the wrong shape or dtype, or tensors on different devices.
+        ValueError: A size is below 1, a tensor has the wrong shape or dtype, or tensors are on different devices.
 
     Source: block CSR with transpose metadata as in stk / MegaBlocks (arXiv 2211.15841).
 
@@ -76,8 +79,8 @@ class BlockTopology:
         """Topology of a block mask, on the mask's device.
 
         Args:
-            mask: bool ``[R, C]``, true where the block is active.
-            block_size: ``b``, in weights per side.
+            mask: Bool ``[R, C]``, true where the block is active.
+            block_size: Side ``b`` of a block, in weights.
 
         Raises:
             TypeError: ``mask`` is no bool tensor, or ``block_size`` no int.
@@ -104,7 +107,7 @@ class BlockTopology:
         changed under it.
 
         Args:
-            mask: bool ``[R, C]``, true where the block is active; any device.
+            mask: Bool ``[R, C]``, true where the block is active; any device.
 
         Raises:
             TypeError: ``mask`` is no bool tensor.
@@ -128,6 +131,15 @@ class BlockTopology:
         out = torch.zeros(self.block_rows, self.block_cols, dtype=torch.bool, device=device)
         out[rows, self.col_idx[: rows.numel()].long()] = True
         return out
+
+    def weight_mask(self) -> Tensor:
+        """Mask of the weights, bool ``(out, in)``: each block's flag repeated over its ``b x b`` weights."""
+        return expand_mask(self.mask(), self.block_size)
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> BlockTopology:
+        """Topology of the same blocks on what `fn` makes of each index list, such as a copy on another device."""
+        lists = (fn(x) for x in (self.row_ptr, self.col_idx, self.col_ptr, self.row_idx))
+        return BlockTopology(self.block_size, self.block_rows, self.block_cols, *lists)
 
     def transpose(self) -> BlockTopology:
         """Topology of the transposed matrix. It shares this one's tensors, so it follows :meth:`update_`."""
@@ -158,7 +170,7 @@ class BlockTopology:
 
     @property
     def device(self) -> torch.device:
-        """Where the index lists are."""
+        """Device of the index lists."""
         return self.row_ptr.device
 
 

@@ -63,7 +63,7 @@ def diagnose(seconds: float = 1.0, remeasure: bool = False) -> dict[str, Any]:
             }
             for source, devices in seen.sources
         ],
-        "absent": [{"name": a.name, "status": a.status.value, "reason": a.reason} for a in seen.absent],
+        "absent": [{"name": a.name, "status": a.status.value, "reason": a.reason} for a in seen.unavailable],
         "torch_devices": _torch_devices(),
         "backends": _backends(),
         "choices": {"folder": None if folder() is None else str(folder()), "dropped": dropped, "files": _choices()},

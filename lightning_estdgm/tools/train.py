@@ -1,4 +1,4 @@
-"""``estdgm train``: a recipe, a method and LightningCLI; settings come from the YAML files beside this one."""
+"""``estdgm train``: a recipe, a method and LightningCLI; settings come from the YAML files beside the recipes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from lightning_estdgm.callbacks.dgm import DGMCallback
 from lightning_estdgm.callbacks.energy import EnergyMonitor
 from lightning_estdgm.presets import PRESETS
 
-CONFIGS = Path(__file__).parent
+CONFIGS = Path(__file__).parents[1] / "recipes"
+"""Folder of the configurations that come with the package."""
 _LIGHTNING_CLI = ("jsonargparse", "docstring_parser", "typeshed_client")  # jsonargparse[signatures]
 INSTALL = "pip install 'lightning-estdgm[recipes]'"
 
@@ -31,7 +32,7 @@ class Recipe:
     Attributes:
         model: module and name of the LightningModule.
         data: module and name of the LightningDataModule, whose argument ``path`` is ``--data``.
-        config: its default configuration, a YAML file beside this one.
+        config: its default configuration, a YAML file beside the recipes.
         links: settings of the model that come from the data's.
         made_links: settings of the model that come from what the data module found on disk.
         per: what else energy is counted per: a unit's name, and a function of the batch that returns the number.

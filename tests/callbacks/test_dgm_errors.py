@@ -25,6 +25,8 @@ from helpers.models import (
     make_trainer,
 )
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
+from lightning_estdgm.config import Selection, StepSize, Units
+from lightning_estdgm.method.update_rule import UpdateRule
 
 pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
 
@@ -42,17 +44,37 @@ pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
         (lambda: DGMCallback(total_steps=True), TypeError, "total_steps must be an int or None, got True"),
         (lambda: DGMConfig(schedule="est-dgm"), TypeError, "such as EstDgm(), got 'est-dgm'"),
         (lambda: DGMConfig(schedule=EstDgm), TypeError, "such as EstDgm(), got"),
-        (lambda: DGMConfig(block_size=24), ValueError, "block_size must be 'auto', 1 or one of"),
-        (lambda: DGMConfig(block_size="big"), ValueError, "got 'big'"),
-        (lambda: DGMConfig(distribution="er"), ValueError, "['erk', 'uniform'] or a function, got 'er'"),
-        (lambda: DGMConfig(gamma=-1), ValueError, "gamma must be a finite number of at least 0, got -1"),
-        (lambda: DGMConfig(gamma=float("nan")), ValueError, "gamma"),
-        (lambda: DGMConfig(drop_fraction=1.0), ValueError, "drop_fraction must lie in [0, 1), got 1.0"),
-        (lambda: DGMConfig(inactive="off"), ValueError, "inactive must be 'zero' or 'frozen', got 'off'"),
-        (lambda: DGMConfig(step_exponent=float("nan")), ValueError, "step_exponent"),
-        (lambda: DGMConfig(include="net.*"), TypeError, "include must be a sequence of selectors, got 'net.*'"),
-        (lambda: DGMConfig(exclude="net.*"), TypeError, "exclude must be a sequence of selectors, got 'net.*'"),
-        (lambda: DGMConfig(exclude=(3,)), TypeError, "exclude"),
+        (lambda: DGMConfig(units=Units(size=24)), ValueError, "block_size must be 'auto', 1 or one of"),
+        (lambda: DGMConfig(units=Units(size="big")), ValueError, "got 'big'"),
+        (lambda: DGMConfig(units=Units(distribution="er")), ValueError, "['erk', 'uniform'] or a function, got 'er'"),
+        (
+            lambda: DGMConfig(update_rule=UpdateRule(gamma=-1)),
+            ValueError,
+            "gamma must be a finite number of at least 0, got -1",
+        ),
+        (lambda: DGMConfig(update_rule=UpdateRule(gamma=float("nan"))), ValueError, "gamma"),
+        (
+            lambda: DGMConfig(update_rule=UpdateRule(drop_fraction=1.0)),
+            ValueError,
+            "drop_fraction must lie in [0, 1), got 1.0",
+        ),
+        (
+            lambda: DGMConfig(inactive="off"),
+            ValueError,
+            "inactive must be 'zero', 'frozen' or a BackwardSet, got 'off'",
+        ),
+        (lambda: DGMConfig(step_size=StepSize(exponent=float("nan"))), ValueError, "step_size.exponent"),
+        (
+            lambda: DGMConfig(selection=Selection(include="net.*")),
+            TypeError,
+            "include must be a sequence of selectors, got 'net.*'",
+        ),
+        (
+            lambda: DGMConfig(selection=Selection(exclude="net.*")),
+            TypeError,
+            "exclude must be a sequence of selectors, got 'net.*'",
+        ),
+        (lambda: DGMConfig(selection=Selection(exclude=(3,))), TypeError, "exclude"),
         (lambda: DGMConfig(backend="triturate"), ValueError, "unknown backend 'triturate', expected one of: cpu"),
         (lambda: DGMConfig(seed=1.5), TypeError, "seed"),
     ],
@@ -125,13 +147,18 @@ def test_nothing_but_an_output_head() -> None:
 
 
 def test_everything_excluded() -> None:
-    refuse("no layer to mask.*'net.0': 'excluded'", callback_for(exclude=("net.*",)), TinyMLP(), TinyMLP.batches(20))
+    refuse(
+        "no layer to mask.*'net.0': 'excluded'",
+        callback_for(selection={"exclude": ("net.*",)}),
+        TinyMLP(),
+        TinyMLP.batches(20),
+    )
 
 
 def test_selector_that_matches_nothing() -> None:
     refuse(
         r"exclude='encoder\.\*' matches none of the layers that can be masked: \['net.0', 'net.2', 'net.4'\]",
-        callback_for(exclude=("encoder.*",)),
+        callback_for(selection={"exclude": ("encoder.*",)}),
         TinyMLP(),
         TinyMLP.batches(20),
     )
@@ -140,7 +167,7 @@ def test_selector_that_matches_nothing() -> None:
 def test_block_size_that_does_not_fit() -> None:
     refuse(
         r"block_size=32 does not fit layer 'net.0' with weight \(16, 16\): block sizes that do are \(1, 16\)",
-        callback_for(block_size=32),
+        callback_for(units={"size": 32}),
         TinyMLP(),
         TinyMLP.batches(20),
     )
@@ -149,7 +176,7 @@ def test_block_size_that_does_not_fit() -> None:
 def test_forced_backend_that_cannot_compute_a_layer() -> None:
     refuse(
         "backend='cpu' was asked for but cannot compute layer 'net.0': needs blocks of at least",
-        callback_for(block_size=1, backend="cpu"),
+        callback_for(units={"size": 1}, backend="cpu"),
         TinyMLP(),
         TinyMLP.batches(20),
     )
@@ -252,13 +279,13 @@ def test_checkpoint_of_other_masked_layers(checkpoint: Path) -> None:
     refuse_checkpoint(
         r"another model or other masked layers: they differ in \['net.2'\]; 'net.2' is \(\(16, 16\), 1\) there and",
         checkpoint,
-        callback_for(exclude=("net.2",)),
+        callback_for(selection={"exclude": ("net.2",)}),
     )
 
 
 def test_checkpoint_with_another_block_size(checkpoint: Path) -> None:
     refuse_checkpoint(
-        r"'net.0' is \(\(16, 16\), 1\) there and \(\(16, 16\), 16\) here", checkpoint, callback_for(block_size=16)
+        r"'net.0' is \(\(16, 16\), 1\) there and \(\(16, 16\), 16\) here", checkpoint, callback_for(units={"size": 16})
     )
 
 
@@ -291,7 +318,7 @@ def test_damaged_block_mask_leaves_no_swapped_layer(tmp_path: Path) -> None:
 
 
 def test_refused_checkpoint_does_not_spoil_a_later_run(checkpoint: Path) -> None:
-    callback = callback_for(exclude=("net.2",))
+    callback = callback_for(selection={"exclude": ("net.2",)})
     refuse_checkpoint("another model", checkpoint, callback)
     module = TinyMLP()
     make_trainer(callback, max_epochs=1).fit(module, TinyMLP.batches(20))
@@ -367,7 +394,7 @@ def test_nonfinite_gradients_outside_windows_are_none_of_our_business(recwarn: p
 def test_convolutions_refuse_blocks_that_do_not_fit() -> None:
     refuse(
         r"block_size=16 does not fit layer 'features.0' with weight \(8, 3, 3, 3\)",
-        callback_for(block_size=16),
+        callback_for(units={"size": 16}),
         ConvNet(),
         ConvNet.batches(20),
     )

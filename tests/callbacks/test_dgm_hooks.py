@@ -465,7 +465,7 @@ def test_no_logger_is_fine() -> None:
 
 def test_analytic_flops_are_those_of_the_masks() -> None:
     """Two thirds of a step's products follow the density always, the weight gradient only outside windows."""
-    callback = callback_for(distribution="uniform")
+    callback = callback_for(units={"distribution": "uniform"})
     make_trainer(callback, max_epochs=1).fit(TinyMLP(), TinyMLP.batches(20))
     masked, head = 2 * 16 * 16, 16
     expected = 0.0

@@ -30,6 +30,8 @@ from helpers.models import (
     weight_masks,
 )
 from lightning_estdgm import DGMCallback, DGMConfig
+from lightning_estdgm.config import Units
+from lightning_estdgm.method.update_rule import UpdateRule
 from lightning_estdgm.sparse.backends.protocol import get_backend
 from lightning_estdgm.sparse.topology import BlockTopology
 
@@ -141,7 +143,7 @@ def test_bf16_true_by_the_compiled_operator() -> None:
         pl.seed_everything(0, verbose=False)
         module, callback = (
             MLP(optimizer="adamw"),
-            DGMCallback(DGMConfig(block_size=16, keep="magnitude", backend=backend)),
+            DGMCallback(DGMConfig(units=Units(size=16), update_rule=UpdateRule(keep="magnitude"), backend=backend)),
         )
         kept = outputs[backend] = []
         watch = module.register_forward_hook(lambda _, x, y, kept=kept: kept.append(y.float().norm().item()))

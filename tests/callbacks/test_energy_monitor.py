@@ -2,96 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 import os
-import pickle
 import re
 import threading
-import time
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from helpers.energy_parts import ConstantPower
-from lightning_estdgm.callbacks.energy import EnergyMonitor, _batch_size
-from lightning_estdgm.energy.footprint import Footprint
-from lightning_estdgm.energy.reading import DeviceId, Reading, SourceUnavailable, Status
+from helpers.energy_runs import WATTS, Net, Phases, data, monitor, no_thread, rows, trainer
+from lightning_estdgm.callbacks.energy import EnergyMonitor
+from lightning_estdgm.energy.reading import SourceUnavailable, Status
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*")  # as they mean to
-WATTS = 100.0
-
-
-class Net(LightningModule):
-    def __init__(self, skip: tuple[int, ...] = (), fail_at: int | None = None) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 1)
-        self.skip, self.fail_at = skip, fail_at
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
-        if batch_idx == self.fail_at:
-            raise RuntimeError("out of luck")
-        time.sleep(0.002)
-        return None if batch_idx in self.skip else self.layer(batch[0]).square().mean()
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        time.sleep(0.005)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class Phases(Callback):
-    """Stands where DGMCallback stands: moves on at the end of a batch."""
-
-    def __init__(self) -> None:
-        self.phase = ""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.phase = "exploration"
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self.phase = "exploration" if trainer.global_step < 4 else "refinement"
-
-
-def data(n: int = 32, batch_size: int = 4) -> DataLoader:
-    return DataLoader(TensorDataset(torch.randn(n, 4)), batch_size=batch_size)
-
-
-def trainer(tmp_path: Path, *callbacks: Callback, **kwargs: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "max_epochs": 1,
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "log_every_n_steps": 2,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "default_root_dir": tmp_path,
-    }
-    return Trainer(callbacks=list(callbacks), **(defaults | kwargs))
-
-
-def monitor(*sources: ConstantPower, **kwargs: Any) -> EnergyMonitor:
-    return EnergyMonitor(list(sources) or [ConstantPower(watts=WATTS)], **kwargs)
-
-
-def no_thread() -> bool:
-    return not [t for t in threading.enumerate() if t.name == "estdgm-energy"]
-
-
-def rows(folder: Path) -> list[dict[str, float]]:
-    with (folder / "metrics.csv").open() as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
 def test_a_run_with_csv_and_tensorboard(tmp_path: Path) -> None:
@@ -247,105 +176,6 @@ def test_the_defaults_find_something_on_any_machine(tmp_path: Path) -> None:
     assert {"nvml", "rapl", "cpu-estimate"} <= found
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["restored before on_fit_start", "after it, as FSDP does"])
-def test_totals_add_up_over_a_restart(tmp_path: Path, late: bool) -> None:
-    from lightning.pytorch.strategies import SingleDeviceStrategy
-
-    class Late(SingleDeviceStrategy):
-        restore_checkpoint_after_setup = property(lambda self: late)
-
-    first = monitor()
-    run = trainer(tmp_path, first, max_epochs=1, strategy=Late("cpu"))
-    run.fit(Net(), data())
-    run.save_checkpoint(tmp_path / "a.ckpt")
-    one = first.summary()
-
-    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]
-    assert set(state) == {"EnergyMonitor"}  # a key without hyper-parameters
-
-    second = monitor(ConstantPower(watts=WATTS, uid="another GPU"), interval_s=0.5)
-    run = trainer(tmp_path, second, max_epochs=2, strategy=Late("cpu"), logger=CSVLogger(tmp_path, "csv", ""))
-    run.fit(Net(), data(), ckpt_path=tmp_path / "a.ckpt")
-    both = second.summary()
-    assert (one["steps"], one["samples"]) == (8, 32)
-    assert (both["steps"], both["samples"]) == (16, 64)
-    assert both["seconds"] > one["seconds"] + 8 * 0.002
-    assert both["total_joules"] == pytest.approx(WATTS * both["seconds"] * both["coverage_ratio"], rel=1e-4)
-    assert both["coverage_ratio"] > 0.1
-    devices = {d["uid"]: d for d in both["sources"][0]["devices"]}
-    assert set(devices) == {"c0", "another GPU"}
-    assert rows(tmp_path / "csv")[0]["energy/total_joules"] > one["total_joules"]
-
-    # A restart from the first checkpoint by the same object: the rolled-back epoch is not counted.
-    run = trainer(tmp_path, second, max_epochs=1, strategy=Late("cpu"))
-    run.fit(Net(), data(), ckpt_path=tmp_path / "a.ckpt")
-    assert second.summary()["steps"] == 8
-    assert second.summary()["total_joules"] < both["total_joules"]
-
-
-def test_a_checkpoint_in_mid_run_holds_the_joules_until_then(tmp_path: Path) -> None:
-    mon = monitor()
-    states: list[dict[str, Any]] = []
-
-    class Save(Callback):
-        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-            if trainer.global_step == 4:
-                states.append(mon.state_dict())
-
-    trainer(tmp_path, mon, Save()).fit(Net(), data())
-    resumed = monitor()
-    resumed.load_state_dict(states[0])
-    resumed.load_state_dict(states[0])  # twice is not double
-    total = mon.total_joules
-    assert resumed.summary()["steps"] == 4
-    assert total is not None
-    assert resumed.total_joules is not None
-    assert WATTS * 4 * 0.002 <= resumed.total_joules < total
-
-
-def test_testing_a_checkpoint_does_not_take_back_joules(tmp_path: Path) -> None:
-    class Tested(Net):
-        def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
-            pass
-
-    class Save(Callback):
-        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-            if trainer.global_step == 2:
-                trainer.save_checkpoint(tmp_path / "early.ckpt")
-
-    mon = monitor()
-    run = trainer(tmp_path, mon, Save())
-    run.fit(Tested(), data())
-    total = mon.total_joules
-    run.test(Tested(), data(), ckpt_path=tmp_path / "early.ckpt", verbose=False)
-    assert mon.total_joules == total
-
-
-def test_fitting_on_adds_up(tmp_path: Path) -> None:
-    mon = monitor()
-    for steps in (8, 16):
-        trainer(tmp_path, mon).fit(Net(), data())
-        assert mon.summary()["steps"] == steps
-
-
-def test_real_steps_are_counted_and_logged_once_each(tmp_path: Path) -> None:
-    mon = monitor()
-    run = trainer(tmp_path, mon, accumulate_grad_batches=2, logger=CSVLogger(tmp_path, "csv", ""), log_every_n_steps=1)
-    run.fit(Net(), data())
-    assert mon.summary()["steps"] == 4
-    assert mon.summary()["samples"] == 32
-    assert [int(row["step"]) for row in rows(tmp_path / "csv")] == [0, 1, 2, 3, 4]
-
-
-@pytest.mark.filterwarnings("ignore:.*returned `None`.*")
-def test_a_skipped_step_is_no_step(tmp_path: Path) -> None:
-    mon = monitor()
-    run = trainer(tmp_path, mon)
-    run.fit(Net(skip=(1, 5)), data())
-    assert run.global_step == 8
-    assert mon.summary()["steps"] == 6
-
-
 def test_an_exception_leaves_nothing_behind(tmp_path: Path) -> None:
     source = ConstantPower()
     mon = monitor(source, interval_s=0.01)
@@ -365,20 +195,6 @@ def test_validation_alone_measures_nothing(tmp_path: Path) -> None:
     trainer(tmp_path, mon).validate(Net(), data(8), verbose=False)
     assert mon.total_joules is None
     assert no_thread()
-
-
-def test_it_can_be_pickled_in_mid_run(tmp_path: Path) -> None:
-    mon = EnergyMonitor(["cpu-estimate"])
-    copies: list[EnergyMonitor] = []
-
-    class Copy(Callback):
-        def on_train_batch_end(self, *args: Any) -> None:
-            copies.append(pickle.loads(pickle.dumps(mon)))
-
-    trainer(tmp_path, mon, Copy(), limit_train_batches=1).fit(Net(), data())
-    assert copies[0]._meter is None
-    trainer(tmp_path, copies[0]).fit(Net(), data())
-    assert copies[0].summary()["steps"] >= 8
 
 
 @pytest.mark.parametrize(
@@ -404,192 +220,6 @@ def test_it_can_be_pickled_in_mid_run(tmp_path: Path) -> None:
 def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         EnergyMonitor(**kwargs)
-
-
-def test_a_batch_size_is_known_only_where_all_tensors_agree() -> None:
-    x = torch.zeros(3, 2)
-    assert _batch_size(x) == 3
-    assert _batch_size({"x": x, "y": [x[:, 0], torch.tensor(1.0)], "name": "n"}) == 3
-    assert _batch_size((x, torch.zeros(5))) is None
-    assert _batch_size(["text"]) is None
-    assert _batch_size(torch.tensor(1.0)) is None
-
-
-def test_an_unknown_batch_size_leaves_joules_per_sample_out(tmp_path: Path) -> None:
-    class Odd(Net):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return self.layer(batch[0]).square().mean()
-
-    loader = DataLoader([(torch.randn(4), torch.randn(2))] * 8, batch_size=None)
-    mon = monitor()
-    trainer(tmp_path, mon, logger=CSVLogger(tmp_path, "csv", "")).fit(Odd(), loader)
-    assert mon.summary()["joules_per_sample"] is None
-    assert mon.summary()["joules_per_step"] is not None
-    assert not [name for row in rows(tmp_path / "csv") for name in row if "per_sample" in name]
-
-
-def test_joules_per_token_of_the_users_own_count(tmp_path: Path) -> None:
-    mon = monitor(per={"token": lambda batch: batch[0].numel(), "sample": lambda batch: 2 * len(batch[0])})
-    trainer(tmp_path, mon, logger=CSVLogger(tmp_path, "csv", "")).fit(Net(), data())
-    summary = mon.summary()
-    assert summary["counts"] == {"sample": 64, "token": 128}
-    assert summary["joules_per_token"] == summary["train_joules"] / 128
-    last = rows(tmp_path / "csv")[-1]
-    assert last["energy/joules_per_token"] == pytest.approx(last["energy/train_joules"] / 128)
-    assert last["energy/joules_per_sample"] == pytest.approx(last["energy/train_joules"] / 64)
-
-
-@pytest.mark.parametrize(
-    ("number", "error", "message"),
-    [
-        (1.5, TypeError, r"per\['token'\] must return a whole number, got 1.5"),
-        (None, TypeError, r"per\['token'\] must return a whole number, got None"),
-        (-1, ValueError, r"per\['token'\] must return a number of at least 0, got -1"),
-    ],
-)
-def test_a_count_that_is_no_count(tmp_path: Path, number: Any, error: type[Exception], message: str) -> None:
-    mon = monitor(per={"token": lambda batch: number})
-    with pytest.raises(error, match=message):
-        trainer(tmp_path, mon).fit(Net(), data())
-    assert no_thread()
-    assert mon.total_joules is not None
-
-
-class Loaded(ConstantPower):
-    """Draws 50 W more from `since_ns` on."""
-
-    since_ns: int | None = None
-
-    def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
-        now, extra_uj = time.monotonic_ns(), 0
-        if self.since_ns is not None:
-            extra_uj = (now - self.since_ns) * 50 // 1000
-        return {self.device: Reading(now, energy_uj=now * int(self.watts) // 1000 + extra_uj)}
-
-
-def test_idle_joules_are_told_beside_the_gross_ones(tmp_path: Path) -> None:
-    source = Loaded(watts=WATTS)
-
-    class Work(Callback):
-        def on_train_start(self, *args: Any) -> None:
-            source.since_ns = time.monotonic_ns()
-
-    mon = monitor(source, idle_s=0.02, interval_s=0.005)
-    trainer(tmp_path, mon, Work(), logger=CSVLogger(tmp_path, "csv", "")).fit(Net(), data())
-    summary = mon.summary()
-    assert summary["idle"]["watts"] == pytest.approx(WATTS, rel=1e-3)
-    covered_s = summary["seconds"] * summary["coverage_ratio"]
-    assert summary["idle"]["joules"] == pytest.approx(WATTS * covered_s, rel=1e-3)
-    assert summary["idle"]["net_joules"] == pytest.approx(summary["total_joules"] - summary["idle"]["joules"], abs=1e-5)
-    assert 50 * 8 * 0.002 * 0.9 < summary["idle"]["net_joules"] < summary["total_joules"] * 0.5
-    last = rows(tmp_path / "csv")[-1]
-    assert last["energy/net_joules"] == pytest.approx(summary["idle"]["net_joules"], abs=1e-5)
-    assert last["energy/total_joules"] == pytest.approx(summary["total_joules"], abs=1e-5)
-    assert summary["by_phase"].keys() == {"train"}  # the wait before it is in no figure of the run
-
-
-def test_a_restart_without_a_baseline_has_no_net_joules(tmp_path: Path) -> None:
-    first = monitor(idle_s=0.01)
-    run = trainer(tmp_path, first)
-    run.fit(Net(), data())
-    assert first.summary()["idle"]["net_joules"] is not None
-    run.save_checkpoint(tmp_path / "a.ckpt")
-    second = monitor()
-    trainer(tmp_path, second, max_epochs=2, logger=CSVLogger(tmp_path, "csv", "")).fit(
-        Net(), data(), ckpt_path=tmp_path / "a.ckpt"
-    )
-    assert second.summary()["idle"] is None
-    assert "energy/net_joules" not in rows(tmp_path / "csv")[-1]
-
-
-def test_co2_and_cost_are_derived_and_kept_apart(tmp_path: Path) -> None:
-    plain, priced = monitor(), monitor(footprint=Footprint(grams_co2_per_kwh=400, price_per_kwh=0.25, pue=1.5))
-    for mon, name in ((plain, "plain"), (priced, "priced")):
-        trainer(tmp_path, mon, logger=CSVLogger(tmp_path, name, "")).fit(Net(), data())
-    assert not [name for row in rows(tmp_path / "plain") for name in row if name.startswith("footprint/")]
-    summary, last = priced.summary(), rows(tmp_path / "priced")[-1]
-    kwh = summary["total_joules"] / 3.6e6
-    assert summary["total_joules"] == pytest.approx(WATTS * summary["seconds"] * summary["coverage_ratio"], rel=1e-4)
-    assert summary["footprint"]["grams_co2"] == last["footprint/co2_grams"] == pytest.approx(kwh * 1.5 * 400)
-    assert summary["footprint"]["cost"] == last["footprint/cost"] == pytest.approx(kwh * 1.5 * 0.25)
-
-
-class Dashes(CSVLogger):
-    """Some loggers cannot have a slash in a name."""
-
-    group_separator = "-"
-
-
-def test_every_kind_of_logger(tmp_path: Path) -> None:
-    loggers = [Dashes(tmp_path, "dashes", ""), CSVLogger(tmp_path, "csv", ""), TensorBoardLogger(tmp_path, "tb", "")]
-    trainer(tmp_path, monitor(), Phases(), logger=loggers).fit(Net(), data())
-    slashes = {name for row in rows(tmp_path / "csv") for name in row}
-    dashes = {name for row in rows(tmp_path / "dashes") for name in row}
-    assert "energy-phase-refinement_joules" in dashes
-    assert "power-gpu-0-0_watts" in dashes
-    assert dashes == {name.replace("/", "-") for name in slashes}
-
-
-def test_tensorboard_opens_with_the_energy_curves(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.plugins.custom_scalar import layout_pb2
-    from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
-
-    mon = EnergyMonitor([ConstantPower(watts=WATTS), "cpu-estimate"], idle_s=0.01)
-    logger = [CSVLogger(tmp_path, "csv", ""), TensorBoardLogger(tmp_path, "tb", "")]
-    trainer(tmp_path, mon, Phases(), logger=logger).fit(Net(), data(), data(8))
-    events = EventAccumulator(str(tmp_path / "tb"))
-    events.Reload()
-    layout = layout_pb2.Layout()
-    layout.ParseFromString(events.Tensors(CONFIG_SUMMARY_TAG)[0].tensor_proto.string_val[0])
-    charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
-    assert list(charts)[:3] == ["Joules", "Joules by phase", "Watts"]
-    tags = events.Tags()["scalars"]
-    shown = {title: {t for t in tags for p in patterns if re.match(p, t)} for title, patterns in charts.items()}
-    assert shown["Joules"] == {"energy/total_joules_estimated", "energy/net_joules_estimated"}
-    phases = ("setup", "exploration", "refinement")
-    assert shown["Joules by phase"] == {f"energy/phase/{phase}_joules_estimated" for phase in phases}
-    assert {"power/total_watts_estimated", "power/gpu_watts"} <= shown["Watts"]
-    told = {"energy/seconds", "energy/coverage_ratio", "energy/gaps"}
-    assert {t for t in tags if re.match("(energy|power)/", t)} - told == set().union(*shown.values())
-
-
-def test_a_prometheus_file_is_renewed_at_every_log(tmp_path: Path) -> None:
-    path, seen = tmp_path / "estdgm.prom", []
-
-    class Look(Callback):
-        def on_train_batch_end(self, *args: Any) -> None:
-            seen.append(path.read_text() if path.exists() else "")
-
-    mon = monitor(prometheus=path)
-    trainer(tmp_path, mon, Look()).fit(Net(), data())
-    values = [float(re.findall(r"^hw_energy_joules_total\{.*\} (.*)$", text, re.M)[0]) for text in seen if text]
-    assert values[0] < values[2] < values[4]  # written every second step
-    assert f"{mon.total_joules}" in path.read_text()
-    assert {p.name for p in tmp_path.iterdir() if "prom" in p.name} == {"estdgm.prom"}
-
-
-def test_a_prometheus_file_that_cannot_be_written_costs_a_warning(tmp_path: Path) -> None:
-    mon = monitor(prometheus=tmp_path / "nowhere" / "estdgm.prom")
-    with pytest.warns(UserWarning, match="Prometheus file .*nowhere.* cannot be written") as caught:
-        trainer(tmp_path, mon).fit(Net(), data())
-    assert len([w for w in caught if "Prometheus" in str(w.message)]) == 1
-    assert mon.summary()["steps"] == 8
-
-
-def test_a_tuner_in_the_same_fit_loses_and_doubles_nothing(tmp_path: Path) -> None:
-    mon = monitor()
-
-    class Tuned(Net):
-        lr = 0.1
-
-    finder = LearningRateFinder(num_training_steps=3, early_stop_threshold=None)
-    trainer(tmp_path, mon, finder, logger=CSVLogger(tmp_path, "csv", "")).fit(Tuned(), data())
-    summary = mon.summary()
-    assert summary["total_joules"] == pytest.approx(WATTS * summary["seconds"] * summary["coverage_ratio"], rel=1e-4)
-    assert summary["coverage_ratio"] <= 1.0
-    assert summary["steps"] == 8  # a tuner searches before any other callback starts
-    assert no_thread()
 
 
 class InWorkers(TensorDataset):

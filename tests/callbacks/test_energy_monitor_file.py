@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from test_energy_monitor import Net, Phases, data, monitor, trainer
 from torch import nn
 
 import lightning_estdgm
 from helpers.energy_parts import ConstantPower
+from helpers.energy_runs import Net, Phases, data, monitor, trainer
 from lightning_estdgm import DGMCallback, DGMConfig
-from lightning_estdgm.energy.run_file import describe_model, write_run_file
+from lightning_estdgm.callbacks._internal.run_description import describe_model
+from lightning_estdgm.config import Units
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*")
 
@@ -126,14 +126,6 @@ def test_a_file_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> N
     assert mon.summary()["steps"] == 8
 
 
-def test_it_is_replaced_in_one_move(tmp_path: Path) -> None:
-    write_run_file(tmp_path, {"a": 1})
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        write_run_file(tmp_path, {"a": object()})
-    assert read(tmp_path) == {"a": 1}
-    assert os.listdir(tmp_path) == ["energy.json"]
-
-
 class Told(Phases):
     def run_summary(self) -> dict[str, Any]:
         return {"name": "mine", "final_density": 0.5}
@@ -162,7 +154,7 @@ def test_est_dgm_tells_what_it_did(tmp_path: Path, monitor_first: bool, fails: b
             if fails and trainer.global_step == 6:
                 raise RuntimeError("out of luck")
 
-    dgm, mon = DGMCallback(DGMConfig(block_size=1, backend="dense")), monitor()
+    dgm, mon = DGMCallback(DGMConfig(units=Units(size=1), backend="dense")), monitor()
     run = trainer(tmp_path, *((mon, dgm) if monitor_first else (dgm, mon)), Fails(), max_epochs=3)
     if fails:
         with pytest.raises(RuntimeError, match="out of luck"):

@@ -14,12 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from helpers.energy_parts import ConstantPower
-from lightning_estdgm.callbacks.energy import _own_devices
-from lightning_estdgm.energy.device_assignment import Opened, claim, gpu_names
+from lightning_estdgm.callbacks._internal.energy_fit import own_devices
 from lightning_estdgm.energy.reading import DeviceId, DeviceInfo
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -188,42 +184,7 @@ def test_a_rank_on_a_gpu_wants_that_gpu_and_what_the_host_shares(monkeypatch: py
         return lambda device: SimpleNamespace(uuid=uuid) if device.index == 1 else None
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties(second.uid.removeprefix("GPU-")))
-    assert list(_own_devices(Cuda, seen)) == [second, package]  # type: ignore[arg-type]
+    assert list(own_devices(Cuda, seen)) == [second, package]  # type: ignore[arg-type]
     # One that no source knows by its id: all that are seen, of which the lowest rank reads each.
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties("cccccccc-2222-3333-4444-555555555555"))
-    assert list(_own_devices(Cuda, seen)) == [first, second, package]  # type: ignore[arg-type]
-
-
-# The agreement itself, for any number of ranks, hosts and devices.
-
-host_devices = st.builds(
-    DeviceId, st.sampled_from(["a", "b"]), st.sampled_from(["gpu", "cpu", "dram"]), st.sampled_from(["0", "1", "2"])
-)
-
-
-def offer(device: DeviceId, source: ConstantPower) -> Opened:
-    return Opened(source.name, "counter", source.scope, "", 0.1, {device: DeviceInfo("x")})
-
-
-@given(st.lists(st.lists(host_devices, max_size=5, unique=True), min_size=1, max_size=5))
-def test_every_device_has_one_reader_the_lowest_rank_that_can(ranks: list[list[DeviceId]]) -> None:
-    own = ConstantPower(scope="process")
-    offers = [
-        [*(offer(d, ConstantPower()) for d in wanted), offer(DeviceId("a", "cpu", "process"), own)] for wanted in ranks
-    ]
-    claims = claim(offers)
-    claimed = [[d for source in mine if source.scope == "host" for d in source.devices] for mine in claims]
-    assert Counter(d for mine in claimed for d in mine) == dict.fromkeys({d for wanted in ranks for d in wanted}, 1)
-    for rank, mine in enumerate(claimed):
-        for device in mine:
-            assert device in ranks[rank]
-            assert not any(device in lower for lower in ranks[:rank])
-    assert all(mine[-1].scope == "process" for mine in claims)
-
-    names = gpu_names(claims)
-    assert set(names) == {d for wanted in ranks for d in wanted if d.kind == "gpu"}
-    assert len(set(names.values())) == len(names)
-    for device, name in names.items():
-        node, local = map(int, name.split("/"))
-        assert 0 <= local < sum(d.host == device.host for d in names)
-        assert all((other.split("/")[0] == str(node)) == (d.host == device.host) for d, other in names.items())
+    assert list(own_devices(Cuda, seen)) == [first, second, package]  # type: ignore[arg-type]

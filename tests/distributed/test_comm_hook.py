@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from helpers import distributed_jobs as jobs
 from helpers.models import MLP, NO_VALIDATION_LOADER, SCHEDULE, TinyMLP, make_trainer
 from lightning_estdgm import DGMCallback, DGMConfig, DGMController
+from lightning_estdgm.config import Units
 from lightning_estdgm.distributed.comm_hook import ActiveUnits, active_units_hook
 
 STEPS = 20  # SCHEDULE's
@@ -62,7 +63,7 @@ def loop(hook: str, setting: str, block_size: int, inactive: str, accumulate: in
     model = Net(sparse)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.0)
     ddp = DistributedDataParallel(model, **SETTINGS[setting])
-    config = DGMConfig(schedule=SCHEDULE, block_size=block_size, inactive=inactive)
+    config = DGMConfig(schedule=SCHEDULE, units=Units(size=block_size), inactive=inactive)
     controller = DGMController(model, optimizer, config, total_steps=STEPS, group=torch.distributed.group.WORLD)
     units = None
     if hook == "ours":

@@ -27,7 +27,7 @@ from helpers.models import SCHEDULE as SHORT
 from helpers.runs import EPOCH_STEPS, SCHEDULE, STEPS, differences, end_of, load
 from lightning_estdgm import DGMCallback, DGMConfig, EnergyMonitor
 from lightning_estdgm.method.masks import unpack_bits
-from lightning_estdgm.modules.candidates import set_observing, sparsify_
+from lightning_estdgm.modules.swap import set_observing, sparsify_
 from lightning_estdgm.sparse.autotune.choice import BackendSelector
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -171,7 +171,7 @@ class TakeOtherMask(pl.Callback):
             sparsify_(layer.candidate, layer.mask, layer.block_size, "cpu")
             set_observing(layer.candidate, controller.observing)
         if controller.steps == 8:
-            self.columns = layer.candidate.module._estdgm_col_idx.tolist()
+            self.columns = layer.candidate.module._estdgm_topology.col_idx.tolist()
             self.buffers = [name for name, _ in pl_module.named_buffers()]
 
 

@@ -14,7 +14,7 @@ from helpers import distributed_jobs as jobs
 from helpers.distributed_sharded import train
 from helpers.models import TinyMLP, make_trainer
 from lightning_estdgm import DGMCallback
-from lightning_estdgm.method.backward_set import Reserve
+from lightning_estdgm.method.backward_set import BackwardSet
 from lightning_estdgm.method.patterns import FanIn
 
 METHODS = ("set", "granet", "srigl", "top-kast")
@@ -28,7 +28,7 @@ def fitted(methods: tuple[str, ...], spoil: bool = False) -> list[tuple[str, dic
         def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
             if spoil and rank == 1:
                 controller = next(c for c in trainer.callbacks if isinstance(c, DGMCallback)).controller
-                object.__setattr__(controller._rule, "seed", 1)
+                object.__setattr__(controller.config, "seed", 1)
 
     ended = []
     for method in methods:
@@ -61,11 +61,11 @@ def test_control_another_seed_on_one_rank_is_seen() -> None:
 def refused() -> list[str]:
     """What this rank is told of rules that weights of FSDP2 cannot be updated by."""
     rules: tuple[dict[str, Any], ...] = (
-        {"grow": "random"},
-        {"keep": len},
-        {"pattern": FanIn(), "regrow": True},
-        {"redistribute": "global"},
-        {"reserve": Reserve()},
+        {"update_rule": {"grow": "random"}},
+        {"update_rule": {"keep": len}},
+        {"update_rule": {"pattern": FanIn(), "regrow": True}},
+        {"update_rule": {"redistribute": "global"}},
+        {"inactive": BackwardSet()},
     )
     told = []
     for rule in rules:
@@ -77,7 +77,7 @@ def refused() -> list[str]:
 
 def test_sharded_weights_refuse_what_they_cannot_have_by_name() -> None:
     for told in jobs.run(refused, 2):
-        named = ("grow='random'", "keep=<built-in", "pattern=FanIn", "redistribute=<function", "reserve")
+        named = ("grow='random'", "keep=<built-in", "pattern=FanIn", "redistribute='global'", "BackwardSet")
         for message, what in zip(told, named, strict=True):
             assert message.startswith("layer 'wide' is sharded over ranks")
             assert what in message

@@ -17,7 +17,7 @@ from helpers.distributed_cases import (
     assert_resumed_equals_straight,
 )
 from helpers.distributed_sharded import BLOCK_LAYERS, CPUFSDPStrategy
-from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.config import DGMConfig, Units
 from lightning_estdgm.distributed.adapters.protocol import adapter_for
 from lightning_estdgm.engine.controller import DGMController
 from lightning_estdgm.method.schedules import EstDgm
@@ -90,7 +90,7 @@ def train_five_numbers(use_orig_params: bool) -> dict[str, Any]:
     net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Tanh(), nn.Linear(2, 1))
     model: Any = FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    config = DGMConfig(EstDgm(update_every=3, observe_steps=1), block_size=1)
+    config = DGMConfig(EstDgm(update_every=3, observe_steps=1), units=Units(size=1))
     try:
         dgm = DGMController(model, optimizer, config, total_steps=12)
     except ValueError as error:

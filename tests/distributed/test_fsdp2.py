@@ -21,9 +21,10 @@ from helpers.distributed_cases import (
     on_one_device,
 )
 from helpers.distributed_sharded import BLOCK_LAYERS, WEIGHT_LAYERS, train
-from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.config import DGMConfig, Units
 from lightning_estdgm.engine.controller import DGMController
-from lightning_estdgm.modules.candidates import find_candidates, restore_dense_, sparsify_
+from lightning_estdgm.modules.candidates import find_candidates
+from lightning_estdgm.modules.swap import restore_dense_, sparsify_
 
 RANKS = 4
 
@@ -118,7 +119,7 @@ def test_checkpoints_in_one_file_resume_too(tmp_path: Path) -> None:
 def test_the_state_of_another_rank_than_the_first_is_refused_inside_a_window() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    with DGMController(net, optimizer, DGMConfig(block_size=1), total_steps=30) as dgm:
+    with DGMController(net, optimizer, DGMConfig(units=Units(size=1)), total_steps=30) as dgm:
         state = dgm.state_dict()
         state["layers"]["0"]["window"] = {"gradient": None, "norm": None, "samples": 1}
         with pytest.raises(

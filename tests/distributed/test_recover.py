@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from helpers import distributed_jobs as jobs
 from helpers.models import MLP, SCHEDULE, TinyMLP, make_trainer
 from lightning_estdgm import DGMCallback, DGMConfig
+from lightning_estdgm.method.update_rule import UpdateRule
 
 STEP = 8
 
@@ -86,7 +87,7 @@ def fit(kind: str, *callbacks: pl.Callback, ckpt: Path | None = None) -> list[st
 
 
 def recover(kind: str, origin: str, path: Path) -> dict[str, Any]:
-    dgm = [DGMCallback(DGMConfig(schedule=SCHEDULE, keep="magnitude"))]
+    dgm = [DGMCallback(DGMConfig(schedule=SCHEDULE, update_rule=UpdateRule(keep="magnitude")))]
     fit(kind, *(dgm if origin == "masked" else []), Save(path))
     if torch.distributed.get_rank() == 0:
         checkpoint = torch.load(path, weights_only=True)
@@ -94,7 +95,7 @@ def recover(kind: str, origin: str, path: Path) -> dict[str, Any]:
         checkpoint["callbacks"].pop("DGMCallback", None)
         torch.save(checkpoint, path)
     torch.distributed.barrier()
-    dgm, look = [DGMCallback(DGMConfig(schedule=SCHEDULE, keep="magnitude"))], Look()
+    dgm, look = [DGMCallback(DGMConfig(schedule=SCHEDULE, update_rule=UpdateRule(keep="magnitude")))], Look()
     told = fit(kind, *dgm, look, ckpt=path)
     return look.seen | {
         "told": sum("holds no state of DGMCallback" in message for message in told),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_estdgm.engine.block_slices import ActiveRuns
+from lightning_estdgm.engine.block_slices import BlockSlices
 from lightning_estdgm.method.masks import mask_shape, unit_view
 
 LAYOUTS = {
@@ -21,7 +21,7 @@ def test_active_blocks_are_read_and_their_step_scaled_and_no_other_is_touched(ma
     torch.manual_seed(0)
     before, mask = make(), torch.tensor([[True, False, True], [False, False, True]])
     after = make()
-    runs = ActiveRuns.of(after, mask, 4)
+    runs = BlockSlices.of(after, mask, 4)
     assert runs.length == length
     snapshot = runs.read(before)
     assert sorted(snapshot.flatten().tolist()) == sorted(unit_view(before, 4).transpose(1, 2)[mask].flatten().tolist())
@@ -37,15 +37,15 @@ def test_active_blocks_are_read_and_their_step_scaled_and_no_other_is_touched(ma
 def test_a_weight_with_gaps_has_no_runs_and_one_in_another_layout_does_not_fit():
     mask = torch.ones(mask_shape((8, 12), 4), dtype=torch.bool)
     weight = torch.randn(8, 12)
-    assert ActiveRuns.of(torch.randn(8, 24)[:, ::2], mask, 4) is None
-    runs = ActiveRuns.of(weight, mask, 4)
+    assert BlockSlices.of(torch.randn(8, 24)[:, ::2], mask, 4) is None
+    runs = BlockSlices.of(weight, mask, 4)
     assert runs.fit(weight)
     assert not runs.fit(torch.randn(12, 8).t())
 
 
 def test_no_active_block_is_no_run():
     weight = torch.randn(8, 12)
-    runs = ActiveRuns.of(weight, torch.zeros(2, 3, dtype=torch.bool), 4)
+    runs = BlockSlices.of(weight, torch.zeros(2, 3, dtype=torch.bool), 4)
     before = runs.read(weight)
     runs.scale_step_(weight, before, 2.0)
     assert before.shape == (0, 4)

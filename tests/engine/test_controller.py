@@ -12,16 +12,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.config import DGMConfig, Selection, StepSize, Units, merged
 from lightning_estdgm.engine.controller import DGMController
 from lightning_estdgm.method.schedules import EstDgm, Phase
+from lightning_estdgm.method.update_rule import UpdateRule
 from lightning_estdgm.sparse.autotune.choice import BackendSelector
-from lightning_estdgm.sparse.conv import ConvGeometry
+from lightning_estdgm.sparse.conv_geometry import ConvGeometry
 
 STEPS = 40
 SCHEDULE = EstDgm(update_every=4, observe_steps=2)  # updates before steps 3, 6, 10, 13, ...
-WEIGHTS = DGMConfig(SCHEDULE, block_size=1)
-BLOCKS = DGMConfig(SCHEDULE, block_size=16, backend="cpu")
+WEIGHTS = DGMConfig(SCHEDULE, units=Units(size=1))
+BLOCKS = DGMConfig(SCHEDULE, units=Units(size=16), backend="cpu")
 
 
 def constant(density: float) -> EstDgm:
@@ -91,7 +92,7 @@ def test_the_loop_ends_at_the_final_density_with_exact_zeros_elsewhere(mlp, conf
         assert dgm.steps == dgm.position == STEPS
         assert (dgm.updates, dgm.phase) == (updates, "refinement")
         total = 128 * 32 + 64 * 128
-        unit = config.block_size**2
+        unit = config.units.size**2
         assert abs(dgm.density * total - 0.10 * total) < unit
         assert sum(int(mask.sum()) for mask in dgm.masks().values()) * unit == dgm.density * total
         assert set(dgm.masks()) == {"0", "2"}
@@ -166,7 +167,9 @@ def test_close_takes_every_hook_and_class_away(mlp, config, steps):
     model = mlp(32, 128, 64, 4)
     optimizer = adamw(model)
     before = traces(model, optimizer)
-    config = dataclasses.replace(config, keep="magnitude")  # by gradients, the first layer's inactive blocks are dead
+    config = merged(
+        config, {"update_rule": {"keep": "magnitude"}}
+    )  # by gradients, the first layer's inactive blocks are dead
     dgm = DGMController(model, optimizer, config, total_steps=STEPS)
     assert traces(model, optimizer) != before
     run(model, optimizer, dgm, last=steps)
@@ -237,7 +240,9 @@ def test_param_groups_stay_as_the_user_made_them(mlp):
 @pytest.mark.parametrize("exponent", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("make", [adamw, sgd])
 def test_a_layer_steps_as_its_density_asks(mlp, make, exponent):
-    config = DGMConfig(constant(0.25), block_size=1, step_exponent=exponent, distribution="uniform")
+    config = DGMConfig(
+        constant(0.25), units=Units(size=1, distribution="uniform"), step_size=StepSize(exponent=exponent)
+    )
     model = mlp(32, 128, 64, 4, dtype=torch.float64)
     optimizer = make(model)
     with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
@@ -263,7 +268,13 @@ def test_a_layer_steps_as_its_density_asks(mlp, make, exponent):
             dgm.advance()
 
 
-@pytest.mark.parametrize(("config", "factor"), [(WEIGHTS, True), (DGMConfig(SCHEDULE, 1, scale_init=False), False)])
+@pytest.mark.parametrize(
+    ("config", "factor"),
+    [
+        (WEIGHTS, True),
+        (DGMConfig(SCHEDULE, units=Units(size=1), step_size=StepSize(scale_initial_weights=False)), False),
+    ],
+)
 def test_initial_weights_are_scaled(mlp, config, factor):
     model, plain = mlp(32, 128, 64, 4), mlp(32, 128, 64, 4)
     with DGMController(model, adamw(model), config, total_steps=STEPS) as dgm:
@@ -275,7 +286,7 @@ def test_initial_weights_are_scaled(mlp, config, factor):
 
 
 def test_a_dense_warm_up_changes_nothing_until_it_ends(mlp):
-    config = DGMConfig(EstDgm(warmup=10, update_every=4, observe_steps=2), block_size=1)
+    config = DGMConfig(EstDgm(warmup=10, update_every=4, observe_steps=2), units=Units(size=1))
     model, plain = mlp(32, 64, 4), mlp(32, 64, 4)
     optimizer, theirs = adamw(model), adamw(plain)
     with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
@@ -316,7 +327,7 @@ def test_grown_weights_start_at_zero_with_a_clean_state(mlp):
 
 @pytest.mark.parametrize("block_size", [1, 16])
 def test_frozen_keeps_inactive_weights_bitwise_and_never_scales(mlp, block_size):
-    config = DGMConfig(SCHEDULE, block_size=block_size, inactive="frozen")
+    config = DGMConfig(SCHEDULE, units=Units(size=block_size), inactive="frozen")
     model = mlp(32, 128, 64, 4)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
     start = copy.deepcopy(model.state_dict())
@@ -418,7 +429,7 @@ def test_the_copy_before_a_step_holds_few_active_blocks_alone(mlp):
     optimizer = adamw(model)
     with DGMController(model, optimizer, BLOCKS, total_steps=STEPS) as dgm:
         for _ in fit(model, optimizer, dgm, width=64):
-            kept = [layer._snapshot for layer in dgm.masked_weights]
+            kept = [layer.snapshot.values for layer in dgm.masked_weights]
             for layer, copied in zip(dgm.masked_weights, kept, strict=True):
                 if copied is not None:  # not right after an update of the masks
                     few = layer.density <= 1 / 3
@@ -694,7 +705,7 @@ class Residual(nn.Module):
 
 
 IN_BLOCKS = ("down", "skip", "same", "point", "length")
-IMAGES = DGMConfig(SCHEDULE, block_size=16, exclude=("stem", "depthwise"))
+IMAGES = DGMConfig(SCHEDULE, units=Units(size=16), selection=Selection(exclude=("stem", "depthwise")))
 
 
 def fit_images(config, channels_last=False, steps=20):
@@ -737,7 +748,7 @@ def test_a_convolutional_net_trains_as_with_dense_products(backend, channels_las
 
 
 def test_layers_that_stay_dense_say_why():
-    *_, (_, dgm) = fit_images(dataclasses.replace(IMAGES, backend="reference", block_size="auto"), steps=1)
+    *_, (_, dgm) = fit_images(dataclasses.replace(IMAGES, backend="reference", units=Units()), steps=1)
     said = {d.name: (d.backend, d.why) for d in dgm.decisions()}
     assert said["grouped"] == ("dense", "grouped convolution: no sparse operator")
     assert said["down"] == ("dense", "fewer than 8 blocks of 16 a side")
@@ -788,20 +799,20 @@ def test_a_resumed_run_knows_what_its_convolutions_are_given(monkeypatch):
     copied = Residual()
     copied.load_state_dict(model.state_dict())
     with DGMController(copied, sgd(copied), IMAGES, total_steps=STEPS, state=saved(state)) as resumed:
-        resumed._backends.switch()
+        resumed._dispatch.apply()
     assert {(c.batch, c.height, c.width) for c in asked.cases} == seen
     # A state from before there were such operators: choices are for an image of no particular size.
     del state["images"]
     asked.cases.clear()
     with DGMController(copied, sgd(copied), IMAGES, total_steps=STEPS, state=saved(state)) as resumed:
-        resumed._backends.switch()
+        resumed._dispatch.apply()
         assert {c.geometry.output_size(c.height, c.width) for c in asked.cases} == {(14, 14), (1, 196)}
 
 
 def test_an_older_run_keeps_its_units_where_automatic_blocks_are_others_now():
     model = nn.Sequential(nn.Conv2d(128, 128, 1), nn.Flatten(), nn.Linear(128, 4))
     config = DGMConfig(SCHEDULE, backend="dense")
-    with DGMController(model, sgd(model), dataclasses.replace(config, block_size=1), total_steps=STEPS) as dgm:
+    with DGMController(model, sgd(model), merged(config, {"units": {"size": 1}}), total_steps=STEPS) as dgm:
         state = dgm.state_dict()
         masks = dgm.masks()
     with DGMController(model, sgd(model), config, total_steps=STEPS, state=state) as resumed:
@@ -815,7 +826,7 @@ def test_an_older_run_keeps_its_units_where_automatic_blocks_are_others_now():
 @pytest.mark.parametrize(("backend", "skips"), [("dense", False), ("reference", False), ("cpu", True)])
 def test_convolutions_count_what_their_backend_skips(backend, skips):
     schedule = dataclasses.replace(constant(0.25), observe_steps=1)
-    config = dataclasses.replace(IMAGES, schedule=schedule, distribution="uniform", backend=backend)
+    config = merged(IMAGES, {"schedule": schedule, "units": {"distribution": "uniform"}, "backend": backend})
     *_, (model, dgm) = fit_images(config, steps=1)
     assert not schedule.resolve(STEPS)(0).observe
     pixels = {"stem": 64, "down": 16, "skip": 16, "same": 16, "grouped": 16, "depthwise": 16, "point": 16, "length": 16}
@@ -829,7 +840,7 @@ def test_convolutions_count_what_their_backend_skips(backend, skips):
 def test_what_an_earlier_run_has_measured_is_used_and_said(monkeypatch, tmp_path):
     monkeypatch.setenv("ESTDGM_CHOICES", str(tmp_path))
     asked = measured(monkeypatch)
-    config = dataclasses.replace(IMAGES, exclude=("stem", "depthwise", "grouped"))
+    config = dataclasses.replace(IMAGES, selection=Selection(exclude=("stem", "depthwise", "grouped")))
     *_, (_, first) = fit_images(config, steps=1)
     assert len(asked.cases) > 4
     asked.cases.clear()
@@ -847,7 +858,7 @@ def test_flops_ratios_by_hand(mlp):
     schedule = EstDgm(*(Phase(0.25, 0.25, n) for n in (4, 4, 8)), update_every=4, observe_steps=1, freeze=0.5)
     model = mlp(32, 64, 4)
     optimizer = sgd(model)
-    with DGMController(model, optimizer, DGMConfig(schedule, block_size=1), total_steps=16) as dgm:
+    with DGMController(model, optimizer, DGMConfig(schedule, units=Units(size=1)), total_steps=16) as dgm:
         run(model, optimizer, dgm, last=16)
         observed = sum(schedule.resolve(16)(step).observe for step in range(16))
         assert observed == 3
@@ -887,7 +898,9 @@ def test_the_seed_decides_the_first_masks_and_nothing_else_does(mlp):
     def first(seed):
         torch.seed()
         model = mlp(32, 64, 4)
-        with DGMController(model, adamw(model), DGMConfig(SCHEDULE, 1, seed=seed), total_steps=STEPS) as dgm:
+        with DGMController(
+            model, adamw(model), DGMConfig(SCHEDULE, units=Units(size=1), seed=seed), total_steps=STEPS
+        ) as dgm:
             return dgm.masks()["0"]
 
     assert torch.equal(first(3), first(3))
@@ -986,7 +999,7 @@ def same(one, other):
 CONFIGS = {
     "weights": WEIGHTS,
     "blocks": BLOCKS,
-    "frozen": DGMConfig(SCHEDULE, block_size=16, backend="cpu", inactive="frozen"),
+    "frozen": DGMConfig(SCHEDULE, units=Units(size=16), backend="cpu", inactive="frozen"),
 }
 
 
@@ -1063,31 +1076,35 @@ def test_a_waiting_update_is_resumed(mlp):
     ("settings", "error", "message"),
     [
         ({"schedule": 0.1}, TypeError, "schedule must have resolve() and to_dict(), such as EstDgm(), got 0.1"),
-        ({"block_size": 8}, ValueError, "block_size must be 'auto', 1 or one of (16, 32, 64, 128), got 8"),
-        ({"block_size": "big"}, ValueError, "block_size must be 'auto', 1 or one of (16, 32, 64, 128), got 'big'"),
+        ({"units": {"size": 8}}, ValueError, "units.size must be 'auto', 1 or one of (16, 32, 64, 128), got 8"),
+        ({"units": {"size": "big"}}, ValueError, "units.size must be 'auto', 1 or one of (16, 32, 64, 128), got 'big'"),
         (
-            {"distribution": "even"},
+            {"units": {"distribution": "even"}},
             ValueError,
             "distribution must be one of ['erk', 'uniform'] or a function, got 'even'",
         ),
-        ({"block_size": 16.0}, ValueError, "block_size must be 'auto', 1 or one of (16, 32, 64, 128), got 16.0"),
-        ({"block_size": True}, ValueError, "block_size must be 'auto', 1 or one of (16, 32, 64, 128), got True"),
-        ({"gamma": -0.1}, ValueError, "gamma must be a finite number of at least 0, got -0.1"),
-        ({"gamma": float("nan")}, ValueError, "gamma must be a finite number of at least 0, got nan"),
-        ({"step_exponent": -1.0}, ValueError, "step_exponent must be a finite number of at least 0, got -1.0"),
+        ({"units": {"size": 16.0}}, ValueError, "units.size must be 'auto', 1 or one of (16, 32, 64, 128), got 16.0"),
+        ({"units": {"size": True}}, ValueError, "units.size must be 'auto', 1 or one of (16, 32, 64, 128), got True"),
+        ({"update_rule": {"gamma": -0.1}}, ValueError, "gamma must be a finite number of at least 0, got -0.1"),
+        ({"update_rule": {"gamma": float("nan")}}, ValueError, "gamma must be a finite number of at least 0, got nan"),
+        (
+            {"step_size": {"exponent": -1.0}},
+            ValueError,
+            "step_size.exponent must be a finite number of at least 0, got -1.0",
+        ),
         ({"seed": "x"}, TypeError, "seed must be an int, got 'x'"),
-        ({"include": 5}, TypeError, "include must be a sequence of selectors, got 5"),
-        ({"drop_fraction": 1.0}, ValueError, "drop_fraction must lie in [0, 1), got 1.0"),
-        ({"drop_fraction": -0.1}, ValueError, "drop_fraction must lie in [0, 1), got -0.1"),
-        ({"inactive": "gone"}, ValueError, "inactive must be 'zero' or 'frozen', got 'gone'"),
-        ({"include": "head"}, TypeError, "include must be a sequence of selectors, got 'head'"),
-        ({"exclude": "0"}, TypeError, "exclude must be a sequence of selectors, got '0'"),
+        ({"selection": {"include": 5}}, TypeError, "include must be a sequence of selectors, got 5"),
+        ({"update_rule": {"drop_fraction": 1.0}}, ValueError, "drop_fraction must lie in [0, 1), got 1.0"),
+        ({"update_rule": {"drop_fraction": -0.1}}, ValueError, "drop_fraction must lie in [0, 1), got -0.1"),
+        ({"inactive": "gone"}, ValueError, "inactive must be 'zero', 'frozen' or a BackwardSet, got 'gone'"),
+        ({"selection": {"include": "head"}}, TypeError, "include must be a sequence of selectors, got 'head'"),
+        ({"selection": {"exclude": "0"}}, TypeError, "exclude must be a sequence of selectors, got '0'"),
         ({"backend": "abacus"}, ValueError, "unknown backend 'abacus', expected one of: cpu, native, reference"),
     ],
 )
 def test_bad_settings_are_refused_with_what_was_got(settings, error, message):
     with pytest.raises(error, match=re.escape(message)):
-        DGMConfig(**settings)
+        merged(DGMConfig(), settings)
 
 
 @pytest.mark.parametrize(
@@ -1101,7 +1118,7 @@ def test_bad_settings_are_refused_with_what_was_got(settings, error, message):
 def test_a_distribution_must_keep_to_the_budget(mlp, distribution, message):
     model = mlp(32, 64, 64, 4)
     with pytest.raises(ValueError, match=re.escape(message)):
-        DGMController(model, sgd(model), DGMConfig(distribution=distribution, block_size=1), total_steps=STEPS)
+        DGMController(model, sgd(model), DGMConfig(units=Units(distribution=distribution, size=1)), total_steps=STEPS)
 
 
 def test_flops_count_every_position_that_a_weight_is_applied_to():
@@ -1120,7 +1137,7 @@ def test_flops_count_every_position_that_a_weight_is_applied_to():
 
     model = Model()
     optimizer = sgd(model)
-    with DGMController(model, optimizer, DGMConfig(block_size=1), total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, DGMConfig(units=Units(size=1)), total_steps=STEPS) as dgm:
         model(torch.randn(5, 2, 2, 2)).sum().backward()
         optimizer.step()
         dgm.advance()
@@ -1152,7 +1169,7 @@ def refuse(model, message, config=WEIGHTS, optimizer=None, **kwargs):
 
 def test_a_forced_block_that_does_not_fit_is_refused_with_the_layers_name(mlp):
     message = r"block_size=64 does not fit layer '2' with weight \(96, 128\): block sizes that do are \(1, 16, 32\)"
-    refuse(mlp(64, 128, 96, 4), message, DGMConfig(SCHEDULE, block_size=64))
+    refuse(mlp(64, 128, 96, 4), message, DGMConfig(SCHEDULE, units=Units(size=64)))
 
 
 def test_an_automatic_block_falls_back_and_says_so(mlp):
@@ -1165,7 +1182,7 @@ def test_an_automatic_block_falls_back_and_says_so(mlp):
 
 def test_a_forced_backend_that_cannot_run_is_refused(mlp):
     message = "backend='cpu' was asked for but cannot compute layer '0': needs blocks of at least 8"
-    refuse(mlp(32, 64, 4), message, DGMConfig(SCHEDULE, block_size=1, backend="cpu"))
+    refuse(mlp(32, 64, 4), message, DGMConfig(SCHEDULE, units=Units(size=1), backend="cpu"))
 
 
 def test_a_forced_backend_is_used_from_the_first_step_on(mlp):
@@ -1182,7 +1199,11 @@ def test_no_layer_to_mask_is_refused():
 
 
 def test_a_selector_that_matches_nothing_is_refused(mlp):
-    refuse(mlp(8, 8, 4), re.escape("exclude='body.*' matches none of"), DGMConfig(SCHEDULE, exclude=["body.*"]))
+    refuse(
+        mlp(8, 8, 4),
+        re.escape("exclude='body.*' matches none of"),
+        DGMConfig(SCHEDULE, selection=Selection(exclude=["body.*"])),
+    )
 
 
 def test_a_weight_in_no_optimizer_stays_dense(mlp):
@@ -1209,7 +1230,12 @@ def test_a_run_too_short_or_not_covered_is_refused(mlp):
     ("widths", "config", "total_steps", "message"),
     [
         ((32, 64, 4), WEIGHTS, 41, "made with another schedule: its total_steps is 40, this run's is 41"),
-        ((32, 64, 4), DGMConfig(EstDgm(update_every=4), 1), 40, "made with another schedule: its schedule is {'explor"),
+        (
+            (32, 64, 4),
+            DGMConfig(EstDgm(update_every=4), units=Units(size=1)),
+            40,
+            "made with another schedule: its schedule is {'explor",
+        ),
         (
             (32, 80, 4),
             WEIGHTS,
@@ -1263,7 +1289,7 @@ def test_parts_of_a_fused_weight_have_budgets_of_their_own(block_size):
     with torch.no_grad():
         model.qkv.weight[:64].mul_(10.0)  # queries and keys that would win every unit from the values
     optimizer = sgd(model)
-    config = DGMConfig(EstDgm(update_every=4, observe_steps=2), block_size=block_size, distribution="uniform")
+    config = DGMConfig(EstDgm(update_every=4, observe_steps=2), units=Units(size=block_size, distribution="uniform"))
     with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
         note = "3 fused matrices, each with its own budget"
         assert [note in d.why for d in dgm.decisions()] == [True, False, False]
@@ -1282,7 +1308,9 @@ def test_without_parts_the_largest_weights_take_all():
     model = nn.Sequential(model.qkv, nn.Tanh(), model.plain, nn.Tanh(), model.last)
     optimizer = sgd(model)
     schedule = EstDgm(update_every=4, observe_steps=2)
-    config = DGMConfig(schedule, block_size=16, distribution="uniform", drop_fraction=0.0)
+    config = DGMConfig(
+        schedule, units=Units(size=16, distribution="uniform"), update_rule=UpdateRule(drop_fraction=0.0)
+    )
     with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
         run(model, optimizer, dgm)
     assert not dgm.masks()["0"].chunk(3)[2].any()
@@ -1290,7 +1318,7 @@ def test_without_parts_the_largest_weights_take_all():
 
 def test_single_weights_of_a_convolution_run_dense_and_say_so_whatever_backend_is_forced():
     model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.Flatten(), nn.Linear(8 * 6, 16), nn.Linear(16, 2))
-    config = DGMConfig(block_size=1, backend="reference")
+    config = DGMConfig(units=Units(size=1), backend="reference")
     with DGMController(model, torch.optim.SGD(model.parameters(), 0.1), config, total_steps=20) as dgm:
         found = {decision.name: decision for decision in dgm.decisions()}
     assert found["0"].backend == "dense"

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from helpers.oracle import train
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
+from lightning_estdgm.config import Units, merged
 
 STEPS = 50
 PHASES = [(0.7, 0.6, 12), (0.3, 0.2, 18), (0.15, 0.1, 20)]
@@ -102,14 +103,17 @@ class Recorder(pl.Callback):
 
 def by_callback(case):
     rules = dict(case.rules)
-    names = {"drop": "drop_fraction", "exponent": "step_exponent"}
-    config = DGMConfig(
-        SCHEDULE,
-        block_size=case.block,
-        backend=case.backend,
-        seed=rules.pop("seed", 0),
-        **{names.get(name, name): value for name, value in rules.items()},
-    )
+    parts = {
+        "drop": ("update_rule", "drop_fraction"),
+        "gamma": ("update_rule", "gamma"),
+        "exponent": ("step_size", "exponent"),
+        "scale_init": ("step_size", "scale_initial_weights"),
+    }
+    seed = rules.pop("seed", 0)
+    config = DGMConfig(SCHEDULE, units=Units(size=case.block), backend=case.backend, seed=seed)
+    for name, value in rules.items():
+        part, field = parts.get(name, (name, None))
+        config = merged(config, {part: value if field is None else {field: value}})
     module, dgm = Module(case), DGMCallback(config)
     recorder = Recorder(dgm)
     trainer = pl.Trainer(

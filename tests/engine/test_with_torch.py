@@ -10,11 +10,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_estdgm.config import DGMConfig
+from helpers.swapped_layers import index_lists
+from lightning_estdgm.config import DGMConfig, Units, merged
 from lightning_estdgm.engine.controller import DGMController
 from lightning_estdgm.method.schedules import EstDgm
-from lightning_estdgm.modules.candidates import find_candidates, restore_dense_, set_observing, sparsify_
-from lightning_estdgm.recipes.gpt import Block
+from lightning_estdgm.modules.candidates import find_candidates
+from lightning_estdgm.modules.swap import restore_dense_, set_observing, sparsify_
+from lightning_estdgm.recipes.decoder_block import DecoderBlock
 from lightning_estdgm.sparse.backends.protocol import backends
 from lightning_estdgm.sparse.linear import masked_linear
 from lightning_estdgm.sparse.topology import BlockTopology
@@ -30,7 +32,7 @@ class Net(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.block, self.head = Block(64, 4), nn.Linear(64, 8)
+            self.block, self.head = DecoderBlock(64, 4), nn.Linear(64, 8)
         self.around = around
 
     def forward(self, x):
@@ -46,7 +48,7 @@ def backend_or_skip(name, dtype=torch.float32):
 def train(net, backend, context=contextlib.nullcontext, each_step=lambda dgm: None, **config):
     """Train through all phases; return the masks."""
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    settings = DGMConfig(SCHEDULE, **{"block_size": 16, "backend": backend} | config)
+    settings = merged(DGMConfig(SCHEDULE, units=Units(size=16), backend=backend), config)
     with DGMController(net, optimizer, settings, total_steps=STEPS) as dgm:
         for step in range(STEPS):
             x = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(step)).requires_grad_()
@@ -145,11 +147,7 @@ def test_what_a_captured_graph_reads_stays_in_its_place():
     layers = [candidate for candidate in find_candidates(net.block, include=["*"]) if candidate.masked]
 
     def places():
-        return [
-            value.data_ptr()
-            for layer in layers
-            for value in (layer.weight, *(v for v in vars(layer.module).values() if isinstance(v, torch.Tensor)))
-        ]
+        return [value.data_ptr() for layer in layers for value in (layer.weight, *index_lists(layer.module))]
 
     seen = []
     for backend, density in (("cpu", 0.5), ("cpu", 0.9), ("dense", 1.0), ("reference", 0.0), ("cpu", 0.1)):
@@ -222,7 +220,7 @@ def test_recomputed_activations_give_the_same_run_to_the_last_bit(use_reentrant,
 def test_the_wrapper_that_strategies_checkpoint_with_changes_no_layers_name():
     plain, net = Net(), Net()
     masks = train(plain, "cpu")
-    apply_activation_checkpointing(net, check_fn=lambda module: isinstance(module, Block))
+    apply_activation_checkpointing(net, check_fn=lambda module: isinstance(module, DecoderBlock))
     its_masks = train(net, "cpu")
     assert list(its_masks) == list(masks)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), plain.parameters(), strict=True))

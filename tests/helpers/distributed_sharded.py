@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from helpers import distributed_jobs as jobs  # noqa: F401  puts the callback tests' folder on the path
 from helpers.models import Batches, ResumableLoader, Task, make_trainer
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
+from lightning_estdgm.config import Selection, Units, merged
 from lightning_estdgm.distributed.collectives import local_tensor
-from lightning_estdgm.engine.masked_weight import MaskedLayer
+from lightning_estdgm.engine.masked_weight import MaskedWeight
 from lightning_estdgm.modules.candidates import clean_name
 from lightning_estdgm.sparse.backends.protocol import get_backend
 
@@ -182,7 +183,7 @@ class Watch(pl.Callback):
     def on_train_batch_end(self, *args: Any) -> None:
         controller = self.dgm.controller
         assert controller is not None
-        samples = [layer._window.samples if layer._window else 0 for layer in controller.masked_weights]
+        samples = [layer.window.samples if layer.window else 0 for layer in controller.masked_weights]
         self.steps.append((controller.steps, controller.updates, controller.observing, samples))
         if controller.steps in self.keep_masks_at:
             self.masks[controller.steps] = controller.masks()
@@ -198,8 +199,8 @@ class Forget(pl.Callback):
 
     def on_train_start(self, *args: Any) -> None:
         for layer in self.dgm.controller.masked_weights:  # type: ignore[union-attr]
-            assert layer._window is not None
-            layer._window = None
+            assert layer.window is not None
+            layer.window = None
 
 
 class Spoil(pl.Callback):
@@ -227,11 +228,11 @@ class Mend(Spoil):
                 layer.gradient.nan_to_num_(0.0)
 
 
-def held_elements(layer: MaskedLayer) -> int:
+def held_elements(layer: MaskedWeight) -> int:
     """Elements of all tensors that a masked layer holds, the topology's and the parameter's own left out."""
     tensors = [value for value in vars(layer).values() if isinstance(value, Tensor)]
-    if layer._window is not None:
-        tensors += [value for value in vars(layer._window).values() if isinstance(value, Tensor)]
+    if layer.window is not None:
+        tensors += [value for value in vars(layer.window).values() if isinstance(value, Tensor)]
     return sum(tensor.numel() for tensor in tensors)
 
 
@@ -311,14 +312,15 @@ def train(
     module = Net()
     module.layout = strategy
     dgm = DGMCallback(
-        DGMConfig(
-            SCHEDULE,
-            block_size=block_size,  # type: ignore[arg-type]
-            backend=backend,
-            inactive=inactive,  # type: ignore[arg-type]
-            distribution="uniform",
-            exclude=exclude,
-            **(rule or {}),
+        merged(
+            DGMConfig(
+                SCHEDULE,
+                units=Units(size=block_size, distribution="uniform"),
+                backend=backend,
+                inactive=inactive,
+                selection=Selection(exclude=exclude),
+            ),
+            rule or {},
         )
     )
     watch = Watch(dgm, save_at)

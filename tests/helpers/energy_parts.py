@@ -11,9 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from lightning_estdgm.energy.accumulator import Accumulator, Totals
+from lightning_estdgm.energy.accumulator import Accumulator
 from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, Method, Reading, Scope, SourceUnavailable, Status
+from lightning_estdgm.energy.sampler import Sampler
+from lightning_estdgm.energy.source_set import Select
 from lightning_estdgm.energy.sources.protocol import EnergySource
+from lightning_estdgm.energy.totals import Totals
+
+NEVER_S = 3600.0
+"""An interval in which a sampler's thread never gets to read."""
 
 
 @dataclass
@@ -60,6 +66,16 @@ class ConstantPower:
 
     def close(self) -> None:
         self.events.append("close")
+
+
+def started_sampler(
+    *sources: ConstantPower | SourceUnavailable, interval_s: float = NEVER_S, select: Select | None = None
+) -> Sampler:
+    """A sampler that runs; by default its thread never gets to read, so that the test alone does."""
+    sampler = Sampler([(getattr(s, "name", "gone"), s) for s in sources], interval_s=interval_s)
+    sampler.open(select)
+    sampler.start("train", "train")
+    return sampler
 
 
 def totals_over(source: EnergySource, *changes: Callable[[], object]) -> Totals:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
+from lightning_estdgm.config import merged
 
 MakeOptimizer = Callable[[Any], Optimizer]
 
@@ -41,7 +42,7 @@ SCHEDULE = EstDgm(
 
 
 def callback_for(**settings: Any) -> DGMCallback:
-    return DGMCallback(DGMConfig(schedule=SCHEDULE, **settings))
+    return DGMCallback(merged(DGMConfig(schedule=SCHEDULE), settings))
 
 
 class Batches(list[Any]):

@@ -21,9 +21,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from test_energy_monitor import Net, data, trainer
 
 from helpers.energy_parts import ConstantPower
+from helpers.energy_runs import Net, data, trainer
 from lightning_estdgm.callbacks.energy import EnergyMonitor
 from lightning_estdgm.energy.reading import HOSTNAME_ENVIRONMENT, DeviceId, Reading, hostname
 

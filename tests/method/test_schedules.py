@@ -201,8 +201,8 @@ def test_the_defaults_train_on_about_a_quarter_of_the_weights(total):
 
 
 @given(density=st.floats(0.01, 1.0), cycles=st.integers(1, 3))
-def test_lean_phases_cost_hardly_more_than_a_constant_density(density, cycles):
-    schedule = EstDgm.lean(density, cycles=cycles).resolve(3000)
+def test_low_density_phases_cost_hardly_more_than_a_constant_density(density, cycles):
+    schedule = EstDgm.low_density(density, cycles=cycles).resolve(3000)
     held = plans(schedule)
     assert [s.phase for s in schedule.segments] == [*PHASES] * cycles
     assert held[-1].density == density
@@ -211,8 +211,8 @@ def test_lean_phases_cost_hardly_more_than_a_constant_density(density, cycles):
 
 
 @given(density=st.floats(0.01, 1.0), cycles=st.integers(1, 3))
-def test_rising_phases_cost_four_fifths_of_a_constant_density(density, cycles):
-    schedule = EstDgm.rising(density, cycles=cycles).resolve(3000)
+def test_sparse_to_denser_phases_cost_four_fifths_of_a_constant_density(density, cycles):
+    schedule = EstDgm.sparse_to_denser(density, cycles=cycles).resolve(3000)
     held = [plan.density for plan in plans(schedule)]
     assert [s.phase for s in schedule.segments] == [*PHASES] * cycles
     assert {round(x / density, 6) for x in held} == {0.5, 1.0}
@@ -220,9 +220,9 @@ def test_rising_phases_cost_four_fifths_of_a_constant_density(density, cycles):
     assert sum(held) / len(held) == pytest.approx(0.8 * density, rel=0.01)
 
 
-@pytest.mark.parametrize("phases", [EstDgm.lean, EstDgm.rising])
+@pytest.mark.parametrize("phases", [EstDgm.low_density, EstDgm.sparse_to_denser])
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.1])
-def test_lean_and_rising_phases_refuse_a_density_that_is_none(phases, density):
+def test_low_density_and_sparse_to_denser_phases_refuse_a_density_that_is_none(phases, density):
     with pytest.raises(ValueError, match=r"density must lie in \(0, 1\]"):
         phases(density)
 

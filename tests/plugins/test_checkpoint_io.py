@@ -1,12 +1,8 @@
-"""`SparseCheckpointIO` in real Trainers: small files, the same checkpoint back, nothing half-written or half-loaded."""
+"""`SparseCheckpointIO` in real Trainers: small files, and the same checkpoint back."""
 
 from __future__ import annotations
 
-import errno
 import os
-import pickle
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +12,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from packaging.version import InvalidVersion
-from typer.testing import CliRunner
 
+from helpers.checkpoints import INSIDE_A_WINDOW, STEPS, SaveAt, Unpicklable, end_of, fit, loader, ordinary
 from helpers.distributed_jobs import run
 from helpers.exact import differences
 from helpers.models import (
@@ -34,9 +30,8 @@ from helpers.models import (
     callback_for,
     make_trainer,
 )
-from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase, SparseCheckpointIO, densify_checkpoint
-from lightning_estdgm.cli import app
-from lightning_estdgm.plugins import checkpoint_io as plugin_module
+from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase, SparseCheckpointIO
+from lightning_estdgm.config import Units
 from lightning_estdgm.recipes.gpt import ByteGPT
 
 pytestmark = [
@@ -44,54 +39,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
 ]
-
-STEPS = 20  # of models.SCHEDULE: final density 0.10, the last update before step 15
-INSIDE_A_WINDOW = 14
-
-
-def loader(model: type[Any]) -> ResumableLoader:
-    return ResumableLoader((MLP if model is GAN else model).batches(STEPS))
-
-
-class SaveAt(pl.Callback):
-    def __init__(self, step: int, path: Path) -> None:
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
-
-
-def fit(
-    *callbacks: pl.Callback, model: type[Any] = MLP, ckpt: Path | None = None, dgm: Any = None, **settings: Any
-) -> tuple[Any, DGMCallback, pl.Trainer]:
-    pl.seed_everything(0, verbose=False)
-    module = GANOfMLP() if model is GAN else model()
-    callback = callback_for(**dgm or {})
-    limits = {"max_steps": STEPS * (2 if model is GAN else 1), "max_epochs": -1}
-    checkpointing = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-    trainer = make_trainer(callback, *callbacks, enable_checkpointing=checkpointing, **limits | settings)
-    trainer.fit(module, loader(model), ckpt_path=ckpt)
-    return module, callback, trainer
-
-
-class GANOfMLP(GAN):
-    """For batches 128 wide."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        super().training_step((batch[0][:, :16], batch[1]), batch_idx)
-
-
-def end_of(module: Any, callback: DGMCallback, trainer: pl.Trainer) -> dict[str, Any]:
-    return {
-        "weights": dict(module.state_dict()),
-        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "dgm": callback.state_dict(),
-    }
-
-
-def ordinary(path: Path) -> Any:
-    return torch.load(path, weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +71,7 @@ def round_trip(checkpoint: dict[str, Any], path: Path) -> Any:
     ("model", "dgm"),
     [
         (MLP, {}),
-        (MLP, {"block_size": 1}),
+        (MLP, {"units": {"size": 1}}),
         (MLP, {"inactive": "frozen"}),
         (ConvNet, {}),
         (Encoder, {}),
@@ -160,7 +107,7 @@ def byte_gpt_checkpoint(folder: Path, block_size: int, inactive: str = "zero") -
     schedule = EstDgm(
         exploration=Phase(0.7, 0.6, 1), consolidation=Phase(0.3, 0.2, 1), refinement=Phase(0.1, 0.1, 2), update_every=1
     )
-    config = DGMConfig(schedule=schedule, block_size=block_size, inactive=inactive, backend="dense")  # type: ignore
+    config = DGMConfig(schedule=schedule, units=Units(size=block_size), inactive=inactive, backend="dense")  # type: ignore
     pl.seed_everything(0, verbose=False)
     module, callback = ByteGPT(), DGMCallback(config)
     generator = torch.Generator().manual_seed(0)
@@ -192,7 +139,7 @@ def test_file_size_at_density_a_tenth(block_size: int, inactive: str, at_most: f
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("dgm", [{}, {"block_size": 1}, {"inactive": "frozen"}], ids=str)
+@pytest.mark.parametrize("dgm", [{}, {"units": {"size": 1}}, {"inactive": "frozen"}], ids=str)
 def test_resume_from_a_sparse_checkpoint_equals_the_run_straight_through(
     dgm: dict[str, Any], asynchronous: bool, tmp_path: Path
 ) -> None:
@@ -285,6 +232,34 @@ def test_validate_from_a_sparse_checkpoint(tmp_path: Path) -> None:
     assert other.validate(MLP(), loader(MLP), ckpt_path=path, verbose=False) == [expected]
 
 
+# --------------------------------------------------------------------------- remote
+
+
+@pytest.fixture
+def remote() -> Any:
+    files = fsspec.filesystem("memory")
+    yield files
+    if files.exists("/run"):
+        files.rm("/run", recursive=True)
+
+
+def test_model_checkpoint_on_a_remote_path(remote: Any) -> None:
+    keep = ModelCheckpoint("memory://run", "{step}", every_n_train_steps=5, save_top_k=1, monitor=None)
+    straight = end_of(*fit(keep, plugins=[SparseCheckpointIO()]))
+    assert [Path(name).name for name in remote.ls("/run", detail=False)] == ["step=20.ckpt"]
+    loaded = SparseCheckpointIO().load_checkpoint("memory://run/step=20.ckpt")
+    assert differences(dict(loaded["state_dict"]), straight["weights"]) == []
+    SparseCheckpointIO().remove_checkpoint("memory://run/step=20.ckpt")
+    assert not remote.exists("/run/step=20.ckpt")
+
+
+def test_failed_remote_save_leaves_the_old_checkpoint(remote: Any) -> None:
+    SparseCheckpointIO().save_checkpoint({"x": 1}, "memory://run/last.ckpt")
+    with pytest.raises(RuntimeError, match="no state for you"):
+        SparseCheckpointIO().save_checkpoint({"x": torch.ones(10**5), "y": Unpicklable()}, "memory://run/last.ckpt")
+    assert SparseCheckpointIO().load_checkpoint("memory://run/last.ckpt") == {"x": 1}
+
+
 # --------------------------------------------------------------------------- strategies
 
 
@@ -336,190 +311,6 @@ def test_strategies_with_whole_weights_are_not_refused() -> None:
     SparseCheckpointIO().check_strategy(trainer.strategy)
 
 
-# --------------------------------------------------------------------------- damage
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A whole sparse checkpoint of some 10 kB."""
-    weight = torch.zeros(40, 40)
-    weight[::4] = 1.0
-    path = tmp_path_factory.mktemp("small") / "x.ckpt"
-    SparseCheckpointIO().save_checkpoint({"state_dict": {"a": weight, "b": torch.ones(40)}}, path)
-    return path.read_bytes()
-
-
-DAMAGE = "truncated or damaged|is damaged"
-
-
-def test_truncated_anywhere_is_an_error(small: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "cut.ckpt"
-    lengths = {*range(70), *range(0, len(small), 97), *range(len(small) - 200, len(small))}
-    for length in sorted(lengths):
-        path.write_bytes(small[:length])
-        with pytest.raises(ValueError, match=DAMAGE):
-            SparseCheckpointIO().load_checkpoint(path)
-    path.write_bytes(small)
-    assert set(SparseCheckpointIO().load_checkpoint(path)["state_dict"]) == {"a", "b"}
-
-
-def test_any_altered_byte_is_an_error(small: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "altered.ckpt"
-    places = {*range(64), *range(0, len(small), 61), *range(len(small) - 64, len(small))}
-    for place in sorted(places):
-        altered = bytearray(small)
-        altered[place] ^= 1 << (place % 8)
-        path.write_bytes(altered)
-        with pytest.raises(ValueError, match=DAMAGE):
-            SparseCheckpointIO().load_checkpoint(path)
-    path.write_bytes(small + b"\0")  # something appended
-    with pytest.raises(ValueError, match=DAMAGE):
-        SparseCheckpointIO().load_checkpoint(path)
-
-
-def test_truncated_ordinary_checkpoint_is_an_error_too(tmp_path: Path) -> None:
-    path = tmp_path / "ordinary.ckpt"
-    torch.save({"state_dict": {"a": torch.ones(100)}}, path)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="truncated or damaged"):
-        SparseCheckpointIO().load_checkpoint(path)
-
-
-def test_version_of_the_future_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(plugin_module, "_VERSION", 99)
-        SparseCheckpointIO().save_checkpoint({}, tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match="expected a sparse checkpoint of version 1, got 99"):
-        SparseCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")
-
-
-def test_missing_file_and_folder_are_told(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.ckpt"):
-        SparseCheckpointIO().load_checkpoint(tmp_path / "none.ckpt")
-    with pytest.raises(ValueError, match="expected a checkpoint file, got the folder"):
-        SparseCheckpointIO().load_checkpoint(tmp_path)
-    with pytest.raises(TypeError, match="storage_options"):
-        SparseCheckpointIO().save_checkpoint({}, tmp_path / "x.ckpt", storage_options={})
-    SparseCheckpointIO().remove_checkpoint(tmp_path / "none.ckpt")  # as Lightning's own
-
-
-class Alien:
-    """A class that a checkpoint holds only if somebody put it there."""
-
-    loaded = 0
-
-    def __init__(self) -> None:
-        self.x = 1
-
-    def __setstate__(self, state: Any) -> None:
-        Alien.loaded += 1
-        self.__dict__.update(state)
-
-
-def test_objects_are_not_unpickled_unless_asked_for(tmp_path: Path) -> None:
-    path = tmp_path / "alien.ckpt"
-    SparseCheckpointIO().save_checkpoint({"hyper_parameters": {"alien": Alien()}}, path)
-    for read in (SparseCheckpointIO().load_checkpoint, densify_checkpoint):
-        with pytest.raises(pickle.UnpicklingError, match="weights_only"):
-            read(path)
-    assert Alien.loaded == 0
-    assert os.listdir(tmp_path) == ["alien.ckpt"]
-    assert SparseCheckpointIO().load_checkpoint(path, weights_only=False)["hyper_parameters"]["alien"].x == 1
-    assert Alien.loaded == 1
-
-
-# --------------------------------------------------------------------------- whole or not at all
-
-
-class Unpicklable:
-    def __reduce__(self) -> Any:
-        raise RuntimeError("no state for you")
-
-
-def test_failed_save_leaves_the_old_checkpoint_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
-    SparseCheckpointIO().save_checkpoint({"x": torch.ones(3)}, path)
-    before = path.read_bytes()
-    with pytest.raises(RuntimeError, match="no state for you"):
-        SparseCheckpointIO().save_checkpoint({"x": torch.ones(10**5), "y": Unpicklable()}, path)
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["last.ckpt"]
-
-
-def test_file_is_synced_before_and_the_folder_after_the_renaming(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At no time is there less than a whole checkpoint under the name."""
-    path, seen = tmp_path / "last.ckpt", []
-    SparseCheckpointIO().save_checkpoint({"x": 0}, path)
-    real_fsync, real_replace = os.fsync, os.replace
-
-    def state() -> int:
-        return SparseCheckpointIO().load_checkpoint(path)["x"]
-
-    def fsync(descriptor: int) -> None:
-        real_fsync(descriptor)
-        seen.append(("sync", os.path.isdir(f"/proc/self/fd/{descriptor}"), state()))
-
-    def replace(old: Any, new: Any) -> None:
-        assert Path(old).parent == Path(new).parent
-        real_replace(old, new)
-        seen.append(("rename", None, state()))
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "replace", replace)
-    SparseCheckpointIO().save_checkpoint({"x": 1}, path)
-    assert [(what, value) for what, _, value in seen] == [("sync", 0), ("rename", 1), ("sync", 1)]
-    if sys.platform == "linux":
-        assert [is_folder for what, is_folder, _ in seen if what == "sync"] == [False, True]
-
-
-def test_temporaries_of_killed_writers_go_after_a_day(tmp_path: Path) -> None:
-    old, fresh, other = (tmp_path / name for name in (".estdgm-a.tmp", ".estdgm-b.tmp", ".other.tmp"))
-    for file in (old, fresh, other):
-        file.write_text("half")
-        os.utime(file, (0, time.time() - (0 if file is fresh else 2 * 24 * 3600)))
-    SparseCheckpointIO().save_checkpoint({}, tmp_path / "x.ckpt")
-    assert sorted(os.listdir(tmp_path)) == [".estdgm-b.tmp", ".other.tmp", "x.ckpt"]
-
-
-def test_permissions_follow_the_umask(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        SparseCheckpointIO().save_checkpoint({}, tmp_path / "x.ckpt")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "x.ckpt").stat().st_mode & 0o777 == 0o640
-
-
-# --------------------------------------------------------------------------- remote
-
-
-@pytest.fixture
-def remote() -> Any:
-    files = fsspec.filesystem("memory")
-    yield files
-    if files.exists("/run"):
-        files.rm("/run", recursive=True)
-
-
-def test_model_checkpoint_on_a_remote_path(remote: Any) -> None:
-    keep = ModelCheckpoint("memory://run", "{step}", every_n_train_steps=5, save_top_k=1, monitor=None)
-    straight = end_of(*fit(keep, plugins=[SparseCheckpointIO()]))
-    assert [Path(name).name for name in remote.ls("/run", detail=False)] == ["step=20.ckpt"]
-    loaded = SparseCheckpointIO().load_checkpoint("memory://run/step=20.ckpt")
-    assert differences(dict(loaded["state_dict"]), straight["weights"]) == []
-    SparseCheckpointIO().remove_checkpoint("memory://run/step=20.ckpt")
-    assert not remote.exists("/run/step=20.ckpt")
-
-
-def test_failed_remote_save_leaves_the_old_checkpoint(remote: Any) -> None:
-    SparseCheckpointIO().save_checkpoint({"x": 1}, "memory://run/last.ckpt")
-    with pytest.raises(RuntimeError, match="no state for you"):
-        SparseCheckpointIO().save_checkpoint({"x": torch.ones(10**5), "y": Unpicklable()}, "memory://run/last.ckpt")
-    assert SparseCheckpointIO().load_checkpoint("memory://run/last.ckpt") == {"x": 1}
-
-
 # --------------------------------------------------------------------------- readers that know nothing of it
 
 
@@ -532,57 +323,3 @@ def test_plain_readers_fail_and_say_why(saved: Callable[..., Any], tmp_path: Pat
     content = torch.load(path, weights_only=True)
     assert "state_dict" not in content
     assert content["format"] == "lightning_estdgm sparse checkpoint"
-
-
-def test_densified_checkpoint_is_the_ordinary_one(saved: Callable[..., Any], tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
-    SparseCheckpointIO().save_checkpoint(saved(), path)
-    before = path.read_bytes()
-    dense = densify_checkpoint(path)
-    assert dense == tmp_path / "last.dense.ckpt"
-    assert path.read_bytes() == before
-    TorchCheckpointIO().save_checkpoint(saved(), tmp_path / "ordinary.ckpt")
-    assert differences(ordinary(dense), ordinary(tmp_path / "ordinary.ckpt")) == []
-    module = MLP.load_from_checkpoint(dense)
-    assert differences(dict(module.state_dict()), dict(saved()["state_dict"])) == []
-    with pytest.raises(FileExistsError, match=r"last\.dense\.ckpt is there already"):
-        densify_checkpoint(path)
-
-
-def test_densify_command(saved: Callable[..., Any], tmp_path: Path) -> None:
-    path, out = tmp_path / "last.ckpt", tmp_path / "folder" / "out.ckpt"
-    SparseCheckpointIO().save_checkpoint(saved(), path)
-    result = CliRunner().invoke(app, ["densify", str(path), "-o", str(out)])
-    assert result.exit_code == 0, result.output
-    assert f"{out.stat().st_size:,} bytes, from {path.stat().st_size:,}" in " ".join(result.output.split())
-    assert differences(ordinary(out), SparseCheckpointIO().load_checkpoint(path)) == []
-    content = out.read_bytes()
-    for arguments, message in (
-        ([str(path), "-o", str(out)], "there already"),
-        ([str(out)], "not a (complete) sparse checkpoint"),
-        ([str(tmp_path / "none.ckpt")], "not found"),
-    ):
-        refused = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["densify", *arguments])
-        assert refused.exit_code == 2
-        assert message in " ".join(refused.output.replace("│", "").split())
-    assert out.read_bytes() == content
-    assert sorted(os.listdir(tmp_path)) == ["folder", "last.ckpt"]
-
-
-def test_densify_command_with_objects_in_it(tmp_path: Path) -> None:
-    path = tmp_path / "alien.ckpt"
-    SparseCheckpointIO().save_checkpoint({"hyper_parameters": {"alien": Alien()}}, path)
-    refused = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["densify", str(path)])
-    assert refused.exit_code == 2
-    assert "if you trust it: --no-weights-only" in " ".join(refused.output.replace("│", "").split())
-    done = CliRunner().invoke(app, ["densify", str(path), "--no-weights-only"])
-    assert done.exit_code == 0, done.output
-    assert torch.load(tmp_path / "alien.dense.ckpt", weights_only=False)["hyper_parameters"]["alien"].x == 1
-
-
-def test_error_names_the_file_and_keeps_the_number(tmp_path: Path) -> None:
-    (tmp_path / "x.ckpt").mkdir()
-    with pytest.raises(OSError, match=r"x\.ckpt could not be written") as caught:
-        SparseCheckpointIO().save_checkpoint({}, tmp_path / "x.ckpt")
-    assert caught.value.errno in (errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY)
-    assert os.listdir(tmp_path) == ["x.ckpt"]

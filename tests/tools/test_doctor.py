@@ -13,14 +13,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from helpers.energy_parts import ConstantPower, FakeGpu, Machine
+from lightning_estdgm._environment import processor_name
 from lightning_estdgm.cli import app
 from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, Reading, SourceUnavailable, Status, probe
 from lightning_estdgm.energy.sources import cpu_estimate, nvml
 from lightning_estdgm.energy.sources.protocol import EnergySource
-from lightning_estdgm.sparse.autotune import timing_cache as measurements
+from lightning_estdgm.sparse.autotune import timing_cache
 from lightning_estdgm.sparse.autotune.choice import Case, ConvCase
-from lightning_estdgm.sparse.autotune.timing_cache import Measurements
-from lightning_estdgm.sparse.conv import ConvGeometry
+from lightning_estdgm.sparse.autotune.timing_cache import TimingCache
+from lightning_estdgm.sparse.conv_geometry import ConvGeometry
 from lightning_estdgm.tools import doctor
 
 Found = list[tuple[str, "EnergySource | SourceUnavailable"]]
@@ -107,7 +108,7 @@ def test_what_fails_has_no_watts_and_is_not_measured(clock: Clock) -> None:
     ]
     assert all(s.failed == s.reads >= 2 for s in seen)
     assert not result.measurable
-    assert [(a.name, a.status, a.reason) for a in result.absent] == [("gone", Status.NO_PERMISSION, "chmod it")]
+    assert [(a.name, a.status, a.reason) for a in result.unavailable] == [("gone", Status.NO_PERMISSION, "chmod it")]
 
 
 def test_an_estimate_is_no_measurement(clock: Clock) -> None:
@@ -127,7 +128,7 @@ def test_two_sources_of_one_device_are_read_once(clock: Clock) -> None:
     first, second = Stepping(clock, 0.1, name="first"), Stepping(clock, 0.1, name="second")
     result = look(first, second)
     assert [opened.name for opened, _ in result.sources] == ["first"]
-    assert [(a.name, a.reason) for a in result.absent] == [("second", "another source reads the same devices")]
+    assert [(a.name, a.reason) for a in result.unavailable] == [("second", "another source reads the same devices")]
 
 
 def test_a_look_takes_time() -> None:
@@ -228,16 +229,16 @@ CONV = ConvCase(32, 28, 14, 256, 128, ConvGeometry((3, 3), (2, 2), (1, 1)), 32, 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """What this machine has measured; beside it what it has with other threads, in other versions, and another CPU."""
-    monkeypatch.setenv(measurements.ENVIRONMENT, str(tmp_path))
-    for name, value in (("_version", "0.0"), ("cpu_model", "Another CPU"), ("", "")):
+    monkeypatch.setenv(timing_cache.ENVIRONMENT, str(tmp_path))
+    for name, value in (("package_version", "0.0"), ("processor_name", "Another CPU"), ("", "")):
         with monkeypatch.context() as patch:
             if name:
-                patch.setattr(measurements, name, lambda *args, value=value: value)
-            Measurements().add(LINEAR, {"dense": 9e-3, "cpu": 4e-3, "native": 3e-3})
-    Measurements().add(CONV, {"dense": 2e-3, "cpu": 5e-3})
+                patch.setattr(timing_cache, name, lambda *args, value=value: value)
+            TimingCache().add(LINEAR, {"dense": 9e-3, "cpu": 4e-3, "native": 3e-3})
+    TimingCache().add(CONV, {"dense": 2e-3, "cpu": 5e-3})
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 64)
-        Measurements().add(CONV, {"dense": 1e-3, "cpu": 0.5e-3})
+        TimingCache().add(CONV, {"dense": 1e-3, "cpu": 0.5e-3})
     return tmp_path
 
 
@@ -271,18 +272,18 @@ def test_measured_layers_are_shown(sensors: list[Found], kept: Path) -> None:
 
 def test_remeasure_drops_what_is_known_of_this_machine_and_nothing_else(sensors: list[Found], kept: Path) -> None:
     sensors.append([])
-    (kept / f"choices.{measurements._slug(measurements.cpu_model())}.broken.json").write_text("{")
+    (kept / f"choices.{timing_cache._slug(processor_name())}.broken.json").write_text("{")
     outcome = CliRunner().invoke(app, ["doctor", "--remeasure", "--json"])
     assert outcome.exit_code == 1  # as without: nothing measures energy here
     choices = json.loads(outcome.output)["choices"]
     assert len(choices["dropped"]) == 4
     assert choices["files"] == []
     assert [path.name.split(".")[1] for path in kept.glob("*.json")] == ["another-cpu"]
-    assert Measurements().of(LINEAR) == []
+    assert TimingCache().of(LINEAR) == []
 
 
 def test_without_measurements_it_says_so(sensors: list[Found], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sensors.append([])
     assert "Measured layers are not kept: ESTDGM_CHOICES=off" in text_of(doctor.diagnose(0.01))
-    monkeypatch.setenv(measurements.ENVIRONMENT, str(tmp_path / "none"))
+    monkeypatch.setenv(timing_cache.ENVIRONMENT, str(tmp_path / "none"))
     assert f"would be kept in {tmp_path / 'none'}" in text_of(doctor.diagnose(0.01))

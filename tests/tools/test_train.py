@@ -160,7 +160,7 @@ def test_a_method_by_its_name_with_settings_of_its_own(tmp_path):
         "--density=0.25",
         "--override.period=0.1",
         "--override.warmup=0.25",
-        "--override.exclude=[model.convs.0.*]",
+        "--override.selection={exclude: [model.convs.0.*]}",
     ]
     done = estdgm("gnn", *data, *QUIET, *method, "--trainer.max_epochs=20", "--model.hidden=8")
     assert done.exit_code == 0, done.output

@@ -16,7 +16,8 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.engine.controller import DGMController, LayerDecision
+from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.engine.decisions import LayerDecision
 from lightning_estdgm.method.schedules import Schedule
 
 __all__ = ["Handover", "Outcome"]

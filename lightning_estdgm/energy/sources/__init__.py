@@ -1,1 +1,1 @@
-"""Where energy is read: `protocol`, and one source a module."""
+"""Energy sources: `protocol`, and one source a module."""

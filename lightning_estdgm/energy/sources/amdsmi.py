@@ -7,7 +7,8 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-from lightning_estdgm.energy._amd_gpus import AmdGpus, Gpu, LibraryError, hip_order, valid
+from lightning_estdgm.energy._amd_gpus import AmdGpus, AmdLibraryError, valid
+from lightning_estdgm.energy._amd_visibility import AmdGpu, hip_order
 from lightning_estdgm.energy.reading import SourceUnavailable, Status
 
 __all__ = ["SOURCE", "AmdSmi"]
@@ -24,14 +25,14 @@ _STALE = (31, 32)
 
 
 class AmdSmi:
-    """The binding to the package amdsmi."""
+    """Binding to the package amdsmi."""
 
     name = "amdsmi"
 
     def __init__(self) -> None:
         self._smi: Any = None
 
-    def load(self) -> tuple[str, list[Gpu]]:
+    def load(self) -> tuple[str, list[AmdGpu]]:
         """Import amdsmi, which loads libamd_smi.so, and list the GPUs."""
         try:
             # Without the library the import prints to stdout and then fails, with a KeyError.
@@ -57,49 +58,49 @@ class AmdSmi:
             handles = self._call(amdsmi.amdsmi_get_processor_handles)
             order = hip_order()
             gpus = [self._gpu(handle, order) for handle in handles]
-        except LibraryError as e:
+        except AmdLibraryError as e:
             raise SourceUnavailable(e.status, f"amdsmi: {e}") from None
         if not gpus:
             raise SourceUnavailable(Status.UNAVAILABLE, "amdsmi shows no AMD GPU")
         return self._driver(gpus[0]), gpus
 
-    def energy(self, gpu: Gpu) -> tuple[int, float]:
-        """The accumulator; the key was renamed in ROCm 6.2."""
+    def energy(self, gpu: AmdGpu) -> tuple[int, float]:
+        """Return the accumulator; the key was renamed in ROCm 6.2."""
         answer = self._call(self._smi.amdsmi_get_energy_count, gpu.handle)
         return answer.get("energy_accumulator", answer.get("power")), answer["counter_resolution"]
 
-    def power_mw(self, gpu: Gpu) -> int:
-        """The current power where the GPU has one (MI300 and later), else the average."""
+    def power_mw(self, gpu: AmdGpu) -> int:
+        """Return the current power where the GPU has one (MI300 and later), else the average."""
         answer = self._call(self._smi.amdsmi_get_power_info, gpu.handle)
         for key in ("current_socket_power", "average_socket_power", "socket_power"):
             watts = valid(answer.get(key))
             if watts:
                 return watts * 1000
-        raise LibraryError(Status.UNSUPPORTED, "no power reading")
+        raise AmdLibraryError(Status.UNSUPPORTED, "no power reading")
 
     def close(self) -> None:
         """Shut amdsmi down."""
         if self._smi is not None:
-            with contextlib.suppress(LibraryError):  # shut down already: nothing left to give back
+            with contextlib.suppress(AmdLibraryError):  # shut down already: nothing left to give back
                 self._call(self._smi.amdsmi_shut_down)
 
-    def _gpu(self, handle: Any, order: dict[str, int]) -> Gpu:
+    def _gpu(self, handle: Any, order: dict[str, int]) -> AmdGpu:
         pci = str(self._call(self._smi.amdsmi_get_gpu_device_bdf, handle)).lower()
         name, ids, place = "AMD GPU", [], order.get(pci)
-        with contextlib.suppress(LibraryError):
+        with contextlib.suppress(AmdLibraryError):
             name = self._call(self._smi.amdsmi_get_gpu_asic_info, handle)["market_name"]
-        with contextlib.suppress(LibraryError):
+        with contextlib.suppress(AmdLibraryError):
             ids.append(self._call(self._smi.amdsmi_get_gpu_device_uuid, handle))
         # HIP's order may differ from amdsmi's, and its UUID from amdsmi's. Not in ROCm before 6.4.
-        with contextlib.suppress(LibraryError, AttributeError):
+        with contextlib.suppress(AmdLibraryError, AttributeError):
             numbers = self._call(self._smi.amdsmi_get_gpu_enumeration_info, handle)
             hip_id = valid(numbers["hip_id"])
             place = place if hip_id is None else hip_id
             ids.append(numbers["hip_uuid"])
-        return Gpu(handle, pci, name, tuple(dict.fromkeys(uid for uid in ids if uid)), place)
+        return AmdGpu(handle, pci, name, tuple(dict.fromkeys(uid for uid in ids if uid)), place)
 
-    def _driver(self, gpu: Gpu) -> str:
-        with contextlib.suppress(LibraryError):
+    def _driver(self, gpu: AmdGpu) -> str:
+        with contextlib.suppress(AmdLibraryError):
             info = self._call(self._smi.amdsmi_get_gpu_driver_info, gpu.handle)
             return f"{info['driver_name']} {info['driver_version']}"
         return ""
@@ -110,9 +111,9 @@ class AmdSmi:
         except self._smi.AmdSmiLibraryException as e:
             code = e.get_error_code()
             text = e.get_error_info(detailed=False)
-            raise LibraryError(_STATUS.get(code, Status.ERROR), f"{text} ({code})", stale=code in _STALE) from None
+            raise AmdLibraryError(_STATUS.get(code, Status.ERROR), f"{text} ({code})", stale=code in _STALE) from None
 
 
 def SOURCE() -> AmdGpus:
-    """The source as `discover` makes it."""
+    """Return the source as `discover` makes it."""
     return AmdGpus(AmdSmi())

@@ -1,4 +1,4 @@
-"""An estimate of CPU energy from the process's own CPU time, for machines where nothing can be measured.
+"""Estimate of CPU energy from the process's own CPU time, for machines where nothing can be measured.
 
     joules = CPU seconds of this process * watts per busy core
 
@@ -38,12 +38,12 @@ class CpuEstimate:
     """Process CPU time times an assumed power; labelled *estimated* wherever it appears.
 
     Args:
-        watts_per_core: power of one busy core; None takes the environment variable ESTDGM_WATTS_PER_CORE,
+        watts_per_core: Power of one busy core; None takes the environment variable ESTDGM_WATTS_PER_CORE,
             else 6.0.
 
     Raises:
-        ValueError: `watts_per_core` is not a positive finite number. For the environment variable, `open`
-            says so.
+        ValueError: `watts_per_core` is not a positive finite number. A bad environment variable is refused by
+            `open`.
 
     Example:
         >>> source = CpuEstimate(watts_per_core=10.0)
@@ -66,7 +66,7 @@ class CpuEstimate:
         self._device: DeviceId | None = None
 
     def open(self) -> None:
-        """Settle the watts per core."""
+        """Choose the watts per core."""
         text = os.environ.get(ENVIRONMENT)
         if self._asked is not None:
             self._watts = float(self._asked)
@@ -80,18 +80,18 @@ class CpuEstimate:
         self._device = DeviceId(hostname(), "cpu", f"process-{os.getpid()}")
 
     def devices(self) -> Mapping[DeviceId, DeviceInfo]:
-        """The one device: the CPU as far as this process uses it."""
+        """Return the one device: the CPU as far as this process uses it."""
         if self._device is None:
             return {}
         text = f"estimate: this process's CPU time at {self._watts:g} W per busy core, no child processes"
         return {self._device: DeviceInfo(text)}
 
     def wrap_range_uj(self, device: DeviceId) -> int | None:
-        """CPU time never wraps."""
+        """Return None: CPU time never wraps."""
         return None
 
     def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
-        """CPU time of all threads of this process, as microjoules."""
+        """Read the CPU time of all threads of this process, as microjoules."""
         if self._device is None:
             return {}
         now_ns = time.monotonic_ns()
@@ -100,7 +100,7 @@ class CpuEstimate:
         return {self._device: Reading(now_ns, energy_uj=round(time.process_time_ns() * self._watts / 1000))}
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Forget the device; nothing is held."""
         self._device = None
 
 

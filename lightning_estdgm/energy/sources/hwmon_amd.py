@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from lightning_estdgm.energy._amd_gpus import KFD, Gpu, hidden, hip_order, visible
+from lightning_estdgm.energy._amd_visibility import KFD, AmdGpu, hip_order, no_visible_gpu, visible_gpus
 from lightning_estdgm.energy._hwmon import DRM, Card, HwmonSensors, Sensor, cards
 from lightning_estdgm.energy._sysfs import read_number, read_text
 from lightning_estdgm.energy.reading import DeviceInfo, Method, SourceUnavailable, Status
@@ -19,8 +19,8 @@ class AmdHwmon(HwmonSensors):
     An integrated GPU is left out: its power is that of the whole socket, which RAPL counts.
 
     Args:
-        root: the folder of the cards.
-        kfd: the folder of ROCm's nodes, for HIP's order.
+        root: Folder of the cards.
+        kfd: Folder of ROCm's nodes, for HIP's order.
     """
 
     name = "hwmon-amd"
@@ -36,13 +36,13 @@ class AmdHwmon(HwmonSensors):
     def _find(self) -> dict[str, Sensor]:
         order = hip_order(self._kfd)
         sensors: dict[str, Sensor] = {}
-        gpus: list[Gpu] = []  # all of them: HIP counts those without a sensor too
+        gpus: list[AmdGpu] = []  # all of them: HIP counts those without a sensor too
         reader: dict[str, str] = {}  # whose reading holds a GPU's energy
         integrated = 0
         for card in cards(self._root, ("amdgpu",)):
             unique_id = read_text(card.device / "unique_id")
             ids = () if unique_id is None else (f"GPU-{unique_id}",)
-            gpus.append(Gpu(None, card.pci, "AMD GPU", ids, order.get(card.pci)))
+            gpus.append(AmdGpu(None, card.pci, "AMD GPU", ids, order.get(card.pci)))
             if _integrated(card):
                 integrated += 1
                 continue
@@ -70,15 +70,18 @@ class AmdHwmon(HwmonSensors):
                 if integrated
                 else f"no AMD card in {self._root} has a power sensor (power1_average or power1_input)",
             )
-        wanted = {reader.get(gpu.pci) for gpu in visible(gpus)}
+        wanted = {reader.get(gpu.pci) for gpu in visible_gpus(gpus)}
         left = {pci: sensor for pci, sensor in sensors.items() if pci in wanted}
         if not left:
-            raise hidden(len(sensors))
+            raise no_visible_gpu(len(sensors))
         return left
 
 
 def _integrated(card: Card) -> bool:
-    """The header of gpu_metrics has the format's number in its third byte: 1 for cards, 2 and 3 for APUs."""
+    """Return whether a card is part of the CPU.
+
+    The header of gpu_metrics has the format's number in its third byte: 1 for cards, 2 and 3 for APUs.
+    """
     try:
         header = (card.device / "gpu_metrics").read_bytes()[:3]
     except OSError:

@@ -26,7 +26,7 @@ class GraceHwmon(HwmonSensors):
     """Grace sockets, each once: with memory where the meter has it, else the CPU rail alone.
 
     Args:
-        root: the hwmon folder.
+        root: Folder of hwmon.
     """
 
     name = "hwmon-grace"

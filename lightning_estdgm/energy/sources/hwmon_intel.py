@@ -11,14 +11,14 @@ from lightning_estdgm.energy.reading import DeviceInfo, Method, SourceUnavailabl
 __all__ = ["SOURCE", "IntelHwmon"]
 
 _FILES = {"energy1_input": "card", "energy2_input": "package"}
-"""energy1 is the card; the driver xe also has energy2, the package on it, which is inside the card's."""
+"""energy1 counts the card; the driver xe also has energy2, the package on it, which energy1 includes."""
 
 
 class IntelHwmon(HwmonSensors):
     """Intel's discrete GPUs, by PCI address, each once: the card if it has a counter, else the package.
 
     Args:
-        root: the folder of the cards.
+        root: Folder of the cards.
     """
 
     name = "hwmon-intel"

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning_estdgm.energy._counter_check import CounterCheck
+from lightning_estdgm.energy._cuda_visibility import as_str, visible_handles
 from lightning_estdgm.energy.reading import (
     DeviceId,
     DeviceInfo,
@@ -55,18 +54,6 @@ _HINT = {
     Status.UNAVAILABLE: ": see `nvidia-smi` and the kernel log, it may need a reset",
 }
 
-# CUDA's own order of the devices, asked in another process: CUDA that has started survives no fork.
-_CUDA_UUIDS = """
-import ctypes, uuid
-cuda = ctypes.CDLL("libcuda.so.1")
-count, device, raw = ctypes.c_int(), ctypes.c_int(), (ctypes.c_ubyte * 16)()
-assert cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0
-for i in range(count.value):
-    assert cuda.cuDeviceGet(ctypes.byref(device), i) == 0
-    assert getattr(cuda, "cuDeviceGetUuid_v2", cuda.cuDeviceGetUuid)(raw, device) == 0
-    print(uuid.UUID(bytes=bytes(raw)))
-"""
-
 _OPEN_HINT = {
     9: ": load the NVIDIA driver",
     12: ": install the NVIDIA driver (in a container: start it with access to the GPUs)",
@@ -93,12 +80,9 @@ class _Gpu:
 
 
 class Nvml:
-    """The NVIDIA GPUs that this process may use.
+    """NVIDIA GPUs that this process may use: torch's devices, or those that CUDA_VISIBLE_DEVICES leaves.
 
-    Under CUDA these are torch's devices, by UUID. Before CUDA starts, CUDA_VISIBLE_DEVICES is read as CUDA
-    does: by index or by (abbreviated) UUID, ending at the first entry that is not valid. What an index means
-    depends on CUDA_DEVICE_ORDER; where it matters (GPUs of several models, not in PCI order) CUDA is asked. A
-    MIG slice has no counter of its own: its parent GPU is read, and named as shared.
+    A MIG slice has no counter of its own: its parent GPU is read, and named as shared.
     """
 
     name = "nvml"
@@ -118,7 +102,7 @@ class Nvml:
         return "integrated" if any(gpu.mode in ("instant", "usage") for gpu in self._gpus.values()) else "counter"
 
     def open(self) -> None:
-        """Load the library, find the GPUs, and settle once how each is read."""
+        """Load the library, find the GPUs, and choose once how each is read."""
         try:
             import pynvml
         except ImportError as e:
@@ -129,7 +113,7 @@ class Nvml:
         self._note = ""
         try:
             self._init()
-            self.driver = f"nvidia {_str(pynvml.nvmlSystemGetDriverVersion())}"
+            self.driver = f"nvidia {as_str(pynvml.nvmlSystemGetDriverVersion())}"
             gpus = self._visible()
         except pynvml.NVMLError as e:
             self.close()
@@ -152,21 +136,21 @@ class Nvml:
         self._gpus = {DeviceId(host, "gpu", gpu.uuid): gpu for gpu in gpus}
 
     def devices(self) -> Mapping[DeviceId, DeviceInfo]:
-        """GPUs by UUID, with what each is read by."""
+        """Return the GPUs by UUID, with how each is read."""
         return {device: _info(gpu, self._note) for device, gpu in self._gpus.items()}
 
     def wrap_range_uj(self, device: DeviceId) -> int | None:
-        """Unknown: NVML documents no wrap, so a counter that goes back was reset (driver reload)."""
+        """Return None: NVML documents no wrap, so a counter that goes back was reset (driver reload)."""
         return None
 
     def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
-        """One call per GPU."""
+        """Read the GPUs, by one call each."""
         if self._nvml is None:
             return {}
         return {d: self._read(gpu) for d, gpu in self._gpus.items() if devices is None or d in devices}
 
     def close(self) -> None:
-        """Give the library back, in the process that initialised it."""
+        """Release the library, in the process that initialised it."""
         if self._nvml is not None and self._pid == os.getpid():
             with contextlib.suppress(self._nvml.NVMLError):  # gone already: nothing left to give back
                 self._nvml.nvmlShutdown()
@@ -175,7 +159,7 @@ class Nvml:
         self._nvml = None
 
     def _init(self) -> None:
-        """NVML's state does not survive a fork: initialise once per process, and drop inherited handles."""
+        """Initialise NVML once per process, and drop inherited handles: its state does not survive a fork."""
         if self._pid != os.getpid():
             self._nvml.nvmlInit()
             self._pid = os.getpid()
@@ -248,24 +232,23 @@ class Nvml:
         return None, Status.UNSUPPORTED
 
     def _visible(self) -> list[_Gpu]:
-        handles = self._torch_handles()
-        if handles is None:
-            handles = self._environment_handles()
+        handles, self._note = visible_handles(self._nvml)
         gpus: dict[str, _Gpu] = {}
-        for handle, mig in handles:
-            whole = self._nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle) if mig else handle
-            uuid = _str(self._nvml.nvmlDeviceGetUUID(whole))
+        for each in handles:
+            handle = each.handle
+            whole = self._nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle) if each.is_mig else handle
+            uuid = as_str(self._nvml.nvmlDeviceGetUUID(whole))
             if uuid not in gpus:
-                name = _str(self._nvml.nvmlDeviceGetName(whole))
+                name = as_str(self._nvml.nvmlDeviceGetName(whole))
                 gpus[uuid] = _Gpu(uuid, name, self._pci(whole), handle=whole, shared=self._mig_mode(whole))
-            if mig:
+            if each.is_mig:
                 gpus[uuid].shared = True
-                gpus[uuid].slices.append(_str(self._nvml.nvmlDeviceGetUUID(handle)))
+                gpus[uuid].slices.append(as_str(self._nvml.nvmlDeviceGetUUID(handle)))
         return list(gpus.values())
 
     def _pci(self, handle: Any) -> str | None:
         try:
-            bus_id = _str(self._nvml.nvmlDeviceGetPciInfo(handle).busId).lower()
+            bus_id = as_str(self._nvml.nvmlDeviceGetPciInfo(handle).busId).lower()
         except self._nvml.NVMLError:
             return None
         domain, _, rest = bus_id.partition(":")
@@ -276,69 +259,6 @@ class Nvml:
             return bool(self._nvml.nvmlDeviceGetMigMode(handle)[0])
         except self._nvml.NVMLError:  # a GPU without MIG
             return False
-
-    def _torch_handles(self) -> list[tuple[Any, bool]] | None:
-        """(handle, is it a MIG slice) of torch's devices; None while CUDA is not running, which is not our
-        business to start.
-        """
-        torch = sys.modules.get("torch")
-        if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized() or torch.version.hip:
-            return None
-        handles = []
-        for i in range(torch.cuda.device_count()):
-            uuid = torch.cuda.get_device_properties(i).uuid
-            handles.append(self._by_uuid(f"GPU-{uuid}") or self._by_uuid(f"MIG-{uuid}"))
-        return [h for h in handles if h is not None]
-
-    def _environment_handles(self) -> list[tuple[Any, bool]]:
-        count = self._nvml.nvmlDeviceGetCount()
-        text = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if text is None:
-            return [(self._nvml.nvmlDeviceGetHandleByIndex(i), False) for i in range(count)]
-        tokens = [t.strip() for t in text.split(",")]
-        every = [self._nvml.nvmlDeviceGetHandleByIndex(i) for i in range(count)]
-        if any(token.isdigit() for token in tokens) and self._order_matters(every):
-            asked = self._cuda_handles()
-            if asked is not None:
-                return asked
-            self._note = ", taken in PCI order: to be sure, set CUDA_DEVICE_ORDER=PCI_BUS_ID"
-        handles = []
-        for token in tokens:
-            if token.isdigit() and int(token) < count:
-                handles.append((every[int(token)], False))
-                continue
-            found = self._by_uuid(token) if token.startswith(("GPU-", "MIG-")) else None
-            if found is None and token.startswith("GPU-"):
-                match = [h for h in every if _str(self._nvml.nvmlDeviceGetUUID(h)).startswith(token)]
-                found = (match[0], False) if len(match) == 1 else None
-            if found is None:
-                break  # CUDA hides everything from the first invalid entry on
-            handles.append(found)
-        return handles
-
-    def _order_matters(self, handles: list[Any]) -> bool:
-        """NVML's order is PCI's; CUDA's is the same if it is told so, or if no GPU is faster than another."""
-        if os.environ.get("CUDA_DEVICE_ORDER", "").strip().upper() == "PCI_BUS_ID":
-            return False
-        return len({_str(self._nvml.nvmlDeviceGetName(handle)) for handle in handles}) > 1
-
-    def _cuda_handles(self) -> list[tuple[Any, bool]] | None:
-        """The devices that CUDA would show this process; None where CUDA does not answer."""
-        command = [sys.executable, "-c", _CUDA_UUIDS]
-        try:
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-        except (OSError, subprocess.SubprocessError):
-            return None
-        handles = [self._by_uuid(f"GPU-{uuid}") or self._by_uuid(f"MIG-{uuid}") for uuid in answer.split()]
-        return [handle for handle in handles if handle is not None]
-
-    def _by_uuid(self, uuid: str) -> tuple[Any, bool] | None:
-        try:
-            return self._nvml.nvmlDeviceGetHandleByUUID(uuid), uuid.startswith("MIG-")
-        except self._nvml.NVMLError as e:
-            if e.value in (2, 6):  # invalid argument, not found
-                return None
-            raise
 
 
 def _info(gpu: _Gpu, note: str) -> DeviceInfo:
@@ -355,10 +275,6 @@ def _info(gpu: _Gpu, note: str) -> DeviceInfo:
 
 def _status(error: Any) -> Status:
     return _STATUS.get(error.value, Status.ERROR)
-
-
-def _str(text: str | bytes) -> str:
-    return text.decode() if isinstance(text, bytes) else text
 
 
 SOURCE = Nvml

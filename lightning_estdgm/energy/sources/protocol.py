@@ -1,10 +1,10 @@
-"""What an energy source is, and which ones this machine has.
+"""Protocol of energy sources, and their discovery.
 
 A source is one module of this folder that exposes ``SOURCE`` (a class or factory that takes no arguments),
 or an entry point of the group ``lightning_estdgm.energy_sources``. Adding a vendor is adding a file: nothing
 here changes.
 
-Sources return raw integers and a status; they never decide what a difference between two readings means.
+Sources return raw integers and a status; they never interpret the difference between two readings.
 That is the accumulator's work (`lightning_estdgm.energy.accumulator`).
 """
 
@@ -33,16 +33,16 @@ ENTRY_POINT_GROUP = "lightning_estdgm.energy_sources"
 
 @runtime_checkable
 class EnergySource(Protocol):
-    """One vendor's way to read energy.
+    """Interface of an energy source.
 
     Attributes:
-        name: unique, lower case, as users write it: "nvml".
+        name: Unique name in lower case, as users write it: "nvml".
         method: "counter" (the hardware adds up the joules), "integrated" (power samples are integrated here)
-            or "estimated" (nothing was measured). A source of several devices names the weakest of theirs.
+            or "estimated" (nothing was measured); of several devices the weakest.
         scope: "host" if the devices are shared by all processes of a machine, so that one process must read
             them for all; "process" if a reading covers the reading process only.
-        update_period_s: how often the hardware renews the value; a window shorter than this may read zero.
-        driver: driver and version behind the readings, known after `open`; "" where unknown.
+        update_period_s: Time between two new values of the hardware, in seconds; a shorter window may read zero.
+        driver: Driver and version behind the readings, known after `open`; "" where unknown.
     """
 
     name: str
@@ -55,13 +55,13 @@ class EnergySource(Protocol):
         """Make the source ready, or raise `SourceUnavailable`. Imports vendor libraries here, not earlier."""
 
     def devices(self) -> Mapping[DeviceId, DeviceInfo]:
-        """The devices that `read` reports."""
+        """Return the devices that `read` reports."""
 
     def wrap_range_uj(self, device: DeviceId) -> int | None:
-        """What to add when the counter wrapped, in microjoules; None: going back is a reset."""
+        """Return the range of the counter in microjoules; None takes a counter that goes back for a reset."""
 
     def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
-        """Read these devices now; None: all. Never raises for a device that fails: its reading says so."""
+        """Read these devices now, all for None. Never raises for a device that fails: its reading says so."""
 
     def close(self) -> None:
         """Release what `open` took. May be called twice."""
@@ -71,8 +71,8 @@ def check_source(source: object) -> EnergySource:
     """Return `source` if it follows the `EnergySource` protocol.
 
     Raises:
-        TypeError: a member is missing, or the class was given in place of an instance.
-        ValueError: `method`, `scope` or `update_period_s` has no meaning.
+        TypeError: A member is missing, or the class was given in place of an instance.
+        ValueError: `name`, `method`, `scope` or `update_period_s` is not valid.
     """
     if isinstance(source, type):
         raise TypeError(f"expected an instance of an energy source, got the class {source.__name__}")
@@ -105,13 +105,13 @@ def check_source(source: object) -> EnergySource:
 
 
 def discover() -> list[tuple[str, EnergySource | SourceUnavailable]]:
-    """Every known source by name, not opened yet; in place of one that cannot even be made, the reason.
+    """Return every known source by name, not opened yet; in place of one that cannot be made, the reason.
 
-    Counters come before integrated power, and estimates last, so that the first to claim a device is the
-    better one.
+    Counters come before integrated power, and estimates last, so that the first source that offers a device is
+    the better one.
 
     Example:
-        >>> from lightning_estdgm.energy.sources.protocol import discover
+        >>> from lightning_estdgm.energy import discover
         >>> names = [name for name, _ in discover()]
         >>> names.index("nvml") < names.index("cpu-estimate")
         True
@@ -146,11 +146,14 @@ def discover() -> list[tuple[str, EnergySource | SourceUnavailable]]:
 def resolve(
     sources: Iterable[str | EnergySource] | None,
 ) -> list[tuple[str, EnergySource | SourceUnavailable]]:
-    """Turn what a user gave into sources: None for all that are known, else names or objects, in that order.
+    """Return the sources that a user named, in that order.
+
+    Args:
+        sources: Names or sources; None for all that are known.
 
     Raises:
-        TypeError: not an iterable of names and sources, or an object that does not follow the protocol.
-        ValueError: a name that no source has, or a name given twice.
+        TypeError: It is no iterable of names and sources, or an object does not follow the protocol.
+        ValueError: No source has that name, or a name is given twice.
     """
     if sources is None:
         return discover()

@@ -57,10 +57,10 @@ class _Zone:
 
 
 class Rapl:
-    """Packages and memory of this host, each once.
+    """Energy counters of the packages and the memory of this host, each once.
 
     Args:
-        root: the powercap directory, which a container may have bind-mounted elsewhere; None takes the
+        root: Folder of powercap, which a container may have bind-mounted elsewhere; None takes the
             environment variable ESTDGM_POWERCAP, else /sys/class/powercap.
     """
 
@@ -97,15 +97,15 @@ class Rapl:
         self._zones = {DeviceId(host, zone.kind, zone.uid): zone for zone in _without_mirrors(zones)}
 
     def devices(self) -> Mapping[DeviceId, DeviceInfo]:
-        """Packages and memory domains."""
+        """Return the packages and memory domains."""
         return {device: DeviceInfo(f"{zone.uid} ({zone.path.name})") for device, zone in self._zones.items()}
 
     def wrap_range_uj(self, device: DeviceId) -> int | None:
-        """The zone's max_energy_range_uj."""
+        """Return the zone's max_energy_range_uj."""
         return self._zones[device].range_uj
 
     def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
-        """One file per zone."""
+        """Read the zones, one file each."""
         readings = {}
         for device, zone in self._zones.items():
             if devices is not None and device not in devices:
@@ -124,11 +124,11 @@ class Rapl:
         return readings
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Forget the zones; nothing is held open."""
         self._zones = {}
 
     def _find(self) -> list[_Zone]:
-        """All package and dram zones, MSR before MMIO, each name once."""
+        """Return all package and dram zones, MSR before MMIO, each name once."""
         try:
             entries = sorted(self._root.iterdir())
         except FileNotFoundError:

@@ -8,7 +8,8 @@ import os
 from ctypes import POINTER, byref, c_char, c_char_p, c_float, c_size_t, c_uint32, c_uint64
 from typing import Any
 
-from lightning_estdgm.energy._amd_gpus import AmdGpus, Gpu, LibraryError, hip_order, pci_address, valid
+from lightning_estdgm.energy._amd_gpus import AmdGpus, AmdLibraryError, valid
+from lightning_estdgm.energy._amd_visibility import AmdGpu, hip_order, pci_address
 from lightning_estdgm.energy.reading import SourceUnavailable, Status
 
 __all__ = ["SOURCE", "RocmSmi"]
@@ -40,14 +41,14 @@ _ARGUMENTS: dict[str, list[Any]] = {
 
 
 class RocmSmi:
-    """The binding to librocm_smi64.so; handles are its device indices."""
+    """Binding to librocm_smi64.so; handles are its device indices."""
 
     name = "rocm-smi"
 
     def __init__(self) -> None:
         self._lib: Any = None
 
-    def load(self) -> tuple[str, list[Gpu]]:
+    def load(self) -> tuple[str, list[AmdGpu]]:
         """Load the library and list the GPUs."""
         if self._lib is None:
             self._lib = _load()
@@ -57,53 +58,53 @@ class RocmSmi:
             self._call("rsmi_num_monitor_devices", byref(count))
             order = hip_order()
             gpus = [self._gpu(i, order) for i in range(count.value)]
-        except LibraryError as e:
+        except AmdLibraryError as e:
             raise SourceUnavailable(e.status, f"ROCm-SMI: {e}") from None
         if not gpus:
             raise SourceUnavailable(Status.UNAVAILABLE, "ROCm-SMI shows no AMD GPU: is the driver amdgpu loaded?")
         text = ctypes.create_string_buffer(256)
-        with contextlib.suppress(LibraryError):
+        with contextlib.suppress(AmdLibraryError):
             self._call("rsmi_version_str_get", _COMPONENT_DRIVER, text, len(text))
         return f"amdgpu {text.value.decode(errors='replace')}".strip(), gpus
 
-    def energy(self, gpu: Gpu) -> tuple[int, float]:
-        """The accumulator."""
+    def energy(self, gpu: AmdGpu) -> tuple[int, float]:
+        """Return the accumulator."""
         ticks, resolution, stamp = c_uint64(), c_float(), c_uint64()
         self._call("rsmi_dev_energy_count_get", gpu.handle, byref(ticks), byref(resolution), byref(stamp))
         return ticks.value, resolution.value
 
-    def power_mw(self, gpu: Gpu) -> int:
-        """The current power where the GPU has one (MI300 and later), else the average; both in microwatts."""
+    def power_mw(self, gpu: AmdGpu) -> int:
+        """Return the current power where the GPU has one (MI300 and later), else the average."""
         power = c_uint64()
         for function, sensor in (("rsmi_dev_current_socket_power_get", ()), ("rsmi_dev_power_ave_get", (0,))):
             try:
                 self._call(function, gpu.handle, *sensor, byref(power))
-            except LibraryError as e:
+            except AmdLibraryError as e:
                 if e.status is not Status.UNSUPPORTED:
                     raise
                 continue
-            microwatts = valid(power.value)
+            microwatts = valid(power.value)  # the unit of both
             if microwatts:
                 return microwatts // 1000
-        raise LibraryError(Status.UNSUPPORTED, "no power reading")
+        raise AmdLibraryError(Status.UNSUPPORTED, "no power reading")
 
     def close(self) -> None:
         """Shut ROCm-SMI down."""
         if self._lib is not None:
-            with contextlib.suppress(LibraryError):  # shut down already: nothing left to give back
+            with contextlib.suppress(AmdLibraryError):  # shut down already: nothing left to give back
                 self._call("rsmi_shut_down")
 
-    def _gpu(self, index: int, order: dict[str, int]) -> Gpu:
+    def _gpu(self, index: int, order: dict[str, int]) -> AmdGpu:
         location, unique, name = c_uint64(), c_uint64(), ctypes.create_string_buffer(256)
         self._call("rsmi_dev_pci_id_get", index, byref(location))
         pci = pci_address(location.value >> 32, location.value)
         ids: tuple[str, ...] = ()
-        with contextlib.suppress(LibraryError):
+        with contextlib.suppress(AmdLibraryError):
             self._call("rsmi_dev_unique_id_get", index, byref(unique))
             ids = (f"GPU-{unique.value:016x}",)
-        with contextlib.suppress(LibraryError):
+        with contextlib.suppress(AmdLibraryError):
             self._call("rsmi_dev_name_get", index, name, len(name))
-        return Gpu(index, pci, name.value.decode(errors="replace") or "AMD GPU", ids, order.get(pci))
+        return AmdGpu(index, pci, name.value.decode(errors="replace") or "AMD GPU", ids, order.get(pci))
 
     def _call(self, function: str, *args: Any) -> None:
         code = getattr(self._lib, function)(*args)
@@ -111,7 +112,7 @@ class RocmSmi:
             text = c_char_p()
             self._lib.rsmi_status_string(code, byref(text))
             reason = (text.value or b"error").decode(errors="replace").strip()
-            raise LibraryError(_STATUS.get(code, Status.ERROR), f"{reason} ({code})", stale=code in _STALE)
+            raise AmdLibraryError(_STATUS.get(code, Status.ERROR), f"{reason} ({code})", stale=code in _STALE)
 
 
 def _load() -> Any:
@@ -140,5 +141,5 @@ def _load() -> Any:
 
 
 def SOURCE() -> AmdGpus:
-    """The source as `discover` makes it."""
+    """Return the source as `discover` makes it."""
     return AmdGpus(RocmSmi())

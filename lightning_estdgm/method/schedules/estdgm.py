@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lightning_estdgm.method.schedules.protocol import Schedule, Segment, SteppedSchedule, check_steps, intervals
+from lightning_estdgm._checks import check_int
+from lightning_estdgm.method.schedules.protocol import Schedule, Segment, SteppedSchedule, intervals
 
 __all__ = ["WARMUP", "EstDgm", "Phase"]
 
@@ -97,15 +98,15 @@ class EstDgm:
             raise ValueError(f"phase lengths must be all shares (float) or all steps (int), got {lengths}")
         if isinstance(lengths[0], float) and abs(sum(lengths) - 1.0) > _FRACTION_TOLERANCE:
             raise ValueError(f"phases must cover the run: shares must add up to 1, got {lengths}, sum {sum(lengths):g}")
-        check_steps("cycles", self.cycles, least=1)
+        check_int("cycles", self.cycles, at_least=1)
         if isinstance(self.warmup, float):
             if not 0.0 <= self.warmup < 1.0:
                 raise ValueError(f"warmup given as a share must lie in [0, 1), got {self.warmup!r}")
         else:
-            check_steps("warmup", self.warmup, least=0)
+            check_int("warmup", self.warmup, at_least=0)
         for name in ("update_every", "observe_steps"):
             if getattr(self, name) is not None:
-                check_steps(name, getattr(self, name), least=1)
+                check_int(name, getattr(self, name), at_least=1)
         if self.update_every is not None and self.observe_steps is not None and self.observe_steps > self.update_every:
             raise ValueError(
                 f"observe_steps must not exceed update_every, got {self.observe_steps} and {self.update_every}"
@@ -116,7 +117,7 @@ class EstDgm:
             raise ValueError(f"freeze must lie in [0, 1), got {self.freeze!r}")
 
     @classmethod
-    def lean(cls, density: float = 0.10, **settings: Any) -> EstDgm:
+    def low_density(cls, density: float = 0.10, **settings: Any) -> EstDgm:
         """Return a cycle of about the FLOPs of a constant density: its phases are hardly denser than they end.
 
         Exploration goes from 1.5 to 1.2 times `density` for 0.05 of the run, consolidation on to `density` for 0.15,
@@ -127,7 +128,7 @@ class EstDgm:
             settings: any of the other attributes.
 
         Example:
-            >>> EstDgm.lean(0.2, cycles=2).exploration
+            >>> EstDgm.low_density(0.2, cycles=2).exploration
             Phase(start=0.3, end=0.24, length=0.05)
 
         """
@@ -140,7 +141,7 @@ class EstDgm:
         )
 
     @classmethod
-    def rising(cls, density: float = 0.10, **settings: Any) -> EstDgm:
+    def sparse_to_denser(cls, density: float = 0.10, **settings: Any) -> EstDgm:
         """Return a cycle cheaper than a constant density: it explores at half of the density that it ends with.
 
         Exploration has half of `density` for 0.40 of the run, consolidation and refinement have `density`; the mean is
@@ -151,7 +152,7 @@ class EstDgm:
             settings: any of the other attributes.
 
         Example:
-            >>> EstDgm.rising(0.2).exploration
+            >>> EstDgm.sparse_to_denser(0.2).exploration
             Phase(start=0.1, end=0.1, length=0.4)
 
         """
@@ -165,7 +166,7 @@ class EstDgm:
             ValueError: if the run is too short for the phases, or lengths in steps do not add up to it.
 
         """
-        check_steps("total_steps", total_steps, least=1)
+        check_int("total_steps", total_steps, at_least=1)
         warmup = round(self.warmup * total_steps) if isinstance(self.warmup, float) else self.warmup
         segments = self._segments(warmup, total_steps)
         update_every, observe = intervals(self.update_every, self.observe_steps, total_steps)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Plan", "Schedule", "ScheduleConfig", "Segment", "SteppedSchedule", "check_steps", "intervals"]
+__all__ = ["Plan", "Schedule", "ScheduleConfig", "Segment", "SteppedSchedule", "intervals"]
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,3 @@ def intervals(update_every: int | None, observe_steps: int | None, total_steps: 
     """
     every = update_every or max(1, min(200, total_steps // 25))
     return every, observe_steps or max(1, min(8, every // 10))
-
-
-def check_steps(name: str, value: object, least: int) -> None:
-    """Raise unless `value` is an int of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -6,7 +6,8 @@ import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning_estdgm.method.schedules.protocol import Schedule, Segment, SteppedSchedule, check_steps, intervals
+from lightning_estdgm._checks import check_int
+from lightning_estdgm.method.schedules.protocol import Schedule, Segment, SteppedSchedule, intervals
 
 __all__ = ["AlternatingDensity", "ConstantDensity", "CubicDensity"]
 
@@ -41,7 +42,7 @@ class ConstantDensity:
 
     def resolve(self, total_steps: int) -> Schedule:
         """Lay the updates over `total_steps` optimizer steps."""
-        check_steps("total_steps", total_steps, least=1)
+        check_int("total_steps", total_steps, at_least=1)
         every, observe = intervals(self.update_every, self.observe_steps, total_steps)
         end = round(self.stop * total_steps)
         changes = [(step, self.density) for step in range(0, max(end, 1), every)]
@@ -96,7 +97,7 @@ class CubicDensity:
             ValueError: if the run is too short for one update between `begin` and `end`.
 
         """
-        check_steps("total_steps", total_steps, least=1)
+        check_int("total_steps", total_steps, at_least=1)
         every, observe = intervals(self.update_every, self.observe_steps, total_steps)
         first, last = round(self.begin * total_steps), min(round(self.end * total_steps), total_steps - 1)
         if last <= first:
@@ -167,7 +168,7 @@ class AlternatingDensity:
             ValueError: if a phase would have no step.
 
         """
-        check_steps("total_steps", total_steps, least=1)
+        check_int("total_steps", total_steps, at_least=1)
         starts = [0.0, *(self.warmup + i * self.period for i in range(self._turns() + 1)), 1.0 - self.last_sparse]
         borders = [round(share * total_steps) for share in starts] + [total_steps]
         segments, changes = [], []
@@ -193,6 +194,6 @@ def _check_shares(least: float | None = None, **values: float) -> None:
 def _check_intervals(update_every: int | None, observe_steps: int | None) -> None:
     for name, value in (("update_every", update_every), ("observe_steps", observe_steps)):
         if value is not None:
-            check_steps(name, value, least=1)
+            check_int(name, value, at_least=1)
     if update_every is not None and observe_steps is not None and observe_steps > update_every:
         raise ValueError(f"observe_steps must not exceed update_every, got {observe_steps} and {update_every}")

@@ -1,4 +1,4 @@
-"""What the never-slower rule decides on: one layer's shape, input and density, and how long it takes, by what."""
+"""Cases of the never-slower rule, one layer's shape, input and density each, and how they are timed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_estdgm.sparse.backends.protocol import backends, get_backend
-from lightning_estdgm.sparse.backends.reference import expand_mask
-from lightning_estdgm.sparse.conv import ConvGeometry, conv_refusal, masked_conv2d
+from lightning_estdgm.sparse.backends.protocol import backends, conv_refusal, get_backend
+from lightning_estdgm.sparse.conv import masked_conv2d
+from lightning_estdgm.sparse.conv_geometry import ConvGeometry, memory_format
 from lightning_estdgm.sparse.linear import masked_linear
 from lightning_estdgm.sparse.topology import BlockTopology
 
@@ -74,7 +74,7 @@ class Case:
     def problem(self) -> _Problem:
         """Random operands, and the layer's forward on them."""
         random, topology = _random(self), self.topology()
-        weight = random(self.out_features, self.in_features) * expand_mask(topology)
+        weight = random(self.out_features, self.in_features) * topology.weight_mask()
         stored = weight.t().contiguous() if self.transposed else weight
         leaves = [random(self.tokens, self.in_features), stored, random(self.out_features)]
 
@@ -139,8 +139,8 @@ class ConvCase:
     def problem(self) -> _Problem:
         """Random operands, and the layer's forward on them."""
         random, topology, g = _random(self), self.topology(), self.geometry
-        memory = torch.channels_last if self.channels_last else torch.contiguous_format
-        weight = random(self.out_channels, self.in_channels, *g.kernel_size) * expand_mask(topology)[:, :, None, None]
+        memory = memory_format(self.channels_last)
+        weight = random(self.out_channels, self.in_channels, *g.kernel_size) * topology.weight_mask()[:, :, None, None]
         x = random(self.batch, self.in_channels, self.height, self.width)
         dy = random(self.batch, self.out_channels, *g.output_size(self.height, self.width))
         leaves = [

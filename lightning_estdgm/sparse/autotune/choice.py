@@ -16,7 +16,7 @@ from lightning_estdgm.sparse.autotune.cases import (
     measure_case,
     refusals,
 )
-from lightning_estdgm.sparse.autotune.timing_cache import Measurements
+from lightning_estdgm.sparse.autotune.timing_cache import TimingCache
 from lightning_estdgm.sparse.backends.protocol import backends, get_backend
 from lightning_estdgm.sparse.buckets import BUCKETS, bucket_of
 
@@ -99,7 +99,7 @@ class BackendSelector:
         forced: str | None = None,
         *,
         measure: Callable[[Case | ConvCase, Sequence[str]], Mapping[str, float]] = measure_case,
-        kept: Measurements | None = None,
+        kept: TimingCache | None = None,
     ) -> None:
         if forced is not None and forced != DENSE and forced not in backends():
             known = ", ".join((DENSE, *backends()))

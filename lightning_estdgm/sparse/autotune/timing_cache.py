@@ -1,4 +1,4 @@
-"""Measured times of layers, kept on disk: what was timed once on a machine is not timed again by its next run.
+"""Timings of layers, kept on disk: what was timed once on a machine is not timed again by its next run.
 
 One JSON file for each device model, number of threads and set of versions, in the user's cache folder. The
 environment variable ``ESTDGM_CHOICES`` names another folder, or says ``off``. What is kept are the seconds; the choice
@@ -14,7 +14,6 @@ import inspect
 import json
 import math
 import os
-import platform
 import re
 import tempfile
 import time
@@ -22,7 +21,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,7 +28,7 @@ from typing import Any
 import torch
 
 from lightning_estdgm import sparse
-from lightning_estdgm._environment import cache_folder
+from lightning_estdgm._environment import cache_folder, package_version, processor_name
 from lightning_estdgm.sparse.autotune.cases import DENSE, Case, ConvCase, is_layer, layer_key, layer_of
 from lightning_estdgm.sparse.backends.protocol import backends
 
@@ -43,9 +41,8 @@ else:
 
 __all__ = [
     "ENVIRONMENT",
-    "Measurement",
-    "Measurements",
-    "cpu_model",
+    "LayerTiming",
+    "TimingCache",
     "device_name",
     "files_of",
     "folder",
@@ -60,14 +57,14 @@ _PATIENCE_S = 10.0  # for another process that writes; then on without a lock
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """How long one layer takes at one density.
+class LayerTiming:
+    """Timing of one layer at one density, by each backend.
 
     Attributes:
-        layer: what `cases.layer_of` returns.
-        density: active share of its blocks.
-        seconds: of forward and backward, for ``"dense"`` and each backend that was tried.
-        when: UTC, as ISO 8601.
+        layer: Plain form of the layer, as `cases.layer_of` returns it.
+        density: Active share of its blocks.
+        seconds: Time of forward and backward, for ``"dense"`` and each backend that was tried.
+        when: Date and time in UTC, as ISO 8601.
 
     """
 
@@ -78,7 +75,7 @@ class Measurement:
 
 
 def folder() -> Path | None:
-    """Return where the files lie (it need not exist yet); ``None`` if measurements are not to be kept."""
+    """Return the folder of the files (it need not exist yet); ``None`` if timings are not to be kept."""
     named = os.environ.get(ENVIRONMENT)
     if named is not None and named.lower() in ("off", "0", "false", "no"):
         return None
@@ -88,45 +85,28 @@ def folder() -> Path | None:
 # ---- which machine
 
 
-def cpu_model() -> str:
-    """Return the processor's name, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(found, platform.processor() or platform.machine())
-
-
 def device_name(device: torch.device) -> str:
     """Return the model of a device."""
     if device.type == "cpu":
-        return cpu_model()
+        return processor_name()
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return all that decides how long an operator takes here, other than its operands, in plain types."""
+    """Return all that decides an operator's time here, other than its operands, in plain types."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "torch": str(torch.__version__),
-        "triton": _version("triton"),
-        "lightning-estdgm": _version("lightning-estdgm"),
+        "triton": package_version("triton"),
+        "lightning-estdgm": package_version("lightning-estdgm"),
         "operators": _digest(Path(sparse.__file__)),
         "backends": {name: _build(backend, device) for name, backend in backends().items()},
     }
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
 def _build(backend: object, device: torch.device) -> str | None:
-    """Return what a backend from elsewhere is made of, and how one that is compiled was built; ``None``: nothing."""
+    """Return a hash of a backend from elsewhere and the build of a compiled one; ``None`` for any other backend."""
     parts = []
     if not type(backend).__module__.startswith(f"{sparse.__name__}."):
         with contextlib.suppress(TypeError, OSError):
@@ -164,20 +144,20 @@ def files_of(device: torch.device) -> list[Path]:
     return [] if where is None else sorted(where.glob(f"choices.{_slug(device_name(device))}.*.json"))
 
 
-def read_file(path: Path) -> tuple[dict[str, Any], list[Measurement]]:
-    """Return the machine that a file is about, and what was measured there.
+def read_file(path: Path) -> tuple[dict[str, Any], list[LayerTiming]]:
+    """Return the machine that a file is about, and the timings made there.
 
     Raises:
-        FileNotFoundError: there is none.
-        OSError: it cannot be read.
-        ValueError: it is no file of measurements.
+        FileNotFoundError: There is no such file.
+        OSError: It cannot be read.
+        ValueError: It is no file of timings.
 
     """
     try:
         content = json.loads(path.read_bytes())
         if content["format"] != _FORMAT:
             raise ValueError(f"expected format {_FORMAT}, got {content['format']!r}")
-        found = [Measurement(**row) for row in content["measurements"]]
+        found = [LayerTiming(**row) for row in content["measurements"]]
         if not isinstance(content["machine"], dict) or not all(map(_is_sane, found)):
             raise ValueError("expected a machine, and seconds of layers")
     except (KeyError, TypeError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
@@ -185,7 +165,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], list[Measurement]]:
     return content["machine"], found
 
 
-def _is_sane(row: Measurement) -> bool:
+def _is_sane(row: LayerTiming) -> bool:
     return (
         is_layer(row.layer)
         and isinstance(row.seconds, dict)
@@ -232,11 +212,11 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
         raise
 
 
-class Measurements:
-    """What is kept about this machine. Nothing that goes wrong with the files stops a run: it is said once."""
+class TimingCache:
+    """Timings of layers on this machine, kept in files. What goes wrong with them warns once and stops no run."""
 
     def __init__(self) -> None:
-        self._rows: dict[Path, dict[tuple[str, float], Measurement]] = {}
+        self._rows: dict[Path, dict[tuple[str, float], LayerTiming]] = {}
         self._warned: set[str] = set()
 
     def path(self, device: torch.device) -> Path | None:
@@ -244,8 +224,8 @@ class Measurements:
         where = folder()
         return None if where is None else where / _file_name(machine(device))
 
-    def of(self, case: Case | ConvCase) -> list[Measurement]:
-        """Return what is known of a case's layer, at any density."""
+    def of(self, case: Case | ConvCase) -> list[LayerTiming]:
+        """Return the timings of a case's layer, at any density."""
         path = self.path(case.device)
         if path is None:
             return []
@@ -255,12 +235,12 @@ class Measurements:
         return [row for (layer, _), row in self._rows[path].items() if layer == key]
 
     def add(self, case: Case | ConvCase, seconds: Mapping[str, float]) -> None:
-        """Keep how long a case took, beside what other processes have added."""
+        """Keep the timing of a case, beside those that other processes have added."""
         path = self.path(case.device)
         if path is None:
             return
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
-        row = Measurement(layer_of(case), case.density, dict(seconds), now)
+        row = LayerTiming(layer_of(case), case.density, dict(seconds), now)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _alone(path):
@@ -273,7 +253,7 @@ class Measurements:
             rows = {**self._rows.get(path, {}), (layer_key(row.layer), row.density): row}
         self._rows[path] = rows
 
-    def _read(self, path: Path) -> dict[tuple[str, float], Measurement]:
+    def _read(self, path: Path) -> dict[tuple[str, float], LayerTiming]:
         try:
             _, found = read_file(path)
         except FileNotFoundError:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_estdgm.sparse.conv import ConvGeometry, library_gradient
+from lightning_estdgm.sparse.conv_geometry import ConvGeometry, empty_image, library_gradient
 from lightning_estdgm.sparse.topology import BlockTopology
 
 __all__ = ["BACKEND", "CPUBackend"]
@@ -20,7 +20,7 @@ _WIDE = (torch.float32, torch.float64)
 _NARROW = (torch.bfloat16, torch.float16)
 
 
-def _runs(ptr: Tensor, idx: Tensor, block_size: int) -> list[list[tuple[int, int]]]:
+def _spans(ptr: Tensor, idx: Tensor, block_size: int) -> list[list[tuple[int, int]]]:
     """Per block row, the active columns as ``[start, stop)`` spans in elements, adjacent blocks merged."""
     bounds = ptr.tolist()
     cols = idx[: bounds[-1]].tolist()
@@ -50,10 +50,6 @@ def _channels(tensor: Tensor, spans: list[tuple[int, int]]) -> Tensor:
     parts = [tensor[:, i:j] for i, j in spans]
     joined = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return joined.contiguous(memory_format=torch.channels_last)
-
-
-def _empty_image(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
 
 
 class CPUBackend:
@@ -88,7 +84,7 @@ class CPUBackend:
         if y.numel() == 0:
             return y
         x2d = _gemm_ready(x2d)
-        for r, spans in enumerate(_runs(topology.row_ptr, topology.col_idx, b)):
+        for r, spans in enumerate(_spans(topology.row_ptr, topology.col_idx, b)):
             out = y[:, r * b : (r + 1) * b]
             w_row = weight[r * b : (r + 1) * b]
             b_row = None if bias is None else bias[r * b : (r + 1) * b]
@@ -99,13 +95,13 @@ class CPUBackend:
             if len(terms) > 1 and x2d.dtype in _NARROW:
                 # Several calls would round the sum to 16 bits after each of them; one call does not.
                 terms = [(torch.cat([x for x, _ in terms], 1), torch.cat([w for _, w in terms], 1))]
-            x_run, w_run = terms[0]
+            x_part, w_part = terms[0]
             if b_row is None:
-                torch.mm(x_run, w_run.t(), out=out)
+                torch.mm(x_part, w_part.t(), out=out)
             else:
-                torch.addmm(b_row, x_run, w_run.t(), out=out)
-            for x_run, w_run in terms[1:]:
-                out.addmm_(x_run, w_run.t())
+                torch.addmm(b_row, x_part, w_part.t(), out=out)
+            for x_part, w_part in terms[1:]:
+                out.addmm_(x_part, w_part.t())
         return y
 
     def grad_input(self, dy2d: Tensor, weight: Tensor, topology: BlockTopology) -> Tensor:
@@ -119,7 +115,7 @@ class CPUBackend:
         if x2d.shape[0] == 0:
             return dw
         dy2d, x2d = _gemm_ready(dy2d), _gemm_ready(x2d)
-        for r, spans in enumerate(_runs(topology.row_ptr, topology.col_idx, b)):
+        for r, spans in enumerate(_spans(topology.row_ptr, topology.col_idx, b)):
             rows = slice(r * b, (r + 1) * b)
             for i, j in spans:
                 torch.mm(dy2d[:, rows].t(), x2d[:, i:j], out=dw[rows, i:j])
@@ -136,10 +132,10 @@ class CPUBackend:
     ) -> Tensor:
         """``Y[:, r] = conv2d(X[:, active], W[r, active]) + bias[r]``."""
         b = topology.block_size
-        y = _empty_image(x, x.shape[0], topology.shape[0], *geometry.output_size(x.shape[2], x.shape[3]))
+        y = empty_image(x, x.shape[0], topology.shape[0], *geometry.output_size(x.shape[2], x.shape[3]))
         if y.numel() == 0:
             return y
-        for r, spans in enumerate(_runs(topology.row_ptr, topology.col_idx, b)):
+        for r, spans in enumerate(_spans(topology.row_ptr, topology.col_idx, b)):
             rows = slice(r * b, (r + 1) * b)
             b_row = None if bias is None else bias[rows]
             if spans:
@@ -155,10 +151,10 @@ class CPUBackend:
     ) -> Tensor:
         """Gradient of the input, from ``dY[:, active]`` and ``W[active, c]`` for each block column."""
         b = topology.block_size
-        dx = _empty_image(dy, dy.shape[0], topology.shape[1], *size)
+        dx = empty_image(dy, dy.shape[0], topology.shape[1], *size)
         if dx.numel() == 0:
             return dx
-        for c, spans in enumerate(_runs(topology.col_ptr, topology.row_idx, b)):
+        for c, spans in enumerate(_spans(topology.col_ptr, topology.row_idx, b)):
             part = dx[:, c * b : (c + 1) * b]
             if spans:
                 w_col = _channels(weight[:, c * b : (c + 1) * b].transpose(0, 1), spans).transpose(0, 1)
@@ -170,15 +166,15 @@ class CPUBackend:
     def conv_grad_weight(self, dy: Tensor, x: Tensor, topology: BlockTopology, geometry: ConvGeometry) -> Tensor:
         """Gradient of the weight from ``dY[:, r]`` and ``X[:, active]``, in channels-last memory."""
         b = topology.block_size
-        dw = _empty_image(x, *topology.shape, *geometry.kernel_size).zero_()
+        dw = empty_image(x, *topology.shape, *geometry.kernel_size).zero_()
         if dy.numel() == 0:
             return dw
-        for r, spans in enumerate(_runs(topology.row_ptr, topology.col_idx, b)):
+        for r, spans in enumerate(_spans(topology.row_ptr, topology.col_idx, b)):
             if not spans:
                 continue
             rows = slice(r * b, (r + 1) * b)
             dy_row, x_row = _channels(dy, [(rows.start, rows.stop)]), _channels(x, spans)
-            w_row = _empty_image(x, b, x_row.shape[1], *geometry.kernel_size)  # its shape is what counts
+            w_row = empty_image(x, b, x_row.shape[1], *geometry.kernel_size)  # its shape is what counts
             grad = library_gradient(dy_row, x_row, w_row, geometry, (False, True, False))[1]
             for (i, j), part in zip(spans, grad.split([j - i for i, j in spans], 1), strict=True):
                 dw[rows, i:j] = part

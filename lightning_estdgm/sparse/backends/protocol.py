@@ -1,4 +1,4 @@
-"""What a backend is, and which ones there are.
+"""Backends of the sparse operators: the protocols they follow, and their discovery.
 
 A backend is one module of this folder with a module-level ``BACKEND``, or an entry point of the group
 ``lightning_estdgm.backends`` that loads to one.
@@ -14,10 +14,19 @@ from torch import Tensor
 
 from lightning_estdgm._registry import offers
 from lightning_estdgm.sparse import backends as backends_folder
+from lightning_estdgm.sparse.conv_geometry import ConvGeometry
 from lightning_estdgm.sparse.topology import BlockTopology
 
-__all__ = ["ENTRY_POINT_GROUP", "Backend", "backends", "get_backend", "supporting"]
-
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "Backend",
+    "ConvBackend",
+    "backends",
+    "conv_refusal",
+    "get_backend",
+    "supporting",
+    "supporting_conv",
+]
 
 ENTRY_POINT_GROUP = "lightning_estdgm.backends"
 
@@ -49,6 +58,38 @@ class Backend(Protocol):
 
     def grad_weight(self, dy2d: Tensor, x2d: Tensor, topology: BlockTopology) -> Tensor:
         """``dW = (dY^T X) * M``, shape ``(out, in)``, dense storage, exactly 0 in inactive blocks."""
+        ...
+
+
+@runtime_checkable
+class ConvBackend(Backend, Protocol):
+    """A backend that has the three products of a convolution as well.
+
+    Called below autograd, with checked arguments: ``x [N, in, H, W]`` and ``dy [N, out, H', W']`` in channels-last
+    memory, ``weight (out, in, kh, kw)`` of any strides, all of one dtype and device, ``N >= 0``. They return new
+    tensors; activations in channels-last memory. What inactive blocks of ``weight`` hold must not reach a result.
+    """
+
+    def conv_unsupported(
+        self, device: torch.device, dtype: torch.dtype, topology: BlockTopology, geometry: ConvGeometry
+    ) -> str | None:
+        """Reason why a case cannot be run, or None. May read sizes of the topology, never its tensors."""
+        ...
+
+    def conv(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology, geometry: ConvGeometry
+    ) -> Tensor:
+        """``Y = conv2d(X, W * M) + bias``, shape ``[N, out, H', W']``."""
+        ...
+
+    def conv_grad_input(
+        self, dy: Tensor, weight: Tensor, size: tuple[int, int], topology: BlockTopology, geometry: ConvGeometry
+    ) -> Tensor:
+        """Gradient of the input, shape ``[N, in, *size]``."""
+        ...
+
+    def conv_grad_weight(self, dy: Tensor, x: Tensor, topology: BlockTopology, geometry: ConvGeometry) -> Tensor:
+        """Gradient of the weight, shape ``(out, in, kh, kw)``, exactly 0 in inactive blocks."""
         ...
 
 
@@ -101,3 +142,29 @@ def supporting(name: str, device: torch.device, dtype: torch.dtype, topology: Bl
     if reason is not None:
         raise ValueError(f"backend {name!r} cannot run this layer: it {reason}")
     return backend
+
+
+def conv_refusal(
+    backend_name: str, device: torch.device, dtype: torch.dtype, topology: BlockTopology, geometry: ConvGeometry
+) -> str | None:
+    """Return why a backend cannot run a convolution, or None. A pointwise one needs a backend of linear layers only.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    backend = get_backend(backend_name)
+    if geometry.pointwise:
+        return backend.unsupported(device, dtype, topology)
+    if not isinstance(backend, ConvBackend):
+        return f"has no convolutions of {geometry.kernel_size} taps and padding {geometry.padding}"
+    return backend.conv_unsupported(device, dtype, topology, geometry)
+
+
+def supporting_conv(
+    name: str, device: torch.device, dtype: torch.dtype, topology: BlockTopology, geometry: ConvGeometry
+) -> Backend:
+    """Return the backend of that name, or raise ValueError where it is unknown or cannot run the convolution."""
+    reason = conv_refusal(name, device, dtype, topology, geometry)
+    if reason is not None:
+        raise ValueError(f"backend {name!r} cannot run this convolution: it {reason}")
+    return get_backend(name)

@@ -1,4 +1,4 @@
-"""The dense oracle: what every backend must compute, on any device and for any block size."""
+"""Dense oracle of every backend, on any device and for any block size."""
 
 from __future__ import annotations
 
@@ -6,21 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_estdgm.sparse.conv import ConvGeometry, library_gradient
+from lightning_estdgm.sparse.conv_geometry import ConvGeometry, library_gradient
 from lightning_estdgm.sparse.topology import BlockTopology
 
-__all__ = ["BACKEND", "ReferenceBackend", "expand_mask"]
-
-
-def expand_mask(topology: BlockTopology) -> Tensor:
-    """Weight mask, bool ``(out, in)``: each block's flag repeated over its ``b x b`` weights."""
-    b = topology.block_size
-    return topology.mask().repeat_interleave(b, 0).repeat_interleave(b, 1)
+__all__ = ["BACKEND", "ReferenceBackend"]
 
 
 def _active(dense: Tensor, topology: BlockTopology) -> Tensor:
     # Selecting, not multiplying: 0 * nan is nan, and inactive blocks may hold anything.
-    mask = expand_mask(topology)
+    mask = topology.weight_mask()
     return torch.where(
         mask.view(*mask.shape, *[1] * (dense.dim() - 2)), dense, torch.zeros((), dtype=dense.dtype, device=dense.device)
     )

@@ -8,6 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from lightning_estdgm.config import Units
+from lightning_estdgm.tools.terminal import parse_block_size
+
 app = typer.Typer(help="Speed on this machine, as ratios against dense in the same run.", no_args_is_help=True)
 
 _OUTPUT_HELP = "Where a JSON goes; a PNG goes beside it."
@@ -176,14 +179,14 @@ def train(
     from lightning_estdgm.tools.bench.train.run import measure_train
 
     _check_output(output)
-    unit = int(block_size) if block_size.isdecimal() else block_size
+    unit = parse_block_size(block_size)
     given: dict[str, Any] = {"rounds": rounds, "interval": interval, "profile_steps": profile_steps}
     given = {name: value for name, value in given.items() if value is not None}
     make = quick_config if quick else TrainConfig
     out, record = console(), Record(output)
     modes = [True] if only_compiled else [False, True] if compiled else [False]
     try:
-        DGMConfig(block_size=unit, backend=backend)  # type: ignore[arg-type]
+        DGMConfig(units=Units(size=unit), backend=backend)  # type: ignore[arg-type]
         configs = [make(block_size=unit, backend=backend, compiled=mode, **given) for mode in modes]
         choice = TrainChoice(
             model or MODELS, width or (), layers, context, batch, image_size,

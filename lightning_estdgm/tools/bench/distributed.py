@@ -17,7 +17,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.config import DGMConfig, Units
 from lightning_estdgm.distributed.comm_hook import ActiveUnits, active_units_hook
 from lightning_estdgm.engine.controller import DGMController
 from lightning_estdgm.recipes.gpt import ByteGPT
@@ -92,7 +92,7 @@ def _measure(config: DistributedConfig, hooked: bool) -> dict[str, Any]:
     ddp = DistributedDataParallel(model)
     schedule = one_interval(config.update_every, config.intervals)
     total_steps = 4 * config.update_every * config.intervals + _WARM_UP
-    dgm_config = DGMConfig(schedule=schedule, block_size=config.block_size, backend="dense")
+    dgm_config = DGMConfig(schedule=schedule, units=Units(size=config.block_size), backend="dense")
     dense_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     tokens = torch.randint(
         0, 256, (config.batch_size, config.context), generator=torch.Generator().manual_seed(dist.get_rank())

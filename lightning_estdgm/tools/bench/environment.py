@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lightning_estdgm.sparse.autotune.timing_cache import cpu_model
+from lightning_estdgm._environment import processor_name
+from lightning_estdgm.tools.terminal import command_line
 
-__all__ = ["command_line", "environment", "header"]
+__all__ = ["environment", "header"]
 
 
 def environment() -> dict[str, Any]:
@@ -23,7 +22,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in ("lightning-estdgm", "lightning", "torch", "triton", "numpy")},
         "platform": platform.platform(),
-        "cpu": cpu_model(),
+        "cpu": processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
@@ -37,12 +36,6 @@ def header() -> dict[str, Any]:
     """What a benchmark's JSON begins with: the command, the date (local time) and the environment."""
     date = datetime.now().astimezone().isoformat(timespec="seconds")
     return {"command": command_line(), "date": date, "environment": environment()}
-
-
-def command_line() -> str:
-    """The command that runs now, for the record."""
-    program = Path(sys.argv[0]).name
-    return " ".join(["estdgm" if program == "cli.py" else program, *sys.argv[1:]])
 
 
 def _version(distribution: str) -> str:

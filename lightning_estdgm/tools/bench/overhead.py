@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.config import DGMConfig, Units
 from lightning_estdgm.engine.controller import DGMController
 from lightning_estdgm.method.schedules import EstDgm, Phase
 from lightning_estdgm.recipes.gpt import ByteGPT
@@ -116,7 +116,7 @@ class _Loop:
         self.dgm: DGMController | None = None
         self.observed = 0
         if masked:
-            dgm_config = DGMConfig(schedule=one_interval(config.update_every), block_size=1)
+            dgm_config = DGMConfig(schedule=one_interval(config.update_every), units=Units(size=1))
             total_steps = 4 * config.update_every + 10
             self.dgm = DGMController(self.model, self.optimizer, dgm_config, total_steps=total_steps)
 

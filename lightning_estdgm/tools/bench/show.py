@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lightning_estdgm.tools.bench.environment import environment, header
 from lightning_estdgm.tools.report import write_json
+from lightning_estdgm.tools.terminal import wide_console
 
 __all__ = ["Record", "console", "machine_name", "markdown_table", "show"]
 
@@ -56,8 +57,8 @@ def markdown_table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
 
 def console() -> Console:
-    """Wide enough for the tables; a log file has no width."""
-    return Console(width=max(Console().width, 150))
+    """Return a console that is wide enough for the tables."""
+    return wide_console(150)
 
 
 def show(table: Table, content: dict[str, Any], json: Path | None) -> None:

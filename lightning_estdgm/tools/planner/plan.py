@@ -18,12 +18,13 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.engine.masked_weight import FEW
+from lightning_estdgm.config import DGMConfig, Units
+from lightning_estdgm.engine.step_size import FEW
 from lightning_estdgm.method import distributions as densities
 from lightning_estdgm.method.masks import mask_shape, unit_size
-from lightning_estdgm.modules.candidates import find_candidates, unit_of
-from lightning_estdgm.recipes.gpt import Block
+from lightning_estdgm.modules.candidates import find_candidates
+from lightning_estdgm.modules.mask_unit import unit_of
+from lightning_estdgm.recipes.decoder_block import DecoderBlock
 
 __all__ = [
     "STRATEGIES",
@@ -103,7 +104,7 @@ class Setup:
         for name, known in (("precision", tuple(PARAMETER_BYTES)), ("optimizer", tuple(OPTIMIZER_STATES))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        DGMConfig(block_size=self.block_size, distribution=self.distribution)  # refuses what a run would
+        DGMConfig(units=Units(size=self.block_size, distribution=self.distribution))  # refuses what a run would
 
     @property
     def parameter_bytes(self) -> int:
@@ -190,7 +191,7 @@ class GPT(nn.Module):
         self.width = width
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(Block(width, max(1, width // 128)) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(DecoderBlock(width, max(1, width // 128)) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.tokens.weight
@@ -515,7 +516,7 @@ def plan(model: nn.Module, setup: Setup, strategies: Sequence[str] = STRATEGIES)
 
     """
     return {
-        "format": "lightning_estdgm.tools.planner.plan",
+        "format": "lightning_estdgm.plan",
         "version": 1,
         "calculated": True,
         "setup": asdict(setup),

@@ -9,13 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lightning_estdgm.energy.run_file import FILE_NAME, FORMAT, VERSION
 from lightning_estdgm.tools.report.curve import Curve
 from lightning_estdgm.tools.report.finished_run import FinishedRun
 
 __all__ = ["RunError", "find_summary", "read_run"]
 
-_SUMMARY = "energy.json"
-_FORMAT, _VERSION = "lightning_estdgm.energy", 1
 
 _NEEDED: Mapping[str, Mapping[str, tuple[type, ...]]] = {
     "run": {"model": (dict,)},
@@ -48,10 +47,10 @@ def find_summary(folder: Path) -> Path:
         raise RunError(
             f"{folder}: expected the folder of a run, got {'a file' if folder.exists() else 'nothing there'}"
         )
-    found = sorted(folder.rglob(_SUMMARY))
+    found = sorted(folder.rglob(FILE_NAME))
     if not found:
         raise RunError(
-            f"{folder}: no {_SUMMARY} in it or below. EnergyMonitor writes it at the end of fit, into the folder of "
+            f"{folder}: no {FILE_NAME} in it or below. EnergyMonitor writes it at the end of fit, into the folder of "
             "the first logger, else into default_root_dir"
         )
     if len(found) > 1:
@@ -76,15 +75,15 @@ def _read_summary(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise RunError(f"{path}: not readable as JSON ({e}); was it cut off?") from e
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         got = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise RunError(f"{path}: expected the format {_FORMAT!r}, got {got!r}")
+        raise RunError(f"{path}: expected the format {FORMAT!r}, got {got!r}")
     version = content.get("version")
     if not isinstance(version, int) or version < 1:
-        raise RunError(f"{path}: expected version {_VERSION}, got {version!r}")
-    if version > _VERSION:
+        raise RunError(f"{path}: expected version {VERSION}, got {version!r}")
+    if version > VERSION:
         raise RunError(
-            f"{path}: got version {version}, this lightning_estdgm reads version {_VERSION}; "
+            f"{path}: got version {version}, this lightning_estdgm reads version {VERSION}; "
             "make the report with the newer one that wrote it"
         )
     for part, keys in _NEEDED.items():

@@ -17,8 +17,15 @@ __all__ = ["DENSE", "StudyRun"]
 
 DENSE = "dense"
 
-_NAMED_SCHEDULES: dict[str, dict[str, Any]] = {"low-density": {"lean": True}, "sparse-to-denser": {"rising": True}}
-"""Arguments of the preset ``"est-dgm"`` by the name of a schedule."""
+_PLACES = {
+    "block_size": ("units", "size"),
+    "distribution": ("units", "distribution"),
+    "step_exponent": ("step_size", "exponent"),
+    "scale_init": ("step_size", "scale_initial_weights"),
+    "exclude": ("selection", "exclude"),
+    **{name: ("update_rule", name) for name in ("keep", "grow", "gamma", "drop_fraction")},
+}
+"""Settings by the short names in the tables of the study, and their places in `DGMConfig`."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +84,23 @@ class StudyRun:
         if self.method == DENSE:
             return None
         overrides, schedule = self.settings_of(""), self.settings_of("schedule")
-        overrides |= _NAMED_SCHEDULES.get(overrides.pop("schedule", ""), {})
+        if "schedule" in overrides:
+            overrides["phases"] = overrides.pop("schedule")
         if schedule:
             phases: dict[str, Any] = {
                 k: Phase(*value) if isinstance(value, list) else value for k, value in schedule.items()
             }
             overrides["schedule"] = EstDgm(**phases)
-        return DGMCallback.from_preset(self.method, density=self.density, seed=self.seed, **overrides)
+        return DGMCallback.from_preset(self.method, density=self.density, seed=self.seed, **_nested(overrides))
+
+
+def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by short names as overrides of a preset."""
+    overrides: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name in _PLACES:
+            part, field_name = _PLACES[name]
+            overrides.setdefault(part, {})[field_name] = value
+        else:
+            overrides[name] = value
+    return overrides

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_estdgm.callbacks.dgm import DGMCallback
 from lightning_estdgm.engine.controller import DGMController
 from lightning_estdgm.recipes import ByteGPT
-from lightning_estdgm.recipes.gpt import Block
+from lightning_estdgm.recipes.decoder_block import DecoderBlock
 from lightning_estdgm.recipes.windows import Batch
 
 __all__ = ["VARIANTS", "Distill", "GroupHidden", "LowRankCompanion", "SeedSecondMoment", "StudyGPT"]
@@ -148,7 +148,7 @@ class GroupHidden(_AtEndOf):
     def act(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Permute weights and optimizer state."""
         (optimizer,) = trainer.optimizers
-        for block in (module for module in pl_module.modules() if isinstance(module, Block)):
+        for block in (module for module in pl_module.modules() if isinstance(module, DecoderBlock)):
             fc, out = block.fc.weight, block.out.weight
             order = (fc.norm(dim=1) * out.norm(dim=0)).argsort(descending=True)
             for weight, dim in ((fc, 0), (out, 1)):

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_hwmon import amd_card
 
 from helpers.energy_parts import AmdMachine, FakeAmd, forget_amdsmi
+from helpers.hwmon_tree import amd_card
 from lightning_estdgm.energy import _amd_gpus as amd_module
-from lightning_estdgm.energy._amd_gpus import AmdGpus, hip_order, ticks_to_uj, valid
+from lightning_estdgm.energy._amd_gpus import AmdGpus, ticks_to_uj, valid
+from lightning_estdgm.energy._amd_visibility import hip_order
 from lightning_estdgm.energy.reading import SourceUnavailable, Status, own_gpus, torch_ids
 from lightning_estdgm.energy.sources import amdsmi, rocm_smi
 from lightning_estdgm.energy.sources.hwmon_amd import AmdHwmon

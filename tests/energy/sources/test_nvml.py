@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers.energy_parts import ConstantPower, FakeGpu, Machine, compile_library, totals_over
-from lightning_estdgm.callbacks.energy import _own_devices
+from lightning_estdgm.callbacks._internal.energy_fit import own_devices
 from lightning_estdgm.energy.reading import DeviceInfo, SourceUnavailable, Status
 from lightning_estdgm.energy.sources import nvml
 from lightning_estdgm.energy.sources.nvml import Nvml
@@ -250,7 +250,7 @@ def test_a_rank_offers_its_own_gpu_and_all_that_is_no_gpu(
     cuda_shows(monkeypatch, C, B)
     rank = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
     devices = {**opened().devices(), **ConstantPower(kind="cpu", uid="package-0").devices()}
-    assert sorted(d.uid for d in _own_devices(rank, devices)) == sorted(expected)
+    assert sorted(d.uid for d in own_devices(rank, devices)) == sorted(expected)
 
 
 def test_what_is_known_of_a_gpu(machine: Machine) -> None:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
 from lightning_estdgm.cli import app
+from lightning_estdgm.config import Units
 from lightning_estdgm.tools.demo.arms import count_masked
 from lightning_estdgm.tools.demo.demo_config import DemoConfig
 from lightning_estdgm.tools.demo.records import RunRecord
@@ -30,7 +31,7 @@ TINY = {"width": 64, "layers": 1, "heads": 2, "context": 32, "batch_size": 4, "v
 
 
 def tiny_config(tmp_path, **settings):
-    return DemoConfig(**{**TINY, "steps": 20, "out": tmp_path, "dgm": DGMConfig(block_size=16), **settings})
+    return DemoConfig(**{**TINY, "steps": 20, "out": tmp_path, "dgm": DGMConfig(units=Units(size=16)), **settings})
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +234,7 @@ def test_a_sweep_names_the_best_rate_of_each_mode(tmp_path):
 
 
 def test_a_run_of_the_demo_repeats_itself(tmp_path):
-    config = tiny_config(tmp_path, dgm=DGMConfig(block_size=16, backend="dense"))
+    config = tiny_config(tmp_path, dgm=DGMConfig(units=Units(size=16), backend="dense"))
     rates = {mode: [1e-3, 2e-3, 3e-3] for mode in ("dense", "dgm")}
     once, again = (run_sweep(config, rates)["sweep"] for _ in range(2))
     assert [run["val_loss"] for run in once] == [run["val_loss"] for run in again]
@@ -320,6 +321,8 @@ def test_the_last_step_is_always_validated(tmp_path, steps, interval):
 
 def test_the_profile_can_be_of_any_schedule_of_phases(tmp_path):
     schedule = EstDgm(exploration=Phase(1.0, 0.9, 5), consolidation=Phase(0.5, 0.5, 5), refinement=Phase(0.3, 0.2, 10))
-    config = tiny_config(tmp_path, dgm=DGMConfig(schedule=schedule, block_size=16, backend="cpu"), profile_steps=1)
+    config = tiny_config(
+        tmp_path, dgm=DGMConfig(schedule=schedule, units=Units(size=16), backend="cpu"), profile_steps=1
+    )
     assert profile_steps(config, "dgm")["steps"] == 1
     assert replace(config, profile_steps=0).profile_steps == 0

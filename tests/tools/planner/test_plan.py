@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from lightning_estdgm import DGMConfig, DGMController
 from lightning_estdgm.cli import app
+from lightning_estdgm.config import Units
 from lightning_estdgm.recipes import ByteGPT
 from lightning_estdgm.tools.planner.plan import (
     GPT_SIZES,
@@ -63,7 +64,7 @@ def test_layers_units_and_densities_are_those_of_a_run(block_size: Any, distribu
     model = ByteGPT(width=128, layers=2, heads=2, context=16)
     setup = Setup(density=0.7, block_size=block_size, distribution=distribution)
     planned = inspect(model, setup)
-    config = DGMConfig(block_size=block_size, distribution=distribution)
+    config = DGMConfig(units=Units(size=block_size, distribution=distribution))
     with DGMController(model, torch.optim.SGD(model.parameters(), lr=0.1), config, total_steps=1000) as dgm:
         decided = dgm.decisions()
     assert [x.name for x in planned.layers] == [d.name for d in decided]

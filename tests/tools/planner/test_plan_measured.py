@@ -15,9 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from helpers import distributed_jobs as jobs
+from helpers.swapped_layers import index_lists
 from lightning_estdgm import DGMConfig, DGMController, EstDgm, Phase
+from lightning_estdgm.config import Units
 from lightning_estdgm.distributed.comm_hook import ActiveUnits, active_units_hook
-from lightning_estdgm.engine.masked_weight import MaskedLayer
+from lightning_estdgm.engine.masked_weight import MaskedWeight
 from lightning_estdgm.recipes import ByteGPT
 from lightning_estdgm.tools.planner.plan import Model, Setup, inspect, memory, traffic, update_cost
 
@@ -75,20 +77,20 @@ class Moved(TorchDispatchMode):
         return result
 
 
-def held(layer: MaskedLayer) -> dict[str, int]:
+def held(layer: MaskedWeight) -> dict[str, int]:
     """Bytes of the tensors that one masked layer holds, each storage once."""
 
     def bytes_of(*names: str) -> int:
-        found = vars(layer) | {"index": layer._runs and layer._runs.index}
+        snapshot = layer.snapshot
+        found = vars(layer) | {"values": snapshot.values, "index": snapshot.slices and snapshot.slices.index}
         storages = [found[name].untyped_storage() for name in names if found[name] is not None]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
-    lists = [x for name, x in vars(layer.candidate.module).items() if name.startswith("_estdgm_")]
-    window = layer._window
+    window = layer.window
     return {
-        "masks": bytes_of("mask", "explored", "_active_here"),
-        "block index lists": sum(map(size, tensors(lists))),
-        "weights before the step": bytes_of("_snapshot", "index"),
+        "masks": bytes_of("mask", "explored", "addressed_mask"),
+        "block index lists": sum(map(size, index_lists(layer.candidate.module))),
+        "weights before the step": bytes_of("values", "index"),
         "observation window": 0 if window is None else size(window.gradient) + size(window.norm),
     }
 
@@ -133,7 +135,7 @@ def run(strategy: str, block_size: int | str, compress: bool = False) -> dict[st
 
     for block in model.blocks:
         block.gelu.register_forward_hook(look)
-    config = DGMConfig(schedule=SCHEDULE, block_size=block_size, backend="dense")
+    config = DGMConfig(schedule=SCHEDULE, units=Units(size=block_size), backend="dense")
     steps: list[dict[str, Any]] = []
     with DGMController(model, optimizer, config, total_steps=24, group=dist.group.WORLD) as dgm:
         if compress:

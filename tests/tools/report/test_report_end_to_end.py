@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from lightning_estdgm import DGMCallback, DGMConfig, EnergyMonitor
 from lightning_estdgm.cli import app
+from lightning_estdgm.config import Units
 from lightning_estdgm.recipes import ByteGPT, StdlibText
 from lightning_estdgm.tools.report import compare, document, read_run
 
@@ -39,7 +40,7 @@ def runs(tmp_path_factory):
         environment.setenv("PL_GLOBAL_SEED", "0")  # where Lightning's seed_everything leaves the seed
         said = {
             "dense": fit(root / "dense", TensorBoardLogger),
-            "dgm": fit(root / "dgm", CSVLogger, DGMCallback(DGMConfig(block_size=16, backend="cpu"))),
+            "dgm": fit(root / "dgm", CSVLogger, DGMCallback(DGMConfig(units=Units(size=16), backend="cpu"))),
         }
     return root, said
 

@@ -48,7 +48,7 @@ def test_every_plan_names_runs_that_can_be_made(plan):
         callback = run.callback()
         assert (callback is None) == (run.method == "dense")
         if callback is not None and "block_size" in run.settings:
-            assert callback.config.block_size == run.settings["block_size"]
+            assert callback.config.units.size == run.settings["block_size"]
 
 
 def test_the_headline_compares_at_equal_steps_on_every_task():
@@ -63,7 +63,7 @@ def test_settings_of_a_schedule_reach_it():
     settings = {"schedule.cycles": 2, "schedule.refinement": [0.2, 0.1, 0.5], "gamma": 0.5}
     config = StudyRun("gpt", "est-dgm", 1e-3, 3, 0.1, settings=settings).callback().config
     assert (config.schedule.cycles, config.schedule.refinement.start) == (2, 0.2)
-    assert (config.gamma, config.seed) == (0.5, 3)
+    assert (config.update_rule.gamma, config.seed) == (0.5, 3)
 
 
 def test_a_table_knows_its_runs_again_and_leaves_out_a_line_that_was_cut_off(tmp_path):

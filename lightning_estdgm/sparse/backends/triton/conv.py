@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels of the block-sparse 2-D convolution as implicit matrix products, and their launches.
+"""Triton kernel of the block-sparse 2-D convolution as an implicit matrix product, and its launches for Y and dX.
 
 Rows of the products are pixels, read where they lie in channels-last memory: no patches are copied. As in the linear
 layer, sums are in float32 and in a fixed order, and of the topology only device memory is read, so launches can be
@@ -12,26 +12,18 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_estdgm.sparse.backends.triton import MAX_TAPS, launch
-from lightning_estdgm.sparse.backends.triton.split_k import deal, split_count, unit_blocks, unit_columns, units_before
+from lightning_estdgm.sparse.backends.triton import launch
+from lightning_estdgm.sparse.backends.triton.pixels import SIZES, below, by_channels, channels_last, check_pixels
+from lightning_estdgm.sparse.backends.triton.requirements import MAX_TAPS
 from lightning_estdgm.sparse.backends.triton.tiles import Tiles
-from lightning_estdgm.sparse.conv import ConvGeometry
+from lightning_estdgm.sparse.conv_geometry import ConvGeometry
 from lightning_estdgm.sparse.topology import BlockTopology
 
-__all__ = ["Phase", "conv", "conv_grad_input", "conv_grad_weight", "phases"]
-
-SIZES = ["images", "in_h", "in_w", "out_h", "out_w", "step_h", "step_w", "first_h", "first_w", "hop_h", "hop_w"]
-
-
-@triton.jit
-def _below(i, size):
-    """``0 <= i < size`` in one comparison."""
-    return i.to(tl.uint32, bitcast=True) < size.to(tl.uint32, bitcast=True)
+__all__ = ["InputPhase", "conv", "conv_grad_input", "phases"]
 
 
 # ---- Y = conv(X, W * M) + bias
@@ -103,9 +95,9 @@ def _conv_kernel(
     # Which taps meet the image, a bit for each row and each column of the kernel.
     hits = tl.zeros((ROWS,), tl.int32)
     for i in tl.static_range(KH):
-        hits |= _below(h + i * hop_h, in_h).to(tl.int32) << i
+        hits |= below(h + i * hop_h, in_h).to(tl.int32) << i
     for j in tl.static_range(KW):
-        hits |= _below(w + j * hop_w, in_w).to(tl.int32) << (j + MAX_TAPS)
+        hits |= below(w + j * hop_w, in_w).to(tl.int32) << (j + MAX_TAPS)
     hits = tl.where(p < pixels, hits, 0)
     w_rows = w_ptr + n.to(tl.int64)[None, :] * stride_wn
     begin = tl.load(row_ptr + row)
@@ -165,7 +157,7 @@ def _correlate(
     ``walk``: step, first, hop, each (height, width), as in the kernel.
     """
     pixels = y.shape[:3].numel()
-    _check_pixels(pixels, x.shape[:3].numel())
+    check_pixels(pixels, x.shape[:3].numel())
     grid = (triton.cdiv(pixels, tiles.rows) * topology.block_rows,)
     (step, first, hop) = walk
     with launch.on(x.device):
@@ -218,11 +210,11 @@ def conv(
         tiles: how to cut the work; its rows are pixels.
         precision: of float32 products: ``"tf32"`` or ``"ieee"``.
     """
-    x = _channels_last(x)
+    x = channels_last(x)
     y = x.new_empty(x.shape[0], *geometry.output_size(*x.shape[1:3]), topology.shape[0])
     padding = (-geometry.padding[0], -geometry.padding[1])
     walk = (geometry.stride, padding, geometry.dilation)
-    _correlate(y, x, _by_channels(weight), bias, topology, walk, tiles, precision)
+    _correlate(y, x, by_channels(weight), bias, topology, walk, tiles, precision)
     return y.permute(0, 3, 1, 2)
 
 
@@ -230,10 +222,16 @@ def conv(
 
 
 @dataclass(frozen=True)
-class Phase:
+class InputPhase:
     """Every stride-th row (or column) of a convolution's input, and the taps that meet them.
 
     Row ``start + stride * i`` of the input meets tap ``j`` of ``taps`` at row ``i + first + hop * j`` of the output.
+
+    Attributes:
+        start: First row of the input.
+        taps: Taps that meet these rows.
+        first: Row of the output at the first tap, for the first row.
+        hop: Rows of the output from one tap to the next.
     """
 
     start: int
@@ -242,14 +240,14 @@ class Phase:
     hop: int
 
 
-def phases(size: int, kernel: int, stride: int, padding: int, dilation: int) -> Iterator[Phase]:
+def phases(size: int, kernel: int, stride: int, padding: int, dilation: int) -> Iterator[InputPhase]:
     """Rows (or columns) of an input by their remainder modulo the stride; those that no tap meets are left out."""
     common = math.gcd(stride, dilation)
     for start in range(min(stride, size)):
         for tap in range(min(kernel, stride // common)):
             ahead = start + padding - tap * dilation
             if ahead % stride == 0:
-                yield Phase(start, slice(tap, None, stride // common), ahead // stride, -dilation // common)
+                yield InputPhase(start, slice(tap, None, stride // common), ahead // stride, -dilation // common)
 
 
 def conv_grad_input(
@@ -276,8 +274,8 @@ def conv_grad_input(
         tiles: how to cut the work; its rows are pixels.
         precision: of float32 products: ``"tf32"`` or ``"ieee"``.
     """
-    dy = _channels_last(dy)
-    weight = _by_channels(weight).transpose(0, 1)
+    dy = channels_last(dy)
+    weight = by_channels(weight).transpose(0, 1)
     rows, cols = (
         tuple(phases(*sizes))
         for sizes in zip(size, geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, strict=True)
@@ -291,168 +289,3 @@ def conv_grad_input(
             walk = ((1, 1), (row.first, col.first), (row.hop, col.hop))
             _correlate(part, dy, taps, None, topology.transpose(), walk, tiles, precision)
     return dx.permute(0, 3, 1, 2)
-
-
-# ---- dW
-
-
-@triton.jit(do_not_specialize=[*SIZES, "block_rows"])
-def _conv_grad_weight_kernel(
-    dw_ptr,
-    partial_ptr,
-    dy_ptr,
-    x_ptr,
-    row_ptr,
-    col_idx,
-    images,
-    in_h,
-    in_w,
-    out_h,
-    out_w,
-    step_h,
-    step_w,
-    first_h,
-    first_w,
-    hop_h,
-    hop_w,
-    block_rows,
-    channels,
-    features,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-    MIN_STEPS: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    WAVES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Each program: every so-many-th item (see units.py), one tap of a unit, for a range of output pixels.
-
-    Where items are few, the pixels are split and partial sums go to ``partial_ptr [splits * items, BLOCK, ROWS]``. The
-    tile is the gradient's transpose: its long side is the one that matrix units want long. Gradient: ``[features, KH,
-    KW, channels]``.
-    """
-    JOIN: tl.constexpr = ROWS // BLOCK
-    TAPS: tl.constexpr = KH * KW
-    pixels = images * out_h * out_w
-    programs = tl.num_programs(0)
-    _, _, units = units_before(row_ptr, block_rows, 0, JOIN, CHUNK)
-    items = units * TAPS
-    steps = tl.cdiv(pixels, DEPTH)
-    splits = split_count(items, steps, programs, MIN_STEPS, MAX_SPLITS, WAVES)
-    span = tl.cdiv(steps, splits) * DEPTH
-    span_h = out_h * step_h
-    span_w = out_w * step_w
-    on_image = DEPTH // (out_w * out_h)
-    on_h = DEPTH // out_w % out_h * step_h
-    on_w = DEPTH % out_w * step_w
-    on_pixel = (on_image * in_h + on_h) * in_w + on_w
-    for work in range(tl.program_id(0), items * splits, programs):
-        # Programs that run at a time read the same pixels.
-        part = work // items
-        item = work % items
-        tap = item % TAPS
-        row, first, stop = unit_blocks(row_ptr, block_rows, item // TAPS, JOIN, CHUNK)
-        cols, exists = unit_columns(col_idx, first, stop, tl.arange(0, ROWS), BLOCK)
-        n = row * BLOCK + tl.arange(0, BLOCK)
-        x_cols = x_ptr + cols.to(tl.int64)[:, None]
-        dy_cols = dy_ptr + n.to(tl.int64)[None, :]
-        at_h = first_h + tap // KW * hop_h
-        at_w = first_w + tap % KW * hop_w
-        end = tl.minimum((part + 1) * span, pixels)
-        # The input pixels of DEPTH output pixels, then of the next DEPTH: carried over like digits, without a division.
-        p = part * span + tl.arange(0, DEPTH)
-        image = p // (out_h * out_w)
-        h = p // out_w % out_h * step_h + at_h
-        w = p % out_w * step_w + at_w
-        pixel = (image * in_h + h) * in_w + w
-        acc = tl.zeros((ROWS, BLOCK), tl.float32)
-        for start in range(part * span, end, DEPTH):
-            p = start + tl.arange(0, DEPTH)
-            inside = (p < end) & _below(h, in_h) & _below(w, in_w)
-            x = tl.load(x_cols + pixel.to(tl.int64)[None, :] * channels, mask=inside[None, :], other=0.0)
-            dy = tl.load(dy_cols + p.to(tl.int64)[:, None] * features, mask=(p < end)[:, None], other=0.0)
-            acc = tl.dot(x, dy, acc, input_precision=PRECISION)
-            w += on_w
-            pixel += on_pixel
-            over = w >= at_w + span_w
-            w = tl.where(over, w - span_w, w)
-            h += tl.where(over, on_h + step_h, on_h)
-            pixel += tl.where(over, step_h * in_w - span_w, 0)
-            over = h >= at_h + span_h
-            h = tl.where(over, h - span_h, h)
-            pixel += tl.where(over, (in_h - span_h) * in_w, 0)
-        if splits == 1:
-            dw = dw_ptr + (n.to(tl.int64)[None, :] * TAPS + tap) * channels + cols[:, None]
-            tl.store(dw, acc.to(dw_ptr.dtype.element_ty), mask=exists[:, None])
-        else:
-            i = tl.arange(0, BLOCK)[None, :] * ROWS + tl.arange(0, ROWS)[:, None]
-            tl.store(partial_ptr + work * (ROWS * BLOCK) + i, acc)
-
-
-def conv_grad_weight(
-    dy: Tensor, x: Tensor, topology: BlockTopology, geometry: ConvGeometry, tiles: Tiles, *, precision: str
-) -> Tensor:
-    """Gradient of the weight, ``(out, in, kh, kw)`` in channels-last memory, 0 in inactive blocks; ``N >= 1``.
-
-    Args:
-        dy: ``[N, out, H', W']``, copied unless in channels-last memory.
-        x: ``[N, in, H, W]``, copied unless in channels-last memory.
-        topology: which blocks of the weight are active.
-        geometry: how the kernel walks over the input.
-        tiles: how to cut the work; its rows are input channels.
-        precision: of float32 products: ``"tf32"`` or ``"ieee"``.
-    """
-    dy, x = _channels_last(dy), _channels_last(x)
-    pixels = dy.shape[:3].numel()
-    _check_pixels(pixels, x.shape[:3].numel())
-    kh, kw = geometry.kernel_size
-    dw = x.new_zeros(topology.shape[0], kh, kw, topology.shape[1])
-    dealt = deal(pixels, topology, tiles, x.device, kh * kw)
-    with launch.on(x.device):
-        _conv_grad_weight_kernel[(dealt.programs,)](
-            dw,
-            dealt.partial,
-            dy,
-            x,
-            topology.row_ptr,
-            topology.col_idx,
-            *x.shape[:3],
-            *dy.shape[1:3],
-            *geometry.stride,
-            -geometry.padding[0],
-            -geometry.padding[1],
-            *geometry.dilation,
-            topology.block_rows,
-            x.shape[3],
-            dy.shape[3],
-            KH=kh,
-            KW=kw,
-            **dealt.cut,
-            **launch.options(tiles, x.dtype, precision),
-        )
-        dealt.add_parts(dw, pixels, topology)
-    return dw.permute(0, 3, 1, 2)
-
-
-# ---- operands
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """``[N, C, H, W] -> [N, H, W, C]``, contiguous: a view if it lies so already."""
-    return x.permute(0, 2, 3, 1).contiguous()
-
-
-def _by_channels(weight: Tensor) -> Tensor:
-    # Where taps are the neighbours in memory, as in torch's default layout, each value would be a load of its own.
-    if 1 in weight.stride()[:2]:
-        return weight
-    return weight.contiguous(memory_format=torch.channels_last)
-
-
-def _check_pixels(*counts: int) -> None:
-    if max(counts) >= 2**31:
-        raise ValueError(f"needs fewer than 2**31 pixels in a batch, got {max(counts)}")

@@ -156,7 +156,7 @@ def _grad_weight_kernel(
 ):
     """Each program: every so-many-th unit, ROWS columns by one block row of the gradient, for a range of tokens.
 
-    Where units (see units.py) are few, the tokens are split and partial sums go to ``partial_ptr [splits * units,
+    Where units (see split_k.py) are few, the tokens are split and partial sums go to ``partial_ptr [splits * units,
     BLOCK, ROWS]``. The tile is the gradient's transpose: its long side is the one that matrix units want long.
     """
     JOIN: tl.constexpr = ROWS // BLOCK

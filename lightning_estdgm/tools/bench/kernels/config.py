@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lightning_estdgm.modules.candidates import BLOCK_SIZES
+from lightning_estdgm._checks import expect_int
+from lightning_estdgm.modules.mask_unit import BLOCK_SIZES
 
 __all__ = ["KINDS", "KernelsConfig", "quick_kernels"]
 
@@ -77,8 +78,7 @@ class KernelsConfig:
             if not 0.0 < density <= 1.0:
                 raise ValueError(f"density: got {density}, expected a share in (0, 1]")
         for name, value in (("images", self.images), ("image_size", self.image_size), ("rounds", self.rounds)):
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1")
+            expect_int(name, value, at_least=1)
         for shape in self.shapes:
             if len(shape) != 3 or min(shape) < 1:
                 raise ValueError(f"shape: got {shape}, expected tokens, out_features and in_features")

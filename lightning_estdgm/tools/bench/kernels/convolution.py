@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from lightning_estdgm.recipes.resnet import resnet50
 from lightning_estdgm.sparse.autotune.cases import DENSE, ConvCase, refusals
-from lightning_estdgm.sparse.backends.reference import expand_mask
-from lightning_estdgm.sparse.conv import ConvGeometry
+from lightning_estdgm.sparse.conv_geometry import ConvGeometry
 from lightning_estdgm.tools.bench.kernels.cases import attempt, timed_product
 from lightning_estdgm.tools.bench.kernels.config import KernelsConfig
 from lightning_estdgm.tools.bench.kernels.rows import PRODUCTS
@@ -104,7 +103,7 @@ def conv_products(case: ConvCase, name: str, rounds: int) -> dict[str, dict[str,
     Returns:
         by product, what `product_row` holds.
     """
-    problem, mask = case.problem(), expand_mask(case.topology())[:, :, None, None]
+    problem, mask = case.problem(), case.topology().weight_mask()[:, :, None, None]
     flops = _flops(case.batch, case.out_channels, case.in_channels, case.height, case.width, case.geometry)
 
     def call_of(product: str, name: str) -> Callable[[], Tensor]:

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from lightning_estdgm.sparse.autotune.cases import Case, refusals
 from lightning_estdgm.sparse.backends.protocol import get_backend
-from lightning_estdgm.sparse.backends.reference import expand_mask
 from lightning_estdgm.tools.bench.kernels.cases import attempt, timed_product
 from lightning_estdgm.tools.bench.kernels.config import KernelsConfig
 from lightning_estdgm.tools.bench.kernels.peers import PEERS, Weights, measure_peer
@@ -71,7 +70,7 @@ def linear_products(case: Case, name: str, rounds: int) -> dict[str, dict[str, A
         by product, what `product_row` holds.
     """
     topology, backend = case.topology(), get_backend(name)
-    mask = expand_mask(topology)
+    mask = topology.weight_mask()
     x, weight, dy = _operands(case)
     weight = torch.where(mask, weight, torch.zeros_like(weight))
     calls: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_estdgm.sparse.backends.reference import expand_mask
 from lightning_estdgm.sparse.topology import BlockTopology
 from lightning_estdgm.tools.bench.kernels.rows import is_wrong, product_row, relative_error
 from lightning_estdgm.tools.bench.kernels.timing import take_turns
@@ -28,7 +27,7 @@ class Weights:
 
     def masked(self) -> Tensor:
         """The weight with zeros in inactive blocks."""
-        return torch.where(expand_mask(self.topology), self.dense, torch.zeros_like(self.dense))
+        return torch.where(self.topology.weight_mask(), self.dense, torch.zeros_like(self.dense))
 
 
 @dataclass(frozen=True)

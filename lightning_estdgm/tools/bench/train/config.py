@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lightning_estdgm._checks import expect_int
 from lightning_estdgm.method.schedules import EstDgm, Phase
 
 __all__ = ["TrainConfig", "compressed_schedule", "fitting_layers", "wanted_layers"]
@@ -63,8 +64,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         least = {"densities": 2, "observe_steps": 4, "dense_steps": 1, "rounds": 1, "profile_steps": 0}
         for name, minimum in least.items():
-            if (value := getattr(self, name)) < minimum:
-                raise ValueError(f"{name}: got {value}, expected at least {minimum}")
+            expect_int(name, getattr(self, name), at_least=minimum)
         if self.interval < self.observe_steps + SETTLE_STEPS + 1:
             raise ValueError(
                 f"interval: got {self.interval}, expected at least {self.observe_steps + SETTLE_STEPS + 1}: "

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_estdgm.callbacks.dgm import DGMCallback
-from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.config import DGMConfig, Selection, Units
 from lightning_estdgm.energy.energy_meter import EnergyMeter
 from lightning_estdgm.energy.reading import SourceUnavailable
 from lightning_estdgm.energy.sources.protocol import discover
@@ -240,7 +240,12 @@ class _Same(IterableDataset[Any]):
 def dgm_config(workload: Workload, config: TrainConfig, schedule: EstDgm) -> DGMConfig:
     """The callback's settings: defaults but for the schedule, and what was asked for."""
     exclude = () if config.block_size in ("auto", 1) else workload.without_blocks
-    return DGMConfig(schedule=schedule, block_size=config.block_size, backend=config.backend, exclude=exclude)  # type: ignore[arg-type]
+    return DGMConfig(
+        schedule=schedule,
+        units=Units(size=config.block_size),  # type: ignore[arg-type]
+        backend=config.backend,
+        selection=Selection(exclude=exclude),
+    )
 
 
 # ---- joules

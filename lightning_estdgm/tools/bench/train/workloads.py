@@ -10,7 +10,9 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from lightning_estdgm.recipes.gpt import Block, ByteGPT
+from lightning_estdgm._checks import expect_int
+from lightning_estdgm.recipes.decoder_block import DecoderBlock
+from lightning_estdgm.recipes.gpt import ByteGPT
 from lightning_estdgm.recipes.resnet import Bottleneck, ImageClassifier
 
 __all__ = ["GptWorkload", "ResNetWorkload", "Workload", "compile_blocks"]
@@ -40,7 +42,8 @@ class GptWorkload:
     without_blocks: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        _check_positive(self, ("width", "layers", "context", "batch_size"))
+        for name in ("width", "layers", "context", "batch_size"):
+            expect_int(name, getattr(self, name), at_least=1)
         if self.width % self.head_width:
             raise ValueError(f"width: got {self.width}, expected a multiple of the head's {self.head_width}")
 
@@ -95,7 +98,8 @@ class ResNetWorkload:
     without_blocks: ClassVar[tuple[str, ...]] = ("model.conv1",)  # three input channels: dense where blocks are forced
 
     def __post_init__(self) -> None:
-        _check_positive(self, ("image_size", "batch_size", "width"))
+        for name in ("image_size", "batch_size", "width"):
+            expect_int(name, getattr(self, name), at_least=1)
 
     @property
     def name(self) -> str:
@@ -132,13 +136,7 @@ def compile_blocks(module: nn.Module, backend: str | Callable[..., Any] = "induc
     One block is compiled and its code serves all others of its kind: minutes less than the whole model at once, at
     about the same speed.
     """
-    blocks = [part for part in module.modules() if isinstance(part, (Block, Bottleneck))]
+    blocks = [part for part in module.modules() if isinstance(part, (DecoderBlock, Bottleneck))]
     for block in blocks:
         block.compile(backend=backend)
     return len(blocks)
-
-
-def _check_positive(workload: object, names: Sequence[str]) -> None:
-    for name in names:
-        if (value := getattr(workload, name)) < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")

@@ -1,0 +1,79 @@
+"""Output of `EnergyMonitor`: metrics to the Trainer's loggers, a Prometheus file, warnings said once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
+
+from lightning_estdgm.energy.export import EnergyMeasurement, write_prometheus
+from lightning_estdgm.energy.reading import DeviceId
+
+__all__ = ["EnergyLog"]
+
+_log = logging.getLogger(__name__)
+
+_LAYOUT = {
+    "Energy": {
+        "Joules": ["Multiline", [r"energy/total_joules", r"energy/net_joules"]],
+        "Joules by phase": ["Multiline", [r"energy/phase/.*_joules"]],
+        "Watts": ["Multiline", [r"power/total_watts", r"power/(gpu|cpu|dram)_watts"]],
+        "Joules by domain": ["Multiline", [r"energy/(gpu|cpu|dram)_joules"]],
+        "Joules of training and validation": ["Multiline", [r"energy/(train|val)_joules"]],
+        "Joules per step, sample, ...": ["Multiline", [r"energy/joules_per_"]],
+        "Watts by GPU": ["Multiline", [r"power/gpu/"]],
+    }
+}
+"""TensorBoard's custom-scalars page: titles, and patterns that the beginning of a tag has to match."""
+
+
+class EnergyLog:
+    """Writes the figures of one fit to wherever they are wanted; says each failure once.
+
+    Args:
+        trainer: Trainer of the fit, whose loggers are written to.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._said: set[Any] = set()
+
+    def add_layout(self) -> None:
+        """Give TensorBoard a page with the energy curves."""
+        for logger in self._trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_custom_scalars(_LAYOUT)
+
+    def log_metrics(self, values: Mapping[str, float]) -> None:
+        """Log the metrics at the step of Lightning's own curves, with each logger's separator for "/"."""
+        step = self._trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in self._trainer.loggers:
+            separator = logger.group_separator
+            logger.log_metrics({name.replace("/", separator): value for name, value in values.items()}, step=step)
+
+    def write_prometheus(self, path: Path, values: Iterable[EnergyMeasurement]) -> None:
+        """Rewrite the Prometheus file; one that cannot be written costs a warning."""
+        try:
+            write_prometheus(path, values)
+        except OSError as e:
+            if path not in self._said:
+                self._said.add(path)
+                rank_zero_warn(f"the Prometheus file {path} cannot be written: {e}")
+
+    def warn_of(self, failing: Iterable[DeviceId]) -> None:
+        """Warn of each device whose last reading failed, the first time it does."""
+        for device in failing:
+            if device not in self._said:
+                self._said.add(device)
+                _log.warning(
+                    "%s %s on %s cannot be read any more: its joules are missing from here on, "
+                    "unless its counter comes back (energy/gaps, energy/coverage_ratio)",
+                    device.kind,
+                    device.uid,
+                    device.host,
+                )

@@ -1,0 +1,99 @@
+"""Description of a run for its `energy.json`: model, Trainer, method, versions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_estdgm.energy.reading import hostname
+from lightning_estdgm.modules.candidates import clean_name
+
+__all__ = ["describe_method", "describe_model", "describe_run", "phase_of", "run_folder"]
+
+
+def describe_model(module: nn.Module) -> dict[str, Any]:
+    """Return class, number of parameters, and a fingerprint that models of the same names and shapes share.
+
+    Returns:
+        "class", "parameters" (int) and "fingerprint" (SHA-256, hex); the last two None while parameters are lazy.
+    """
+    parameters = dict(module.named_parameters())
+    name = type(module).__name__
+    if any(is_lazy(p) for p in parameters.values()):
+        return {"class": name, "parameters": None, "fingerprint": None}
+    shapes = sorted((clean_name(key), tuple(p.shape)) for key, p in parameters.items())
+    digest = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+    return {"class": name, "parameters": sum(p.numel() for p in parameters.values()), "fingerprint": digest}
+
+
+def describe_run(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """Return what is known of a run at its start: name, host, Trainer settings, seed, versions."""
+    logger = trainer.logger
+    name = "/".join(str(part) for part in (logger.name, logger.version) if part not in (None, "")) if logger else ""
+    seed = os.environ.get("PL_GLOBAL_SEED", "")
+    return {
+        "name": name or run_folder(trainer).name,
+        "host": hostname(),
+        "world_size": trainer.world_size,
+        "strategy": type(trainer.strategy).__name__,
+        "accelerator": type(trainer.accelerator).__name__.removesuffix("Accelerator").lower(),
+        "precision": str(trainer.precision),
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "compiled": _is_compiled(pl_module),
+        "seed": int(seed) if seed.lstrip("-").isdecimal() else None,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "lightning")},
+            "lightning_estdgm": _version("lightning-estdgm"),
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+        },
+    }
+
+
+def phase_of(callbacks: Iterable[Callback]) -> str | None:
+    """Return the first `phase` of type str among the callbacks, "setup" for an empty one; None where there is none."""
+    phases = (getattr(callback, "phase", None) for callback in callbacks)
+    return next((phase or "setup" for phase in phases if isinstance(phase, str)), None)
+
+
+def describe_method(callbacks: Iterable[Callback]) -> dict[str, Any] | None:
+    """Return the `run_summary` of the first callback that has one and a `phase`; None where there is none."""
+    for callback in callbacks:
+        if isinstance(getattr(callback, "phase", None), str) and hasattr(callback, "run_summary"):
+            return dict(callback.run_summary())
+    return None
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Return the first logger's own folder, where it has one, else the Trainer's root."""
+    # Not trainer.log_dir: it broadcasts, and after an exception the other ranks may be gone.
+    folder = getattr(trainer.logger, "log_dir", None) if trainer.logger else None
+    return Path(folder if isinstance(folder, str) and folder else trainer.default_root_dir)
+
+
+def _is_compiled(module: LightningModule) -> bool:
+    """Return whether the whole module was given compiled, or a part of it is."""
+    if getattr(module, "_compiler_ctx", None) is not None:
+        return True
+    dynamo = sys.modules.get("torch._dynamo")  # not imported: nothing was compiled
+    return dynamo is not None and any(isinstance(m, dynamo.OptimizedModule) for m in module.modules())
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:  # a source tree that was never installed
+        return None

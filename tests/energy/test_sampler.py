@@ -1,0 +1,144 @@
+"""The background thread that reads sources."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from helpers.energy_parts import NEVER_S, ConstantPower, started_sampler
+from lightning_estdgm.energy.reading import Status
+from lightning_estdgm.energy.sampler import Sampler
+
+
+def test_constant_power_gives_its_joules() -> None:
+    sampler = started_sampler(ConstantPower(watts=100.0))
+    time.sleep(0.05)
+    sampler.mark("train", "val")
+    time.sleep(0.05)
+    sampler.stop()
+    totals = sampler.totals()
+    assert totals.joules() == pytest.approx(100.0 * totals.covered_ns / 1e9, rel=1e-4)
+    assert totals.coverage_ratio > 0.5
+    for stage in ("train", "val"):
+        assert totals.joules(stage=stage) == pytest.approx(100.0 * totals.window_ns["train", stage] / 1e9, rel=0.5)
+    sampler.stop()
+    assert sampler.totals() == totals
+
+
+def test_the_thread_reads_by_itself_and_ends() -> None:
+    source = ConstantPower()
+    sampler = started_sampler(source, interval_s=0.005)
+    deadline = time.monotonic() + 10
+    while source.events.count("read") < 4 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    sampler.stop()
+    assert source.events.count("read") >= 4
+    assert source.events[-1] == "close"
+    assert not [t for t in threading.enumerate() if t.name == "estdgm-energy"]
+
+
+def test_a_source_that_raises_is_a_gap_and_does_not_end_the_thread() -> None:
+    source = ConstantPower()
+    sampler = started_sampler(source)
+    source.raises = True
+    sampler.read()
+    assert sampler.totals().gaps == 1
+    source.raises = False
+    time.sleep(0.01)
+    sampler.stop()
+    assert sampler.totals().joules() is not None
+
+
+def test_a_source_that_vanishes_costs_coverage() -> None:
+    source = ConstantPower()
+    sampler = started_sampler(source)
+    time.sleep(0.02)
+    source.status = Status.UNAVAILABLE
+    sampler.read()
+    time.sleep(0.02)
+    sampler.stop()
+    totals = sampler.totals()
+    assert totals.joules() is None
+    assert (totals.gaps, totals.coverage_ratio) == (1, 0.0)
+
+
+def test_a_source_is_read_no_more_often_than_it_is_renewed() -> None:
+    slow, fast = ConstantPower(name="slow", update_period_s=3600.0), ConstantPower(name="fast", uid="c1")
+    sampler = started_sampler(slow, fast)
+    time.sleep(0.01)
+    sampler.mark("train", "val")
+    time.sleep(0.01)
+    sampler.mark("train", "train")
+    sampler.read()
+    assert (slow.events.count("read"), fast.events.count("read")) == (1, 4)
+    assert sampler.totals().gaps == 0
+    sampler.stop()  # the last reading is taken whatever the time: nothing comes after it
+    assert slow.events.count("read") == 2
+    totals = sampler.totals()
+    by_stage = {c.stage: uj for c, uj in totals.energy_uj.items() if c.device == slow.device}
+    assert by_stage["val"] >= 100 * 0.01 * 1e6 * 0.99  # the boundaries in between split it by time
+    assert sum(by_stage.values()) == pytest.approx(100 * totals.device_ns[slow.device] / 1000, abs=2)
+
+
+def test_the_idle_baseline_is_measured_before_and_booked_apart() -> None:
+    source = ConstantPower(watts=40.0)
+    sampler = Sampler([("constant", source)], interval_s=0.002)
+    sampler.open()
+    sampler.measure_idle(0.25)
+    assert sampler.idle_watts == {source.device: pytest.approx(40.0, rel=1e-3)}
+    assert source.events.count("read") >= 3  # as often as otherwise: power would have to be integrated
+    source.watts = 100.0
+    before = time.monotonic()
+    sampler.start("train", "train")
+    time.sleep(0.01)
+    sampler.stop()
+    totals = sampler.totals()
+    assert totals.joules() == pytest.approx(100 * totals.covered_ns / 1e9, rel=1e-4)
+    assert totals.net_joules == pytest.approx(60 * totals.covered_ns / 1e9, rel=1e-3)
+    assert totals.seconds <= time.monotonic() - before
+
+
+def test_no_baseline_where_it_could_not_be_read() -> None:
+    source = ConstantPower(status=Status.ERROR)
+    sampler = Sampler([("constant", source)], interval_s=NEVER_S)
+    sampler.open()
+    sampler.measure_idle(0.001)
+    source.status = Status.OK
+    sampler.start("train", "train")
+    time.sleep(0.002)
+    sampler.stop()
+    assert sampler.idle_watts == {}
+    assert sampler.totals().joules() is not None
+    assert sampler.totals().net_joules is None
+
+
+def test_a_sampler_starts_once() -> None:
+    sampler = started_sampler(ConstantPower())
+    with pytest.raises(RuntimeError, match="starts once"):
+        sampler.start("train", "train")
+    sampler.stop()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_in_a_forked_child_nothing_is_read_and_nothing_hangs() -> None:
+    source = ConstantPower()
+    sampler = started_sampler(source)
+    sampler._lock.acquire()  # as if the fork came in the middle of a reading
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)  # ends a child that waits for the lock
+        reads = len(source.events)
+        sampler.read()
+        sampler.mark("a", "b")
+        sampler.stop()
+        sampler.totals()
+        os._exit(0 if len(source.events) == reads else 1)
+    sampler._lock.release()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    sampler.stop()
+    assert source.events[-1] == "close"

@@ -1,0 +1,64 @@
+"""Cases for the never-slower choice, and clocks that time them without running them."""
+
+import io
+
+import torch
+
+from lightning_estdgm.sparse.autotune.cases import Case, ConvCase
+from lightning_estdgm.sparse.conv_geometry import ConvGeometry
+
+LAYER = {
+    "tokens": 64,
+    "out_features": 64,
+    "in_features": 96,
+    "block_size": 16,
+    "dtype": torch.float32,
+    "device": torch.device("cpu"),
+}
+
+
+class Clock:
+    """Dense takes 9 ms; sparse takes a share of it that rises with the density. Counts what it was asked."""
+
+    def __init__(self, sparse_share=lambda density: 2 * density):
+        self.sparse_share = sparse_share
+        self.asked = []
+
+    def __call__(self, case, names):
+        self.asked.append((case, tuple(names)))
+        return {name: 9e-3 * (1.0 if name == "dense" else self.sparse_share(case.density)) for name in names}
+
+
+def never(case, names):
+    raise AssertionError(f"measured {names} on {case}")
+
+
+def linear_case(**change):
+    return Case(**{**LAYER, "density": 0.25, **change})
+
+
+CONV = {
+    "batch": 2,
+    "height": 9,
+    "width": 6,
+    "out_channels": 32,
+    "in_channels": 48,
+    "geometry": ConvGeometry((3, 1), (2, 1), (1, 0)),
+    "block_size": 16,
+    "dtype": torch.float32,
+    "device": torch.device("cpu"),
+}
+
+
+POINTWISE = ConvGeometry((1, 1))
+
+
+def conv_case(**change):
+    return ConvCase(**{**CONV, "density": 0.5, **change})
+
+
+def saved_and_loaded(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
