@@ -9,7 +9,13 @@ from typing import Any, Literal
 
 from lightning_estdgm.method import distributions
 from lightning_estdgm.method.backward_set import BackwardSet
-from lightning_estdgm.method.schedules import EstDgm, ScheduleConfig
+from lightning_estdgm.method.schedules import (
+    AlternatingDensity,
+    ConstantDensity,
+    CubicDensity,
+    EstDgm,
+    ScheduleConfig,
+)
 from lightning_estdgm.method.update_rule import AUTO, UpdateRule
 from lightning_estdgm.modules.candidates import Selector
 from lightning_estdgm.modules.mask_unit import BLOCK_SIZES
@@ -125,7 +131,10 @@ class DGMConfig:
 
     """
 
-    schedule: EstDgm | ScheduleConfig = field(default_factory=EstDgm)
+    # the built-in ones by name: LightningCLI makes a dataclass of a union only where the union names it
+    schedule: EstDgm | ConstantDensity | CubicDensity | AlternatingDensity | ScheduleConfig = field(
+        default_factory=EstDgm
+    )
     units: Units = field(default_factory=Units)
     update_rule: UpdateRule = field(default_factory=UpdateRule)
     step_size: StepSize = field(default_factory=StepSize)

@@ -123,6 +123,6 @@ def _best_first(scores: Tensor) -> Tensor:
     return flat
 
 
-Redistribution = Callable[[Sequence[Scored], int, float, bool], "list[Budget]"]
+Redistribution = Callable[[Sequence[Scored], int, float, bool], list[Budget]]
 REDISTRIBUTIONS: dict[str, Redistribution] = {"global": globally, "growth": by_growth}
 """Known redistributions by name; `DGMConfig.redistribute` also takes such a function itself."""
