@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from lightning_estdgm.config import Units
 from lightning_estdgm.tools.terminal import parse_block_size
 
 app = typer.Typer(help="Speed on this machine, as ratios against dense in the same run.", no_args_is_help=True)
@@ -169,7 +168,7 @@ def train(
     output: _Output = None,
 ) -> None:
     """Train GPTs and a ResNet-50 dense and by EST-DGM in turns: speed by phase and over a whole default schedule."""
-    from lightning_estdgm.config import DGMConfig
+    from lightning_estdgm.config import DGMConfig, Units
     from lightning_estdgm.tools.bench.goals import goals_table, train_goals
     from lightning_estdgm.tools.bench.show import Record, console, machine_name
     from lightning_estdgm.tools.bench.train.choice import MODELS, TrainChoice, choose, quick_config

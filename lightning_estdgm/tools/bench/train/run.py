@@ -242,10 +242,10 @@ def dgm_config(workload: Workload, config: TrainConfig, schedule: EstDgm) -> DGM
     exclude = () if config.block_size in ("auto", 1) else workload.without_blocks
     return DGMConfig(
         schedule=schedule,
-        units=Units(size=config.block_size),
+        units=Units(size=config.block_size),  # type: ignore[arg-type]
         backend=config.backend,
         selection=Selection(exclude=exclude),
-    )  # type: ignore[arg-type]
+    )
 
 
 # ---- joules
