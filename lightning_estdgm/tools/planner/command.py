@@ -52,6 +52,7 @@ def plan(
         plan_tables,
         scaling_tables,
     )
+    from lightning_estdgm.tools.report import write_json
 
     if scaling:
         typer.echo(scaling_tables())
@@ -74,7 +75,5 @@ def plan(
         console.print(table)
     console.print("calculated, not measured; docs/scaling.md has the formulas", style="dim", soft_wrap=True)
     if json is not None:
-        from lightning_estdgm.tools.report import write_json
-
         write_json({"command": command_line(), **result}, json)
         console.print(str(json), style="dim", soft_wrap=True)

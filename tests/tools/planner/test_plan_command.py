@@ -50,7 +50,8 @@ def test_options_reach_the_plan(tmp_path: Path) -> None:
     done = run(
         "--model", "test_plan_command:make_small", "--gpus", "6", "--density", "0.25", "--strategy", "2d",
         "--tensor-parallel", "3", "--precision", "bf16-true", "--optimizer", "sgd", "--block-size", "16",
-        "--distribution", "uniform", "--tokens", "64", "--update-every", "20", "--observe-steps", "2", "--json", str(out),
+        "--distribution", "uniform", "--tokens", "64", "--update-every", "20", "--observe-steps", "2",
+        "--json", str(out),
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     written = json.loads(out.read_text())
