@@ -15,7 +15,7 @@ from lightning_estdgm.modules.candidates import Selector
 from lightning_estdgm.modules.mask_unit import BLOCK_SIZES
 from lightning_estdgm.sparse.backends.protocol import get_backend
 
-__all__ = ["DGMConfig", "Selection", "StepSize", "Units", "merged"]
+__all__ = ["DGMConfig", "Selection", "StepSize", "Units"]
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,22 @@ class DGMConfig:
         if self.backend not in ("auto", "dense"):
             get_backend(self.backend)
 
+    def merged(self, **changes: Any) -> DGMConfig:
+        """Return these settings with some fields changed; of a part given as a mapping, only the named fields.
+
+        Args:
+            changes: new values by field.
+
+        Raises:
+            TypeError: for an unknown field.
+
+        Example:
+            >>> DGMConfig(seed=1).merged(step_size={"exponent": 0.5}).step_size
+            StepSize(exponent=0.5, scale_initial_weights=True)
+
+        """
+        return replace(self, **{name: _part(self, name, value) for name, value in changes.items()})
+
     @property
     def trains_inactive_weights(self) -> bool:
         """Whether inactive weights go on learning outside the forward."""
@@ -169,26 +185,8 @@ class DGMConfig:
 _PARTS = {"units": Units, "update_rule": UpdateRule, "step_size": StepSize, "selection": Selection}
 
 
-def merged(config: DGMConfig, changes: Mapping[str, Any]) -> DGMConfig:
-    """Return a config with some fields changed; a part given as a mapping has only the named fields of it changed.
-
-    Args:
-        config: the settings to start from.
-        changes: new values by field of `DGMConfig`.
-
-    Raises:
-        TypeError: if a field is unknown.
-
-    Example:
-        >>> merged(DGMConfig(seed=1), {"step_size": {"exponent": 0.5}}).step_size
-        StepSize(exponent=0.5, scale_initial_weights=True)
-
-    """
-    new = {name: _part(config, name, value) for name, value in changes.items()}
-    return replace(config, **new)
-
-
 def _part(config: DGMConfig, name: str, value: Any) -> Any:
+    """Return a field's new value; of a mapping for a part, the part with the mapping's fields changed."""
     part = getattr(config, name, None)
     if not isinstance(value, Mapping) or not is_dataclass(part) or isinstance(part, type):
         return value

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, Literal
 
-from lightning_estdgm.config import DGMConfig, StepSize, Units, merged
+from lightning_estdgm.config import DGMConfig, StepSize, Units
 from lightning_estdgm.method.backward_set import BackwardSet
 from lightning_estdgm.method.patterns import FanIn, NofM
 from lightning_estdgm.method.schedules import (
@@ -64,7 +64,7 @@ def preset(name: str, density: float, **overrides: Any) -> DGMConfig:
     if unknown := sorted(overrides.keys() - known - settings):
         raise TypeError(f"{name!r} takes {sorted(known)} and the fields of DGMConfig, got {unknown}")
     config = PRESETS[name](density, **{key: value for key, value in overrides.items() if key in known})
-    result = merged(config, {key: value for key, value in overrides.items() if key not in known})
+    result = config.merged(**{key: value for key, value in overrides.items() if key not in known})
     if config.trains_inactive_weights and not result.trains_inactive_weights:
         raise ValueError(
             f"{name!r} has inactive weights go on learning, and inactive={result.inactive!r} has not: leave one out"

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from lightning_estdgm import DGMCallback
-from lightning_estdgm.config import DGMConfig, StepSize, Units, merged
+from lightning_estdgm.config import DGMConfig, StepSize, Units
 from lightning_estdgm.engine.controller import DGMController
 from lightning_estdgm.method.patterns import NofM
 from lightning_estdgm.method.schedules import EstDgm
@@ -132,7 +132,7 @@ def test_est_dgm_keeps_weights_by_magnitude_and_blocks_by_gradient_too(mlp, bloc
     schedule = EstDgm(update_every=EVERY, observe_steps=2)
     config = DGMConfig(schedule, units=Units(size=block_size), backend="dense", step_size=StepSize(exponent=0.0))
     if (block_size, keep) == (16, "magnitude"):  # as published methods do
-        config = merged(config, {"update_rule": {"keep": keep}})
+        config = config.merged(update_rule={"keep": keep})
     updates, _, dgm = trained(mlp, config, widths=(64, 96, 64, 4))
 
     def norms(x):
@@ -601,7 +601,7 @@ def test_presets_print_compare_and_pickle(name):
     callback = DGMCallback.from_preset(
         name, 0.5, step_size={"exponent": 0.5}, selection={"exclude": ("0",)}, total_steps=7
     )
-    assert callback.config == merged(config, {"step_size": {"exponent": 0.5}, "selection": {"exclude": ("0",)}})
+    assert callback.config == config.merged(step_size={"exponent": 0.5}, selection={"exclude": ("0",)})
     assert callback.total_steps == 7
     assert callback.run_summary()["name"] == (config.method or "EST-DGM")
     published = name != "est-dgm"

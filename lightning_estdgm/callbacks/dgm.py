@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections import Counter
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
+from lightning_estdgm.callbacks._internal.averages import mask_averages_
+from lightning_estdgm.callbacks._internal.dgm_log import DGMLog
 from lightning_estdgm.callbacks._internal.gradient_compression import GradientCompression
-from lightning_estdgm.callbacks._internal.schedule_clock import RunClock
-from lightning_estdgm.callbacks._internal.spawned_result import Handover, Outcome
+from lightning_estdgm.callbacks._internal.schedule_clock import ScheduleClock
+from lightning_estdgm.callbacks._internal.spawned_result import SpawnedResult, SpawnedResultFile
+from lightning_estdgm.callbacks._internal.trainer_checks import check_checkpoint_io, check_ddp, grad_scale
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.distributed.adapters.protocol import adapter_for
 from lightning_estdgm.engine.controller import DGMController
@@ -29,7 +25,7 @@ from lightning_estdgm.engine.decisions import LayerDecision
 from lightning_estdgm.method.schedules import EstDgm, Schedule
 from lightning_estdgm.presets import preset
 
-__all__ = ["DGMCallback", "decision_table"]
+__all__ = ["DGMCallback"]
 
 
 class DGMCallback(pl.Callback):
@@ -84,17 +80,15 @@ class DGMCallback(pl.Callback):
         self.total_steps = total_steps
         self.compress_gradients = compress_gradients
         self.controller: DGMController | None = None
-        self._handover = Handover()
+        self._spawned = SpawnedResultFile()
         self._compression: GradientCompression | None = None
         self._eagerly: Any = None  # what takes torch.compile back in after the first step
         self._restored: dict[str, Any] | None = None
         self._checkpoint_step = 0  # of the checkpoint that the fit goes on from
         self._max_epochs: int | None = None
         self._resumed = False
-        self._clock: RunClock | None = None
-        self._progress_bar: Any = None
-        self._printed = False
-        self._sent: dict[str, float] = {}
+        self._clock: ScheduleClock | None = None
+        self._log: DGMLog | None = None
 
     @classmethod
     def from_preset(
@@ -181,11 +175,11 @@ class DGMCallback(pl.Callback):
             raise RuntimeError("DGMCallback knows its model only from the start of trainer.fit on")
         return self.controller
 
-    def _known(self) -> DGMController | Outcome | None:
+    def _known(self) -> DGMController | SpawnedResult | None:
         """Return the controller, or what a fit in other processes (``ddp_spawn``, ``ddp_fork``) has left, if any."""
-        return self.controller or self._handover.outcome(self.config)
+        return self.controller or self._spawned.result(self.config)
 
-    def _known_for_certain(self) -> DGMController | Outcome:
+    def _known_for_certain(self) -> DGMController | SpawnedResult:
         return self._known() or self._bound()
 
     # ------------------------------------------------------------------ life of a fit
@@ -196,13 +190,13 @@ class DGMCallback(pl.Callback):
         count = sum(isinstance(callback, DGMCallback) for callback in callbacks)
         if count > 1:
             raise ValueError(f"expected one DGMCallback in the Trainer, got {count}: two would mask against each other")
-        _check_checkpoint_io(trainer)
+        check_checkpoint_io(trainer)
         if stage == "fit":
             # What an earlier fit, or the checkpoint of a validation, has left is not this fit's.
             self.controller, self._restored, self._checkpoint_step = None, None, 0
             self._max_epochs = trainer.max_epochs
             adapter_for(trainer.strategy).check(trainer.strategy)
-            _check_ddp(trainer)
+            check_ddp(trainer)
             self._compression = GradientCompression(trainer) if self.compress_gradients else None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -210,7 +204,7 @@ class DGMCallback(pl.Callback):
         state, self._restored = self._restored, None
         self._resumed = state is not None
         goes_on = self._resumed or self._checkpoint_step > 0
-        self._clock = RunClock(trainer, pl_module, self.total_steps, self._max_epochs, goes_on)
+        self._clock = ScheduleClock(trainer, pl_module, self.total_steps, self._max_epochs, goes_on)
         self.controller = DGMController(
             adapter_for(trainer.strategy).model(trainer.strategy),
             trainer.optimizers,
@@ -222,8 +216,7 @@ class DGMCallback(pl.Callback):
         )
         if self._compression is not None:
             self._compression.register(self.controller)
-        self._printed = False
-        self._show_in_progress_bar(trainer)
+        self._log = DGMLog(trainer, self.controller)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up state that a strategy restores this late: it belongs to the weights that are checked."""
@@ -253,15 +246,7 @@ class DGMCallback(pl.Callback):
             )
         elif controller.recovered:
             rank_zero_info(f"A new run starts from weights with zeros: {controller.recovered}")
-        self._mask_averages(trainer)
-
-    def _mask_averages(self, trainer: pl.Trainer) -> None:
-        """Keep inactive weights zero in the averages of Lightning's callbacks; they offer no hook to do it by."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
-                average = callback._average_model
-                if average is not None:
-                    self._bound().mask_copy_(average.module if isinstance(average, AveragedModel) else average)
+        mask_averages_(trainer, controller)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Mask gradients; not in an observation window, where they are left whole until the step."""
@@ -279,7 +264,7 @@ class DGMCallback(pl.Callback):
         controller = self._bound()
         if controller.observing or not pl_module.automatic_optimization:
             fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-            controller.mask_gradients(optimizer, grad_scale=_grad_scale(trainer) if fused else 1.0)
+            controller.mask_gradients(optimizer, grad_scale=grad_scale(trainer) if fused else 1.0)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -300,16 +285,11 @@ class DGMCallback(pl.Callback):
         if controller.steps == before:
             return
         if updated:
-            self._mask_averages(trainer)
+            mask_averages_(trainer, controller)
+        assert self._log is not None
         if self._compression is not None and self._compression.is_active:
-            self._sent = {"dgm/allreduce_bytes": float(self._compression.bytes_since_last())}
-        if not self._printed:
-            self._printed = True
-            self._print_decisions(trainer)
-        if updated or controller.steps == 1:
-            self._log(trainer, self._metrics() | self._update_metrics())
-        elif controller.steps % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
-            self._log(trainer, self._metrics())
+            self._log.allreduce_bytes = float(self._compression.bytes_since_last())
+        self._log.step(updated=updated)
 
     def _advance(self) -> bool:
         controller, clock = self._bound(), self._clock
@@ -318,7 +298,7 @@ class DGMCallback(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave no hook behind; masks and counters stay readable, also where another process made this callback."""
-        self._handover.leave(self._bound(), trainer)
+        self._spawned.leave(self._bound(), trainer)
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -342,9 +322,9 @@ class DGMCallback(pl.Callback):
             self._compression.close()
             self._compression = None
         self._clock = None
-        if self._progress_bar is not None:
-            vars(self._progress_bar).pop("get_metrics", None)
-            self._progress_bar = None
+        if self._log is not None:
+            self._log.close()
+            self._log = None
 
     # ------------------------------------------------------------------ state
 
@@ -366,102 +346,3 @@ class DGMCallback(pl.Callback):
     ) -> None:
         """Note how far a checkpoint has come, should it hold no state of ours."""
         self._checkpoint_step = max(self._checkpoint_step, checkpoint["global_step"])
-
-    # ------------------------------------------------------------------ telling
-
-    def _metrics(self) -> dict[str, float]:
-        controller = self._bound()
-        segments = [segment.phase for segment in controller.schedule.segments]
-        return self._sent | {
-            "dgm/density": controller.density,
-            "dgm/phase": float(list(dict.fromkeys(segments)).index(controller.phase)),
-            "dgm/flops_ratio": controller.flops_ratio,
-            "dgm/flops_executed_ratio": controller.flops_executed_ratio,
-        }
-
-    def _update_metrics(self) -> dict[str, float]:
-        controller = self._bound()
-        layers = {f"dgm/density/{name}": density for name, density in controller.layer_densities().items()}
-        return {"dgm/churn": controller.churn, "dgm/explored": controller.explored} | layers
-
-    @staticmethod
-    def _log(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
-        # The step of Lightning's own curves, as in its DeviceStatsMonitor; global_step differs in manual optimization.
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
-
-    def _show_in_progress_bar(self, trainer: pl.Trainer) -> None:
-        """Add phase and density to what the progress bar shows.
-
-        Logged metrics are numbers, and a phase is a name: so the bar's documented `get_metrics` is extended, on this
-        one instance, until the fit ends.
-        """
-        bar = trainer.progress_bar_callback
-        if bar is None:
-            return
-        plain = bar.get_metrics
-
-        def get_metrics(*args: Any) -> dict[str, Any]:
-            return {**plain(*args), "phase": self.phase, "density": f"{self.density:.3f}"}
-
-        bar.get_metrics = get_metrics  # type: ignore[method-assign, assignment]
-        self._progress_bar = bar
-
-    def _print_decisions(self, trainer: pl.Trainer) -> None:
-        if not trainer.is_global_zero:
-            return
-        console = Console(file=io.StringIO(), width=max(100, Console().width))
-        console.print(decision_table(self.decisions()))
-        text = console.file.getvalue().rstrip()  # type: ignore[attr-defined]
-        if trainer.progress_bar_callback is not None:
-            trainer.progress_bar_callback.print(text)
-        else:
-            print(text)
-
-
-def decision_table(decisions: tuple[LayerDecision, ...]) -> Table:
-    """Lay out what was decided for each layer, for printing with rich."""
-    masked = sum(math.prod(d.shape) for d in decisions if d.masked)
-    total = sum(math.prod(d.shape) for d in decisions)
-    table = Table(title=f"DGMCallback: {masked:,} of {total:,} weights in linear and convolution layers are masked")
-    for column in ("layer", "shape", "unit", "density", "backend", "why"):
-        table.add_column(column, overflow="fold", justify="right" if column == "density" else "left")
-    for d in decisions:
-        unit = "-" if not d.masked else "weight" if d.block_size == 1 else f"{d.block_size} x {d.block_size}"
-        density = f"{d.density:.2f} → {d.final_density:.2f}" if d.masked else "dense"
-        backend = d.backend if d.backend == d.final_backend else f"{d.backend} → {d.final_backend}"
-        table.add_row(d.name, " x ".join(map(str, d.shape)), unit, density, backend, d.why)
-    return table
-
-
-def _check_checkpoint_io(trainer: pl.Trainer) -> None:
-    """Let a CheckpointIO refuse the strategy, as `SparseCheckpointIO` does; Lightning tells it of none."""
-    plugin = trainer.strategy.checkpoint_io
-    for part in (plugin, getattr(plugin, "checkpoint_io", None)):  # an AsyncCheckpointIO wraps another
-        if (check := getattr(part, "check_strategy", None)) is not None:
-            check(trainer.strategy)
-
-
-def _grad_scale(trainer: pl.Trainer) -> float:
-    """Return the factor of an fp16 GradScaler; 1 without one."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler.get_scale() if scaler is not None else 1.0
-
-
-def _check_ddp(trainer: pl.Trainer) -> None:
-    """Refuse settings of DDP under which ranks would come to different masks, or torch fails without saying why."""
-    strategy = trainer.strategy
-    if not isinstance(strategy, DDPStrategy):
-        return
-    if isinstance(strategy._ddp_comm_state, PostLocalSGDState):
-        raise ValueError(
-            "expected a DDP hook that averages gradients over all ranks in every step, got post-local SGD: its ranks "
-            "train apart between averagings, so each would choose other masks"
-        )
-    together = trainer.accumulate_grad_batches
-    if strategy._ddp_kwargs.get("static_graph") and together > 1 and trainer.world_size > 1:
-        raise ValueError(
-            f"static_graph=True does not work with accumulate_grad_batches={together}: torch's DDP stops with an "
-            "internal error in the first micro-batch. Leave one of the two out"
-        )

@@ -225,12 +225,12 @@ def masked_conv2d(
         x: ``[N, in, H, W]`` in any memory format, ``N`` may be 0. Channels-last costs no copy.
         weight: ``(out, in, kh, kw)``, dense storage, any strides.
         bias: ``[out]`` or None.
-        topology: which blocks are active; ``topology.shape`` must be ``(out, in)``.
-        geometry: kernel size, stride, padding, dilation.
-        backend: name of the backend, see `protocol.backends`. It is used or refused, never replaced:
+        topology: Active blocks; ``topology.shape`` must be ``(out, in)``.
+        geometry: Kernel size, stride, padding, dilation.
+        backend: Name of the backend, see `backends.protocol.backends`. It is used or refused, never replaced:
             :func:`conv_refusal` says which.
-        dense_grad: the weight's gradient without the mask, to observe that of inactive blocks.
-        frozen: inactive weights keep acting: ``Y`` and ``dX`` are dense, and only ``dW`` is masked.
+        dense_grad: Whether the weight's gradient is whole, to observe that of inactive blocks.
+        frozen: Whether inactive weights keep acting: ``Y`` and ``dX`` are dense, and only ``dW`` is masked.
 
     Returns:
         ``[N, out, H', W']``, in the dtype of ``x`` (of autocast where it is on); in channels-last memory if ``x`` or
@@ -238,8 +238,8 @@ def masked_conv2d(
 
     Raises:
         TypeError: ``topology`` is no :class:`BlockTopology`, ``geometry`` no :class:`ConvGeometry`, or dtypes differ.
-        ValueError: shapes or devices do not fit, the backend is unknown, or it does not support the case.
-        NotImplementedError: an operand carries a forward-mode tangent.
+        ValueError: Shapes or devices do not fit, the backend is unknown, or it does not support the case.
+        NotImplementedError: An operand carries a forward-mode tangent.
 
     Example:
         >>> topology = BlockTopology.from_mask(torch.tensor([[True, False]]), block_size=8)

@@ -213,18 +213,18 @@ def masked_linear(
         x: ``[..., in]``, any number of leading dimensions, zero tokens included.
         weight: ``(out, in)``, dense storage, any strides (a ``.t()`` view costs no copy).
         bias: ``[out]`` or None.
-        topology: which blocks are active; ``topology.shape`` must be ``(out, in)``.
-        backend: name of the backend, see :func:`backends`. It is used or refused, never replaced.
-        dense_grad: ``dW = dY^T X`` without the mask, to observe the gradient of inactive blocks.
-        frozen: inactive weights keep acting: ``Y`` and ``dX`` are dense, and only ``dW`` is masked.
+        topology: Active blocks; ``topology.shape`` must be ``(out, in)``.
+        backend: Name of the backend, see `backends.protocol.backends`. It is used or refused, never replaced.
+        dense_grad: Whether ``dW = dY^T X`` is whole, to observe the gradient of inactive blocks.
+        frozen: Whether inactive weights keep acting: ``Y`` and ``dX`` are dense, and only ``dW`` is masked.
 
     Returns:
         ``[..., out]``, in the dtype of ``x`` (of autocast where it is on).
 
     Raises:
         TypeError: ``topology`` is no :class:`BlockTopology`, or dtypes differ.
-        ValueError: shapes or devices do not fit, the backend is unknown, or it does not support the case.
-        NotImplementedError: an operand carries a forward-mode tangent.
+        ValueError: Shapes or devices do not fit, the backend is unknown, or it does not support the case.
+        NotImplementedError: An operand carries a forward-mode tangent.
 
     Example:
         >>> topology = BlockTopology.from_mask(torch.tensor([[True, False]]), block_size=8)

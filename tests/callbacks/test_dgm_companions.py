@@ -33,7 +33,6 @@ from helpers.models import (
 )
 from helpers.runs import EPOCH_STEPS, SCHEDULE, STEPS, SaveAt, differences, end_of, load
 from lightning_estdgm import DGMCallback, DGMConfig, DGMController
-from lightning_estdgm.config import merged
 
 pytestmark = [
     pytest.mark.filterwarnings(NO_VALIDATION_LOADER),
@@ -95,7 +94,7 @@ def fit(
     **trainer: Any,
 ) -> tuple[Any, DGMCallback, pl.Trainer, Look]:
     pl.seed_everything(0, verbose=False)
-    module, dgm = cls(), DGMCallback(merged(DGMConfig(schedule=SCHEDULE), trainer.pop("config", {})))
+    module, dgm = cls(), DGMCallback(DGMConfig(schedule=SCHEDULE).merged(**trainer.pop("config", {})))
     look = Look(dgm)
     callbacks = (dgm, average) if ours_first else (average, dgm)
     made = make_trainer(*callbacks, look, *extra, **{"max_epochs": STEPS // EPOCH_STEPS} | trainer)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_estdgm.config import DGMConfig, Selection, StepSize, Units, merged
+from lightning_estdgm.config import DGMConfig, Selection, StepSize, Units
 from lightning_estdgm.engine.controller import DGMController
 from lightning_estdgm.method.schedules import EstDgm, Phase
 from lightning_estdgm.method.update_rule import UpdateRule
@@ -167,8 +167,8 @@ def test_close_takes_every_hook_and_class_away(mlp, config, steps):
     model = mlp(32, 128, 64, 4)
     optimizer = adamw(model)
     before = traces(model, optimizer)
-    config = merged(
-        config, {"update_rule": {"keep": "magnitude"}}
+    config = config.merged(
+        update_rule={"keep": "magnitude"}
     )  # by gradients, the first layer's inactive blocks are dead
     dgm = DGMController(model, optimizer, config, total_steps=STEPS)
     assert traces(model, optimizer) != before
@@ -812,7 +812,7 @@ def test_a_resumed_run_knows_what_its_convolutions_are_given(monkeypatch):
 def test_an_older_run_keeps_its_units_where_automatic_blocks_are_others_now():
     model = nn.Sequential(nn.Conv2d(128, 128, 1), nn.Flatten(), nn.Linear(128, 4))
     config = DGMConfig(SCHEDULE, backend="dense")
-    with DGMController(model, sgd(model), merged(config, {"units": {"size": 1}}), total_steps=STEPS) as dgm:
+    with DGMController(model, sgd(model), config.merged(units={"size": 1}), total_steps=STEPS) as dgm:
         state = dgm.state_dict()
         masks = dgm.masks()
     with DGMController(model, sgd(model), config, total_steps=STEPS, state=state) as resumed:
@@ -826,7 +826,7 @@ def test_an_older_run_keeps_its_units_where_automatic_blocks_are_others_now():
 @pytest.mark.parametrize(("backend", "skips"), [("dense", False), ("reference", False), ("cpu", True)])
 def test_convolutions_count_what_their_backend_skips(backend, skips):
     schedule = dataclasses.replace(constant(0.25), observe_steps=1)
-    config = merged(IMAGES, {"schedule": schedule, "units": {"distribution": "uniform"}, "backend": backend})
+    config = IMAGES.merged(schedule=schedule, units={"distribution": "uniform"}, backend=backend)
     *_, (model, dgm) = fit_images(config, steps=1)
     assert not schedule.resolve(STEPS)(0).observe
     pixels = {"stem": 64, "down": 16, "skip": 16, "same": 16, "grouped": 16, "depthwise": 16, "point": 16, "length": 16}
@@ -1104,7 +1104,7 @@ def test_a_waiting_update_is_resumed(mlp):
 )
 def test_bad_settings_are_refused_with_what_was_got(settings, error, message):
     with pytest.raises(error, match=re.escape(message)):
-        merged(DGMConfig(), settings)
+        DGMConfig().merged(**settings)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from helpers.oracle import train
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
-from lightning_estdgm.config import Units, merged
+from lightning_estdgm.config import Units
 
 STEPS = 50
 PHASES = [(0.7, 0.6, 12), (0.3, 0.2, 18), (0.15, 0.1, 20)]
@@ -113,7 +113,7 @@ def by_callback(case):
     config = DGMConfig(SCHEDULE, units=Units(size=case.block), backend=case.backend, seed=seed)
     for name, value in rules.items():
         part, field = parts.get(name, (name, None))
-        config = merged(config, {part: value if field is None else {field: value}})
+        config = config.merged(**{part: value if field is None else {field: value}})
     module, dgm = Module(case), DGMCallback(config)
     recorder = Recorder(dgm)
     trainer = pl.Trainer(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from helpers.swapped_layers import index_lists
-from lightning_estdgm.config import DGMConfig, Units, merged
+from lightning_estdgm.config import DGMConfig, Units
 from lightning_estdgm.engine.controller import DGMController
 from lightning_estdgm.method.schedules import EstDgm
 from lightning_estdgm.modules.candidates import find_candidates
@@ -48,7 +48,7 @@ def backend_or_skip(name, dtype=torch.float32):
 def train(net, backend, context=contextlib.nullcontext, each_step=lambda dgm: None, **config):
     """Train through all phases; return the masks."""
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    settings = merged(DGMConfig(SCHEDULE, units=Units(size=16), backend=backend), config)
+    settings = DGMConfig(SCHEDULE, units=Units(size=16), backend=backend).merged(**config)
     with DGMController(net, optimizer, settings, total_steps=STEPS) as dgm:
         for step in range(STEPS):
             x = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(step)).requires_grad_()

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from helpers import distributed_jobs as jobs  # noqa: F401  puts the callback tests' folder on the path
 from helpers.models import Batches, ResumableLoader, Task, make_trainer
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
-from lightning_estdgm.config import Selection, Units, merged
+from lightning_estdgm.config import Selection, Units
 from lightning_estdgm.distributed.collectives import local_tensor
 from lightning_estdgm.engine.masked_weight import MaskedWeight
 from lightning_estdgm.modules.candidates import clean_name
@@ -312,16 +312,13 @@ def train(
     module = Net()
     module.layout = strategy
     dgm = DGMCallback(
-        merged(
-            DGMConfig(
-                SCHEDULE,
-                units=Units(size=block_size, distribution="uniform"),
-                backend=backend,
-                inactive=inactive,
-                selection=Selection(exclude=exclude),
-            ),
-            rule or {},
-        )
+        DGMConfig(
+            SCHEDULE,
+            units=Units(size=block_size, distribution="uniform"),
+            backend=backend,
+            inactive=inactive,
+            selection=Selection(exclude=exclude),
+        ).merged(**(rule or {}))
     )
     watch = Watch(dgm, save_at)
 

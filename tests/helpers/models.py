@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
-from lightning_estdgm.config import merged
 
 MakeOptimizer = Callable[[Any], Optimizer]
 
@@ -42,7 +41,7 @@ SCHEDULE = EstDgm(
 
 
 def callback_for(**settings: Any) -> DGMCallback:
-    return DGMCallback(merged(DGMConfig(schedule=SCHEDULE), settings))
+    return DGMCallback(DGMConfig(schedule=SCHEDULE).merged(**settings))
 
 
 class Batches(list[Any]):

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from helpers.models import GAN, ResumableLoader, TinyMLP, make_trainer
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
-from lightning_estdgm.config import merged
 
 # 40 steps in five epochs: masks change before steps 4, 8, ..., 32, the three steps before each are observed.
 SCHEDULE = EstDgm(
@@ -36,7 +35,7 @@ class Run:
         return self.cls() if self.cls is GAN else self.cls(scheduler="onecycle")
 
     def callback(self) -> DGMCallback:
-        return DGMCallback(merged(DGMConfig(schedule=SCHEDULE), self.config))
+        return DGMCallback(DGMConfig(schedule=SCHEDULE).merged(**self.config))
 
     def loader(self) -> ResumableLoader:
         batches = (TinyMLP if self.cls is GAN else self.cls).batches(EPOCH_STEPS * self.accumulate)

@@ -8,7 +8,6 @@ import os
 import platform
 import sys
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_estdgm._environment import package_version
 from lightning_estdgm.energy.reading import hostname
 from lightning_estdgm.modules.candidates import clean_name
 
@@ -55,8 +55,8 @@ def describe_run(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]
         "seed": int(seed) if seed.lstrip("-").isdecimal() else None,
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "lightning")},
-            "lightning_estdgm": _version("lightning-estdgm"),
+            **{name: package_version(name) for name in ("torch", "lightning")},
+            "lightning_estdgm": package_version("lightning-estdgm"),
             "cuda": torch.version.cuda,
             "hip": torch.version.hip,
         },
@@ -90,10 +90,3 @@ def _is_compiled(module: LightningModule) -> bool:
         return True
     dynamo = sys.modules.get("torch._dynamo")  # not imported: nothing was compiled
     return dynamo is not None and any(isinstance(m, dynamo.OptimizedModule) for m in module.modules())
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:  # a source tree that was never installed
-        return None

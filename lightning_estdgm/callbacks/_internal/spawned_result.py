@@ -20,11 +20,11 @@ from lightning_estdgm.engine.controller import DGMController
 from lightning_estdgm.engine.decisions import LayerDecision
 from lightning_estdgm.method.schedules import Schedule
 
-__all__ = ["Handover", "Outcome"]
+__all__ = ["SpawnedResult", "SpawnedResultFile"]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SpawnedResult:
     """What is known of a fit that ran in other processes; asked as a `DGMController` is."""
 
     phase: str
@@ -48,7 +48,7 @@ class Outcome:
         return self._state
 
 
-class Handover:
+class SpawnedResultFile:
     """Brings the end of a fit in spawned or forked processes back to the process that called ``trainer.fit``.
 
     Lightning brings the weights back through a temporary file, but nothing of a callback; so this does the same.
@@ -57,7 +57,7 @@ class Handover:
     def __init__(self) -> None:
         self._made_in = os.getpid()
         self._path = Path(tempfile.gettempdir()) / f"lightning_estdgm-{uuid.uuid4().hex}.pt"
-        self._outcome: Outcome | None = None
+        self._result: SpawnedResult | None = None
         weakref.finalize(self, _remove_by_maker, self._path, self._made_in)
 
     def leave(self, controller: DGMController, trainer: pl.Trainer) -> None:
@@ -73,12 +73,12 @@ class Handover:
         if trainer.is_global_zero:
             torch.save(content, self._path)
 
-    def outcome(self, config: DGMConfig) -> Outcome | None:
+    def result(self, config: DGMConfig) -> SpawnedResult | None:
         """Return what the last fit in other processes has left, or None."""
         if os.getpid() == self._made_in and self._path.exists():
             content = torch.load(self._path, weights_only=True)
             self._path.unlink()
-            self._outcome = Outcome(
+            self._result = SpawnedResult(
                 phase=content["phase"],
                 density=content["density"],
                 flops_ratio=content["flops_ratio"],
@@ -87,7 +87,7 @@ class Handover:
                 _decisions=tuple(LayerDecision(**decision) for decision in content["decisions"]),
                 _masks=content["masks"],
             )
-        return self._outcome
+        return self._result
 
 
 def _remove_by_maker(path: Path, made_in: int) -> None:

@@ -36,18 +36,18 @@ class Case:
     """A linear layer, its input and its density.
 
     Args:
-        tokens: rows of the flattened input.
-        out_features: rows of the weight.
-        in_features: columns of the weight.
-        block_size: side of a mask block, in weights.
-        density: active share of the blocks, in (0, 1].
-        dtype: what the products run in (under autocast, autocast's dtype).
-        device: where.
-        frozen: dense forward and dX, sparse dW only.
-        transposed: the weight is stored ``(in, out)``, as in Hugging Face's ``Conv1D``.
+        tokens: Number of rows of the flattened input.
+        out_features: Number of rows of the weight.
+        in_features: Number of columns of the weight.
+        block_size: Side of a mask block, in weights.
+        density: Active share of the blocks, in (0, 1].
+        dtype: Dtype of the products (under autocast, autocast's).
+        device: Device of the operands.
+        frozen: Whether forward and dX are dense, and only dW sparse.
+        transposed: Whether the weight is stored ``(in, out)``, as in Hugging Face's ``Conv1D``.
 
     Raises:
-        ValueError: a size or density that cannot be.
+        ValueError: A size or density is out of range.
     """
 
     tokens: int
@@ -68,7 +68,7 @@ class Case:
         return _topology(self, self.out_features, self.in_features)
 
     def refusal(self, backend: str) -> str | None:
-        """Why that backend cannot run this case, or None."""
+        """Reason why that backend cannot run this case, or None."""
         return get_backend(backend).unsupported(self.device, self.dtype, self.topology())
 
     def problem(self) -> _Problem:
@@ -93,21 +93,21 @@ class ConvCase:
     """A 2-D convolution (of one group, zeros around the image), its input and its density.
 
     Args:
-        batch: images.
-        height: of the input.
-        width: of the input.
-        out_channels: rows of blocks times the block size.
-        in_channels: columns of blocks times the block size.
-        geometry: kernel, stride, padding, dilation.
-        block_size: side of a mask block, in channels; it holds all taps of the kernel.
-        density: active share of the blocks, in (0, 1].
-        dtype: what the products run in (under autocast, autocast's dtype).
-        device: where.
-        frozen: dense forward and dX, sparse dW only.
-        channels_last: activations and weight lie in channels-last memory, else in contiguous.
+        batch: Number of images.
+        height: Height of the input.
+        width: Width of the input.
+        out_channels: Number of output channels: block rows times the block size.
+        in_channels: Number of input channels: block columns times the block size.
+        geometry: Kernel, stride, padding, dilation.
+        block_size: Side of a mask block, in channels; it holds all taps of the kernel.
+        density: Active share of the blocks, in (0, 1].
+        dtype: Dtype of the products (under autocast, autocast's).
+        device: Device of the operands.
+        frozen: Whether forward and dX are dense, and only dW sparse.
+        channels_last: Whether activations and weight lie in channels-last memory, else in contiguous.
 
     Raises:
-        ValueError: a size or density that cannot be.
+        ValueError: A size or density is out of range.
     """
 
     batch: int
@@ -133,7 +133,7 @@ class ConvCase:
         return _topology(self, self.out_channels, self.in_channels)
 
     def refusal(self, backend: str) -> str | None:
-        """Why that backend cannot run this case, or None."""
+        """Reason why that backend cannot run this case, or None."""
         return conv_refusal(backend, self.device, self.dtype, self.topology(), self.geometry)
 
     def problem(self) -> _Problem:
@@ -160,7 +160,13 @@ class ConvCase:
 
 @dataclass(frozen=True)
 class _Problem:
-    """Something to time: leaves (input, weight, bias), the gradient of the output, and the forward by each name."""
+    """Operands of a case, and its forward.
+
+    Attributes:
+        leaves: Input, weight and bias.
+        dy: Gradient of the output.
+        forward: Forward on the leaves, by the name of what computes it.
+    """
 
     leaves: list[Tensor]
     dy: Tensor
@@ -200,7 +206,7 @@ def _random(case: Case | ConvCase) -> Callable[..., Tensor]:
     return random
 
 
-# ---- naming a layer: in saved states, and in the file of measurements
+# ---- naming a layer: in saved states, and in the files of timings
 
 
 def layer_of(case: Case | ConvCase) -> dict[str, Any]:
@@ -236,7 +242,7 @@ def is_layer(layer: Any) -> bool:
 
 
 def refusals(case: Case | ConvCase) -> dict[str, str | None]:
-    """Return for each backend that could be faster than dense why it cannot run `case`, or None where it can."""
+    """Return for each backend that could be faster than dense the reason why it cannot run `case`, or None."""
     return {name: case.refusal(name) for name in backends() if name != _ORACLE}
 
 
@@ -252,9 +258,9 @@ def measure_case(case: Case | ConvCase, names: Sequence[str], *, rounds: int = 3
     matter.
 
     Args:
-        case: what to measure.
-        names: backends, ``"dense"`` included where wanted.
-        rounds: timed repetitions at least, 1 to ``MOST_ROUNDS``.
+        case: Layer, input and density to time.
+        names: Names of backends, ``"dense"`` included where wanted.
+        rounds: Timed repetitions at least, 1 to ``MOST_ROUNDS``.
     """
     device = case.device
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):

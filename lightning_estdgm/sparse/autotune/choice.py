@@ -37,13 +37,13 @@ MARGIN = 0.05
 
 @dataclass(frozen=True)
 class Choice:
-    """What one layer runs on, and why.
+    """Choice of what computes one layer, and its reason.
 
     Args:
-        backend: ``"dense"`` (the layer's own forward) or a backend's name.
-        dense_s: measured seconds of dense forward and backward, None where this choice needed no measurement.
-        sparse_s: the same for the fastest sparse backend.
-        why: one short sentence for people.
+        backend: Name of a backend, or ``"dense"`` for the layer's own forward.
+        dense_s: Measured seconds of dense forward and backward, None where this choice needed no measurement.
+        sparse_s: The same for the fastest sparse backend.
+        why: One short sentence for people.
     """
 
     backend: str
@@ -53,11 +53,11 @@ class Choice:
 
 
 def choice_of(seconds: Mapping[str, float], when: str = "") -> Choice:
-    """The rule: the fastest sparse backend, if it takes at least 5 % less time than dense.
+    """Return the choice by the rule: the fastest sparse backend, if it takes at least 5 % less time than dense.
 
     Args:
-        seconds: of forward and backward, for ``"dense"`` and at least one backend.
-        when: the date of a measurement that was kept, ISO 8601.
+        seconds: Time of forward and backward, for ``"dense"`` and at least one backend.
+        when: Date of a timing that was kept, ISO 8601; empty for one made now.
     """
     dense_s = seconds[DENSE]
     best = min((name for name in seconds if name != DENSE), key=lambda name: seconds[name])
@@ -81,8 +81,8 @@ class BackendSelector:
     Args:
         forced: None to measure; ``"dense"`` or a backend's name to use that everywhere. A forced backend that
             does not support a layer raises, and is never replaced.
-        measure: how long each named implementation takes on a case, in seconds.
-        kept: what earlier runs on this machine have measured, to use and to add to; None: neither.
+        measure: Timer of a case: seconds of each named implementation.
+        kept: Timings of earlier runs on this machine, to use and to add to; None: neither.
 
     Raises:
         ValueError: ``forced`` is no known name.
@@ -114,7 +114,7 @@ class BackendSelector:
         """The choice for one layer at one density; measured if nothing measured before answers it.
 
         Raises:
-            ValueError: a forced (or restored) backend does not run this layer.
+            ValueError: A forced (or restored) backend does not run this layer.
         """
         bucket = bucket_of(case.density)
         case = replace(case, density=bucket / BUCKETS)
@@ -202,7 +202,7 @@ def _able(reasons_against: Mapping[str, str | None]) -> list[str]:
 
 
 def _inferred(known: Mapping[int, Choice], bucket: int) -> Choice | None:
-    """What the measurements at other densities of one layer already imply at this one, or None."""
+    """Return the choice that measurements of the layer at other densities imply at this one, or None."""
     measured = {at: choice for at, choice in known.items() if choice.dense_s is not None}
     sparse_above = [at for at, choice in measured.items() if choice.backend != DENSE and at >= bucket]
     if sparse_above:

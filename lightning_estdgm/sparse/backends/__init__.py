@@ -1,1 +1,1 @@
-"""What computes the products on active blocks: `protocol`, and one backend a module."""
+"""Backends of the products on active blocks: `protocol`, and one backend a module."""

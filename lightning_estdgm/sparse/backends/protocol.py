@@ -110,11 +110,11 @@ def _discover() -> dict[str, Backend]:
 
 
 def backends() -> dict[str, Backend]:
-    """Every installed backend by name: those of this package and those of entry points.
+    """Return every installed backend by name: those of this package and those of entry points.
 
     Raises:
-        TypeError: a module or entry point offers something that is no backend.
-        ValueError: two backends of one name.
+        TypeError: A module or entry point offers something that is no backend.
+        ValueError: Two backends have one name.
 
     Example:
         >>> sorted(backends())
@@ -124,10 +124,10 @@ def backends() -> dict[str, Backend]:
 
 
 def get_backend(name: str) -> Backend:
-    """The backend of that name.
+    """Return the backend of that name.
 
     Raises:
-        ValueError: there is none; the message lists the known ones.
+        ValueError: There is none; the message lists the known ones.
     """
     found = _discover()
     if name not in found:
@@ -147,10 +147,12 @@ def supporting(name: str, device: torch.device, dtype: torch.dtype, topology: Bl
 def conv_refusal(
     backend_name: str, device: torch.device, dtype: torch.dtype, topology: BlockTopology, geometry: ConvGeometry
 ) -> str | None:
-    """Return why a backend cannot run a convolution, or None. A pointwise one needs a backend of linear layers only.
+    """Return the reason why a backend cannot run a convolution, or None.
+
+    For a pointwise one, a backend of linear layers is enough.
 
     Raises:
-        ValueError: there is no backend of that name.
+        ValueError: There is no backend of that name.
     """
     backend = get_backend(backend_name)
     if geometry.pointwise:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import platform
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from lightning_estdgm._environment import processor_name
+from lightning_estdgm._environment import package_version, processor_name
 from lightning_estdgm.tools.terminal import command_line
 
 __all__ = ["environment", "header"]
@@ -20,7 +19,10 @@ def environment() -> dict[str, Any]:
     """Versions and machine: what a reader needs to judge the seconds."""
     return {
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("lightning-estdgm", "lightning", "torch", "triton", "numpy")},
+        **{
+            name: package_version(name) or "not installed"
+            for name in ("lightning-estdgm", "lightning", "torch", "triton", "numpy")
+        },
         "platform": platform.platform(),
         "cpu": processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -36,10 +38,3 @@ def header() -> dict[str, Any]:
     """What a benchmark's JSON begins with: the command, the date (local time) and the environment."""
     date = datetime.now().astimezone().isoformat(timespec="seconds")
     return {"command": command_line(), "date": date, "environment": environment()}
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:  # a source tree that was never installed
-        return "not installed"

@@ -27,22 +27,23 @@ def study(
 ) -> None:
     """Train the methods side by side on small tasks that need no download; go on where an earlier call stopped."""
     # Imported here: --help should not wait for torch.
+    from lightning_estdgm.tools.study.figures import draw_study
     from lightning_estdgm.tools.study.plans import plan_named
+    from lightning_estdgm.tools.study.results_table import ResultsTable, read_rows
     from lightning_estdgm.tools.study.runner import run_study
-    from lightning_estdgm.tools.study.summary import markdown, picture
-    from lightning_estdgm.tools.study.table import Table, read_rows
+    from lightning_estdgm.tools.study.summary import markdown
     from lightning_estdgm.tools.study.tasks import task_named
 
     console = Console()
     try:
         chosen = {task_named(name).name for name in task or ()}
         runs = [run for run in plan_named(preset) if not chosen or run.task in chosen]
-        table = Table(out / f"{preset}.csv")
+        table = ResultsTable(out / f"{preset}.csv")
         if not report_only:
             run_study(runs, table, jobs or len(os.sched_getaffinity(0)), console)
         rows = read_rows(table.path)
         text = markdown(rows)
-        picture(rows, out / f"{preset}.png")
+        draw_study(rows, out / f"{preset}.png")
     except (ValueError, FileNotFoundError) as e:
         raise typer.BadParameter(str(e)) from e
     (out / f"{preset}.md").write_text(text, encoding="utf-8")

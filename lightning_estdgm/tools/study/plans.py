@@ -1,4 +1,4 @@
-"""Which runs answer which question: named plans, each a list of runs."""
+"""Named plans of the study, each a list of runs that answers a question."""
 
 from __future__ import annotations
 
@@ -8,32 +8,28 @@ from functools import partial
 from typing import Any
 
 from lightning_estdgm.presets import PRESETS
-from lightning_estdgm.tools.study.runs import DENSE, Run
+from lightning_estdgm.tools.study.settings import (
+    BEST_RATES,
+    LOW_DENSITY,
+    LOW_PEAK_LENGTH,
+    MAGNITUDE,
+    SCALED,
+    SCHEDULES,
+    SPARSE_TO_DENSER,
+    SPARSE_TO_DENSER_LENGTH,
+    phases,
+)
+from lightning_estdgm.tools.study.study_run import DENSE, StudyRun
 from lightning_estdgm.tools.study.tasks import TASKS, Task, task_named
 
-__all__ = ["BEST_RATES", "BRIEF", "PLANS", "SCALED", "SCHEDULES", "plan_named"]
+__all__ = ["PLANS", "plan_named"]
 
 SEEDS = (0, 1, 2)
 MORE_SEEDS = (3, 4, 5, 6, 7)
 DENSITY = 0.1
 RIVALS = ("static", "set", "rigl")
-SCALED: dict[str, Any] = {"step_exponent": 1.0, "scale_init": True}
-"""The density-aware step size and initialisation, given to rivals as well: the mask rule alone is to differ."""
-
-
 WIDE = task_named("wide")
 SMALL = tuple(task for task in TASKS if task is not WIDE)
-
-
-BEST_RATES: dict[str, dict[str, float]] = {
-    "gpt": {"dense": 4e-3, "est-dgm": 4e-3, "static": 8e-3, "set": 4e-3, "rigl": 4e-3},
-    "digits": {"dense": 1e-2, "est-dgm": 1e-3, "static": 3e-3, "set": 3e-3, "rigl": 1e-2},
-    "clutter": {"dense": 3e-3, "est-dgm": 1e-2, "static": 1e-2, "set": 1e-2, "rigl": 1e-2},
-    "graph": {"dense": 1e-3, "est-dgm": 1e-3, "static": 1e-3, "set": 1e-3, "rigl": 3e-4},
-    "tabular": {"dense": 1e-3, "est-dgm": 3e-3, "static": 1e-2, "set": 1e-3, "rigl": 1e-2},
-    "wide": {"dense": 5e-4, "est-dgm": 5e-4},
-}
-"""task -> method -> the learning rate that the plan ``rates`` found best; other methods take EST-DGM's."""
 
 
 def _best_rate(task: Task, method: str) -> float:
@@ -50,83 +46,45 @@ def _sparse(
     density: float = DENSITY,
     length: float = 1.0,
     **more: Any,
-) -> Run:
+) -> StudyRun:
     settings = dict(more) if method == "est-dgm" else {**SCALED, **more}
     settings = {"block_size": 1, **settings}
-    return Run(task.name, method, lr or _best_rate(task, method), seed, density, length, settings)
+    return StudyRun(task.name, method, lr or _best_rate(task, method), seed, density, length, settings)
 
 
-def _phases(exploration: list[float], consolidation: list[float], refinement: list[float]) -> dict[str, Any]:
-    """Return settings of a schedule from start, end and length of each phase."""
-    return {
-        "schedule.exploration": exploration,
-        "schedule.consolidation": consolidation,
-        "schedule.refinement": refinement,
-    }
-
-
-SCHEDULES: dict[str, dict[str, Any]] = {
-    "mild": _phases([0.3, 0.25, 0.05], [0.25, 0.15, 0.25], [0.12, 0.1, 0.7]),
-    "longer": _phases([0.7, 0.6, 0.25], [0.3, 0.2, 0.5], [0.15, 0.1, 0.25]),
-    "shorter": _phases([0.7, 0.6, 0.05], [0.3, 0.2, 0.35], [0.15, 0.1, 0.6]),
-    "lower": _phases([0.4, 0.35, 0.15], [0.3, 0.2, 0.35], [0.15, 0.1, 0.5]),
-    "higher": _phases([1.0, 0.7, 0.15], [0.3, 0.2, 0.35], [0.15, 0.1, 0.5]),
-}
-"""Schedules of EST-DGM other than the default, whose mean density is 0.25, by the name that tables give them.
-
-``"mild"`` has a mean density of 0.14, between the default and `LEAN`; ``"longer"`` and ``"shorter"`` say how long
-exploration is, ``"lower"`` and ``"higher"`` its density.
-"""
-
-LEAN: dict[str, Any] = {"lean": True}
-"""EST-DGM at about the FLOPs of rivals at a constant density."""
-
-RISING: dict[str, Any] = {"rising": True}
-"""EST-DGM at less than those FLOPs a step, for single weights."""
-
-EQUAL_FLOPS = {"gpt": 1.14, "digits": 1.24, "clutter": 1.24, "graph": 1.22, "tabular": 1.24}
-"""task -> steps of `RISING` at the FLOPs of static masks and SET, as a multiple of theirs."""
-
-BRIEF = {"graph": 0.5, "tabular": 0.57}
-"""Tasks of few labels -> steps of the mild schedule at the FLOPs of static masks and SET, as a multiple of theirs."""
-
-MAGNITUDE: dict[str, Any] = {"keep": "magnitude"}
-"""Blocks kept by their weights' norms alone, as single weights are."""
-
-
-def headline() -> Iterator[Run]:
+def headline() -> Iterator[StudyRun]:
     """Dense against EST-DGM, RigL, SET and static masks at density 0.10 by single weights, three seeds, each task.
 
-    Beside equal steps, equal FLOPs: dense in 0.3 of the steps against EST-DGM, and against the rivals EST-DGM with
-    rising densities in more steps. On the wide GPT, blocks of 64. The rising densities were chosen on the GPT's seed 0,
-    so there two more seeds are held against static masks and SET. Where labels are few, the mild schedule in fewer
-    steps, kept by weight and gradient; it was chosen on the graph's and the table's seeds 10 to 12. RigL on the graph
-    also in fewer steps, at the rate that was the best there.
+    Beside equal steps, equal FLOPs: dense in 0.3 of the steps against EST-DGM, and against the rivals EST-DGM from
+    sparse to denser in more steps. On the wide GPT, blocks of 64. The schedule from sparse to denser was chosen on the
+    GPT's seed 0, so there two more seeds are held against static masks and SET. Where labels are few, the low peak in
+    fewer steps, kept by weight and gradient; it was chosen on the graph's and the table's seeds 10 to 12. RigL on the
+    graph also in fewer steps, at the rate that was the best there.
     """
     for seed in SEEDS:
         for task in SMALL:
-            yield Run(task.name, DENSE, _best_rate(task, DENSE), seed)
+            yield StudyRun(task.name, DENSE, _best_rate(task, DENSE), seed)
             yield _sparse(task, "est-dgm", seed)
             for method in RIVALS:
                 yield _sparse(task, method, seed)
-            yield Run(task.name, DENSE, _best_rate(task, DENSE), seed, length=0.3)
-            yield _sparse(task, "est-dgm", seed, length=EQUAL_FLOPS[task.name], **RISING)
-        yield Run(WIDE.name, DENSE, _best_rate(WIDE, DENSE), seed)
+            yield StudyRun(task.name, DENSE, _best_rate(task, DENSE), seed, length=0.3)
+            yield _sparse(task, "est-dgm", seed, length=SPARSE_TO_DENSER_LENGTH[task.name], **SPARSE_TO_DENSER)
+        yield StudyRun(WIDE.name, DENSE, _best_rate(WIDE, DENSE), seed)
         yield _sparse(WIDE, "est-dgm", seed, block_size=64)
-        yield _sparse(WIDE, "est-dgm", seed, block_size=64, **LEAN)
-        for name, length in BRIEF.items():
-            brief = {**SCHEDULES["mild"], "keep": "weight_and_gradient"}
-            yield _sparse(task_named(name), "est-dgm", seed, length=length, **brief)
+        yield _sparse(WIDE, "est-dgm", seed, block_size=64, **LOW_DENSITY)
+        for name, length in LOW_PEAK_LENGTH.items():
+            low_peak = {**SCHEDULES["low-peak"], "keep": "weight_and_gradient"}
+            yield _sparse(task_named(name), "est-dgm", seed, length=length, **low_peak)
         for length in (1.0, 0.65):
             yield _sparse(task_named("graph"), "rigl", seed, lr=1e-3, length=length)
     gpt = task_named("gpt")
     for seed in MORE_SEEDS[:2]:
         yield _sparse(gpt, "static", seed)
         yield _sparse(gpt, "set", seed)
-        yield _sparse(gpt, "est-dgm", seed, length=EQUAL_FLOPS[gpt.name], **RISING)
+        yield _sparse(gpt, "est-dgm", seed, length=SPARSE_TO_DENSER_LENGTH[gpt.name], **SPARSE_TO_DENSER)
 
 
-def rates() -> Iterator[Run]:
+def rates() -> Iterator[StudyRun]:
     """Each method at each learning rate, one seed, half the steps: where the rates of the other plans come from.
 
     On the graph and the GPTs all steps: there half a run favours rates too high for a whole one.
@@ -134,7 +92,7 @@ def rates() -> Iterator[Run]:
     for task in TASKS:
         length = 1.0 if task.name in ("graph", "gpt", "wide") else 0.5
         for lr in task.rates:
-            yield Run(task.name, DENSE, lr, 0, length=length)
+            yield StudyRun(task.name, DENSE, lr, 0, length=length)
             if task is WIDE:
                 yield _sparse(task, "est-dgm", 0, lr=lr, length=length, block_size=64)
                 continue
@@ -142,21 +100,21 @@ def rates() -> Iterator[Run]:
                 yield _sparse(task, method, 0, lr=lr, length=length)
 
 
-def methods() -> Iterator[Run]:
+def methods() -> Iterator[StudyRun]:
     """Every preset with the density-aware step size, three seeds; on two tasks of short runs also without.
 
-    EST-DGM also near the FLOPs of a constant density: lean with random growth, which observes nothing, and milder in
-    0.8 of the steps. Learning rates are those swept for the method, or else EST-DGM's.
+    EST-DGM also near the FLOPs of a constant density: at a low density with random growth, which observes nothing, and
+    with a low peak in 0.8 of the steps. Learning rates are those swept for the method, or else EST-DGM's.
     """
     published = [method for method in PRESETS if method != "est-dgm"]
     for task in sorted(SMALL, key=lambda task: task.name == "gpt"):  # the longest last
         papers: dict[str, Any] = {"step_exponent": 0.0, "scale_init": False}
         step_sizes = ({}, papers) if task.name in ("digits", "graph") else ({},)
         for seed in SEEDS:
-            yield Run(task.name, DENSE, _best_rate(task, DENSE), seed)
+            yield StudyRun(task.name, DENSE, _best_rate(task, DENSE), seed)
             yield _sparse(task, "est-dgm", seed)
-            yield _sparse(task, "est-dgm", seed, grow="random", **LEAN)
-            yield _sparse(task, "est-dgm", seed, length=0.8, **SCHEDULES["mild"])
+            yield _sparse(task, "est-dgm", seed, grow="random", **LOW_DENSITY)
+            yield _sparse(task, "est-dgm", seed, length=0.8, **SCHEDULES["low-peak"])
         for method, step_size in itertools.product(published, step_sizes):
             density, own = (0.125, _one_of_eight(task)) if method == "n:m" else (DENSITY, {})
             for seed in SEEDS:
@@ -178,8 +136,8 @@ ABLATIONS: tuple[dict[str, Any], ...] = (
     {"drop_fraction": 0.0},
     {"drop_fraction": 0.1},
     {"drop_fraction": 0.5},
-    SCHEDULES["mild"],
-    SCHEDULES["longer"],
+    SCHEDULES["low-peak"],
+    SCHEDULES["longer-exploration"],
     {"schedule.cycles": 2},
     {"distribution": "uniform"},
     {"scale_init": False},
@@ -187,9 +145,9 @@ ABLATIONS: tuple[dict[str, Any], ...] = (
     {"schedule.observe_steps": 4, "gamma": 2.0},
     {"keep": "gradient"},
     {"with.seed_second_moment": {}},
-    SCHEDULES["shorter"],
-    SCHEDULES["lower"],
-    SCHEDULES["higher"],
+    SCHEDULES["shorter-exploration"],
+    SCHEDULES["sparser-exploration"],
+    SCHEDULES["denser-exploration"],
     # updates and their observation
     {"schedule.update_every": 4},
     {"schedule.update_every": 25},
@@ -199,7 +157,7 @@ ABLATIONS: tuple[dict[str, Any], ...] = (
 """EST-DGM's own choices, changed one at a time; what matters most comes first."""
 
 
-def ablations() -> Iterator[Run]:
+def ablations() -> Iterator[StudyRun]:
     """EST-DGM with one choice changed at a time, three seeds: all on the graph, in whole runs.
 
     On clutter and the GPT the twelve that matter most, in half of the steps.
@@ -210,7 +168,7 @@ def ablations() -> Iterator[Run]:
         ("gpt", 0.5, ABLATIONS[:12]),
     ):
         for seed in SEEDS:
-            yield Run(task, DENSE, BEST_RATES[task][DENSE], seed, length=length)
+            yield StudyRun(task, DENSE, BEST_RATES[task][DENSE], seed, length=length)
         for change in ({}, *changes):
             for seed in SEEDS:
                 yield _sparse(task_named(task), "est-dgm", seed, length=length, **change)
@@ -228,7 +186,7 @@ WIN_BACK: tuple[tuple[float, dict[str, Any]], ...] = (
         {
             "model.width": 768,
             "model.heads": 12,
-            **_phases([0.3111, 0.2667, 0.15], [0.1333, 0.0889, 0.35], [0.0667, 0.0444, 0.5]),
+            **phases([0.3111, 0.2667, 0.15], [0.1333, 0.0889, 0.35], [0.0667, 0.0444, 0.5]),
         },
     ),
     # a dense start, without and with a permutation of channels at its end
@@ -238,54 +196,58 @@ WIN_BACK: tuple[tuple[float, dict[str, Any]], ...] = (
     (DENSITY, {"step_exponent": 0.5}),
     (DENSITY, {"drop_fraction": 0.1}),
     (DENSITY, {"distribution": "uniform"}),
-    (DENSITY, SCHEDULES["longer"]),
+    (DENSITY, SCHEDULES["longer-exploration"]),
     (DENSITY, DENSE_ATTENTION),
-    (DENSITY, {**DENSE_ATTENTION, **LEAN}),
-    # the lean phases' choices one at a time
-    (DENSITY, {"grow": "random", **LEAN}),
-    (DENSITY, {"drop_fraction": 0.3, **LEAN}),
-    (DENSITY, {"drop_fraction": 0.0, **LEAN}),
+    (DENSITY, {**DENSE_ATTENTION, **LOW_DENSITY}),
+    # the choices of the low density one at a time
+    (DENSITY, {"grow": "random", **LOW_DENSITY}),
+    (DENSITY, {"drop_fraction": 0.3, **LOW_DENSITY}),
+    (DENSITY, {"drop_fraction": 0.0, **LOW_DENSITY}),
 )
 """What may win back what blocks of 64 lose by `MAGNITUDE`: final density, settings."""
 
 
-def blocks() -> Iterator[Run]:
+def blocks() -> Iterator[StudyRun]:
     """Density by block size on a GPT of width 512, rivals, and what may win back what blocks lose, three seeds.
 
     Where EST-DGM by blocks of 64 is held against rivals and dense, eight seeds, since three did not tell them apart;
     and three of runs three times as long.
     """
-    dense = partial(Run, WIDE.name, DENSE, _best_rate(WIDE, DENSE))
+    dense = partial(StudyRun, WIDE.name, DENSE, _best_rate(WIDE, DENSE))
     sparse = partial(_sparse, WIDE, "est-dgm")
-    contest: list[Callable[..., Run]] = [dense, partial(sparse, block_size=64), partial(sparse, block_size=64, **LEAN)]
-    rivals: list[Callable[..., Run]] = [partial(_sparse, WIDE, method, block_size=64) for method in RIVALS]
-    by_magnitude: list[Callable[..., Run]] = [partial(arm, **MAGNITUDE) for arm in contest[1:]]
+    contest: list[Callable[..., StudyRun]] = [
+        dense,
+        partial(sparse, block_size=64),
+        partial(sparse, block_size=64, **LOW_DENSITY),
+    ]
+    rivals: list[Callable[..., StudyRun]] = [partial(_sparse, WIDE, method, block_size=64) for method in RIVALS]
+    by_magnitude: list[Callable[..., StudyRun]] = [partial(arm, **MAGNITUDE) for arm in contest[1:]]
     contest += rivals
     # at most the FLOPs of static masks and SET, which observe nothing and have no denser phases
-    equal_flops = partial(sparse, block_size=64, length=0.87, **LEAN)
-    long_equal_flops = partial(sparse, block_size=64, length=2.45, **LEAN)
+    equal_flops = partial(sparse, block_size=64, length=0.87, **LOW_DENSITY)
+    long_equal_flops = partial(sparse, block_size=64, length=2.45, **LOW_DENSITY)
     # the shorter dense ones are for equal joules and equal FLOPs
-    arms: list[Callable[..., Run]] = [partial(dense, length=0.5), *contest, *by_magnitude, equal_flops]
+    arms: list[Callable[..., StudyRun]] = [partial(dense, length=0.5), *contest, *by_magnitude, equal_flops]
     feed_forward = partial(sparse, block_size=64, **DENSE_ATTENTION)
-    lean_feed_forward = partial(feed_forward, **LEAN)
-    arms += [feed_forward, lean_feed_forward]
+    low_density_feed_forward = partial(feed_forward, **LOW_DENSITY)
+    arms += [feed_forward, low_density_feed_forward]
     arms += [partial(sparse, block_size=block) for block in (32, 16, 1)]
     for density in (0.2, 0.05):
         arms += [partial(sparse, density=density, block_size=block) for block in (64, 16, 1)]
-        arms += [partial(sparse, density=density, block_size=64, **LEAN)]
-    arms += [partial(sparse, block_size=64, length=0.8, **SCHEDULES["mild"], **MAGNITUDE)]
+        arms += [partial(sparse, density=density, block_size=64, **LOW_DENSITY)]
+    arms += [partial(sparse, block_size=64, length=0.8, **SCHEDULES["low-peak"], **MAGNITUDE)]
     arms += [partial(sparse, density=density, block_size=64, **change, **MAGNITUDE) for density, change in WIN_BACK]
-    long: list[Callable[..., Run]] = [
+    long: list[Callable[..., StudyRun]] = [
         *contest,
         *by_magnitude,
-        lean_feed_forward,
-        partial(lean_feed_forward, **MAGNITUDE),
+        low_density_feed_forward,
+        partial(low_density_feed_forward, **MAGNITUDE),
     ]
     arms += [partial(arm, length=3.0) for arm in long] + [long_equal_flops]
     for arm in arms:
         for seed in SEEDS:
             yield arm(seed=seed)
-    more: list[Callable[..., Run]] = [*contest, *by_magnitude, equal_flops]
+    more: list[Callable[..., StudyRun]] = [*contest, *by_magnitude, equal_flops]
     for arm in more:
         for seed in MORE_SEEDS:
             yield arm(seed=seed)
@@ -295,24 +257,24 @@ def blocks() -> Iterator[Run]:
             yield arm(seed=seed, length=3.0)
 
 
-def quick() -> Iterator[Run]:
+def quick() -> Iterator[StudyRun]:
     """Two tiny runs, to see that the study works."""
     task = task_named("tabular")
-    yield Run(task.name, DENSE, 3e-3, 0, length=0.2)
+    yield StudyRun(task.name, DENSE, 3e-3, 0, length=0.2)
     yield _sparse(task, "est-dgm", 0, length=0.2)
 
 
-PLANS: dict[str, Callable[[], Iterator[Run]]] = {
+PLANS: dict[str, Callable[[], Iterator[StudyRun]]] = {
     plan.__name__: plan for plan in (headline, rates, methods, ablations, blocks, quick)
 }
 """Plans by name."""
 
 
-def plan_named(name: str) -> Sequence[Run]:
+def plan_named(name: str) -> Sequence[StudyRun]:
     """Return the runs of a plan.
 
     Raises:
-        ValueError: there is none of that name; the message lists the known ones.
+        ValueError: There is none of that name; the message lists the known ones.
 
     """
     if name not in PLANS:

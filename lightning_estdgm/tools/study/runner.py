@@ -15,21 +15,28 @@ import torch
 from rich.console import Console
 
 from lightning_estdgm.tools.bench.environment import environment
-from lightning_estdgm.tools.study.runs import Run, train
-from lightning_estdgm.tools.study.table import Table
+from lightning_estdgm.tools.study.results_table import ResultsTable
+from lightning_estdgm.tools.study.study_run import StudyRun
+from lightning_estdgm.tools.study.training import train
 
 __all__ = ["run_study"]
 
 
-def run_study(runs: Sequence[Run], table: Table, jobs: int, console: Console) -> None:
-    """Train what `table` lacks of `runs`, `jobs` at a time with an equal share of the threads; append row by row.
+def run_study(runs: Sequence[StudyRun], table: ResultsTable, jobs: int, console: Console) -> None:
+    """Train the runs that a table lacks, several at a time with an equal share of the threads; append row by row.
 
     Small networks gain nothing from several threads, so one run a core is the fastest. Seconds are then those of a busy
     machine: compare them with each other, not with a run alone.
 
+    Args:
+        runs: Runs that the table is to hold.
+        table: Table to append to.
+        jobs: Number of runs at a time.
+        console: Console for a line a run.
+
     Raises:
-        ValueError: for `jobs` below 1.
-        Exception: what a run raised, after the runs under way have ended and been written.
+        ValueError: `jobs` is below 1.
+        Exception: A run raised it; the runs under way have ended and been written before.
 
     """
     if jobs < 1:
@@ -42,7 +49,7 @@ def run_study(runs: Sequence[Run], table: Table, jobs: int, console: Console) ->
     threads = max(1, (about["cores"] or 1) // jobs)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=_prepare, initargs=(threads,)) as pool:
-        waiting: dict[Future[dict[str, Any]], Run] = {pool.submit(train, run): run for run in todo}
+        waiting: dict[Future[dict[str, Any]], StudyRun] = {pool.submit(train, run): run for run in todo}
         failed: BaseException | None = None
         for count, future in enumerate(as_completed(waiting), 1):
             run = waiting[future]

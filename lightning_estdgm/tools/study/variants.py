@@ -1,4 +1,4 @@
-"""What the study tries beside the settings of the method: changes of its GPT, and callbacks. No part of the method."""
+"""Variants of the study beside the settings of the method: changes of its GPT, and callbacks. No part of the method."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class LowRankCompanion(nn.Module):
     """A linear layer and a dense product of low rank beside it, 0 at first: ``linear(x) + up(down(x))``.
 
     Args:
-        linear: the layer, ``[..., in] -> [..., out]``.
-        rank: of the companion.
+        linear: Layer, ``[..., in] -> [..., out]``.
+        rank: Rank of the dense product.
 
     """
 
@@ -43,19 +43,20 @@ class LowRankCompanion(nn.Module):
 
 
 class StudyGPT(ByteGPT):
-    """The recipe's GPT over bytes, with what the study tries on it.
+    """The recipe's GPT over bytes, with the variants of the study.
 
     It starts from N(0, 1 / width) in embeddings and head and N(0, 1 / (3 width)) in the blocks: GPT-2's deviation of
     0.02 suits a width of 768, and at 96 it held the dense network back by 0.25 nats after 400 steps.
 
     Args:
-        companion_rank: rank of a `LowRankCompanion` beside each linear layer of the blocks; 0: none.
-        sizes: arguments of `ByteGPT`.
+        companion_rank: Rank of a `LowRankCompanion` beside each linear layer of the blocks; 0 for none.
+        sizes: Arguments of `ByteGPT`.
 
     Attributes:
-        teacher: set by `Distill`; in training, `distill` of the loss is then the divergence from it.
-        teacher_density: active share of the teacher's weights, for counting FLOPs.
-        taught_steps: how many steps it taught.
+        teacher: Network set by `Distill`, or an empty tuple.
+        distill: Share of the training loss that is the divergence from the teacher.
+        teacher_density: Active share of the teacher's weights, for counting FLOPs.
+        taught_steps: Number of steps with a teacher.
 
     """
 
@@ -112,10 +113,10 @@ class _AtEndOf(Callback):
 
 
 class Distill(_AtEndOf):
-    """Has a `StudyGPT` learn, after exploration, from itself as it was when exploration ended.
+    """Distils a `StudyGPT`, after exploration, from itself as it was when exploration ended.
 
     Args:
-        share: of the loss that is the divergence from the teacher, in (0, 1).
+        share: Share of the loss that is the divergence from the teacher, in (0, 1).
 
     """
 
@@ -184,4 +185,4 @@ VARIANTS: dict[str, type[Distill | GroupHidden | SeedSecondMoment]] = {
     "group_hidden": GroupHidden,
     "seed_second_moment": SeedSecondMoment,
 }
-"""Callbacks by the name that `Run.settings` gives them, as ``with.<name>`` and their arguments."""
+"""Callbacks by the name that `StudyRun.settings` gives them, as ``with.<name>`` and their arguments."""

@@ -15,10 +15,7 @@ TESTS = Path(__file__).parent
 @pytest.mark.parametrize(
     ("what", "at_least"),
     [
-        (
-            ["test_conformance_linear.py", "../test_linear.py", "-k", "triton"],
-            42,
-        ),  # the conformance tests of every backend
+        (["test_conformance_linear.py", "../test_linear.py", "-k", "triton"], 42),  # as of every other backend
         (["triton_in_interpreter.py"], 50),
         (["triton_conv_in_interpreter.py"], 48),
     ],

@@ -15,12 +15,17 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from lightning_estdgm.cli import app
-from lightning_estdgm.tools.study.plans import PLANS, SCALED, SCHEDULES, plan_named
+from lightning_estdgm.tools.study.datasets import citation_graph, cluttered_digits
+from lightning_estdgm.tools.study.figures import draw_study
+from lightning_estdgm.tools.study.plans import PLANS, plan_named
+from lightning_estdgm.tools.study.results_table import COLUMNS, ResultsTable, read_rows
 from lightning_estdgm.tools.study.runner import run_study
-from lightning_estdgm.tools.study.runs import Run, train
-from lightning_estdgm.tools.study.summary import arms, baseline, distance, markdown, picture
-from lightning_estdgm.tools.study.table import COLUMNS, Table, read_rows
-from lightning_estdgm.tools.study.tasks import TASKS, citation_graph, cluttered_digits, task_named
+from lightning_estdgm.tools.study.settings import LOW_DENSITY, SCALED, SCHEDULES
+from lightning_estdgm.tools.study.study_arm import arms, baseline, distance
+from lightning_estdgm.tools.study.study_run import StudyRun
+from lightning_estdgm.tools.study.summary import markdown
+from lightning_estdgm.tools.study.tasks import TASKS, task_named
+from lightning_estdgm.tools.study.training import train
 from lightning_estdgm.tools.study.variants import GroupHidden, LowRankCompanion, SeedSecondMoment, StudyGPT
 
 RESULT = {
@@ -56,39 +61,39 @@ def test_the_headline_compares_at_equal_steps_on_every_task():
 
 def test_settings_of_a_schedule_reach_it():
     settings = {"schedule.cycles": 2, "schedule.refinement": [0.2, 0.1, 0.5], "gamma": 0.5}
-    config = Run("gpt", "est-dgm", 1e-3, 3, 0.1, settings=settings).callback().config
+    config = StudyRun("gpt", "est-dgm", 1e-3, 3, 0.1, settings=settings).callback().config
     assert (config.schedule.cycles, config.schedule.refinement.start) == (2, 0.2)
     assert (config.update_rule.gamma, config.seed) == (0.5, 3)
 
 
 def test_a_table_knows_its_runs_again_and_leaves_out_a_line_that_was_cut_off(tmp_path):
-    done = Run("gpt", "rigl", 4e-3, 1, 0.1, 2.5, {"gamma": 0.0, "block_size": 1})
-    table = Table(tmp_path / "new" / "t.csv")
+    done = StudyRun("gpt", "rigl", 4e-3, 1, 0.1, 2.5, {"gamma": 0.0, "block_size": 1})
+    table = ResultsTable(tmp_path / "new" / "t.csv")
     assert table.lacks([done, done]) == [done]
     table.add(done, RESULT)
     other = replace(done, seed=2)
     table.add(other, RESULT)
     text = table.path.read_text()
     table.path.write_text(text[: text.index("\n", text.index(",2,")) - 30])
-    assert Table(table.path).lacks([done, other]) == [other]
+    assert ResultsTable(table.path).lacks([done, other]) == [other]
     (row,) = read_rows(table.path)
     assert (row["lr"], row["length"], row["val_loss"], row["steps"]) == (4e-3, 2.5, 1.5, done.steps)
     table.path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="expected a table with columns"):
-        Table(table.path)
+        ResultsTable(table.path)
 
 
 def test_a_run_that_fails_ends_the_study_with_its_error(tmp_path):
-    bad = Run("tabular", "n:m", 1e-3, 0, 0.125, 0.02, {"block_size": 1, "m": 8})  # its first layer has 30 inputs
-    later = [Run("tabular", "dense", 1e-3, seed, length=0.02) for seed in range(8)]
-    table = Table(tmp_path / "t.csv")
+    bad = StudyRun("tabular", "n:m", 1e-3, 0, 0.125, 0.02, {"block_size": 1, "m": 8})  # its first layer has 30 inputs
+    later = [StudyRun("tabular", "dense", 1e-3, seed, length=0.02) for seed in range(8)]
+    table = ResultsTable(tmp_path / "t.csv")
     with pytest.raises(ValueError, match="inputs that are a multiple of 8"):
         run_study([bad, *later], table, 1, Console(quiet=True))
     assert 0 < len(table.lacks(later)) < len(later)  # what was under way is written, what waited is not trained
 
 
 def _rows(tmp_path, *entries):
-    table = Table(tmp_path / "t.csv")
+    table = ResultsTable(tmp_path / "t.csv")
     for run, loss, accuracy in entries:
         cost = {"seconds": 10.0 * run.length, "joules": 40.0 * run.length}
         table.add(run, {**RESULT, **cost, "val_loss": loss, "val_accuracy": accuracy})
@@ -96,17 +101,18 @@ def _rows(tmp_path, *entries):
 
 
 def test_distances_are_to_the_best_dense_rate(tmp_path):
+    low_peak = {"block_size": 1, "gamma": 2.0, **SCHEDULES["low-peak"]}
     rows = _rows(
         tmp_path,
-        (Run("gpt", "dense", 1e-3, 0), math.log(4.0), math.nan),
-        (Run("gpt", "dense", 2e-3, 0), math.log(3.0), math.nan),
-        (Run("gpt", "dense", 2e-3, 0, length=0.3), math.log(2.0), math.nan),
-        (Run("gpt", "est-dgm", 2e-3, 0, 0.1, 2.0), math.log(3.3), math.nan),
-        (Run("gpt", "est-dgm", 2e-3, 1, 0.1, 2.0), math.log(3.6), math.nan),
-        (Run("digits", "dense", 2e-3, 0), 1.0, 0.98),
-        (Run("digits", "set", 2e-3, 0, 0.1, settings=SCALED), 1.0, 0.95),
-        (Run("digits", "est-dgm", 2e-3, 0, 0.1, 0.8, {"block_size": 1, "gamma": 2.0, **SCHEDULES["mild"]}), 1.0, 0.95),
-        (Run("digits", "est-dgm", 2e-3, 0, 0.1, settings={"block_size": 64, "lean": True}), 1.0, 0.95),
+        (StudyRun("gpt", "dense", 1e-3, 0), math.log(4.0), math.nan),
+        (StudyRun("gpt", "dense", 2e-3, 0), math.log(3.0), math.nan),
+        (StudyRun("gpt", "dense", 2e-3, 0, length=0.3), math.log(2.0), math.nan),
+        (StudyRun("gpt", "est-dgm", 2e-3, 0, 0.1, 2.0), math.log(3.3), math.nan),
+        (StudyRun("gpt", "est-dgm", 2e-3, 1, 0.1, 2.0), math.log(3.6), math.nan),
+        (StudyRun("digits", "dense", 2e-3, 0), 1.0, 0.98),
+        (StudyRun("digits", "set", 2e-3, 0, 0.1, settings=SCALED), 1.0, 0.95),
+        (StudyRun("digits", "est-dgm", 2e-3, 0, 0.1, 0.8, low_peak), 1.0, 0.95),
+        (StudyRun("digits", "est-dgm", 2e-3, 0, 0.1, settings={"block_size": 64, **LOW_DENSITY}), 1.0, 0.95),
     )
     found = arms(rows)
     dense = baseline(found, "gpt")
@@ -120,9 +126,9 @@ def test_distances_are_to_the_best_dense_rate(tmp_path):
     assert "| est-dgm 2x steps | 0.1 | 0.002 | 2 | 3.4500 ± 0.2121 | +15.00 | 0.60 | 2.00 | 2.00 |" in text
     assert "Joules are estimated." in text
     assert "| set with scaled steps |" in text
-    assert "| est-dgm mild gamma=2.0 0.8x steps |" in text
-    assert "| est-dgm block_size=64 lean |" in text
-    picture(rows, tmp_path / "t.png")
+    assert "| est-dgm low-peak gamma=2.0 0.8x steps |" in text
+    assert "| est-dgm block_size=64 low-density |" in text
+    draw_study(rows, tmp_path / "t.png")
     assert (tmp_path / "t.png").stat().st_size > 10_000
 
 
@@ -142,9 +148,9 @@ def test_generated_data_is_the_same_each_time_and_as_described():
 @pytest.mark.parametrize("name", [task.name for task in TASKS])
 def test_each_task_trains_dense_and_sparse(name):
     length = 8 / task_named(name).steps
-    dense = train(Run(name, "dense", 1e-3, 0, length=length))
+    dense = train(StudyRun(name, "dense", 1e-3, 0, length=length))
     settings = {"block_size": 1, "schedule.update_every": 2}
-    sparse = train(Run(name, "est-dgm", 1e-3, 0, 0.1, length, settings))
+    sparse = train(StudyRun(name, "est-dgm", 1e-3, 0, 0.1, length, settings))
     assert math.isfinite(dense["val_loss"])
     assert dense["flops_ratio"] == 1.0
     assert sparse["status"] == "ok"
@@ -164,8 +170,8 @@ def test_a_companion_starts_as_nothing_and_counts_its_flops():
     assert torch.equal(both(x), linear(x))
     torch.nn.init.ones_(both.up.weight)
     assert torch.allclose(both(x), linear(x) + both.down(x).sum(1, keepdim=True))
-    plain = train(Run(**GPT, settings=EVERY_TWO))
-    more = train(Run(**GPT, settings={**EVERY_TWO, "model.companion_rank": 8, "exclude": ["*.down", "*.up"]}))
+    plain = train(StudyRun(**GPT, settings=EVERY_TWO))
+    more = train(StudyRun(**GPT, settings={**EVERY_TWO, "model.companion_rank": 8, "exclude": ["*.down", "*.up"]}))
     # 8 (in + out) weights beside in * out of each layer: 4 of 96 x 96 and 2 of 384 x 96 in each block, and the head
     added = 4 * (4 * 8 * 192 + 2 * 8 * 480) / (12 * 4 * 96**2 + 96 * 256)
     assert more["flops_ratio"] == pytest.approx(plain["flops_ratio"] + added, rel=1e-3)
@@ -180,12 +186,12 @@ def test_a_teacher_is_the_network_at_the_end_of_exploration_and_counts_its_forwa
         return plain_loss(self, batch)
 
     monkeypatch.setattr(StudyGPT, "loss", loss)
-    taught = train(Run(**GPT, settings={**EVERY_TWO, "with.distill": {"share": 0.3}}))
+    taught = train(StudyRun(**GPT, settings={**EVERY_TWO, "with.distill": {"share": 0.3}}))
     steps = [entry[1:] for entry in seen if entry[0]]
     assert len(steps) == 16
     assert [entry[2] for entry in steps] == [0, 0] + 14 * [1]  # exploration is 0.15 of 16 steps
     assert steps[-1][1] == pytest.approx(0.6, abs=0.11)  # the density of exploration, not of what comes next
-    plain = train(Run(**GPT, settings=EVERY_TWO))
+    plain = train(StudyRun(**GPT, settings=EVERY_TWO))
     assert taught["flops_ratio"] == pytest.approx(plain["flops_ratio"] + 14 / 16 * steps[-1][1] / 3, rel=1e-3)
     assert taught["val_loss"] != plain["val_loss"]
 
@@ -204,13 +210,13 @@ def test_grouping_hidden_units_changes_no_output(monkeypatch):
         seen["sorted"] = (fc.norm(dim=1) * out.norm(dim=0)).diff().max() <= 1e-6
 
     monkeypatch.setattr(GroupHidden, "act", compared)
-    train(Run(**GPT, settings={**EVERY_TWO, "schedule.warmup": 0.25, "with.group_hidden": {}}))
+    train(StudyRun(**GPT, settings={**EVERY_TWO, "schedule.warmup": 0.25, "with.group_hidden": {}}))
     assert seen == {"same": True, "moved": True, "sorted": True}
 
 
 def test_grown_weights_get_their_layers_second_moment():
     seeds = SeedSecondMoment()
-    model, dgm = Run(**GPT, settings=EVERY_TWO).model(), Run(**GPT, settings=EVERY_TWO).callback()
+    model, dgm = StudyRun(**GPT, settings=EVERY_TWO).model(), StudyRun(**GPT, settings=EVERY_TWO).callback()
     seen = []
 
     class Look(Callback):
@@ -250,7 +256,7 @@ KILLED = """
 import os, signal, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from lightning_estdgm.study.runner import _prepare
+from lightning_estdgm.tools.study.runner import _prepare
 
 if __name__ == "__main__":
     pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_prepare, initargs=(1,))

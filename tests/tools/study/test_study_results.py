@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from lightning_estdgm.tools.study.plans import BEST_RATES, BRIEF, plan_named
-from lightning_estdgm.tools.study.summary import arms, markdown
-from lightning_estdgm.tools.study.table import Table, read_rows
+from lightning_estdgm.tools.study.plans import plan_named
+from lightning_estdgm.tools.study.results_table import ResultsTable, read_rows
+from lightning_estdgm.tools.study.settings import BEST_RATES, LOW_PEAK_LENGTH
+from lightning_estdgm.tools.study.study_arm import arms
+from lightning_estdgm.tools.study.summary import markdown
 from lightning_estdgm.tools.study.tasks import task_named
 
 RESULTS = Path(__file__).parents[3] / "docs" / "results" / "study"
@@ -28,7 +30,7 @@ def test_a_committed_table_holds_runs_of_its_plan_as_they_are_now(name):
 
 @pytest.mark.parametrize("name", ["rates", "headline", "blocks", "ablations", "methods"])
 def test_a_plan_is_committed_whole(name):
-    assert not Table(RESULTS / f"{name}.csv").lacks(plan_named(name))
+    assert not ResultsTable(RESULTS / f"{name}.csv").lacks(plan_named(name))
 
 
 @pytest.mark.parametrize("task", sorted(BEST_RATES))
@@ -41,11 +43,11 @@ def test_best_rates_are_those_of_the_sweep(task):
     assert set(BEST_RATES[task].values()) <= set(task_named(task).rates)
 
 
-@pytest.mark.parametrize("task", sorted(BRIEF))
-def test_brief_runs_ask_for_hardly_more_flops_than_static_masks(task):
+@pytest.mark.parametrize("task", sorted(LOW_PEAK_LENGTH))
+def test_runs_with_a_low_peak_ask_for_hardly_more_flops_than_static_masks(task):
     rows = [row for row in read_rows(RESULTS / "headline.csv") if row["task"] == task]
-    brief = [row for row in rows if row["length"] == BRIEF[task] and '"keep"' in row["settings"]]
+    low_peak = [row for row in rows if row["length"] == LOW_PEAK_LENGTH[task] and '"keep"' in row["settings"]]
     static = [row for row in rows if row["method"] == "static"]
-    assert len(brief) == len(static) == 3
-    cost = [sum(row["flops_ratio"] * row["length"] for row in some) for some in (brief, static)]
+    assert len(low_peak) == len(static) == 3
+    cost = [sum(row["flops_ratio"] * row["length"] for row in some) for some in (low_peak, static)]
     assert cost[0] <= 1.04 * cost[1]

@@ -32,7 +32,7 @@ _ARGUMENTS = {  # of each function that is compiled for every dtype
 
 
 class _CannotBuild(Exception):
-    """Why there is no compiled operator here."""
+    """There can be no compiled operator here; the message says why."""
 
 
 def _run(command: list[str]) -> str:
@@ -67,7 +67,7 @@ def _build() -> Path:
 
 @functools.lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | str:
-    """Return the compiled operator, or why there is none."""
+    """Return the compiled operator, or the reason why there is none."""
     try:
         loaded = ctypes.CDLL(str(_build()))
     except (_CannotBuild, OSError) as e:
@@ -87,6 +87,6 @@ def function(name: str, dtype: torch.dtype) -> Callable[..., int]:
 
 
 def check(failed: int) -> None:
-    """Raise what a compiled function reports."""
+    """Raise MemoryError where a compiled function reports a failure."""
     if failed:
         raise MemoryError("the native backend found no memory for its buffers")

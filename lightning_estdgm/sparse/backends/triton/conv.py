@@ -205,10 +205,10 @@ def conv(
         x: ``[N, in, H, W]``, copied unless in channels-last memory.
         weight: ``(out, in, kh, kw)``, copied unless neighbours in memory are neighbours of output or input channels.
         bias: ``[out]`` or None.
-        topology: which blocks of the weight are active.
-        geometry: how the kernel walks over the input.
-        tiles: how to cut the work; its rows are pixels.
-        precision: of float32 products: ``"tf32"`` or ``"ieee"``.
+        topology: Active blocks of the weight.
+        geometry: Kernel, stride, padding and dilation.
+        tiles: Cut of the work; its rows are pixels.
+        precision: Precision of float32 products: ``"tf32"`` or ``"ieee"``.
     """
     x = channels_last(x)
     y = x.new_empty(x.shape[0], *geometry.output_size(*x.shape[1:3]), topology.shape[0])
@@ -269,10 +269,10 @@ def conv_grad_input(
         dy: ``[N, out, H', W']``, copied unless in channels-last memory.
         weight: ``(out, in, kh, kw)``, copied unless neighbours in memory are neighbours of output or input channels.
         size: ``(H, W)``.
-        topology: which blocks of the weight are active.
-        geometry: how the kernel walks over the input.
-        tiles: how to cut the work; its rows are pixels.
-        precision: of float32 products: ``"tf32"`` or ``"ieee"``.
+        topology: Active blocks of the weight.
+        geometry: Kernel, stride, padding and dilation.
+        tiles: Cut of the work; its rows are pixels.
+        precision: Precision of float32 products: ``"tf32"`` or ``"ieee"``.
     """
     dy = channels_last(dy)
     weight = by_channels(weight).transpose(0, 1)

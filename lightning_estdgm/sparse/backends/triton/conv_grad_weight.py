@@ -122,10 +122,10 @@ def conv_grad_weight(
     Args:
         dy: ``[N, out, H', W']``, copied unless in channels-last memory.
         x: ``[N, in, H, W]``, copied unless in channels-last memory.
-        topology: which blocks of the weight are active.
-        geometry: how the kernel walks over the input.
-        tiles: how to cut the work; its rows are input channels.
-        precision: of float32 products: ``"tf32"`` or ``"ieee"``.
+        topology: Active blocks of the weight.
+        geometry: Kernel, stride, padding and dilation.
+        tiles: Cut of the work; its rows are input channels.
+        precision: Precision of float32 products: ``"tf32"`` or ``"ieee"``.
     """
     dy, x = channels_last(dy), channels_last(x)
     pixels = dy.shape[:3].numel()

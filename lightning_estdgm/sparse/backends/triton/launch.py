@@ -1,4 +1,4 @@
-"""What every launch of a Triton kernel needs. Importing this module imports Triton."""
+"""Launches of Triton kernels: device, options, limits. Importing this module imports Triton."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_estdgm.sparse.backends.triton.tiles import Tiles
 __all__ = ["INTERPRETED", "SWIZZLE", "TOO_BIG", "multiprocessors", "on", "options"]
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether kernels run in Triton's interpreter, on the CPU: what TRITON_INTERPRET was when Triton was imported."""
+"""Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET at the time Triton was imported."""
 
 TOO_BIG = (triton.runtime.errors.OutOfResources,)
 """Raised by a launch that wants more shared memory or registers than the device has."""

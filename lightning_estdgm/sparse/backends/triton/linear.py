@@ -96,9 +96,9 @@ def linear(
         x2d: ``[T, in]``, any strides.
         weight: ``(out, in)``, any strides.
         bias: ``[out]`` or None.
-        topology: which blocks of the weight are active.
-        tiles: how to cut the work.
-        precision: of float32 products: ``"tf32"`` or ``"ieee"``.
+        topology: Active blocks of the weight.
+        tiles: Cut of the work.
+        precision: Precision of float32 products: ``"tf32"`` or ``"ieee"``.
     """
     tokens = x2d.shape[0]
     y = x2d.new_empty(tokens, topology.shape[0])
@@ -196,9 +196,9 @@ def grad_weight(dy2d: Tensor, x2d: Tensor, topology: BlockTopology, tiles: Tiles
     Args:
         dy2d: ``[T, out]``, any strides.
         x2d: ``[T, in]``, any strides.
-        topology: which blocks of the weight are active.
-        tiles: how to cut the work.
-        precision: of float32 products: ``"tf32"`` or ``"ieee"``.
+        topology: Active blocks of the weight.
+        tiles: Cut of the work.
+        precision: Precision of float32 products: ``"tf32"`` or ``"ieee"``.
     """
     tokens = x2d.shape[0]
     dw = x2d.new_zeros(topology.shape)

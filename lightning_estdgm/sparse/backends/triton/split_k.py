@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""How the active blocks of a weight gradient are dealt out to programs, and how split sums are put together.
+"""Dealing of a weight gradient's active blocks to programs, and the second stage of split sums.
 
 A unit is up to ROWS / BLOCK active blocks of one block row; units are numbered row by row. An item is one tap of one
 unit (a linear layer has one tap). Where items are few, the sum over tokens or pixels is split into parts.
@@ -126,13 +126,13 @@ def _sum_parts_kernel(
 
 @dataclass(frozen=True)
 class Deal:
-    """How a weight gradient is launched.
+    """Launch of a weight gradient.
 
-    Args:
-        programs: how many.
-        partial: float32 ``[parts, BLOCK, ROWS]``, room for partial sums; without parts where nothing is ever split.
-        taps: of the kernel.
-        cut: constants that both stages share.
+    Attributes:
+        programs: Number of programs.
+        partial: Room, float32 ``[parts, BLOCK, ROWS]``, for partial sums; without parts where nothing is ever split.
+        taps: Number of taps of the kernel.
+        cut: Constants that both stages share.
     """
 
     programs: int
@@ -161,11 +161,11 @@ def deal(length: int, topology: BlockTopology, tiles: Tiles, device: torch.devic
     """Deal out a weight gradient.
 
     Args:
-        length: tokens or pixels that are summed over, at least 1.
-        topology: which blocks of the weight are active; nothing is read of it but sizes.
-        tiles: how to cut the work.
-        device: where it runs.
-        taps: of the kernel.
+        length: Number of tokens or pixels that are summed over, at least 1.
+        topology: Active blocks of the weight; nothing is read of it but sizes.
+        tiles: Cut of the work.
+        device: Device that it runs on.
+        taps: Number of taps of the kernel.
     """
     b = topology.block_size
     capacity = topology.block_rows * triton.cdiv(topology.block_cols * b, tiles.rows) * taps

@@ -1,4 +1,4 @@
-"""How the work of a product is cut into programs, and which of a few cuts is the fastest."""
+"""Cuts of the work of a product into programs, and the search for the fastest of a few."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ HOPPER_SHARED = 227 * 1024
 
 @dataclass(frozen=True)
 class Tiles:
-    """One way to cut a product.
+    """Cut of a product.
 
-    Args:
-        rows: rows of the tile that a program computes: tokens, or input features of the weight gradient. Its columns
+    Attributes:
+        rows: Rows of the tile that a program computes: tokens, or input features of the weight gradient. Its columns
             are those of one block.
-        depth: length of one step of the sum.
-        warps: warps (on AMD: wavefronts) of a program.
-        stages: steps in flight.
+        depth: Length of one step of the sum.
+        warps: Warps (on AMD: wavefronts) of a program.
+        stages: Steps in flight.
     """
 
     rows: int
@@ -42,14 +42,14 @@ class Tiles:
 def candidates(
     block_size: int, itemsize: int, *, amd: bool, exact_float32: bool, shared_bytes: int
 ) -> tuple[Tiles, ...]:
-    """The cuts worth trying on a device, the one to use untried first; never none.
+    """Return the cuts worth trying on a device, the one to use untried first; never none.
 
     Args:
-        block_size: side of a mask block: 16, 32, 64 or 128.
-        itemsize: bytes per value: 2 or 4.
-        amd: an AMD GPU, else NVIDIA.
-        exact_float32: float32 products in float32, not in tf32.
-        shared_bytes: shared memory that one program may use.
+        block_size: Side of a mask block: 16, 32, 64 or 128.
+        itemsize: Bytes per value: 2 or 4.
+        amd: Whether the GPU is AMD's, else NVIDIA's.
+        exact_float32: Whether float32 products are in float32, not in tf32.
+        shared_bytes: Shared memory that one program may use.
     """
     if exact_float32 and not amd:  # no matrix units: operands lie in registers, so steps are short
         return (Tiles(128, 16, 8, 2),)
@@ -68,12 +68,12 @@ def candidates(
 
 
 class Tuner:
-    """Finds the fastest candidate of each case, once.
+    """Search for the fastest candidate of each case, once.
 
     A candidate that the device has too few resources for is left out.
 
     Args:
-        too_big: exceptions that say so.
+        too_big: Exceptions that say so.
     """
 
     def __init__(self, too_big: tuple[type[Exception], ...] = ()) -> None:
@@ -90,10 +90,10 @@ class Tuner:
         """The fastest of ``tiles``: remembered under ``key``, else timed now, else (``seconds`` is None) the first.
 
         Args:
-            key: what the answer depends on.
-            tiles: the candidates, at least one.
-            run: runs the product with one of them.
-            seconds: how long a call takes; None where nothing can be timed.
+            key: All that the answer depends on.
+            tiles: Candidates, at least one.
+            run: Product with one of them.
+            seconds: Clock of a call, in seconds; None where nothing can be timed.
         """
         if key in self._best:
             return self._best[key]

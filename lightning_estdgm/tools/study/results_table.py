@@ -1,4 +1,4 @@
-"""The table of results: one CSV, a row a run, appended as runs end, so that a study that was cut off goes on."""
+"""Table of results: one CSV with a row a run, appended as runs end, so that a study that was cut off goes on."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_estdgm.tools.study.runs import Run
+from lightning_estdgm.tools.study.study_run import StudyRun
 
-__all__ = ["COLUMNS", "Table", "read_rows"]
+__all__ = ["COLUMNS", "ResultsTable", "read_rows"]
 
 COLUMNS = (
     *("task", "method", "lr", "seed", "density", "length", "settings", "steps"),
@@ -19,14 +19,14 @@ COLUMNS = (
 )
 
 
-class Table:
+class ResultsTable:
     """A CSV of results that is read at the start and appended to.
 
     Args:
-        path: of the CSV; made with its folders at the first row.
+        path: CSV file; made with its folders at the first row.
 
     Raises:
-        ValueError: if the file has other columns than `COLUMNS`.
+        ValueError: The file has other columns than `COLUMNS`.
 
     """
 
@@ -34,11 +34,11 @@ class Table:
         self.path = path
         self._done = {row["key"] for row in read_rows(path)} if path.exists() else set()
 
-    def lacks(self, runs: Iterable[Run]) -> list[Run]:
+    def lacks(self, runs: Iterable[StudyRun]) -> list[StudyRun]:
         """Return those of `runs` that have no row yet, each once, in their order."""
         return [run for run in {run.key: run for run in runs}.values() if run.key not in self._done]
 
-    def add(self, run: Run, result: Mapping[str, Any]) -> None:
+    def add(self, run: StudyRun, result: Mapping[str, Any]) -> None:
         """Append a row at once."""
         row = {**asdict(run), "settings": run.variant, "steps": run.steps, **result}
         unknown = row.keys() - set(COLUMNS)
@@ -55,10 +55,10 @@ class Table:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a table: numbers as numbers, and ``key`` as `Run.key`. A last line that was cut off is left out.
+    """Read a table: numbers as numbers, and ``key`` as `StudyRun.key`. A last line that was cut off is left out.
 
     Raises:
-        ValueError: if the columns are not `COLUMNS`.
+        ValueError: The columns are not `COLUMNS`.
 
     """
     with path.open(newline="", encoding="utf-8") as file:

@@ -1,0 +1,117 @@
+"""What `DGMCallback` logs, shows in the progress bar and prints."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+from rich.console import Console
+from rich.table import Table
+
+from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.engine.decisions import LayerDecision
+
+
+class DGMLog:
+    """Curves, progress bar and table of decisions of one fit.
+
+    Args:
+        trainer: the Trainer of the fit.
+        controller: the controller of the fit.
+
+    Attributes:
+        allreduce_bytes: bytes that a rank handed to all-reduce in the last step; ``None``: gradients are not packed.
+
+    """
+
+    def __init__(self, trainer: pl.Trainer, controller: DGMController) -> None:
+        self.allreduce_bytes: float | None = None
+        self._trainer = trainer
+        self._controller = controller
+        self._printed = False
+        self._bar = trainer.progress_bar_callback
+        self._extend_bar()
+
+    def step(self, *, updated: bool) -> None:
+        """Log a step, as often as the Trainer does and after each mask update; print the decisions once."""
+        controller, trainer = self._controller, self._trainer
+        if not self._printed:
+            self._printed = True
+            self._print(controller.decisions())
+        if updated or controller.steps == 1:
+            self._log(self._metrics() | self._update_metrics())
+        elif controller.steps % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
+            self._log(self._metrics())
+
+    def close(self) -> None:
+        """Give the progress bar its own metrics back."""
+        if self._bar is not None:
+            vars(self._bar).pop("get_metrics", None)
+            self._bar = None
+
+    def _metrics(self) -> dict[str, float]:
+        controller = self._controller
+        segments = [segment.phase for segment in controller.schedule.segments]
+        sent = {} if self.allreduce_bytes is None else {"dgm/allreduce_bytes": self.allreduce_bytes}
+        return sent | {
+            "dgm/density": controller.density,
+            "dgm/phase": float(list(dict.fromkeys(segments)).index(controller.phase)),
+            "dgm/flops_ratio": controller.flops_ratio,
+            "dgm/flops_executed_ratio": controller.flops_executed_ratio,
+        }
+
+    def _update_metrics(self) -> dict[str, float]:
+        controller = self._controller
+        layers = {f"dgm/density/{name}": density for name, density in controller.layer_densities().items()}
+        return {"dgm/churn": controller.churn, "dgm/explored": controller.explored} | layers
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        # The step of Lightning's own curves, as in its DeviceStatsMonitor; global_step differs in manual optimization.
+        step = self._trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in self._trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+
+    def _extend_bar(self) -> None:
+        """Add phase and density to what the progress bar shows.
+
+        Logged metrics are numbers, and a phase is a name: so the bar's documented `get_metrics` is extended, on this
+        one instance, until the fit ends.
+        """
+        bar, controller = self._bar, self._controller
+        if bar is None:
+            return
+        plain = bar.get_metrics
+
+        def get_metrics(*args: Any) -> dict[str, Any]:
+            return {**plain(*args), "phase": controller.phase, "density": f"{controller.density:.3f}"}
+
+        bar.get_metrics = get_metrics  # type: ignore[method-assign, assignment]
+
+    def _print(self, decisions: tuple[LayerDecision, ...]) -> None:
+        trainer = self._trainer
+        if not trainer.is_global_zero:
+            return
+        console = Console(file=io.StringIO(), width=max(100, Console().width))
+        console.print(decision_table(decisions))
+        text = console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+        if trainer.progress_bar_callback is not None:
+            trainer.progress_bar_callback.print(text)
+        else:
+            print(text)
+
+
+def decision_table(decisions: tuple[LayerDecision, ...]) -> Table:
+    """Lay out what was decided for each layer, for printing with rich."""
+    masked = sum(math.prod(d.shape) for d in decisions if d.masked)
+    total = sum(math.prod(d.shape) for d in decisions)
+    table = Table(title=f"DGMCallback: {masked:,} of {total:,} weights in linear and convolution layers are masked")
+    for column in ("layer", "shape", "unit", "density", "backend", "why"):
+        table.add_column(column, overflow="fold", justify="right" if column == "density" else "left")
+    for d in decisions:
+        unit = "-" if not d.masked else "weight" if d.block_size == 1 else f"{d.block_size} x {d.block_size}"
+        density = f"{d.density:.2f} → {d.final_density:.2f}" if d.masked else "dense"
+        backend = d.backend if d.backend == d.final_backend else f"{d.backend} → {d.final_backend}"
+        table.add_row(d.name, " x ".join(map(str, d.shape)), unit, density, backend, d.why)
+    return table

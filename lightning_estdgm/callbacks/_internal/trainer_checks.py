@@ -1,0 +1,39 @@
+"""Settings of a Trainer that `DGMCallback` looks at: refusals, and the factor that gradients carry."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
+
+
+def check_checkpoint_io(trainer: pl.Trainer) -> None:
+    """Let a CheckpointIO refuse the strategy, as `SparseCheckpointIO` does; Lightning tells it of none."""
+    plugin = trainer.strategy.checkpoint_io
+    for part in (plugin, getattr(plugin, "checkpoint_io", None)):  # an AsyncCheckpointIO wraps another
+        if (check := getattr(part, "check_strategy", None)) is not None:
+            check(trainer.strategy)
+
+
+def grad_scale(trainer: pl.Trainer) -> float:
+    """Return the factor of an fp16 GradScaler; 1 without one."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler.get_scale() if scaler is not None else 1.0
+
+
+def check_ddp(trainer: pl.Trainer) -> None:
+    """Refuse settings of DDP under which ranks would come to different masks, or torch fails without saying why."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, DDPStrategy):
+        return
+    if isinstance(strategy._ddp_comm_state, PostLocalSGDState):
+        raise ValueError(
+            "expected a DDP hook that averages gradients over all ranks in every step, got post-local SGD: its ranks "
+            "train apart between averagings, so each would choose other masks"
+        )
+    together = trainer.accumulate_grad_batches
+    if strategy._ddp_kwargs.get("static_graph") and together > 1 and trainer.world_size > 1:
+        raise ValueError(
+            f"static_graph=True does not work with accumulate_grad_batches={together}: torch's DDP stops with an "
+            "internal error in the first micro-batch. Leave one of the two out"
+        )
