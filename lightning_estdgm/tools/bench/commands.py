@@ -98,8 +98,8 @@ def kernels(
     from dataclasses import replace
 
     from lightning_estdgm.tools.bench.goals import goals_table, kernel_goals
-    from lightning_estdgm.tools.bench.kernels.config import KernelsConfig, quick_kernels
     from lightning_estdgm.tools.bench.kernels.convolution import conv_rows
+    from lightning_estdgm.tools.bench.kernels.kernels_config import KernelsConfig, quick_kernels
     from lightning_estdgm.tools.bench.kernels.linear import linear_rows
     from lightning_estdgm.tools.bench.kernels.report import draw_kernels, drawable, kernels_table
     from lightning_estdgm.tools.bench.kernels.timing import METHOD
@@ -172,10 +172,10 @@ def train(
     from lightning_estdgm.tools.bench.goals import goals_table, train_goals
     from lightning_estdgm.tools.bench.show import Record, console, machine_name
     from lightning_estdgm.tools.bench.train.choice import MODELS, TrainChoice, choose, quick_config
-    from lightning_estdgm.tools.bench.train.config import TrainConfig
     from lightning_estdgm.tools.bench.train.profile import profile_train
     from lightning_estdgm.tools.bench.train.report import draw_train, profile_table, train_table
     from lightning_estdgm.tools.bench.train.run import measure_train
+    from lightning_estdgm.tools.bench.train.train_config import TrainConfig
 
     _check_output(output)
     unit = parse_block_size(block_size)

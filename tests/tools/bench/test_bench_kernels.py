@@ -13,8 +13,8 @@ from lightning_estdgm.sparse.backends.cpu import CPUBackend
 from lightning_estdgm.sparse.topology import BlockTopology
 from lightning_estdgm.tools.bench.goals import goals_columns, kernel_goals
 from lightning_estdgm.tools.bench.kernels import peers, timing
-from lightning_estdgm.tools.bench.kernels.config import KernelsConfig, quick_kernels
 from lightning_estdgm.tools.bench.kernels.convolution import conv_layers, conv_rows
+from lightning_estdgm.tools.bench.kernels.kernels_config import KernelsConfig, quick_kernels
 from lightning_estdgm.tools.bench.kernels.linear import linear_rows
 from lightning_estdgm.tools.bench.kernels.report import draw_kernels, kernels_columns
 from lightning_estdgm.tools.bench.kernels.rows import product_row, row

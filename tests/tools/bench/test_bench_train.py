@@ -19,9 +19,9 @@ from lightning_estdgm.tools.bench import suite
 from lightning_estdgm.tools.bench.goals import train_goals
 from lightning_estdgm.tools.bench.train import run
 from lightning_estdgm.tools.bench.train.choice import TrainChoice, choose, quick_config
-from lightning_estdgm.tools.bench.train.config import TrainConfig, compressed_schedule, fitting_layers
 from lightning_estdgm.tools.bench.train.profile import PARTS, part_of, profile_train
 from lightning_estdgm.tools.bench.train.run import measure_train, summarise
+from lightning_estdgm.tools.bench.train.train_config import TrainConfig, compressed_schedule, fitting_layers
 from lightning_estdgm.tools.bench.train.whole import PhaseTimes, Step, phase_times, whole_run
 from lightning_estdgm.tools.bench.train.workloads import GptWorkload, ResNetWorkload, compile_blocks
 

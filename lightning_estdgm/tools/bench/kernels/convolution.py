@@ -15,7 +15,7 @@ from lightning_estdgm.recipes.resnet import resnet50
 from lightning_estdgm.sparse.autotune.cases import DENSE, ConvCase, refusals
 from lightning_estdgm.sparse.conv_geometry import ConvGeometry
 from lightning_estdgm.tools.bench.kernels.cases import attempt, timed_product
-from lightning_estdgm.tools.bench.kernels.config import KernelsConfig
+from lightning_estdgm.tools.bench.kernels.kernels_config import KernelsConfig
 from lightning_estdgm.tools.bench.kernels.rows import PRODUCTS
 
 __all__ = ["ConvLayer", "conv_layers", "conv_products", "conv_rows"]

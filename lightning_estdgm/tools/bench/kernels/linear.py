@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lightning_estdgm.sparse.autotune.cases import Case, refusals
 from lightning_estdgm.sparse.backends.protocol import get_backend
 from lightning_estdgm.tools.bench.kernels.cases import attempt, timed_product
-from lightning_estdgm.tools.bench.kernels.config import KernelsConfig
+from lightning_estdgm.tools.bench.kernels.kernels_config import KernelsConfig
 from lightning_estdgm.tools.bench.kernels.peers import PEERS, Weights, measure_peer
 from lightning_estdgm.tools.bench.kernels.rows import row
 

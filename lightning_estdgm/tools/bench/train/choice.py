@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_estdgm.tools.bench.train.config import (
+from lightning_estdgm.tools.bench.train.train_config import (
     SETTLE_STEPS,
     TrainConfig,
     fitting_layers,

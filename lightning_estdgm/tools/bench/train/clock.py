@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_estdgm.callbacks.dgm import DGMCallback
 from lightning_estdgm.energy.energy_meter import EnergyMeter
-from lightning_estdgm.tools.bench.train.config import SETTLE_STEPS
+from lightning_estdgm.tools.bench.train.train_config import SETTLE_STEPS
 from lightning_estdgm.tools.bench.train.whole import Step
 
 __all__ = ["DENSE", "StepClock"]

@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from lightning_estdgm.callbacks.dgm import DGMCallback
 from lightning_estdgm.method.schedules import EstDgm
-from lightning_estdgm.tools.bench.train.config import TrainConfig
 from lightning_estdgm.tools.bench.train.run import dgm_config, fit
+from lightning_estdgm.tools.bench.train.train_config import TrainConfig
 from lightning_estdgm.tools.bench.train.workloads import Workload
 from lightning_estdgm.tools.demo.step_profile import LightningRanges
 from lightning_estdgm.tools.quiet import environment_variable

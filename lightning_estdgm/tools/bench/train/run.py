@@ -23,7 +23,12 @@ from lightning_estdgm.energy.reading import SourceUnavailable
 from lightning_estdgm.energy.sources.protocol import discover
 from lightning_estdgm.method.schedules import EstDgm, Schedule
 from lightning_estdgm.tools.bench.train.clock import DENSE, StepClock
-from lightning_estdgm.tools.bench.train.config import NOMINAL_STEPS, SETTLE_STEPS, TrainConfig, compressed_schedule
+from lightning_estdgm.tools.bench.train.train_config import (
+    NOMINAL_STEPS,
+    SETTLE_STEPS,
+    TrainConfig,
+    compressed_schedule,
+)
 from lightning_estdgm.tools.bench.train.whole import PhaseTimes, Step, phase_times, plain_seconds, whole_run
 from lightning_estdgm.tools.bench.train.workloads import Workload, compile_blocks
 from lightning_estdgm.tools.quiet import quiet_lightning

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_estdgm.method.schedules import Schedule
-from lightning_estdgm.tools.bench.train.config import SETTLE_STEPS
+from lightning_estdgm.tools.bench.train.train_config import SETTLE_STEPS
 
 __all__ = ["PhaseTimes", "Step", "phase_times", "plain_seconds", "whole_run"]
 
