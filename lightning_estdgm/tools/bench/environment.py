@@ -1,4 +1,4 @@
-"""On what machine, with which versions and by which command a benchmark ran."""
+"""Machine, versions and command of a benchmark."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["environment", "header"]
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine: what a reader needs to judge the seconds."""
+    """Return versions and machine, for readers to judge seconds by."""
     return {
         "python": platform.python_version(),
         **{
@@ -35,6 +35,6 @@ def environment() -> dict[str, Any]:
 
 
 def header() -> dict[str, Any]:
-    """What a benchmark's JSON begins with: the command, the date (local time) and the environment."""
+    """Return the beginning of a benchmark's JSON: the command, the date (local time) and the environment."""
     date = datetime.now().astimezone().isoformat(timespec="seconds")
     return {"command": command_line(), "date": date, "environment": environment()}

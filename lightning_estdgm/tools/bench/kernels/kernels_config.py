@@ -1,4 +1,4 @@
-"""The grid that ``estdgm bench kernels`` measures."""
+"""Grid that ``estdgm bench kernels`` measures."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def _device() -> str:
 
 @dataclass(frozen=True)
 class KernelsConfig:
-    """The grid to measure; what is left out takes the device's defaults.
+    """Grid to measure; settings that are left out take the device's defaults.
 
     Attributes:
         shapes: (tokens, out_features, in_features) of linear layers.
         block_sizes: sides of a block.
         densities: active shares, in (0, 1].
         dtypes: names of torch's floating-point dtypes.
-        kinds: of `KINDS`.
+        kinds: names of `KINDS`.
         images: batch of the convolutions.
         image_size: height and width of the images that the ResNet-50 sees, in pixels.
-        most_layers: only so many of its convolutions, those with the most work; 0 for all.
-        device: where; the GPU if there is one.
+        most_layers: largest number of its convolutions, those with the most work; 0 for all.
+        device: device to measure on; the GPU if there is one.
         rounds: timed turns of each; the fastest counts.
         peers: whether to measure PyTorch's own sparse layouts too.
 
@@ -88,7 +88,7 @@ class KernelsConfig:
 
 
 def quick_kernels(device: str | None = None) -> KernelsConfig:
-    """The few cases that show most, within minutes: one or two shapes, two or three blocks, one dtype."""
+    """Return the few cases that show most, within minutes: one or two shapes, two or three blocks, one dtype."""
     device = device or _device()
     if device == "cpu":
         return KernelsConfig(
