@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_estdgm.callbacks.energy import EnergyMonitor
 from lightning_estdgm.recipes.gpt import ByteGPT
+from lightning_estdgm.tools.bench.environment import device_name
 from lightning_estdgm.tools.quiet import QUIET_TRAINER, quiet_lightning
 
-__all__ = ["WARMUP_STEPS", "EnergyBenchConfig", "device_name", "energy_table", "measure_energy_overhead"]
+__all__ = ["WARMUP_STEPS", "EnergyBenchConfig", "energy_table", "measure_energy_overhead"]
 
 WARMUP_STEPS = 5
 """Steps of a run that are not timed."""
@@ -140,8 +141,3 @@ class _Clock(Callback):
             self._begin = now
         else:
             self.seconds = now - self._begin
-
-
-def device_name() -> str:
-    """Return the name of the GPU, or "cpu"."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

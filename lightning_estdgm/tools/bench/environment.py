@@ -12,7 +12,17 @@ import torch
 from lightning_estdgm._environment import package_version, processor_name
 from lightning_estdgm.tools.terminal import command_line
 
-__all__ = ["environment", "header"]
+__all__ = ["default_device", "device_name", "environment", "header"]
+
+
+def default_device() -> str:
+    """Return "cuda" where there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name() -> str:
+    """Return the name of the GPU, or "cpu"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def environment() -> dict[str, Any]:

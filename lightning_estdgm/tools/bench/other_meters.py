@@ -18,7 +18,8 @@ from rich.table import Table
 from lightning_estdgm.energy.energy_meter import EnergyMeter
 from lightning_estdgm.energy.reading import torch_ids
 from lightning_estdgm.recipes.gpt import ByteGPT
-from lightning_estdgm.tools.bench.energy import WARMUP_STEPS, EnergyBenchConfig, device_name
+from lightning_estdgm.tools.bench.energy import WARMUP_STEPS, EnergyBenchConfig
+from lightning_estdgm.tools.bench.environment import device_name
 
 __all__ = ["against_table", "integrate_samples", "measure_against"]
 

@@ -9,6 +9,7 @@ import torch
 
 from lightning_estdgm._checks import expect_int
 from lightning_estdgm.modules.mask_unit import BLOCK_SIZES
+from lightning_estdgm.tools.bench.environment import default_device
 
 __all__ = ["KINDS", "KernelsConfig", "quick_kernels"]
 
@@ -17,10 +18,6 @@ KINDS = ("linear", "convolution")
 
 _CPU_SHAPES = ((1024, 1536, 512), (1024, 2048, 512), (2048, 1024, 1024))
 _GPU_SHAPES = ((8192, 4096, 4096), (8192, 2048, 2048), (8192, 8192, 2048), (8192, 2048, 8192))
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class KernelsConfig:
     images: int = 0
     image_size: int = 224
     most_layers: int = 0
-    device: str = field(default_factory=_device)
+    device: str = field(default_factory=default_device)
     rounds: int = 5
     peers: bool = True
 
@@ -89,7 +86,7 @@ class KernelsConfig:
 
 def quick_kernels(device: str | None = None) -> KernelsConfig:
     """Return the few cases that show most, within minutes: one or two shapes, two or three blocks, one dtype."""
-    device = device or _device()
+    device = device or default_device()
     if device == "cpu":
         return KernelsConfig(
             shapes=((2048, 1024, 1024),),

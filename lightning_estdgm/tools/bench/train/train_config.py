@@ -10,6 +10,7 @@ import torch
 
 from lightning_estdgm._checks import expect_int
 from lightning_estdgm.method.schedules import EstDgm, Phase
+from lightning_estdgm.tools.bench.environment import default_device
 
 __all__ = ["TrainConfig", "compressed_schedule", "fitting_layers", "wanted_layers"]
 
@@ -24,10 +25,6 @@ _BYTES_PER_WEIGHT = 26  # float32: weight, gradient, two moments, snapshot, obse
 _BYTES_PER_ACTIVATION = 2 * 34  # of a token and channel in a block: twice the 16-bit figure of Korthikanti et al. 2022
 _DENSE_RATE_SHARE = 0.5  # of a bare product's FLOP rate, that a training step reaches
 _PRODUCTS = 3  # output and two gradients
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class TrainConfig:
     block_size: int | str = "auto"
     backend: str = "auto"
     compiled: bool = False
-    device: str = field(default_factory=_device)
+    device: str = field(default_factory=default_device)
     densities: int = 3
     interval: int = 20
     observe_steps: int = 8
