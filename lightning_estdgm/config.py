@@ -125,7 +125,7 @@ class DGMConfig:
 
     """
 
-    schedule: ScheduleConfig = field(default_factory=EstDgm)
+    schedule: EstDgm | ScheduleConfig = field(default_factory=EstDgm)
     units: Units = field(default_factory=Units)
     update_rule: UpdateRule = field(default_factory=UpdateRule)
     step_size: StepSize = field(default_factory=StepSize)

@@ -1,10 +1,12 @@
-"""The learning rate of every recipe: warm-up, then a cosine over the whole run."""
+"""Learning rate of the recipes: warm-up, then a cosine over the whole run."""
 
 from __future__ import annotations
 
 import math
 
 from lightning import LightningModule
+
+__all__ = ["run_steps", "warmup_cosine"]
 
 
 def warmup_cosine(step: int, steps: int, warmup: float, floor: float = 0.1) -> float:
@@ -21,7 +23,11 @@ def warmup_cosine(step: int, steps: int, warmup: float, floor: float = 0.1) -> f
 
 
 def run_steps(module: LightningModule) -> int:
-    """Return the optimizer steps of the module's run. Raises ValueError where the Trainer cannot tell them."""
+    """Number of optimizer steps of the module's run.
+
+    Raises:
+        ValueError: The Trainer cannot tell it.
+    """
     steps = module.trainer.estimated_stepping_batches
     if not 0 < steps < math.inf:
         raise ValueError(

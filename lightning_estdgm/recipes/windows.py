@@ -13,7 +13,20 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_estdgm._checks import expect_int
 
+__all__ = [
+    "Batch",
+    "EpochSampler",
+    "RandomStarts",
+    "ResumableLoader",
+    "TextWindows",
+    "Windows",
+    "check_val_fraction",
+    "ranks_of",
+    "val_start",
+]
+
 Batch = tuple[Tensor, Tensor]
+"""Inputs and targets."""
 
 
 class Windows(Dataset[Batch]):
@@ -36,7 +49,7 @@ class Windows(Dataset[Batch]):
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """This rank's share of an epoch, drawn anew for each: ``draw(generator)`` gives the whole epoch's indices.
+    """Sampler of a rank's share of an epoch, drawn anew for each: ``draw(generator)`` gives the whole epoch's indices.
 
     The generator is seeded by ``seed`` and the epoch, so that nothing else that is random moves them; rank r of n takes
     every n-th index from the r-th on, and what is left over by n is dropped. It is a DistributedSampler so that
@@ -48,7 +61,7 @@ class EpochSampler(DistributedSampler[Any]):
         self.rank, self.num_replicas = rank, ranks
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """Return the epoch's ``count`` indices: here a permutation."""
+        """The epoch's ``count`` indices: here a permutation."""
         return torch.randperm(self.count, generator=generator)
 
     def __len__(self) -> int:
@@ -61,14 +74,14 @@ class EpochSampler(DistributedSampler[Any]):
 
 
 class RandomStarts(EpochSampler):
-    """``count`` window starts below ``high`` an epoch."""
+    """Sampler of ``count`` window starts below ``high`` an epoch."""
 
     def __init__(self, high: int, count: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
         super().__init__(count, seed, rank, ranks)
         self.high = high
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """Return the epoch's ``count`` starts, some perhaps twice."""
+        """The epoch's ``count`` starts, some perhaps twice."""
         return torch.randint(self.high, (self.count,), generator=generator)
 
 
@@ -94,7 +107,7 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch of the last iteration and how many of its batches were handed out."""
+        """Epoch of the last iteration and number of its batches that were handed out."""
         return self._resumed or self._handed_out or {"epoch": 0, "position": 0}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -122,7 +135,11 @@ class TextWindows(LightningDataModule):
         self.text: dict[str, Tensor] = {}
 
     def check_lengths(self, source: str, unit: str) -> None:
-        """Raise ValueError where a part of the text has no window."""
+        """Check that each part of the text has a window.
+
+        Raises:
+            ValueError: A part is too short.
+        """
         for part, text in self.text.items():
             if len(text) <= self.context:
                 raise ValueError(
@@ -157,8 +174,27 @@ class TextWindows(LightningDataModule):
         )
 
 
+def check_val_fraction(value: float) -> None:
+    """Check the share of a text that is for validation.
+
+    Raises:
+        ValueError: It is not in (0, 1).
+    """
+    if not 0 < value < 1:
+        raise ValueError(f"val_fraction: got {value}, expected a fraction in (0, 1)")
+
+
+def val_start(length: int, val_fraction: float) -> int:
+    """Start of the part for validation at the end of a text.
+
+    >>> val_start(1000, 0.05)
+    950
+    """
+    return length - round(length * val_fraction)
+
+
 def ranks_of(data: LightningDataModule) -> tuple[int, int]:
-    """Return the rank and the number of ranks of the data module's Trainer; (0, 1) without one."""
+    """Rank and number of ranks of the data module's Trainer; (0, 1) without one."""
     return (data.trainer.global_rank, data.trainer.world_size) if data.trainer is not None else (0, 1)
 
 

@@ -33,7 +33,7 @@ class Phase:
 
     start: float
     end: float
-    length: float | int
+    length: int | float
 
     def __post_init__(self) -> None:
         for name, density in (("start", self.start), ("end", self.end)):
@@ -84,7 +84,7 @@ class EstDgm:
     refinement: Phase = field(default=Phase(0.15, 0.10, 0.50))
     cycles: int = 1
     peak_decay: float = 0.75
-    warmup: float | int = 0
+    warmup: int | float = 0
     update_every: int | None = None
     observe_steps: int | None = None
     freeze: float = 0.25

@@ -70,11 +70,7 @@ def demo(
         "width": width, "layers": layers, "heads": heads, "lr_dense": lr_dense, "lr_dgm": lr_dgm,
         "val_windows": val_windows, "profile_steps": profile_steps,
     }  # fmt: skip
-    masks: dict[str, Any] = {
-        "block_size": block_size and parse_block_size(block_size),
-        "distribution": distribution,
-        "backend": backend,
-    }
+    units = {"size": block_size and parse_block_size(block_size), "distribution": distribution}
     if lr and not sweep:
         raise typer.BadParameter(
             "expected together with --sweep; the demo takes --lr-dense and --lr-dgm", param_hint="--lr"
@@ -85,8 +81,8 @@ def demo(
     if json is not None and json.is_dir():
         raise typer.BadParameter(f"got the folder {str(json)!r}, expected a file name", param_hint="--json")
     try:
-        config = DemoConfig(**{name: value for name, value in given.items() if value is not None})
-        dgm = replace(config.dgm, **{name: value for name, value in masks.items() if value is not None})
+        config = DemoConfig(**_given(given))
+        dgm = config.dgm.merged(units=_given(units), **_given({"backend": backend}))
         config = replace(config, dgm=dgm)
         for rate in rates if sweep else ():
             config.model(rate)
@@ -97,3 +93,7 @@ def demo(
         run_sweep(config, {DENSE: rates, DGM: rates}, json, command_line())
     else:
         run_demo(config, json, command_line())
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}

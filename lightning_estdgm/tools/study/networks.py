@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_estdgm.recipes.rates import run_steps, warmup_cosine
+from lightning_estdgm.recipes.optimizers import decay_groups, with_cosine
 
-__all__ = ["Classifier", "GraphNet", "ResidualBlock", "perceptron", "residual_net"]
+__all__ = ["Classifier", "ResidualBlock", "StudyGraphNet", "perceptron", "residual_net"]
 
 
 class Classifier(LightningModule):
@@ -38,12 +36,8 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with decay on matrices and kernels only; the rate moves every step."""
-        decayed = [p for p in self.parameters() if p.ndim >= 2]
-        rest = [p for p in self.parameters() if p.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr)
-        factor = partial(warmup_cosine, steps=run_steps(self), warmup=0.05, floor=0.0)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+        optimizer = torch.optim.AdamW(decay_groups(self, self.weight_decay), lr=self.lr)
+        return with_cosine(self, optimizer, warmup=0.05, floor=0.0)
 
 
 class ResidualBlock(nn.Module):
@@ -78,7 +72,7 @@ def residual_net(width: int = 32, classes: int = 10) -> nn.Module:
     )
 
 
-class GraphNet(nn.Module):
+class StudyGraphNet(nn.Module):
     """Graph convolutions by Kipf and Welling: linear, mean over neighbours weighted by degrees, ReLU.
 
     The normalised adjacency is part of the network, since the graph does not change: a sparse CSR tensor.

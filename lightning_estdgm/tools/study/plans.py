@@ -204,7 +204,7 @@ WIN_BACK: tuple[tuple[float, dict[str, Any]], ...] = (
     (DENSITY, {"drop_fraction": 0.3, **LOW_DENSITY}),
     (DENSITY, {"drop_fraction": 0.0, **LOW_DENSITY}),
 )
-"""What may win back what blocks of 64 lose by `MAGNITUDE`: final density, settings."""
+"""Final density and settings of arms that may win back the loss of blocks of 64 by `MAGNITUDE`."""
 
 
 def blocks() -> Iterator[StudyRun]:

@@ -114,7 +114,7 @@ def baseline(found: Sequence[StudyArm], task: str) -> StudyArm | None:
 
 
 def distance(arm: StudyArm, dense: StudyArm) -> float:
-    """How much worse `arm` is than `dense`: per cent of perplexity, or points of accuracy; negative where better."""
+    """Loss of `arm` against `dense` in per cent of perplexity or points of accuracy; negative where it is better."""
     if task_named(arm.task).metric == "loss":
         return 100.0 * (arm.score / dense.score - 1.0)
     return 100.0 * (dense.score - arm.score)

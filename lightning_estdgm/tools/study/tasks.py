@@ -19,7 +19,7 @@ from lightning_estdgm.tools.study.datasets import (
     digit_images,
     split,
 )
-from lightning_estdgm.tools.study.networks import Classifier, GraphNet, perceptron, residual_net
+from lightning_estdgm.tools.study.networks import Classifier, StudyGraphNet, perceptron, residual_net
 from lightning_estdgm.tools.study.variants import StudyGPT
 
 __all__ = ["TASKS", "Task", "task_named"]
@@ -62,7 +62,7 @@ def _conv_task(name: str, what: str, steps: int, images: Callable[[], Any]) -> T
 
 def _graph_model(lr: float) -> LightningModule:
     adjacency, features, label = citation_graph()
-    return Classifier(GraphNet(adjacency, features.shape[1], 256, int(label.max()) + 1), lr)
+    return Classifier(StudyGraphNet(adjacency, features.shape[1], 256, int(label.max()) + 1), lr)
 
 
 def _graph_data(seed: int) -> LightningDataModule:

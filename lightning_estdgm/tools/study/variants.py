@@ -93,7 +93,7 @@ def _controller(trainer: Trainer) -> DGMController:
 
 
 class _AtEndOf(Callback):
-    """Does something once, when the last step of a phase has been taken and before the next masks are decided."""
+    """Callback that acts once, after the last step of a phase and before the masks are updated next."""
 
     is_first = True
     phase = ""

@@ -135,7 +135,7 @@ def test_count_masked_finds_a_weight_outside(tmp_path):
 def test_the_json_says_how_it_was_made(demo):
     _, _, content = demo
     assert content["config"]["steps"] == STEPS
-    assert content["config"]["dgm"]["block_size"] == 16
+    assert content["config"]["dgm"]["units"]["size"] == 16
     assert content["config"]["dgm"]["schedule"]["refinement"]["end"] == 0.10
     environment = content["environment"]
     assert environment["torch"] == torch.__version__
@@ -253,8 +253,8 @@ def test_a_run_of_the_demo_repeats_itself(tmp_path):
         (["--lr-dgm=0"], "lr: got 0.0, expected a positive number"),
         (["--text=no/such/file"], "path: got 'no/such/file', expected an existing text file"),
         (["--text=tests/conftest_that_is_not_there.py"], "expected an existing text file"),
-        (["--block-size=17"], "block_size must be"),
-        (["--block-size=big"], "block_size must be"),
+        (["--block-size=17"], "units.size must be"),
+        (["--block-size=big"], "units.size must be"),
         (["--backend=magic"], "magic"),
         (["--distribution=none"], "distribution must be one of"),
         (["--json=."], "expected a file name"),
@@ -282,8 +282,11 @@ def test_a_sweep_needs_three_rates_a_mode(tmp_path):
 
 
 def test_the_help_names_the_true_defaults():
+    masks = DGMConfig()
     defaults = vars(DemoConfig()) | {
-        name: getattr(DGMConfig(), name) for name in ("block_size", "distribution", "backend")
+        "block_size": masks.units.size,
+        "distribution": masks.units.distribution,
+        "backend": masks.backend,
     }
     named = {}
     for parameter in typer.main.get_command(app).commands["demo"].params:

@@ -1,4 +1,4 @@
-"""What may be said of runs, and what may not."""
+"""Savings that may be stated of runs, and those that may not."""
 
 import math
 from pathlib import Path

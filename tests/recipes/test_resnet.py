@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 
-from lightning_estdgm.recipes import resnet
+from lightning_estdgm.recipes import optimizers
 from lightning_estdgm.recipes.resnet import ImageClassifier, ResNet, resnet50
 
 
@@ -79,7 +79,7 @@ def test_training_is_channels_last_with_smoothed_labels_and_decay_on_matrices_on
     target = 0.8 * torch.nn.functional.one_hot(y, 5) + 0.2 / 5
     torch.testing.assert_close(loss, -(target * logs).sum(1).mean())
     assert steps == [("train/loss", loss)]
-    with mock.patch.object(resnet, "run_steps", return_value=100):
+    with mock.patch.object(optimizers, "run_steps", return_value=100):
         made = model.configure_optimizers()
     decayed, plain = made["optimizer"].param_groups
     assert (decayed["weight_decay"], plain["weight_decay"], plain["momentum"]) == (1e-4, 0.0, 0.9)
