@@ -1,4 +1,4 @@
-"""The command line: ``estdgm demo``, ``estdgm train``, ``estdgm report``, ``estdgm doctor``, ``estdgm bench``.
+"""The command line, ``estdgm``: the short commands, and those of the tools that have a module for theirs.
 
 Commands import what they run when they run: ``--help`` and ``--version`` load neither torch nor Lightning.
 """

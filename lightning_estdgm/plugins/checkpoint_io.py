@@ -55,7 +55,7 @@ class SparseCheckpointIO(CheckpointIO):
         """Save a checkpoint.
 
         Args:
-            checkpoint: as Lightning makes it.
+            checkpoint: checkpoint as Lightning makes it.
             path: local, or any URL that fsspec can write.
             storage_options: must be ``None``, as for Lightning's own plugin.
 

@@ -1,9 +1,9 @@
 """Checkpoints without their zeros: tensors become their active values and a mask, and come back to the bit.
 
-What a tensor holds decides, never its name. A tensor of a masked weight's shape whose entries are all zero where that
-weight's mask is inactive is stored as its active values; the mask is the one in `DGMCallback`'s state. Any other tensor
-with zeros enough (averaged weights; weights saved without `DGMCallback`'s state) brings a mask of its own, one bit an
-entry. The rest stays as it is. "Zero" means zero bits: ``-0.0`` is a value like any other.
+The content of a tensor decides, never its name. A tensor of a masked weight's shape whose entries are all zero where
+that weight's mask is inactive is stored as its active values; the mask is the one in `DGMCallback`'s state. Any other
+tensor with zeros enough (averaged weights; weights saved without `DGMCallback`'s state) brings a mask of its own, one
+bit an entry. The rest stays as it is. "Zero" means zero bits: ``-0.0`` is a value like any other.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class _Mask:
 
     @cached_property
     def active(self) -> int:
-        """How many weights are active."""
+        """Number of active weights."""
         return active_units(self._units()) * unit_size(self.shape, self._block_size)
 
     def over_weights(self) -> Tensor:
@@ -107,10 +107,10 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 class _Packer:
-    """Walks through one checkpoint.
+    """Walk through one checkpoint.
 
     Attributes:
-        packed: what was packed so far.
+        packed: entries that were packed so far.
 
     """
 

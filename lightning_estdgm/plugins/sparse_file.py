@@ -1,4 +1,4 @@
-"""Sparse checkpoint files: what ``torch.save`` writes, and a checksum behind it.
+"""Sparse checkpoint files: an archive of ``torch.save`` with a checksum behind it.
 
 A file is what ``torch.save`` writes for ``{"format", "version", "pytorch-lightning_version", "checkpoint", "packed"}``
 (see `packing`), followed by 8 bytes ``ESTDGM\\x00\\x01`` and the 32 bytes of the SHA-256 of all before those 40. So

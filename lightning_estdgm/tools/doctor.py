@@ -1,6 +1,6 @@
-"""``estdgm doctor``: can energy be measured here, by what, and if not, what is in the way.
+"""``estdgm doctor``: energy sources of this machine, or what is in their way.
 
-And by what layers are computed here: the backends, and what was measured for the never-slower choice.
+Also the backends that compute layers here, and the timings that the never-slower choice rests on.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ __all__ = ["diagnose", "layer_words", "show"]
 
 
 def diagnose(seconds: float = 1.0, remeasure: bool = False) -> dict[str, Any]:
-    """All that `estdgm doctor` tells, in plain types; "measurable" is the answer.
+    """Return all that `estdgm doctor` tells, in plain types; "measurable" is the answer.
 
     Args:
-        seconds: how long the sensors are read.
-        remeasure: drop first what was measured of layers on this machine's devices.
+        seconds: time for which the sensors are read.
+        remeasure: whether to drop the timings of layers on this machine's devices first.
+
     """
     dropped = _drop_choices() if remeasure else []
     seen = probe(resolve(None), seconds)
@@ -99,7 +100,7 @@ def _device_types() -> list[str]:
 
 
 def _backends() -> list[dict[str, Any]]:
-    """Whether each backend of the sparse operators could run a layer of one block here, or why not."""
+    """Return for each backend of the sparse operators whether it could run a layer of one block here, or why not."""
     topology = BlockTopology.from_mask(torch.ones(64, 64, dtype=torch.bool), 32)
     return [
         {"name": name, "device": kind, "unsupported": backend.unsupported(torch.device(kind), torch.float32, topology)}
@@ -109,14 +110,14 @@ def _backends() -> list[dict[str, Any]]:
 
 
 def _models() -> list[torch.device]:
-    """One device of each model that this machine has."""
+    """Return one device of each model that this machine has."""
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in gpus)]
     return list({device_name(device): device for device in devices}.values())
 
 
 def _choices() -> list[dict[str, Any]]:
-    """What was measured on devices of these models, whatever the threads and versions, and what it says."""
+    """Return the timings on devices of these models, of all threads and versions, and the choices that they give."""
     found: list[dict[str, Any]] = []
     for device in _models():
         here = {**machine(device), "threads": None}
@@ -150,7 +151,7 @@ def _drop_choices() -> list[str]:
 
 
 def layer_words(layer: Mapping[str, Any]) -> str:
-    """Name a layer and its input, as `cases.layer_of` describes them: weight, then input."""
+    """Return a layer and its input in words, weight first, from the description by `cases.layer_of`."""
     if "tokens" in layer:
         words = f"{layer['out_features']} x {layer['in_features']}, {layer['tokens']} tokens"
         return words + ", stored (in, out)" * layer["transposed"] + ", frozen" * layer["frozen"]
@@ -165,7 +166,7 @@ def layer_words(layer: Mapping[str, Any]) -> str:
 
 
 def show(result: Mapping[str, Any]) -> RenderableType:
-    """The answer of `diagnose` for a terminal."""
+    """Return the answer of `diagnose` for a terminal."""
     verdict = Text(str(result["verdict"]), style="bold green" if result["measurable"] else "bold red")
     parts: list[RenderableType] = [verdict]
     if result["sources"]:
@@ -203,7 +204,7 @@ def show(result: Mapping[str, Any]) -> RenderableType:
 
 
 def _show_choices(choices: Mapping[str, Any]) -> list[RenderableType]:
-    """A table for each file that these versions use, a line for each other."""
+    """Return a table for each file that these versions use, a line for each other."""
     if choices["folder"] is None:
         return [Text(f"Measured layers are not kept: {ENVIRONMENT}=off.")]
     parts: list[RenderableType] = [Text(f"Dropped: {path}") for path in choices["dropped"]]

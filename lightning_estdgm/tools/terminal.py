@@ -1,4 +1,4 @@
-"""What the commands share: a console, an option, the line that they were called by."""
+"""Terminal of the commands: their console, an option, the line that they were called by."""
 
 from __future__ import annotations
 

@@ -27,16 +27,17 @@ INSTALL = "pip install 'lightning-estdgm[recipes]'"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What ``estdgm train NAME`` puts together.
+    """Parts that ``estdgm train NAME`` puts together.
 
     Attributes:
         model: module and name of the LightningModule.
         data: module and name of the LightningDataModule, whose argument ``path`` is ``--data``.
-        config: its default configuration, a YAML file beside the recipes.
+        config: default configuration, a YAML file beside the recipes.
         links: settings of the model that come from the data's.
         made_links: settings of the model that come from what the data module found on disk.
-        per: what else energy is counted per: a unit's name, and a function of the batch that returns the number.
-        packages: what it needs beyond the package's own requirements.
+        per: further units that energy is counted per: a unit's name, and a function of the batch that returns the
+            number.
+        packages: packages beyond this package's own requirements.
 
     """
 
@@ -85,7 +86,7 @@ RECIPES = {
 
 
 METHODS = ("dense", "dgm", *sorted(PRESETS))
-"""What ``--method`` takes: nothing but dense training, EST-DGM, and every preset of `presets.PRESETS`."""
+"""Values of ``--method``: dense training, EST-DGM, and every preset of `presets.PRESETS`."""
 
 
 def callback_for(
@@ -142,14 +143,14 @@ def _split(word: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run that is ready: model, data and Trainer.
+class RecipeRun:
+    """Model, data and Trainer of a run that is ready to start.
 
     Attributes:
         model: the LightningModule.
         data: the LightningDataModule.
-        trainer: with the method's callback, EnergyMonitor and the loggers.
-        ckpt_path: the checkpoint to go on from.
+        trainer: Trainer with the method's callback, EnergyMonitor and the loggers.
+        ckpt_path: checkpoint to go on from.
 
     """
 
@@ -163,7 +164,7 @@ class Run:
         self.trainer.fit(self.model, datamodule=self.data, ckpt_path=self.ckpt_path)
 
 
-def prepare(recipe: str, given: Sequence[str]) -> Run:
+def prepare(recipe: str, given: Sequence[str]) -> RecipeRun:
     """Make a run of a recipe from command-line arguments.
 
     Raises SystemExit for arguments that do not fit, ModuleNotFoundError that says what to install, and the errors of
@@ -179,7 +180,7 @@ def prepare(recipe: str, given: Sequence[str]) -> Run:
         cli = RecipeCLI(recipe, arguments(recipe, given))
     finally:
         sys.argv = argv
-    return Run(cli.model, cli.datamodule, cli.trainer, cli.config["ckpt_path"])
+    return RecipeRun(cli.model, cli.datamodule, cli.trainer, cli.config["ckpt_path"])
 
 
 class RecipeCLI(LightningCLI):

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from helpers.energy_parts import ConstantPower, FakeGpu, Machine
 from lightning_estdgm._environment import processor_name
 from lightning_estdgm.cli import app
-from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, Reading, SourceUnavailable, Status, probe
+from lightning_estdgm.energy import probe
+from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, Reading, SourceUnavailable, Status
 from lightning_estdgm.energy.sources import cpu_estimate, nvml
 from lightning_estdgm.energy.sources.protocol import EnergySource
 from lightning_estdgm.sparse.autotune import timing_cache

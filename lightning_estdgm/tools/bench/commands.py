@@ -1,4 +1,4 @@
-"""``estdgm bench``: the commands. Arguments in, tables, JSON and PNG out; the measuring is next door."""
+"""``estdgm bench``: the commands. Arguments in, tables, JSON and PNG out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from lightning_estdgm.config import Units
 from lightning_estdgm.tools.terminal import parse_block_size
 
 app = typer.Typer(help="Speed on this machine, as ratios against dense in the same run.", no_args_is_help=True)
@@ -25,8 +24,8 @@ def overhead(
 ) -> None:
     """Time what single-weight masks add to a dense step of a small GPT; nothing is skipped there."""
     # Imported here, as in every command: --help should not wait for torch.
+    from lightning_estdgm.tools.bench.output import show
     from lightning_estdgm.tools.bench.overhead import OverheadConfig, measure_overhead, overhead_table
-    from lightning_estdgm.tools.bench.show import show
 
     result = measure_overhead(OverheadConfig(update_every=update_every, rounds=rounds))
     show(overhead_table(result), result, json)
@@ -43,20 +42,21 @@ def energy(
     json: Annotated[Path | None, typer.Option(help="Where a JSON goes.")] = None,
 ) -> None:
     """Time what EnergyMonitor adds to a step of a small GPT."""
-    from lightning_estdgm.tools.bench import energy as bench_energy
-    from lightning_estdgm.tools.bench.show import show
+    from lightning_estdgm.tools.bench.energy import EnergyBenchConfig, energy_table, measure_energy_overhead
+    from lightning_estdgm.tools.bench.other_meters import against_table, measure_against
+    from lightning_estdgm.tools.bench.output import show
 
-    config = bench_energy.EnergyBenchConfig(steps=steps, pairs=pairs)
+    config = EnergyBenchConfig(steps=steps, pairs=pairs)
     if not against:
-        result = bench_energy.measure_energy_overhead(config)
-        show(bench_energy.energy_table(result), result, json)
+        result = measure_energy_overhead(config)
+        show(energy_table(result), result, json)
         return
     try:
-        result = bench_energy.measure_against(seconds, config)
+        result = measure_against(seconds, config)
     except RuntimeError as e:
         typer.echo(f"estdgm bench energy --against: {e}", err=True)
         raise typer.Exit(1) from e
-    show(bench_energy.against_table(result), result, json)
+    show(against_table(result), result, json)
 
 
 @app.command()
@@ -69,7 +69,7 @@ def distributed(
 ) -> None:
     """Time mask updates of a small GPT under DDP (gloo), and count its traffic with and without the hook."""
     from lightning_estdgm.tools.bench.distributed import DistributedConfig, distributed_table, measure_distributed
-    from lightning_estdgm.tools.bench.show import show
+    from lightning_estdgm.tools.bench.output import show
 
     config = DistributedConfig(ranks=ranks, block_size=block_size, update_every=update_every, intervals=intervals)
     result = measure_distributed(config)
@@ -99,12 +99,12 @@ def kernels(
     from dataclasses import replace
 
     from lightning_estdgm.tools.bench.goals import goals_table, kernel_goals
-    from lightning_estdgm.tools.bench.kernels.config import KernelsConfig, quick_kernels
     from lightning_estdgm.tools.bench.kernels.convolution import conv_rows
+    from lightning_estdgm.tools.bench.kernels.kernels_config import KernelsConfig, quick_kernels
     from lightning_estdgm.tools.bench.kernels.linear import linear_rows
     from lightning_estdgm.tools.bench.kernels.report import draw_kernels, drawable, kernels_table
     from lightning_estdgm.tools.bench.kernels.timing import METHOD
-    from lightning_estdgm.tools.bench.show import Record, console, machine_name
+    from lightning_estdgm.tools.bench.output import Record, console, machine_name
 
     _check_output(output)
     given: dict[str, Any] = {
@@ -169,14 +169,14 @@ def train(
     output: _Output = None,
 ) -> None:
     """Train GPTs and a ResNet-50 dense and by EST-DGM in turns: speed by phase and over a whole default schedule."""
-    from lightning_estdgm.config import DGMConfig
+    from lightning_estdgm.config import DGMConfig, Units
     from lightning_estdgm.tools.bench.goals import goals_table, train_goals
-    from lightning_estdgm.tools.bench.show import Record, console, machine_name
+    from lightning_estdgm.tools.bench.output import Record, console, machine_name
     from lightning_estdgm.tools.bench.train.choice import MODELS, TrainChoice, choose, quick_config
-    from lightning_estdgm.tools.bench.train.config import TrainConfig
     from lightning_estdgm.tools.bench.train.profile import profile_train
     from lightning_estdgm.tools.bench.train.report import draw_train, profile_table, train_table
     from lightning_estdgm.tools.bench.train.run import measure_train
+    from lightning_estdgm.tools.bench.train.train_config import TrainConfig
 
     _check_output(output)
     unit = parse_block_size(block_size)
@@ -246,7 +246,7 @@ def everything(
 
 
 def _finish(out: Any, record: Any, goals: Any) -> None:
-    from lightning_estdgm.tools.bench.show import machine_name
+    from lightning_estdgm.tools.bench.output import machine_name
 
     if goals is not None:
         out.print(goals)

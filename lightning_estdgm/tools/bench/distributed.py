@@ -1,4 +1,4 @@
-"""What a mask update costs where several ranks train together, and what the communication hook saves in traffic."""
+"""Cost of a mask update where several ranks train together, and traffic that the communication hook saves."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _WARM_UP = 10
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """A byte-level GPT under DDP (gloo, CPU), and how often its masks change.
+    """Byte-level GPT under DDP (gloo, CPU), and times of its mask updates.
 
     Attributes:
-        ranks: processes; the machine's threads are shared out.
-        width: of the model.
-        layers: decoder blocks.
+        ranks: number of processes; the machine's threads are shared out.
+        width: width of the model.
+        layers: number of decoder blocks.
         batch_size: sequences a step and rank.
         context: tokens a sequence.
         block_size: side of a mask unit.
         update_every: steps between mask updates.
-        intervals: how many such stretches are timed.
+        intervals: number of such stretches that are timed.
 
     """
 
@@ -132,7 +132,7 @@ def _measure(config: DistributedConfig, hooked: bool) -> dict[str, Any]:
 
 
 def distributed_table(result: dict[str, Any]) -> Table:
-    """Lay out what `measure_distributed` returned."""
+    """Return the results of `measure_distributed` as a table for the terminal."""
     config = result["config"]
     table = Table(
         title=f"{config['ranks']} ranks, DDP over gloo; masks of {config['block_size']} x {config['block_size']}, "

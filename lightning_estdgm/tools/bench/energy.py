@@ -1,18 +1,10 @@
-"""What measuring costs: steps of a small GPT with `EnergyMonitor` against the same steps without it.
-
-On an NVIDIA GPU also what it measures, against nvidia-smi and Zeus in the same run.
-"""
+"""Overhead of `EnergyMonitor`: steps of a small GPT with it against the same steps without it."""
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
 import math
-import shutil
 import statistics
-import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,34 +17,28 @@ from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_estdgm.callbacks.energy import EnergyMonitor
-from lightning_estdgm.energy.energy_meter import EnergyMeter
-from lightning_estdgm.energy.reading import torch_ids
 from lightning_estdgm.recipes.gpt import ByteGPT
-from lightning_estdgm.tools.quiet import quiet_lightning
+from lightning_estdgm.tools.bench.environment import device_name
+from lightning_estdgm.tools.quiet import QUIET_TRAINER, quiet_lightning
 
-__all__ = [
-    "EnergyBenchConfig",
-    "against_table",
-    "energy_table",
-    "integrate_samples",
-    "measure_against",
-    "measure_energy_overhead",
-]
+__all__ = ["WARMUP_STEPS", "EnergyBenchConfig", "energy_table", "measure_energy_overhead"]
 
 WARMUP_STEPS = 5
+"""Steps of a run that are not timed."""
 
 
 @dataclass(frozen=True)
 class EnergyBenchConfig:
-    """A byte-level GPT, and how its steps are paired.
+    """Byte-level GPT whose steps are timed, and number of runs.
 
     Attributes:
-        width: of the model.
-        layers: decoder blocks.
+        width: width of the model.
+        layers: number of decoder blocks.
         batch_size: sequences a step.
         context: tokens a sequence.
-        steps: timed in each run; the monitor logs once in as many.
-        pairs: runs with the monitor and without, in turns; the ratio is the median over them.
+        steps: timed steps of each run; the monitor logs once in as many.
+        pairs: number of runs with the monitor and without, in turns; the ratio is the median over them.
+
     """
 
     width: int = 256
@@ -81,7 +67,7 @@ def measure_energy_overhead(config: EnergyBenchConfig) -> dict[str, Any]:
     ratios = sorted(with_it / plain - 1.0 for plain, with_it in zip(seconds[False], seconds[True], strict=True))
     return {
         "config": asdict(config),
-        "device": _device(),
+        "device": device_name(),
         "sources": sources,
         "plain_step_s": statistics.median(seconds[False]) / config.steps,
         "monitored_step_s": statistics.median(seconds[True]) / config.steps,
@@ -91,7 +77,7 @@ def measure_energy_overhead(config: EnergyBenchConfig) -> dict[str, Any]:
 
 
 def energy_table(result: dict[str, Any]) -> Table:
-    """Lay out what `measure_energy_overhead` returned."""
+    """Return the results of `measure_energy_overhead` as a table for the terminal."""
     config = result["config"]
     sources = ", ".join(result["sources"]) or "no source"
     table = Table(title=f"EnergyMonitor ({sources}), one log in {config['steps']} steps")
@@ -108,92 +94,8 @@ def energy_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def measure_against(seconds: float, config: EnergyBenchConfig) -> dict[str, Any]:
-    """Measure one stretch of training on an NVIDIA GPU by `EnergyMeter`, Zeus and nvidia-smi at the same time.
-
-    nvidia-smi's power draw is sampled every 100 ms and integrated by trapezoids.
-
-    Returns:
-        "seconds", "device", and for each meter "joules" and "ratio" (its joules over EnergyMeter's).
-
-    Raises:
-        RuntimeError: there is no NVIDIA GPU, nvidia-smi or Zeus here, or one of the three measured nothing.
-    """
-    if not torch.cuda.is_available() or torch.version.hip:
-        raise RuntimeError("a comparison with nvidia-smi and Zeus needs an NVIDIA GPU; torch sees none here")
-    if shutil.which("nvidia-smi") is None:
-        raise RuntimeError("nvidia-smi is not on the PATH")
-    if importlib.util.find_spec("zeus") is None:
-        raise RuntimeError("Zeus is not installed: pip install zeus")
-    from zeus.monitor import ZeusMonitor
-
-    index = torch.cuda.current_device()
-    uuid = f"GPU-{torch_ids(torch.cuda.get_device_properties(index))[0]}"
-    model = ByteGPT(config.width, config.layers, heads=8, context=config.context).cuda()
-    tokens = torch.randint(0, 256, (config.batch_size, config.context), device="cuda")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        model.loss((tokens, tokens)).backward()
-        optimizer.step()
-
-    for _ in range(WARMUP_STEPS):
-        step()
-    zeus = ZeusMonitor(gpu_indices=[index], cpu_indices=[])
-    with _NvidiaSmi(uuid) as smi, EnergyMeter(["nvml"], interval_s=0.1) as meter:
-        zeus.begin_window("run")
-        begin = time.monotonic()
-        while time.monotonic() - begin < seconds:
-            for _ in range(20):
-                step()
-            torch.cuda.synchronize()
-        end = time.monotonic()
-        measured = zeus.end_window("run")
-    devices = [d for source in meter.summary()["sources"] for d in source["devices"]]
-    ours = next((d["joules"] for d in devices if d["uid"].lower() == uuid.lower()), None)
-    joules = {
-        "EnergyMeter": ours,
-        "Zeus": measured.gpu_energy.get(index),
-        "nvidia-smi": integrate_samples(smi.samples, begin, end),
-    }
-    missing = [name for name, value in joules.items() if not value]
-    if missing:
-        raise RuntimeError(f"no energy measured by {', '.join(missing)} on {uuid}")
-    assert ours is not None
-    return {
-        "seconds": end - begin,
-        "device": _device(),
-        "uuid": uuid,
-        "config": asdict(config),
-        "meters": {name: {"joules": value, "ratio": value / ours} for name, value in joules.items() if value},
-    }
-
-
-def against_table(result: dict[str, Any]) -> Table:
-    """Lay out what `measure_against` returned."""
-    table = Table(title=f"{result['seconds']:.0f} s of training on {result['device']}")
-    for column in ("meter", "joules", "against EnergyMeter"):
-        table.add_column(column, justify="left" if column == "meter" else "right")
-    for name, row in result["meters"].items():
-        table.add_row(name, f"{row['joules']:.1f}", f"{row['ratio'] - 1:+.2%}")
-    return table
-
-
-def integrate_samples(samples: Sequence[tuple[float, float]], begin_s: float, end_s: float) -> float | None:
-    """Joules from (second, watts) by trapezoids over [begin_s, end_s]; the first and last watts reach to its ends.
-
-    Returns None where no sample lies in it.
-    """
-    inside = [(t, w) for t, w in samples if begin_s <= t <= end_s]
-    if not inside:
-        return None
-    points = [(begin_s, inside[0][1]), *inside, (end_s, inside[-1][1])]
-    return sum((t1 - t0) * (w0 + w1) / 2 for (t0, w0), (t1, w1) in itertools.pairwise(points))
-
-
 def _interval_of_median(ordered: Sequence[float]) -> list[float] | None:
-    """95 % interval of the median of independent samples, by the normal approximation to the binomial."""
+    """Return the 95 % interval of the median of independent samples, by the normal approximation to the binomial."""
     n = len(ordered)
     if n < 6:
         return None
@@ -202,7 +104,7 @@ def _interval_of_median(ordered: Sequence[float]) -> list[float] | None:
 
 
 def _run(config: EnergyBenchConfig, monitored: bool) -> tuple[float, list[str]]:
-    """Seconds of `config.steps` steps, and the names of the sources that the monitor read."""
+    """Return seconds of `config.steps` steps, and the names of the sources that the monitor read."""
     torch.manual_seed(0)
     model = ByteGPT(config.width, config.layers, heads=8, context=config.context)
     steps = WARMUP_STEPS + config.steps + 1
@@ -211,14 +113,12 @@ def _run(config: EnergyBenchConfig, monitored: bool) -> tuple[float, list[str]]:
     loader = DataLoader(TensorDataset(tokens, tokens), batch_size=config.batch_size)
     with tempfile.TemporaryDirectory() as folder, quiet_lightning():
         Trainer(
+            **QUIET_TRAINER | {"accelerator": "auto"},
             max_steps=steps,
             devices=1,
             logger=CSVLogger(folder, ""),
             log_every_n_steps=config.steps,
             callbacks=[clock, *([monitor] if monitored else [])],  # the clock first: what it times holds the others
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             limit_val_batches=0,
         ).fit(model, loader, loader)
     names = [source["name"] for source in monitor.summary()["sources"]] if monitored else []
@@ -241,38 +141,3 @@ class _Clock(Callback):
             self._begin = now
         else:
             self.seconds = now - self._begin
-
-
-class _NvidiaSmi:
-    """Power draw of one GPU as nvidia-smi prints it: (seconds on the monotonic clock, watts)."""
-
-    def __init__(self, uuid: str) -> None:
-        self._command = [
-            *("nvidia-smi", "-i", uuid, "--query-gpu=power.draw", "--format=csv,noheader,nounits", "-lms", "100")
-        ]
-        self.samples: list[tuple[float, float]] = []
-
-    def __enter__(self) -> _NvidiaSmi:
-        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True)
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._process.terminate()
-        self._process.wait()
-        self._thread.join()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            try:
-                self.samples.append((time.monotonic(), float(line)))
-            except ValueError:  # "[N/A]"
-                continue
-
-
-def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

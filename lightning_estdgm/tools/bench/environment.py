@@ -1,4 +1,4 @@
-"""On what machine, with which versions and by which command a benchmark ran."""
+"""Machine, versions and command of a benchmark."""
 
 from __future__ import annotations
 
@@ -12,11 +12,21 @@ import torch
 from lightning_estdgm._environment import package_version, processor_name
 from lightning_estdgm.tools.terminal import command_line
 
-__all__ = ["environment", "header"]
+__all__ = ["default_device", "device_name", "environment", "header"]
+
+
+def default_device() -> str:
+    """Return "cuda" where there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name() -> str:
+    """Return the name of the GPU, or "cpu"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine: what a reader needs to judge the seconds."""
+    """Return versions and machine, for readers to judge seconds by."""
     return {
         "python": platform.python_version(),
         **{
@@ -35,6 +45,6 @@ def environment() -> dict[str, Any]:
 
 
 def header() -> dict[str, Any]:
-    """What a benchmark's JSON begins with: the command, the date (local time) and the environment."""
+    """Return the beginning of a benchmark's JSON: the command, the date (local time) and the environment."""
     date = datetime.now().astimezone().isoformat(timespec="seconds")
     return {"command": command_line(), "date": date, "environment": environment()}

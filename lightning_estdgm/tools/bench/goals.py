@@ -1,4 +1,4 @@
-"""What the project set out to reach, checked against what was measured: pure functions over a benchmark's rows."""
+"""Goals of the project, checked against the rows of a benchmark: pure functions."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from typing import Any
 
 from rich.table import Table
 
+from lightning_estdgm.tools.bench.output import Columns, terminal_table
+
 __all__ = ["goals_columns", "goals_table", "kernel_goals", "train_goals"]
 
 Goal = dict[str, Any]
 
 
 def kernel_goals(rows: Sequence[Mapping[str, Any]], gpu: str | None) -> list[Goal]:
-    """The goals that these rows say something about: on an H100 by its name, or on a CPU. The best backend counts.
+    """Return the goals that these rows say something about, on an H100 or on a CPU; the best backend counts.
+
+    Args:
+        rows: rows of ``estdgm bench kernels``.
+        gpu: name of the GPU; None for a CPU.
 
     Returns:
         "what", "goal", "measured", "reached" and the "backend" of each.
@@ -25,7 +31,7 @@ def kernel_goals(rows: Sequence[Mapping[str, Any]], gpu: str | None) -> list[Goa
 
 
 def train_goals(results: Sequence[Mapping[str, Any]], gpu: str | None) -> list[Goal]:
-    """The same for results of ``estdgm bench train``."""
+    """Return the goals that results of ``estdgm bench train`` say something about, as `kernel_goals` does."""
     goals = []
     for result in results:
         workload = result["workload"]
@@ -43,8 +49,8 @@ def train_goals(results: Sequence[Mapping[str, Any]], gpu: str | None) -> list[G
     return goals
 
 
-def goals_columns(goals: Iterable[Goal]) -> tuple[list[str], list[list[str]]]:
-    """Head and cells of the table, for a terminal or for Markdown."""
+def goals_columns(goals: Iterable[Goal]) -> Columns:
+    """Return head and cells of the table of goals."""
     head = ["what", "backend", "goal", "measured", ""]
     cells = []
     for goal in goals:
@@ -54,14 +60,8 @@ def goals_columns(goals: Iterable[Goal]) -> tuple[list[str], list[list[str]]]:
 
 
 def goals_table(goals: Sequence[Goal]) -> Table:
-    """Lay out goals for a terminal."""
-    table = Table(title="goals")
-    head, cells = goals_columns(goals)
-    for index, column in enumerate(head):
-        table.add_column(column, justify="right" if index in (2, 3) else "left")
-    for line in cells:
-        table.add_row(*line)
-    return table
+    """Return the goals as a table for the terminal."""
+    return terminal_table("goals", goals_columns(goals), left=(0, 1, 4), wrapped=range(5))
 
 
 def _h100_kernel_goals(rows: Sequence[Mapping[str, Any]]) -> Iterable[Goal]:

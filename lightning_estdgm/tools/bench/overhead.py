@@ -1,4 +1,4 @@
-"""What masking costs where nothing is skipped: single-weight masks, dense products, against a plain dense step."""
+"""Overhead of masks where nothing is skipped: single-weight masks, dense products, against a plain dense step."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["OverheadConfig", "measure_overhead", "one_interval", "overhead_table
 
 @dataclass(frozen=True)
 class OverheadConfig:
-    """A byte-level GPT, and how often its masks change.
+    """Byte-level GPT, and times of its mask updates.
 
     Attributes:
-        width: of the model.
-        layers: decoder blocks.
+        width: width of the model.
+        layers: number of decoder blocks.
         batch_size: sequences a step.
         context: tokens a sequence.
         update_every: steps between mask updates; as many steps are timed, one observation window and one update in it.
-        rounds: how often the comparison is repeated.
+        rounds: number of comparisons.
 
     """
 
@@ -79,7 +79,7 @@ def measure_overhead(config: OverheadConfig) -> dict[str, Any]:
 
 
 def overhead_table(result: dict[str, Any]) -> Table:
-    """Lay out what `measure_overhead` returned."""
+    """Return the results of `measure_overhead` as a table for the terminal."""
     table = Table(title=f"single-weight masks, dense products, update every {result['config']['update_every']} steps")
     for column in ("dense step, ms", "masked step, ms", "overhead", "smallest", "largest"):
         table.add_column(column, justify="right")
@@ -133,5 +133,5 @@ class _Loop:
                 self.dgm.advance()
 
     def counts(self) -> tuple[int, int]:
-        """Mask updates and observed steps so far."""
+        """Return the numbers of mask updates and of observed steps so far."""
         return (self.dgm.updates if self.dgm else 0), self.observed

@@ -1,4 +1,4 @@
-"""``estdgm bench all``: every part in a process of its own, and one page of tables from what they left."""
+"""``estdgm bench all``: every part in a process of its own, and one page of tables from their files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 from lightning_estdgm.tools.bench.environment import environment
 from lightning_estdgm.tools.bench.goals import goals_columns
 from lightning_estdgm.tools.bench.kernels.report import kernels_columns
-from lightning_estdgm.tools.bench.show import machine_name, markdown_table
-from lightning_estdgm.tools.bench.train.report import backends_used, profile_columns, train_columns
+from lightning_estdgm.tools.bench.output import machine_name, markdown_table
+from lightning_estdgm.tools.bench.train.report import backends_used, energy_words, profile_columns, train_columns
 
 __all__ = ["Part", "device_folder", "page", "parts", "run_parts", "write_page"]
 
@@ -24,14 +24,20 @@ PAGE = "README.md"
 
 @dataclass(frozen=True)
 class Part:
-    """One file of the suite: its name without suffix, and the ``estdgm bench`` command that writes it."""
+    """One file of the suite.
+
+    Attributes:
+        name: name of the file, without suffix.
+        arguments: ``estdgm bench`` command that writes it.
+
+    """
 
     name: str
     arguments: tuple[str, ...]
 
 
 def parts(quick: bool) -> list[Part]:
-    """What `all` runs, the most wanted first."""
+    """Return the parts that `all` runs, the most wanted first."""
     more = ("--quick",) if quick else ()
     both = ("--only-compiled",) if quick else ("--compile",)
     return [
@@ -43,13 +49,13 @@ def parts(quick: bool) -> list[Part]:
 
 
 def device_folder() -> str:
-    """A name for this machine's device that a folder can have, such as ``nvidia-h100-80gb-hbm3``."""
+    """Return a folder name for this machine's device, such as ``nvidia-h100-80gb-hbm3``."""
     machine = environment()
     return re.sub(r"[^a-z0-9]+", "-", (machine["gpu"] or machine["cpu"]).lower()).strip("-") or "unknown"
 
 
 def run_parts(wanted: Sequence[Part], folder: Path, *, again: bool, say: Callable[[str], None]) -> list[str]:
-    """Run what is not there yet, and return the names of the parts that failed; one does not stop the others."""
+    """Run the parts that are not there yet, and return the names of those that failed; one does not stop the others."""
     folder.mkdir(parents=True, exist_ok=True)
     failed = []
     for part in wanted:
@@ -66,7 +72,7 @@ def run_parts(wanted: Sequence[Part], folder: Path, *, again: bool, say: Callabl
 
 
 def write_page(folder: Path) -> Path:
-    """Write the page of what lies in the folder, and return its path."""
+    """Write the page of the files in a folder, and return its path."""
     contents = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     path = folder / PAGE
     path.write_text(page(contents), encoding="utf-8")
@@ -74,7 +80,7 @@ def write_page(folder: Path) -> Path:
 
 
 def page(contents: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: device, date and command of each part, its goals, tables and picture; pure, from the parts' JSON."""
+    """Return the page as Markdown: device, date, command, goals, tables and picture of each part, from its JSON."""
     devices = list(dict.fromkeys(machine_name(content["environment"]) for content in contents.values()))
     lines = [f"# Benchmarks: {'; '.join(devices) or 'nothing measured'}", ""]
     lines += ["Written by `estdgm bench all` from the JSON files beside it. docs/benchmarks/README.md says how.", ""]
@@ -99,12 +105,12 @@ def page(contents: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _train_lines(result: Mapping[str, Any]) -> list[str]:
-    energy = result["energy"] if isinstance(result["energy"], str) else "by " + ", ".join(result["energy"])
     once = ", ".join(f"{name.removesuffix('_s')} {seconds:.1f} s" for name, seconds in result["one_off"].items())
     lines = [f"### {result['name']}, {result['mode']}, {result['settings']['precision']}", ""]
     lines += [markdown_table(*train_columns(result)), ""]
     lines += [
-        f"Joules: {energy}. Backends at the end: {backends_used(result)}. Once only, by first of its kind: {once}.",
+        f"Joules: {energy_words(result)}. Backends at the end: {backends_used(result)}. "
+        f"Once only, by first of its kind: {once}.",
         "",
     ]
     if result.get("profile"):

@@ -43,8 +43,16 @@ def plan(
 ) -> None:
     """Calculate what each GPU would hold and send, and list the layers that would be masked; nothing is trained."""
     # Imported here: --help should not wait for torch.
-    from lightning_estdgm.tools.planner.plan import STRATEGIES, Setup, gpt, load_model, plan_tables, scaling_tables
-    from lightning_estdgm.tools.planner.plan import plan as make_plan
+    from lightning_estdgm.tools.planner import (
+        STRATEGIES,
+        TrainingSetup,
+        gpt,
+        load_model,
+        plan_model,
+        plan_tables,
+        scaling_tables,
+    )
+    from lightning_estdgm.tools.report import write_json
 
     if scaling:
         typer.echo(scaling_tables())
@@ -57,8 +65,9 @@ def plan(
         "tokens": tokens, "update_every": update_every, "observe_steps": observe_steps,
     }  # fmt: skip
     try:
-        setup = Setup(**{name: value for name, value in given.items() if value is not None})
-        result = make_plan(gpt(params) if params is not None else load_model(str(model)), setup, strategy or STRATEGIES)
+        setup = TrainingSetup(**{name: value for name, value in given.items() if value is not None})
+        planned = gpt(params) if params is not None else load_model(str(model))
+        result = plan_model(planned, setup, strategy or STRATEGIES)
     except (ValueError, TypeError) as e:
         raise typer.BadParameter(str(e)) from e
     console = wide_console(120)
@@ -66,7 +75,5 @@ def plan(
         console.print(table)
     console.print("calculated, not measured; docs/scaling.md has the formulas", style="dim", soft_wrap=True)
     if json is not None:
-        from lightning_estdgm.tools.report import write_json
-
         write_json({"command": command_line(), **result}, json)
         console.print(str(json), style="dim", soft_wrap=True)

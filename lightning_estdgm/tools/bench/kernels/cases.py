@@ -1,4 +1,4 @@
-"""One case by one backend: its products timed and checked, and what is told of a backend that fails."""
+"""One case by one backend: its products timed and checked, a backend that fails noted."""
 
 from __future__ import annotations
 

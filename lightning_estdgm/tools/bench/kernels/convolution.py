@@ -15,7 +15,7 @@ from lightning_estdgm.recipes.resnet import resnet50
 from lightning_estdgm.sparse.autotune.cases import DENSE, ConvCase, refusals
 from lightning_estdgm.sparse.conv_geometry import ConvGeometry
 from lightning_estdgm.tools.bench.kernels.cases import attempt, timed_product
-from lightning_estdgm.tools.bench.kernels.config import KernelsConfig
+from lightning_estdgm.tools.bench.kernels.kernels_config import KernelsConfig
 from lightning_estdgm.tools.bench.kernels.rows import PRODUCTS
 
 __all__ = ["ConvLayer", "conv_layers", "conv_products", "conv_rows"]
@@ -27,8 +27,8 @@ ConvLayer = tuple[int, int, int, int, ConvGeometry]
 def conv_rows(config: KernelsConfig, say: Callable[[str], None] = lambda text: None) -> Iterator[dict[str, Any]]:
     """Yield a row for each layer, block size, density and backend, in the first of the dtypes; `say` as in linear_rows.
 
-    "count" is how often the net has the layer. Left out are layers whose channels a
-    block size does not divide, and densities of less than one block.
+    "count" is how often the net has the layer. Left out are layers whose channels a block size does not divide, and
+    densities of less than one block.
     """
     told: set[str] = set()
 
@@ -71,7 +71,7 @@ def conv_rows(config: KernelsConfig, say: Callable[[str], None] = lambda text: N
 
 
 def conv_layers(image_size: int) -> Counter[ConvLayer]:
-    """The maskable convolutions that a ResNet-50 applies to images of this size, and how often each.
+    """Return the maskable convolutions that a ResNet-50 applies to images of this size, and how often each.
 
     Example:
         >>> layers = conv_layers(224)
@@ -101,7 +101,7 @@ def conv_products(case: ConvCase, name: str, rounds: int) -> dict[str, dict[str,
     With bias. Every result is compared with the dense one of the masked weight.
 
     Returns:
-        by product, what `product_row` holds.
+        Rows by product, as `product_row` makes them.
     """
     problem, mask = case.problem(), case.topology().weight_mask()[:, :, None, None]
     flops = _flops(case.batch, case.out_channels, case.in_channels, case.height, case.width, case.geometry)
@@ -123,6 +123,6 @@ def conv_products(case: ConvCase, name: str, rounds: int) -> dict[str, dict[str,
 
 
 def _flops(batch: int, out: int, inner: int, height: int, width: int, geometry: ConvGeometry) -> float:
-    """Of one of the three products, dense; taps on the padding counted too."""
+    """Return the FLOPs of one of the three products, dense; taps on the padding counted too."""
     out_h, out_w = geometry.output_size(height, width)
     return 2.0 * batch * out_h * out_w * out * inner * geometry.kernel_size[0] * geometry.kernel_size[1]

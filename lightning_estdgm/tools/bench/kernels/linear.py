@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lightning_estdgm.sparse.autotune.cases import Case, refusals
 from lightning_estdgm.sparse.backends.protocol import get_backend
 from lightning_estdgm.tools.bench.kernels.cases import attempt, timed_product
-from lightning_estdgm.tools.bench.kernels.config import KernelsConfig
+from lightning_estdgm.tools.bench.kernels.kernels_config import KernelsConfig
 from lightning_estdgm.tools.bench.kernels.peers import PEERS, Weights, measure_peer
 from lightning_estdgm.tools.bench.kernels.rows import row
 
@@ -21,7 +21,7 @@ __all__ = ["linear_products", "linear_rows"]
 
 
 def linear_rows(config: KernelsConfig, say: Callable[[str], None] = lambda text: None) -> Iterator[dict[str, Any]]:
-    """Yield a row for each case and each backend or peer that can run it; `say` is told what cannot, and why, once."""
+    """Yield a row for each case and each backend or peer that can run it; `say` is told once which cannot, and why."""
     told: set[str] = set()
 
     def refuse(name: str, reason: str) -> None:
@@ -67,7 +67,7 @@ def linear_products(case: Case, name: str, rounds: int) -> dict[str, dict[str, A
     Without bias and autograd. Every result is compared with the dense product of the masked weight.
 
     Returns:
-        by product, what `product_row` holds.
+        Rows by product, as `product_row` makes them.
     """
     topology, backend = case.topology(), get_backend(name)
     mask = topology.weight_mask()
@@ -111,7 +111,7 @@ def _peer_rows(
 
 
 def _operands(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """X, W (not masked) and dY, random, always the same ones."""
+    """Return X, W (not masked) and dY, random, always the same ones."""
     generator = torch.Generator(case.device).manual_seed(0)
     shapes = (case.tokens, case.in_features), (case.out_features, case.in_features), (case.tokens, case.out_features)
     x, weight, dy = (torch.randn(*s, generator=generator, device=case.device).to(case.dtype) for s in shapes)

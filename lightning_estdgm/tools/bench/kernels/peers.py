@@ -20,25 +20,27 @@ __all__ = ["PEERS", "Peer", "PeerTimes", "Weights", "measure_peer", "torch_bsr",
 
 @dataclass(frozen=True)
 class Weights:
-    """A dense weight ``(out, in)`` and which of its blocks are active."""
+    """Dense weight ``(out, in)`` and its active blocks."""
 
     dense: Tensor
     topology: BlockTopology
 
     def masked(self) -> Tensor:
-        """The weight with zeros in inactive blocks."""
+        """Return the weight with zeros in inactive blocks."""
         return torch.where(self.topology.weight_mask(), self.dense, torch.zeros_like(self.dense))
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One layout.
+    """Sparse layout of PyTorch's own.
 
     Attributes:
-        name: of the peer.
-        make: sparse weight and its values as a dense matrix; raises where the layout does not exist here.
+        name: name of the peer.
+        make: function that returns the sparse weight and its values as a dense matrix; it raises where the layout does
+            not exist here.
         has_blocks: whether it stores blocks; else it is measured at one block size only.
         any_density: whether it can have any density; else it is measured once for a shape.
+
     """
 
     name: str
@@ -49,7 +51,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class PeerTimes:
-    """What could be timed: as the arguments of `rows.row`."""
+    """Times of a peer, as the arguments of `rows.row`."""
 
     density: float
     seconds: tuple[float, float] | None

@@ -1,4 +1,4 @@
-"""Rows of the kernels benchmark as a table and as a picture."""
+"""Rows of ``estdgm bench kernels`` as a table and as a picture."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from matplotlib.axes import Axes
 from rich.table import Table
 
 from lightning_estdgm.tools.bench.kernels.rows import PRODUCTS
-from lightning_estdgm.tools.plotting import COLOURS, new_figure, save
+from lightning_estdgm.tools.bench.output import Columns, terminal_table
+from lightning_estdgm.tools.plotting import COLOURS, MARKERS, new_figure, save
 
 __all__ = ["draw_kernels", "drawable", "kernels_columns", "kernels_table", "shape_name"]
 
 Row = Mapping[str, Any]
 _LINES = ("-", "--", ":", "-.")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def shape_name(row: Row) -> str:
-    """The layer of a row in a few characters."""
+    """Return the layer of a row in a few characters."""
     if row["kind"] == "linear":
         return " x ".join(str(row[name]) for name in ("tokens", "out_features", "in_features"))
     kernel = "x".join(map(str, row["kernel_size"]))
@@ -31,8 +31,8 @@ def shape_name(row: Row) -> str:
     return f"{row['in_channels']} to {row['out_channels']}, {kernel}{stride}, {row['batch']} of {size}"
 
 
-def kernels_columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Head and cells of the table, for a terminal or for Markdown."""
+def kernels_columns(rows: Sequence[Row]) -> Columns:
+    """Return head and cells of the table of rows."""
     head = ["dtype", "backend", "layer", "block", "density", "dense, ms", "sparse, ms", "speed-up", "efficiency"]
     head += [f"{product} eff." for product in PRODUCTS]
     cells = []
@@ -55,15 +55,9 @@ def kernels_columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def kernels_table(rows: Sequence[Row]) -> Table:
-    """Lay out the rows for a terminal."""
+    """Return the rows as a table for the terminal."""
     title = "sparse against dense: forward and backward of one layer, and efficiency of each product"
-    table = Table(title=title)
-    head, cells = kernels_columns(rows)
-    for index, column in enumerate(head):
-        table.add_column(column, justify="left" if index < 3 else "right", no_wrap=index != 2)
-    for line in cells:
-        table.add_row(*line)
-    return table
+    return terminal_table(title, kernels_columns(rows), left=(0, 1, 2), wrapped=(2,))
 
 
 def draw_kernels(rows: Sequence[Row], path: Path, machine: str) -> None:
@@ -72,7 +66,7 @@ def draw_kernels(rows: Sequence[Row], path: Path, machine: str) -> None:
     Lines are backends (colours) and layers (dashes, markers); convolutions in thin lines, all of a net in a thick one.
 
     Raises:
-        ValueError: no row has an efficiency to draw.
+        ValueError: if no row has an efficiency to draw.
     """
     drawn = drawable(rows)
     if not drawn:
@@ -104,7 +98,7 @@ def draw_kernels(rows: Sequence[Row], path: Path, machine: str) -> None:
 
 
 def drawable(rows: Sequence[Row]) -> list[Row]:
-    """The rows that have an efficiency, or that of Y."""
+    """Return the rows that have an efficiency, or that of Y."""
     return [row for row in rows if _value(row) is not None]
 
 
@@ -124,7 +118,7 @@ def _panel(axes: Axes, rows: Sequence[Row], colours: Mapping[str, str], layers: 
         xs, ys = zip(*sorted(points), strict=True)
         if kind == "linear":
             index = layers.index(layer)
-            style: dict[str, Any] = {"ls": _LINES[index % len(_LINES)], "marker": _MARKERS[index % len(_MARKERS)]}
+            style: dict[str, Any] = {"ls": _LINES[index % len(_LINES)], "marker": MARKERS[index % len(MARKERS)]}
             label = f"{backend}, {layer}"
         else:
             style, label = {"lw": 0.6, "alpha": 0.5, "marker": "."}, f"{backend}, one convolution"

@@ -1,4 +1,4 @@
-"""A row of the benchmark: what it holds, and how seconds become ratios."""
+"""Rows of ``estdgm bench kernels``: seconds of one case and backend, and their ratios."""
 
 from __future__ import annotations
 
@@ -28,21 +28,24 @@ def row(
     products: Mapping[str, Mapping[str, Any] | None],
     notes: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """One case and implementation. Ratios are None where there was no time, or where a product came out wrong.
+    """Return the row of one case and implementation.
 
+    Ratios are None where there was no time, or where a product came out wrong.
     ``speedup`` is dense over sparse time, ``efficiency`` is ``speedup * density``: the rate of useful FLOPs over the
     dense library's. Of the whole layer, and in ``products`` of each product.
 
     Args:
         kind: "linear" or "convolution".
         shape: the layer's sizes, by name.
-        dtype: of the products.
+        dtype: dtype of the products.
         block_size: side of a block; None where the layout has none.
         density: active share.
-        backend: or the peer's name.
-        seconds: dense and sparse, of forward and backward together with autograd; None if it cannot do all of it.
-        products: by name of `PRODUCTS`, as `product_row` makes them.
-        notes: what else to know, by what it is about.
+        backend: name of the backend or peer.
+        seconds: dense and sparse seconds of forward and backward together with autograd; None if it cannot do all of
+            it.
+        products: rows of the products by name of `PRODUCTS`, as `product_row` makes them.
+        notes: remarks by subject.
+
     """
     wrong = any(found is not None and found["wrong"] for found in products.values())
     dense_s, sparse_s = seconds or (None, None)
@@ -65,12 +68,12 @@ def row(
 
 
 def product_row(dense_s: float, sparse_s: float, flops: float, density: float, error: float, wrong: bool) -> Any:
-    """One product: seconds, FLOPs a second of the dense one, useful FLOPs a second of the sparse one, their ratio.
+    """Return the row of one product: seconds, FLOPs a second (of the sparse one: useful ones), and their ratio.
 
     Args:
         dense_s: seconds of the dense product.
-        sparse_s: of the sparse one.
-        flops: of the dense product; the useful ones are `density` times as many.
+        sparse_s: seconds of the sparse product.
+        flops: FLOPs of the dense product; the useful ones are `density` times as many.
         density: active share.
         error: largest difference from the dense product with the mask applied, over its largest value.
         wrong: whether that is more than rounding; then there are no ratios.
@@ -89,7 +92,7 @@ def product_row(dense_s: float, sparse_s: float, flops: float, density: float, e
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest expected value; infinite where the result is not finite."""
+    """Return the largest difference over the largest expected value; infinite where the result is not finite."""
     if result.shape != expected.shape:
         return float("inf")
     result, expected = result.double() if result.device.type == "cpu" else result.float(), expected.float()

@@ -16,7 +16,7 @@ METHOD = {
     "cuda": "two calls to warm up, then turns of several calls, each between two events after its L2 cache was "
     "overwritten; the median of a turn, and the fastest turn counts",
 }
-"""How `take_turns` times, in words, by kind of device."""
+"""Description of the timing by `take_turns`, by kind of device."""
 
 _CACHE_BYTES = 256 * 2**20  # more than the L2 cache of any GPU so far
 _TURN_S = 0.02  # calls of a GPU turn together take about this long
@@ -24,12 +24,13 @@ _MOST_CALLS = 50
 
 
 def take_turns(calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
-    """Seconds of each call; they take turns, so that a slow moment of the machine hits all of them.
+    """Return the seconds of each call; they take turns, so that a slow moment of the machine hits all of them.
 
     Args:
-        calls: what to time, by name.
-        device: where they compute.
+        calls: functions to time, by name.
+        device: device that they compute on.
         rounds: turns of each, at least 1.
+
     """
     turn = _gpu_turns(calls, device) if device.type == "cuda" else _cpu_turn
     if device.type != "cuda":
@@ -61,7 +62,7 @@ def _gpu_turns(
 
 
 def _between_events(call: Callable[[], object], cache: Tensor, count: int) -> list[float]:
-    """Seconds of `count` calls on the GPU, each with a cold L2 cache; waits for the device once, at the end."""
+    """Return the seconds of `count` calls on the GPU, each with a cold L2 cache; wait for it once, at the end."""
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
     for start, end in events:
         cache.zero_()

@@ -1,4 +1,4 @@
-"""Which workloads ``estdgm bench train`` runs here by default, and how long it may take for each."""
+"""Choice of the workloads that ``estdgm bench train`` runs here, and of the time for each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_estdgm.tools.bench.train.config import (
+from lightning_estdgm.tools.bench.train.train_config import (
     SETTLE_STEPS,
     TrainConfig,
     fitting_layers,
@@ -26,17 +26,21 @@ _PROFILED_STEPS = 30
 
 @dataclass(frozen=True)
 class TrainChoice:
-    """What the command line asked for; None where it did not.
+    """Wishes of the command line; None where it has none.
 
     Attributes:
-        models: of `MODELS`.
-        widths: of GPTs.
-        layers: of GPTs; None for as many as memory and time allow.
+        models: names of `MODELS`.
+        widths: widths of GPTs.
+        layers: decoder blocks of GPTs; None for as many as memory and time allow.
         context: tokens a sequence.
         batch: sequences or images a step.
-        image_size: of a ResNet's images, in pixels.
-        seconds: that the steps of one workload may take, about; layers of GPTs are chosen for it.
-        quick: the smaller defaults.
+        image_size: height and width of a ResNet's images, in pixels.
+        seconds: time for the steps of one workload, about; layers of GPTs are chosen for it.
+        quick: whether to take the smaller defaults.
+
+    Raises:
+        ValueError: for an unknown model, and for no time.
+
     """
 
     models: Sequence[str] = MODELS
@@ -57,13 +61,20 @@ class TrainChoice:
 
 
 def quick_config(**settings: Any) -> TrainConfig:
-    """Few steps: two densities in each phase, two rounds."""
+    """Return settings of few steps: two densities in each phase, two rounds."""
     quick = TrainConfig(densities=2, interval=8, observe_steps=4, dense_steps=4, rounds=2, profile_steps=2)
     return replace(quick, **settings)
 
 
 def choose(choice: TrainChoice, config: TrainConfig, say: Callable[[str], None] = lambda text: None) -> list[Workload]:
-    """The workloads to run, in order; `say` is told how many layers each GPT gets and why, and what is left out."""
+    """Return the workloads to run, in order.
+
+    Args:
+        choice: wishes of the command line.
+        config: measurement of one workload.
+        say: function that is told how many layers each GPT gets and why, and which GPTs are left out.
+
+    """
     on_gpu = config.device != "cpu"
     found: list[Workload] = []
     widths = choice.widths or _default_widths(on_gpu, choice.quick)
@@ -93,7 +104,7 @@ def _default_widths(on_gpu: bool, quick: bool) -> tuple[int, ...]:
 
 
 def _dense_steps(config: TrainConfig) -> float:
-    """About how many dense steps take as long as all runs of one workload."""
+    """Return about how many dense steps take as long as all runs of one workload."""
     sparse = config.rounds * 3 * config.densities * config.interval * _SPARSE_OVER_DENSE
     dense = (config.rounds + 1) * (SETTLE_STEPS + config.dense_steps + 1)
     return sparse + dense + (_PROFILED_STEPS if config.profile_steps else 0)

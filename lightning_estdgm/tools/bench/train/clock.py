@@ -13,12 +13,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_estdgm.callbacks.dgm import DGMCallback
 from lightning_estdgm.energy.energy_meter import EnergyMeter
-from lightning_estdgm.tools.bench.train.config import SETTLE_STEPS
-from lightning_estdgm.tools.bench.train.whole import Step
+from lightning_estdgm.tools.bench.train.train_config import SETTLE_STEPS
+from lightning_estdgm.tools.bench.train.whole import DENSE, Step
 
-__all__ = ["DENSE", "StepClock"]
-
-DENSE = "dense"
+__all__ = ["StepClock"]
 
 
 class StepClock(Callback):
@@ -27,8 +25,8 @@ class StepClock(Callback):
     On a GPU by events in its queue, so that nothing waits for the device. The last step has no end and is not told.
 
     Args:
-        dgm: of a sparse run; None for a dense one.
-        meter: measures already; joules of plain steps are booked under the phase's name. None: no joules.
+        dgm: callback of a sparse run; None for a dense one.
+        meter: meter that measures already; joules of plain steps are booked under the phase's name. None: no joules.
     """
 
     def __init__(self, dgm: DGMCallback | None, meter: EnergyMeter | None) -> None:
@@ -61,7 +59,7 @@ class StepClock(Callback):
         self._booking.close()
 
     def steps(self) -> list[Step]:
-        """Every step but the last; waits for the device."""
+        """Return every step but the last; waits for the device."""
         found = []
         pairs = zip(self._plans, self._plans[1:], _differences(self._marks), strict=False)
         for (phase, density, observed, updates, age), following, seconds in pairs:

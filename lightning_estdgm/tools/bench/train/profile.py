@@ -1,4 +1,4 @@
-"""Where the time of a step goes: torch's profiler over a few refinement steps, or dense ones."""
+"""Time of a step by part: torch's profiler over a few refinement steps, or dense ones."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from lightning_estdgm.callbacks.dgm import DGMCallback
 from lightning_estdgm.method.schedules import EstDgm
-from lightning_estdgm.tools.bench.train.config import TrainConfig
-from lightning_estdgm.tools.bench.train.run import dgm_config, fit
+from lightning_estdgm.tools.bench.train.single_run import dgm_config, fit
+from lightning_estdgm.tools.bench.train.train_config import TrainConfig
 from lightning_estdgm.tools.bench.train.workloads import Workload
 from lightning_estdgm.tools.demo.step_profile import LightningRanges
 from lightning_estdgm.tools.quiet import environment_variable
@@ -32,7 +32,7 @@ SPARSE, DENSE, ATTENTION, POINTWISE, OPTIMIZER, MASKS, OTHER = (
     "other",
 )
 PARTS = (SPARSE, DENSE, ATTENTION, POINTWISE, OPTIMIZER, MASKS, OTHER)
-"""What a step's time is divided into; "other" is the rest of its wall time: Lightning, Python, an idle GPU."""
+"""Parts of a step's time; "other" is the rest of its wall time: Lightning, Python, an idle GPU."""
 
 _SETTLE = 10  # steps before those that are profiled
 
@@ -64,7 +64,7 @@ def profile_train(workload: Workload, config: TrainConfig) -> dict[str, dict[str
     The profiler slows small operations down: read the shares, and take times from the timed runs.
 
     Returns:
-        for "dense" and "refinement": "steps", "wall_s" a step, and by part of `PARTS` "seconds" a step and "share".
+        For "dense" and "refinement": "steps", "wall_s" a step, and by part of `PARTS` "seconds" a step and "share".
     """
     found = {}
     length = _SETTLE + config.profile_steps + 4
@@ -79,7 +79,7 @@ def profile_train(workload: Workload, config: TrainConfig) -> dict[str, dict[str
 
 
 def _refinement(config: TrainConfig, length: int) -> EstDgm:
-    """Two steps of each earlier phase, then refinement, whose second half is frozen."""
+    """Return a schedule of two steps of each earlier phase, then refinement, whose second half is frozen."""
     default, last = EstDgm(), length + 1 - 4
     return EstDgm(
         exploration=replace(default.exploration, length=2),
@@ -120,7 +120,7 @@ class _StepProfiler(Callback):
         self.seen += 1
 
     def shares(self) -> dict[str, Any]:
-        """Seconds a step and share of it by part; an operation counts without those that it calls."""
+        """Return seconds a step and share of it by part; an operation counts without those that it calls."""
         spent = dict.fromkeys(PARTS, 0.0)
         for part, seconds in _kernel_times(self.profile.events()) if self.on_gpu else _cpu_times(self.profile.events()):
             spent[part] += seconds
@@ -151,7 +151,7 @@ def _cpu_times(events: Any) -> Iterable[tuple[str, float]]:
 
 
 def _kernel_times(events: Any) -> Iterable[tuple[str, float]]:
-    """Each kernel by the operation that launched it, or else by its own name."""
+    """Yield each kernel's part and seconds, by the operation that launched it, or else by its own name."""
     for event in events:
         for kernel in getattr(event, "kernels", ()):
             part = part_of(_names(event))
@@ -161,7 +161,7 @@ def _kernel_times(events: Any) -> Iterable[tuple[str, float]]:
 
 
 def _names(event: Any) -> list[str]:
-    """The event's name and those of the events around it, from the inside."""
+    """Return the event's name and those of the events around it, from the inside."""
     names = []
     while event is not None:
         names.append(event.name)
@@ -170,7 +170,7 @@ def _names(event: Any) -> list[str]:
 
 
 def part_of(names: list[str]) -> str:
-    """The part that an operation belongs to, by its name and those around it, from the inside.
+    """Return the part that an operation belongs to, by its name and those around it, from the inside.
 
     >>> part_of(["aten::mm", "estdgm::masked_linear"]), part_of(["aten::gelu", "[Strategy]SingleDevice.training_step"])
     ('sparse products', 'norms, activations, loss')

@@ -1,4 +1,4 @@
-"""Results of the training benchmark as tables and as a picture."""
+"""Results of ``estdgm bench train`` as tables and as a picture."""
 
 from __future__ import annotations
 
@@ -9,17 +9,26 @@ from typing import Any
 
 from rich.table import Table
 
+from lightning_estdgm.tools.bench.output import Columns, terminal_table
 from lightning_estdgm.tools.bench.train.profile import PARTS
 from lightning_estdgm.tools.plotting import COLOURS, new_figure, save
 
-__all__ = ["backends_used", "draw_train", "profile_columns", "profile_table", "train_columns", "train_table"]
+__all__ = [
+    "backends_used",
+    "draw_train",
+    "energy_words",
+    "profile_columns",
+    "profile_table",
+    "train_columns",
+    "train_table",
+]
 
 Result = Mapping[str, Any]
 _PART_COLOURS = dict(zip(PARTS, (*COLOURS[1:], "#c9c9c9"), strict=True))
 
 
-def train_columns(result: Result) -> tuple[list[str], list[list[str]]]:
-    """Head and cells of one result's table: dense, each phase, the whole schedule."""
+def train_columns(result: Result) -> Columns:
+    """Return head and cells of one result's table: dense, each phase, the whole schedule."""
     unit = result["workload"]["unit"]
     head = ["", "step, ms", f"{unit}/s", "over dense", "between windows", "range over rounds", "joules a step"]
     dense = result["dense"]
@@ -45,28 +54,25 @@ def train_columns(result: Result) -> tuple[list[str], list[list[str]]]:
 
 
 def train_table(result: Result) -> Table:
-    """Lay out one result for a terminal."""
-    energy = result["energy"] if isinstance(result["energy"], str) else "by " + ", ".join(result["energy"])
-    table = Table(
-        title=f"{result['name']}, {result['mode']}, {result['settings']['precision']}; joules: {energy}",
-        caption=f"once a run: {sum(result['one_off'].values()):.1f} s; final backends: {backends_used(result)}",
-    )
-    head, cells = train_columns(result)
-    for index, column in enumerate(head):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
-    for line in cells:
-        table.add_row(*line)
-    return table
+    """Return one result as a table for the terminal."""
+    title = f"{result['name']}, {result['mode']}, {result['settings']['precision']}; joules: {energy_words(result)}"
+    once = f"once a run: {sum(result['one_off'].values()):.1f} s; final backends: {backends_used(result)}"
+    return terminal_table(title, train_columns(result), left=(0,), caption=once)
+
+
+def energy_words(result: Result) -> str:
+    """Return the sources of a result's joules in words, or why there are none."""
+    return result["energy"] if isinstance(result["energy"], str) else "by " + ", ".join(result["energy"])
 
 
 def backends_used(result: Result) -> str:
-    """How many masked layers end on which backend."""
+    """Return the number of masked layers that end on each backend, in words."""
     counts = Counter(decision["backend"] for decision in result["decisions"] if decision["masked"])
     return ", ".join(f"{name}: {count}" for name, count in counts.most_common()) or "none"
 
 
-def profile_columns(profiled: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and cells of where the time goes, dense and in refinement."""
+def profile_columns(profiled: Mapping[str, Any]) -> Columns:
+    """Return head and cells of the table of a step's time by part, dense and in refinement."""
     head = ["part of a step", *(f"{arm}, {what}" for arm in profiled for what in ("ms", "share"))]
     cells = []
     for part in PARTS:
@@ -80,21 +86,16 @@ def profile_columns(profiled: Mapping[str, Any]) -> tuple[list[str], list[list[s
 
 
 def profile_table(result: Result) -> Table:
-    """Lay out where the time goes for a terminal."""
-    table = Table(title=f"where the time goes: {result['name']}, {result['mode']}, under torch's profiler")
-    head, cells = profile_columns(result["profile"])
-    for index, column in enumerate(head):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
-    for line in cells:
-        table.add_row(*line)
-    return table
+    """Return the parts of a step's time as a table for the terminal."""
+    title = f"where the time goes: {result['name']}, {result['mode']}, under torch's profiler"
+    return terminal_table(title, profile_columns(result["profile"]), left=(0,))
 
 
 def draw_train(results: Sequence[Result], path: Path, machine: str) -> None:
     """Write a PNG: for each result the speed of each phase over dense, and below it where the time of a step goes.
 
     Raises:
-        ValueError: without results.
+        ValueError: if there are no results.
     """
     if not results:
         raise ValueError("expected at least one result to draw, got none")

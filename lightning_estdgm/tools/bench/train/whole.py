@@ -1,4 +1,4 @@
-"""From timed steps to a whole run of the default schedule: pure functions."""
+"""Times of a whole run of a schedule, from steps that were timed: pure functions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_estdgm.method.schedules import Schedule
-from lightning_estdgm.tools.bench.train.config import SETTLE_STEPS
+from lightning_estdgm.tools.bench.train.train_config import SETTLE_STEPS
 
-__all__ = ["PhaseTimes", "Step", "phase_times", "plain_seconds", "whole_run"]
+__all__ = ["DENSE", "PhaseTimes", "Step", "phase_times", "plain_seconds", "whole_run"]
+
+DENSE = "dense"
+"""Phase of a step without masks."""
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,13 @@ class Step:
     """One timed training step, from the start of its batch to the start of the next.
 
     Attributes:
-        phase: of the schedule; "dense" without masks.
+        phase: phase of the schedule; `DENSE` without masks.
         density: active share of the masked weights.
-        observed: it lay in an observation window.
-        updated: the masks changed at its end.
-        age: steps since the masks last changed, or since the start.
-        seconds: what it took.
+        observed: whether it lay in an observation window.
+        updated: whether the masks changed at its end.
+        age: number of steps since the masks last changed, or since the start.
+        seconds: duration.
+
     """
 
     phase: str
@@ -36,18 +40,19 @@ class Step:
 
     @property
     def counts(self) -> bool:
-        """Whether it lies behind what only first steps pay."""
+        """Whether it lies behind the steps that allocate, tune and compile."""
         return self.age >= SETTLE_STEPS
 
 
 @dataclass(frozen=True)
 class PhaseTimes:
-    """What the steps of one phase take.
+    """Durations of the steps of one phase.
 
     Attributes:
         plain_s: (density, seconds) of a step outside the windows, by rising density.
         observing_s: (density, seconds) that an observed step takes beyond that.
         update_s: seconds that a mask update adds to its step.
+
     """
 
     plain_s: tuple[tuple[float, float], ...]
@@ -56,7 +61,7 @@ class PhaseTimes:
 
 
 def plain_seconds(steps: Iterable[Step]) -> float:
-    """Median seconds of the steps that count and lie outside the windows."""
+    """Return the median seconds of the steps that count and lie outside the windows."""
     return statistics.median(step.seconds for step in steps if step.counts and not step.observed)
 
 
@@ -93,7 +98,7 @@ def whole_run(times: Mapping[str, PhaseTimes], schedule: Schedule) -> dict[str, 
     Between the densities that were measured, seconds go in straight lines.
 
     Returns:
-        by phase: "steps", "observed_steps", "updates" and their seconds: "plain_s" (all steps without windows and
+        By phase: "steps", "observed_steps", "updates" and their seconds: "plain_s" (all steps without windows and
         updates), "observing_s", "updates_s", and the sum, "seconds".
     """
     phases: dict[str, dict[str, Any]] = {}
@@ -123,7 +128,7 @@ def whole_run(times: Mapping[str, PhaseTimes], schedule: Schedule) -> dict[str, 
 
 
 def _windows(steps: Sequence[Step]) -> list[list[Step]]:
-    """Stretches of observed steps that end in an update; one that a phase's end cuts off is left out."""
+    """Return the stretches of observed steps that end in an update; one that a phase's end cuts off is left out."""
     windows: list[list[Step]] = []
     open_window: list[Step] = []
     for step in steps:
@@ -139,7 +144,7 @@ def _windows(steps: Sequence[Step]) -> list[list[Step]]:
 
 
 def _between(points: Sequence[tuple[float, float]], density: float) -> float:
-    """The value at a density: on the straight line between its neighbours, at the ends that of the last point."""
+    """Return the value at a density: on the line between its neighbours, at the ends that of the last point."""
     if not points:
         return 0.0
     index = bisect.bisect_left(points, (density,))

@@ -1,4 +1,4 @@
-"""What is trained: a GPT or a ResNet-50, its batch, and which of its parts are compiled."""
+"""Workloads of ``estdgm bench train``: a GPT or a ResNet-50, its batch, and which of its parts are compiled."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ class GptWorkload:
     """A byte-level GPT (recipes/gpt.py) by AdamW, gradients clipped at 1.
 
     Attributes:
-        width: of the model; heads are 64 wide, 128 from a width of 2048 on.
-        layers: decoder blocks.
+        width: width of the model; heads are 64 wide, 128 from a width of 2048 on.
+        layers: number of decoder blocks.
         context: tokens a sequence.
         batch_size: sequences a step.
+
     """
 
     width: int
@@ -49,7 +50,7 @@ class GptWorkload:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name for people."""
         return f"GPT, width {self.width}, {self.layers} layers, {self.batch_size} x {self.context} tokens"
 
     @property
@@ -59,20 +60,20 @@ class GptWorkload:
 
     @property
     def head_width(self) -> int:
-        """Of one attention head."""
+        """Width of one attention head."""
         return min(self.width, 64 if self.width < 2048 else 128)
 
     def module(self) -> LightningModule:
-        """Fresh weights, on the device of an enclosing ``with torch.device(...)``."""
+        """Return a model with fresh weights, on the device of an enclosing ``with torch.device(...)``."""
         return ByteGPT(self.width, self.layers, self.width // self.head_width, self.context, lr=_RATE)
 
     def batch(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Random bytes and their targets."""
+        """Return random bytes and their targets."""
         x, y = torch.randint(256, (2, self.batch_size, self.context), device=device)
         return x, y
 
     def describe(self) -> dict[str, Any]:
-        """All of it in plain types."""
+        """Return all of it in plain types."""
         return {"model": self.model, **asdict(self), "unit": self.unit, "items_per_step": self.items}
 
 
@@ -83,8 +84,9 @@ class ResNetWorkload:
     Attributes:
         image_size: height and width of an image, in pixels.
         batch_size: images a step.
-        blocks: of the four stages; those of ResNet-50 by default.
+        blocks: number of blocks of the four stages; those of ResNet-50 by default.
         width: channels of the first stage.
+
     """
 
     image_size: int
@@ -103,7 +105,7 @@ class ResNetWorkload:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name for people."""
         return f"ResNet-50, {self.batch_size} images of {self.image_size} x {self.image_size}"
 
     @property
@@ -112,18 +114,18 @@ class ResNetWorkload:
         return self.batch_size
 
     def module(self) -> LightningModule:
-        """Fresh weights, on the device of an enclosing ``with torch.device(...)``."""
+        """Return a model with fresh weights, on the device of an enclosing ``with torch.device(...)``."""
         return ImageClassifier(layers=self.blocks, width=self.width, lr=_RATE)
 
     def batch(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Random images and classes."""
+        """Return random images and classes."""
         images = torch.randn(self.batch_size, 3, self.image_size, self.image_size, device=device)
         return images.contiguous(memory_format=torch.channels_last), torch.randint(
             0, 1000, (self.batch_size,), device=device
         )
 
     def describe(self) -> dict[str, Any]:
-        """All of it in plain types."""
+        """Return all of it in plain types."""
         return {"model": self.model, **asdict(self), "unit": self.unit, "items_per_step": self.items}
 
 

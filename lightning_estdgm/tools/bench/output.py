@@ -1,8 +1,8 @@
-"""How benchmark commands tell what they found: tables on the terminal, JSON and PNG side by side."""
+"""Output of the benchmark commands: tables on the terminal, JSON and PNG side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,21 @@ from lightning_estdgm.tools.bench.environment import environment, header
 from lightning_estdgm.tools.report import write_json
 from lightning_estdgm.tools.terminal import wide_console
 
-__all__ = ["Record", "console", "machine_name", "markdown_table", "show"]
+__all__ = ["Columns", "Record", "console", "machine_name", "markdown_table", "show", "terminal_table"]
+
+Columns = tuple[list[str], list[list[str]]]
+"""Head and cells of a table, for the terminal or for Markdown."""
 
 
 class Record:
-    """A benchmark's JSON, written anew after every part: what was measured survives a cut.
+    """JSON of a benchmark, written anew after every part, so that a cut loses one part only.
 
     Args:
-        path: of the JSON; None to write nothing.
+        path: path of the JSON; None to write nothing.
+
+    Attributes:
+        header: command, date and environment.
+
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -28,24 +35,24 @@ class Record:
         self.header = header()
 
     def write(self, content: Mapping[str, Any], complete: bool) -> None:
-        """Write what there is so far; "complete" tells a reader whether that is all."""
+        """Write the results so far; "complete" tells a reader whether these are all."""
         if self.path is not None:
             write_json({**self.header, "complete": complete, **content}, self.path)
 
     @property
     def picture(self) -> Path | None:
-        """Where the PNG goes: beside the JSON."""
+        """Path of the PNG, beside the JSON."""
         return None if self.path is None else self.path.with_suffix(".png")
 
 
 def machine_name(machine: Mapping[str, Any]) -> str:
-    """Device and torch in a few words, from `environment.environment`."""
+    """Return device and torch in a few words, from `environment.environment`."""
     device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} thread(s)"
     return f"{device}, torch {machine['torch']}"
 
 
 def markdown_table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table.
+    """Return a Markdown table.
 
     >>> print(markdown_table(["a", "b"], [["1", "2"]]))
     | a | b |
@@ -54,6 +61,28 @@ def markdown_table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """
     lines = [head, ["---"] * len(head), *cells]
     return "\n".join("|" + "|".join(line) + "|" if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines)
+
+
+def terminal_table(
+    title: str, columns: Columns, *, left: Container[int], wrapped: Container[int] = (), caption: str | None = None
+) -> Table:
+    """Return a table for the terminal.
+
+    Args:
+        title: text above it.
+        columns: head and cells.
+        left: columns that are aligned to the left; others are to the right.
+        wrapped: columns that may be wrapped.
+        caption: text below it.
+
+    """
+    table = Table(title=title, caption=caption)
+    head, cells = columns
+    for index, column in enumerate(head):
+        table.add_column(column, justify="left" if index in left else "right", no_wrap=index not in wrapped)
+    for line in cells:
+        table.add_row(*line)
+    return table
 
 
 def console() -> Console:

@@ -1,4 +1,4 @@
-"""The grid that ``estdgm bench kernels`` measures."""
+"""Grid that ``estdgm bench kernels`` measures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from lightning_estdgm._checks import expect_int
 from lightning_estdgm.modules.mask_unit import BLOCK_SIZES
+from lightning_estdgm.tools.bench.environment import default_device
 
 __all__ = ["KINDS", "KernelsConfig", "quick_kernels"]
 
@@ -19,24 +20,20 @@ _CPU_SHAPES = ((1024, 1536, 512), (1024, 2048, 512), (2048, 1024, 1024))
 _GPU_SHAPES = ((8192, 4096, 4096), (8192, 2048, 2048), (8192, 8192, 2048), (8192, 2048, 8192))
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 @dataclass(frozen=True)
 class KernelsConfig:
-    """The grid to measure; what is left out takes the device's defaults.
+    """Grid to measure; settings that are left out take the device's defaults.
 
     Attributes:
         shapes: (tokens, out_features, in_features) of linear layers.
         block_sizes: sides of a block.
         densities: active shares, in (0, 1].
         dtypes: names of torch's floating-point dtypes.
-        kinds: of `KINDS`.
+        kinds: names of `KINDS`.
         images: batch of the convolutions.
         image_size: height and width of the images that the ResNet-50 sees, in pixels.
-        most_layers: only so many of its convolutions, those with the most work; 0 for all.
-        device: where; the GPU if there is one.
+        most_layers: largest number of its convolutions, those with the most work; 0 for all.
+        device: device to measure on; the GPU if there is one.
         rounds: timed turns of each; the fastest counts.
         peers: whether to measure PyTorch's own sparse layouts too.
 
@@ -52,7 +49,7 @@ class KernelsConfig:
     images: int = 0
     image_size: int = 224
     most_layers: int = 0
-    device: str = field(default_factory=_device)
+    device: str = field(default_factory=default_device)
     rounds: int = 5
     peers: bool = True
 
@@ -88,8 +85,8 @@ class KernelsConfig:
 
 
 def quick_kernels(device: str | None = None) -> KernelsConfig:
-    """The few cases that show most, within minutes: one or two shapes, two or three blocks, one dtype."""
-    device = device or _device()
+    """Return the few cases that show most, within minutes: one or two shapes, two or three blocks, one dtype."""
+    device = device or default_device()
     if device == "cpu":
         return KernelsConfig(
             shapes=((2048, 1024, 1024),),

@@ -1,4 +1,4 @@
-"""How ``estdgm bench train`` measures, and what it measures by default on this machine."""
+"""Settings of ``estdgm bench train``, and the sizes that this machine has room and time for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from lightning_estdgm._checks import expect_int
 from lightning_estdgm.method.schedules import EstDgm, Phase
+from lightning_estdgm.tools.bench.environment import default_device
 
 __all__ = ["TrainConfig", "compressed_schedule", "fitting_layers", "wanted_layers"]
 
@@ -26,25 +27,22 @@ _DENSE_RATE_SHARE = 0.5  # of a bare product's FLOP rate, that a training step r
 _PRODUCTS = 3  # output and two gradients
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to measure one workload.
+    """Measurement of one workload.
 
     Attributes:
-        block_size: side of a mask unit, or "auto"; as in `DGMConfig`.
-        backend: as in `DGMConfig`.
-        compiled: compile the blocks of both models.
-        device: where; the GPU if there is one. There it is bf16-mixed, else float32.
-        densities: measured in each phase, at its start, at its end and evenly between.
+        block_size: side of a mask unit, or "auto"; as in `Units`.
+        backend: backend of the masked layers; as in `DGMConfig`.
+        compiled: whether the blocks of both models are compiled.
+        device: device of the runs; the GPU if there is one. There it is bf16-mixed, else float32.
+        densities: number of densities in each phase, at its start, at its end and evenly between.
         interval: steps at each density.
-        observe_steps: of them observed, at least 4; the rest, less the first two, are the steps between windows.
-        dense_steps: of each dense run, less the first two.
-        rounds: sparse runs; each lies between two dense ones.
-        profile_steps: of refinement that are profiled; 0 for none.
+        observe_steps: number of them that are observed, at least 4; the rest, less the first two, are the steps
+            between windows.
+        dense_steps: steps of each dense run, less the first two.
+        rounds: number of sparse runs; each lies between two dense ones.
+        profile_steps: number of steps of refinement that are profiled; 0 for none.
 
     Raises:
         ValueError: for counts that leave nothing to time.
@@ -53,7 +51,7 @@ class TrainConfig:
     block_size: int | str = "auto"
     backend: str = "auto"
     compiled: bool = False
-    device: str = field(default_factory=_device)
+    device: str = field(default_factory=default_device)
     densities: int = 3
     interval: int = 20
     observe_steps: int = 8
@@ -73,17 +71,17 @@ class TrainConfig:
 
     @property
     def mode(self) -> str:
-        """In one word."""
+        """Compiled or eager, in one word."""
         return "compiled" if self.compiled else "eager"
 
     @property
     def precision(self) -> str:
-        """Of the Trainer."""
+        """Precision of the Trainer."""
         return "32-true" if self.device == "cpu" else "bf16-mixed"
 
 
 def compressed_schedule(config: TrainConfig) -> EstDgm:
-    """The default phases and densities, a few steps at each of some densities, each change after a window."""
+    """Return the default phases and densities, a few steps at each of some densities, each change after a window."""
     default = EstDgm()
     length = config.densities * config.interval
 
@@ -101,7 +99,7 @@ def compressed_schedule(config: TrainConfig) -> EstDgm:
 
 
 def wanted_layers(width: int) -> int:
-    """Decoder blocks of a GPT of this width, where nothing limits them.
+    """Return the decoder blocks of a GPT of this width, where nothing limits them.
 
     >>> wanted_layers(2048)
     24
@@ -112,13 +110,13 @@ def wanted_layers(width: int) -> int:
 def fitting_layers(
     width: int, tokens: int, free_bytes: float, step_limit_s: float, flop_per_s: float
 ) -> tuple[int, str]:
-    """How many decoder blocks of a GPT to train here, and what limits them.
+    """Return how many decoder blocks of a GPT to train here, and what limits them.
 
     Args:
-        width: of the model.
-        tokens: of a step.
+        width: width of the model.
+        tokens: number of tokens a step.
         free_bytes: memory that may be used.
-        step_limit_s: what a dense step may take.
+        step_limit_s: longest time of a dense step.
         flop_per_s: rate of a bare product of this width.
 
     Returns:
@@ -135,7 +133,7 @@ def fitting_layers(
 
 
 def free_memory(device: str) -> float:
-    """Bytes that are free on the device."""
+    """Return the bytes that are free on the device."""
     if device != "cpu":
         return float(torch.cuda.mem_get_info()[0])
     try:
@@ -145,7 +143,7 @@ def free_memory(device: str) -> float:
 
 
 def product_rate(width: int, tokens: int, device: str) -> float:
-    """FLOP/s of one dense product ``tokens x width x 4 width``, in the dtype of training."""
+    """Return the FLOP/s of one dense product ``tokens x width x 4 width``, in the dtype of training."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     x, weight = (
         torch.randn(tokens, width, dtype=dtype, device=device),
