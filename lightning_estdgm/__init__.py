@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from lightning_estdgm.callbacks.energy import EnergyMonitor as EnergyMonitor
     from lightning_estdgm.callbacks.requeue import RequeueBetweenSteps as RequeueBetweenSteps
     from lightning_estdgm.config import DGMConfig as DGMConfig
+    from lightning_estdgm.config import Selection as Selection
+    from lightning_estdgm.config import StepSize as StepSize
+    from lightning_estdgm.config import Units as Units
+    from lightning_estdgm.distributed.mask_check import MasksDifferError as MasksDifferError
     from lightning_estdgm.energy.energy_meter import EnergyMeter as EnergyMeter
     from lightning_estdgm.energy.footprint import Footprint as Footprint
     from lightning_estdgm.engine.controller import DGMController as DGMController
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_estdgm.export.densify import densify_checkpoint as densify_checkpoint
     from lightning_estdgm.method.schedules import EstDgm as EstDgm
     from lightning_estdgm.method.schedules import Phase as Phase
+    from lightning_estdgm.method.update_rule import UpdateRule as UpdateRule
     from lightning_estdgm.plugins.checkpoint_io import SparseCheckpointIO as SparseCheckpointIO
     from lightning_estdgm.presets import preset as preset
 else:
@@ -26,6 +31,11 @@ else:
         {
             "DGMCallback": "lightning_estdgm.callbacks.dgm",
             "DGMConfig": "lightning_estdgm.config",
+            "MasksDifferError": "lightning_estdgm.distributed.mask_check",
+            "Selection": "lightning_estdgm.config",
+            "StepSize": "lightning_estdgm.config",
+            "Units": "lightning_estdgm.config",
+            "UpdateRule": "lightning_estdgm.method.update_rule",
             "DGMController": "lightning_estdgm.engine.controller",
             "EnergyMeter": "lightning_estdgm.energy.energy_meter",
             "EnergyMonitor": "lightning_estdgm.callbacks.energy",
