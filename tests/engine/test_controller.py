@@ -112,9 +112,8 @@ def test_close_takes_every_hook_and_class_away(mlp, config, steps):
     model = mlp(32, 128, 64, 4)
     optimizer = adamw(model)
     before = traces(model, optimizer)
-    config = config.merged(
-        update_rule={"keep": "magnitude"}
-    )  # by gradients, the first layer's inactive blocks are dead
+    # By gradients, the first layer's inactive blocks are dead.
+    config = config.merged(update_rule={"keep": "magnitude"})
     dgm = DGMController(model, optimizer, config, total_steps=STEPS)
     assert traces(model, optimizer) != before
     run(model, optimizer, dgm, last=steps)

@@ -1,5 +1,7 @@
 """First masks: units, seed and initial weights."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,8 @@ from torch import nn
 from helpers.controller_runs import SCHEDULE, STEPS, WEIGHTS, adamw, refuse, sgd
 from lightning_estdgm.config import DGMConfig, StepSize, Units
 from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.method.patterns import NofM
+from lightning_estdgm.presets import preset
 
 
 @pytest.mark.parametrize(
@@ -64,3 +68,17 @@ def test_an_older_run_keeps_its_units_where_automatic_blocks_are_others_now():
         assert torch.equal(resumed.masks()["0"], masks["0"])
     with DGMController(model, sgd(model), config, total_steps=STEPS) as new:
         assert new.decisions()[0].block_size == 16
+
+
+def test_layers_that_do_not_fit_are_named(mlp):
+    model = mlp(12, 24, 10, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for config, message in (
+        (preset("n:m", 0.5, m=8), "layer '0': N:8 needs inputs that are a multiple of 8, got a mask of (24, 12)"),
+        (
+            preset("rigl", 0.3, update_rule={"pattern": NofM(4)}),
+            "layer '0': N:4 needs a density that is a whole number of 4ths",
+        ),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            DGMController(model, optimizer, config, total_steps=8)

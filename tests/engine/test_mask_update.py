@@ -5,7 +5,12 @@ import torch
 from torch import nn
 
 from helpers.controller_runs import STEPS, WEIGHTS, adamw, fit
+from helpers.published_runs import DENSITY, EVERY, count, trained
+from lightning_estdgm.config import DGMConfig, StepSize, Units
 from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.method.schedules import EstDgm
+from lightning_estdgm.method.update_rule import UpdateRule
+from lightning_estdgm.presets import preset
 
 
 class Branches(nn.Module):
@@ -36,3 +41,40 @@ def test_a_layer_without_gradient_follows_the_budget_and_grows_nothing(mlp):
         assert dgm.density == pytest.approx(0.10, abs=1e-4)
         dropped = start[~after & (start != 0)].abs()
         assert dropped.max() <= start[after].abs().min()
+
+
+def test_growth_at_random_observes_nothing_by_single_weights(mlp):
+    schedule = EstDgm(update_every=EVERY, observe_steps=2)
+    for block_size, observed in ((1, 0), (16, 2)):
+        config = DGMConfig(
+            schedule,
+            units=Units(size=block_size),
+            update_rule=UpdateRule(grow="random"),
+            backend="dense",
+            step_size=StepSize(exponent=0.0),
+        )
+        updates, _, _ = trained(mlp, config, widths=(64, 96, 64, 4))
+        assert {len(seen.gradients) for layers in updates.values() for seen in layers.values()} == {observed}
+
+
+def test_random_growth_is_fixed_by_the_seed_alone(mlp):
+    def masks_of(config):
+        return trained(mlp, config, 24)[1]
+
+    torch.manual_seed(1)
+    first = masks_of(preset("set", DENSITY, update_every=EVERY))
+    torch.manual_seed(2)
+    again = masks_of(preset("set", DENSITY, update_every=EVERY))
+    other = masks_of(preset("set", DENSITY, update_every=EVERY, seed=1))
+    assert all((a[name] == b[name]).all() for a, b in zip(first, again, strict=True) for name in a)
+    assert any((first[-1][name] != other[-1][name]).any() for name in first[-1])
+
+
+def test_layers_of_one_shape_grow_by_chances_of_their_own(mlp):
+    updates, _, _ = trained(mlp, preset("set", DENSITY, update_every=EVERY), 32, (16, 16, 16, 4))
+    shared = grown = 0
+    for layers in updates.values():
+        first, second = (seen.new_mask & ~seen.mask for seen in layers.values())
+        shared, grown = shared + count(first & second), grown + count(first)
+    assert grown > 60
+    assert shared < grown / 3
