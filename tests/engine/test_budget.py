@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from helpers.controller_runs import STEPS, fit, run, sgd
+from helpers.masked_weights import candidates_of
 from lightning_estdgm.config import DGMConfig, Units
+from lightning_estdgm.engine.budget import LayerUnits, unit_budgets
 from lightning_estdgm.engine.controller import DGMController
 from lightning_estdgm.method.schedules import EstDgm
 from lightning_estdgm.method.update_rule import UpdateRule
@@ -70,3 +72,46 @@ def test_without_parts_the_largest_weights_take_all():
     with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
         run(model, optimizer, dgm)
     assert not dgm.masks()["0"].chunk(3)[2].any()
+
+
+# ------------------------------------------------------------------ budgets by themselves
+
+
+def layer(out, inner, parts=1, unit=1):
+    return LayerUnits((out // parts, inner), parts, out * inner // unit, unit)
+
+
+def test_each_part_of_each_layer_has_its_share_of_a_uniform_budget():
+    assert unit_budgets([layer(24, 8, parts=3), layer(16, 8)], "uniform", 0.25) == [[16, 16, 16], [32]]
+
+
+@pytest.mark.parametrize("density", [0.05, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("distribution", ["erk", "uniform"])
+def test_budgets_hold_as_many_weights_as_the_density_asks_for(distribution, density):
+    layers = [layer(64, 32, parts=2, unit=16), layer(96, 64, unit=16), layer(32, 16, unit=16)]
+    budgets = unit_budgets(layers, distribution, density)
+    assert [len(budget) for budget in budgets] == [2, 1, 1]
+    held = sum(sum(budget) * x.unit_size for budget, x in zip(budgets, layers, strict=True))
+    assert abs(held - density * sum(x.units * x.unit_size for x in layers)) <= 8
+    assert all(0 < k <= x.units // x.parts for budget, x in zip(budgets, layers, strict=True) for k in budget)
+
+
+def test_a_function_is_asked_for_each_part_by_its_shape():
+    asked = []
+
+    def densities(shapes, density):
+        asked.append((shapes, density))
+        return [0.5, 0.5, 0.25]
+
+    assert unit_budgets([layer(8, 4, parts=2), layer(8, 4)], densities, 0.375) == [[8, 8], [8]]
+    assert asked == [([(4, 4), (4, 4), (8, 4)], 0.375)]
+    with pytest.raises(ValueError, match=r"must keep to the density 0\.5 of the whole, got 0\.375"):
+        unit_budgets([layer(8, 4, parts=2), layer(8, 4)], densities, 0.5)
+    with pytest.raises(ValueError, match="must return 1 densities"):
+        unit_budgets([layer(8, 4)], densities, 0.375)
+
+
+def test_units_of_a_fused_layer_are_counted_by_part():
+    fused, plain, _ = candidates_of((96, 32), (32, 96), (4, 4), names=("qkv", "out", "last"))
+    assert LayerUnits.of(fused, 16) == LayerUnits((32, 32), parts=3, units=12, unit_size=256)
+    assert LayerUnits.of(plain, 1) == LayerUnits((32, 96), parts=1, units=32 * 96, unit_size=1)

@@ -1,12 +1,18 @@
 """Checks before a run goes on: the rule fits the weights, the checkpoint is one of this run."""
 
+import re
+
 import pytest
 import torch
 
 from helpers.controller_runs import BLOCKS, STEPS, WEIGHTS, adamw, refuse
+from helpers.masked_weights import numbered, sharded_weight
 from lightning_estdgm.config import DGMConfig, Units
+from lightning_estdgm.engine.checks import check_rule, check_state
 from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.method.backward_set import BackwardSet
 from lightning_estdgm.method.schedules import EstDgm
+from lightning_estdgm.method.update_rule import UpdateRule
 
 
 @pytest.mark.parametrize(
@@ -49,3 +55,55 @@ def test_a_state_of_another_version_is_refused_and_changes_nothing(mlp):
             dgm.load_state_dict(other)
         assert dgm.steps == 0
         assert torch.equal(dgm.masks()["0"], before)
+
+
+# ------------------------------------------------------------------ the checks by themselves
+
+
+def state_of(weight, **changes):
+    """Return the entries of a controller's state that are compared."""
+    layers = {weight.name: {"shape": list(weight.shape), "block_size": weight.block_size}}
+    return {"version": 1, "total_steps": 40, "schedule": {"cycles": 1}, "layers": layers} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "expected a state of version 1, got 2"),
+        ({"total_steps": 41}, "its total_steps is 41, this run's is 40"),
+        ({"schedule": {"cycles": 2}}, "its schedule is {'cycles': 2}, this run's is {'cycles': 1}"),
+        (
+            {"layers": {"0": {"shape": [2, 3], "block_size": 1}}},
+            "they differ in ['0']; '0' is ((2, 3), 1) there and ((2, 2), 1) here",
+        ),
+        ({"layers": {}}, "they differ in ['0']; '0' is None there and ((2, 2), 1) here"),
+    ],
+)
+def test_the_entry_that_differs_is_named(changes, message):
+    weight = numbered([[1, 0], [0, 1]])
+    expected = {"total_steps": 40, "schedule": {"cycles": 1}}
+    check_state(state_of(weight), 1, expected, [weight])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_state(state_of(weight, **changes), 1, expected, [weight])
+
+
+def test_redistribution_needs_units_of_one_size():
+    weights = [numbered([[1, 0]]), numbered([[1, 0]], block_size=2)]
+    check_rule(UpdateRule(), weights, changes_masks=True)
+    check_rule(UpdateRule(redistribute="global"), weights[:1], changes_masks=True)
+    with pytest.raises(ValueError, match=r"needs units of one size in all layers, got .* {1: '0', 4: '0'}"):
+        check_rule(UpdateRule(redistribute="global"), weights, changes_masks=True)
+
+
+def test_what_needs_whole_weights_is_refused_for_sharded_ones():
+    rule = UpdateRule(grow="random")
+    weight = sharded_weight((4, 4))
+    check_rule(UpdateRule(), [weight], changes_masks=True)
+    check_rule(rule, [weight], changes_masks=False)  # nothing is ever grown
+    with pytest.raises(
+        ValueError, match=r"layer '0' is sharded over ranks, where masks are updated by .* grow='random'"
+    ):
+        check_rule(rule, [weight], changes_masks=True)
+    learning = sharded_weight((4, 4), inactive=BackwardSet())
+    with pytest.raises(ValueError, match="layer '0' is sharded over ranks, where inactive weights cannot go on learn"):
+        check_rule(UpdateRule(), [learning], changes_masks=False)

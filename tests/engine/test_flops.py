@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from helpers.controller_runs import IMAGES, IN_BLOCKS, STEPS, constant, fit_images, run, sgd
+from helpers.masked_weights import candidates_of, numbered
 from lightning_estdgm.config import DGMConfig, Units
 from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.engine.flops import FlopCounter
+from lightning_estdgm.method.backward_set import BackwardSet
 from lightning_estdgm.method.schedules import EstDgm, Phase
 
 
@@ -63,3 +66,45 @@ def test_flops_count_every_position_that_a_weight_is_applied_to():
         dgm.advance()
         sizes = {"up": 24 * 20, "in_proj": 192 * 15, "out_proj": 64 * 15, "last": 16 * 15}  # weights x positions
         assert dgm.flops["dense"] == 6 * sum(sizes.values())
+
+
+# ------------------------------------------------------------------ the counter by itself
+
+
+@pytest.mark.parametrize(
+    ("inactive", "observing", "backend", "analytic", "executed"),
+    [
+        # Output and input gradient by the weights in the forward, weight gradient by those that learn, all of 32 * 5.
+        ("zero", False, "dense", 0.75, 3.0),
+        ("zero", False, "reference", 0.75, 3.0),
+        ("zero", False, "cpu", 0.75, 0.75),
+        ("zero", True, "cpu", 1.5, 1.5),
+        ("frozen", False, "cpu", 2.25, 2.25),
+        (BackwardSet(density=0.5), False, "cpu", 1.0, 1.0),
+    ],
+)
+def test_three_products_a_layer_each_by_the_weights_that_take_part(inactive, observing, backend, analytic, executed):
+    weight = numbered([[1, 1, 0, 0, 0, 0, 0, 0]] * 4, inactive=inactive)
+    weight.inactive.settle_(weight)
+    weight.backend = backend
+    head = candidates_of((8, 8), (2, 4))[1]
+    counter = FlopCounter()
+    assert (counter.ratio, counter.executed_ratio) == (1.0, 1.0)
+    for _ in range(2):
+        counter.count([weight.candidate, head], [weight], {"0": 5, "1": 7}, observing=observing)
+    product, others = 2 * 32 * 5, 3 * 2 * 8 * 7
+    assert counter.dense == 2 * (3 * product + others)
+    assert counter.analytic == 2 * (analytic * product + others)
+    assert counter.executed == 2 * (executed * product + others)
+    assert counter.ratio == counter.analytic / counter.dense
+    assert counter.executed_ratio == counter.executed / counter.dense
+    again = FlopCounter()
+    again.load_state_dict(counter.state_dict())
+    assert vars(again) == vars(counter)
+
+
+def test_a_layer_that_was_not_seen_counts_as_one_position():
+    weight = numbered([[1, 0]])
+    counter = FlopCounter()
+    counter.count([weight.candidate], [weight], {}, observing=False)
+    assert counter.dense == 3 * 2 * 2

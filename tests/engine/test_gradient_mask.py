@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from helpers.controller_runs import BLOCKS, STEPS, WEIGHTS, batch, full_masks, loss_of, sgd
+from helpers.masked_weights import numbered
 from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.engine.gradient_mask import mask_gradients_
 
 
 def test_gradients_are_masked_also_where_they_are_infinite_and_without_the_call(mlp):
@@ -75,3 +77,57 @@ def test_views_of_one_buffer_are_told_to_be_masked(mlp):
         writes = buffer._version
         optimizer.step()
         assert buffer._version == writes
+
+
+# ------------------------------------------------------------------ one gradient by itself
+
+
+def masked_once():
+    """Return a weight with a masked gradient, and the gradient."""
+    weight = numbered([[1, 0], [0, 1]])
+    weight.parameter.grad = torch.ones(2, 2)
+    mask_gradients_([weight])
+    return weight, weight.parameter.grad
+
+
+def test_inactive_gradients_become_zero_and_a_weight_without_gradient_is_left_out():
+    weight, gradient = masked_once()
+    other = numbered([[1, 0]])
+    mask_gradients_([weight, other])
+    assert gradient.tolist() == [[1, 0], [0, 1]]
+    assert other.parameter.grad is None
+
+
+def test_an_untouched_gradient_is_masked_again_only_if_asked_for():
+    weight, gradient = masked_once()
+    writes = gradient._version
+    mask_gradients_([weight], if_touched=True)
+    assert gradient._version == writes
+    mask_gradients_([weight])
+    assert gradient._version > writes
+
+
+@pytest.mark.parametrize("how", ["the gradient", "a view", "another tensor", "forgotten"])
+def test_a_write_is_seen(how):
+    weight, gradient = masked_once()
+    assert weight.masked_gradient.is_current(weight)
+    if how == "the gradient":
+        gradient.add_(1.0)
+    elif how == "a view":
+        gradient.view(-1)[1:].add_(1.0)
+    elif how == "another tensor":
+        weight.parameter.grad = torch.ones(2, 2)
+    else:
+        weight.masked_gradient.forget()
+    assert not weight.masked_gradient.is_current(weight)
+    mask_gradients_([weight], if_touched=True)
+    assert weight.masked_gradient.is_current(weight)
+    assert torch.count_nonzero(weight.parameter.grad[~weight.mask]) == 0
+
+
+def test_nothing_is_current_without_a_gradient():
+    weight, _ = masked_once()
+    weight.parameter.grad = None
+    assert not weight.masked_gradient.is_current(weight)
+    weight.masked_gradient.remember(weight)
+    assert not weight.masked_gradient.is_current(weight)

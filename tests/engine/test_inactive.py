@@ -8,8 +8,10 @@ import torch
 from torch.nn import functional as F
 
 from helpers.controller_runs import SCHEDULE, STEPS, batch, full_masks, loss_of
+from helpers.masked_weights import numbered
 from lightning_estdgm.config import DGMConfig, Units
 from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.method.backward_set import BackwardSet
 from lightning_estdgm.presets import preset
 
 
@@ -103,3 +105,98 @@ def test_a_step_without_a_gradient_leaves_the_shadow_weights_where_they_are(mlp)
         optimizer.step(lambda: None)
         assert torch.equal(model[0].weight, weight)
         assert torch.equal(layer.inactive.shadow.weights, held)
+
+
+# ------------------------------------------------------------------ one step of one small weight
+
+MASK = [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1]]  # of 1 to 16: active are 1, 12 and 16
+LEARNING = BackwardSet(density=0.5, active_decay=0.5, shadow_decay=2.0)
+MODES = {"zero": "zero", "frozen": "frozen", "learning": LEARNING}
+
+
+def stepped(inactive, exponent=1.0, grad_scale=1.0):
+    """Return a weight after a step that adds 1 to all that the optimizer sees, and what it was before."""
+    weight = numbered(MASK, inactive=inactive)
+    before = weight.weight.clone()
+    weight.inactive.settle_(weight)
+    weight.parameter.grad = torch.ones(4, 4)
+    weight.inactive.mask_gradient_(weight, weight.gradient)
+    weight.inactive.before_step(weight, exponent)
+    weight.inactive.with_gradients(weight, exponent, grad_scale)
+    weight.weight.add_(1.0)
+    weight.inactive.after_step(weight, exponent)
+    return weight, before
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_zero_scales_the_step_of_active_weights_and_zeros_the_others(exponent):
+    weight, before = stepped("zero", exponent)
+    torch.testing.assert_close(weight.weight, (before + (16 / 3) ** exponent) * weight.mask)
+    assert weight.gradient.tolist() == weight.mask.float().tolist()
+    assert weight.inactive.step_scale(weight, exponent) == pytest.approx((16 / 3) ** exponent)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0])
+def test_frozen_steps_active_weights_unscaled_and_gives_the_others_their_value(exponent):
+    weight, before = stepped("frozen", exponent)
+    assert torch.equal(weight.weight, before + weight.mask.float())
+    assert weight.gradient.tolist() == weight.mask.float().tolist()
+    assert weight.inactive.step_scale(weight, exponent) == 1.0
+
+
+@pytest.mark.parametrize("grad_scale", [1.0, 8.0])
+@pytest.mark.parametrize("exponent", [0.0, 1.0])
+def test_learning_steps_the_largest_outside_the_forward_and_penalizes_them(exponent, grad_scale):
+    weight, before = stepped(LEARNING, exponent, grad_scale)
+    largest = before > 9  # with the active 1, half of the 16
+    learning = largest | weight.mask
+    assert torch.equal(weight.inactive.shadow.learning, learning)
+    torch.testing.assert_close(weight.weight, (before + (16 / 3) ** exponent) * weight.mask)
+    moved = before + (16 / 3) ** exponent * learning
+    torch.testing.assert_close(weight.inactive.shadow.weights, moved * ~weight.mask)
+    penalty = torch.where(weight.mask, 0.5, 2.0) * before
+    assert torch.equal(weight.gradient, (1.0 + penalty * grad_scale) * learning)
+
+
+@pytest.mark.parametrize("inactive", MODES.values(), ids=MODES)
+def test_a_step_that_was_not_made_leaves_all_as_it_was(inactive):
+    weight = numbered(MASK, inactive=inactive)
+    weight.inactive.settle_(weight)
+    before, shadow = weight.weight.clone(), copy.deepcopy(weight.inactive.state_dict())
+    weight.parameter.grad = torch.ones(4, 4)
+    weight.inactive.before_step(weight, 1.0)
+    weight.inactive.with_gradients(weight, 1.0, 1.0)
+    weight.inactive.withdraw(weight)
+    assert torch.equal(weight.weight, before)
+    assert str(weight.inactive.state_dict()) == str(shadow)
+
+
+@pytest.mark.parametrize(
+    ("name", "in_forward", "judged", "share"), [("zero", 0, 0, 3), ("frozen", 1, 1, 3), ("learning", 0, 1, 8)]
+)
+def test_what_acts_in_the_forward_and_what_an_update_judges(name, in_forward, judged, share):
+    weight = numbered(MASK, inactive=MODES[name])
+    everything = weight.weight.clone()
+    weight.inactive.settle_(weight)
+    assert torch.equal(weight.weight, everything if in_forward else everything * weight.mask)
+    assert weight.inactive.act_in_forward == bool(in_forward)
+    assert weight.inactive.learning_density(weight) == share / 16
+    assert weight.inactive.learn == (name == "learning")
+    weight.inactive.before_update(weight)
+    assert torch.equal(weight.weight, everything if judged else everything * weight.mask)
+
+
+@pytest.mark.parametrize("theirs", MODES)
+@pytest.mark.parametrize("ours", MODES)
+def test_a_state_with_shadow_weights_goes_to_a_weight_that_has_them_only(ours, theirs):
+    state = numbered(MASK, inactive=MODES[theirs])
+    state.inactive.settle_(state)
+    weight = numbered(MASK, inactive=MODES[ours])
+    saved = state.inactive.state_dict()
+    if (ours == "learning") == (theirs == "learning"):
+        weight.inactive.load_state_dict(saved, weight.name)
+        assert str(weight.inactive.state_dict()) == str(saved)
+    else:
+        found = "none" if ours == "learning" else "some"
+        with pytest.raises(ValueError, match=f"layer '0': the checkpoint holds {found} of the weights"):
+            weight.inactive.load_state_dict(saved, weight.name)

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from helpers.controller_runs import SCHEDULE, STEPS, WEIGHTS, adamw, refuse, sgd
+from helpers.masked_weights import masked_weight, numbered
 from lightning_estdgm.config import DGMConfig, StepSize, Units
 from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.engine.initialisation import draw_masks, told_of_drawn, told_of_recovered
 from lightning_estdgm.method.patterns import NofM
 from lightning_estdgm.presets import preset
 
@@ -82,3 +84,52 @@ def test_layers_that_do_not_fit_are_named(mlp):
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             DGMController(model, optimizer, config, total_steps=8)
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ((2, 1), ""),
+        ((2, 2), ""),  # all of its units hold weights: the mask is drawn among them
+        ((1, 2), "1 of 2 masked layers (0) hold zeros as an earlier mask leaves them: what is not zero stays active"),
+    ],
+)
+def test_zeros_of_an_earlier_mask_are_told(held, message):
+    weights = [numbered([[1, 0]]), numbered([[1, 1]])]
+    assert told_of_drawn(weights, held).startswith(message)
+    assert bool(told_of_drawn(weights, held)) == bool(message)
+
+
+@pytest.mark.parametrize(
+    ("inactive", "held", "told"),
+    [
+        ("zero", 2, "hold as many zeros as the schedule leaves: their masks are what they were"),
+        ("zero", 1, "hold more zeros than the schedule leaves: some of these units are active again, drawn at random"),
+        (
+            "zero",
+            3,
+            "hold fewer zeros than the schedule leaves: the largest units stay active, the rest is set to zero",
+        ),
+        ("frozen", 3, "the largest units stay active, the rest is kept as it is, without updates"),
+    ],
+)
+def test_recovered_masks_are_told_by_what_was_found(inactive, held, told):
+    message = told_of_recovered([numbered([[1, 1], [0, 0]], inactive=inactive)] * 4, [held] * 4)
+    assert message.startswith("4 of 4 masked layers (0, 0, 0, ...) hold ")
+    assert message.endswith(told)
+
+
+def test_initial_weights_that_hold_zeros_of_an_earlier_mask_are_not_scaled_again():
+    mask = torch.tensor([[True, False], [False, False]])
+    for values, scale in ((torch.ones(2, 2), 2.0), (torch.ones(2, 2) * mask, 1.0)):
+        weight = masked_weight(values, torch.ones(2, 2, dtype=torch.bool))
+        held = draw_masks([weight], [[1]], WEIGHTS)
+        assert held == [int(values.sum())]
+        assert weight.active == 1
+        assert torch.equal(weight.weight, scale * weight.mask)
+
+
+def test_the_largest_units_are_taken_to_recover_a_mask_and_nothing_is_scaled():
+    weight = numbered([[1, 1], [1, 1]])
+    assert draw_masks([weight], [[2]], WEIGHTS, largest=True) == [4]
+    assert weight.weight.tolist() == [[0, 0], [3, 4]]

@@ -1,9 +1,12 @@
 """Observation windows: when gradients are summed, which ones, and what is left out."""
 
 import pytest
+import torch
 
 from helpers.controller_runs import SCHEDULE, STEPS, WEIGHTS, adamw, batch, equal, fit, loss_of, sgd
+from helpers.masked_weights import numbered
 from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.engine.observation import Window, observe
 
 
 def test_buffers_exist_only_inside_a_window(mlp):
@@ -98,3 +101,65 @@ def test_an_update_waits_until_something_could_be_observed(mlp):
     assert late == [at + 2, *updates[1:]]
     assert dgm.density == pytest.approx(0.10, abs=1e-3)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+# ------------------------------------------------------------------ windows by themselves
+
+
+def with_gradient(value, **settings):
+    weight = numbered([[1, 0], [0, 1]], **settings)
+    weight.parameter.grad = torch.full_like(weight.parameter, value)
+    return weight
+
+
+def test_gradients_of_several_steps_are_summed_with_the_norms_of_their_units():
+    weight = with_gradient(3.0, block_size=2)
+    for sign in (1.0, -1.0, -1.0):
+        weight.begin_step()
+        weight.parameter.grad.abs_().mul_(sign)
+        assert observe([weight], 0.5)
+    assert weight.window.samples == 3
+    assert torch.equal(weight.window.gradient, torch.full((4, 4), -1.5))
+    assert torch.equal(weight.window.norm, torch.full((2, 2), 9.0))  # of blocks of four: twice the magnitude
+
+
+def test_a_step_is_observed_once():
+    weight = with_gradient(1.0)
+    for _ in range(2):
+        assert observe([weight], 1.0)
+    assert (weight.window.samples, weight.observed) == (1, True)
+    weight.begin_step()
+    assert observe([weight], 1.0)
+    assert weight.window.samples == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_gradient_that_is_not_finite_keeps_all_of_the_step_out(value):
+    weights = [with_gradient(1.0), with_gradient(value)]
+    assert not observe(weights, 1.0)
+    assert [weight.window for weight in weights] == [None, None]
+    assert not any(weight.observed for weight in weights)
+    assert observe(weights[:1], 1.0)
+    assert weights[0].window is None  # the step is over for it, too
+
+
+def test_a_weight_without_gradient_opens_no_window():
+    weight, without = with_gradient(1.0), numbered([[1, 0]])
+    assert observe([weight, without], 1.0)
+    assert weight.observed
+    assert not without.observed
+    assert without.window is None
+
+
+def test_sums_of_half_precision_are_kept_in_single():
+    window = Window(torch.zeros(2, 2, dtype=torch.bfloat16), torch.ones(2, 2, dtype=torch.bool))
+    assert {window.gradient.dtype, window.norm.dtype} == {torch.float32}
+
+
+def test_a_window_of_another_rank_cannot_be_loaded():
+    weight = with_gradient(1.0)
+    observe([weight], 1.0)
+    state = weight.window.state_dict(weight.placement)
+    weight.window.load_state_dict(state, weight)
+    with pytest.raises(ValueError, match="layer '0': the state of an open observation window is whole on rank 0 only"):
+        weight.window.load_state_dict(state | {"gradient": None}, weight)

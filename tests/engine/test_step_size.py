@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers.controller_runs import BLOCKS, STEPS, adamw, batch, constant, fit, full_masks, loss_of, sgd
+from helpers.masked_weights import numbered
 from lightning_estdgm.config import DGMConfig, StepSize, Units
 from lightning_estdgm.engine.controller import DGMController
 
@@ -53,3 +54,42 @@ def test_the_copy_before_a_step_holds_few_active_blocks_alone(mlp):
                     assert copied.numel() == (layer.active * 16 * 16 if few else layer.weight.numel())
     assert copied is not None
     assert few
+
+
+@pytest.mark.parametrize("mask", [[[1, 0, 0, 0]], [[1, 1, 0, 0]]], ids=["few blocks", "many blocks"])
+def test_a_snapshot_scales_the_step_since_it_was_taken(mask):
+    weight = numbered(mask, block_size=2)
+    before, few = weight.weight.clone(), sum(mask[0]) == 1
+    weight.snapshot.take(weight, active_only=True)
+    assert weight.snapshot.values.numel() == (4 if few else 16)
+    assert (weight.snapshot.slices is not None) == few
+    weight.weight.add_(1.0)
+    weight.snapshot.scale_step_(weight, 1.0)
+    assert torch.equal(weight.weight, before + 1.0)
+    weight.snapshot.scale_step_(weight, 3.0)
+    active = weight.weight[:, : 2 * sum(mask[0])]
+    torch.testing.assert_close(active, before[:, : 2 * sum(mask[0])] + 3.0)
+    weight.snapshot.forget()
+    after = weight.weight.clone()
+    weight.snapshot.scale_step_(weight, 5.0)
+    assert torch.equal(weight.weight, after)
+    assert weight.snapshot.values is None
+
+
+def test_a_snapshot_is_whole_where_inactive_weights_are_needed_and_gives_them_back():
+    weight = numbered([[1, 0, 0, 0]], block_size=2)
+    before = weight.weight.clone()
+    weight.snapshot.take(weight, active_only=False)
+    assert weight.snapshot.slices is None
+    weight.weight.add_(1.0)
+    weight.snapshot.undo_inactive_(weight)
+    assert torch.equal(weight.weight[:, :2], before[:, :2] + 1.0)
+    assert torch.equal(weight.weight[:, 2:], before[:, 2:])
+
+
+def test_a_snapshot_of_new_masks_is_taken_of_their_blocks():
+    weight = numbered([[1, 0, 0, 0]], block_size=2)
+    weight.snapshot.take(weight, active_only=True)
+    weight.set_mask(torch.tensor([[False, False, False, True]]))
+    weight.snapshot.take(weight, active_only=True)
+    assert sorted(weight.snapshot.values.flatten().tolist()) == [7, 8, 15, 16]

@@ -12,6 +12,7 @@ from lightning_estdgm.method.schedules import (
     Schedule,
     ScheduleConfig,
 )
+from lightning_estdgm.method.schedules.protocol import Segment, SteppedSchedule, intervals
 
 PUBLISHED = {
     "constant": ConstantDensity(0.1, update_every=7),
@@ -41,3 +42,41 @@ def test_published_schedules_keep_what_all_do(name, total):
     progress = [schedule.drop_progress(step) for step in range(total)]
     assert progress == sorted(progress)
     assert plans[-1].density == 0.1
+
+
+def test_masks_change_at_given_steps_to_given_densities():
+    segments = (Segment("first", 0, 0, 5), Segment("second", 1, 5, 10))
+    schedule = SteppedSchedule(10, segments, ((0, 0.5), (4, 0.3), (8, 0.2)), observe_steps=2)
+    plans = [schedule(step) for step in range(10)]
+    assert [plan.density for plan in plans] == [0.5] * 4 + [0.3] * 4 + [0.2] * 2
+    assert [step for step, plan in enumerate(plans) if plan.update] == [4, 8]
+    assert [step for step, plan in enumerate(plans) if plan.observe] == [2, 3, 6, 7]
+    assert [(plan.phase, plan.cycle) for plan in plans] == [("first", 0)] * 5 + [("second", 1)] * 5
+    assert schedule.densities == (0.5, 0.3, 0.2)
+    assert schedule(99) == schedule(9)
+    with pytest.raises(ValueError, match="step must not be negative, got -1"):
+        schedule(-1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "until", "progress"),
+    [(((0, 0.5), (8, 0.2)), None, [0.0, 0.5, 1.0, 1.0]), (((0, 0.5), (8, 0.2)), 5, [0.0, 0.8, 1.0, 1.0])],
+)
+def test_the_drop_fraction_is_annealed_to_the_last_change_or_a_given_step(changes, until, progress):
+    schedule = SteppedSchedule(10, (Segment("only", 0, 0, 10),), changes, 1, until)
+    assert [schedule.drop_progress(step) for step in (0, 4, 8, 9)] == progress
+    assert SteppedSchedule(10, schedule.segments, changes[:1], 1).drop_progress(0) == 1.0  # nothing is ever updated
+
+
+@pytest.mark.parametrize(
+    ("given", "total", "found"),
+    [
+        ((None, None), 100_000, (200, 8)),
+        ((None, None), 1000, (40, 4)),
+        ((None, None), 10, (1, 1)),
+        ((50, None), 1000, (50, 5)),
+        ((50, 7), 1000, (50, 7)),
+    ],
+)
+def test_intervals_follow_the_length_of_the_run_where_none_are_given(given, total, found):
+    assert intervals(*given, total) == found
