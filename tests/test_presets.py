@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lightning_estdgm import DGMCallback
+from lightning_estdgm import DGMCallback, presets
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.method.schedules import EstDgm
 from lightning_estdgm.method.update_rule import UpdateRule
@@ -37,6 +37,12 @@ def test_published_methods_keep_blocks_by_their_own_score():
     assert {preset(name, 0.5, units={"size": 16}).update_rule.keep for name in ("rigl", "set", "gmp", "granet")} == {
         "magnitude"
     }
+
+
+def test_a_name_calls_the_methods_function_and_merges_the_other_settings():
+    named = preset("rigl", 0.2, update_every=5, seed=3, update_rule={"gamma": 0.5})
+    assert named == presets.rigl(0.2, update_every=5).merged(seed=3, update_rule={"gamma": 0.5})
+    assert named != presets.rigl(0.2).merged(seed=3, update_rule={"gamma": 0.5})
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

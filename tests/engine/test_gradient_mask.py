@@ -117,6 +117,8 @@ def test_a_write_is_seen(how):
         gradient.view(-1)[1:].add_(1.0)
     elif how == "another tensor":
         weight.parameter.grad = torch.ones(2, 2)
+        while weight.parameter.grad._version < gradient._version:  # told apart by more than the count of writes
+            weight.parameter.grad.mul_(1.0)
     else:
         weight.masked_gradient.forget()
     assert not weight.masked_gradient.is_current(weight)

@@ -156,6 +156,6 @@ def test_a_closure_masks_by_itself_and_is_not_wrapped_without_shadow_weights():
         return 7.0
 
     assert optimizer.step(closure) == 7.0
-    assert asked == []
+    assert not asked
     assert hooks.stepped
     assert torch.count_nonzero(weight.weight[~weight.mask]) == 0

@@ -93,3 +93,11 @@ def test_a_snapshot_of_new_masks_is_taken_of_their_blocks():
     weight.set_mask(torch.tensor([[False, False, False, True]]))
     weight.snapshot.take(weight, active_only=True)
     assert sorted(weight.snapshot.values.flatten().tolist()) == [7, 8, 15, 16]
+
+
+def test_a_snapshot_follows_its_weight_to_another_layout_in_memory():
+    weight = numbered([[1, 0, 0, 0]], block_size=2)
+    weight.snapshot.take(weight, active_only=True)
+    torch.utils.swap_tensors(weight.parameter, torch.nn.Parameter(weight.weight.t().contiguous().t()))
+    weight.snapshot.take(weight, active_only=True)
+    assert sorted(weight.snapshot.values.flatten().tolist()) == [1, 2, 9, 10]
