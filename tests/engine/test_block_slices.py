@@ -21,31 +21,31 @@ def test_active_blocks_are_read_and_their_step_scaled_and_no_other_is_touched(ma
     torch.manual_seed(0)
     before, mask = make(), torch.tensor([[True, False, True], [False, False, True]])
     after = make()
-    runs = BlockSlices.of(after, mask, 4)
-    assert runs.length == length
-    snapshot = runs.read(before)
+    slices = BlockSlices.of(after, mask, 4)
+    assert slices.length == length
+    snapshot = slices.read(before)
     assert sorted(snapshot.flatten().tolist()) == sorted(unit_view(before, 4).transpose(1, 2)[mask].flatten().tolist())
-    assert runs.read(before, into=snapshot) is snapshot
+    assert slices.read(before, into=snapshot) is snapshot
     on = mask.repeat_interleave(4, 0).repeat_interleave(4, 1)[(...,) + (None,) * (before.dim() - 2)]
     expected = torch.where(on, before + 2.5 * (after - before), after)
     strides = after.stride()
-    runs.scale_step_(after, snapshot, 2.5)
+    slices.scale_step_(after, snapshot, 2.5)
     torch.testing.assert_close(after, expected)
     assert after.stride() == strides
 
 
-def test_a_weight_with_gaps_has_no_runs_and_one_in_another_layout_does_not_fit():
+def test_a_weight_with_gaps_has_no_slices_and_one_in_another_layout_does_not_fit():
     mask = torch.ones(mask_shape((8, 12), 4), dtype=torch.bool)
     weight = torch.randn(8, 12)
     assert BlockSlices.of(torch.randn(8, 24)[:, ::2], mask, 4) is None
-    runs = BlockSlices.of(weight, mask, 4)
-    assert runs.fit(weight)
-    assert not runs.fit(torch.randn(12, 8).t())
+    slices = BlockSlices.of(weight, mask, 4)
+    assert slices.fit(weight)
+    assert not slices.fit(torch.randn(12, 8).t())
 
 
-def test_no_active_block_is_no_run():
+def test_no_active_block_is_no_slice():
     weight = torch.randn(8, 12)
-    runs = BlockSlices.of(weight, torch.zeros(2, 3, dtype=torch.bool), 4)
-    before = runs.read(weight)
-    runs.scale_step_(weight, before, 2.0)
+    slices = BlockSlices.of(weight, torch.zeros(2, 3, dtype=torch.bool), 4)
+    before = slices.read(weight)
+    slices.scale_step_(weight, before, 2.0)
     assert before.shape == (0, 4)

@@ -1,4 +1,4 @@
-"""Schedules are pure functions of the step: what holds for all of them, and what they refuse."""
+"""EST-DGM's schedule, for any valid settings and runs: pure functions of the step, and what they refuse."""
 
 import itertools
 import pickle
@@ -8,18 +8,7 @@ import pytest
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
-from lightning_estdgm.method.schedules import (
-    WARMUP,
-    AlternatingDensity,
-    ConstantDensity,
-    CubicDensity,
-    DropTo,
-    EstDgm,
-    Phase,
-    Schedule,
-    ScheduleConfig,
-    StagedDrop,
-)
+from lightning_estdgm.method.schedules import WARMUP, EstDgm, Phase, Schedule, ScheduleConfig
 
 PHASES = ("exploration", "consolidation", "refinement")
 density = st.floats(0.01, 1.0)
@@ -329,76 +318,3 @@ def test_phases_in_steps_must_cover_the_run(total):
     config.resolve(100)
     with pytest.raises(ValueError, match=f"phases must cover the run: .* make 100 steps, but the run has {total}"):
         config.resolve(total)
-
-
-# ------------------------------------------------------------------ schedules of published methods
-
-PUBLISHED = {
-    "constant": ConstantDensity(0.1, update_every=7),
-    "never": ConstantDensity(0.1, stop=0.0),
-    "cubic": CubicDensity(0.1, begin=0.1, end=0.5, stop=0.9),
-    "alternating": AlternatingDensity(0.1),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-@pytest.mark.parametrize("total", [41, 100, 5000])
-def test_published_schedules_keep_what_all_do(name, total):
-    config = PUBLISHED[name]
-    assert isinstance(config, ScheduleConfig)
-    assert pickle.loads(pickle.dumps(config)) == config
-    assert config.to_dict()["schedule"] == type(config).__name__
-    schedule = config.resolve(total)
-    assert isinstance(schedule, Schedule)
-    assert [s.first for s in schedule.segments] == [0, *(s.last for s in schedule.segments[:-1])]
-    assert schedule.segments[-1].last == total
-    plans = [schedule(step) for step in range(total)]
-    assert not plans[0].update
-    for before, plan in itertools.pairwise(plans):
-        assert plan.update or plan.density == before.density
-        assert before.observe or not plan.update  # a window ends at every update
-    assert [p.density for p in plans if p.update] == list(schedule.densities[1:])
-    progress = [schedule.drop_progress(step) for step in range(total)]
-    assert progress == sorted(progress)
-    assert plans[-1].density == 0.1
-
-
-def test_the_cubic_by_hand():
-    schedule = CubicDensity(0.1, start=0.5, begin=0.2, end=0.6, stop=0.8, update_every=10).resolve(100)
-    densities = {step: schedule(step).density for step in range(100) if schedule(step).update}
-    assert list(densities) == [30, 40, 50, 60, 70]
-    assert list(densities.values()) == pytest.approx(
-        [0.1 + 0.4 * 27 / 64, 0.1 + 0.4 * 8 / 64, 0.1 + 0.4 / 64, 0.1, 0.1], rel=1e-12
-    )
-    assert schedule(29).density == 0.5
-    assert schedule.drop_progress(40) == 0.5
-
-
-def test_drop_shares():
-    staged = StagedDrop((0.2, 0.1, 0.0), (0.5, 0.75))
-    assert [staged(p, 0.1) for p in (0.0, 0.49, 0.5, 0.74, 0.75, 1.0)] == [0.2, 0.2, 0.1, 0.1, 0.0, 0.0]
-    assert DropTo(0.1)(0.3, 0.15) == pytest.approx(1 / 3)
-    assert DropTo(0.1)(0.3, 0.05) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: ConstantDensity(0.0), "density must lie in (0, 1], got 0.0"),
-        (lambda: ConstantDensity(0.1, stop=1.5), "stop must lie in [0, 1], got 1.5"),
-        (lambda: ConstantDensity(0.1, 4, 5), "observe_steps must not exceed update_every, got 5 and 4"),
-        (lambda: CubicDensity(0.5, start=0.4), "density must not be above start, got 0.5 and 0.4"),
-        (lambda: CubicDensity(0.5, begin=0.8), "begin must lie in [0, end), got 0.8 and 0.75"),
-        (lambda: CubicDensity(0.5, stop=0.5), "stop must lie in [end, 1], got 0.5 and 0.75"),
-        (lambda: CubicDensity(0.5, begin=0.7).resolve(3), "a run of 3 steps is too short to prune from 0.7 to 0.75"),
-        (lambda: AlternatingDensity(0.1, period=0.1), "an odd number of phases of one period"),
-        (lambda: AlternatingDensity(0.1).resolve(12), "a run of 12 steps is too short for periods of 0.05"),
-        (lambda: StagedDrop((0.2, 0.1)), "one share more than borders, got (0.2, 0.1) and ()"),
-        (lambda: StagedDrop((1.0,)), "shares must lie in [0, 1), got (1.0,)"),
-        (lambda: StagedDrop((0.2, 0.1, 0.0), (0.7, 0.5)), "borders must rise within (0, 1), got (0.7, 0.5)"),
-        (lambda: DropTo(0.0), "density must lie in (0, 1], got 0.0"),
-    ],
-)
-def test_published_schedules_refuse_what_makes_no_sense(call, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        call()

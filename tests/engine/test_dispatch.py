@@ -1,0 +1,142 @@
+"""Backends of the layers of a run: forced ones, and the choice between them."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.controller_runs import (
+    BLOCKS,
+    IMAGES,
+    IN_BLOCKS,
+    SCHEDULE,
+    STEPS,
+    Residual,
+    adamw,
+    fit,
+    fit_images,
+    full_masks,
+    refuse,
+    saved,
+    sgd,
+)
+from lightning_estdgm.config import DGMConfig, Selection, Units
+from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.sparse.autotune.choice import BackendSelector
+from lightning_estdgm.sparse.conv_geometry import ConvGeometry
+
+# ------------------------------------------------------------------ forced backends
+
+
+def test_a_forced_backend_that_cannot_run_is_refused(mlp):
+    message = "backend='cpu' was asked for but cannot compute layer '0': needs blocks of at least 8"
+    refuse(mlp(32, 64, 4), message, DGMConfig(SCHEDULE, units=Units(size=1), backend="cpu"))
+
+
+def test_a_forced_backend_is_used_from_the_first_step_on(mlp):
+    model = mlp(32, 64, 64, 4)
+    optimizer = adamw(model)
+    with DGMController(model, optimizer, BLOCKS, total_steps=STEPS) as dgm:
+        for _ in fit(model, optimizer, dgm):
+            assert [d.backend for d in dgm.decisions()] == ["cpu", "cpu", "dense"]
+        assert [d.why for d in dgm.decisions()] == ["forced", "forced", "output head"]
+
+
+def test_single_weights_of_a_convolution_run_dense_and_say_so_whatever_backend_is_forced():
+    model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.Flatten(), nn.Linear(8 * 6, 16), nn.Linear(16, 2))
+    config = DGMConfig(units=Units(size=1), backend="reference")
+    with DGMController(model, torch.optim.SGD(model.parameters(), 0.1), config, total_steps=20) as dgm:
+        found = {decision.name: decision for decision in dgm.decisions()}
+    assert found["0"].backend == "dense"
+    assert "no sparse operator for single weights of a convolution" in found["0"].why
+    assert found["2"].backend == "reference"
+
+
+@pytest.mark.parametrize("inactive", ["zero", "frozen"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "native"])
+def test_a_convolutional_net_trains_as_with_dense_products(backend, channels_last, inactive):
+    config = dataclasses.replace(IMAGES, inactive=inactive)
+    *_, (theirs, _) = fit_images(dataclasses.replace(config, backend="dense"), channels_last)
+    for ours, dgm in fit_images(dataclasses.replace(config, backend=backend), channels_last):
+        assert {d.name: d.backend for d in dgm.decisions()} == {
+            d.name: backend if d.name in IN_BLOCKS else "dense" for d in dgm.decisions()
+        }
+        outside = {name: getattr(ours, name).weight[~mask] for name, mask in full_masks(dgm).items()}
+        if inactive == "zero":
+            assert not any(torch.count_nonzero(weights) for weights in outside.values())
+        assert ours.down.weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+    for name, weight in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
+
+
+# ------------------------------------------------------------------ the choice between backends
+
+
+class Asked:
+    """Finds every sparse backend twice as fast as dense, and remembers what it was asked."""
+
+    def __init__(self):
+        self.cases = []
+
+    def __call__(self, case, names):
+        self.cases.append(case)
+        return {name: 2.0 if name == "dense" else 1.0 for name in names}
+
+
+def measured(monkeypatch):
+    asked = Asked()
+    monkeypatch.setitem(BackendSelector.__init__.__kwdefaults__, "measure", asked)
+    return asked
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+def test_a_backend_is_chosen_for_what_a_convolution_is_given(monkeypatch, channels_last):
+    asked = measured(monkeypatch)
+    *_, (_, dgm) = fit_images(dataclasses.replace(IMAGES, inactive="frozen"), channels_last, steps=1)
+    assert {d.backend for d in dgm.decisions() if d.name in IN_BLOCKS} == {"cpu"}
+    given = {c.geometry: (c.batch, c.height, c.width, c.out_channels, c.in_channels) for c in asked.cases}
+    assert given == {
+        ConvGeometry((3, 3), (2, 2), (1, 1)): (8, 8, 8, 48, 32),
+        ConvGeometry((1, 1), (2, 2)): (8, 8, 8, 48, 32),
+        ConvGeometry((3, 3), (1, 1), (2, 2), (2, 2)): (8, 4, 4, 48, 48),
+        ConvGeometry((1, 1)): (8, 4, 4, 64, 48),
+        ConvGeometry((1, 3), (1, 1), (0, 1)): (8, 1, 16, 32, 64),
+    }
+    two_dimensional = [c for c in asked.cases if c.height > 1]
+    assert {(c.channels_last, c.frozen, c.block_size) for c in two_dimensional} == {(channels_last, True, 16)}
+
+
+def test_a_resumed_run_knows_what_its_convolutions_are_given(monkeypatch):
+    asked = measured(monkeypatch)
+    *_, (model, dgm) = fit_images(IMAGES, steps=1)
+    state = dgm.state_dict()
+    seen = {(c.batch, c.height, c.width) for c in asked.cases}
+    state["selector"] = {"choices": []}
+    asked.cases.clear()
+    copied = Residual()
+    copied.load_state_dict(model.state_dict())
+    with DGMController(copied, sgd(copied), IMAGES, total_steps=STEPS, state=saved(state)) as resumed:
+        resumed._dispatch.apply()
+    assert {(c.batch, c.height, c.width) for c in asked.cases} == seen
+    # A state from before there were such operators: choices are for an image of no particular size.
+    del state["images"]
+    asked.cases.clear()
+    with DGMController(copied, sgd(copied), IMAGES, total_steps=STEPS, state=saved(state)) as resumed:
+        resumed._dispatch.apply()
+        assert {c.geometry.output_size(c.height, c.width) for c in asked.cases} == {(14, 14), (1, 196)}
+
+
+def test_what_an_earlier_run_has_measured_is_used_and_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("ESTDGM_CHOICES", str(tmp_path))
+    asked = measured(monkeypatch)
+    config = dataclasses.replace(IMAGES, selection=Selection(exclude=("stem", "depthwise", "grouped")))
+    *_, (_, first) = fit_images(config, steps=1)
+    assert len(asked.cases) > 4
+    asked.cases.clear()
+    *_, (_, second) = fit_images(config, steps=1)
+    assert asked.cases == []
+    assert [d.backend for d in second.decisions()] == [d.backend for d in first.decisions()]
+    assert any("measured on 20" in d.why for d in second.decisions())
+    assert not any("measured on 20" in d.why for d in first.decisions())

@@ -1,0 +1,82 @@
+"""Properties of all schedules."""
+
+import itertools
+import pickle
+
+import pytest
+
+from lightning_estdgm.method.schedules import (
+    AlternatingDensity,
+    ConstantDensity,
+    CubicDensity,
+    Schedule,
+    ScheduleConfig,
+)
+from lightning_estdgm.method.schedules.protocol import Segment, SteppedSchedule, intervals
+
+PUBLISHED = {
+    "constant": ConstantDensity(0.1, update_every=7),
+    "never": ConstantDensity(0.1, stop=0.0),
+    "cubic": CubicDensity(0.1, begin=0.1, end=0.5, stop=0.9),
+    "alternating": AlternatingDensity(0.1),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("total", [41, 100, 5000])
+def test_published_schedules_keep_what_all_do(name, total):
+    config = PUBLISHED[name]
+    assert isinstance(config, ScheduleConfig)
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert config.to_dict()["schedule"] == type(config).__name__
+    schedule = config.resolve(total)
+    assert isinstance(schedule, Schedule)
+    assert [s.first for s in schedule.segments] == [0, *(s.last for s in schedule.segments[:-1])]
+    assert schedule.segments[-1].last == total
+    plans = [schedule(step) for step in range(total)]
+    assert not plans[0].update
+    for before, plan in itertools.pairwise(plans):
+        assert plan.update or plan.density == before.density
+        assert before.observe or not plan.update  # a window ends at every update
+    assert [p.density for p in plans if p.update] == list(schedule.densities[1:])
+    progress = [schedule.drop_progress(step) for step in range(total)]
+    assert progress == sorted(progress)
+    assert plans[-1].density == 0.1
+
+
+def test_masks_change_at_given_steps_to_given_densities():
+    segments = (Segment("first", 0, 0, 5), Segment("second", 1, 5, 10))
+    schedule = SteppedSchedule(10, segments, ((0, 0.5), (4, 0.3), (8, 0.2)), observe_steps=2)
+    plans = [schedule(step) for step in range(10)]
+    assert [plan.density for plan in plans] == [0.5] * 4 + [0.3] * 4 + [0.2] * 2
+    assert [step for step, plan in enumerate(plans) if plan.update] == [4, 8]
+    assert [step for step, plan in enumerate(plans) if plan.observe] == [2, 3, 6, 7]
+    assert [(plan.phase, plan.cycle) for plan in plans] == [("first", 0)] * 5 + [("second", 1)] * 5
+    assert schedule.densities == (0.5, 0.3, 0.2)
+    assert schedule(99) == schedule(9)
+    with pytest.raises(ValueError, match="step must not be negative, got -1"):
+        schedule(-1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "until", "progress"),
+    [(((0, 0.5), (8, 0.2)), None, [0.0, 0.5, 1.0, 1.0]), (((0, 0.5), (8, 0.2)), 5, [0.0, 0.8, 1.0, 1.0])],
+)
+def test_the_drop_fraction_is_annealed_to_the_last_change_or_a_given_step(changes, until, progress):
+    schedule = SteppedSchedule(10, (Segment("only", 0, 0, 10),), changes, 1, until)
+    assert [schedule.drop_progress(step) for step in (0, 4, 8, 9)] == progress
+    assert SteppedSchedule(10, schedule.segments, changes[:1], 1).drop_progress(0) == 1.0  # nothing is ever updated
+
+
+@pytest.mark.parametrize(
+    ("given", "total", "found"),
+    [
+        ((None, None), 100_000, (200, 8)),
+        ((None, None), 1000, (40, 4)),
+        ((None, None), 10, (1, 1)),
+        ((50, None), 1000, (50, 5)),
+        ((50, 7), 1000, (50, 7)),
+    ],
+)
+def test_intervals_follow_the_length_of_the_run_where_none_are_given(given, total, found):
+    assert intervals(*given, total) == found
