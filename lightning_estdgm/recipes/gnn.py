@@ -11,8 +11,6 @@ from torch import Tensor
 
 from lightning_estdgm._checks import expect_fraction, expect_int, expect_positive
 
-__all__ = ["GraphNet"]
-
 
 class GraphNet(LightningModule):
     """PyG's GCN or GraphSAGE, trained on all nodes of one graph at once by Adam at a constant rate.

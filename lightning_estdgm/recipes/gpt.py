@@ -12,12 +12,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_estdgm._checks import expect_fraction, expect_int, expect_positive
-from lightning_estdgm.recipes.decoder_block import DecoderBlock
-from lightning_estdgm.recipes.optimizers import decay_groups, with_cosine
-from lightning_estdgm.recipes.stdlib_text import StdlibText
-from lightning_estdgm.recipes.windows import Batch
-
-__all__ = ["GPT", "ByteGPT", "StdlibText"]
+from lightning_estdgm.recipes._decoder_block import DecoderBlock
+from lightning_estdgm.recipes._optimizers import decay_groups, with_cosine
+from lightning_estdgm.recipes._windows import Batch
 
 
 class GPT(LightningModule):

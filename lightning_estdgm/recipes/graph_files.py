@@ -13,8 +13,6 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-__all__ = ["GraphFiles", "find_graph", "read_ogb", "read_planetoid"]
-
 _PLANETOID = ("x", "tx", "allx", "y", "ty", "ally", "graph", "test.index")
 _OGB = ("edge", "node-feat", "node-label")
 _HELP = """expected a folder of one of two layouts:

@@ -14,21 +14,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_estdgm._checks import expect_int
-from lightning_estdgm.recipes.windows import EpochSampler, ResumableLoader, ranks_of
-
-__all__ = [
-    "MEAN",
-    "STD",
-    "Box",
-    "ImageFolders",
-    "ImageOrder",
-    "Images",
-    "find_classes",
-    "list_images",
-    "middle_box",
-    "random_box",
-    "to_tensor",
-]
+from lightning_estdgm.recipes._windows import EpochSampler, ResumableLoader, ranks_of
 
 Box = tuple[int, int, int, int]
 """Left, upper, right and lower edge, in pixels."""

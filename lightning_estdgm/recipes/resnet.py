@@ -11,9 +11,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from lightning_estdgm._checks import expect_fraction, expect_int, expect_positive
-from lightning_estdgm.recipes.optimizers import decay_groups, with_cosine
-
-__all__ = ["Batch", "Bottleneck", "ImageClassifier", "ResNet", "resnet50"]
+from lightning_estdgm.recipes._optimizers import decay_groups, with_cosine
 
 Batch = tuple[Tensor, Tensor]
 

@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 
-from lightning_estdgm.recipes.windows import TextWindows, check_val_fraction, val_start
-
-__all__ = ["StdlibText", "source_files", "split_files"]
+from lightning_estdgm.recipes._windows import TextWindows, check_val_fraction, val_start
 
 # Not code that a person wrote to be read: tests, generated tables, installed packages, applications.
 _SKIPPED = {"__pycache__", "dist-packages", "encodings", "ensurepip", "idlelib", "lib2to3"}

@@ -12,9 +12,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from lightning_estdgm.recipes.windows import TextWindows, check_val_fraction, val_start
-
-__all__ = ["TextFiles", "find_text"]
+from lightning_estdgm.recipes._windows import TextWindows, check_val_fraction, val_start
 
 _HELP = """expected a text file, or a folder as WikiText-103 is published:
   wikitext-103/      wiki.train.tokens  wiki.valid.tokens  wiki.test.tokens

@@ -13,10 +13,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from lightning_estdgm import DGMConfig, EnergyMonitor, EstDgm, Phase
 from lightning_estdgm.config import Selection, StepSize, Units
-from lightning_estdgm.method.backward_set import BackwardSet
-from lightning_estdgm.method.patterns import FanIn
-from lightning_estdgm.method.schedules import ConstantDensity
-from lightning_estdgm.method.update_rule import UpdateRule
+from lightning_estdgm.method._backward_set import BackwardSet
+from lightning_estdgm.method._patterns import FanIn
+from lightning_estdgm.method._schedules import ConstantDensity
+from lightning_estdgm.method._update_rule import UpdateRule
 
 CASES = {
     "units: {size: 16}": DGMConfig(units=Units(size=16)),
@@ -30,14 +30,14 @@ CASES = {
     "update_rule: {keep: magnitude, grow: random, gamma: 2, drop_fraction: 0.1, regrow: true}": DGMConfig(
         update_rule=UpdateRule("magnitude", "random", 2.0, 0.1, True)
     ),
-    "update_rule: {regrow: true, pattern: {class_path: lightning_estdgm.method.patterns.FanIn}}": DGMConfig(
+    "update_rule: {regrow: true, pattern: {class_path: lightning_estdgm.method._patterns.FanIn}}": DGMConfig(
         update_rule=UpdateRule(regrow=True, pattern=FanIn())
     ),
     "schedule: {exploration: {start: 0.7, end: 0.6, length: 10}, consolidation: {start: 0.3, end: 0.2, length: 30}, "
     "refinement: {start: 0.1, end: 0.1, length: 60}, update_every: 5, cycles: 2, warmup: 8}": DGMConfig(
         EstDgm(Phase(0.7, 0.6, 10), Phase(0.3, 0.2, 30), Phase(0.1, 0.1, 60), update_every=5, cycles=2, warmup=8)
     ),
-    "schedule: {class_path: lightning_estdgm.method.schedules.ConstantDensity, init_args: {density: 0.2}}": DGMConfig(
+    "schedule: {class_path: lightning_estdgm.method._schedules.ConstantDensity, init_args: {density: 0.2}}": DGMConfig(
         ConstantDensity(0.2)
     ),
 }

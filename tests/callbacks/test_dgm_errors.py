@@ -26,7 +26,7 @@ from helpers.models import (
 )
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
 from lightning_estdgm.config import Selection, StepSize, Units
-from lightning_estdgm.method.update_rule import UpdateRule
+from lightning_estdgm.method._update_rule import UpdateRule
 
 pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
 

@@ -11,10 +11,10 @@ from lightning.fabric.strategies import DDPStrategy as FabricDDP
 from torch import nn
 
 from lightning_estdgm import _registry
-from lightning_estdgm.distributed.adapters.protocol import ENTRY_POINT_GROUP, Adapter, adapter_for, adapters, shard_of
+from lightning_estdgm.distributed._shard import Shard
+from lightning_estdgm.distributed.adapters._protocol import ENTRY_POINT_GROUP, Adapter, adapter_for, adapters, shard_of
 from lightning_estdgm.distributed.adapters.whole import Whole
-from lightning_estdgm.distributed.shard import Shard
-from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.engine._controller import DGMController
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Small settings and workloads of the benchmarks."""
 
-from lightning_estdgm.tools.bench.kernels.kernels_config import KernelsConfig
-from lightning_estdgm.tools.bench.train.train_config import TrainConfig
-from lightning_estdgm.tools.bench.train.workloads import GptWorkload
+from lightning_estdgm.tools.bench.kernels._kernels_config import KernelsConfig
+from lightning_estdgm.tools.bench.train._train_config import TrainConfig
+from lightning_estdgm.tools.bench.train._workloads import GptWorkload
 
 TINY = TrainConfig(
     block_size=16,

@@ -9,7 +9,7 @@ from lightning import Trainer
 
 from helpers.recipe_data import small_text
 from lightning_estdgm.recipes import ByteGPT, StdlibText
-from lightning_estdgm.recipes.rates import warmup_cosine
+from lightning_estdgm.recipes._rates import warmup_cosine
 
 
 def tiny(**settings):

@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 
-from lightning_estdgm.recipes import optimizers
+from lightning_estdgm.recipes import _optimizers as optimizers
 from lightning_estdgm.recipes.resnet import ImageClassifier, ResNet, resnet50
 
 

@@ -4,8 +4,8 @@ import pytest
 from lightning import Trainer
 
 from helpers.recipe_data import wikitext
+from lightning_estdgm.recipes._windows import EpochSampler, RandomStarts
 from lightning_estdgm.recipes.text_files import TextFiles
-from lightning_estdgm.recipes.windows import EpochSampler, RandomStarts
 
 
 @pytest.mark.parametrize("make", [EpochSampler, lambda *given, **more: RandomStarts(50, *given, **more)])

@@ -10,13 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from lightning_estdgm.cli import app
-from lightning_estdgm.tools.bench.energy import EnergyBenchConfig, _interval_of_median
+from lightning_estdgm.tools.bench._energy import EnergyBenchConfig, _interval_of_median
 
 SMALL = EnergyBenchConfig(width=32, layers=1, batch_size=2, context=16, steps=10, pairs=2)
 
 
 def test_the_command_pairs_runs_and_writes_its_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_estdgm.tools.bench.energy.EnergyBenchConfig", lambda **knobs: SMALL)
+    monkeypatch.setattr("lightning_estdgm.tools.bench._energy.EnergyBenchConfig", lambda **knobs: SMALL)
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["bench", "energy", "--json", "energy-bench.json"])
     assert result.exit_code == 0, result.output

@@ -2,9 +2,9 @@
 
 import torch
 
-from lightning_estdgm.tools.bench.goals import goals_columns, kernel_goals
-from lightning_estdgm.tools.bench.kernels.kernels_config import KernelsConfig, quick_kernels
-from lightning_estdgm.tools.bench.kernels.rows import product_row, row
+from lightning_estdgm.tools.bench._goals import goals_columns, kernel_goals
+from lightning_estdgm.tools.bench.kernels._kernels_config import KernelsConfig, quick_kernels
+from lightning_estdgm.tools.bench.kernels._rows import product_row, row
 
 
 def goal_row(block_size, density, efficiency, backend="triton", **changes):

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 from helpers.bench_cases import TINY_KERNELS
 from lightning_estdgm.cli import app
 from lightning_estdgm.sparse.backends.cpu import CPUBackend
-from lightning_estdgm.tools.bench.kernels import timing
-from lightning_estdgm.tools.bench.kernels.convolution import conv_layers, conv_rows
-from lightning_estdgm.tools.bench.kernels.linear import linear_rows
-from lightning_estdgm.tools.bench.kernels.report import draw_kernels, kernels_columns
+from lightning_estdgm.tools.bench.kernels import _timing as timing
+from lightning_estdgm.tools.bench.kernels._convolution import conv_layers, conv_rows
+from lightning_estdgm.tools.bench.kernels._linear import linear_rows
+from lightning_estdgm.tools.bench.kernels._report import draw_kernels, kernels_columns
 
 
 def check_ratios(row, flops):

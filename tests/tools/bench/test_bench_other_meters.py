@@ -11,8 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from lightning_estdgm.cli import app
-from lightning_estdgm.tools.bench.energy import EnergyBenchConfig
-from lightning_estdgm.tools.bench.other_meters import _NvidiaSmi, integrate_samples, measure_against
+from lightning_estdgm.tools.bench._energy import EnergyBenchConfig
+from lightning_estdgm.tools.bench._other_meters import _NvidiaSmi, integrate_samples, measure_against
 
 SMALL = EnergyBenchConfig(width=32, layers=1, batch_size=2, context=16, steps=10, pairs=2)
 

@@ -5,7 +5,7 @@ import json
 from typer.testing import CliRunner
 
 from lightning_estdgm.cli import app
-from lightning_estdgm.tools.bench.overhead import OverheadConfig, measure_overhead
+from lightning_estdgm.tools.bench._overhead import OverheadConfig, measure_overhead
 
 
 def test_overhead_times_one_whole_interval_with_one_update():
@@ -20,7 +20,7 @@ def test_overhead_times_one_whole_interval_with_one_update():
 
 def test_overhead_command_writes_its_json_with_the_machine(tmp_path, monkeypatch):
     small = OverheadConfig(width=32, layers=1, batch_size=2, context=16, update_every=20, rounds=1)
-    monkeypatch.setattr("lightning_estdgm.tools.bench.overhead.OverheadConfig", lambda **knobs: small)
+    monkeypatch.setattr("lightning_estdgm.tools.bench._overhead.OverheadConfig", lambda **knobs: small)
     result = CliRunner().invoke(app, ["bench", "overhead", "--json", str(tmp_path / "overhead.json")])
     assert result.exit_code == 0, result.output
     content = json.loads((tmp_path / "overhead.json").read_text())

@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 
 from helpers.bench_cases import TINY_KERNELS
-from lightning_estdgm.sparse.topology import BlockTopology
-from lightning_estdgm.tools.bench.kernels import peers
-from lightning_estdgm.tools.bench.kernels.linear import linear_rows
+from lightning_estdgm.sparse._topology import BlockTopology
+from lightning_estdgm.tools.bench.kernels import _peers as peers
+from lightning_estdgm.tools.bench.kernels._linear import linear_rows
 
 
 def test_every_peer_is_measured_or_left_out_with_a_reason_once():

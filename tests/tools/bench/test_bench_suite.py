@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from helpers.bench_cases import ARGUMENTS
 from lightning_estdgm.cli import app
-from lightning_estdgm.tools.bench import suite
-from lightning_estdgm.tools.bench.goals import train_goals
-from lightning_estdgm.tools.bench.train.choice import quick_config
+from lightning_estdgm.tools.bench import _suite as suite
+from lightning_estdgm.tools.bench._goals import train_goals
+from lightning_estdgm.tools.bench.train._choice import quick_config
 
 
 @pytest.fixture(scope="module")

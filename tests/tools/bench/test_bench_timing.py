@@ -2,7 +2,7 @@
 
 import torch
 
-from lightning_estdgm.tools.bench.kernels import timing
+from lightning_estdgm.tools.bench.kernels import _timing as timing
 
 
 def test_calls_take_turns_after_one_to_warm_up(monkeypatch):

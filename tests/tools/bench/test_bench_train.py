@@ -12,11 +12,12 @@ from typer.testing import CliRunner
 
 from helpers.bench_cases import ARGUMENTS, GPT, PHASES, TINY
 from lightning_estdgm.cli import app
-from lightning_estdgm.energy.reading import Reading
+from lightning_estdgm.energy._reading import Reading
 from lightning_estdgm.energy.sources.cpu_estimate import CpuEstimate
-from lightning_estdgm.tools.bench.train import run, single_run
-from lightning_estdgm.tools.bench.train.run import measure_train
-from lightning_estdgm.tools.bench.train.workloads import GptWorkload, ResNetWorkload, compile_blocks
+from lightning_estdgm.tools.bench.train import _run as run
+from lightning_estdgm.tools.bench.train import _single_run as single_run
+from lightning_estdgm.tools.bench.train._run import measure_train
+from lightning_estdgm.tools.bench.train._workloads import GptWorkload, ResNetWorkload, compile_blocks
 
 
 @pytest.fixture(scope="module")

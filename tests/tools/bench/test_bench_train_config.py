@@ -3,9 +3,9 @@
 import pytest
 
 from helpers.bench_cases import PHASES, TINY
-from lightning_estdgm.tools.bench.train.choice import TrainChoice, choose
-from lightning_estdgm.tools.bench.train.train_config import TrainConfig, compressed_schedule, fitting_layers
-from lightning_estdgm.tools.bench.train.workloads import GptWorkload, ResNetWorkload
+from lightning_estdgm.tools.bench.train._choice import TrainChoice, choose
+from lightning_estdgm.tools.bench.train._train_config import TrainConfig, compressed_schedule, fitting_layers
+from lightning_estdgm.tools.bench.train._workloads import GptWorkload, ResNetWorkload
 
 
 def test_the_compressed_schedule_has_the_default_phases_densities_and_a_window_before_each_change():

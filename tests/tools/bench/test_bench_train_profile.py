@@ -3,7 +3,7 @@
 import pytest
 
 from helpers.bench_cases import GPT, TINY
-from lightning_estdgm.tools.bench.train.profile import PARTS, part_of, profile_train
+from lightning_estdgm.tools.bench.train._profile import PARTS, part_of, profile_train
 
 
 def test_the_profile_divides_a_step_without_rest():

@@ -3,9 +3,9 @@
 import pytest
 
 from helpers.bench_cases import PHASES
-from lightning_estdgm.method.schedules import EstDgm
-from lightning_estdgm.tools.bench.train.summary import summarise
-from lightning_estdgm.tools.bench.train.whole import PhaseTimes, Step, phase_times, whole_run
+from lightning_estdgm.method._schedules import EstDgm
+from lightning_estdgm.tools.bench.train._summary import summarise
+from lightning_estdgm.tools.bench.train._whole import PhaseTimes, Step, phase_times, whole_run
 
 
 def test_a_whole_run_adds_up_every_step_at_its_density():

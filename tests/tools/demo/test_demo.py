@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
 from lightning_estdgm.cli import app
 from lightning_estdgm.config import Units
-from lightning_estdgm.tools.demo.arms import count_masked
-from lightning_estdgm.tools.demo.demo_config import DemoConfig
-from lightning_estdgm.tools.demo.records import RunRecord
-from lightning_estdgm.tools.demo.step_profile import profile_steps
-from lightning_estdgm.tools.demo.sweep import run_sweep
+from lightning_estdgm.tools.demo._arms import count_masked
+from lightning_estdgm.tools.demo._demo_config import DemoConfig
+from lightning_estdgm.tools.demo._records import RunRecord
+from lightning_estdgm.tools.demo._step_profile import profile_steps
+from lightning_estdgm.tools.demo._sweep import run_sweep
 
 STEPS, SEEDS = 100, 2
 TINY = {"width": 64, "layers": 1, "heads": 2, "context": 32, "batch_size": 4, "val_windows": 8}
@@ -307,7 +307,7 @@ def test_an_error_in_training_is_not_taken_for_bad_input(tmp_path, monkeypatch):
         def on_train_start(self, trainer, pl_module):
             raise ValueError("from the training")
 
-    monkeypatch.setattr("lightning_estdgm.tools.demo.arms.Recorder", lambda *_: Failing())
+    monkeypatch.setattr("lightning_estdgm.tools.demo._arms.Recorder", lambda *_: Failing())
     knobs = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
     with pytest.raises(ValueError, match="from the training"):
         CliRunner().invoke(app, ["demo", "--steps=20", f"--out={tmp_path}", *knobs], catch_exceptions=False)

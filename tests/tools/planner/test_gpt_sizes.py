@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_estdgm.tools.planner.gpt_sizes import GPT_SIZES, gpt, gpt_shape
+from lightning_estdgm.tools.planner._gpt_sizes import GPT_SIZES, gpt, gpt_shape
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("125M", 125e6), ("350M", 350e6), ("1.3B", 1.3e9), ("13B", 13e9)])

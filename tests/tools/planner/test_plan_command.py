@@ -11,10 +11,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 from lightning_estdgm.cli import app
-from lightning_estdgm.tools.planner.gpt_sizes import gpt
-from lightning_estdgm.tools.planner.model_plan import plan_model
-from lightning_estdgm.tools.planner.planned_model import load_model
-from lightning_estdgm.tools.planner.setup import TrainingSetup
+from lightning_estdgm.tools.planner._gpt_sizes import gpt
+from lightning_estdgm.tools.planner._model_plan import plan_model
+from lightning_estdgm.tools.planner._planned_model import load_model
+from lightning_estdgm.tools.planner._setup import TrainingSetup
 
 DOC = Path(__file__).parents[3] / "docs" / "scaling.md"
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from lightning_estdgm.tools.planner.gpt_sizes import gpt
-from lightning_estdgm.tools.planner.mask_work import update_cost
-from lightning_estdgm.tools.planner.memory import memory_bytes
-from lightning_estdgm.tools.planner.planned_model import inspect_model
-from lightning_estdgm.tools.planner.setup import STRATEGIES, TrainingSetup
-from lightning_estdgm.tools.planner.traffic import traffic_bytes
+from lightning_estdgm.tools.planner._gpt_sizes import gpt
+from lightning_estdgm.tools.planner._mask_work import update_cost
+from lightning_estdgm.tools.planner._memory import memory_bytes
+from lightning_estdgm.tools.planner._planned_model import inspect_model
+from lightning_estdgm.tools.planner._setup import STRATEGIES, TrainingSetup
+from lightning_estdgm.tools.planner._traffic import traffic_bytes
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

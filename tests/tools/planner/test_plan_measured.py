@@ -18,14 +18,14 @@ from helpers import distributed_jobs as jobs
 from helpers.swapped_layers import index_lists
 from lightning_estdgm import DGMConfig, DGMController, EstDgm, Phase
 from lightning_estdgm.config import Units
-from lightning_estdgm.distributed.comm_hook import ActiveUnits, active_units_hook
-from lightning_estdgm.engine.masked_weight import MaskedWeight
+from lightning_estdgm.distributed._comm_hook import ActiveUnits, active_units_hook
+from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.recipes import ByteGPT
-from lightning_estdgm.tools.planner.mask_work import update_cost
-from lightning_estdgm.tools.planner.memory import memory_bytes
-from lightning_estdgm.tools.planner.planned_model import PlannedModel, inspect_model
-from lightning_estdgm.tools.planner.setup import TrainingSetup
-from lightning_estdgm.tools.planner.traffic import traffic_bytes
+from lightning_estdgm.tools.planner._mask_work import update_cost
+from lightning_estdgm.tools.planner._memory import memory_bytes
+from lightning_estdgm.tools.planner._planned_model import PlannedModel, inspect_model
+from lightning_estdgm.tools.planner._setup import TrainingSetup
+from lightning_estdgm.tools.planner._traffic import traffic_bytes
 
 # Density 0.25 throughout; the steps 2 and 3 of every four are observed.
 SCHEDULE = EstDgm(

@@ -12,10 +12,10 @@ from torch import nn
 from lightning_estdgm import DGMConfig, DGMController
 from lightning_estdgm.config import Units
 from lightning_estdgm.recipes import ByteGPT
-from lightning_estdgm.tools.planner.gpt_sizes import gpt
-from lightning_estdgm.tools.planner.memory import memory_bytes
-from lightning_estdgm.tools.planner.planned_model import inspect_model
-from lightning_estdgm.tools.planner.setup import TrainingSetup
+from lightning_estdgm.tools.planner._gpt_sizes import gpt
+from lightning_estdgm.tools.planner._memory import memory_bytes
+from lightning_estdgm.tools.planner._planned_model import inspect_model
+from lightning_estdgm.tools.planner._setup import TrainingSetup
 
 
 @pytest.mark.parametrize("block_size", ["auto", 1, 16])
