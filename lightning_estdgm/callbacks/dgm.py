@@ -1,4 +1,8 @@
-"""`DGMCallback`: the method in a Lightning Trainer. Hooks and delegation; the method is `controller.py`."""
+"""`DGMCallback`: the method in a Lightning Trainer.
+
+Hooks and delegation: one method a hook of Lightning, and what there is to ask, which makes 31. The method itself is
+`engine._controller`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_estdgm._checks import check_int
 from lightning_estdgm.callbacks._internal.averages import mask_averages_
 from lightning_estdgm.callbacks._internal.dgm_log import DGMLog
 from lightning_estdgm.callbacks._internal.gradient_compression import GradientCompression
@@ -63,10 +68,8 @@ class DGMCallback(pl.Callback):
     ) -> None:
         if config is not None and not isinstance(config, DGMConfig):
             raise TypeError(f"config must be a DGMConfig, got {config!r}")
-        if total_steps is not None and (isinstance(total_steps, bool) or not isinstance(total_steps, int)):
-            raise TypeError(f"total_steps must be an int or None, got {total_steps!r}")
-        if total_steps is not None and total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1, got {total_steps!r}")
+        if total_steps is not None:
+            check_int("total_steps", total_steps, at_least=1, expected="an int or None")
         if not isinstance(compress_gradients, bool):
             raise TypeError(f"compress_gradients must be a bool, got {compress_gradients!r}")
         if compress_gradients and config is not None and config.trains_inactive_weights:

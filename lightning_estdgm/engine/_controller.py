@@ -9,6 +9,8 @@ A plain loop adds two calls::
             dgm.mask_gradients()   # once the whole gradient is there, before clipping
             optimizer.step()       # hooks of the controller scale the step and re-mask the weights
             dgm.advance()          # next phase, mask update when due
+
+Longer than other modules: it holds one class, whose methods are what users call, with their documentation.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ class DGMController:
     weights, gradients and optimizer state in line with the masks through hooks on the optimizers' steps. Close it, or
     use it as a context manager, to take the hooks and the swapped forwards away; weights stay as they are.
 
-    It has 25 methods: what a loop calls, what there is to ask, and its state. The work is done by the parts that the
-    constructor puts together, one module each.
+    It has 30 methods, since it answers for all of the method: what a loop calls, what there is to ask, its state. The
+    work is done by the parts that the constructor puts together, one module each.
 
     Args:
         model: model whose maskable layers are found once, here.
