@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from typing import TypeGuard
 
-__all__ = ["check_int", "check_number", "expect_fraction", "expect_int", "expect_positive", "is_int", "is_number"]
-
 
 def is_int(value: object) -> TypeGuard[int]:
     """Whether a value is an int and no bool.

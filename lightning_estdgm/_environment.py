@@ -7,8 +7,6 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["cache_folder", "package_version", "processor_name"]
-
 
 def cache_folder() -> Path:
     """Return ``$XDG_CACHE_HOME/lightning_estdgm``, by default in ``~/.cache``; it need not exist yet.

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-__all__ = ["attach"]
-
 
 def attach(
     module_name: str, where: Mapping[str, str]

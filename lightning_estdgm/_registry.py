@@ -1,6 +1,6 @@
 """Discovery of what a folder of this package, or an entry point of another one, offers: the one place that does it.
 
-A discovery folder holds ``protocol.py`` and, beside it, only modules (or packages) that offer one thing each under an
+A discovery folder holds ``_protocol.py`` and, beside it, only modules (or packages) that offer one thing each under an
 agreed name, such as ``BACKEND``. Another distribution offers one by an entry point that loads to it.
 """
 
@@ -12,10 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
-
-__all__ = ["Offer", "offers"]
-
-_NOT_OFFERED = "protocol"  # the module that says what the others have to look like
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ def offers(package: ModuleType, attribute: str, group: str) -> list[Offer]:
         group: of the entry points.
 
     """
-    modules = sorted(info.name for info in pkgutil.iter_modules(package.__path__) if info.name != _NOT_OFFERED)
+    modules = sorted(info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_"))
     points = sorted(entry_points(group=group), key=lambda point: point.name)
     return [_of_module(f"{package.__name__}.{name}", attribute) for name in modules] + [_of_point(x) for x in points]
 

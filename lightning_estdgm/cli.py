@@ -1,4 +1,4 @@
-"""The command line: ``estdgm demo``, ``estdgm train``, ``estdgm report``, ``estdgm doctor``, ``estdgm bench``.
+"""The command line, ``estdgm``: the short commands, and those of the tools that have a module for theirs.
 
 Commands import what they run when they run: ``--help`` and ``--version`` load neither torch nor Lightning.
 """
@@ -11,11 +11,11 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from lightning_estdgm.tools.bench.commands import app as bench_commands
-from lightning_estdgm.tools.demo.command import demo
-from lightning_estdgm.tools.planner.command import plan
-from lightning_estdgm.tools.study.command import study
-from lightning_estdgm.tools.terminal import wide_console
+from lightning_estdgm.tools._terminal import wide_console
+from lightning_estdgm.tools.bench._commands import app as bench_commands
+from lightning_estdgm.tools.demo._command import demo
+from lightning_estdgm.tools.planner._command import plan
+from lightning_estdgm.tools.study._command import study
 
 app = typer.Typer(
     name="estdgm",
@@ -61,7 +61,7 @@ def train(context: typer.Context) -> None:
     if recipe in ("--help", "-h"):
         typer.echo(context.get_help())
         return
-    from lightning_estdgm.tools.train import RECIPES, prepare
+    from lightning_estdgm.tools._train import RECIPES, prepare
 
     if recipe not in RECIPES:
         raise typer.BadParameter(f"got {recipe!r}, expected first one of {', '.join(RECIPES)}", param_hint="recipe")
@@ -105,7 +105,9 @@ def report(
     ] = None,
 ) -> None:
     """Compare finished runs of one model: joules to the same target and at the same budget, and what they rest on."""
-    from lightning_estdgm.tools.report import FORMATS, compare, document, markdown, read_run, write
+    from lightning_estdgm.tools.report import compare, markdown, read_run, write
+    from lightning_estdgm.tools.report._document import document
+    from lightning_estdgm.tools.report._render import FORMATS
 
     for path in out or ():
         if path.suffix not in FORMATS or path.is_dir():
@@ -152,7 +154,7 @@ def doctor(
     """
     from json import dumps
 
-    from lightning_estdgm.tools.doctor import diagnose, show
+    from lightning_estdgm.tools._doctor import diagnose, show
 
     result = diagnose(remeasure=remeasure)
     if json:

@@ -7,15 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
-from lightning_estdgm.method import distributions
-from lightning_estdgm.method.backward_set import BackwardSet
-from lightning_estdgm.method.schedules import EstDgm, ScheduleConfig
-from lightning_estdgm.method.update_rule import AUTO, UpdateRule
-from lightning_estdgm.modules.candidates import Selector
-from lightning_estdgm.modules.mask_unit import BLOCK_SIZES
-from lightning_estdgm.sparse.backends.protocol import get_backend
-
-__all__ = ["DGMConfig", "Selection", "StepSize", "Units"]
+from lightning_estdgm.method import _distributions as distributions
+from lightning_estdgm.method._backward_set import BackwardSet
+from lightning_estdgm.method._schedules import AlternatingDensity, ConstantDensity, CubicDensity, EstDgm, ScheduleConfig
+from lightning_estdgm.method._update_rule import AUTO, UpdateRule
+from lightning_estdgm.modules._candidates import Selector
+from lightning_estdgm.modules._mask_unit import BLOCK_SIZES
+from lightning_estdgm.sparse.backends._protocol import get_backend
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,10 @@ class DGMConfig:
 
     """
 
-    schedule: ScheduleConfig = field(default_factory=EstDgm)
+    # the built-in ones by name: LightningCLI makes a dataclass of a union only where the union names it
+    schedule: EstDgm | ConstantDensity | CubicDensity | AlternatingDensity | ScheduleConfig = field(
+        default_factory=EstDgm
+    )
     units: Units = field(default_factory=Units)
     update_rule: UpdateRule = field(default_factory=UpdateRule)
     step_size: StepSize = field(default_factory=StepSize)

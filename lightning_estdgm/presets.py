@@ -19,9 +19,9 @@ from dataclasses import fields, replace
 from typing import Any, Literal
 
 from lightning_estdgm.config import DGMConfig, StepSize, Units
-from lightning_estdgm.method.backward_set import BackwardSet
-from lightning_estdgm.method.patterns import FanIn, NofM
-from lightning_estdgm.method.schedules import (
+from lightning_estdgm.method._backward_set import BackwardSet
+from lightning_estdgm.method._patterns import FanIn, NofM
+from lightning_estdgm.method._schedules import (
     AlternatingDensity,
     ConstantDensity,
     CubicDensity,
@@ -31,9 +31,9 @@ from lightning_estdgm.method.schedules import (
     ScheduleConfig,
     StagedDrop,
 )
-from lightning_estdgm.method.schedules.estdgm import times
-from lightning_estdgm.method.scores import WeightAndGradient
-from lightning_estdgm.method.update_rule import UpdateRule
+from lightning_estdgm.method._schedules.estdgm import times
+from lightning_estdgm.method._scores import WeightAndGradient
+from lightning_estdgm.method._update_rule import UpdateRule
 
 __all__ = ["PRESETS", "preset"]
 

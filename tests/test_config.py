@@ -8,10 +8,10 @@ import pytest
 
 from helpers.controller_runs import SCHEDULE, WEIGHTS
 from lightning_estdgm.config import DGMConfig, Selection, StepSize, Units
-from lightning_estdgm.method.backward_set import BackwardSet
-from lightning_estdgm.method.patterns import NofM
-from lightning_estdgm.method.schedules import EstDgm
-from lightning_estdgm.method.update_rule import UpdateRule
+from lightning_estdgm.method._backward_set import BackwardSet
+from lightning_estdgm.method._patterns import NofM
+from lightning_estdgm.method._schedules import EstDgm
+from lightning_estdgm.method._update_rule import UpdateRule
 
 
 @pytest.mark.parametrize(

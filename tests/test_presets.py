@@ -7,8 +7,8 @@ import pytest
 
 from lightning_estdgm import DGMCallback, presets
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.method.schedules import EstDgm
-from lightning_estdgm.method.update_rule import UpdateRule
+from lightning_estdgm.method._schedules import EstDgm
+from lightning_estdgm.method._update_rule import UpdateRule
 from lightning_estdgm.presets import PRESETS, preset
 
 

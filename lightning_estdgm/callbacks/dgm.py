@@ -19,13 +19,11 @@ from lightning_estdgm.callbacks._internal.schedule_clock import ScheduleClock
 from lightning_estdgm.callbacks._internal.spawned_result import SpawnedResult, SpawnedResultFile
 from lightning_estdgm.callbacks._internal.trainer_checks import check_checkpoint_io, check_ddp, grad_scale
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.distributed.adapters.protocol import adapter_for
-from lightning_estdgm.engine.controller import DGMController
-from lightning_estdgm.engine.decisions import LayerDecision
-from lightning_estdgm.method.schedules import EstDgm, Schedule
+from lightning_estdgm.distributed.adapters._protocol import adapter_for
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.engine._decisions import LayerDecision
+from lightning_estdgm.method._schedules import EstDgm, Schedule
 from lightning_estdgm.presets import preset
-
-__all__ = ["DGMCallback"]
 
 
 class DGMCallback(pl.Callback):

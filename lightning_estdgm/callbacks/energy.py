@@ -18,17 +18,15 @@ from lightning_estdgm.callbacks._internal.run_description import (
     run_folder,
 )
 from lightning_estdgm.callbacks._internal.work_counters import check_per
-from lightning_estdgm.energy.device_assignment import ActiveSource, UnavailableSource, gpu_names
-from lightning_estdgm.energy.export import EnergyMeasurement, check_prometheus, measurements
-from lightning_estdgm.energy.footprint import Footprint
-from lightning_estdgm.energy.ledger import Ledger
-from lightning_estdgm.energy.reading import DeviceId
-from lightning_estdgm.energy.run_file import run_file_content, write_run_file
-from lightning_estdgm.energy.sampler import check_seconds
-from lightning_estdgm.energy.sources.protocol import EnergySource, resolve
-from lightning_estdgm.energy.summary import TRAIN, VAL, announcement, metrics, summary
-
-__all__ = ["EnergyMonitor"]
+from lightning_estdgm.energy._device_assignment import ActiveSource, UnavailableSource, gpu_names
+from lightning_estdgm.energy._export import EnergyMeasurement, check_prometheus, measurements
+from lightning_estdgm.energy._footprint import Footprint
+from lightning_estdgm.energy._ledger import Ledger
+from lightning_estdgm.energy._reading import DeviceId
+from lightning_estdgm.energy._run_file import run_file_content, write_run_file
+from lightning_estdgm.energy._sampler import check_seconds
+from lightning_estdgm.energy._summary import TRAIN, VAL, announcement, metrics, summary
+from lightning_estdgm.energy.sources._protocol import EnergySource, resolve
 
 
 class EnergyMonitor(Callback):

@@ -8,8 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-__all__ = ["RequeueBetweenSteps"]
-
 
 class RequeueBetweenSteps(pl.Callback):
     """Have Lightning handle SLURM's requeue signal between optimizer steps, on all ranks after the same one.

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from lightning_estdgm.energy._amd_visibility import AmdGpu, no_visible_gpu, visible_gpus
 from lightning_estdgm.energy._counter_check import MOST_W, STILL_NS, CounterCheck
-from lightning_estdgm.energy.reading import (
+from lightning_estdgm.energy._reading import (
     DeviceId,
     DeviceInfo,
     Kind,
@@ -24,8 +24,6 @@ from lightning_estdgm.energy.reading import (
     Status,
     hostname,
 )
-
-__all__ = ["AmdGpus", "AmdLibrary", "AmdLibraryError", "ticks_to_uj", "valid"]
 
 _INVALID = {0xFFFF, 0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF}  # "no value", as wide as the field happens to be
 

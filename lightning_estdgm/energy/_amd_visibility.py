@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_estdgm.energy._reading import DeviceId, DeviceInfo, SourceUnavailable, Status, own_gpus, torch_ids
 from lightning_estdgm.energy._sysfs import read_text
-from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, SourceUnavailable, Status, own_gpus, torch_ids
-
-__all__ = ["KFD", "AmdGpu", "hip_order", "no_visible_gpu", "pci_address", "visible_gpus"]
 
 KFD = "/sys/class/kfd/kfd/topology/nodes"
 

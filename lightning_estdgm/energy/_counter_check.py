@@ -9,9 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from lightning_estdgm.energy.reading import Status
-
-__all__ = ["CounterCheck"]
+from lightning_estdgm.energy._reading import Status
 
 STILL_NS = 500_000_000
 """Longer than any known counter takes to be renewed (NVML: 20 to 100 ms)."""

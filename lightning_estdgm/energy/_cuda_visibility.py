@@ -13,8 +13,6 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["NvmlHandle", "as_str", "visible_handles"]
-
 # CUDA's own order of the devices, asked in another process: CUDA that has started survives no fork.
 _CUDA_UUIDS = """
 import ctypes, uuid

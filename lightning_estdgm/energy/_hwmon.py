@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lightning_estdgm.energy._sysfs import read_number, read_text
-from lightning_estdgm.energy.reading import (
+from lightning_estdgm.energy._reading import (
     DeviceId,
     DeviceInfo,
     Kind,
@@ -21,8 +20,7 @@ from lightning_estdgm.energy.reading import (
     Status,
     hostname,
 )
-
-__all__ = ["DRM", "Card", "HwmonSensors", "Sensor", "cards"]
+from lightning_estdgm.energy._sysfs import read_number, read_text
 
 DRM = "/sys/class/drm"
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["read_number", "read_text"]
-
 
 def read_text(path: Path) -> str | None:
     """Return the text of a file without white space around it; None where it cannot be read."""

@@ -11,10 +11,8 @@ from typing import Any
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
-from lightning_estdgm.plugins.packing import pack, unpack
-from lightning_estdgm.plugins.sparse_file import is_sparse_content, read_sparse, write_sparse
-
-__all__ = ["SparseCheckpointIO"]
+from lightning_estdgm.plugins._packing import pack, unpack
+from lightning_estdgm.plugins._sparse_file import is_sparse_content, read_sparse, write_sparse
 
 _BYPASSING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
@@ -55,7 +53,7 @@ class SparseCheckpointIO(CheckpointIO):
         """Save a checkpoint.
 
         Args:
-            checkpoint: as Lightning makes it.
+            checkpoint: checkpoint as Lightning makes it.
             path: local, or any URL that fsspec can write.
             storage_options: must be ``None``, as for Lightning's own plugin.
 

@@ -21,18 +21,18 @@ class GraphNet(LightningModule):
     arXiv 1706.02216.
 
     Args:
-        features: numbers a node.
-        classes: number of classes.
-        kind: gcn or sage.
-        hidden: width of the hidden layers.
-        layers: convolutions.
-        dropout: of hidden units, and of the features for a gcn.
-        norm: whether batch normalisation follows each hidden layer.
-        lr: learning rate.
-        weight_decay: of all but the last layer.
+        features: Number of features of a node.
+        classes: Number of classes.
+        kind: Kind of the convolutions: gcn or sage.
+        hidden: Width of the hidden layers.
+        layers: Number of convolutions.
+        dropout: Dropout of hidden units, and of the features for a gcn.
+        norm: Whether batch normalisation follows each hidden layer.
+        lr: Learning rate.
+        weight_decay: Weight decay of all but the last layer.
 
     Raises:
-        ValueError: for sizes and rates that are not positive, and an unknown kind.
+        ValueError: A size or rate is not positive, or the kind is unknown.
 
     """
 

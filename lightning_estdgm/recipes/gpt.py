@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,15 +10,11 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_estdgm._checks import expect_fraction, expect_int, expect_positive
-from lightning_estdgm.recipes.decoder_block import DecoderBlock
-from lightning_estdgm.recipes.rates import run_steps, warmup_cosine
-from lightning_estdgm.recipes.stdlib_text import StdlibText
-from lightning_estdgm.recipes.windows import Batch
-
-__all__ = ["GPT", "ByteGPT", "StdlibText"]
+from lightning_estdgm.recipes._decoder_block import DecoderBlock
+from lightning_estdgm.recipes._optimizers import decay_groups, with_cosine
+from lightning_estdgm.recipes._windows import Batch
 
 
 class GPT(LightningModule):
@@ -31,18 +26,18 @@ class GPT(LightningModule):
     Source: Radford et al. 2019 (GPT-2); the optimizer's settings are those of nanoGPT.
 
     Args:
-        width: of the residual stream.
-        layers: decoder blocks.
-        heads: attention heads of each.
-        context: longest input, in tokens.
-        lr: learning rate after warm-up.
-        weight_decay: of matrices.
-        warmup: share of the run in which the rate rises.
-        vocabulary: number of tokens; 256 for bytes.
-        tied: whether the head is the embedding, as in GPT-2.
+        width: Width of the residual stream.
+        layers: Number of decoder blocks.
+        heads: Number of attention heads of each.
+        context: Longest input, in tokens.
+        lr: Learning rate after warm-up.
+        weight_decay: Weight decay of matrices.
+        warmup: Share of the run in which the rate rises.
+        vocabulary: Number of tokens; 256 for bytes.
+        tied: Whether the head is the embedding, as in GPT-2.
 
     Raises:
-        ValueError: for a width that ``heads`` does not divide, and for sizes and rates not positive.
+        ValueError: ``heads`` does not divide the width, or a size or rate is not positive.
 
     """
 
@@ -102,19 +97,11 @@ class GPT(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with decay on matrices only; the learning rate moves every step."""
-        groups = [
-            {"params": [p for p in self.parameters() if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in self.parameters() if p.ndim < 2], "weight_decay": 0.0},
-        ]
         # Lightning clips no gradients for a fused optimizer under mixed precision.
         clips_mixed = self.trainer.gradient_clip_val and isinstance(self.trainer.precision_plugin, MixedPrecision)
         fused = self.device.type in ("cpu", "cuda") and not clips_mixed
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), fused=fused)
-        factor = partial(warmup_cosine, steps=run_steps(self), warmup=self.warmup)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
-        }
+        optimizer = torch.optim.AdamW(decay_groups(self, self.weight_decay), lr=self.lr, betas=(0.9, 0.95), fused=fused)
+        return with_cosine(self, optimizer, self.warmup, floor=0.1)
 
 
 class ByteGPT(GPT):

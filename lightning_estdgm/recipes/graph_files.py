@@ -30,14 +30,14 @@ class GraphFiles(LightningDataModule):
     both directions unless ``directed``; Planetoid's are stored so.
 
     Args:
-        path: the data set's folder, with ``raw`` in it.
-        normalize: whether each node's features are divided by their sum, as is usual for Planetoid.
-        directed: whether edges keep their one direction.
+        path: Folder of the data set, with ``raw`` in it.
+        normalize: Whether each node's features are divided by their sum, as is usual for Planetoid.
+        directed: Whether edges keep their one direction.
 
     Raises:
-        FileNotFoundError: where files of the layout are missing.
-        ValueError: where they do not fit together.
-        ModuleNotFoundError: without the package torch_geometric.
+        FileNotFoundError: Files of the layout are missing.
+        ValueError: They do not fit together.
+        ModuleNotFoundError: The package torch_geometric is not installed.
 
     """
 
@@ -59,7 +59,7 @@ class GraphFiles(LightningDataModule):
 
     @property
     def features(self) -> int:
-        """Numbers a node."""
+        """Number of features of a node."""
         return self.graph.x.shape[1]
 
     @property
@@ -77,9 +77,11 @@ class GraphFiles(LightningDataModule):
 
 
 def find_graph(path: Path) -> str | None:
-    """Return the name in Planetoid's files, or ``None`` for OGB's layout.
+    """Name in Planetoid's files, or ``None`` for OGB's layout.
 
-    Raises FileNotFoundError that says what was looked for and where to get it.
+    Raises:
+        FileNotFoundError: Files are missing; the message says what was looked for and where to get it.
+        ValueError: There are files of several data sets.
     """
     raw = path / "raw"
     names = sorted({m[1] for f in raw.glob("ind.*") if (m := re.fullmatch(r"ind\.(.+)\.allx", f.name))})
@@ -103,14 +105,14 @@ def find_graph(path: Path) -> str | None:
 
 
 def read_planetoid(path: Path, name: str) -> Any:
-    """Return the PyG ``Data`` of ``path/raw/ind.NAME.*``, with its public split."""
+    """PyG ``Data`` of ``path/raw/ind.NAME.*``, with its public split."""
     from torch_geometric.io import read_planetoid_data
 
     return read_planetoid_data(str(path / "raw"), name)
 
 
 def read_ogb(path: Path, directed: bool) -> Any:
-    """Return the PyG ``Data`` of OGB's files ``path/raw/*.csv.gz``, split by the one folder in ``path/split``."""
+    """PyG ``Data`` of OGB's files ``path/raw/*.csv.gz``, split by the one folder in ``path/split``."""
     from torch_geometric.data import Data
     from torch_geometric.utils import to_undirected
 

@@ -14,11 +14,14 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_estdgm._checks import expect_int
-from lightning_estdgm.recipes.windows import EpochSampler, ResumableLoader, ranks_of
+from lightning_estdgm.recipes._windows import EpochSampler, ResumableLoader, ranks_of
 
-Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels
+Box = tuple[int, int, int, int]
+"""Left, upper, right and lower edge, in pixels."""
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and deviation of ImageNet's pixels in [0, 1], by channel."""
+
 _ENDINGS = {".jpeg", ".jpg", ".png", ".webp"}
 _HELP = """expected a folder with images in a folder a class:
   train/n01440764/n01440764_10026.JPEG ...
@@ -38,15 +41,15 @@ class ImageFolders(LightningDataModule):
     A batch is (x, y): float32 [batch_size, 3, size, size] and int64 [batch_size].
 
     Args:
-        path: folder with ``train`` and ``val``.
-        batch_size: images a step, of each device.
-        size: side of the images that the model gets, in pixels.
-        seed: of order and augmentation.
-        workers: processes that read and decode.
+        path: Folder with ``train`` and ``val``.
+        batch_size: Images a step, of each device.
+        size: Side of the images that the model gets, in pixels.
+        seed: Seed of order and augmentation.
+        workers: Number of processes that read and decode.
 
     Raises:
-        FileNotFoundError: where the folders or images in them are missing.
-        ValueError: for sizes that are not positive, and a class for validation that training does not have.
+        FileNotFoundError: The folders or images in them are missing.
+        ValueError: A size is not positive, or validation has a class that training does not have.
 
     """
 
@@ -123,7 +126,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 def random_box(width: int, height: int, generator: Generator) -> Box:
-    """Return a random part of an image: 8 to 100 % of its area, 3/4 to 4/3 as wide as high; its middle if none fits.
+    """A random part of an image: 8 to 100 % of its area, 3/4 to 4/3 as wide as high; its middle if none fits.
 
     Source: Szegedy et al. 2015, arXiv 1409.4842, with up to ten trials as in torchvision's RandomResizedCrop.
     """
@@ -143,7 +146,7 @@ def random_box(width: int, height: int, generator: Generator) -> Box:
 
 
 def middle_box(width: int, height: int) -> Box:
-    """Return the square in the middle of an image, 224/256 of its shorter side wide."""
+    """The square in the middle of an image, 224/256 of its shorter side wide."""
     side = max(1, round(min(width, height) * 224 / 256))
     return _centred(width, height, side, side)
 
@@ -154,17 +157,18 @@ def _centred(width: int, height: int, w: int, h: int) -> Box:
 
 
 def to_tensor(image: Image.Image, box: Box, size: int) -> Tensor:
-    """Return the part of an RGB image scaled to ``size`` and normalised: float32 [3, size, size]."""
+    """The part of an RGB image scaled to ``size`` and normalised: float32 [3, size, size]."""
     scaled = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(scaled)).permute(2, 0, 1) / 255
     return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 def find_classes(path: Path) -> tuple[str, ...]:
-    """Return the sorted names of the classes for training.
+    """Sorted names of the classes for training.
 
-    Raises FileNotFoundError that says what was looked for and where to get it, and ValueError for a class for
-    validation that training does not have.
+    Raises:
+        FileNotFoundError: Folders are missing; the message says what was looked for and where to get it.
+        ValueError: Validation has a class that training does not have.
     """
     found = {}
     for part in ("train", "val"):
@@ -179,7 +183,11 @@ def find_classes(path: Path) -> tuple[str, ...]:
 
 
 def list_images(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, int]]:
-    """Return the images of all classes and the classes' numbers, sorted by name. Raises FileNotFoundError for none."""
+    """Images of all classes and the classes' numbers, sorted by name.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
     files = []
     for label, name in enumerate(classes):
         if (folder / name).is_dir():

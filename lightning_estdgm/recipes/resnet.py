@@ -1,19 +1,17 @@
-"""ResNet-50 and how it is usually trained: a plain model, and the LightningModule of the recipe."""
+"""ResNet-50 as a plain model, and the LightningModule that trains it as is usual."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_estdgm._checks import expect_fraction, expect_int, expect_positive
-from lightning_estdgm.recipes.rates import run_steps, warmup_cosine
+from lightning_estdgm.recipes._optimizers import decay_groups, with_cosine
 
 Batch = tuple[Tensor, Tensor]
 
@@ -36,7 +34,7 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add what the convolutions make of x to x, projected where shapes differ."""
+        """Add the output of the convolutions to x, which is projected where shapes differ."""
         h = self.relu(self.bn1(self.conv1(x)))
         h = self.relu(self.bn2(self.conv2(h)))
         h = self.bn3(self.conv3(h))
@@ -46,11 +44,17 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """A residual net of bottlenecks, v1.5: the stride is in the 3x3 convolution.
 
-    Images [batch, 3, height, width] to logits [batch, num_classes]. ``layers`` counts the blocks of the four stages,
-    whose widths are 1, 2, 4 and 8 times ``width``. Names of weights are those of torchvision: its checkpoints load.
+    Images [batch, 3, height, width] to logits [batch, num_classes]. The widths of the four stages
+    are 1, 2, 4 and 8 times ``width``. Names of weights are those of torchvision: its checkpoints load.
     Convolutions start as N(0, 2 / fan_out). Source: He et al. 2016, arXiv 1512.03385; the stride as Goyal et al. 2017.
 
-    Raises ValueError unless ``layers`` are four positive numbers, and ``num_classes`` and ``width`` positive.
+    Args:
+        layers: Number of blocks of each stage.
+        num_classes: Number of classes.
+        width: Width of the first stage's bottlenecks.
+
+    Raises:
+        ValueError: ``layers`` are not four positive numbers, or ``num_classes`` or ``width`` is not positive.
 
     >>> ResNet((1, 1, 1, 1), num_classes=10, width=8)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
@@ -87,17 +91,28 @@ def _stage(blocks: int, inputs: int, width: int, stride: int) -> nn.Sequential:
 
 
 def resnet50(num_classes: int = 1000) -> ResNet:
-    """Return a ResNet-50 v1.5 with fresh weights: 25.6 million of them for 1,000 classes."""
+    """A ResNet-50 v1.5 with fresh weights: 25.6 million of them for 1,000 classes."""
     return ResNet((3, 4, 6, 3), num_classes)
 
 
 class ImageClassifier(LightningModule):
     """A residual net in channels-last memory, by SGD with momentum, label smoothing, warm-up and a cosine to 0.
 
-    Weight decay reaches the weights of convolutions and of the head only. ``warmup`` is a fraction of the run.
+    Weight decay reaches the weights of convolutions and of the head only.
     Source: Goyal et al. 2017, arXiv 1706.02677; He et al. 2019, arXiv 1812.01187.
 
-    Raises ValueError for a rate that is not positive, and for fractions outside [0, 1).
+    Args:
+        num_classes: Number of classes.
+        layers: Number of blocks of each stage.
+        width: Width of the first stage's bottlenecks.
+        lr: Learning rate after warm-up.
+        momentum: Momentum.
+        weight_decay: Weight decay of matrices and kernels.
+        label_smoothing: Share of the target spread over all classes.
+        warmup: Share of the run in which the rate rises.
+
+    Raises:
+        ValueError: The rate is not positive, or a fraction is outside [0, 1).
     """
 
     def __init__(
@@ -144,10 +159,7 @@ class ImageClassifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """SGD with decay on matrices only; the learning rate moves every step."""
-        groups = [
-            {"params": [p for p in self.parameters() if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in self.parameters() if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0)
-        factor = partial(warmup_cosine, steps=run_steps(self), warmup=self.warmup, floor=0.0)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+        optimizer = torch.optim.SGD(
+            decay_groups(self, self.weight_decay), lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0
+        )
+        return with_cosine(self, optimizer, self.warmup, floor=0.0)

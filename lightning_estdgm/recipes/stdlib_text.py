@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lightning_estdgm.recipes.windows import TextWindows
+from lightning_estdgm.recipes._windows import TextWindows, check_val_fraction, val_start
 
 # Not code that a person wrote to be read: tests, generated tables, installed packages, applications.
 _SKIPPED = {"__pycache__", "dist-packages", "encodings", "ensurepip", "idlelib", "lib2to3"}
@@ -29,7 +29,16 @@ class StdlibText(TextWindows):
 
     Batches are those of `TextWindows`.
 
-    Raises ValueError for sizes that are not positive, a path that is no file, and text too short for one window.
+    Args:
+        context: Bytes a window.
+        batch_size: Windows a step, of each device.
+        seed: Seed of the windows.
+        val_windows: Number of windows for validation.
+        val_fraction: Share of the files, or of the one file, for validation.
+        path: Text file; None for the standard library.
+
+    Raises:
+        ValueError: A size is not positive, the path is no file, or the text is too short for one window.
 
     >>> data = StdlibText(context=32, batch_size=4)
     >>> data.setup()
@@ -48,8 +57,7 @@ class StdlibText(TextWindows):
         path: str | Path | None = None,
     ) -> None:
         super().__init__(context, batch_size, seed, val_windows)
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction: got {val_fraction}, expected a fraction in (0, 1)")
+        check_val_fraction(val_fraction)
         if path is not None and not Path(path).is_file():
             raise ValueError(f"path: got {str(path)!r}, expected an existing text file")
         self.val_fraction, self.path = val_fraction, path
@@ -65,13 +73,13 @@ class StdlibText(TextWindows):
             raw = {part: b"".join((root / f).read_bytes() + b"\0" for f in fs) for part, fs in self.files.items()}
         else:
             whole = Path(self.path).read_bytes()
-            cut = len(whole) - round(len(whole) * self.val_fraction)
+            cut = val_start(len(whole), self.val_fraction)
             raw = {"train": whole[:cut], "val": whole[cut:]}
         self.text = {part: torch.frombuffer(bytearray(text), dtype=torch.uint8) for part, text in raw.items()}
         self.check_lengths("the standard library" if self.path is None else str(self.path), "bytes")
 
     def describe(self) -> dict[str, Any]:
-        """What was read, to tell whether two machines trained on the same text."""
+        """Source, sizes and digests of the text, to tell whether two machines trained on the same."""
         return {
             "source": "standard library" if self.path is None else str(self.path),
             "files": {part: len(files) for part, files in self.files.items()} or None,

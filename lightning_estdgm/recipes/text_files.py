@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from lightning_estdgm.recipes.windows import TextWindows
+from lightning_estdgm.recipes._windows import TextWindows, check_val_fraction, val_start
 
 _HELP = """expected a text file, or a folder as WikiText-103 is published:
   wikitext-103/      wiki.train.tokens  wiki.valid.tokens  wiki.test.tokens
@@ -29,20 +29,20 @@ class TextFiles(TextWindows):
     Batches are those of `TextWindows`.
 
     Args:
-        path: a text file, or the folder of WikiText-103 (its raw variant too).
-        context: tokens a window.
-        batch_size: windows a step, of each device.
-        seed: of the windows.
-        val_windows: windows for validation.
-        val_fraction: of a single file, the share at its end for validation.
-        tokenizer: a ``tokenizer.json`` of Hugging Face tokenizers; without one, tokens are bytes.
-        cache: folder for the files of tokens; without one, they go beside the text.
-        workers: processes that read ahead.
+        path: Text file, or the folder of WikiText-103 (its raw variant too).
+        context: Tokens a window.
+        batch_size: Windows a step, of each device.
+        seed: Seed of the windows.
+        val_windows: Number of windows for validation.
+        val_fraction: Share at the end of a single file for validation.
+        tokenizer: A ``tokenizer.json`` of Hugging Face tokenizers; without one, tokens are bytes.
+        cache: Folder for the files of tokens; without one, they go beside the text.
+        workers: Number of processes that read ahead.
 
     Raises:
-        FileNotFoundError: where there is no such text or tokenizer.
-        ValueError: for sizes that are not positive, and a text too short for one window.
-        ModuleNotFoundError: for a tokenizer without the package `tokenizers`.
+        FileNotFoundError: There is no such text or tokenizer.
+        ValueError: A size is not positive, or the text is too short for one window.
+        ModuleNotFoundError: A tokenizer is given, and the package `tokenizers` is not installed.
 
     """
 
@@ -59,8 +59,7 @@ class TextFiles(TextWindows):
         workers: int = 0,
     ) -> None:
         super().__init__(context, batch_size, seed, val_windows, workers)
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction: got {val_fraction}, expected a fraction in (0, 1)")
+        check_val_fraction(val_fraction)
         self.files = find_text(Path(path))
         self.val_fraction = val_fraction
         self.cache = None if cache is None else Path(cache)
@@ -80,7 +79,7 @@ class TextFiles(TextWindows):
         mapped = {part: self._map(file) for part, file in self.files.items()}
         if self.files["train"] == self.files["val"]:
             whole = mapped["train"]
-            cut = len(whole) - round(len(whole) * self.val_fraction)
+            cut = val_start(len(whole), self.val_fraction)
             mapped = {"train": whole[:cut], "val": whole[cut:]}
         self.text = mapped
         self.check_lengths(str(self.files["train"]), "bytes" if self.tokenizer is None else "tokens")
@@ -99,9 +98,10 @@ class TextFiles(TextWindows):
 
 
 def find_text(path: Path) -> dict[str, Path]:
-    """Return the files for training and validation; both are ``path`` if it is a file.
+    """Files for training and validation; both are ``path`` if it is a file.
 
-    Raises FileNotFoundError that says what was looked for and where to get it.
+    Raises:
+        FileNotFoundError: There is no text; the message says what was looked for and where to get it.
     """
     if path.is_file():
         return {"train": path, "val": path}
@@ -133,7 +133,7 @@ def _load_tokenizer(path: Path) -> Any:
 
 
 def _tokens_file(text: Path, tokenizer: Path, cache: Path | None) -> Path:
-    """Return the file of the text's tokens, written whole or not at all."""
+    """File of the text's tokens, written whole or not at all."""
     state = text.stat()
     key = hashlib.sha256(tokenizer.read_bytes())
     key.update(f"{text.resolve()} {state.st_size} {state.st_mtime_ns}".encode())

@@ -26,7 +26,7 @@ from helpers.models import (
 )
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
 from lightning_estdgm.config import Selection, StepSize, Units
-from lightning_estdgm.method.update_rule import UpdateRule
+from lightning_estdgm.method._update_rule import UpdateRule
 
 pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
 
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
         (lambda: DGMCallback(total_steps=True), TypeError, "total_steps must be an int or None, got True"),
         (lambda: DGMConfig(schedule="est-dgm"), TypeError, "such as EstDgm(), got 'est-dgm'"),
         (lambda: DGMConfig(schedule=EstDgm), TypeError, "such as EstDgm(), got"),
-        (lambda: DGMConfig(units=Units(size=24)), ValueError, "block_size must be 'auto', 1 or one of"),
+        (lambda: DGMConfig(units=Units(size=24)), ValueError, "units.size must be 'auto', 1 or one of"),
         (lambda: DGMConfig(units=Units(size="big")), ValueError, "got 'big'"),
         (lambda: DGMConfig(units=Units(distribution="er")), ValueError, "['erk', 'uniform'] or a function, got 'er'"),
         (

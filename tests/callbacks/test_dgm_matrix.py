@@ -31,9 +31,9 @@ from helpers.models import (
 )
 from lightning_estdgm import DGMCallback, DGMConfig
 from lightning_estdgm.config import Units
-from lightning_estdgm.method.update_rule import UpdateRule
-from lightning_estdgm.sparse.backends.protocol import get_backend
-from lightning_estdgm.sparse.topology import BlockTopology
+from lightning_estdgm.method._update_rule import UpdateRule
+from lightning_estdgm.sparse._topology import BlockTopology
+from lightning_estdgm.sparse.backends._protocol import get_backend
 
 pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
 

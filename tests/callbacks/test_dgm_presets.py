@@ -71,5 +71,7 @@ def test_a_checkpoint_without_a_reserve_is_refused(tmp_path: Path) -> None:
     for layer in checkpoint["callbacks"]["DGMCallback"]["layers"].values():
         del layer["held_back"]
     torch.save(checkpoint, path)
-    with pytest.raises(ValueError, match=r"layer 'net\.0': the checkpoint holds none of the weights that `reserve`"):
+    with pytest.raises(
+        ValueError, match=r"layer 'net\.0': the checkpoint holds none of the weights that a backward set"
+    ):
         PresetRun("top-kast").fit(ckpt=path, seed=1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from helpers.models import GAN, MLP, NO_VALIDATION_LOADER, ResumableLoader, TinyMLP, assert_final, make_trainer
 from helpers.runs import EPOCH_STEPS, SCHEDULE, STEPS, Run, SaveAt, differences, end_of, load
 from lightning_estdgm import DGMCallback, DGMConfig
-from lightning_estdgm.method.masks import unpack_bits
+from lightning_estdgm.method._masks import unpack_bits
 from lightning_estdgm.recipes import ByteGPT, StdlibText
 
 pytestmark = [

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from helpers.energy_parts import ConstantPower
 from helpers.energy_runs import WATTS, Net, Phases, data, monitor, no_thread, rows, trainer
 from lightning_estdgm.callbacks.energy import EnergyMonitor
-from lightning_estdgm.energy.reading import SourceUnavailable, Status
+from lightning_estdgm.energy._reading import SourceUnavailable, Status
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*")  # as they mean to
 

@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from helpers.energy_parts import ConstantPower
 from helpers.energy_runs import WATTS, Net, data, monitor, rows, trainer
-from lightning_estdgm.energy.footprint import Footprint
-from lightning_estdgm.energy.reading import DeviceId, Reading
+from lightning_estdgm.energy._footprint import Footprint
+from lightning_estdgm.energy._reading import DeviceId, Reading
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*")  # as they mean to
 

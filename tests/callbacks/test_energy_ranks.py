@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lightning_estdgm.callbacks._internal.energy_fit import own_devices
-from lightning_estdgm.energy.reading import DeviceId, DeviceInfo
+from lightning_estdgm.energy._reading import DeviceId, DeviceInfo
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 ONCE_A_HOST = {"seen-a": 100.0, "seen-b": 200.0, "package": 30.0, "memory": 5.0}

@@ -20,7 +20,7 @@ from helpers import distributed_jobs as jobs
 from helpers.models import MLP, NO_VALIDATION_LOADER, SCHEDULE, TinyMLP, make_trainer
 from lightning_estdgm import DGMCallback, DGMConfig, DGMController
 from lightning_estdgm.config import Units
-from lightning_estdgm.distributed.comm_hook import ActiveUnits, active_units_hook
+from lightning_estdgm.distributed._comm_hook import ActiveUnits, active_units_hook
 
 STEPS = 20  # SCHEDULE's
 OBSERVED = {3, 4, 8, 9, 13, 14}

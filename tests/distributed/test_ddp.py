@@ -26,9 +26,9 @@ from helpers.models import MLP, Batches, ResumableLoader, TinyMLP, make_trainer
 from helpers.models import SCHEDULE as SHORT
 from helpers.runs import EPOCH_STEPS, SCHEDULE, STEPS, differences, end_of, load
 from lightning_estdgm import DGMCallback, DGMConfig, EnergyMonitor
-from lightning_estdgm.method.masks import unpack_bits
-from lightning_estdgm.modules.swap import set_observing, sparsify_
-from lightning_estdgm.sparse.autotune.choice import BackendSelector
+from lightning_estdgm.method._masks import unpack_bits
+from lightning_estdgm.modules._swap import set_observing, sparsify_
+from lightning_estdgm.sparse.autotune._choice import BackendSelector
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 

@@ -14,8 +14,8 @@ from helpers import distributed_jobs as jobs
 from helpers.distributed_sharded import train
 from helpers.models import TinyMLP, make_trainer
 from lightning_estdgm import DGMCallback
-from lightning_estdgm.method.backward_set import BackwardSet
-from lightning_estdgm.method.patterns import FanIn
+from lightning_estdgm.method._backward_set import BackwardSet
+from lightning_estdgm.method._patterns import FanIn
 
 METHODS = ("set", "granet", "srigl", "top-kast")
 

@@ -18,9 +18,9 @@ from helpers.distributed_cases import (
 )
 from helpers.distributed_sharded import BLOCK_LAYERS, CPUFSDPStrategy
 from lightning_estdgm.config import DGMConfig, Units
-from lightning_estdgm.distributed.adapters.protocol import adapter_for
-from lightning_estdgm.engine.controller import DGMController
-from lightning_estdgm.method.schedules import EstDgm
+from lightning_estdgm.distributed.adapters._protocol import adapter_for
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.method._schedules import EstDgm
 
 RANKS = 4
 NAMES = ("plain", "cpu operators", "accumulation", "NaN on one rank")

@@ -22,9 +22,9 @@ from helpers.distributed_cases import (
 )
 from helpers.distributed_sharded import BLOCK_LAYERS, WEIGHT_LAYERS, train
 from lightning_estdgm.config import DGMConfig, Units
-from lightning_estdgm.engine.controller import DGMController
-from lightning_estdgm.modules.candidates import find_candidates
-from lightning_estdgm.modules.swap import restore_dense_, sparsify_
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.modules._candidates import find_candidates
+from lightning_estdgm.modules._swap import restore_dense_, sparsify_
 
 RANKS = 4
 

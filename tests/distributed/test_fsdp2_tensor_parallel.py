@@ -9,7 +9,7 @@ from torch import nn
 from helpers import distributed_jobs as jobs
 from helpers.distributed_cases import all_runs, assert_as_on_one_device
 from helpers.distributed_sharded import BLOCK_LAYERS, TENSOR_PARALLEL
-from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.engine._controller import DGMController
 
 RANKS = {"tensor parallel": 2, "FSDP2 and tensor parallel": 4}
 

@@ -31,8 +31,8 @@ from helpers import distributed_jobs as jobs
 from helpers import distributed_matrix as matrix
 from helpers.models import SCHEDULE, Batches, make_trainer
 from lightning_estdgm import DGMCallback, DGMConfig
-from lightning_estdgm.distributed.adapters.protocol import adapter_for
-from lightning_estdgm.modules.candidates import clean_name
+from lightning_estdgm.distributed.adapters._protocol import adapter_for
+from lightning_estdgm.modules._candidates import clean_name
 
 STEPS, GLOBAL_BATCH = 20, 16
 ADAMW = {"lr": 1e-3, "eps": 1e-4}  # eps: within the range of float16

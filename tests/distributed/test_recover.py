@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from helpers import distributed_jobs as jobs
 from helpers.models import MLP, SCHEDULE, TinyMLP, make_trainer
 from lightning_estdgm import DGMCallback, DGMConfig
-from lightning_estdgm.method.update_rule import UpdateRule
+from lightning_estdgm.method._update_rule import UpdateRule
 
 STEP = 8
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from helpers import distributed_jobs as jobs
 from helpers.distributed_simulated import Meeting, assembled, layouts, local_of, ranks_of, spread
+from lightning_estdgm.distributed._top_k import Ranking, top_k
 from lightning_estdgm.distributed.adapters.fsdp1 import RangeShard
-from lightning_estdgm.distributed.top_k import Ranking, top_k
-from lightning_estdgm.method import masks
+from lightning_estdgm.method import _masks as masks
 
 INF = float("inf")
 # Ties, both zeros, subnormal numbers, neighbours in the last bit, and both ends of the range.

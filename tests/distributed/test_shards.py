@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from helpers.distributed_simulated import assembled, layouts, local_of, spread
 from lightning_estdgm.distributed.adapters.whole import Whole
-from lightning_estdgm.method.masks import keep_active_, mask_shape
+from lightning_estdgm.method._masks import keep_active_, mask_shape
 
 SHAPES = st.one_of(
     st.tuples(st.sampled_from([2, 4, 6, 8]), st.sampled_from([2, 4, 6])),

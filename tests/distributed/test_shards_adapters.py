@@ -1,6 +1,5 @@
 """Which adapter serves a strategy, and how others add theirs."""
 
-import importlib.metadata
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -11,11 +10,11 @@ import torch
 from lightning.fabric.strategies import DDPStrategy as FabricDDP
 from torch import nn
 
-from lightning_estdgm import distributed
-from lightning_estdgm.distributed.adapters.protocol import Adapter, adapter_for, adapters, shard_of
+from lightning_estdgm import _registry
+from lightning_estdgm.distributed._shard import Shard
+from lightning_estdgm.distributed.adapters._protocol import ENTRY_POINT_GROUP, Adapter, adapter_for, adapters, shard_of
 from lightning_estdgm.distributed.adapters.whole import Whole
-from lightning_estdgm.distributed.shard import Shard
-from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.engine._controller import DGMController
 
 
 @pytest.mark.parametrize(
@@ -82,12 +81,12 @@ class Point:
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Point]]:
     points: list[Point] = []
-    plain = importlib.metadata.entry_points
+    plain = _registry.entry_points
 
     def entry_points(**selection: Any) -> Any:
-        return points if selection == {"group": distributed.ENTRY_POINT_GROUP} else plain(**selection)
+        return points if selection == {"group": ENTRY_POINT_GROUP} else plain(**selection)
 
-    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    monkeypatch.setattr(_registry, "entry_points", entry_points)
     adapters.cache_clear()
     yield points
     monkeypatch.undo()

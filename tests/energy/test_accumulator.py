@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_estdgm.energy.accumulator import Accumulator
-from lightning_estdgm.energy.reading import DeviceId, Reading, Status
-from lightning_estdgm.energy.totals import Totals
+from lightning_estdgm.energy._accumulator import Accumulator
+from lightning_estdgm.energy._reading import DeviceId, Reading, Status
+from lightning_estdgm.energy._totals import Totals
 
 S = 1_000_000_000
 GPU = DeviceId("a", "gpu", "GPU-1")

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.energy_parts import ConstantPower
-from lightning_estdgm.energy.device_assignment import ActiveSource, assign_devices, gpu_names
-from lightning_estdgm.energy.reading import DeviceId, DeviceInfo
+from lightning_estdgm.energy._device_assignment import ActiveSource, assign_devices, gpu_names
+from lightning_estdgm.energy._reading import DeviceId, DeviceInfo
 
 host_devices = st.builds(
     DeviceId, st.sampled_from(["a", "b"]), st.sampled_from(["gpu", "cpu", "dram"]), st.sampled_from(["0", "1", "2"])

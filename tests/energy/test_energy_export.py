@@ -11,10 +11,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lightning_estdgm.callbacks.energy import EnergyMonitor
-from lightning_estdgm.energy.device_assignment import ActiveSource
-from lightning_estdgm.energy.export import measurements, write_prometheus
-from lightning_estdgm.energy.reading import DeviceId, DeviceInfo
-from lightning_estdgm.energy.totals import Cell, Totals
+from lightning_estdgm.energy._device_assignment import ActiveSource
+from lightning_estdgm.energy._export import measurements, write_prometheus
+from lightning_estdgm.energy._reading import DeviceId, DeviceInfo
+from lightning_estdgm.energy._totals import Cell, Totals
 
 GPU, CPU, DRAM = DeviceId("a", "gpu", "GPU-1"), DeviceId("a", "cpu", "package-0"), DeviceId("b", "dram", 'od"d\\')
 TOTALS = Totals(

@@ -10,7 +10,7 @@ import pytest
 
 from helpers.energy_parts import ConstantPower
 from lightning_estdgm import EnergyMeter
-from lightning_estdgm.energy.reading import SourceUnavailable, Status
+from lightning_estdgm.energy._reading import SourceUnavailable, Status
 
 WATTS = 100.0
 

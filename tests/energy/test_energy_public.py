@@ -19,7 +19,7 @@ root.__path__ = [sys.argv[1]]
 sys.modules["lightning_estdgm"] = root
 import lightning_estdgm.energy as energy
 
-assert "lightning_estdgm.energy.energy_meter" not in sys.modules
+assert "lightning_estdgm.energy._energy_meter" not in sys.modules
 for name in energy.__all__:
     assert name in dir(energy)
     getattr(energy, name)

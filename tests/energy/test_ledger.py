@@ -12,10 +12,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from lightning_estdgm.energy.accumulator import Accumulator
-from lightning_estdgm.energy.ledger import Ledger
-from lightning_estdgm.energy.reading import DeviceId, Reading, Status
-from lightning_estdgm.energy.totals import Cell, Totals
+from lightning_estdgm.energy._accumulator import Accumulator
+from lightning_estdgm.energy._ledger import Ledger
+from lightning_estdgm.energy._reading import DeviceId, Reading, Status
+from lightning_estdgm.energy._totals import Cell, Totals
 
 GPU, FAR = DeviceId("a", "gpu", "GPU-1"), DeviceId("b", "gpu", "GPU-2")
 

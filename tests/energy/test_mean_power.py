@@ -7,7 +7,7 @@ import time
 import pytest
 
 from helpers.energy_parts import ConstantPower, started_sampler
-from lightning_estdgm.energy.mean_power import MeanPower
+from lightning_estdgm.energy._mean_power import MeanPower
 
 
 def test_watts_are_the_mean_since_the_last_call_and_missing_without_readings() -> None:

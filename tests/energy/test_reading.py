@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from types import SimpleNamespace
 
-from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, SourceUnavailable, Status, own_gpus, torch_ids
+from lightning_estdgm.energy._reading import DeviceId, DeviceInfo, SourceUnavailable, Status, own_gpus, torch_ids
 
 
 def gpu(uid: str) -> DeviceId:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lightning_estdgm.energy.run_file import write_run_file
+from lightning_estdgm.energy._run_file import write_run_file
 
 
 def read(folder: Path) -> dict[str, Any]:

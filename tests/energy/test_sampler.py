@@ -10,8 +10,8 @@ import time
 import pytest
 
 from helpers.energy_parts import NEVER_S, ConstantPower, started_sampler
-from lightning_estdgm.energy.reading import Status
-from lightning_estdgm.energy.sampler import Sampler
+from lightning_estdgm.energy._reading import Status
+from lightning_estdgm.energy._sampler import Sampler
 
 
 def test_constant_power_gives_its_joules() -> None:

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from helpers.energy_parts import NEVER_S, ConstantPower, started_sampler
-from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, Reading, SourceUnavailable, Status
-from lightning_estdgm.energy.sampler import Sampler
+from lightning_estdgm.energy._reading import DeviceId, DeviceInfo, Reading, SourceUnavailable, Status
+from lightning_estdgm.energy._sampler import Sampler
 
 
 def test_absent_sources_say_why() -> None:

@@ -6,9 +6,9 @@ import io
 
 import torch
 
-from lightning_estdgm.energy.accumulator import Accumulator
-from lightning_estdgm.energy.reading import DeviceId, Reading
-from lightning_estdgm.energy.totals import Totals
+from lightning_estdgm.energy._accumulator import Accumulator
+from lightning_estdgm.energy._reading import DeviceId, Reading
+from lightning_estdgm.energy._totals import Totals
 
 GPU = DeviceId("a", "gpu", "GPU-1")
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from helpers.published_runs import DENSITY, WIDTHS, best
-from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.presets import preset
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lightning_estdgm.engine.block_slices import BlockSlices
-from lightning_estdgm.method.masks import mask_shape, unit_view
+from lightning_estdgm.engine._block_slices import BlockSlices
+from lightning_estdgm.method._masks import mask_shape, unit_view
 
 LAYOUTS = {
     "row-major": (lambda: torch.randn(8, 12), 4),

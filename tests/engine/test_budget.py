@@ -9,10 +9,10 @@ from torch import nn
 from helpers.controller_runs import STEPS, fit, run, sgd
 from helpers.masked_weights import candidates_of
 from lightning_estdgm.config import DGMConfig, Units
-from lightning_estdgm.engine.budget import LayerUnits, unit_budgets
-from lightning_estdgm.engine.controller import DGMController
-from lightning_estdgm.method.schedules import EstDgm
-from lightning_estdgm.method.update_rule import UpdateRule
+from lightning_estdgm.engine._budget import LayerUnits, unit_budgets
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.method._schedules import EstDgm
+from lightning_estdgm.method._update_rule import UpdateRule
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ from helpers.controller_runs import (
     traces,
 )
 from lightning_estdgm.config import DGMConfig, Selection, Units
-from lightning_estdgm.engine.controller import DGMController
-from lightning_estdgm.method.schedules import EstDgm, Phase
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.method._schedules import EstDgm, Phase
 
 # ------------------------------------------------------------------ what it promises in a plain loop
 

@@ -7,7 +7,7 @@ import torch
 
 from helpers.controller_runs import BLOCKS, SCHEDULE, STEPS, WEIGHTS, adamw, batch, loss_of, run, saved, sgd
 from lightning_estdgm.config import DGMConfig, Units
-from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.engine._controller import DGMController
 
 
 def resumed(mlp, config, stop, tamper=lambda state: None, load_late=False):

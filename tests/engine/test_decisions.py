@@ -7,8 +7,8 @@ import pytest
 from helpers.controller_runs import IMAGES, STEPS, adamw, fit_images, run
 from helpers.masked_weights import candidates_of, numbered
 from lightning_estdgm.config import Units
-from lightning_estdgm.engine.controller import DGMController
-from lightning_estdgm.engine.decisions import LayerDecision, layer_decisions
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.engine._decisions import LayerDecision, layer_decisions
 
 
 def test_defaults_choose_something_that_works(mlp):

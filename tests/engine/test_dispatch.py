@@ -22,9 +22,9 @@ from helpers.controller_runs import (
     sgd,
 )
 from lightning_estdgm.config import DGMConfig, Selection, Units
-from lightning_estdgm.engine.controller import DGMController
-from lightning_estdgm.sparse.autotune.choice import BackendSelector
-from lightning_estdgm.sparse.conv_geometry import ConvGeometry
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.sparse._conv_geometry import ConvGeometry
+from lightning_estdgm.sparse.autotune._choice import BackendSelector
 
 # ------------------------------------------------------------------ forced backends
 

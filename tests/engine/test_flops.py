@@ -9,10 +9,10 @@ from torch import nn
 from helpers.controller_runs import IMAGES, IN_BLOCKS, STEPS, constant, fit_images, run, sgd
 from helpers.masked_weights import candidates_of, numbered
 from lightning_estdgm.config import DGMConfig, Units
-from lightning_estdgm.engine.controller import DGMController
-from lightning_estdgm.engine.flops import FlopCounter
-from lightning_estdgm.method.backward_set import BackwardSet
-from lightning_estdgm.method.schedules import EstDgm, Phase
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.engine._flops import FlopCounter
+from lightning_estdgm.method._backward_set import BackwardSet
+from lightning_estdgm.method._schedules import EstDgm, Phase
 
 
 def test_flops_ratios_by_hand(mlp):

@@ -5,8 +5,8 @@ import torch
 
 from helpers.controller_runs import BLOCKS, STEPS, WEIGHTS, batch, full_masks, loss_of, sgd
 from helpers.masked_weights import numbered
-from lightning_estdgm.engine.controller import DGMController
-from lightning_estdgm.engine.gradient_mask import mask_gradients_
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.engine._gradient_mask import mask_gradients_
 
 
 def test_gradients_are_masked_also_where_they_are_infinite_and_without_the_call(mlp):

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from helpers.controller_runs import SCHEDULE, STEPS, batch, full_masks, loss_of
 from helpers.masked_weights import numbered
 from lightning_estdgm.config import DGMConfig, Units
-from lightning_estdgm.engine.controller import DGMController
-from lightning_estdgm.method.backward_set import BackwardSet
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.method._backward_set import BackwardSet
 from lightning_estdgm.presets import preset
 
 

@@ -9,9 +9,9 @@ from torch import nn
 from helpers.controller_runs import SCHEDULE, STEPS, WEIGHTS, adamw, refuse, sgd
 from helpers.masked_weights import masked_weight, numbered
 from lightning_estdgm.config import DGMConfig, StepSize, Units
-from lightning_estdgm.engine.controller import DGMController
-from lightning_estdgm.engine.initialisation import draw_masks, told_of_drawn, told_of_recovered
-from lightning_estdgm.method.patterns import NofM
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.engine._initialisation import draw_masks, told_of_drawn, told_of_recovered
+from lightning_estdgm.method._patterns import NofM
 from lightning_estdgm.presets import preset
 
 

@@ -8,11 +8,11 @@ from helpers.controller_runs import STEPS, WEIGHTS, adamw, fit
 from helpers.masked_weights import numbered
 from helpers.published_runs import DENSITY, EVERY, count, trained
 from lightning_estdgm.config import DGMConfig, StepSize, Units
-from lightning_estdgm.engine.controller import DGMController
-from lightning_estdgm.engine.mask_update import drop_and_grow
-from lightning_estdgm.engine.observation import observe
-from lightning_estdgm.method.schedules import EstDgm
-from lightning_estdgm.method.update_rule import UpdateRule
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.engine._mask_update import drop_and_grow
+from lightning_estdgm.engine._observation import observe
+from lightning_estdgm.method._schedules import EstDgm
+from lightning_estdgm.method._update_rule import UpdateRule
 from lightning_estdgm.presets import preset
 
 

@@ -9,9 +9,9 @@ from torch import nn
 from helpers.controller_runs import STEPS, WEIGHTS, adamw, fit
 from helpers.masked_weights import candidates_of
 from lightning_estdgm.config import DGMConfig, Units
-from lightning_estdgm.engine.controller import DGMController
-from lightning_estdgm.engine.masked_model import MaskedModel
-from lightning_estdgm.engine.observation import observe
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.engine._masked_model import MaskedModel
+from lightning_estdgm.engine._observation import observe
 
 
 def test_grown_weights_start_at_zero_with_a_clean_state(mlp):

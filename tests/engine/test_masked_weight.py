@@ -6,9 +6,9 @@ from torch import nn
 
 from helpers.controller_runs import BLOCKS, STEPS, adamw, fit, full_masks, run
 from helpers.masked_weights import candidates_of, numbered
-from lightning_estdgm.engine.controller import DGMController
-from lightning_estdgm.engine.masked_weight import MaskedWeight
-from lightning_estdgm.engine.observation import observe
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.engine._masked_weight import MaskedWeight
+from lightning_estdgm.engine._observation import observe
 
 
 def test_hugging_face_conv1d_layers():

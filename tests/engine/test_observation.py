@@ -5,8 +5,8 @@ import torch
 
 from helpers.controller_runs import SCHEDULE, STEPS, WEIGHTS, adamw, batch, equal, fit, loss_of, sgd
 from helpers.masked_weights import numbered
-from lightning_estdgm.engine.controller import DGMController
-from lightning_estdgm.engine.observation import Window, observe
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.engine._observation import Window, observe
 
 
 def test_buffers_exist_only_inside_a_window(mlp):

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers.distributed_simulated import Meeting, assembled, layouts, local_of, ranks_of, spread
+from lightning_estdgm.distributed._collectives import all_reduce
 from lightning_estdgm.distributed.adapters.whole import Whole
-from lightning_estdgm.distributed.collectives import all_reduce
-from lightning_estdgm.engine.placement import ShardedWeight, WholeWeight, placement_of
-from lightning_estdgm.method.masks import keep_active_, mask_shape
+from lightning_estdgm.engine._placement import ShardedWeight, WholeWeight, placement_of
+from lightning_estdgm.method._masks import keep_active_, mask_shape
 
 SHAPES = st.one_of(
     st.tuples(st.sampled_from([2, 4, 6]), st.sampled_from([2, 4])),

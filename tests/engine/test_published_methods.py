@@ -18,7 +18,7 @@ from helpers.published_runs import (
     trained,
 )
 from lightning_estdgm.config import DGMConfig, StepSize, Units
-from lightning_estdgm.method.schedules import EstDgm
+from lightning_estdgm.method._schedules import EstDgm
 from lightning_estdgm.presets import preset
 
 

@@ -5,8 +5,8 @@ import torch
 
 from helpers.controller_runs import STEPS, WEIGHTS, batch, equal, fit, loss_of, run, sgd
 from helpers.masked_weights import numbered
-from lightning_estdgm.engine.controller import DGMController
-from lightning_estdgm.engine.step_hooks import StepHooks
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.engine._step_hooks import StepHooks
 
 
 def test_param_groups_stay_as_the_user_made_them(mlp):

@@ -8,7 +8,7 @@ import torch
 from helpers.controller_runs import BLOCKS, STEPS, adamw, batch, constant, fit, full_masks, loss_of, sgd
 from helpers.masked_weights import numbered
 from lightning_estdgm.config import DGMConfig, StepSize, Units
-from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.engine._controller import DGMController
 
 
 @pytest.mark.parametrize("exponent", [1.0, 0.5, 0.0])

@@ -12,14 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers.swapped_layers import index_lists
 from lightning_estdgm.config import DGMConfig, Units
-from lightning_estdgm.engine.controller import DGMController
-from lightning_estdgm.method.schedules import EstDgm
-from lightning_estdgm.modules.candidates import find_candidates
-from lightning_estdgm.modules.swap import restore_dense_, set_observing, sparsify_
-from lightning_estdgm.recipes.decoder_block import DecoderBlock
-from lightning_estdgm.sparse.backends.protocol import backends
-from lightning_estdgm.sparse.linear import masked_linear
-from lightning_estdgm.sparse.topology import BlockTopology
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.method._schedules import EstDgm
+from lightning_estdgm.modules._candidates import find_candidates
+from lightning_estdgm.modules._swap import restore_dense_, set_observing, sparsify_
+from lightning_estdgm.recipes._decoder_block import DecoderBlock
+from lightning_estdgm.sparse._linear import masked_linear
+from lightning_estdgm.sparse._topology import BlockTopology
+from lightning_estdgm.sparse.backends._protocol import backends
 
 STEPS = 24
 SCHEDULE = EstDgm(update_every=4, observe_steps=2)

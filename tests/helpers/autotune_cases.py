@@ -4,8 +4,8 @@ import io
 
 import torch
 
-from lightning_estdgm.sparse.autotune.cases import Case, ConvCase
-from lightning_estdgm.sparse.conv_geometry import ConvGeometry
+from lightning_estdgm.sparse._conv_geometry import ConvGeometry
+from lightning_estdgm.sparse.autotune._cases import Case, ConvCase
 
 LAYER = {
     "tokens": 64,

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_estdgm.config import DGMConfig, Selection, Units
-from lightning_estdgm.engine.controller import DGMController
-from lightning_estdgm.method.schedules import EstDgm, Phase
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.method._schedules import EstDgm, Phase
 
 STEPS = 40
 SCHEDULE = EstDgm(update_every=4, observe_steps=2)  # updates before steps 3, 6, 10, 13, ...

@@ -17,8 +17,8 @@ SPOILED = (3, 8)
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "single weights": {"units": {"size": 1}},
-    "cpu operators": {"units": {"size": 16}, "backend": "cpu", "selection": {"exclude": WEIGHT_LAYERS}},
+    "single weights": {"block_size": 1},
+    "cpu operators": {"block_size": 16, "backend": "cpu", "exclude": WEIGHT_LAYERS},
     "accumulation": {"accumulate": 2},
     "frozen": {"inactive": "frozen"},
     "RigL's rule": {"rule": {"grow": "gradient", "regrow": True}},

@@ -23,10 +23,10 @@ from helpers import distributed_jobs as jobs  # noqa: F401  puts the callback te
 from helpers.models import Batches, ResumableLoader, Task, make_trainer
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
 from lightning_estdgm.config import Selection, Units
-from lightning_estdgm.distributed.collectives import local_tensor
-from lightning_estdgm.engine.masked_weight import MaskedWeight
-from lightning_estdgm.modules.candidates import clean_name
-from lightning_estdgm.sparse.backends.protocol import get_backend
+from lightning_estdgm.distributed._collectives import local_tensor
+from lightning_estdgm.engine._masked_weight import MaskedWeight
+from lightning_estdgm.modules._candidates import clean_name
+from lightning_estdgm.sparse.backends._protocol import get_backend
 
 EPOCH_STEPS = 8
 STEPS = 20

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from lightning_estdgm.energy.accumulator import Accumulator
-from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, Method, Reading, Scope, SourceUnavailable, Status
-from lightning_estdgm.energy.sampler import Sampler
-from lightning_estdgm.energy.source_set import Select
-from lightning_estdgm.energy.sources.protocol import EnergySource
-from lightning_estdgm.energy.totals import Totals
+from lightning_estdgm.energy._accumulator import Accumulator
+from lightning_estdgm.energy._reading import DeviceId, DeviceInfo, Method, Reading, Scope, SourceUnavailable, Status
+from lightning_estdgm.energy._sampler import Sampler
+from lightning_estdgm.energy._source_set import Select
+from lightning_estdgm.energy._totals import Totals
+from lightning_estdgm.energy.sources._protocol import EnergySource
 
 NEVER_S = 3600.0
 """An interval in which a sampler's thread never gets to read."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_estdgm.distributed.adapters.fsdp1 import RangeShard
-from lightning_estdgm.engine.masked_weight import MaskedWeight
-from lightning_estdgm.method.backward_set import BackwardSet
-from lightning_estdgm.modules.candidates import Candidate, find_candidates
+from lightning_estdgm.engine._masked_weight import MaskedWeight
+from lightning_estdgm.method._backward_set import BackwardSet
+from lightning_estdgm.modules._candidates import Candidate, find_candidates
 
 
 def candidates_of(*shapes: Sequence[int], names: Sequence[str] = ()) -> tuple[Candidate, ...]:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.engine._controller import DGMController
 
 STEPS, EVERY, DENSITY = 64, 4, 0.2
 WIDTHS = (12, 24, 20, 4)

@@ -25,7 +25,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from helpers.energy_parts import ConstantPower
 from helpers.energy_runs import Net, data, trainer
 from lightning_estdgm.callbacks.energy import EnergyMonitor
-from lightning_estdgm.energy.reading import HOSTNAME_ENVIRONMENT, DeviceId, Reading, hostname
+from lightning_estdgm.energy._reading import HOSTNAME_ENVIRONMENT, DeviceId, Reading, hostname
 
 
 @dataclass

@@ -8,6 +8,13 @@ import numpy as np
 from PIL import Image
 
 
+def small_text(folder: Path, size: int = 20_000) -> Path:
+    """A file of bytes without a short period."""
+    path = folder / "text.txt"
+    path.write_bytes(bytes(i * i % 251 for i in range(size)))
+    return path
+
+
 def wikitext(folder: Path, ending: str = "tokens") -> Path:
     """As wikitext-103-v1.zip unpacks; `ending` "raw" as wikitext-103-raw-v1.zip does."""
     folder.mkdir(parents=True)

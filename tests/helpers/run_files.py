@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lightning_estdgm.tools.report import FinishedRun, read_run
+from lightning_estdgm.tools.report import read_run
+from lightning_estdgm.tools.report._finished_run import FinishedRun
 
 MODEL = {"class": "ByteGPT", "parameters": 1234, "fingerprint": "ab" * 32}
 DGM = {

@@ -3,10 +3,10 @@
 import torch
 from torch.nn import functional as F
 
-from lightning_estdgm.sparse.backends.protocol import backends, conv_refusal
-from lightning_estdgm.sparse.conv import masked_conv2d
-from lightning_estdgm.sparse.conv_geometry import ConvGeometry
-from lightning_estdgm.sparse.topology import BlockTopology
+from lightning_estdgm.sparse._conv import masked_conv2d
+from lightning_estdgm.sparse._conv_geometry import ConvGeometry
+from lightning_estdgm.sparse._topology import BlockTopology
+from lightning_estdgm.sparse.backends._protocol import backends, conv_refusal
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 

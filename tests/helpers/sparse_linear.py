@@ -2,9 +2,9 @@
 
 import torch
 
-from lightning_estdgm.sparse.backends.protocol import backends, get_backend
-from lightning_estdgm.sparse.linear import masked_linear
-from lightning_estdgm.sparse.topology import BlockTopology
+from lightning_estdgm.sparse._linear import masked_linear
+from lightning_estdgm.sparse._topology import BlockTopology
+from lightning_estdgm.sparse.backends._protocol import backends, get_backend
 
 BACKENDS = sorted(backends())
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_estdgm.method.masks import expand_mask
-from lightning_estdgm.modules.candidates import Candidate, find_candidates
-from lightning_estdgm.modules.swap import sparsify_
-from lightning_estdgm.sparse.operands import topology_arguments
+from lightning_estdgm.method._masks import expand_mask
+from lightning_estdgm.modules._candidates import Candidate, find_candidates
+from lightning_estdgm.modules._swap import sparsify_
+from lightning_estdgm.sparse._operands import topology_arguments
 
 
 def candidate(module: nn.Module) -> Candidate:

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from lightning_estdgm.method.backward_set import BackwardSet, ShadowWeights
+from lightning_estdgm.method._backward_set import BackwardSet, ShadowWeights
 
 MASK = torch.tensor([[True, False, False, False], [False, False, False, True]])
 

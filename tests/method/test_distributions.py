@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_estdgm.method.distributions import DISTRIBUTIONS, allocate, erk, uniform
+from lightning_estdgm.method._distributions import DISTRIBUTIONS, allocate, erk, uniform
 
 side = st.integers(1, 64)
 shape = st.tuples(side, side) | st.tuples(side, side, st.integers(1, 5), st.integers(1, 5))

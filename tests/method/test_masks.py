@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_estdgm.method.masks import (
+from lightning_estdgm.method._masks import (
     active_units,
     decide,
     exchange,

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_estdgm.method.masks import active_units
-from lightning_estdgm.method.patterns import FanIn, NofM, draw, exchange_in_groups, fitted
+from lightning_estdgm.method._masks import active_units
+from lightning_estdgm.method._patterns import FanIn, NofM, draw, exchange_in_groups, fitted
 
 
 def cells(shape, m):

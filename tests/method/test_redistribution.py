@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_estdgm.method.redistribution import Budget, Scored, by_growth, globally
+from lightning_estdgm.method._redistribution import Budget, Scored, by_growth, globally
 
 
 def layer(mask, keep, grow):

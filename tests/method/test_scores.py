@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_estdgm.method.scores import SCORES, Evidence, WeightAndGradient, consistency, growth, magnitude
+from lightning_estdgm.method._scores import SCORES, Evidence, WeightAndGradient, consistency, growth, magnitude
 
 
 @pytest.mark.parametrize("block_size", [1, 4])

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from helpers.published_runs import EVERY, trained
-from lightning_estdgm.method.patterns import NofM
-from lightning_estdgm.method.redistribution import REDISTRIBUTIONS
-from lightning_estdgm.method.scores import Evidence
-from lightning_estdgm.method.update_rule import UpdateRule
+from lightning_estdgm.method._patterns import NofM
+from lightning_estdgm.method._redistribution import REDISTRIBUTIONS
+from lightning_estdgm.method._scores import Evidence
+from lightning_estdgm.method._update_rule import UpdateRule
 from lightning_estdgm.presets import preset
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_estdgm.modules.candidates import find_candidates
+from lightning_estdgm.modules._candidates import find_candidates
 
 
 def verdicts(model, **selectors):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from helpers.swapped_layers import candidate
-from lightning_estdgm.modules.forward_probe import ForwardProbe, Image
+from lightning_estdgm.modules._forward_probe import ForwardProbe, Image
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from helpers.swapped_layers import run, swapped
-from lightning_estdgm.modules.candidates import find_candidates
+from lightning_estdgm.modules._candidates import find_candidates
 
 
 def test_hugging_face_conv1d_is_masked_as_out_by_in():

@@ -4,8 +4,8 @@ import pytest
 from torch import nn
 
 from helpers.swapped_layers import candidate
-from lightning_estdgm.modules.candidates import find_candidates
-from lightning_estdgm.modules.mask_unit import auto_block_size, fitting_block_sizes, unit_of
+from lightning_estdgm.modules._candidates import find_candidates
+from lightning_estdgm.modules._mask_unit import auto_block_size, fitting_block_sizes, unit_of
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from helpers.swapped_layers import run, swapped
-from lightning_estdgm.modules.swap import restore_dense_, set_observing, sparsify_
+from lightning_estdgm.modules._swap import restore_dense_, set_observing, sparsify_
 
 
 def test_a_swapped_layer_computes_on_active_blocks_only_and_comes_back():

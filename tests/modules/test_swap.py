@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from helpers.swapped_layers import index_lists, swapped
-from lightning_estdgm.modules.swap import restore_dense_, set_observing, sparsify_
+from lightning_estdgm.modules._swap import restore_dense_, set_observing, sparsify_
 
 
 def test_swapping_changes_the_class_alone_and_is_undone():

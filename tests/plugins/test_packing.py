@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from helpers.exact import differences
-from lightning_estdgm.method.masks import mask_shape, pack_bits
-from lightning_estdgm.plugins.packing import pack, unpack
+from lightning_estdgm.method._masks import mask_shape, pack_bits
+from lightning_estdgm.plugins._packing import pack, unpack
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.float8_e5m2, torch.bool)
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

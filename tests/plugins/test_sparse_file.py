@@ -11,7 +11,7 @@ import torch
 
 from helpers.checkpoints import Alien
 from lightning_estdgm import SparseCheckpointIO, densify_checkpoint
-from lightning_estdgm.plugins import sparse_file
+from lightning_estdgm.plugins import _sparse_file as sparse_file
 
 
 @pytest.fixture(scope="module")

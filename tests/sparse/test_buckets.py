@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_estdgm.sparse.buckets import BUCKETS, bucket_of
+from lightning_estdgm.sparse._buckets import BUCKETS, bucket_of
 
 
 @given(st.floats(0.001, 1.0))

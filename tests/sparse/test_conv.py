@@ -22,11 +22,11 @@ from helpers.sparse_conv import (
     run,
 )
 from helpers.sparse_linear import MODES
-from lightning_estdgm.sparse.backends import protocol
-from lightning_estdgm.sparse.backends.protocol import ConvBackend, backends, get_backend
-from lightning_estdgm.sparse.conv import masked_conv2d
-from lightning_estdgm.sparse.conv_geometry import ConvGeometry
-from lightning_estdgm.sparse.topology import BlockTopology
+from lightning_estdgm.sparse._conv import masked_conv2d
+from lightning_estdgm.sparse._conv_geometry import ConvGeometry
+from lightning_estdgm.sparse._topology import BlockTopology
+from lightning_estdgm.sparse.backends import _protocol as protocol
+from lightning_estdgm.sparse.backends._protocol import ConvBackend, backends, get_backend
 
 
 @pytest.mark.parametrize(("x_memory", "weight_memory"), list(product((FIRST, LAST), (FIRST, LAST))), ids=str)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_estdgm.sparse.conv_geometry import ConvGeometry
+from lightning_estdgm.sparse._conv_geometry import ConvGeometry
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.sparse_linear import MODES, ON_CPU, make_arguments, make_operands, make_topology, run, widest
-from lightning_estdgm.sparse.linear import masked_linear
-from lightning_estdgm.sparse.topology import BlockTopology
+from lightning_estdgm.sparse._linear import masked_linear
+from lightning_estdgm.sparse._topology import BlockTopology
 
 
 class OperatorCalls(TorchDispatchMode):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_estdgm.sparse.topology import BlockTopology
+from lightning_estdgm.sparse._topology import BlockTopology
 
 TENSORS = ("row_ptr", "col_idx", "col_ptr", "row_idx")
 

@@ -15,14 +15,15 @@ from typer.testing import CliRunner
 from helpers.energy_parts import ConstantPower, FakeGpu, Machine
 from lightning_estdgm._environment import processor_name
 from lightning_estdgm.cli import app
-from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, Reading, SourceUnavailable, Status, probe
+from lightning_estdgm.energy import _probe as probe
+from lightning_estdgm.energy._reading import DeviceId, DeviceInfo, Reading, SourceUnavailable, Status
 from lightning_estdgm.energy.sources import cpu_estimate, nvml
-from lightning_estdgm.energy.sources.protocol import EnergySource
-from lightning_estdgm.sparse.autotune import timing_cache
-from lightning_estdgm.sparse.autotune.choice import Case, ConvCase
-from lightning_estdgm.sparse.autotune.timing_cache import TimingCache
-from lightning_estdgm.sparse.conv_geometry import ConvGeometry
-from lightning_estdgm.tools import doctor
+from lightning_estdgm.energy.sources._protocol import EnergySource
+from lightning_estdgm.sparse._conv_geometry import ConvGeometry
+from lightning_estdgm.sparse.autotune import _timing_cache as timing_cache
+from lightning_estdgm.sparse.autotune._choice import Case, ConvCase
+from lightning_estdgm.sparse.autotune._timing_cache import TimingCache
+from lightning_estdgm.tools import _doctor as doctor
 
 Found = list[tuple[str, "EnergySource | SourceUnavailable"]]
 

@@ -12,7 +12,7 @@ from helpers.recipe_data import images, ogb, planetoid, wikitext
 from lightning_estdgm import DGMCallback, DGMConfig
 from lightning_estdgm.cli import app
 from lightning_estdgm.recipes import GPT
-from lightning_estdgm.tools.train import CONFIGS, arguments, bundled_configs, callback_for
+from lightning_estdgm.tools._train import CONFIGS, arguments, bundled_configs, callback_for
 
 pytest.importorskip("jsonargparse")
 pytestmark = [

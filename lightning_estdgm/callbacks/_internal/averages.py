@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_estdgm.engine.controller import DGMController
+from lightning_estdgm.engine._controller import DGMController
 
 
 def mask_averages_(trainer: pl.Trainer, controller: DGMController) -> None:

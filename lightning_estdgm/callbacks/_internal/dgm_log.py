@@ -10,8 +10,8 @@ import lightning.pytorch as pl
 from rich.console import Console
 from rich.table import Table
 
-from lightning_estdgm.engine.controller import DGMController
-from lightning_estdgm.engine.decisions import LayerDecision
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.engine._decisions import LayerDecision
 
 
 class DGMLog:

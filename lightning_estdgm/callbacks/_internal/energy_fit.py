@@ -13,14 +13,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_estdgm.callbacks._internal.energy_log import EnergyLog
 from lightning_estdgm.callbacks._internal.run_description import describe_model, describe_run
 from lightning_estdgm.callbacks._internal.work_counters import BatchCounter, StepCounter
-from lightning_estdgm.energy.device_assignment import ActiveSource, UnavailableSource, assign_devices
-from lightning_estdgm.energy.mean_power import MeanPower
-from lightning_estdgm.energy.reading import DeviceId, DeviceInfo, SourceUnavailable, hostname, own_gpus, torch_ids
-from lightning_estdgm.energy.sampler import Sampler
-from lightning_estdgm.energy.sources.protocol import EnergySource
-from lightning_estdgm.energy.totals import Totals
-
-__all__ = ["EnergyFit", "own_devices"]
+from lightning_estdgm.energy._device_assignment import ActiveSource, UnavailableSource, assign_devices
+from lightning_estdgm.energy._mean_power import MeanPower
+from lightning_estdgm.energy._reading import DeviceId, DeviceInfo, SourceUnavailable, hostname, own_gpus, torch_ids
+from lightning_estdgm.energy._sampler import Sampler
+from lightning_estdgm.energy._totals import Totals
+from lightning_estdgm.energy.sources._protocol import EnergySource
 
 
 class EnergyFit:

@@ -11,10 +11,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
-from lightning_estdgm.energy.export import EnergyMeasurement, write_prometheus
-from lightning_estdgm.energy.reading import DeviceId
-
-__all__ = ["EnergyLog"]
+from lightning_estdgm.energy._export import EnergyMeasurement, write_prometheus
+from lightning_estdgm.energy._reading import DeviceId
 
 _log = logging.getLogger(__name__)
 

@@ -8,10 +8,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_estdgm.distributed.comm_hook import WIRE_DTYPES, ActiveUnits, active_units_hook
-from lightning_estdgm.engine.controller import DGMController
-
-__all__ = ["GradientCompression"]
+from lightning_estdgm.distributed._comm_hook import WIRE_DTYPES, ActiveUnits, active_units_hook
+from lightning_estdgm.engine._controller import DGMController
 
 
 class GradientCompression:

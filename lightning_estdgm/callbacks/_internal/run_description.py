@@ -17,10 +17,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_estdgm._environment import package_version
-from lightning_estdgm.energy.reading import hostname
-from lightning_estdgm.modules.candidates import clean_name
-
-__all__ = ["describe_method", "describe_model", "describe_run", "phase_of", "run_folder"]
+from lightning_estdgm.energy._reading import hostname
+from lightning_estdgm.modules._candidates import clean_name
 
 
 def describe_model(module: nn.Module) -> dict[str, Any]:

@@ -8,8 +8,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
 
-__all__ = ["ScheduleClock"]
-
 _TIME_TICKS = 10_000  # a run limited by time alone is scheduled in this many parts of max_time
 _NOMINAL_STEPS = 100  # for fast_dev_run, or a fit with nothing left to do: enough for any schedule given in shares
 

@@ -16,11 +16,9 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.engine.controller import DGMController
-from lightning_estdgm.engine.decisions import LayerDecision
-from lightning_estdgm.method.schedules import Schedule
-
-__all__ = ["SpawnedResult", "SpawnedResultFile"]
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.engine._decisions import LayerDecision
+from lightning_estdgm.method._schedules import Schedule
 
 
 @dataclass(frozen=True)

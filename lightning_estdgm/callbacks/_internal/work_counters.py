@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["BatchCounter", "StepCounter", "batch_size", "check_per"]
-
 
 class StepCounter:
     """Number of optimizer steps in which a parameter had a gradient.

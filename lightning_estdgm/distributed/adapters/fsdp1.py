@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from lightning_estdgm.distributed.shard import Shard, pool_box
-
-__all__ = ["ADAPTER", "FSDP1Adapter", "RangeShard"]
+from lightning_estdgm.distributed._shard import Shard, pool_box
 
 
 class RangeShard:

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from lightning_estdgm.distributed.collectives import local_tensor
-from lightning_estdgm.distributed.shard import Shard, pool_box
+from lightning_estdgm.distributed._collectives import local_tensor
+from lightning_estdgm.distributed._shard import Shard, pool_box
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["ADAPTER", "BoxShard", "FSDP2Adapter"]
 
 _TENSOR_PARALLEL = "its weight stays spread in the forward (tensor parallelism)"
 

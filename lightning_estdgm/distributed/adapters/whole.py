@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_estdgm.distributed.shard import Shard, pool_box
-
-__all__ = ["ADAPTER", "Whole", "WholeAdapter"]
+from lightning_estdgm.distributed._shard import Shard, pool_box
 
 
 class Whole:
@@ -83,7 +81,7 @@ class WholeAdapter:
         """Return the weight as it is."""
         weight = getattr(module, weight_name)
         if weight.dim() < 2:
-            from lightning_estdgm.distributed.adapters.protocol import adapters  # it discovers this module
+            from lightning_estdgm.distributed.adapters._protocol import adapters  # it discovers this module
 
             raise ValueError(
                 f"the weight of a {type(module).__name__} must have at least two dimensions, got shape "

@@ -9,9 +9,7 @@ from typing import Any
 
 from lightning_estdgm.energy._amd_gpus import AmdGpus, AmdLibraryError, valid
 from lightning_estdgm.energy._amd_visibility import AmdGpu, hip_order
-from lightning_estdgm.energy.reading import SourceUnavailable, Status
-
-__all__ = ["SOURCE", "AmdSmi"]
+from lightning_estdgm.energy._reading import SourceUnavailable, Status
 
 _STATUS = {
     2: Status.UNSUPPORTED,

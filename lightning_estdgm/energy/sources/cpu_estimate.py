@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Collection, Mapping
 
-from lightning_estdgm.energy.reading import (
+from lightning_estdgm.energy._reading import (
     DeviceId,
     DeviceInfo,
     Method,
@@ -23,8 +23,6 @@ from lightning_estdgm.energy.reading import (
     Status,
     hostname,
 )
-
-__all__ = ["SOURCE", "CpuEstimate"]
 
 WATTS_PER_CORE = 6.0
 """Assumed watts of one busy core. Rated package power by physical core is 4.4 W for a 280 W, 64-core server

@@ -7,10 +7,8 @@ from dataclasses import replace
 
 from lightning_estdgm.energy._amd_visibility import KFD, AmdGpu, hip_order, no_visible_gpu, visible_gpus
 from lightning_estdgm.energy._hwmon import DRM, Card, HwmonSensors, Sensor, cards
+from lightning_estdgm.energy._reading import DeviceInfo, Method, SourceUnavailable, Status
 from lightning_estdgm.energy._sysfs import read_number, read_text
-from lightning_estdgm.energy.reading import DeviceInfo, Method, SourceUnavailable, Status
-
-__all__ = ["SOURCE", "AmdHwmon"]
 
 
 class AmdHwmon(HwmonSensors):

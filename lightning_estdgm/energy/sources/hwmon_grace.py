@@ -12,10 +12,8 @@ import re
 from pathlib import Path
 
 from lightning_estdgm.energy._hwmon import HwmonSensors, Sensor
+from lightning_estdgm.energy._reading import DeviceInfo, Kind, Method, SourceUnavailable, Status
 from lightning_estdgm.energy._sysfs import read_text
-from lightning_estdgm.energy.reading import DeviceInfo, Kind, Method, SourceUnavailable, Status
-
-__all__ = ["SOURCE", "GraceHwmon"]
 
 HWMON = "/sys/class/hwmon"
 

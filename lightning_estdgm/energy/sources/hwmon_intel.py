@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 
 from lightning_estdgm.energy._hwmon import DRM, HwmonSensors, Sensor, cards
+from lightning_estdgm.energy._reading import DeviceInfo, Method, SourceUnavailable, Status
 from lightning_estdgm.energy._sysfs import read_text
-from lightning_estdgm.energy.reading import DeviceInfo, Method, SourceUnavailable, Status
-
-__all__ = ["SOURCE", "IntelHwmon"]
 
 _FILES = {"energy1_input": "card", "energy2_input": "package"}
 """energy1 counts the card; the driver xe also has energy2, the package on it, which energy1 includes."""

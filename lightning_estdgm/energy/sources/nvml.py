@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from lightning_estdgm.energy._counter_check import CounterCheck
 from lightning_estdgm.energy._cuda_visibility import as_str, visible_handles
-from lightning_estdgm.energy.reading import (
+from lightning_estdgm.energy._reading import (
     DeviceId,
     DeviceInfo,
     Kind,
@@ -29,8 +29,6 @@ from lightning_estdgm.energy.reading import (
     Status,
     hostname,
 )
-
-__all__ = ["SOURCE", "Nvml"]
 
 FIELD_POWER_INSTANT = 186  # NVML_FI_DEV_POWER_INSTANT, mW
 SCOPE_GPU = 0

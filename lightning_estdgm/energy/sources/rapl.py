@@ -18,8 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lightning_estdgm.energy._counter_check import CounterCheck
-from lightning_estdgm.energy._sysfs import read_number, read_text
-from lightning_estdgm.energy.reading import (
+from lightning_estdgm.energy._reading import (
     DeviceId,
     DeviceInfo,
     Kind,
@@ -30,8 +29,7 @@ from lightning_estdgm.energy.reading import (
     Status,
     hostname,
 )
-
-__all__ = ["SOURCE", "Rapl"]
+from lightning_estdgm.energy._sysfs import read_number, read_text
 
 ROOT = "/sys/class/powercap"
 

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_estdgm.sparse.conv_geometry import ConvGeometry, empty_image, library_gradient
-from lightning_estdgm.sparse.topology import BlockTopology
-
-__all__ = ["BACKEND", "CPUBackend"]
+from lightning_estdgm.sparse._conv_geometry import ConvGeometry, empty_image, library_gradient
+from lightning_estdgm.sparse._topology import BlockTopology
 
 MIN_BLOCK = 8
 """Below this a GEMM call costs more than the few multiplications inside it."""

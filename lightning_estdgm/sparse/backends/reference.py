@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_estdgm.sparse.conv_geometry import ConvGeometry, library_gradient
-from lightning_estdgm.sparse.topology import BlockTopology
-
-__all__ = ["BACKEND", "ReferenceBackend"]
+from lightning_estdgm.sparse._conv_geometry import ConvGeometry, library_gradient
+from lightning_estdgm.sparse._topology import BlockTopology
 
 
 def _active(dense: Tensor, topology: BlockTopology) -> Tensor:

@@ -1,1 +1,1 @@
-"""Experiments that anyone can rerun: the demo, and the learning-rate sweep behind its rates."""
+"""``estdgm bench``: speed on this machine, as ratios against dense in the same run."""

@@ -1,1 +1,1 @@
-"""``estdgm plan``: what each GPU would hold and send."""
+"""``estdgm plan``: what each GPU would hold and send; calculated, not measured."""

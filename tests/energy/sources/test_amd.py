@@ -18,10 +18,10 @@ from helpers.hwmon_tree import amd_card
 from lightning_estdgm.energy import _amd_gpus as amd_module
 from lightning_estdgm.energy._amd_gpus import AmdGpus, ticks_to_uj, valid
 from lightning_estdgm.energy._amd_visibility import hip_order
-from lightning_estdgm.energy.reading import SourceUnavailable, Status, own_gpus, torch_ids
+from lightning_estdgm.energy._reading import SourceUnavailable, Status, own_gpus, torch_ids
 from lightning_estdgm.energy.sources import amdsmi, rocm_smi
+from lightning_estdgm.energy.sources._protocol import resolve
 from lightning_estdgm.energy.sources.hwmon_amd import AmdHwmon
-from lightning_estdgm.energy.sources.protocol import resolve
 
 A, B, C, D = (f"0000:{bus}:00.0" for bus in ("0c", "22", "9f", "c1"))
 IDS = {A: "aaaaaaaaaaaaaaaa", B: "bbbbbbbbbbbbbbbb", C: "cccccccccccccccc", D: "dddddddddddddddd"}

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from lightning_estdgm.energy.reading import SourceUnavailable
+from lightning_estdgm.energy._reading import SourceUnavailable
 from lightning_estdgm.energy.sources.cpu_estimate import ENVIRONMENT, CpuEstimate
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from helpers.hwmon_tree import amd_card, card, grace
+from lightning_estdgm.energy._accumulator import Accumulator
 from lightning_estdgm.energy._hwmon import HwmonSensors
-from lightning_estdgm.energy.accumulator import Accumulator
-from lightning_estdgm.energy.reading import SourceUnavailable, Status
+from lightning_estdgm.energy._reading import SourceUnavailable, Status
 from lightning_estdgm.energy.sources.hwmon_amd import AmdHwmon
 from lightning_estdgm.energy.sources.hwmon_grace import GraceHwmon
 from lightning_estdgm.energy.sources.hwmon_intel import IntelHwmon

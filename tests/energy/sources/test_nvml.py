@@ -13,7 +13,7 @@ import torch
 
 from helpers.energy_parts import ConstantPower, FakeGpu, Machine, compile_library, totals_over
 from lightning_estdgm.callbacks._internal.energy_fit import own_devices
-from lightning_estdgm.energy.reading import DeviceInfo, SourceUnavailable, Status
+from lightning_estdgm.energy._reading import DeviceInfo, SourceUnavailable, Status
 from lightning_estdgm.energy.sources import nvml
 from lightning_estdgm.energy.sources.nvml import Nvml
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from helpers.energy_parts import rapl_zone, totals_over
-from lightning_estdgm.energy.reading import SourceUnavailable, Status
+from lightning_estdgm.energy._reading import SourceUnavailable, Status
 from lightning_estdgm.energy.sources import rapl
 from lightning_estdgm.energy.sources.rapl import Rapl
 

@@ -9,9 +9,9 @@ import pytest
 
 from helpers.energy_parts import ConstantPower
 from lightning_estdgm import _registry
-from lightning_estdgm.energy.reading import DeviceInfo, SourceUnavailable, Status
+from lightning_estdgm.energy._reading import DeviceInfo, SourceUnavailable, Status
+from lightning_estdgm.energy.sources._protocol import ENTRY_POINT_GROUP, EnergySource, check_source, discover, resolve
 from lightning_estdgm.energy.sources.cpu_estimate import CpuEstimate
-from lightning_estdgm.energy.sources.protocol import ENTRY_POINT_GROUP, EnergySource, check_source, discover, resolve
 
 NAMES = [name for name, _ in discover()]
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lightning_estdgm.method.schedules import DropTo, StagedDrop
+from lightning_estdgm.method._schedules import DropTo, StagedDrop
 
 
 def test_drop_shares():

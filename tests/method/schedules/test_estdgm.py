@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
-from lightning_estdgm.method.schedules import WARMUP, EstDgm, Phase, Schedule, ScheduleConfig
+from lightning_estdgm.method._schedules import WARMUP, EstDgm, Phase, Schedule, ScheduleConfig
 
 PHASES = ("exploration", "consolidation", "refinement")
 density = st.floats(0.01, 1.0)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lightning_estdgm.method.schedules import AlternatingDensity, ConstantDensity, CubicDensity
+from lightning_estdgm.method._schedules import AlternatingDensity, ConstantDensity, CubicDensity
 
 
 def test_the_cubic_by_hand():

@@ -5,14 +5,14 @@ import pickle
 
 import pytest
 
-from lightning_estdgm.method.schedules import (
+from lightning_estdgm.method._schedules import (
     AlternatingDensity,
     ConstantDensity,
     CubicDensity,
     Schedule,
     ScheduleConfig,
 )
-from lightning_estdgm.method.schedules.protocol import Segment, SteppedSchedule, intervals
+from lightning_estdgm.method._schedules.protocol import Segment, SteppedSchedule, intervals
 
 PUBLISHED = {
     "constant": ConstantDensity(0.1, update_every=7),

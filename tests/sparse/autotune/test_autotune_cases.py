@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.autotune_cases import POINTWISE, conv_case, linear_case
-from lightning_estdgm.sparse.autotune.cases import MOST_ROUNDS, _settled, measure_case, refusals
-from lightning_estdgm.sparse.conv_geometry import ConvGeometry
+from lightning_estdgm.sparse._conv_geometry import ConvGeometry
+from lightning_estdgm.sparse.autotune._cases import MOST_ROUNDS, _settled, measure_case, refusals
 
 
 @pytest.mark.parametrize(

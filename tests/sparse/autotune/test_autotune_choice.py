@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.autotune_cases import POINTWISE, Clock, conv_case, linear_case, never, saved_and_loaded
-from lightning_estdgm.sparse.autotune.choice import BackendSelector, Choice
-from lightning_estdgm.sparse.buckets import BUCKETS, bucket_of
-from lightning_estdgm.sparse.conv_geometry import ConvGeometry
+from lightning_estdgm.sparse._buckets import BUCKETS, bucket_of
+from lightning_estdgm.sparse._conv_geometry import ConvGeometry
+from lightning_estdgm.sparse.autotune._choice import BackendSelector, Choice
 
 
 def test_sparse_where_it_is_faster():

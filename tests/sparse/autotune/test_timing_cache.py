@@ -10,12 +10,12 @@ import torch
 
 from helpers.autotune_cases import LAYER, POINTWISE, Clock, conv_case, linear_case, never, saved_and_loaded
 from lightning_estdgm._environment import processor_name
-from lightning_estdgm.sparse.autotune import choice as choice_module
-from lightning_estdgm.sparse.autotune import timing_cache
-from lightning_estdgm.sparse.autotune.cases import refusals
-from lightning_estdgm.sparse.autotune.choice import BackendSelector
-from lightning_estdgm.sparse.autotune.timing_cache import TimingCache, folder, read_file
-from lightning_estdgm.sparse.backends.protocol import get_backend
+from lightning_estdgm.sparse.autotune import _choice as choice_module
+from lightning_estdgm.sparse.autotune import _timing_cache as timing_cache
+from lightning_estdgm.sparse.autotune._cases import refusals
+from lightning_estdgm.sparse.autotune._choice import BackendSelector
+from lightning_estdgm.sparse.autotune._timing_cache import TimingCache, folder, read_file
+from lightning_estdgm.sparse.backends._protocol import get_backend
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from helpers.sparse_linear import make_arguments
-from lightning_estdgm.sparse.backends import protocol
-from lightning_estdgm.sparse.backends.protocol import Backend, backends, get_backend
-from lightning_estdgm.sparse.linear import masked_linear
+from lightning_estdgm.sparse._linear import masked_linear
+from lightning_estdgm.sparse.backends import _protocol as protocol
+from lightning_estdgm.sparse.backends._protocol import Backend, backends, get_backend
 
 
 def test_discovered_backends_are_backends():

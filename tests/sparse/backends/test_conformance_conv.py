@@ -23,9 +23,9 @@ from helpers.sparse_conv import (
     run,
 )
 from helpers.sparse_linear import DEVICES, MODES
-from lightning_estdgm.sparse.backends.protocol import backends
-from lightning_estdgm.sparse.conv import masked_conv2d
-from lightning_estdgm.sparse.conv_geometry import ConvGeometry
+from lightning_estdgm.sparse._conv import masked_conv2d
+from lightning_estdgm.sparse._conv_geometry import ConvGeometry
+from lightning_estdgm.sparse.backends._protocol import backends
 
 # batch, height, width, block rows, block columns, block size
 SMALL = (2, 5, 6, 2, 3, 16)

@@ -20,7 +20,7 @@ from helpers.sparse_linear import (
     run,
     widest,
 )
-from lightning_estdgm.sparse.linear import masked_linear
+from lightning_estdgm.sparse._linear import masked_linear
 
 # tokens, block rows, block columns, block size
 SHAPES = [(7, 3, 5, 16), (33, 2, 16, 8), (1, 1, 1, 32), (0, 2, 3, 8), (50, 4, 2, 64)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.sparse_linear import make_operands, make_topology
-from lightning_estdgm.sparse.backends.protocol import get_backend
+from lightning_estdgm.sparse.backends._protocol import get_backend
 
 
 @pytest.mark.parametrize("transposed", [False, True])

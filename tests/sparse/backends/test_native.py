@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 
+from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.backends import native
-from lightning_estdgm.sparse.backends.native import build
-from lightning_estdgm.sparse.backends.protocol import get_backend
-from lightning_estdgm.sparse.topology import BlockTopology
+from lightning_estdgm.sparse.backends._protocol import get_backend
+from lightning_estdgm.sparse.backends.native import _build as build
 
 CPU = torch.device("cpu")
 TARGETS = {
@@ -127,8 +127,8 @@ def test_results_do_not_depend_on_the_number_of_threads(rows, cols, block_size, 
 def test_fewer_threads_than_asked_for_do_all_the_work():
     code = (
         "import torch\n"
-        "from lightning_estdgm.sparse.backends.protocol import get_backend\n"
-        "from lightning_estdgm.sparse.topology import BlockTopology\n"
+        "from lightning_estdgm.sparse.backends._protocol import get_backend\n"
+        "from lightning_estdgm.sparse._topology import BlockTopology\n"
         "torch.set_num_threads(4)\n"
         "topology = BlockTopology.from_mask(torch.ones(4, 4, dtype=torch.bool), 16)\n"
         "x, weight, dy = torch.ones(300, 64), torch.ones(64, 64), torch.ones(300, 64)\n"
@@ -180,7 +180,7 @@ def test_without_a_compiler_it_says_why(rebuilt, tmp_path, monkeypatch, compiler
 def test_without_a_compiler_training_goes_on_by_the_pure_backend(tmp_path):
     code = (
         "import torch\n"
-        "from lightning_estdgm.sparse.autotune.cases import Case, refusals\n"
+        "from lightning_estdgm.sparse.autotune._cases import Case, refusals\n"
         "said = refusals(Case(64, 128, 128, 16, 0.25, torch.float32, torch.device('cpu')))\n"
         "assert 'no C++ compiler' in said['native'], said\n"
         "assert said['cpu'] is None\n"

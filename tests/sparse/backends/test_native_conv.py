@@ -4,10 +4,10 @@ import pytest
 import torch
 from test_native import target  # noqa: F401
 
+from lightning_estdgm.sparse._conv_geometry import ConvGeometry
+from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.backends import native
-from lightning_estdgm.sparse.backends.protocol import get_backend
-from lightning_estdgm.sparse.conv_geometry import ConvGeometry
-from lightning_estdgm.sparse.topology import BlockTopology
+from lightning_estdgm.sparse.backends._protocol import get_backend
 
 DTYPES = [torch.float32, torch.bfloat16]
 SAME = ConvGeometry((3, 3), padding=(1, 1))

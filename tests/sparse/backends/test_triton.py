@@ -7,13 +7,13 @@ import sys
 import pytest
 import torch
 
-from lightning_estdgm.sparse.autotune.cases import Case, refusals
-from lightning_estdgm.sparse.autotune.choice import BackendSelector
-from lightning_estdgm.sparse.backends.protocol import get_backend
-from lightning_estdgm.sparse.backends.triton import requirements
-from lightning_estdgm.sparse.backends.triton.requirements import BLOCK_SIZES, DTYPES
-from lightning_estdgm.sparse.backends.triton.tiles import Tiles, Tuner, candidates
-from lightning_estdgm.sparse.topology import BlockTopology
+from lightning_estdgm.sparse._topology import BlockTopology
+from lightning_estdgm.sparse.autotune._cases import Case, refusals
+from lightning_estdgm.sparse.autotune._choice import BackendSelector
+from lightning_estdgm.sparse.backends._protocol import get_backend
+from lightning_estdgm.sparse.backends.triton import _requirements as requirements
+from lightning_estdgm.sparse.backends.triton._requirements import BLOCK_SIZES, DTYPES
+from lightning_estdgm.sparse.backends.triton._tiles import Tiles, Tuner, candidates
 
 CUDA = torch.device("cuda", 0)
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is built for Linux only")
@@ -94,12 +94,12 @@ def test_the_interpreter_must_be_asked_for_before_triton_is_imported():
     script = (
         "import os, torch, triton\n"
         "os.environ['TRITON_INTERPRET'] = '1'\n"
-        "from lightning_estdgm.sparse.backends.protocol import get_backend\n"
-        "from lightning_estdgm.sparse.topology import BlockTopology\n"
+        "from lightning_estdgm.sparse.backends._protocol import get_backend\n"
+        "from lightning_estdgm.sparse._topology import BlockTopology\n"
         "topology = BlockTopology.from_mask(torch.ones(1, 1, dtype=torch.bool), 16)\n"
         # Triton reads the variable anew at each decorator: kernels must have been made without it.
         "del os.environ['TRITON_INTERPRET']\n"
-        "import lightning_estdgm.sparse.backends.triton.launch\n"
+        "import lightning_estdgm.sparse.backends.triton._launch\n"
         "os.environ['TRITON_INTERPRET'] = '1'\n"
         "print(get_backend('triton').unsupported(torch.device('cpu'), torch.float32, topology))\n"
     )
@@ -112,8 +112,8 @@ def test_a_machine_without_triton_imports_and_lists_it():
         "import sys\n"
         "sys.modules['triton'] = None\n"  # what an import then finds: nothing
         "import torch\n"
-        "from lightning_estdgm.sparse.backends.protocol import backends\n"
-        "from lightning_estdgm.sparse.topology import BlockTopology\n"
+        "from lightning_estdgm.sparse.backends._protocol import backends\n"
+        "from lightning_estdgm.sparse._topology import BlockTopology\n"
         "topology = BlockTopology.from_mask(torch.ones(1, 1, dtype=torch.bool), 16)\n"
         "print(backends()['triton'].unsupported(torch.device('cuda'), torch.float32, topology))\n"
     )

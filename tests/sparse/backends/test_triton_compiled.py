@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_estdgm.sparse.backends.triton.requirements import BLOCK_SIZES
-from lightning_estdgm.sparse.backends.triton.tiles import Tiles, candidates
-from lightning_estdgm.sparse.conv_geometry import ConvGeometry
-from lightning_estdgm.sparse.topology import BlockTopology
+from lightning_estdgm.sparse._conv_geometry import ConvGeometry
+from lightning_estdgm.sparse._topology import BlockTopology
+from lightning_estdgm.sparse.backends.triton._requirements import BLOCK_SIZES
+from lightning_estdgm.sparse.backends.triton._tiles import Tiles, candidates
 
 triton = pytest.importorskip("triton", reason="triton is built for Linux only")
 
@@ -18,8 +18,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from lightning_estdgm.sparse.backends.triton import conv, linear  # noqa: E402
-from lightning_estdgm.sparse.backends.triton.conv_grad_weight import conv_grad_weight  # noqa: E402
+from lightning_estdgm.sparse.backends.triton import _conv as conv  # noqa: E402
+from lightning_estdgm.sparse.backends.triton import _linear as linear  # noqa: E402
+from lightning_estdgm.sparse.backends.triton._conv_grad_weight import conv_grad_weight  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # target, shared memory of one program in bytes, products on matrix units

@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_estdgm.sparse.backends.triton import conv, launch, split_k
-from lightning_estdgm.sparse.backends.triton.backend import TritonBackend
-from lightning_estdgm.sparse.backends.triton.conv_grad_weight import conv_grad_weight
-from lightning_estdgm.sparse.backends.triton.requirements import BLOCK_SIZES
-from lightning_estdgm.sparse.backends.triton.tiles import Tiles, candidates
-from lightning_estdgm.sparse.conv_geometry import ConvGeometry
-from lightning_estdgm.sparse.topology import BlockTopology
+from lightning_estdgm.sparse._conv_geometry import ConvGeometry
+from lightning_estdgm.sparse._topology import BlockTopology
+from lightning_estdgm.sparse.backends.triton import _conv as conv
+from lightning_estdgm.sparse.backends.triton import _launch as launch
+from lightning_estdgm.sparse.backends.triton import _split_k as split_k
+from lightning_estdgm.sparse.backends.triton._backend import TritonBackend
+from lightning_estdgm.sparse.backends.triton._conv_grad_weight import conv_grad_weight
+from lightning_estdgm.sparse.backends.triton._requirements import BLOCK_SIZES
+from lightning_estdgm.sparse.backends.triton._tiles import Tiles, candidates
 
 TOLERANCES = {  # one rounding to the dtype, and before it the float32 sum
     torch.float32: {"rtol": 1e-5, "atol": 1e-4},

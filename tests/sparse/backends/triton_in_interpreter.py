@@ -7,12 +7,14 @@ import torch
 import triton
 import triton.language as tl
 
+from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.backends.reference import BACKEND as REFERENCE
-from lightning_estdgm.sparse.backends.triton import launch, linear, split_k
-from lightning_estdgm.sparse.backends.triton.backend import TritonBackend
-from lightning_estdgm.sparse.backends.triton.requirements import BLOCK_SIZES
-from lightning_estdgm.sparse.backends.triton.tiles import Tiles, candidates
-from lightning_estdgm.sparse.topology import BlockTopology
+from lightning_estdgm.sparse.backends.triton import _launch as launch
+from lightning_estdgm.sparse.backends.triton import _linear as linear
+from lightning_estdgm.sparse.backends.triton import _split_k as split_k
+from lightning_estdgm.sparse.backends.triton._backend import TritonBackend
+from lightning_estdgm.sparse.backends.triton._requirements import BLOCK_SIZES
+from lightning_estdgm.sparse.backends.triton._tiles import Tiles, candidates
 
 TOLERANCES = {  # as in helpers/sparse_linear.py: one rounding to the dtype, and the float32 sum before it
     torch.float32: {"rtol": 1e-5, "atol": 5e-5},

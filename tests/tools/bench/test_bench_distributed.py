@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from helpers import distributed_jobs as jobs
 from lightning_estdgm.cli import app
-from lightning_estdgm.tools.bench.distributed import DistributedConfig, measure_distributed, measure_on_this_rank
+from lightning_estdgm.tools.bench._distributed import DistributedConfig, measure_distributed, measure_on_this_rank
 
 SMALL = DistributedConfig(width=32, layers=1, batch_size=2, context=16, update_every=20, intervals=2)
 
@@ -32,7 +32,7 @@ def test_both_ways_are_timed_over_whole_intervals_and_the_hook_sends_less() -> N
 
 def test_the_command_starts_its_ranks_and_writes_its_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "lightning_estdgm.tools.bench.distributed.measure_distributed", lambda _: measure_distributed(SMALL)
+        "lightning_estdgm.tools.bench._distributed.measure_distributed", lambda _: measure_distributed(SMALL)
     )
     result = CliRunner().invoke(app, ["bench", "distributed", "--json", str(tmp_path / "d.json")])
     assert result.exit_code == 0, result.output

@@ -8,28 +8,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from helpers.bench_cases import TINY_KERNELS
 from lightning_estdgm.cli import app
 from lightning_estdgm.sparse.backends.cpu import CPUBackend
-from lightning_estdgm.sparse.topology import BlockTopology
-from lightning_estdgm.tools.bench.goals import goals_columns, kernel_goals
-from lightning_estdgm.tools.bench.kernels import peers, timing
-from lightning_estdgm.tools.bench.kernels.config import KernelsConfig, quick_kernels
-from lightning_estdgm.tools.bench.kernels.convolution import conv_layers, conv_rows
-from lightning_estdgm.tools.bench.kernels.linear import linear_rows
-from lightning_estdgm.tools.bench.kernels.report import draw_kernels, kernels_columns
-from lightning_estdgm.tools.bench.kernels.rows import product_row, row
-
-TINY = KernelsConfig(
-    shapes=((24, 64, 32),),
-    block_sizes=(16, 32),
-    densities=(0.5, 1.0),
-    dtypes=("float32",),
-    most_layers=2,
-    image_size=32,
-    images=1,
-    device="cpu",
-    rounds=1,
-)
+from lightning_estdgm.tools.bench.kernels import _timing as timing
+from lightning_estdgm.tools.bench.kernels._convolution import conv_layers, conv_rows
+from lightning_estdgm.tools.bench.kernels._linear import linear_rows
+from lightning_estdgm.tools.bench.kernels._report import draw_kernels, kernels_columns
 
 
 def check_ratios(row, flops):
@@ -46,7 +31,7 @@ def check_ratios(row, flops):
 
 def test_linear_rows_cover_the_grid_and_their_ratios_are_those_of_their_times():
     said = []
-    rows = list(linear_rows(TINY, said.append))
+    rows = list(linear_rows(TINY_KERNELS, said.append))
     own = [r for r in rows if r["backend"] == "cpu"]
     assert {(r["block_size"], r["density"]) for r in own} == {(16, 0.5), (16, 1.0), (32, 0.5), (32, 1.0)}
     for found in rows:
@@ -57,37 +42,11 @@ def test_linear_rows_cover_the_grid_and_their_ratios_are_those_of_their_times():
         assert all(found["products"].values())
 
 
-def test_every_peer_is_measured_or_left_out_with_a_reason_once():
-    said = []
-    rows = list(linear_rows(TINY, said.append))
-    for peer in peers.PEERS:
-        mine = [r for r in rows if r["backend"] == peer.name]
-        reasons = [text for text in said if text.startswith(f"{peer.name} left out: ")]
-        assert bool(mine) != bool(reasons)
-        for found in mine:  # what a peer does not offer, it says
-            assert all(found["products"][p] or p in found["notes"] for p in ("Y", "dX", "dW"))
-    assert len(said) == len(set(said))
-    assert any(text.startswith("torch 2:4 left out: ") for text in said) == (not torch.cuda.is_available())
-    assert not [r for r in linear_rows(replace(TINY, peers=False)) if r["backend"].startswith("torch")]
-
-
-def test_two_four_keeps_the_two_larger_of_four(monkeypatch):
-    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda dense: dense)
-    weight = torch.tensor([[1.0, -4.0, 3.0, 2.0], [0.1, 0.2, -0.4, 0.3]])
-    topology = BlockTopology.from_mask(torch.ones(1, 2, dtype=torch.bool), 2)
-    _, pruned = peers.torch_two_four(peers.Weights(weight, topology))
-    assert pruned.tolist() == torch.tensor([[0.0, -4.0, 3.0, 0.0], [0.0, 0.0, -0.4, 0.3]]).tolist()
-    x, dy = torch.randn(3, 4), torch.randn(3, 2)
-    found = peers.measure_peer(peers.PEERS[2], x, peers.Weights(weight, topology), dy, rounds=1)
-    assert found.density == 0.5
-    assert set(found.products) == {"Y", "dX", "dW"}
-
-
 def test_a_wrong_product_gets_no_ratio(monkeypatch):
     right = CPUBackend.grad_weight
     monkeypatch.setattr(CPUBackend, "grad_weight", lambda *args: 1.01 * right(*args))
     assert CliRunner().invoke(app, ["bench", "kernels", *ARGUMENTS]).exit_code == 1
-    rows = [r for r in linear_rows(replace(TINY, peers=False)) if r["backend"] == "cpu"]
+    rows = [r for r in linear_rows(replace(TINY_KERNELS, peers=False)) if r["backend"] == "cpu"]
     assert all(r["wrong"] and r["speedup"] is None and r["efficiency"] is None for r in rows)
     assert all(r["products"]["dW"]["efficiency"] is None for r in rows)
     assert all(r["products"]["Y"]["efficiency"] is not None for r in rows)
@@ -111,33 +70,6 @@ def test_a_backend_that_raises_is_told_and_the_others_go_on(tmp_path, monkeypatc
     assert any(r["products"]["Y"] for r in rows if r["backend"] != "cpu")
 
 
-def test_calls_on_a_gpu_lie_between_events_with_a_cold_cache(monkeypatch):
-    order = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            order.append("event")
-            self.at = len(order)
-
-        def elapsed_time(self, end):
-            return 1000.0 * (end.at - self.at)
-
-    cache = torch.ones(4)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
-
-    def call():
-        assert cache.count_nonzero() == 0
-        cache.fill_(1.0)
-        order.append("call")
-
-    assert timing._between_events(call, cache, 2) == [2.0, 2.0]
-    assert order == ["event", "call", "event", "event", "call", "event", "wait"]
-
-
 def test_the_convolutions_are_those_of_a_resnet50():
     layers = conv_layers(224)
     assert sum(layers.values()) == 52  # of 53, without the stem
@@ -150,7 +82,7 @@ def test_the_convolutions_are_those_of_a_resnet50():
 
 
 def test_convolution_rows_have_their_geometry_and_ratios():
-    rows = list(conv_rows(replace(TINY, densities=(0.5,))))
+    rows = list(conv_rows(replace(TINY_KERNELS, densities=(0.5,))))
     assert {tuple(r["kernel_size"]) for r in rows} >= {(3, 3)}
     assert all(r["products"][p] and r["dense_s"] for r in rows for p in ("Y", "dX", "dW"))
     for found in rows:
@@ -163,45 +95,9 @@ def test_convolution_rows_have_their_geometry_and_ratios():
 
 def test_a_density_of_less_than_one_block_is_left_out():
     said = []
-    rows = list(conv_rows(replace(TINY, block_sizes=(32,), densities=(0.001, 1.0), most_layers=1), said.append))
+    rows = list(conv_rows(replace(TINY_KERNELS, block_sizes=(32,), densities=(0.001, 1.0), most_layers=1), said.append))
     assert {row["density"] for row in rows} == {1.0}
     assert any("density 0.001: it has" in text for text in said)
-
-
-def test_calls_take_turns_after_one_to_warm_up(monkeypatch):
-    order = []
-    ticks = iter([0.0, 5.0, 10.0, 11.0, 20.0, 23.0, 30.0, 37.0])
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks))
-    calls = {name: lambda name=name: order.append(name) for name in "ab"}
-    assert timing.take_turns(calls, torch.device("cpu"), rounds=2) == {"a": 3.0, "b": 1.0}
-    assert order == ["a", "b", "a", "b", "a", "b"]
-
-
-def goal_row(block_size, density, efficiency, backend="triton", **changes):
-    shape = {"tokens": 8192, "out_features": 4096, "in_features": 4096} | changes
-    product = product_row(1.0, density / efficiency, 1e9, density, 0.0, False)
-    products = dict.fromkeys(("Y", "dX", "dW"), product)
-    seconds = (1.0, density / efficiency)
-    return row("linear", shape, torch.bfloat16, block_size, density, backend, seconds, products)
-
-
-def test_goals_of_an_h100_are_checked_product_by_product():
-    rows = [goal_row(128, 0.25, 0.9), goal_row(128, 0.125, 0.8), goal_row(32, 0.125, 0.13), goal_row(16, 0.125, 1)]
-    rows.append(goal_row(64, 0.25, 0.9, backend="torch BSR"))  # a peer reaches none of our goals
-    goals = kernel_goals(rows, "NVIDIA H100 80GB HBM3")
-    assert [(g["goal"], g["reached"]) for g in goals] == [(0.85, True)] * 3 + [(0.85, False)] * 3 + [(1.0, True)]
-    assert "not reached: -6%" in [line[-1] for line in goals_columns(goals)[1]]
-    assert kernel_goals(rows, "NVIDIA A100") == []
-    small = goal_row(64, 0.25, 0.71, tokens=2048, out_features=1024, in_features=1024)
-    assert [(g["goal"], g["reached"]) for g in kernel_goals([small], None)] == [(0.7, True)]
-
-
-def test_defaults_of_a_gpu_hold_the_shapes_of_the_goals():
-    for config in (KernelsConfig(device="cuda"), quick_kernels("cuda")):
-        assert {(8192, 4096, 4096), (8192, 2048, 2048)} <= set(config.shapes)
-        assert "bfloat16" in config.dtypes
-        assert {32, 64, 128} <= set(config.block_sizes)
-        assert {0.125, 0.25} <= set(config.densities)
 
 
 ARGUMENTS = (

@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
 from lightning_estdgm.cli import app
 from lightning_estdgm.config import Units
-from lightning_estdgm.tools.demo.arms import count_masked
-from lightning_estdgm.tools.demo.demo_config import DemoConfig
-from lightning_estdgm.tools.demo.records import RunRecord
-from lightning_estdgm.tools.demo.step_profile import profile_steps
-from lightning_estdgm.tools.demo.sweep import run_sweep
+from lightning_estdgm.tools.demo._arms import count_masked
+from lightning_estdgm.tools.demo._demo_config import DemoConfig
+from lightning_estdgm.tools.demo._records import RunRecord
+from lightning_estdgm.tools.demo._step_profile import profile_steps
+from lightning_estdgm.tools.demo._sweep import run_sweep
 
 STEPS, SEEDS = 100, 2
 TINY = {"width": 64, "layers": 1, "heads": 2, "context": 32, "batch_size": 4, "val_windows": 8}
@@ -135,7 +135,7 @@ def test_count_masked_finds_a_weight_outside(tmp_path):
 def test_the_json_says_how_it_was_made(demo):
     _, _, content = demo
     assert content["config"]["steps"] == STEPS
-    assert content["config"]["dgm"]["block_size"] == 16
+    assert content["config"]["dgm"]["units"]["size"] == 16
     assert content["config"]["dgm"]["schedule"]["refinement"]["end"] == 0.10
     environment = content["environment"]
     assert environment["torch"] == torch.__version__
@@ -253,8 +253,8 @@ def test_a_run_of_the_demo_repeats_itself(tmp_path):
         (["--lr-dgm=0"], "lr: got 0.0, expected a positive number"),
         (["--text=no/such/file"], "path: got 'no/such/file', expected an existing text file"),
         (["--text=tests/conftest_that_is_not_there.py"], "expected an existing text file"),
-        (["--block-size=17"], "block_size must be"),
-        (["--block-size=big"], "block_size must be"),
+        (["--block-size=17"], "units.size must be"),
+        (["--block-size=big"], "units.size must be"),
         (["--backend=magic"], "magic"),
         (["--distribution=none"], "distribution must be one of"),
         (["--json=."], "expected a file name"),
@@ -282,8 +282,11 @@ def test_a_sweep_needs_three_rates_a_mode(tmp_path):
 
 
 def test_the_help_names_the_true_defaults():
+    masks = DGMConfig()
     defaults = vars(DemoConfig()) | {
-        name: getattr(DGMConfig(), name) for name in ("block_size", "distribution", "backend")
+        "block_size": masks.units.size,
+        "distribution": masks.units.distribution,
+        "backend": masks.backend,
     }
     named = {}
     for parameter in typer.main.get_command(app).commands["demo"].params:
@@ -304,7 +307,7 @@ def test_an_error_in_training_is_not_taken_for_bad_input(tmp_path, monkeypatch):
         def on_train_start(self, trainer, pl_module):
             raise ValueError("from the training")
 
-    monkeypatch.setattr("lightning_estdgm.tools.demo.arms.Recorder", lambda *_: Failing())
+    monkeypatch.setattr("lightning_estdgm.tools.demo._arms.Recorder", lambda *_: Failing())
     knobs = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
     with pytest.raises(ValueError, match="from the training"):
         CliRunner().invoke(app, ["demo", "--steps=20", f"--out={tmp_path}", *knobs], catch_exceptions=False)

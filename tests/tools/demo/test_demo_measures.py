@@ -9,11 +9,12 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from lightning_estdgm.tools.demo.figures import _draw_loss, draw_demo
-from lightning_estdgm.tools.demo.measures import compare_pair, mask_work, measure, phase_times, watts
-from lightning_estdgm.tools.demo.records import RunRecord, StepLog, Validation, records
-from lightning_estdgm.tools.report import energy_label, write_json
-from lightning_estdgm.tools.stats import spread
+from lightning_estdgm.tools._stats import spread
+from lightning_estdgm.tools.demo._figures import _draw_loss, draw_demo
+from lightning_estdgm.tools.demo._measures import compare_pair, mask_work, measure, phase_times, watts
+from lightning_estdgm.tools.demo._records import RunRecord, StepLog, Validation, records
+from lightning_estdgm.tools.report._finished_run import energy_label
+from lightning_estdgm.tools.report._json_format import write_json
 
 
 def log(**columns):

@@ -1,4 +1,4 @@
-"""The formulas of `lightning_estdgm.tools.planner.plan` against what two processes really hold, move and send."""
+"""The formulas of `lightning_estdgm.tools.planner` against what two processes really hold, move and send."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from helpers import distributed_jobs as jobs
 from helpers.swapped_layers import index_lists
 from lightning_estdgm import DGMConfig, DGMController, EstDgm, Phase
 from lightning_estdgm.config import Units
-from lightning_estdgm.distributed.comm_hook import ActiveUnits, active_units_hook
-from lightning_estdgm.engine.masked_weight import MaskedWeight
+from lightning_estdgm.distributed._comm_hook import ActiveUnits, active_units_hook
+from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.recipes import ByteGPT
-from lightning_estdgm.tools.planner.plan import Model, Setup, inspect, memory, traffic, update_cost
+from lightning_estdgm.tools.planner._mask_work import update_cost
+from lightning_estdgm.tools.planner._memory import memory_bytes
+from lightning_estdgm.tools.planner._planned_model import PlannedModel, inspect_model
+from lightning_estdgm.tools.planner._setup import TrainingSetup
+from lightning_estdgm.tools.planner._traffic import traffic_bytes
 
 # Density 0.25 throughout; the steps 2 and 3 of every four are observed.
 SCHEDULE = EstDgm(
@@ -205,12 +209,12 @@ def measured() -> list[dict[str, Any]]:
     return jobs.run(run_all, 2)
 
 
-def planned(name: str) -> tuple[Model, Setup, str]:
+def planned(name: str) -> tuple[PlannedModel, TrainingSetup, str]:
     strategy, block_size, _ = CASES[name]
-    setup = Setup(
+    setup = TrainingSetup(
         gpus=2, density=0.25, tensor_parallel=2, block_size=block_size, tokens=4 * 16, update_every=4, observe_steps=2
     )
-    model = replace(inspect(small_gpt(), setup, strategy), width=128)
+    model = replace(inspect_model(small_gpt(), setup, strategy), width=128)
     if strategy == "2d":
         model = replace(model, layers=tuple(x for x in model.layers if x.name.endswith(("fc", "out"))))
     return model, setup, strategy
@@ -228,7 +232,7 @@ def test_the_steps_looked_at_are_what_they_should_be(measured: list[dict[str, An
 
 @pytest.mark.parametrize("name", CASES)
 def test_bytes_held(measured: list[dict[str, Any]], name: str) -> None:
-    expected = memory(*planned(name))
+    expected = memory_bytes(*planned(name))
     wanted = {layer.name for layer in planned(name)[0].masked}
     for rank in measured:
         record = rank[name]
@@ -246,12 +250,12 @@ def test_the_root_and_one_unit_are_whole_in_the_forward_of_fsdp2(measured: list[
     model, setup, strategy = planned("FSDP2, blocks")
     for rank in measured:
         assert rank["FSDP2, blocks"]["gathered"] == 4 * (model.root + max(model.sharding_units))
-    assert memory(model, setup, strategy)["gathered"] == 4 * (2 * model.root + 3 * max(model.sharding_units))
+    assert memory_bytes(model, setup, strategy)["gathered"] == 4 * (2 * model.root + 3 * max(model.sharding_units))
 
 
 @pytest.mark.parametrize("name", ["DDP, blocks", "DDP, single weights", "DDP, active units"])
 def test_bytes_that_ddp_all_reduces(measured: list[dict[str, Any]], name: str) -> None:
-    expected = traffic(*planned(name))
+    expected = traffic_bytes(*planned(name))
     kind = "all-reduce, active units" if name == "DDP, active units" else "all-reduce, dense"
     for rank in measured:
         steps = rank[name]["steps"]
@@ -263,7 +267,7 @@ def test_bytes_that_ddp_all_reduces(measured: list[dict[str, Any]], name: str) -
 
 @pytest.mark.parametrize("name", ["FSDP2, blocks", "FSDP2, single weights"])
 def test_bytes_that_fsdp2_gathers_and_scatters(measured: list[dict[str, Any]], name: str) -> None:
-    expected = traffic(*planned(name))
+    expected = traffic_bytes(*planned(name))
     for rank, step in itertools.product(measured, (OBSERVED, PLAIN)):
         sent = rank[name]["steps"][step]["sent"]
         assert sent == {kind: expected[kind] for kind in ("all-gather", "reduce-scatter")}
@@ -271,7 +275,7 @@ def test_bytes_that_fsdp2_gathers_and_scatters(measured: list[dict[str, Any]], n
 
 def test_bytes_of_activations_under_tensor_parallelism(measured: list[dict[str, Any]]) -> None:
     """One of the two pairs of products in a block is split here."""
-    expected = traffic(*planned("tensor parallel"))
+    expected = traffic_bytes(*planned("tensor parallel"))
     for rank in measured:
         sent = rank["tensor parallel"]["steps"][PLAIN]["sent"]
         assert sum(sent.values()) == expected["all-reduce of activations"] / 2

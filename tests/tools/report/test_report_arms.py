@@ -3,8 +3,8 @@
 import pytest
 
 from helpers.run_files import DGM, falling, pair, read_runs, write_arms, write_run
+from lightning_estdgm.tools._stats import spread
 from lightning_estdgm.tools.report import compare, read_run
-from lightning_estdgm.tools.stats import spread
 
 
 def test_equal_seeds_are_compared_in_pairs(tmp_path):

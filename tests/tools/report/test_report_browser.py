@@ -80,7 +80,7 @@ def pages(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def visits(browser, pages):
-    """What was seen of each page at each width in each colour scheme."""
+    """Observations of each page at each width in each colour scheme."""
     seen = {}
     for name, file in pages.items():
         for width in WIDTHS:

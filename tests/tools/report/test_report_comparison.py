@@ -1,4 +1,4 @@
-"""What may be said of runs, and what may not."""
+"""Savings that may be stated of runs, and those that may not."""
 
 import math
 from pathlib import Path
@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.run_files import DGM, falling, pair, read_runs, summary, write_arms, write_run
-from lightning_estdgm.tools.report import FinishedRun, compare, read_run
-from lightning_estdgm.tools.report.curve import Curve
+from lightning_estdgm.tools.report import compare, read_run
+from lightning_estdgm.tools.report._curve import Curve
+from lightning_estdgm.tools.report._finished_run import FinishedRun
 
 # To the same target -------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ from lightning_estdgm import DGMCallback, DGMConfig, EnergyMonitor
 from lightning_estdgm.cli import app
 from lightning_estdgm.config import Units
 from lightning_estdgm.recipes import ByteGPT, StdlibText
-from lightning_estdgm.tools.report import compare, document, read_run
+from lightning_estdgm.tools.report import compare, read_run
+from lightning_estdgm.tools.report._document import document
 
 STEPS, EVERY = 40, 8
 

@@ -9,8 +9,10 @@ from typer.testing import CliRunner
 
 from helpers.run_files import DGM, falling, summary, write_arms, write_run
 from lightning_estdgm.cli import app
-from lightning_estdgm.tools.report import FORMATS, compare, document, html, markdown, read_run, write
-from lightning_estdgm.tools.report.figures import draw
+from lightning_estdgm.tools.report import compare, html, markdown, read_run, write
+from lightning_estdgm.tools.report._document import document
+from lightning_estdgm.tools.report._figures import draw
+from lightning_estdgm.tools.report._render import FORMATS
 
 VOID = {"meta", "link", "br", "img", "path", "use", "rect", "wbr"}
 SAVING = re.compile(r"\d %? ?(?:less|more)\b|× as fast|% (?:less|more)")

@@ -7,9 +7,9 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from helpers.run_files import DGM, falling, summary, write_run
-from lightning_estdgm.tools.report.curve import Curve
-from lightning_estdgm.tools.report.finished_run import energy_label, kind_of
-from lightning_estdgm.tools.report.run_folder import RunError, read_run
+from lightning_estdgm.tools.report._curve import Curve
+from lightning_estdgm.tools.report._finished_run import energy_label, kind_of
+from lightning_estdgm.tools.report._run_folder import RunError, read_run
 
 
 def test_a_run_is_found_anywhere_below_its_folder(tmp_path):

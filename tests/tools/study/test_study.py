@@ -15,18 +15,18 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from lightning_estdgm.cli import app
-from lightning_estdgm.tools.study.datasets import citation_graph, cluttered_digits
-from lightning_estdgm.tools.study.figures import draw_study
-from lightning_estdgm.tools.study.plans import PLANS, plan_named
-from lightning_estdgm.tools.study.results_table import COLUMNS, ResultsTable, read_rows
-from lightning_estdgm.tools.study.runner import run_study
-from lightning_estdgm.tools.study.settings import LOW_DENSITY, SCALED, SCHEDULES
-from lightning_estdgm.tools.study.study_arm import arms, baseline, distance
-from lightning_estdgm.tools.study.study_run import StudyRun
-from lightning_estdgm.tools.study.summary import markdown
-from lightning_estdgm.tools.study.tasks import TASKS, task_named
-from lightning_estdgm.tools.study.training import train
-from lightning_estdgm.tools.study.variants import GroupHidden, LowRankCompanion, SeedSecondMoment, StudyGPT
+from lightning_estdgm.tools.study._datasets import citation_graph, cluttered_digits
+from lightning_estdgm.tools.study._figures import draw_study
+from lightning_estdgm.tools.study._plans import PLANS, plan_named
+from lightning_estdgm.tools.study._results_table import COLUMNS, ResultsTable, read_rows
+from lightning_estdgm.tools.study._runner import run_study
+from lightning_estdgm.tools.study._settings import LOW_DENSITY, SCALED, SCHEDULES
+from lightning_estdgm.tools.study._study_arm import arms, baseline, distance
+from lightning_estdgm.tools.study._study_run import StudyRun
+from lightning_estdgm.tools.study._summary import markdown
+from lightning_estdgm.tools.study._tasks import TASKS, task_named
+from lightning_estdgm.tools.study._training import train
+from lightning_estdgm.tools.study._variants import GroupHidden, LowRankCompanion, SeedSecondMoment, StudyGPT
 
 RESULT = {
     "status": "ok",

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from lightning_estdgm.tools.study.plans import plan_named
-from lightning_estdgm.tools.study.results_table import ResultsTable, read_rows
-from lightning_estdgm.tools.study.settings import BEST_RATES, LOW_PEAK_LENGTH
-from lightning_estdgm.tools.study.study_arm import arms
-from lightning_estdgm.tools.study.summary import markdown
-from lightning_estdgm.tools.study.tasks import task_named
+from lightning_estdgm.tools.study._plans import plan_named
+from lightning_estdgm.tools.study._results_table import ResultsTable, read_rows
+from lightning_estdgm.tools.study._settings import BEST_RATES, LOW_PEAK_LENGTH
+from lightning_estdgm.tools.study._study_arm import arms
+from lightning_estdgm.tools.study._summary import markdown
+from lightning_estdgm.tools.study._tasks import task_named
 
 RESULTS = Path(__file__).parents[3] / "docs" / "results" / "study"
 TABLES = sorted(path.stem for path in RESULTS.glob("*.csv"))

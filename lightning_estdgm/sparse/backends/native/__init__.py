@@ -4,6 +4,4 @@ The machine's C++ compiler builds the operators on first use (`build`). Where th
 without.
 """
 
-from lightning_estdgm.sparse.backends.native.backend import BACKEND
-
-__all__ = ["BACKEND"]
+from lightning_estdgm.sparse.backends.native._backend import BACKEND as BACKEND

@@ -1,0 +1,61 @@
+"""Masks are decided on every rank and never shipped; this shows that they came out the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+_WORD_BYTES = 8
+
+
+class MasksDifferError(RuntimeError):
+    """Ranks that should hold the same masks hold different ones."""
+
+
+def mask_digest(mask: Tensor) -> int:
+    """Return 64 bits of BLAKE2b over a bool tensor's packed bits, as a signed integer."""
+    bits = np.packbits(mask.detach().cpu().contiguous().numpy().reshape(-1))
+    word = hashlib.blake2b(bits.tobytes(), digest_size=_WORD_BYTES).digest()
+    return int.from_bytes(word, "little", signed=True)
+
+
+def check_same_on_all_ranks(
+    words: Mapping[str, int], device: torch.device, when: str, group: dist.ProcessGroup | None = None
+) -> None:
+    """Compare 64-bit words over the ranks of a group: one all-gather, and the same verdict on every rank.
+
+    Args:
+        words: what each word describes, as it is to be named in the error, and the word; as many on every rank.
+        device: where the group's collectives take tensors.
+        when: completes "... differs between ranks", such as "after mask update 3".
+        group: ``None``: all ranks.
+
+    Raises:
+        MasksDifferError: on every rank, if any word differs: it names the first such one and who holds what.
+
+    """
+    size = dist.get_world_size(group)
+    mine = torch.tensor(list(words.values()), dtype=torch.int64, device=device)
+    gathered = [torch.empty_like(mine) for _ in range(size)]
+    dist.all_gather(gathered, mine, group=group)
+    table = torch.stack(gathered).cpu()
+    differing = (table != table[0]).any(0)
+    if not differing.any():
+        return
+    names = [name for name, differs in zip(words, differing.tolist(), strict=True) if differs]
+    column = table[:, int(differing.nonzero()[0])].tolist()
+    global_ranks = range(size) if group is None else dist.get_process_group_ranks(group)
+    holders: dict[int, list[int]] = {}
+    for rank, word in zip(global_ranks, column, strict=True):
+        holders.setdefault(word, []).append(rank)
+    sides = " against ".join(f"rank{'s' * (len(ranks) > 1)} {ranks}" for ranks in holders.values())
+    others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    raise MasksDifferError(
+        f"{names[0]}{others} differs between ranks {when}: {sides}. Every rank must see the same averaged gradients, "
+        "hold the same weights and be given the same settings; going on would train different models"
+    )

@@ -1,0 +1,379 @@
+"""`DGMController`: the method on one model through one run, for any training loop. Needs no Lightning.
+
+A plain loop adds two calls::
+
+    with DGMController(model, optimizer, total_steps=1000) as dgm:
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+            dgm.mask_gradients()   # once the whole gradient is there, before clipping
+            optimizer.step()       # hooks of the controller scale the step and re-mask the weights
+            dgm.advance()          # next phase, mask update when due
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.optim import Optimizer
+
+from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.engine._checks import check_rule, check_state
+from lightning_estdgm.engine._decisions import LayerDecision
+from lightning_estdgm.engine._dispatch import Dispatch
+from lightning_estdgm.engine._flops import FlopCounter
+from lightning_estdgm.engine._gradient_mask import mask_gradients_
+from lightning_estdgm.engine._initialisation import told_of_drawn, told_of_recovered
+from lightning_estdgm.engine._masked_model import MaskedModel
+from lightning_estdgm.engine._masked_weight import MaskedWeight
+from lightning_estdgm.engine._observation import observe
+from lightning_estdgm.engine._step_hooks import StepHooks
+from lightning_estdgm.method._schedules import Schedule
+from lightning_estdgm.modules._candidates import find_candidates
+
+_STATE_VERSION = 1
+
+
+class DGMController:
+    """Dynamic gradient masking of one model through one run.
+
+    It masks the weights of linear and convolution layers, observes gradients before each mask update, and keeps
+    weights, gradients and optimizer state in line with the masks through hooks on the optimizers' steps. Close it, or
+    use it as a context manager, to take the hooks and the swapped forwards away; weights stay as they are.
+
+    It has 25 methods: what a loop calls, what there is to ask, and its state. The work is done by the parts that the
+    constructor puts together, one module each.
+
+    Args:
+        model: model whose maskable layers are found once, here.
+        optimizers: one or several, already made; they may be wrapped by anything that keeps torch's step hooks.
+        config: see `DGMConfig`.
+        total_steps: number of optimizer steps of the run.
+        state: what `state_dict` returned; masks and counters go on from there, and no weight is touched.
+        draw_masks: whether to draw masks now, where there is no `state`. Without, all is dense until `recover` or
+            `load_state_dict`, which a run needs whose weights are those of a checkpoint.
+        group: process group whose ranks train this model together, all with a controller of their own: masks are
+            compared after each update, and backends are chosen by its first rank. ``None``: no other rank is asked.
+
+    Attributes:
+        config: the settings.
+        schedule: the schedule, laid over the run.
+        steps: number of optimizer steps done.
+        position: position in the schedule; the number of steps done, but for runs limited by time.
+        updates: number of mask updates done.
+        churn: share of the active weights that the last update brought in.
+        recovered: what was found of an earlier mask in the weights, in words.
+
+    Raises:
+        ValueError: if there is nothing to mask, a forced unit or backend does not fit a layer, or `state` belongs to
+            another model or schedule.
+        MasksDifferError: on every rank of `group`, if they do not hold the same masks.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Optimizer | Sequence[Optimizer],
+        config: DGMConfig | None = None,
+        *,
+        total_steps: int,
+        state: Mapping[str, Any] | None = None,
+        draw_masks: bool = True,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.config = config or DGMConfig()
+        self.schedule: Schedule = self.config.schedule.resolve(total_steps)
+        self.steps = self.position = self.updates = 0
+        self.churn = 0.0
+        self.recovered = ""
+        self._waiting = False  # a mask update is due but nothing could be observed yet
+        self._warned_nonfinite = False
+        self._flops = FlopCounter()
+        every = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        self._hooks = StepHooks(every, self._mask_if_touched, self.config.step_size.exponent)
+        selection = self.config.selection
+        candidates = find_candidates(model, selection.include, selection.exclude, self._hooks.held)
+        self._masked = MaskedModel(candidates, self.config, state, group)
+        self._dispatch = Dispatch(self.config, candidates, self._masked.weights, group)
+        check_rule(self._masked.rule, self._masked.weights, changes_masks=len(self.schedule.densities) > 1)
+        try:
+            if state is not None:
+                self.load_state_dict(state)
+            elif draw_masks:
+                self.recovered = told_of_drawn(self._masked.weights, self._draw_masks())
+            self._hooks.register(self._masked.weights)
+            self._dispatch.hook_up()
+        except BaseException:
+            self.close()
+            raise
+
+    # ------------------------------------------------------------------ what a training loop calls
+
+    def mask_gradients(self, optimizer: Optimizer | None = None, grad_scale: float = 1.0) -> None:
+        """Take inactive units out of the gradients; in an observation window, record the whole gradients first.
+
+        Call it after the last backward of a step and before clipping; several calls in one step are fine, the first is
+        the one observed.
+
+        Args:
+            optimizer: only the weights that it holds; ``None``: all.
+            grad_scale: factor that the gradients still carry (a GradScaler's, before unscaling).
+
+        """
+        weights = self._masked.weights if optimizer is None else self._hooks.weights_of(optimizer)
+        self._mask_gradients(weights, 1.0 / grad_scale)
+
+    def advance(self, position: int | None = None) -> bool:
+        """Go on to the next step, if an optimizer step has happened: next phase, mask update when due.
+
+        Args:
+            position: where in the schedule the run is now; ``None``: the number of steps done. For runs limited by
+                time rather than steps.
+
+        Returns:
+            Whether the masks have changed.
+
+        Raises:
+            ValueError: if `position` goes backwards.
+
+        """
+        for weight in self._masked.weights:
+            weight.begin_step()
+        if not self._hooks.stepped:
+            return False
+        before, after = self.position, self.steps + 1 if position is None else position
+        if after < before:
+            raise ValueError(f"the schedule's position must not go backwards: was {before}, got {after}")
+        self._hooks.stepped = False
+        is_first = self._dispatch.probing
+        if is_first:
+            self._dispatch.read_probes()
+        self._flops.count(
+            self._masked.candidates, self._masked.weights, self._dispatch.positions, observing=self.observing
+        )
+        self.steps += 1
+        self.position = after
+        updated = self._update_if_due(before)
+        if is_first or (updated and self._masked.rule.moves_budgets):
+            every_density = (self._final_density(), *self.schedule.densities)
+            self._dispatch.choose_all([self._masked.layer_densities_at(density) for density in every_density])
+        if updated or is_first:
+            self._dispatch.apply()
+        self._masked.yield_whole_gradients(self.observing)
+        return updated
+
+    def _update_if_due(self, before: int) -> bool:
+        """Update the masks if that was due since position `before`, and there is something to decide by."""
+        crossed = range(before + 1, min(self.position, self.schedule.total_steps - 1) + 1)
+        due = self._waiting or any(self.schedule(p).update for p in crossed)
+        self._waiting = due and self._masked.needs_gradients and not self._masked.observed
+        if self._waiting:
+            self._masked.refuse_nan()
+        elif due:
+            self._update_masks()
+        return due and not self._waiting
+
+    def recover(self, steps: int, position: int) -> None:
+        """Go on in the middle of a run whose state is lost: take the masks from the weights.
+
+        A layer keeps its largest units, as many as the schedule gives it at `position`. Where the weights were masked
+        by that schedule these are the ones that are not zero. Where there are fewer of those, the rest is drawn; where
+        there are more, the smallest are given up: their weights and optimizer state become zero (with "frozen", weights
+        stay). Observation window, explored share and FLOPs start anew. `recovered` tells what was found.
+
+        Args:
+            steps: optimizer steps done.
+            position: where in the schedule the run is.
+
+        """
+        self.steps, self.position = steps, position
+        held = self._draw_masks(largest=True)
+        with torch.no_grad():
+            self._masked.clear_optimizer_states_(self._hooks.states)
+        self.recovered = told_of_recovered(self._masked.weights, held)
+
+    def mask_copy_(self, copy: nn.Module) -> None:
+        """Zero the inactive weights of a copy of the model, such as an average of its weights over time.
+
+        An average of weights under changing masks holds weights that are inactive now. Call it after each mask update:
+        then the average is zero where the model is. With "frozen" there is nothing to zero.
+
+        Args:
+            copy: has layers of the same names and shapes, on any device; of an `AveragedModel`, its ``module``.
+
+        Raises:
+            ValueError: if it has not.
+
+        """
+        self._masked.mask_copy_(copy)
+
+    def close(self) -> None:
+        """Remove every hook and swapped forward. Weights keep their values; masks stay readable. Idempotent."""
+        self._hooks.remove()
+        self._dispatch.close()
+        for weight in self._masked.weights:
+            weight.snapshot.forget()
+
+    def __enter__(self) -> DGMController:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ what it knows
+
+    @property
+    def observing(self) -> bool:
+        """Whether the gradients of the step under way are observed whole."""
+        if self.position >= self.schedule.total_steps or not self._masked.needs_gradients:
+            return False
+        return self._waiting or self.schedule(self.position).observe
+
+    @property
+    def probing(self) -> bool:
+        """Whether the step under way shows what the layers compute; a compiled model has to run eagerly to show it."""
+        return self._dispatch.probing
+
+    @property
+    def phase(self) -> str:
+        """Name of the phase of the step under way."""
+        return self.schedule(self.position).phase
+
+    @property
+    def density(self) -> float:
+        """Active share of the masked weights."""
+        return self._masked.density
+
+    @property
+    def explored(self) -> float:
+        """Share of the masked weights that have been active at any time (ITOP's Rs)."""
+        return self._masked.explored
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """Training FLOPs so far: "analytic" (what the masks ask for), "executed" and "dense"."""
+        return self._flops.state_dict()
+
+    @property
+    def flops_ratio(self) -> float:
+        """Training FLOPs so far that the masks ask for, over dense ones; of linear and convolution layers only."""
+        return self._flops.ratio
+
+    @property
+    def flops_executed_ratio(self) -> float:
+        """As `flops_ratio`, but counting layers that run dense with a mask as dense: what was really computed."""
+        return self._flops.executed_ratio
+
+    @property
+    def masked_weights(self) -> tuple[MaskedWeight, ...]:
+        """The masked weights, for a communication hook such as `distributed.comm_hook.ActiveUnits`."""
+        return tuple(self._masked.weights)
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return a copy of each masked layer's whole mask over units, oriented ``(out, in, ...)``, on the CPU.
+
+        Where weights are sharded (FSDP), call it on every rank: masks of single weights are gathered.
+        """
+        return {weight.name: weight.whole_mask() for weight in self._masked.weights}
+
+    def layer_densities(self) -> dict[str, float]:
+        """Return each masked layer's density."""
+        return {weight.name: weight.density for weight in self._masked.weights}
+
+    def decisions(self) -> tuple[LayerDecision, ...]:
+        """Return what was decided for every linear and convolution layer of the model."""
+        return self._masked.decisions(self._final_density())
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed run needs, in plain types and tensors (loads with ``weights_only=True``).
+
+        Where weights are sharded (FSDP), call it on every rank and save what rank 0 gets: it is whole, and may be
+        loaded on any number of ranks. Layers are gathered one after the other; the sums of an observation window under
+        way go to rank 0 only, so a checkpoint is smallest between windows.
+        """
+        return {
+            "version": _STATE_VERSION,
+            "total_steps": self.schedule.total_steps,
+            "schedule": self.config.schedule.to_dict(),
+            "steps": self.steps,
+            "position": self.position,
+            "updates": self.updates,
+            "churn": self.churn,
+            "waiting": self._waiting,
+            "stepped": self._hooks.stepped,
+            "flops": self._flops.state_dict(),
+            **self._dispatch.state_dict(),
+            "layers": {weight.name: weight.state_dict() for weight in self._masked.weights},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`: masks, windows and counters. Weights and optimizers are restored by their owners.
+
+        Raises:
+            ValueError: if `state` belongs to another model, schedule, run length or version; nothing is changed then.
+
+        """
+        expected = {"total_steps": self.schedule.total_steps, "schedule": self.config.schedule.to_dict()}
+        check_state(state, _STATE_VERSION, expected, self._masked.weights)
+        for name in ("steps", "position", "updates", "churn"):
+            setattr(self, name, state[name])
+        self._waiting, self._hooks.stepped = state["waiting"], state["stepped"]
+        self._flops.load_state_dict(state["flops"])
+        self._dispatch.load_state_dict(state, probing=self.steps == 0)
+        for weight in self._masked.weights:
+            weight.load_state_dict(state["layers"][weight.name])
+            self._dispatch.resume(weight)
+        self._masked.yield_whole_gradients(self.observing)
+        self._check_ranks("where the run was resumed")
+
+    # ------------------------------------------------------------------ gradients and masks
+
+    @torch.no_grad()
+    def _mask_gradients(self, weights: Sequence[MaskedWeight], scale: float, *, if_touched: bool = False) -> None:
+        if self.observing and not observe(weights, scale):
+            self._warn_nonfinite()
+        mask_gradients_(weights, if_touched=if_touched)
+
+    def _mask_if_touched(self, weights: Sequence[MaskedWeight]) -> None:
+        self._mask_gradients(weights, 1.0, if_touched=True)
+
+    def _draw_masks(self, *, largest: bool = False) -> list[int]:
+        """Draw the masks of the present position; return how many units of each layer held weights before."""
+        held = self._masked.draw(self.schedule(self.position).density, largest=largest)
+        for weight in self._masked.weights:
+            self._dispatch.begin(weight)
+        self._masked.yield_whole_gradients(self.observing)
+        self._check_ranks(f"where masks were drawn, at step {self.steps}")
+        return held
+
+    def _update_masks(self) -> None:
+        density = self.schedule(self.position).density
+        drop_fraction = self._masked.rule.drop_share(self.schedule.drop_progress(self.position), density)
+        self.churn = self._masked.update(density, drop_fraction, self._hooks.states, self.updates)
+        self.updates += 1
+        self._check_ranks(f"after mask update {self.updates}")
+
+    def _check_ranks(self, when: str) -> None:
+        words = {"the number of steps": self.steps, "the schedule's position": self.position}
+        self._masked.check_ranks(words, when)
+
+    def _final_density(self) -> float:
+        return self.schedule(self.schedule.total_steps - 1).density
+
+    def _warn_nonfinite(self) -> None:
+        if not self._warned_nonfinite:
+            self._warned_nonfinite = True
+            warnings.warn(
+                f"step {self.steps}: a gradient was NaN or infinite; the observation window leaves such steps out "
+                "(said once)",
+                RuntimeWarning,
+                stacklevel=3,
+            )

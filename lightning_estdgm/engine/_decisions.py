@@ -1,0 +1,71 @@
+"""`LayerDecision`: what was decided for each layer of a model, for users to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_estdgm.engine._masked_weight import MaskedWeight
+from lightning_estdgm.modules._candidates import Candidate
+
+
+@dataclass(frozen=True)
+class LayerDecision:
+    """Decision for one layer.
+
+    Attributes:
+        name: name of the layer in the model.
+        shape: shape of its weight, as stored.
+        masked: whether its weight is masked.
+        block_size: side of a mask unit (1: single weights); 0 where not masked.
+        density: active share of its weights now; 1 where not masked.
+        backend: what computes it now: ``"dense"`` or a sparse backend's name.
+        final_density: its density at the end of the run.
+        final_backend: what will compute it then; ``"?"`` until measured.
+        why: the reasons, in words.
+
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    masked: bool
+    block_size: int
+    density: float
+    backend: str
+    final_density: float
+    final_backend: str
+    why: str
+
+
+def layer_decisions(
+    candidates: Sequence[Candidate], weights: Sequence[MaskedWeight], final_densities: Sequence[float]
+) -> tuple[LayerDecision, ...]:
+    """Return the decision for every linear and convolution layer of a model.
+
+    Args:
+        candidates: all linear and convolution layers.
+        weights: the masked ones.
+        final_densities: density of each masked one at the end of the run.
+
+    """
+    masked = {weight.name: (weight, final) for weight, final in zip(weights, final_densities, strict=True)}
+    decisions = []
+    for candidate in candidates:
+        shape = candidate.stored_shape
+        if candidate.name not in masked:
+            decision = LayerDecision(candidate.name, shape, False, 0, 1.0, "dense", 1.0, "dense", candidate.why)
+        else:
+            weight, final = masked[candidate.name]
+            decision = LayerDecision(
+                name=weight.name,
+                shape=shape,
+                masked=True,
+                block_size=weight.block_size,
+                density=weight.density,
+                backend=weight.backend,
+                final_density=final,
+                final_backend=weight.final_backend,
+                why="; ".join(filter(None, (candidate.why, weight.note, weight.why))),
+            )
+        decisions.append(decision)
+    return tuple(decisions)

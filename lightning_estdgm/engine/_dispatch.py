@@ -1,0 +1,275 @@
+"""Dispatch of the layers of a run to backends: chosen once its first step has shown shapes, applied as masks change.
+
+`autotune.choice` measures and decides for one shape and density; here a model's layers are what it is asked about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.engine._masked_weight import MaskedWeight
+from lightning_estdgm.modules._candidates import Candidate
+from lightning_estdgm.modules._forward_probe import ForwardProbe, Image, is_channels_last
+from lightning_estdgm.modules._kinds import conv_geometry
+from lightning_estdgm.modules._swap import restore_dense_, sparsify_
+from lightning_estdgm.sparse._conv_geometry import ConvGeometry
+from lightning_estdgm.sparse._topology import BlockTopology
+from lightning_estdgm.sparse.autotune._cases import Case, ConvCase
+from lightning_estdgm.sparse.autotune._choice import BackendSelector
+from lightning_estdgm.sparse.autotune._timing_cache import TimingCache
+from lightning_estdgm.sparse.backends._protocol import Backend, backends, conv_refusal, get_backend
+
+_NOMINAL_TOKENS, _NOMINAL_BATCH = 2048, 32  # for choosing a backend where no forward could be seen
+
+
+class Dispatch:
+    """Backends of the masked layers: probes the first step, chooses for all densities, swaps the layers' forwards.
+
+    It sets `backend`, `final_backend` and `why` of each weight.
+
+    Args:
+        config: its `backend` is ``"auto"`` or forced; `units` says what "auto" means.
+        candidates: all linear and convolution layers of the model.
+        weights: the masked ones.
+        group: ranks that have to come to the same choice: the first one's. ``None``: no other rank is asked.
+
+    Attributes:
+        probing: whether the step under way shows what the layers compute.
+        positions: that each layer's weight is applied to in a forward, by name; empty until probed.
+
+    Raises:
+        ValueError: if a forced backend cannot compute a weight.
+
+    """
+
+    def __init__(
+        self,
+        config: DGMConfig,
+        candidates: Sequence[Candidate],
+        weights: Sequence[MaskedWeight],
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._config = config
+        self._candidates = candidates
+        self._weights = weights
+        self._group = group
+        self._selector = BackendSelector(None if config.backend == "auto" else config.backend, kept=TimingCache())
+        self._check_forced()
+        self.probing = True
+        self.positions: dict[str, int] = {}
+        self._dtypes: dict[str, torch.dtype] = {}  # that each layer computes in, as probed
+        self._images: dict[str, Image] = {}  # that each convolution was given, as probed
+        self._probes = {candidate.name: ForwardProbe(candidate) for candidate in candidates}
+        self._handles: list[Any] = []
+
+    # ------------------------------------------------------------------ what the first step shows
+
+    def hook_up(self) -> None:
+        """Have the first step's forwards seen, if it is still to come."""
+        if self.probing:
+            for candidate in self._candidates:
+                self._handles.append(candidate.module.register_forward_hook(self._probes[candidate.name]))
+
+    def read_probes(self) -> None:
+        """Take over what the first step's forwards showed."""
+        self.probing = False
+        self._remove_hooks()
+        for name, probe in self._probes.items():
+            if probe.dtype is None:  # MultiheadAttention computes its out_proj without a call of it
+                probe = self._probes.get(name.rpartition(".")[0], probe)
+            if probe.dtype is not None:
+                self.positions[name], self._dtypes[name] = probe.positions, probe.dtype
+            if probe.image is not None:
+                self._images[name] = probe.image
+        seen = self.positions, self._dtypes, self._images
+        self.positions, self._dtypes, self._images = self._from_first_rank(seen)
+
+    # ------------------------------------------------------------------ choosing
+
+    def choose_all(self, densities: Sequence[Sequence[float]]) -> None:
+        """Choose what computes each layer at every density of the schedule; at the first step, for the whole run.
+
+        All at once, so that a resumed run makes no choice of its own. The final density comes first: it is what the
+        user is told about, and what it shows often answers the others. Only the first rank measures.
+
+        Args:
+            densities: of each layer: first at the final density of the whole, then at every one of the schedule.
+
+        """
+        if self._group is None or dist.get_rank(self._group) == 0:
+            self._choose_for_all(densities)
+        if self._group is not None:
+            self._selector.load_state_dict(self._from_first_rank(self._selector.state_dict()))
+            self._choose_for_all(densities)
+
+    def apply(self) -> None:
+        """Have every layer computed by what is chosen for its present density, on its present mask."""
+        for weight in self._weights:
+            if self._has_choice(weight):
+                self._use(weight, self._choose(weight, weight.density)[0])
+
+    def begin(self, weight: MaskedWeight) -> None:
+        """Have a layer of new masks computed by the backend that was asked for, or dense until the first choice."""
+        self._use(weight, self._forced(weight))
+
+    def resume(self, weight: MaskedWeight) -> None:
+        """Have a layer computed by what its checkpoint names, or dense until the next choice where that cannot run."""
+        if self._config.backend != "auto":
+            self.begin(weight)
+            return
+        backend = backends().get(weight.backend)
+        self._use(weight, "dense" if backend is None or _refusal(backend, weight) else backend.name)
+
+    def close(self) -> None:
+        """Take the hooks away and give every layer its own forward back."""
+        self._remove_hooks()
+        for weight in self._weights:
+            restore_dense_(weight.candidate)
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was seen and chosen, in plain types."""
+        return {
+            "positions": dict(self.positions),
+            "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in self._dtypes.items()},
+            "images": {name: asdict(image) for name, image in self._images.items()},
+            "selector": self._selector.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, probing: bool) -> None:
+        """Go on from `state`, which may hold more than this; `resume` then says what computes each weight.
+
+        Args:
+            state: what `state_dict` returned.
+            probing: whether the first step is still to come.
+
+        """
+        self.positions = dict(state["positions"])
+        self._dtypes = {name: getattr(torch, dtype) for name, dtype in state["dtypes"].items()}
+        self._images = {name: Image(**image) for name, image in state.get("images", {}).items()}  # newer than the rest
+        self._selector.load_state_dict(state["selector"])
+        self.probing = probing
+        if not probing:
+            self._remove_hooks()
+
+    # ------------------------------------------------------------------ which layers have a choice
+
+    def _is_forced(self, weight: MaskedWeight) -> bool:
+        """Whether a backend that was asked for is meant for this layer: it is not where "auto" found no block."""
+        has_unit = weight.block_size > 1 or self._config.units.size != "auto"
+        return self._config.backend != "auto" and weight.has_operator and has_unit
+
+    def _has_choice(self, weight: MaskedWeight) -> bool:
+        return self._is_forced(weight) or (weight.has_operator and self._config.backend == "auto")
+
+    def _forced(self, weight: MaskedWeight) -> str:
+        return self._config.backend if self._is_forced(weight) else "dense"
+
+    def _check_forced(self) -> None:
+        if self._config.backend in ("auto", "dense"):
+            return
+        backend = get_backend(self._config.backend)
+        for weight in self._weights:
+            if self._is_forced(weight) and (reason := _refusal(backend, weight)):
+                raise ValueError(
+                    f"backend={backend.name!r} was asked for but cannot compute layer {weight.name!r}: {reason}"
+                )
+
+    # ------------------------------------------------------------------ what the selector is asked
+
+    def _choose_for_all(self, densities: Sequence[Sequence[float]]) -> None:
+        final, *others = densities
+        for index, weight in enumerate(self._weights):
+            if not self._has_choice(weight):
+                weight.final_backend = "dense"
+                continue
+            weight.final_backend, weight.why = self._choose(weight, final[index])
+            for densities_then in others:
+                self._choose(weight, densities_then[index])
+            self._choose(weight, weight.density)  # which the rule may have moved away from the schedule's
+
+    def _choose(self, weight: MaskedWeight, density: float) -> tuple[str, str]:
+        choice = self._selector.choose(self._case(weight, density))
+        return choice.backend, choice.why
+
+    def _case(self, weight: MaskedWeight, density: float) -> Case | ConvCase:
+        """Return what there is to choose a backend for: the layer as the first step has shown it."""
+        out, inner = weight.shape[:2]
+        frozen = weight.inactive.act_in_forward
+        dtype = self._dtypes.get(weight.name, weight.parameter.dtype)
+        if not weight.candidate.is_convolution:
+            tokens = self.positions.get(weight.name, _NOMINAL_TOKENS)
+            transposed = weight.candidate.kind.transposed
+            return Case(tokens, out, inner, weight.block_size, density, dtype, weight.device, frozen, transposed)
+        geometry = _geometry(weight)
+        image = self._images.get(weight.name) or self._nominal_image(weight, geometry)
+        return ConvCase(
+            image.batch,
+            image.height,
+            image.width,
+            out,
+            inner,
+            geometry,
+            weight.block_size,
+            density,
+            dtype,
+            weight.device,
+            frozen,
+            image.channels_last,
+        )
+
+    def _nominal_image(self, weight: MaskedWeight, geometry: ConvGeometry) -> Image:
+        """Return an input whose output has 196 pixels, in channels-last memory if any convolution's weight is."""
+        size = (14, 14) if len(weight.shape) == 4 else (1, 196)
+        walk = zip(size, geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, strict=True)
+        height, width = (max(1, (n - 1) * s + d * (k - 1) + 1 - 2 * p) for n, k, s, p, d in walk)
+        return Image(_NOMINAL_BATCH, height, width, any(is_channels_last(x.parameter) for x in self._weights))
+
+    # ------------------------------------------------------------------ helpers
+
+    def _use(self, weight: MaskedWeight, backend: str) -> None:
+        weight.backend = backend
+        if weight.has_operator and (weight.block_size > 1 or backend != "dense"):
+            sparsify_(
+                weight.candidate,
+                weight.mask.to(weight.device),
+                weight.block_size,
+                backend,
+                weight.inactive.act_in_forward,
+            )
+
+    def _from_first_rank(self, value: Any) -> Any:
+        """Return the first rank's `value`: what depends on a machine's speed or one rank's batch must be one thing."""
+        if self._group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=dist.get_global_rank(self._group, 0), group=self._group)
+        return box[0]
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _refusal(backend: Backend, weight: MaskedWeight) -> str | None:
+    """Return why a backend cannot compute a layer with its present mask, or None."""
+    topology = BlockTopology.from_mask(weight.mask, weight.block_size)
+    if not weight.candidate.is_convolution:
+        return backend.unsupported(weight.device, weight.parameter.dtype, topology)
+    return conv_refusal(backend.name, weight.device, weight.parameter.dtype, topology, _geometry(weight))
+
+
+def _geometry(weight: MaskedWeight) -> ConvGeometry:
+    """Return how a convolution that has an operator walks over its input."""
+    module: Any = weight.candidate.module
+    geometry = conv_geometry(module)
+    assert geometry is not None  # or the layer has no operator
+    return geometry

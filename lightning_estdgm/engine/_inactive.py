@@ -1,0 +1,271 @@
+"""Treatment of the inactive weights of one layer: one protocol, and a class for each mode of `DGMConfig.inactive`.
+
+`ZeroWeights` sets them to zero, `FrozenWeights` keeps their values, and `LearningWeights` trains them outside the
+forward (Top-KAST, SR-STE). Nothing else in the package asks which mode is on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from torch import Tensor
+
+from lightning_estdgm.method._backward_set import BackwardSet, ShadowWeights
+
+if TYPE_CHECKING:
+    from lightning_estdgm.engine._masked_weight import MaskedWeight
+
+
+class InactiveWeights(Protocol):
+    """What happens to the inactive weights of one layer, around a step of its optimizer and around a mask update.
+
+    Attributes:
+        act_in_forward: whether inactive weights take part in the forward.
+        learn: whether they go on learning: then masks are chosen among all weights, nothing is dropped, optimizer
+            state is kept, every step's backward has to yield the whole gradient, and a step's closure is wrapped.
+        when_dropped: what becomes of a weight that is dropped, in words.
+
+    """
+
+    act_in_forward: bool
+    learn: bool
+    when_dropped: str
+
+    def learning_density(self, weight: MaskedWeight) -> float:
+        """Return the share of the weights whose gradient is needed in every step."""
+        ...
+
+    def step_scale(self, weight: MaskedWeight, exponent: float) -> float:
+        """Return the factor on the optimizer's steps; `exponent` is that of `StepSize`."""
+        ...
+
+    def mask_gradient_(self, weight: MaskedWeight, gradient: Tensor) -> None:
+        """Zero the gradient of units that do not learn, in place."""
+        ...
+
+    def before_step(self, weight: MaskedWeight, exponent: float) -> None:
+        """Prepare an optimizer's step, before its closure runs."""
+        ...
+
+    def with_gradients(self, weight: MaskedWeight, exponent: float, grad_scale: float | Tensor) -> None:
+        """Prepare a step once its gradients are there; they are `grad_scale` times too large."""
+        ...
+
+    def after_step(self, weight: MaskedWeight, exponent: float) -> None:
+        """Bring the weight in line with its mask after a step."""
+        ...
+
+    def withdraw(self, weight: MaskedWeight) -> None:
+        """Undo `with_gradients` where no step was made, or before a closure's forward."""
+        ...
+
+    def before_update(self, weight: MaskedWeight) -> None:
+        """Have the weight hold what a mask update judges."""
+        ...
+
+    def settle_(self, weight: MaskedWeight) -> None:
+        """Bring the weight in line with a mask that was just drawn or updated."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the layer's state holds beside mask and window."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any], name: str) -> None:
+        """Take over what `state_dict` returned, out of the state of the layer of that name.
+
+        Raises:
+            ValueError: if the state is that of another mode.
+
+        """
+        ...
+
+
+class ZeroWeights:
+    """Inactive weights are zero."""
+
+    act_in_forward = False
+    learn = False
+    when_dropped = "set to zero"
+
+    def learning_density(self, weight: MaskedWeight) -> float:
+        """Return the density."""
+        return weight.density
+
+    def step_scale(self, weight: MaskedWeight, exponent: float) -> float:
+        """Return the density to the power of minus `exponent`."""
+        return weight.density**-exponent
+
+    def mask_gradient_(self, weight: MaskedWeight, gradient: Tensor) -> None:
+        """Zero the gradient of inactive units."""
+        weight.fill_inactive_(gradient)
+
+    def before_step(self, weight: MaskedWeight, exponent: float) -> None:
+        """Remember the weight where its step will be scaled."""
+        if not weight.is_dense and self.step_scale(weight, exponent) != 1.0:
+            weight.snapshot.take(weight, active_only=True)
+        else:
+            weight.snapshot.forget()
+
+    def with_gradients(self, weight: MaskedWeight, exponent: float, grad_scale: float | Tensor) -> None:
+        """Do nothing more."""
+
+    def after_step(self, weight: MaskedWeight, exponent: float) -> None:
+        """Scale the step; momentum and weight decay have moved inactive weights: zero them again."""
+        weight.snapshot.scale_step_(weight, self.step_scale(weight, exponent))
+        weight.fill_inactive_(weight.weight)
+
+    def withdraw(self, weight: MaskedWeight) -> None:
+        """Do nothing."""
+
+    def before_update(self, weight: MaskedWeight) -> None:
+        """Do nothing."""
+
+    def settle_(self, weight: MaskedWeight) -> None:
+        """Zero the inactive weights."""
+        weight.fill_inactive_(weight.weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: they are zero."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any], name: str) -> None:
+        """Refuse the state of learning weights."""
+        _check_shadow(state, name, expected=False)
+
+
+class FrozenWeights:
+    """Inactive weights keep their values, and act in the forward."""
+
+    act_in_forward = True
+    learn = False
+    when_dropped = "kept as it is, without updates"
+
+    def learning_density(self, weight: MaskedWeight) -> float:
+        """Return the density."""
+        return weight.density
+
+    def step_scale(self, weight: MaskedWeight, exponent: float) -> float:
+        """Return 1: the forward is dense."""
+        return 1.0
+
+    def mask_gradient_(self, weight: MaskedWeight, gradient: Tensor) -> None:
+        """Zero the gradient of inactive units."""
+        weight.fill_inactive_(gradient)
+
+    def before_step(self, weight: MaskedWeight, exponent: float) -> None:
+        """Remember the weight, to give inactive units their values back."""
+        if weight.is_dense:
+            weight.snapshot.forget()
+        else:
+            weight.snapshot.take(weight, active_only=False)
+
+    def with_gradients(self, weight: MaskedWeight, exponent: float, grad_scale: float | Tensor) -> None:
+        """Do nothing more."""
+
+    def after_step(self, weight: MaskedWeight, exponent: float) -> None:
+        """Give inactive weights their values back."""
+        weight.snapshot.undo_inactive_(weight)
+
+    def withdraw(self, weight: MaskedWeight) -> None:
+        """Do nothing."""
+
+    def before_update(self, weight: MaskedWeight) -> None:
+        """Do nothing."""
+
+    def settle_(self, weight: MaskedWeight) -> None:
+        """Do nothing: weights keep their values."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the weights are the model's own."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any], name: str) -> None:
+        """Refuse the state of learning weights."""
+        _check_shadow(state, name, expected=False)
+
+
+class LearningWeights:
+    """Inactive weights are zero in the forward and go on learning in the shadow, by the gradient of the sparse network.
+
+    For a step of the optimizer they are put in their places, and taken out again after it.
+
+    Args:
+        backward_set: which of them learn.
+        weight: the weight that they belong to, with its first mask; not a sharded one.
+
+    """
+
+    act_in_forward = False
+    learn = True
+    when_dropped = "set to zero"
+
+    def __init__(self, backward_set: BackwardSet, weight: MaskedWeight) -> None:
+        self.shadow = ShadowWeights(backward_set, weight.weight, weight.mask, weight.block_size)
+
+    def learning_density(self, weight: MaskedWeight) -> float:
+        """Return the share of the backward set."""
+        return self.shadow.density
+
+    def step_scale(self, weight: MaskedWeight, exponent: float) -> float:
+        """Return the density to the power of minus `exponent`."""
+        return weight.density**-exponent
+
+    def mask_gradient_(self, weight: MaskedWeight, gradient: Tensor) -> None:
+        """Zero the gradient of resting weights."""
+        self.shadow.mask_gradient_(gradient)
+
+    def before_step(self, weight: MaskedWeight, exponent: float) -> None:
+        """Do nothing: the forward of a closure is without inactive weights."""
+
+    def with_gradients(self, weight: MaskedWeight, exponent: float, grad_scale: float | Tensor) -> None:
+        """Make the weight whole for the step, add the penalty's gradient, remember the weight if steps are scaled."""
+        gradient = weight.gradient
+        if gradient is not None:
+            self.shadow.put_in_(weight.weight)
+            self.shadow.penalize_(gradient, weight.weight, weight.mask, grad_scale)
+        if self.step_scale(weight, exponent) != 1.0:
+            weight.snapshot.take(weight, active_only=False)
+
+    def after_step(self, weight: MaskedWeight, exponent: float) -> None:
+        """Scale the step and take inactive weights out again."""
+        weight.snapshot.scale_step_(weight, self.step_scale(weight, exponent))
+        self.withdraw(weight)
+
+    def withdraw(self, weight: MaskedWeight) -> None:
+        """Take inactive weights out, as they are now."""
+        self.shadow.take_out(weight.weight, weight.mask)
+        weight.fill_inactive_(weight.weight)
+
+    def before_update(self, weight: MaskedWeight) -> None:
+        """Put inactive weights in: masks are chosen among all."""
+        self.shadow.put_in_(weight.weight)
+
+    def settle_(self, weight: MaskedWeight) -> None:
+        """Take the inactive weights of a whole weight."""
+        self.shadow.take_all(weight.weight, weight.mask)
+        weight.fill_inactive_(weight.weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights and which of them learn."""
+        return {"held_back": self.shadow.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any], name: str) -> None:
+        """Take over the weights and which of them learn."""
+        _check_shadow(state, name, expected=True)
+        self.shadow.load_state_dict(state["held_back"])
+
+
+def _check_shadow(state: Mapping[str, Any], name: str, *, expected: bool) -> None:
+    if expected != ("held_back" in state):
+        found = "none" if expected else "some"
+        raise ValueError(f"layer {name!r}: the checkpoint holds {found} of the weights that a backward set trains")
+
+
+_MODES: dict[str, Callable[[], InactiveWeights]] = {"zero": ZeroWeights, "frozen": FrozenWeights}
+
+
+def inactive_weights(setting: Literal["zero", "frozen"] | BackwardSet, weight: MaskedWeight) -> InactiveWeights:
+    """Return the treatment of a weight's inactive part that `DGMConfig.inactive` asks for."""
+    return LearningWeights(setting, weight) if isinstance(setting, BackwardSet) else _MODES[setting]()

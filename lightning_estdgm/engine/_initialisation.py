@@ -1,0 +1,124 @@
+"""First masks of a run: the masked weights made, masks drawn or recovered from weights, initial weights scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.engine._masked_weight import MaskedWeight
+from lightning_estdgm.method._masks import active_units, initial_mask
+from lightning_estdgm.method._patterns import Pattern, draw
+from lightning_estdgm.modules._candidates import Candidate
+from lightning_estdgm.modules._mask_unit import unit_of
+
+
+def masked_weights(
+    candidates: Sequence[Candidate], config: DGMConfig, state: Mapping[str, Any] | None
+) -> list[MaskedWeight]:
+    """Return the state of every candidate that is masked, all of it active.
+
+    Args:
+        candidates: the layers.
+        config: the settings.
+        state: state of a controller that will be loaded, or None; with ``units.size="auto"`` its units are taken.
+
+    Raises:
+        ValueError: if a unit does not fit a layer.
+
+    """
+    return [_masked_weight(candidate, config, state) for candidate in candidates if candidate.masked]
+
+
+def _masked_weight(candidate: Candidate, config: DGMConfig, state: Mapping[str, Any] | None) -> MaskedWeight:
+    size = config.units.size
+    block_size, note = unit_of(candidate, size)
+    saved = state["layers"].get(candidate.name) if size == "auto" and state else None
+    if saved and tuple(saved["shape"]) == candidate.shape and saved["block_size"] != block_size:
+        # "auto" may have had other rules, as when convolutions had no operator.
+        block_size, note = saved["block_size"], f"units of {saved['block_size']} as in the checkpoint"
+    if candidate.parts > 1:
+        note = "; ".join(filter(None, (f"{candidate.parts} fused matrices, each with its own budget", note)))
+    return MaskedWeight(candidate, block_size, note, config.inactive)
+
+
+@torch.no_grad()
+def draw_masks(
+    weights: Sequence[MaskedWeight], budgets: Sequence[Sequence[int]], config: DGMConfig, *, largest: bool = False
+) -> list[int]:
+    """Draw masks and bring the weights in line with them; see `masks.initial_mask`.
+
+    Initial weights are scaled by ``density**-0.5`` where the settings say so, the weights are not recovered, and no
+    earlier mask has left its zeros: those were scaled by that one.
+
+    Args:
+        weights: all of them.
+        budgets: for each, the active units of each of its parts.
+        config: the settings: seed, pattern, scaling.
+        largest: take the largest units, to recover masks from weights; nothing is scaled then.
+
+    Returns:
+        How many units of each weight held anything before.
+
+    Raises:
+        ValueError: if a pattern does not fit a layer.
+
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    scaled = config.step_size.scale_initial_weights and not largest
+    held = []
+    for weight, budget in zip(weights, budgets, strict=True):
+        norms = weight.placement.unit_norms(weight.weight)
+        take_largest = largest or weight.inactive.learn
+        with weight.naming_errors():
+            parts = [
+                _initial(config.update_rule.pattern, part, k, generator, largest=take_largest)
+                for part, k in zip(norms.chunk(len(budget)), budget, strict=True)
+            ]
+        weight.set_mask(torch.cat(parts))
+        held.append(active_units(norms > 0))
+        weight.inactive.settle_(weight)
+        if scaled and not weight.inactive.act_in_forward and held[-1] > weight.active:
+            weight.weight.mul_(weight.density**-0.5)
+    return held
+
+
+def _initial(pattern: Pattern | None, norms: Tensor, k: int, generator: torch.Generator, *, largest: bool) -> Tensor:
+    if pattern is None:
+        return initial_mask(norms, k, generator, largest=largest)
+    noise = torch.rand(norms.shape, generator=generator)
+    return draw(pattern, torch.where(norms > 0, norms if largest else noise, noise - 1.0), k)
+
+
+def told_of_drawn(weights: Sequence[MaskedWeight], held: Sequence[int]) -> str:
+    """Say in words which weights held an earlier mask's zeros when their masks were drawn; empty if none did."""
+    before = [weight.name for weight, n in zip(weights, held, strict=True) if 0 < n <= weight.active < weight.units]
+    return _told(
+        len(weights), (before, "hold zeros as an earlier mask leaves them: what is not zero stays active, unscaled")
+    )
+
+
+def told_of_recovered(weights: Sequence[MaskedWeight], held: Sequence[int]) -> str:
+    """Say in words how the masks that were recovered from weights compare with the zeros found there."""
+    pairs = list(zip(weights, held, strict=True))
+    exact = [weight.name for weight, n in pairs if n == weight.active]
+    fewer = [weight.name for weight, n in pairs if n < weight.active]
+    more = [weight.name for weight, n in pairs if n > weight.active]
+    rest = weights[0].inactive.when_dropped
+    return _told(
+        len(weights),
+        (exact, "hold as many zeros as the schedule leaves: their masks are what they were"),
+        (fewer, "hold more zeros than the schedule leaves: some of these units are active again, drawn at random"),
+        (more, f"hold fewer zeros than the schedule leaves: the largest units stay active, the rest is {rest}"),
+    )
+
+
+def _told(total: int, *cases: tuple[list[str], str]) -> str:
+    return "; ".join(
+        f"{len(names)} of {total} masked layers ({', '.join(names[:3])}{', ...' * (len(names) > 3)}) {what}"
+        for names, what in cases
+        if names
+    )

@@ -1,0 +1,187 @@
+"""`MaskedModel`: all masked weights of one model together: densities, budgets, masks drawn, updated and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.distributed._collectives import agree
+from lightning_estdgm.distributed._mask_check import check_same_on_all_ranks, mask_digest
+from lightning_estdgm.engine._budget import unit_budgets
+from lightning_estdgm.engine._decisions import LayerDecision, layer_decisions
+from lightning_estdgm.engine._gradient_mask import mask_gradients_
+from lightning_estdgm.engine._initialisation import draw_masks, masked_weights
+from lightning_estdgm.engine._mask_update import drop_and_grow
+from lightning_estdgm.modules._candidates import Candidate, clean_name
+from lightning_estdgm.modules._swap import set_observing
+
+
+class MaskedModel:
+    """The masked weights of one model, and what concerns all of them at once.
+
+    Args:
+        candidates: the linear and convolution layers of the model.
+        config: the settings.
+        state: state of a controller that will be loaded, or None.
+        group: ranks that have to hold the same masks; ``None``: no other rank is asked.
+
+    Attributes:
+        candidates: the linear and convolution layers of the model.
+        weights: the masked weights.
+        rule: choice of the units at mask updates.
+
+    Raises:
+        ValueError: if a unit does not fit a layer.
+
+    """
+
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        config: DGMConfig,
+        state: Mapping[str, Any] | None,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self.candidates = candidates
+        self.weights = masked_weights(candidates, config, state)
+        self.rule = config.resolved_update_rule
+        self._config = config
+        self._group = group
+
+    # ------------------------------------------------------------------ what it knows
+
+    @property
+    def density(self) -> float:
+        """Active share of the masked weights."""
+        return self._share_of([weight.active for weight in self.weights])
+
+    @property
+    def explored(self) -> float:
+        """Share of the masked weights that have been active at any time."""
+        return self._share_of([weight.explored_units for weight in self.weights])
+
+    @cached_property
+    def needs_gradients(self) -> bool:
+        """Whether anything is decided by observed gradients."""
+        return any(self.rule.needs_gradients(weight.block_size) for weight in self.weights)
+
+    @property
+    def observed(self) -> bool:
+        """Whether any window holds anything to decide by."""
+        return any(weight.observed for weight in self.weights)
+
+    def budgets(self, density: float) -> list[list[int]]:
+        """Return the active units of each part of each layer for a density of the whole."""
+        return unit_budgets([weight.sizes for weight in self.weights], self._config.units.distribution, density)
+
+    def layer_densities_at(self, density: float) -> list[float]:
+        """Return each layer's density for a density of the whole."""
+        return [sum(k) / weight.units for weight, k in zip(self.weights, self.budgets(density), strict=True)]
+
+    def decisions(self, final_density: float) -> tuple[LayerDecision, ...]:
+        """Return what was decided for every layer, for a run that ends at a density of the whole."""
+        return layer_decisions(self.candidates, self.weights, self.layer_densities_at(final_density))
+
+    # ------------------------------------------------------------------ masks
+
+    def draw(self, density: float, *, largest: bool = False) -> list[int]:
+        """Draw masks of a density of the whole; return how many units of each layer held weights before."""
+        return draw_masks(self.weights, self.budgets(density), self._config, largest=largest)
+
+    @torch.no_grad()
+    def update(
+        self, density: float, drop_fraction: float, states: Sequence[Mapping[Any, Mapping[str, Any]]], update: int
+    ) -> float:
+        """Decide all masks anew, and bring weights, gradients and optimizer states in line with them.
+
+        Args:
+            density: density of the whole afterwards.
+            drop_fraction: share of the active units given up for new ones.
+            states: states of the optimizers.
+            update: number of the update, for random scores.
+
+        Returns:
+            Share of the active weights that the update brought in.
+
+        """
+        for weight in self.weights:
+            weight.inactive.before_update(weight)
+        grown = 0
+        for weight, changed, grown_units in drop_and_grow(
+            self.weights,
+            self.budgets(density),
+            0.0 if any(weight.inactive.learn for weight in self.weights) else drop_fraction,
+            self.rule,
+            seed=self._config.seed,
+            update=update,
+        ):
+            grown += grown_units * weight.unit_size
+            weight.inactive.settle_(weight)
+            mask_gradients_([weight])
+            if not weight.inactive.learn:
+                self.clear_optimizer_states_(states, {weight.name: changed})
+        return grown / sum(weight.active * weight.unit_size for weight in self.weights)
+
+    def clear_optimizer_states_(
+        self,
+        states: Sequence[Mapping[Any, Mapping[str, Any]]],
+        units: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Zero the optimizers' state at some units of some layers; ``None``: at the inactive units of all."""
+        for weight in self.weights:
+            if units is None or weight.name in units:
+                for state in states:
+                    weight.clear_optimizer_state_(state, ~weight.mask if units is None else units[weight.name])
+
+    def check_ranks(self, words: Mapping[str, int], when: str) -> None:
+        """Raise on every rank if any of them holds other masks, or other `words`; see `check_same_on_all_ranks`."""
+        if self._group is None:
+            return
+        whole = [weight for weight in self.weights if not weight.placement.mask_is_local]
+        masks = {f"the mask of layer {weight.name!r}": mask_digest(weight.mask) for weight in whole}
+        check_same_on_all_ranks({**words, **masks}, self.weights[0].device, when, self._group)
+
+    # ------------------------------------------------------------------ weights and gradients
+
+    def yield_whole_gradients(self, observing: bool) -> None:
+        """Have the layers' backward yield whole weight gradients where they are observed or inactive weights learn."""
+        for weight in self.weights:
+            set_observing(weight.candidate, observing or weight.inactive.learn)
+
+    def refuse_nan(self) -> None:
+        """Stop a run whose window saw no finite gradient because its weights are NaN: it will never see one."""
+        for weight in self.weights:
+            if agree([weight.shard], bool(weight.weight.isnan().any())):
+                raise ValueError(
+                    f"the run has diverged: layer {weight.name!r} holds NaN weights, and at the mask update that is "
+                    "due no gradient had been finite"
+                )
+
+    def mask_copy_(self, copy: nn.Module) -> None:
+        """Zero the inactive weights of a copy of the model; see `DGMController.mask_copy_`."""
+        zeroed = [weight for weight in self.weights if not weight.inactive.act_in_forward]
+        modules = {clean_name(name): module for name, module in copy.named_modules()}
+        tensors = []
+        for weight in zeroed:
+            tensor = getattr(modules.get(weight.name), weight.candidate.kind.weight_name, None)
+            if not isinstance(tensor, Tensor) or not weight.shard.holds(tensor):
+                found = "no such layer" if tensor is None else f"a weight of shape {tuple(tensor.shape)}"
+                raise ValueError(
+                    f"expected a copy of the model, with a layer {weight.name!r} of shape "
+                    f"{weight.candidate.stored_shape}, got {found} in {type(copy).__name__}"
+                )
+            tensors.append(tensor)
+        with torch.no_grad():
+            for weight, tensor in zip(zeroed, tensors, strict=True):
+                weight.fill_inactive_(weight.shard.local(tensor))
+
+    def _share_of(self, units: Sequence[int]) -> float:
+        """Return the share of the masked weights that so many units of each layer hold."""
+        held = sum(n * weight.unit_size for n, weight in zip(units, self.weights, strict=True))
+        return held / sum(weight.units * weight.unit_size for weight in self.weights)

@@ -1,0 +1,246 @@
+"""`MaskedWeight`: the state of one masked weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_estdgm.distributed._shard import Shard
+from lightning_estdgm.engine._budget import LayerUnits
+from lightning_estdgm.engine._gradient_mask import MaskedGradient
+from lightning_estdgm.engine._inactive import inactive_weights
+from lightning_estdgm.engine._observation import Window
+from lightning_estdgm.engine._placement import placement_of
+from lightning_estdgm.engine._step_size import WeightSnapshot
+from lightning_estdgm.method._backward_set import BackwardSet
+from lightning_estdgm.method._masks import active_units, keep_active_, mask_shape, pack_bits, unpack_bits
+from lightning_estdgm.modules._candidates import Candidate
+
+
+class MaskedWeight:
+    """State of one masked weight: its mask, and the parts that observe it, step it and treat what is inactive.
+
+    Tensors are this rank's part of the weight, oriented ``(out, in, ...)``: all of it where the weight is whole. What
+    concerns several weights at once is elsewhere: `observation.observe`, `mask_update.drop_and_grow`,
+    `gradient_mask.mask_gradients_`.
+
+    Args:
+        candidate: the layer.
+        block_size: side of a mask unit.
+        note: what there is to say of the unit, for people.
+        inactive: see `DGMConfig.inactive`.
+
+    Attributes:
+        candidate: the layer.
+        block_size: side of a mask unit; 1: single weights.
+        note: remark on the unit, for people.
+        shape: shape ``(out, in, ...)`` of the whole weight.
+        sizes: number and size of the units, for budgets.
+        placement: location of mask and norms over ranks.
+        inactive: treatment of the inactive weights.
+        mask: bool over units, true where active; replaced as a whole. For single weights of a sharded weight the local
+            part, else whole.
+        addressed_mask: the mask as it addresses local tensors, at `placement.grain`.
+        active: number of active units of the whole weight.
+        part_active: number of active units of each part.
+        explored: bool over units, true where ever active.
+        window: sums over observed gradients; ``None`` outside an observation window.
+        sampled: whether the gradient of the step under way was observed.
+        snapshot: the weight before the step under way.
+        masked_gradient: memory of the gradient that was masked last.
+        backend: what computes the layer now.
+        final_backend: what will at the final density; ``"?"`` until measured.
+        why: the reason for that, in words.
+
+    """
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        block_size: int,
+        note: str = "",
+        inactive: Literal["zero", "frozen"] | BackwardSet = "zero",
+    ) -> None:
+        self.candidate = candidate
+        self.block_size = block_size
+        self.note = note
+        self.shape = candidate.shape
+        self.sizes = LayerUnits.of(candidate, block_size)
+        self.placement = placement_of(candidate.shard, block_size)
+        self.backend = "dense"
+        self.final_backend = "?"
+        self.why = ""
+        self.window: Window | None = None
+        self.sampled = False
+        self.snapshot = WeightSnapshot()
+        self.masked_gradient = MaskedGradient()
+        self.part_active = [self.units // candidate.parts] * candidate.parts
+        self.take(torch.ones(self.placement.mask_shape(self.weight), dtype=torch.bool), self.units)
+        self.explored = torch.zeros_like(self.mask)
+        self._explored_units = 0
+        self.inactive = inactive_weights(inactive, self)
+
+    # ------------------------------------------------------------------ the weight
+
+    @property
+    def name(self) -> str:
+        """Name of the layer in the model."""
+        return self.candidate.name
+
+    @property
+    def shard(self) -> Shard:
+        """Layout of the weight over ranks."""
+        return self.candidate.shard
+
+    @property
+    def parameter(self) -> Tensor:
+        """The weight as stored."""
+        return self.candidate.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Device that the layer computes on."""
+        return self.placement.device(self.weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """The local part of the weight, sharing storage with the parameter."""
+        return self.shard.local(self.parameter)
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The local part of the weight's gradient, sharing storage with it; ``None`` without one, or not whole yet."""
+        grad = self.parameter.grad
+        return None if grad is None or not self.shard.holds(grad) else self.shard.local(grad)
+
+    @property
+    def has_operator(self) -> bool:
+        """Whether a sparse operator can replace the layer's forward: it needs the whole mask, of matrices or blocks."""
+        taps = self.block_size == 1 and self.candidate.is_convolution
+        return self.candidate.has_operator and not self.placement.mask_is_local and not taps
+
+    # ------------------------------------------------------------------ the mask
+
+    @property
+    def units(self) -> int:
+        """Number of all units of the whole weight."""
+        return self.sizes.units
+
+    @property
+    def unit_size(self) -> int:
+        """Number of weights in a unit."""
+        return self.sizes.unit_size
+
+    @property
+    def density(self) -> float:
+        """Active share of the weights."""
+        return self.active / self.units
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every unit is active."""
+        return self.active == self.units
+
+    @property
+    def explored_units(self) -> int:
+        """Number of units of the whole weight that have ever been active."""
+        return self._explored_units if self.placement.mask_is_local else active_units(self.explored)
+
+    @explored_units.setter
+    def explored_units(self, count: int) -> None:
+        self._explored_units = count
+
+    def whole_mask(self) -> Tensor:
+        """Return a copy of the whole mask on the CPU; of a sharded weight, every rank has to ask for it."""
+        return self.placement.to_whole(self.mask)
+
+    def take(self, mask: Tensor, active: int) -> None:
+        """Take over a mask as this rank holds it, of `active` units of the whole weight; weights are left alone."""
+        self.mask = mask.to(self.weight.device)
+        self.addressed_mask = self.placement.address(self.mask)
+        self.active = active
+        self.snapshot.forget()
+        self.masked_gradient.forget()
+
+    def set_mask(self, mask: Tensor, explored: Tensor | None = None) -> None:
+        """Take over a whole mask, and the units explored so far (``None``: its own); weights are left alone."""
+        explored = mask if explored is None else explored
+        self.take(self.placement.to_local(mask), active_units(mask))
+        self.part_active = [active_units(part) for part in mask.chunk(self.candidate.parts)]
+        self.explored = self.placement.to_local(explored).to(self.mask.device, copy=True)
+        self._explored_units = active_units(explored)
+
+    def fill_inactive_(self, tensor: Tensor) -> None:
+        """Zero a local tensor of the weight's shape where the mask is inactive."""
+        if not self.is_dense:
+            keep_active_(tensor, self.addressed_mask.to(tensor.device), self.placement.grain)
+
+    def clear_optimizer_state_(self, states: Mapping[Any, Mapping[str, Any]], units: Tensor) -> None:
+        """Zero every state tensor of the weight's shape at `units`; step counts and the like stay.
+
+        Args:
+            states: an optimizer's ``state``.
+            units: bool of the mask's shape.
+
+        """
+        for value in states.get(self.parameter, {}).values():
+            if isinstance(value, Tensor) and self.shard.holds(value):
+                keep_active_(self.shard.local(value), self.placement.address(~units), self.placement.grain)
+
+    # ------------------------------------------------------------------ the step under way
+
+    @property
+    def observed(self) -> bool:
+        """Whether the window holds anything to decide by."""
+        return self.window is not None and self.window.samples > 0
+
+    @property
+    def seen_gradient(self) -> Tensor | None:
+        """Sum of the gradients of the window; ``None`` outside one."""
+        return None if self.window is None else self.window.gradient
+
+    def begin_step(self) -> None:
+        """Allow the next observation of this weight."""
+        self.sampled = False
+        self.masked_gradient.forget()
+
+    @contextmanager
+    def naming_errors(self) -> Iterator[None]:
+        """Put the layer's name before a ValueError."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"layer {self.name!r}: {error}") from error
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return mask, window and backend in plain types, whole; of a sharded weight, every rank has to ask for it.
+
+        Of a sharded weight only rank 0 gets the window, which is as large as the weight.
+        """
+        return {
+            "shape": list(self.shape),
+            "block_size": self.block_size,
+            "mask": pack_bits(self.whole_mask()),
+            "explored": pack_bits(self.placement.to_whole(self.explored)),
+            "backend": self.backend,
+            "final_backend": self.final_backend,
+            "why": self.why,
+            "window": self.window and self.window.state_dict(self.placement),
+        } | self.inactive.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned for a layer of the same shape and block size."""
+        shape = mask_shape(self.shape, self.block_size)
+        self.set_mask(unpack_bits(state["mask"], shape), unpack_bits(state["explored"], shape))
+        self.backend, self.final_backend, self.why = state["backend"], state["final_backend"], state["why"]
+        self.inactive.load_state_dict(state, self.name)
+        self.window = None
+        if state["window"]:
+            self.window = Window(self.weight, self.mask)
+            self.window.load_state_dict(state["window"], self)

@@ -1,0 +1,112 @@
+"""Observation of gradients before a mask update: sums over the steps of a window, once a step for all weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_estdgm.distributed._collectives import agree, all_reduce
+from lightning_estdgm.engine._placement import Placement
+
+if TYPE_CHECKING:
+    from lightning_estdgm.engine._masked_weight import MaskedWeight
+
+
+class Window:
+    """Sums over the observed gradients of one weight; exists only inside an observation window.
+
+    Args:
+        weight: this rank's part of the weight.
+        mask: mask that this rank holds.
+
+    Attributes:
+        gradient: sum of the gradients, of the weight's shape, at least float32.
+        norm: sum of the norms of the gradients' units, of the mask's shape.
+        samples: number of gradients in the sums.
+
+    """
+
+    def __init__(self, weight: Tensor, mask: Tensor) -> None:
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.gradient = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        self.norm = torch.zeros(mask.shape, dtype=dtype, device=weight.device)
+        self.samples = 0
+
+    def add(self, gradient: Tensor | None, norm: Tensor, scale: float) -> None:
+        """Add `scale` times one gradient (``None``: this rank holds nothing of it) and its units' norms."""
+        if gradient is not None:
+            self.gradient.add_(gradient, alpha=scale)
+        self.norm.add_(norm, alpha=scale)
+        self.samples += 1
+
+    def state_dict(self, placement: Placement) -> dict[str, Any]:
+        """Return whole copies of the sums; of a sharded weight every rank has to ask, and rank 0 gets them."""
+        tensors = {"gradient": self.gradient, "norm": self.norm}
+        return {"samples": self.samples} | {name: placement.saved(name, x) for name, x in tensors.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], weight: MaskedWeight) -> None:
+        """Take over what `state_dict` returned on rank 0.
+
+        Raises:
+            ValueError: if the state is another rank's, which holds no sums.
+
+        """
+        if state["gradient"] is None:
+            raise ValueError(
+                f"layer {weight.name!r}: the state of an open observation window is whole on rank 0 only: "
+                "expected the state that rank 0 saved"
+            )
+        self.gradient.copy_(weight.shard.part(state["gradient"]))
+        self.norm.copy_(weight.placement.to_local(state["norm"]))
+        self.samples = state["samples"]
+
+
+def observe(weights: Sequence[MaskedWeight], scale: float) -> bool:
+    """Add the gradients of `weights` to their windows, unless one of them is not finite; once a step.
+
+    All ranks of sharded weights must call it: one all-reduce tells them the norms of units that several hold parts of,
+    which weights took part at all (a rank may hold nothing of one), and whether all was finite.
+
+    Args:
+        weights: those whose gradients belong to one step.
+        scale: factor on the gradients.
+
+    Returns:
+        Whether the gradients were finite.
+
+    """
+    waiting = {weight: weight.gradient for weight in weights if not weight.sampled}
+    messages: dict[MaskedWeight, Tensor] = {}
+    for weight, gradient in waiting.items():
+        message = weight.placement.observation(gradient, weight.mask)
+        if message is not None:
+            messages[weight] = message
+    sums = dict(zip(messages, all_reduce([weight.shard for weight in messages], list(messages.values())), strict=True))
+    norms = {
+        weight: weight.placement.observed_norm(weight.weight, waiting[weight], summed)
+        for weight, summed in _taking_part(sums)
+    }
+    totals = [weight.placement.total(summed) for weight, summed in sums.items()]
+    for weight in norms:
+        weight.sampled = True
+    finite = not totals or bool(torch.stack([total.isfinite() for total in totals]).all())
+    if len({tuple(map(id, weight.shard.groups)) for weight in waiting}) > 1:
+        finite = not agree([weight.shard for weight in waiting], not finite)
+    if not finite:
+        return False
+    for weight, norm in norms.items():
+        if weight.window is None:
+            weight.window = Window(weight.weight, weight.mask)
+        weight.window.add(waiting[weight], norm, scale)
+    return True
+
+
+def _taking_part(sums: Mapping[MaskedWeight, Tensor]) -> list[tuple[MaskedWeight, Tensor]]:
+    """Return those of which some rank has a gradient; one look at the device for all."""
+    if not sums:
+        return []
+    counts = torch.stack([weight.placement.took_part(summed) for weight, summed in sums.items()]).tolist()
+    return [pair for pair, count in zip(sums.items(), counts, strict=True) if count]

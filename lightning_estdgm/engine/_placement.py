@@ -1,0 +1,267 @@
+"""Where a weight, its mask and the norms of its units are known: whole on every rank, or spread over several.
+
+`distributed.Shard` says which elements this rank holds; a `Placement` says what follows for masks of one block size.
+There is one class for whole and one for sharded weights.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_estdgm.distributed._collectives import all_reduce, gather
+from lightning_estdgm.distributed._shard import Shard
+from lightning_estdgm.method import _scores as scores
+from lightning_estdgm.method._masks import mask_shape, pool_norm
+
+
+class Placement(Protocol):
+    """Location of one weight's mask and norms. "Local" tensors are this rank's part, "whole" ones the weight's.
+
+    Attributes:
+        is_sharded: whether the weight is spread over ranks.
+        mask_is_local: whether masks are this rank's part only: of single weights of a sharded weight.
+        grain: block size at which `address`'s masks address local tensors.
+
+    """
+
+    is_sharded: bool
+    mask_is_local: bool
+    grain: int
+
+    def device(self, weight: Tensor) -> torch.device:
+        """Return the device that the layer computes on; a sharded weight itself may be offloaded to another."""
+        ...
+
+    def mask_shape(self, weight: Tensor) -> tuple[int, ...]:
+        """Return the shape of the mask that this rank holds."""
+        ...
+
+    def to_local(self, whole: Tensor) -> Tensor:
+        """Return this rank's part of a whole mask, or of anything of its shape."""
+        ...
+
+    def to_whole(self, local: Tensor) -> Tensor:
+        """Return a copy of the whole of what `to_local` gave, on the CPU; every rank has to ask."""
+        ...
+
+    def address(self, mask: Tensor) -> Tensor:
+        """Return a mask over units as one that addresses local tensors at `grain`."""
+        ...
+
+    def unit_norms(self, weight: Tensor) -> Tensor:
+        """Return the norm of each unit of the whole weight, on the CPU; every rank has to ask."""
+        ...
+
+    def saved(self, name: str, tensor: Tensor) -> Tensor | None:
+        """Return a whole copy of a window's tensor to be saved; of a sharded weight ``None`` but on rank 0."""
+        ...
+
+    # ---- observation: what ranks tell each other of one gradient
+
+    def observation(self, gradient: Tensor | None, mask: Tensor) -> Tensor | None:
+        """Return what is to be summed over ranks; ``None`` where there is nothing to observe."""
+        ...
+
+    def took_part(self, summed: Tensor) -> Tensor:
+        """Return a number that is 0 where no rank has a gradient."""
+        ...
+
+    def total(self, summed: Tensor) -> Tensor:
+        """Return a number that is finite where the whole gradient is."""
+        ...
+
+    def observed_norm(self, weight: Tensor, gradient: Tensor | None, summed: Tensor) -> Tensor:
+        """Return the norm of each unit of the local mask."""
+        ...
+
+    # ---- decision: what ranks tell each other of the weight and the gradients seen
+
+    def evidence(self, weight: Tensor, gradient_sum: Tensor | None) -> Tensor | None:
+        """Return what is to be summed over ranks before a decision; ``None`` where nothing is."""
+        ...
+
+    def holds_nan(self, evidence: Tensor) -> bool:
+        """Whether the weight or its gradients hold NaN, by the summed evidence."""
+        ...
+
+    def score_norms(
+        self, weight: Tensor, gradient_sum: Tensor | None, evidence: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the norms of the units of weight and summed gradient; the latter ``None`` where none was seen."""
+        ...
+
+
+class WholeWeight:
+    """A weight that every rank holds whole."""
+
+    is_sharded = False
+    mask_is_local = False
+
+    def __init__(self, shard: Shard, block_size: int) -> None:
+        self._shard, self._block_size = shard, block_size
+        self.grain = shard.grain(block_size)
+
+    def device(self, weight: Tensor) -> torch.device:
+        """Return the weight's own."""
+        return weight.device
+
+    def mask_shape(self, weight: Tensor) -> tuple[int, ...]:
+        """Return the shape of the whole mask."""
+        return mask_shape(self._shard.shape, self._block_size)
+
+    def to_local(self, whole: Tensor) -> Tensor:
+        """Return it as it is."""
+        return whole
+
+    def to_whole(self, local: Tensor) -> Tensor:
+        """Return a copy on the CPU."""
+        return local.cpu().clone()
+
+    def address(self, mask: Tensor) -> Tensor:
+        """Return the mask as the shard addresses it."""
+        return self._shard.expand(mask, self._block_size)
+
+    def unit_norms(self, weight: Tensor) -> Tensor:
+        """Return the norms on the CPU."""
+        return gather(self._shard, scores.magnitude(weight, self._block_size))
+
+    def saved(self, name: str, tensor: Tensor) -> Tensor | None:
+        """Return a copy."""
+        return tensor.clone()
+
+    def observation(self, gradient: Tensor | None, mask: Tensor) -> Tensor | None:
+        """Return the norms of the gradient's units: other ranks know them already."""
+        return None if gradient is None else pool_norm(gradient, self._block_size)
+
+    def took_part(self, summed: Tensor) -> Tensor:
+        """Return 1."""
+        return torch.ones((), dtype=torch.float64, device=summed.device)
+
+    def total(self, summed: Tensor) -> Tensor:
+        """Return the sum of the norms."""
+        return summed.sum()
+
+    def observed_norm(self, weight: Tensor, gradient: Tensor | None, summed: Tensor) -> Tensor:
+        """Return the norms."""
+        return summed
+
+    def evidence(self, weight: Tensor, gradient_sum: Tensor | None) -> Tensor | None:
+        """Return nothing: every rank sees all."""
+        return None
+
+    def holds_nan(self, evidence: Tensor) -> bool:
+        """Whether a norm is NaN."""
+        return bool(evidence.isnan().any())
+
+    def score_norms(
+        self, weight: Tensor, gradient_sum: Tensor | None, evidence: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the norms of the units."""
+        gradient_norm = None if gradient_sum is None else pool_norm(gradient_sum, self._block_size)
+        return scores.magnitude(weight, self._block_size), gradient_norm
+
+
+class ShardedWeight:
+    """A weight of which each rank holds a part: masks of blocks are whole on all of them, of single weights local."""
+
+    is_sharded = True
+
+    def __init__(self, shard: Shard, block_size: int) -> None:
+        self._shard, self._block_size = shard, block_size
+        self.grain = shard.grain(block_size)
+        self.mask_is_local = block_size == 1
+        self._mask_shape = mask_shape(shard.shape, block_size)
+
+    def device(self, weight: Tensor) -> torch.device:
+        """Return the one that collectives run on."""
+        return self._shard.device
+
+    def mask_shape(self, weight: Tensor) -> tuple[int, ...]:
+        """Return the local weight's shape for single weights, else that of the whole mask."""
+        return tuple(weight.shape) if self.mask_is_local else self._mask_shape
+
+    def to_local(self, whole: Tensor) -> Tensor:
+        """Return this rank's part for single weights."""
+        return self._shard.part(whole) if self.mask_is_local else whole
+
+    def to_whole(self, local: Tensor) -> Tensor:
+        """Gather single weights' masks."""
+        return gather(self._shard, local) if self.mask_is_local else local.cpu().clone()
+
+    def address(self, mask: Tensor) -> Tensor:
+        """Return the mask as the shard addresses it."""
+        return self._shard.expand(mask, self._block_size)
+
+    def unit_norms(self, weight: Tensor) -> Tensor:
+        """Sum the squares of blocks over ranks; gather the magnitudes of single weights."""
+        if self.mask_is_local:
+            return gather(self._shard, scores.magnitude(weight, 1))
+        return self._norm(all_reduce([self._shard], [self._squares(weight)])[0], weight).cpu()
+
+    def saved(self, name: str, tensor: Tensor) -> Tensor | None:
+        """Gather the tensor; every rank has to ask."""
+        whole = gather(self._shard, tensor) if name == "gradient" else self.to_whole(tensor)
+        return whole if torch.distributed.get_rank() == 0 else None
+
+    def observation(self, gradient: Tensor | None, mask: Tensor) -> Tensor | None:
+        """Return 1 and the squares of units, or of single weights the sum of magnitudes; zeros without a gradient."""
+        if gradient is None:
+            size = 2 if self.mask_is_local else 1 + mask.numel()
+            return torch.zeros(size, dtype=torch.float64, device=mask.device)
+        one = torch.ones(1, dtype=torch.float64, device=gradient.device)
+        if self.mask_is_local:
+            return torch.cat([one, gradient.abs().sum(dtype=torch.float64)[None]])
+        return torch.cat([one, self._squares(gradient)])
+
+    def took_part(self, summed: Tensor) -> Tensor:
+        """Return the number of ranks that have a gradient."""
+        return summed[0]
+
+    def total(self, summed: Tensor) -> Tensor:
+        """Return the sum of squares or magnitudes."""
+        return summed[1:].sum()
+
+    def observed_norm(self, weight: Tensor, gradient: Tensor | None, summed: Tensor) -> Tensor:
+        """Return the norms of blocks from the summed squares, those of single weights from the local gradient."""
+        if not self.mask_is_local:
+            return self._norm(summed[1:], weight)
+        return torch.zeros(weight.shape, device=weight.device) if gradient is None else pool_norm(gradient, 1)
+
+    def evidence(self, weight: Tensor, gradient_sum: Tensor | None) -> Tensor | None:
+        """Return the squares of the units of weight and gradients; of single weights the number of NaNs."""
+        if self.mask_is_local:
+            return weight.isnan().sum(dtype=torch.float64)[None]
+        gradient = torch.zeros_like(weight) if gradient_sum is None else gradient_sum
+        return torch.cat([self._squares(weight), self._squares(gradient)])
+
+    def holds_nan(self, evidence: Tensor) -> bool:
+        """Whether a square is NaN, or a single weight."""
+        return bool(evidence.isnan().any()) or (self.mask_is_local and bool(evidence.any()))
+
+    def score_norms(
+        self, weight: Tensor, gradient_sum: Tensor | None, evidence: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the norms of blocks from the summed squares, those of single weights from this rank's part."""
+        if evidence is None or self.mask_is_local:
+            gradient_norm = None if gradient_sum is None else pool_norm(gradient_sum, 1)
+            return scores.magnitude(weight, 1), gradient_norm
+        weight_squares, gradient_squares = evidence.chunk(2)
+        return self._norm(weight_squares, weight), self._norm(gradient_squares, weight)
+
+    def _squares(self, local: Tensor) -> Tensor:
+        """Return this rank's share of the sum of squares of each unit."""
+        wide = local.to(torch.promote_types(local.dtype, torch.float32))
+        return self._shard.pool(wide.square(), self._block_size).flatten().double()
+
+    def _norm(self, squares: Tensor, like: Tensor) -> Tensor:
+        """Return the norm of each unit from its sum of squares."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return squares.sqrt().to(dtype).view(self._mask_shape)
+
+
+def placement_of(shard: Shard, block_size: int) -> Placement:
+    """Return the placement of a weight that lies over ranks as `shard` says."""
+    return ShardedWeight(shard, block_size) if shard.groups else WholeWeight(shard, block_size)

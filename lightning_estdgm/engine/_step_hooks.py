@@ -1,0 +1,167 @@
+"""Hooks on the optimizers' steps: gradients masked before, weights brought in line with their masks after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_estdgm.distributed._collectives import agree, local_tensor
+from lightning_estdgm.engine._masked_weight import MaskedWeight
+
+
+class StepHooks:
+    """Hooks on the steps of all optimizers of one run, and the count of steps that really happened.
+
+    Args:
+        optimizers: the optimizers, already made.
+        mask_gradients: masks the gradients of some weights that were not masked, or were changed since.
+        exponent: see `StepSize`.
+
+    Attributes:
+        stepped: whether an optimizer has stepped since this was last set to False.
+
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        mask_gradients: Callable[[Sequence[MaskedWeight]], None],
+        exponent: float,
+    ) -> None:
+        self.stepped = False
+        self._optimizers = optimizers
+        self._mask_gradients = mask_gradients
+        self._exponent = exponent
+        self._held = {id(o): [p for group in o.param_groups for p in group["params"]] for o in optimizers}
+        self._weights: dict[int, list[MaskedWeight]] = {id(o): [] for o in optimizers}
+        self._idle = False  # the step under way is none of training
+        self._unevenly_held: dict[int, bool] = {}  # per optimizer: some rank holds no part of any parameter
+        self._handles: list[Any] = []
+
+    @property
+    def held(self) -> frozenset[int]:
+        """Ids of the parameters that an optimizer holds."""
+        return frozenset(id(p) for parameters in self._held.values() for p in parameters)
+
+    @property
+    def states(self) -> list[Mapping[Any, Mapping[str, Any]]]:
+        """States of the optimizers; of a ZeroRedundancyOptimizer its inner one's, as its own is empty."""
+        inner = [getattr(optimizer, "optim", None) for optimizer in self._optimizers]
+        pairs = zip(self._optimizers, inner, strict=True)
+        return [own.state if isinstance(own, Optimizer) else optimizer.state for optimizer, own in pairs]
+
+    def weights_of(self, optimizer: Optimizer) -> list[MaskedWeight]:
+        """Return the masked weights that an optimizer holds."""
+        return self._weights[id(optimizer)]
+
+    def register(self, weights: Sequence[MaskedWeight]) -> None:
+        """Hook those optimizers that hold some of the masked weights."""
+        for optimizer in self._optimizers:
+            ids = {id(parameter) for parameter in self._held[id(optimizer)]}
+            self._weights[id(optimizer)] = [weight for weight in weights if id(weight.parameter) in ids]
+            if self._weights[id(optimizer)]:
+                self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+                self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def remove(self) -> None:
+        """Take all hooks away. Idempotent."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # ------------------------------------------------------------------ around one step
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        self._idle = closure is None and self._is_idle(optimizer)
+        if self._idle:
+            return None
+        weights = self.weights_of(optimizer)
+        if closure is None:  # the gradients are there: mask them if the loop did not, or changed them since
+            self._mask_gradients(weights)
+        for weight in weights:
+            weight.inactive.before_step(weight, self._exponent)
+        if closure is None:
+            self._with_gradients(optimizer)
+        elif any(weight.inactive.learn for weight in weights):
+            return self._wrapped(optimizer, closure, args, kwargs)
+        return None
+
+    def _with_gradients(self, optimizer: Optimizer) -> None:
+        grad_scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales by itself
+        for weight in self.weights_of(optimizer):
+            weight.inactive.with_gradients(weight, self._exponent, 1.0 if grad_scale is None else grad_scale)
+
+    def _wrapped(self, optimizer: Optimizer, closure: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Return the step's arguments with a closure that runs without, and returns with, inactive weights in place."""
+
+        def wrapped() -> Any:
+            with torch.no_grad():
+                for weight in self.weights_of(optimizer):  # of a second call of the closure
+                    weight.inactive.withdraw(weight)
+            with torch.enable_grad():
+                loss = closure()
+            with torch.no_grad():
+                self._with_gradients(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": wrapped}
+        return (args[0], wrapped, *args[2:]), kwargs
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        weights = self.weights_of(optimizer)
+        if self._idle or not self._has_gradients(optimizer) or _skipped_by_scaler(optimizer):
+            for weight in weights:
+                weight.inactive.withdraw(weight)
+            return
+        self.stepped = True
+        for weight in weights:
+            weight.masked_gradient.forget()
+            if weight.gradient is not None:
+                weight.inactive.after_step(weight, self._exponent)
+
+    # ------------------------------------------------------------------ what kind of step it is
+
+    def _is_idle(self, optimizer: Optimizer) -> bool:
+        """Whether a step is none of training: torch's distributed checkpoints take one to make an optimizer's state.
+
+        It has a learning rate and gradients of 0, and may come between a checkpoint's weights and its masks, when those
+        of before would wipe out weights. The ranks agree, as a real step may be all zeros to one of them.
+        """
+        rates = [group.get("lr") for group in optimizer.param_groups]
+        if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
+            return False  # not torch's own zero, and a look at it would wait for the device
+        if any(rate is None or float(rate) != 0.0 for rate in rates):
+            return False
+        gradients = [p.grad for p in self._held[id(optimizer)] if p.grad is not None]
+        moving = any(bool(torch.count_nonzero(local_tensor(gradient))) for gradient in gradients)
+        return not agree([weight.shard for weight in self.weights_of(optimizer)], moving)
+
+    def _has_gradients(self, optimizer: Optimizer) -> bool:
+        """Whether a step has anything to step by.
+
+        A rank of sharded weights may hold nothing of the masked ones: there every parameter counts, and where a rank
+        holds nothing at all, the ranks agree.
+        """
+        weights, parameters = self.weights_of(optimizer), self._held[id(optimizer)]
+        if not any(weight.placement.is_sharded for weight in weights):
+            return any(weight.gradient is not None for weight in weights)
+        here = any(parameter.grad is not None for parameter in parameters)
+        shards = [weight.shard for weight in weights]
+        if id(optimizer) not in self._unevenly_held:
+            nothing_here = all(parameter.numel() == 0 for parameter in parameters)
+            self._unevenly_held[id(optimizer)] = agree(shards, nothing_here)
+        return agree(shards, here) if self._unevenly_held[id(optimizer)] else here
+
+
+def _skipped_by_scaler(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer, which a GradScaler always calls, skipped this step for infinite gradients."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return isinstance(found_inf, Tensor) and bool(found_inf.item())

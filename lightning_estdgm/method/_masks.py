@@ -1,0 +1,286 @@
+"""Masks over mask units: views, exact top-k, the keep-and-grow decision, bit packing. Pure, tensors in, tensors out.
+
+A mask is a bool tensor, true where a unit is active. For ``block_size=1`` it has the shape of the weight; for a block
+size ``b`` it has shape ``(out / b, in / b)`` and each entry stands for ``b x b`` weights (times the kernel of a
+convolution).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def mask_shape(weight_shape: torch.Size | tuple[int, ...], block_size: int) -> tuple[int, ...]:
+    """Return the mask's shape for a weight of shape ``(out, in, ...)``.
+
+    Raises:
+        ValueError: if `block_size` is not positive or does not divide both ``out`` and ``in``.
+
+    """
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    if block_size == 1:
+        return tuple(weight_shape)
+    out, inner = weight_shape[:2]
+    if out % block_size or inner % block_size:
+        raise ValueError(
+            f"block_size {block_size} does not divide a weight of shape {tuple(weight_shape)}: "
+            f"{out} x {inner} must both be multiples of it"
+        )
+    return out // block_size, inner // block_size
+
+
+def unit_size(weight_shape: torch.Size | tuple[int, ...], block_size: int) -> int:
+    """Return how many weights one unit holds."""
+    if block_size == 1:
+        return 1
+    return block_size * block_size * int(torch.Size(weight_shape[2:]).numel())
+
+
+def expand_mask(mask: Tensor, block_size: int) -> Tensor:
+    """Return the mask of single weights ``(out, in)`` of a block mask: each flag repeated over its ``b x b`` weights.
+
+    Args:
+        mask: Block mask, ``(out / b, in / b)``.
+        block_size: Side ``b`` of a block.
+
+    Example:
+        >>> expand_mask(torch.tensor([[True, False]]), 2).tolist()
+        [[True, True, False, False], [True, True, False, False]]
+
+    """
+    return mask.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
+
+
+def unit_view(weight: Tensor, block_size: int) -> Tensor:
+    """View ``(out, in, ...)`` as ``(out/b, b, in/b, b, ...)``; shares storage whatever the strides."""
+    out, inner = weight.shape[:2]
+    return weight.unflatten(1, (inner // block_size, block_size)).unflatten(0, (out // block_size, block_size))
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integers of as many bytes."""
+
+_PIECE = 1 << 18  # elements
+
+
+def _aligned(weight: Tensor, mask: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Return `unit_view` of `weight`, and a block mask shaped to broadcast against it."""
+    return unit_view(weight, block_size), _broadcast(mask, weight)
+
+
+def _broadcast(mask: Tensor, weight: Tensor) -> Tensor:
+    """Shape a block mask ``(R, C)`` to broadcast against `unit_view` of `weight`."""
+    return mask[:, None, :, None].reshape(*mask.shape[:1], 1, mask.shape[1], 1, *([1] * (weight.dim() - 2)))
+
+
+def keep_active_(weight: Tensor, active: Tensor, block_size: int) -> Tensor:
+    """Zero all weights (or gradients, or optimizer state) but those of the units in `active`, in place.
+
+    Infinities and NaNs go as well, and active units keep every bit: what is multiplied by 0 or 1 are the numbers' bits,
+    read as integers. On a CPU that takes a fifth of `masked_fill_`'s time.
+    """
+    integer = _INTEGERS.get(weight.element_size())
+    if integer is None:
+        view, active = (weight, active) if block_size == 1 else _aligned(weight, active, block_size)
+        view.masked_fill_(~active, 0)
+        return weight
+    bits = weight.view(integer)
+    if block_size > 1:
+        view, active = _aligned(bits, active, block_size)
+        view.mul_(active)
+    elif weight.device.type != "cpu":
+        bits.mul_(active)
+    elif weight.numel():
+        # torch widens the mask to the integers first: a piece at a time stays in the cache.
+        rows = max(1, _PIECE * len(bits) // bits.numel())
+        for piece, kept in zip(bits.split(rows), active.split(rows), strict=True):
+            piece.mul_(kept)
+    return weight
+
+
+def masked_select_units(mask: Tensor, active: Tensor, inactive: Tensor, block_size: int) -> Tensor:
+    """Return `active` where `mask` is true and `inactive` elsewhere; both of the weight's shape."""
+    if block_size == 1:
+        return torch.where(mask, active, inactive)
+    chosen = torch.where(_broadcast(mask, active), unit_view(active, block_size), unit_view(inactive, block_size))
+    return chosen.flatten(2, 3).flatten(0, 1)
+
+
+def pool_norm(weight: Tensor, block_size: int) -> Tensor:
+    r"""Return the Frobenius norm of each unit: ``|w|`` for single weights; at least float32."""
+    weight = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+    if block_size == 1:
+        return weight.abs()
+    view = unit_view(weight, block_size)
+    dims = [1, 3, *range(4, view.dim())]
+    return torch.linalg.vector_norm(view, dim=dims)
+
+
+def active_units(mask: Tensor) -> int:
+    """Return the number of active units."""
+    return int(torch.count_nonzero(mask))
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Return a mask of exactly the `k` largest scores; ties go to the lowest index, on every device alike.
+
+    Args:
+        scores: any shape, no NaN; ``-inf`` marks entries that come last.
+        k: how many, 0 to ``scores.numel()``.
+
+    Raises:
+        ValueError: if `k` is out of range or a score is NaN.
+
+    """
+    n = scores.numel()
+    if not 0 <= k <= n:
+        raise ValueError(f"k must lie in [0, {n}] for {n} scores, got {k}")
+    if torch.isnan(scores).any():
+        raise ValueError("scores must not be NaN")
+    if k == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    if k == n:
+        return torch.ones_like(scores, dtype=torch.bool)
+    flat = scores.flatten()
+    # The k-th largest value is a threshold; of the entries equal to it, the first ones in index order fill up to k.
+    threshold = flat.kthvalue(n - k + 1).values
+    above = flat > threshold
+    tied = flat == threshold
+    fill = k - torch.count_nonzero(above)
+    return (above | (tied & (tied.cumsum(0) <= fill))).view_as(scores)
+
+
+def initial_mask(norms: Tensor, k: int, generator: torch.Generator, *, largest: bool = False) -> Tensor:
+    """Return a mask with exactly `k` active units: first those that hold weights, then, if too few, units of zeros.
+
+    So a mask comes back from weights that were masked by it. Of the units that hold weights any are drawn, or the
+    largest taken; units of zeros are drawn.
+
+    Args:
+        norms: norm of each unit.
+        k: how many, 0 to ``norms.numel()``.
+        generator: on the norms' device.
+        largest: take the largest units.
+
+    """
+    noise = torch.rand(norms.shape, generator=generator, device=norms.device)
+    return top_k(torch.where(norms > 0, norms if largest else noise, noise - 1.0), k)
+
+
+def top_k_in_groups(scores: Tensor, counts: Tensor) -> Tensor:
+    """Return a mask of the largest scores of each row, exactly `counts` of them; ties go to the lowest index.
+
+    Args:
+        scores: ``(groups, size)``, no NaN.
+        counts: ``(groups,)``, integers from 0 to ``size``.
+
+    Raises:
+        ValueError: if a count is out of range or a score is NaN.
+
+    """
+    groups, size = scores.shape
+    if counts.shape != (groups,) or bool((counts < 0).any()) or bool((counts > size).any()):
+        raise ValueError(f"counts must be {groups} numbers in [0, {size}], got {counts.tolist()}")
+    if torch.isnan(scores).any():
+        raise ValueError("scores must not be NaN")
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    chosen = torch.arange(size, device=scores.device) < counts[:, None]
+    return torch.zeros_like(chosen).scatter_(1, order, chosen)
+
+
+def exchange(
+    mask: Tensor, keep_scores: Tensor, grow_scores: Tensor, k: int, keep: int, *, regrow: bool = False
+) -> Tensor:
+    """Keep the `keep` active units of largest keep score, grow others of largest growth score until `k` are active.
+
+    Args:
+        mask: the mask so far.
+        keep_scores: of the mask's shape; only active units' are read.
+        grow_scores: of the mask's shape.
+        k: active units of the new mask.
+        keep: how many stay, at most `k` and the number of active ones.
+        regrow: whether units just dropped may be grown again; else only units that were inactive are grown.
+
+    Raises:
+        ValueError: if a number is out of range or a score is NaN.
+
+    """
+    kept = top_k(keep_scores.masked_fill(~mask, -torch.inf), keep)
+    return kept | top_k(grow_scores.masked_fill(kept if regrow else mask, -torch.inf), k - keep)
+
+
+def decide(
+    mask: Tensor,
+    weight_scores: Tensor,
+    growth_scores: Tensor,
+    k: int,
+    drop_fraction: float,
+    *,
+    regrow: bool = False,
+) -> Tensor:
+    r"""Re-decide a mask: keep the active units of largest weight, grow the inactive ones of largest growth score.
+
+    With ``n`` units active, ``s = min(n, k)`` could survive; ``s - floor(drop_fraction * s)`` do, and the rest of `k`
+    is grown among the units that were inactive (fewer are dropped where too few of those exist).
+
+    Args:
+        mask: the mask so far.
+        weight_scores: of the mask's shape; only active units' are read.
+        growth_scores: of the mask's shape; only inactive units' are read.
+        k: active units of the new mask: exactly this many.
+        drop_fraction: share of the surviving units given up for new ones, in [0, 1].
+        regrow: see `exchange`; none is then dropped less for want of inactive units.
+
+    Returns:
+        A new mask with exactly `k` active units; the same on every machine for the same scores.
+
+    Raises:
+        ValueError: if `k` or `drop_fraction` is out of range or a score that counts is NaN.
+
+    """
+    n_active = active_units(mask)
+    keep = kept_units(n_active, mask.numel() - n_active, k, drop_fraction, regrow=regrow)
+    return exchange(mask, weight_scores, growth_scores, k, keep, regrow=regrow)
+
+
+def kept_units(n_active: int, n_inactive: int, k: int, drop_fraction: float, *, regrow: bool = False) -> int:
+    """Return how many active units stay when a mask is re-decided to `k` units; see `decide`.
+
+    Raises:
+        ValueError: if `k` or `drop_fraction` is out of range.
+
+    """
+    if not 0.0 <= drop_fraction <= 1.0:
+        raise ValueError(f"drop_fraction must lie in [0, 1], got {drop_fraction}")
+    units = n_active + n_inactive
+    if not 0 <= k <= units:
+        raise ValueError(f"k must lie in [0, {units}] for a mask of {units} units, got {k}")
+    survivors = min(n_active, k)
+    keep = survivors - int(drop_fraction * survivors)
+    return keep if regrow else max(keep, k - n_inactive)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Pack a bool tensor into uint8, eight units a byte, the first in the lowest bit; on the CPU."""
+    flat = mask.detach().flatten().to(device="cpu", dtype=torch.uint8)
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Undo `pack_bits`: return a bool tensor of `shape`, on the CPU.
+
+    Raises:
+        ValueError: if `packed` does not hold the bits of that shape.
+
+    """
+    n = int(torch.Size(shape).numel())
+    if packed.dtype != torch.uint8 or packed.numel() != (n + 7) // 8:
+        raise ValueError(
+            f"packed mask must be uint8 with {(n + 7) // 8} bytes for shape {tuple(shape)}, "
+            f"got {packed.dtype} with {packed.numel()}"
+        )
+    bits = (packed.cpu()[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    return bits.flatten()[:n].bool().view(shape)

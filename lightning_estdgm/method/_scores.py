@@ -1,0 +1,133 @@
+"""Scores of mask units: how much a unit is worth keeping or growing. Pure: tensors in, tensors out.
+
+A *unit* is what the mask decides on: one weight, or a ``b x b`` block of a weight matrix. Scores have the mask's shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_estdgm.method._masks import pool_norm
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a mask update knows of the units of one layer, or of one part of it; tensors have the mask's shape.
+
+    Attributes:
+        mask: bool, true where active so far.
+        weight: norm of each unit's weights.
+        mean_gradient: norm of each unit's gradient, averaged over the window; 0 where nothing was observed.
+        mean_norm: norms of each unit's gradients, averaged over the window; 0 where nothing was observed.
+        gamma: `DGMConfig.gamma`.
+        generator: on the CPU; seeded by `DGMConfig.seed`, the update and the layer: the same on every rank and in a
+            resumed run.
+
+    """
+
+    mask: Tensor
+    weight: Tensor
+    mean_gradient: Tensor
+    mean_norm: Tensor
+    gamma: float
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class WeightAndGradient:
+    r"""The score :math:`\lVert w \rVert + \lambda \overline{\lVert g \rVert}` of MEST (Yuan et al., arXiv 2110.14032).
+
+    Attributes:
+        scale: lambda, at least 0.
+        relative: take both norms over their means of the active units, so that lambda means the same whatever the
+            scale of loss and weights. What is 0 everywhere counts for nothing.
+
+    """
+
+    scale: float = 1.0
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale >= 0.0):
+            raise ValueError(f"scale must be a finite number of at least 0, got {self.scale!r}")
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """Return the scores."""
+        weight, gradient = evidence.weight, evidence.mean_norm
+        if self.relative:
+            weight, gradient = (_over_mean(x, evidence.mask) for x in (weight, gradient))
+        return weight + self.scale * gradient
+
+
+def _over_mean(norms: Tensor, mask: Tensor) -> Tensor:
+    """Return norms over their mean of the active units, which is taken as 1 where it is 0."""
+    mean = norms[mask].mean() if mask.any() else norms.new_zeros(())
+    return norms / torch.where(mean > 0, mean, 1.0)
+
+
+def magnitude(weight: Tensor, block_size: int) -> Tensor:
+    r"""Return the Frobenius norm :math:`\lVert w_u \rVert` of each unit's weights.
+
+    Args:
+        weight: of shape ``(out, in, ...)``.
+        block_size: side of a unit.
+
+    Returns:
+        Scores of the mask's shape, at least float32.
+
+    """
+    return pool_norm(weight, block_size)
+
+
+def consistency(mean_gradient_norm: Tensor, mean_norm: Tensor) -> Tensor:
+    r"""Return the directional consistency :math:`C = \lVert \bar g \rVert / \overline{\lVert g \rVert}`, in [0, 1].
+
+    1 where every observed gradient of a unit points the same way, 0 where they cancel. For a single weight this is
+    ``|mean g| / mean|g|``; for a block the unit's gradient is taken as one vector, so the triangle inequality keeps the
+    ratio within [0, 1]. Units without any gradient score 0.
+
+    Args:
+        mean_gradient_norm: norm of the mean gradient of each unit.
+        mean_norm: mean over observations of the norm of each unit's gradient.
+
+    """
+    smallest = torch.finfo(mean_norm.dtype).tiny  # a normal number: it stays above 0 where subnormals are flushed
+    return (mean_gradient_norm / mean_norm.clamp_min(smallest)).clamp_(0.0, 1.0)
+
+
+def growth(mean_gradient_norm: Tensor, mean_norm: Tensor, gamma: float) -> Tensor:
+    r"""Return the growth score :math:`A \cdot C^\gamma`, with magnitude :math:`A = \overline{\lVert g \rVert}`.
+
+    ``gamma=0`` is RigL's rule, averaged over the window; ``gamma=1`` ranks by the norm of the mean gradient.
+
+    Args:
+        mean_gradient_norm: norm of the mean gradient of each unit.
+        mean_norm: mean over observations of the norm of each unit's gradient.
+        gamma: weight of the consistency, at least 0.
+
+    """
+    return mean_norm * consistency(mean_gradient_norm, mean_norm) ** gamma
+
+
+def _random(evidence: Evidence) -> Tensor:
+    noise = torch.rand(evidence.mask.shape, generator=evidence.generator)
+    return noise.to(evidence.mask.device)
+
+
+SCORES: dict[str, Callable[[Evidence], Tensor]] = {
+    "magnitude": lambda evidence: evidence.weight,
+    "gradient": lambda evidence: evidence.mean_norm,
+    "momentum": lambda evidence: evidence.mean_gradient,
+    "consistency": lambda evidence: growth(evidence.mean_gradient, evidence.mean_norm, evidence.gamma),
+    "weight_and_gradient": WeightAndGradient(relative=True),
+    "random": _random,
+}
+"""Known scores by name; `DGMConfig.keep` and `DGMConfig.grow` also take such a function itself."""
+
+WITHOUT_GRADIENTS = frozenset({"magnitude", "random"})
+"""Scores that need no observation window."""

@@ -1,0 +1,147 @@
+"""`UpdateRule`: the scores, the pattern and the redistribution that decide a mask update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_estdgm.method._patterns import Pattern
+from lightning_estdgm.method._redistribution import REDISTRIBUTIONS, Redistribution
+from lightning_estdgm.method._scores import SCORES, WITHOUT_GRADIENTS, Evidence
+
+AUTO = "auto"
+"""Keep single weights by magnitude, blocks by weight and gradient: the norms of blocks differ too little to tell."""
+
+_OVER_RANKS = frozenset({"magnitude", "gradient", "momentum", "consistency"})
+"""Scores that ranks can tell of their part of a sharded weight: unit by unit, and without chance.
+
+Blocks' norms are summed over ranks first, so of them all is known that needs no chance.
+"""
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """Choice of the active units at a mask update.
+
+    Attributes:
+        keep: score by which active units stay: a name in `scores.SCORES`, or a function of a `scores.Evidence`.
+            ``"auto"``: single weights by ``"magnitude"``, blocks by ``"weight_and_gradient"``.
+        grow: score by which units are grown, likewise.
+        gamma: exponent of the directional consistency in the growth score, at least 0; see `scores.growth`.
+        drop_fraction: share of a layer's active units given up for new ones at an update, in [0, 1); annealed to 0 by a
+            half cosine over the run. Or a function ``(progress, density) -> share``, such as `StagedDrop`.
+        regrow: whether an update may grow back the units that it has just dropped; they then keep their weight.
+        pattern: pattern of the active units of a layer, such as `NofM` or `FanIn`; ``None``: anywhere. It needs
+            `regrow`.
+        redistribute: redistribution of units between layers at updates: ``"global"``, ``"growth"``, or a function as
+            those in `redistribution`; ``None``: the distribution of the start holds throughout. It needs units of one
+            size in all layers.
+
+    Raises:
+        TypeError: for a pattern that is none.
+        ValueError: for an unknown score or redistribution, or a number out of range.
+
+    """
+
+    keep: str | Callable[[Evidence], Tensor] = AUTO
+    grow: str | Callable[[Evidence], Tensor] = "consistency"
+    gamma: float = 1.0
+    drop_fraction: float | Callable[[float, float], float] = 0.3
+    regrow: bool = False
+    pattern: Pattern | None = None
+    redistribute: str | Redistribution | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "grow"):
+            score = getattr(self, name)
+            known = [AUTO, *sorted(SCORES)] if name == "keep" else sorted(SCORES)
+            if not callable(score) and score not in known:
+                raise ValueError(f"update_rule.{name} must be one of {known} or a function, got {score!r}")
+        if not (math.isfinite(self.gamma) and self.gamma >= 0):
+            raise ValueError(f"update_rule.gamma must be a finite number of at least 0, got {self.gamma!r}")
+        if not callable(self.drop_fraction) and not 0.0 <= self.drop_fraction < 1.0:
+            raise ValueError(f"update_rule.drop_fraction must lie in [0, 1), got {self.drop_fraction!r}")
+        if self.pattern is not None and (isinstance(self.pattern, type) or not isinstance(self.pattern, Pattern)):
+            raise TypeError(f"update_rule.pattern must be None or a Pattern such as NofM(4), got {self.pattern!r}")
+        if self.pattern is not None and not self.regrow:
+            raise ValueError(f"update_rule.pattern={self.pattern!r} needs regrow=True: each group has to be filled up")
+        if not (self.redistribute is None or callable(self.redistribute) or self.redistribute in REDISTRIBUTIONS):
+            known = sorted(REDISTRIBUTIONS)
+            raise ValueError(
+                f"update_rule.redistribute must be None, one of {known} or a function, got {self.redistribute!r}"
+            )
+
+    @property
+    def redistribution(self) -> Redistribution | None:
+        """Function that `redistribute` stands for; ``None`` where budgets are given."""
+        name = self.redistribute
+        return REDISTRIBUTIONS[name] if isinstance(name, str) else name
+
+    def drop_share(self, progress: float, density: float) -> float:
+        """Return the share of active units that an update gives up.
+
+        Raises:
+            ValueError: if the function given as `drop_fraction` returns none in [0, 1).
+
+        """
+        if not callable(self.drop_fraction):
+            return self.drop_fraction * 0.5 * (1.0 + math.cos(math.pi * progress))
+        share = self.drop_fraction(progress, density)
+        if not 0.0 <= share < 1.0:
+            raise ValueError(f"drop_fraction must return a share in [0, 1), got {share!r} from {self.drop_fraction!r}")
+        return share
+
+    def keep_by(self, block_size: int) -> str | Callable[[Evidence], Tensor]:
+        """Return the score by which units of that size stay: what `AUTO` stands for."""
+        if self.keep != AUTO:
+            return self.keep
+        return "magnitude" if block_size == 1 else "weight_and_gradient"
+
+    def needs_gradients(self, block_size: int) -> bool:
+        """Whether anything about units of that size is decided by observed gradients."""
+        scores = self.keep_by(block_size), self.grow
+        return not all(isinstance(x, str) and x in WITHOUT_GRADIENTS for x in scores)
+
+    @property
+    def moves_budgets(self) -> bool:
+        """Whether layers may come to other densities than the schedule and the distribution give them."""
+        return self.pattern is not None or self.redistribute is not None
+
+    def check_sharded(self, name: str, block_size: int) -> None:
+        """Raise ValueError if a weight that is spread over ranks cannot be updated by this rule."""
+        known = _OVER_RANKS if block_size == 1 else _OVER_RANKS | {"weight_and_gradient"}
+        found = [
+            f"{what}={score!r}"
+            for what, score in (("keep", self.keep_by(block_size)), ("grow", self.grow))
+            if not (isinstance(score, str) and score in known)
+        ]
+        found += [
+            f"{what}={getattr(self, what)!r}" for what in ("pattern", "redistribute") if getattr(self, what) is not None
+        ]
+        if found:
+            raise ValueError(
+                f"layer {name!r} is sharded over ranks, where masks are updated by the scores {sorted(known)}, "
+                f"without pattern or redistribution; got {', '.join(found)}: use DDP"
+            )
+
+    def score(self, which: str | Callable[[Evidence], Tensor], evidence: Evidence) -> Tensor:
+        """Return the scores of a name or function, checked.
+
+        Raises:
+            ValueError: if a function's result is not of the mask's shape or is NaN.
+
+        """
+        if isinstance(which, str):
+            return SCORES[which](evidence)
+        result = which(evidence)
+        if result.shape != evidence.mask.shape:
+            raise ValueError(
+                f"score {which!r} must return one number a unit, of shape {tuple(evidence.mask.shape)}, got "
+                f"{tuple(result.shape)}"
+            )
+        if result.isnan().any():
+            raise ValueError(f"score {which!r} must not be NaN")
+        return result

@@ -1,0 +1,185 @@
+"""Candidates: layers of a model whose weight could be masked, and whether it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from lightning_estdgm.distributed._shard import Shard
+from lightning_estdgm.distributed.adapters._protocol import shard_of
+from lightning_estdgm.distributed.adapters.whole import Whole
+from lightning_estdgm.modules._kinds import LAYER_KINDS, LayerKind
+from lightning_estdgm.modules._sparse_forward import SparseForward
+
+Selector = str | Callable[[str, nn.Module], bool]
+"""A glob over module names such as ``"encoder.*"``, or a predicate of a module's name and the module."""
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_FUSED_NAMES = ("qkv", "kv", "c_attn", "in_proj", "to_qkv", "to_kv", "Wqkv", "qkv_proj", "query_key_value")
+_HEAD_NAMES = ("head", "lm_head", "classifier", "output_head", "output_layer")
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """Layer with a weight that could be masked, and whether it is.
+
+    Attributes:
+        name: Name of the module in the model, free of wrappers' parts.
+        module: The layer.
+        kind: Kind of the layer.
+        weight: Parameter that optimizers hold, as stored; a sharded module's attribute is another at times.
+        shard: Layout of the weight over ranks.
+        why_dense: Reason why no sparse operator can replace its forward; empty where one can.
+        parts: Number of matrices of one shape that are stacked along the outputs, such as query, key and value; each
+            has its own density and budget, or the one with the largest weights would take the units of the others.
+        masked: Whether its weight is masked.
+        why: Reason for that, in words.
+
+    """
+
+    name: str
+    module: nn.Module
+    kind: LayerKind
+    weight: Tensor
+    shard: Shard
+    why_dense: str
+    parts: int
+    masked: bool
+    why: str
+
+    @property
+    def has_operator(self) -> bool:
+        """Whether a sparse operator can replace its forward."""
+        return not self.why_dense
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether its operator, if it has one, is a convolution."""
+        return isinstance(self.module, (nn.Conv1d, nn.Conv2d))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape ``(out, in, ...)`` of the whole weight."""
+        return self.shard.shape
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the whole weight as the model stores it."""
+        return self.shape[::-1] if self.kind.transposed else self.shape
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """The shape ``(out, in, ...)`` of one part of the weight."""
+        out, *rest = self.shape
+        return (out // self.parts, *rest)
+
+
+def clean_name(name: str) -> str:
+    """Return a module's name without the parts that torch.compile, FSDP and checkpoint wrappers put in."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _maskable(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerKind]]:
+    for name, module in model.named_modules():
+        kind = next((kind for kind in LAYER_KINDS if kind.matches(module)), None)
+        if kind is not None:
+            yield clean_name(name), module, kind
+
+
+def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
+    return fnmatchcase(name, selector) if isinstance(selector, str) else bool(selector(name, module))
+
+
+def _fused_parts(name: str, shape: tuple[int, ...], kind: LayerKind) -> int:
+    """Return how many square matrices a fused attention projection stacks; 1 for any other layer."""
+    if kind.weight_name != "in_proj_weight" and name.rpartition(".")[2] not in _FUSED_NAMES:
+        return 1
+    out, inner = shape[:2]
+    return out // inner if out in (2 * inner, 3 * inner) else 1
+
+
+def find_candidates(
+    model: nn.Module,
+    include: Sequence[Selector] = (),
+    exclude: Sequence[Selector] = (),
+    held: Container[int] | None = None,
+) -> tuple[Candidate, ...]:
+    """List the linear and convolution layers of `model` and decide for each whether its weight is masked.
+
+    All are masked but the output head (the last such layer, and layers named like one), weights that take no gradient,
+    weights that no optimizer holds, and weights shared with another module, such as an embedding. `include` overrides
+    the head rule, `exclude` the rest. Norms, biases and embeddings are never listed.
+
+    Args:
+        model: Any module.
+        include: Selectors of layers to mask although they look like the output head.
+        exclude: Selectors of layers to leave dense.
+        held: Ids of the parameters that an optimizer holds; others are left dense. ``None``: all are held.
+
+    Raises:
+        ValueError: A selector matches no layer, no layer at all is left to mask, a weight is not materialised yet
+            (lazy modules), or the model is masked by another controller.
+
+    """
+    if any(isinstance(module, SparseForward) for module in model.modules()):
+        raise ValueError("the model is under another DGMController already: close that one first")
+    found = list(_maskable(model))
+    for label, selectors in (("include", include), ("exclude", exclude)):
+        for selector in selectors:
+            if not any(_matches(selector, name, module) for name, module, _ in found):
+                raise ValueError(
+                    f"{label}={selector!r} matches none of the layers that can be masked: {[n for n, _, _ in found]}"
+                )
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(id(module))
+
+    def verdict(name: str, module: nn.Module, kind: LayerKind, is_last: bool) -> tuple[bool, str]:
+        weight = getattr(module, kind.weight_name, None)
+        if isinstance(weight, nn.parameter.UninitializedParameter):
+            raise ValueError(f"layer {name!r} is lazy and has no weight yet: run one batch through the model first")
+        if not isinstance(weight, nn.Parameter):
+            return False, "its weight is not a plain parameter"
+        if any(_matches(selector, name, module) for selector in exclude):
+            return False, "excluded"
+        if not weight.requires_grad:
+            return False, "its weight takes no gradient"
+        if held is not None and id(weight) not in held:
+            return False, "no optimizer holds its weight"
+        if len(owners[id(weight)]) > 1:
+            return False, "its weight is shared with another module"
+        if any(_matches(selector, name, module) for selector in include):
+            return True, "included"
+        if is_last or name.rpartition(".")[2] in _HEAD_NAMES:
+            return False, "output head"
+        return True, ""
+
+    candidates = []
+    for index, (name, module, kind) in enumerate(found):
+        masked, why = verdict(name, module, kind, is_last=index == len(found) - 1)
+        weight = getattr(module, kind.weight_name)
+        shard = _shard(model, name, module, kind, asked_for=masked or not isinstance(weight, nn.Parameter))
+        why_dense = f"no sparse operator: {shard.why_dense}" if shard.why_dense else kind.why_dense(module)
+        parts = _fused_parts(name, shard.shape, kind) if masked else 1
+        candidates.append(Candidate(name, module, kind, weight, shard, why_dense, parts, masked, why))
+    if not any(candidate.masked for candidate in candidates):
+        reasons = {candidate.name: candidate.why for candidate in candidates}
+        raise ValueError(
+            "the model has no layer to mask: expected at least one linear or convolution layer besides the output head"
+            + (f"; found {reasons} (name one in include=)" if reasons else "")
+        )
+    return tuple(candidates)
+
+
+def _shard(model: nn.Module, name: str, module: nn.Module, kind: LayerKind, asked_for: bool) -> Shard:
+    """Return the layout of a layer's weight over ranks; for one that is not to be masked, its shape is enough."""
+    try:
+        return shard_of(model, module, kind.weight_name, kind.transposed)
+    except ValueError as error:
+        if asked_for:
+            raise ValueError(f"layer {name!r}: {error}") from error
+        return Whole(getattr(module, kind.weight_name), kind.transposed)

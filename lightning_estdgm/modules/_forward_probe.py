@@ -1,0 +1,65 @@
+"""Probe of a layer's forward: positions, dtype and image that its weight is applied to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_estdgm.modules._candidates import Candidate
+from lightning_estdgm.modules._kinds import as_images
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a tensor lies in channels-last memory, and not in contiguous memory just as well."""
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+@dataclass(frozen=True)
+class Image:
+    """Size of a convolution's input, one of length L as of height 1, and its memory format.
+
+    Attributes:
+        batch: Number of images.
+        height: Height of the input.
+        width: Width of the input.
+        channels_last: Whether the output lies in channels-last memory, as it does if input or weight do.
+
+    """
+
+    batch: int
+    height: int
+    width: int
+    channels_last: bool
+
+
+class ForwardProbe:
+    """Forward hook that notes how many positions a layer's weight is applied to, and in which dtype.
+
+    Silent while torch.compile traces. It refers to nothing, so that a model under way can be copied and pickled.
+
+    Attributes:
+        positions: Tokens or pixels of the last forward; 0 before one.
+        dtype: Dtype of its output; ``None`` before one.
+        image: Its input, for a convolution that has an operator.
+
+    """
+
+    def __init__(self, candidate: Candidate) -> None:
+        self._count = candidate.kind.positions
+        self._sees_images = candidate.is_convolution and candidate.has_operator
+        self.positions = 0
+        self.dtype: torch.dtype | None = None
+        self.image: Image | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Note one forward."""
+        if torch.compiler.is_compiling():
+            return
+        self.positions = max(1, self._count(module, args, output))
+        self.dtype = (output[0] if isinstance(output, tuple) else output).dtype
+        if self._sees_images and args:  # not where the input was passed by name
+            batch, _, height, width = as_images(module, args[0]).shape
+            self.image = Image(max(1, batch), height, width, is_channels_last(as_images(module, output)))

@@ -1,0 +1,150 @@
+"""Kinds of layers whose weight can be masked, and how a module's class tells its kind."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_estdgm.sparse._conv_geometry import ConvGeometry
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Kind of layer whose weight can be masked.
+
+    Attributes:
+        name: Name as shown to the user.
+        matches: Test of whether a module is of this kind.
+        positions: Count of the positions (tokens, pixels) that a forward applies the weight to, from the module, its
+            inputs and its output.
+        why_dense: Reason why no sparse operator can replace a module's forward, such as a subclass's own; empty where
+            one can.
+        weight_name: Name of the parameter that is masked.
+        transposed: Whether the weight is stored ``(in, out)``.
+
+    """
+
+    name: str
+    matches: Callable[[nn.Module], bool]
+    positions: Callable[[Any, tuple[Any, ...], Any], int]
+    why_dense: Callable[[Any], str]
+    weight_name: str = "weight"
+    transposed: bool = False
+
+
+def _own_class(module: nn.Module) -> type:
+    """Return a module's class, or the one that it had before ``fully_shard`` put its own over it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return type(module)
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, fsdp.FSDPModule))
+
+
+def _is_named(module: nn.Module, root: str, name: str) -> bool:
+    """Recognise a class of a library that need not be installed."""
+    cls = _own_class(module)
+    return cls.__name__ == name and cls.__module__.partition(".")[0] == root
+
+
+def _is_fused_attention(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None
+
+
+def _tokens(module: Any, args: tuple[Any, ...], output: Any) -> int:
+    out = output[0] if isinstance(output, tuple) else output
+    return out.numel() // out.shape[-1]
+
+
+def _pixels(module: Any, args: tuple[Any, ...], output: Any) -> int:
+    return output.numel() // module.out_channels
+
+
+def _input_pixels(module: Any, args: tuple[Any, ...], output: Any) -> int:
+    return args[0].numel() // module.in_channels
+
+
+def _no_operator(module: nn.Module) -> str:
+    return f"no sparse operator for {_own_class(module).__name__}"
+
+
+def _has_operator(module: nn.Module) -> str:
+    return ""
+
+
+def _why_linear_is_dense(module: nn.Module) -> str:
+    return "" if _own_class(module) is nn.Linear else _no_operator(module)
+
+
+def _why_convolution_is_dense(module: Any) -> str:
+    if module.groups > 1:
+        return "grouped convolution: no sparse operator"
+    if _own_class(module) not in (nn.Conv1d, nn.Conv2d):
+        return _no_operator(module)
+    if module.padding_mode != "zeros":
+        return f"no sparse operator for padding_mode={module.padding_mode!r}"
+    if conv_geometry(module) is None:
+        return f"no sparse operator for padding='same' with a kernel of {'x'.join(map(str, module.kernel_size))}"
+    return ""
+
+
+def conv_geometry(module: nn.Conv1d | nn.Conv2d) -> ConvGeometry | None:
+    """Return the geometry of a convolution, a 1-D one as of height 1.
+
+    ``None`` where ``padding="same"`` asks for unequal sides (an even kernel at odd dilation).
+    """
+    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    spread = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    padding: tuple[int, ...]
+    if module.padding == "same":
+        if any(total % 2 for total in spread):
+            return None
+        padding = tuple(total // 2 for total in spread)
+    else:
+        padding = (0,) * len(kernel) if isinstance(module.padding, str) else tuple(module.padding)
+    if len(kernel) == 1:
+        return ConvGeometry((1, kernel[0]), (1, stride[0]), (0, padding[0]), (1, dilation[0]))
+    return ConvGeometry(
+        (kernel[0], kernel[1]), (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1])
+    )
+
+
+def as_images(module: Any, x: Tensor) -> Tensor:
+    """View the input or output of a 1-D or 2-D convolution, batched or not, as ``[N, channels, H, W]``."""
+    spatial = module.weight.dim() - 2
+    x = x if x.dim() == spatial + 2 else x.unsqueeze(0)
+    return x if spatial == 2 else x.unsqueeze(2)
+
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+LAYER_KINDS: tuple[LayerKind, ...] = (
+    LayerKind("linear", lambda m: isinstance(m, nn.Linear), _tokens, _why_linear_is_dense),
+    LayerKind("convolution", lambda m: isinstance(m, CONVOLUTIONS), _pixels, _why_convolution_is_dense),
+    LayerKind(
+        "transposed convolution",
+        lambda m: isinstance(m, _TRANSPOSED_CONVOLUTIONS),
+        _input_pixels,
+        lambda m: "no sparse operator for transposed convolutions",
+    ),
+    LayerKind(
+        "attention projection",
+        _is_fused_attention,
+        _tokens,
+        lambda m: "no sparse operator for attention projections",
+        weight_name="in_proj_weight",
+    ),
+    LayerKind(
+        "Hugging Face Conv1D",
+        lambda m: _is_named(m, "transformers", "Conv1D"),
+        _tokens,
+        _has_operator,
+        transposed=True,
+    ),
+    LayerKind("PyG linear", lambda m: _is_named(m, "torch_geometric", "Linear"), _tokens, _has_operator),
+)
+"""Kinds of maskable layers, the first match wins."""

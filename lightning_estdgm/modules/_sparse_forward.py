@@ -1,0 +1,105 @@
+"""Classes that a swapped layer takes on: a forward on active blocks over the layer's own class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_estdgm.modules._kinds import CONVOLUTIONS, as_images, conv_geometry
+from lightning_estdgm.sparse._conv import masked_conv2d
+from lightning_estdgm.sparse._linear import masked_linear
+from lightning_estdgm.sparse._topology import BlockTopology
+
+STATE_PREFIX = "_estdgm_"
+"""Start of the names of a swapped layer's attributes: all that come with the swap, and go with its end."""
+
+
+class SparseForward:
+    """Mixin of the swapped classes: a forward on active blocks only. All state lives on the instance.
+
+    The topology is one object for as long as the layer is swapped, written in place as masks change. It follows the
+    module through ``to``, but is no buffer: in no state dict, and out of reach of DDP's broadcast of buffers, which
+    would hide masks that differ from rank to rank. A deepcopy or a pickle is the plain layer.
+    """
+
+    _estdgm_dense_class: type[nn.Module]
+    _estdgm_topology: BlockTopology
+    _estdgm_backend: str
+    _estdgm_transposed: bool
+    _estdgm_observing: bool
+    _estdgm_frozen: bool
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._estdgm_topology = self._estdgm_topology.apply(fn)
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy is the plain layer: nobody would tell it of later masks, and inactive weights are zero anyway (or, if
+        # frozen, take part in the forward). So it is right for ever, and unpickles without this package.
+        state = {name: value for name, value in self.__dict__.items() if not name.startswith(STATE_PREFIX)}
+        return object.__new__, (self._estdgm_dense_class,), state
+
+
+class _SparseLinear(SparseForward):
+    """A linear layer on active blocks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._estdgm_backend == "dense" or x.layout is not torch.strided:
+            return super().forward(x)  # type: ignore[misc]
+        return masked_linear(
+            x,
+            self.weight.t() if self._estdgm_transposed else self.weight,  # type: ignore[attr-defined]
+            self.bias,  # type: ignore[attr-defined]
+            self._estdgm_topology,
+            backend=self._estdgm_backend,
+            dense_grad=self._estdgm_observing,
+            frozen=self._estdgm_frozen,
+        )
+
+
+class _SparseConv(SparseForward):
+    """A convolution on active blocks; one over a length is computed as of height 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        spatial = self.weight.dim() - 2  # type: ignore[attr-defined]
+        geometry = conv_geometry(self)  # type: ignore[arg-type]
+        as_given = x.layout is not torch.strided or x.dim() not in (spatial + 1, spatial + 2)
+        if self._estdgm_backend == "dense" or geometry is None or as_given:
+            return super().forward(x)  # type: ignore[misc]
+        y = masked_conv2d(
+            as_images(self, x),
+            self.weight if spatial == 2 else self.weight.unsqueeze(2),  # type: ignore[attr-defined]
+            self.bias,  # type: ignore[attr-defined]
+            self._estdgm_topology,
+            geometry,
+            backend=self._estdgm_backend,
+            dense_grad=self._estdgm_observing,
+            frozen=self._estdgm_frozen,
+        )
+        y = y if spatial == 2 else y.squeeze(2)
+        return y if x.dim() == spatial + 2 else y.squeeze(0)
+
+
+_SWAPPED: dict[type, type] = {}
+
+
+def swapped_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that puts `SparseForward` over `cls`; always the same one, so that type guards hold."""
+    if cls not in _SWAPPED:
+        sparse = _SparseConv if issubclass(cls, CONVOLUTIONS) else _SparseLinear
+        _SWAPPED[cls] = type(f"Masked{cls.__name__}", (sparse, cls), {"_estdgm_dense_class": cls})
+    return _SWAPPED[cls]
+
+
+def dense_class(cls: type) -> type:
+    """Return the class that `swapped_class` was given, also where ``fully_shard`` has put its own on top since."""
+    if "_estdgm_dense_class" in vars(cls):
+        return cls._estdgm_dense_class  # type: ignore[attr-defined]
+    top, *rest = cls.__bases__  # (FSDPModule, the swapped class)
+    (swapped,) = rest
+    dense = dense_class(swapped)
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__", "__doc__")}
+    return type(f"FSDP{dense.__name__}", (top, dense), own)

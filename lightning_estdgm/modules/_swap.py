@@ -1,0 +1,54 @@
+"""Swap of a layer's forward: active blocks only and back, by the module's class alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_estdgm.modules._candidates import Candidate
+from lightning_estdgm.modules._sparse_forward import STATE_PREFIX, SparseForward, dense_class, swapped_class
+from lightning_estdgm.sparse._topology import BlockTopology
+
+
+def sparsify_(candidate: Candidate, mask: Tensor, block_size: int, backend: str, frozen: bool = False) -> None:
+    """Make a layer compute on the active blocks of `mask`; called again, follow a new mask or backend, in place.
+
+    Only the module's class changes (and attributes come): parameters, buffers, state-dict keys, hooks and names stay.
+    `restore_dense_` undoes it. A layer under FSDP2 keeps its place there, whether it was swapped before or after.
+
+    Args:
+        candidate: Layer with an operator.
+        mask: Bool, ``(out / block_size, in / block_size)``.
+        block_size: Side of a block.
+        backend: Name of a backend, or ``"dense"`` for the layer's own forward.
+        frozen: Whether inactive weights keep their value: only the weight gradient is sparse.
+
+    """
+    module: Any = candidate.module
+    if isinstance(module, SparseForward):
+        module._estdgm_topology.update_(mask)
+        module._estdgm_backend = backend
+        return
+    module._estdgm_topology = BlockTopology.from_mask(mask, block_size)
+    module._estdgm_backend = backend
+    module._estdgm_transposed = candidate.kind.transposed
+    module._estdgm_observing = False
+    module._estdgm_frozen = frozen
+    module.__class__ = swapped_class(type(module))
+
+
+def set_observing(candidate: Candidate, observing: bool) -> None:
+    """Have a swapped layer's backward yield the whole weight gradient, or the active blocks' only."""
+    if isinstance(candidate.module, SparseForward):
+        candidate.module._estdgm_observing = observing
+
+
+def restore_dense_(candidate: Candidate) -> None:
+    """Give a swapped layer its own class and forward back; does nothing to any other layer."""
+    module = candidate.module
+    if not isinstance(module, SparseForward):
+        return
+    module.__class__ = dense_class(type(module))
+    for name in [name for name in vars(module) if name.startswith(STATE_PREFIX)]:
+        delattr(module, name)

@@ -1,0 +1,181 @@
+"""Active blocks of a weight matrix as the index lists that every sparse operator walks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_estdgm.method._masks import expand_mask
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTopology:
+    """Active ``b x b`` blocks of an ``(out, in)`` matrix: block CSR and the index lists of its transpose.
+
+    Block ``(r, c)`` covers rows ``r*b .. (r+1)*b`` and columns ``c*b .. (c+1)*b``. Row ``r`` holds the blocks
+    ``col_idx[row_ptr[r] : row_ptr[r+1]]`` and column ``c`` the blocks ``row_idx[col_ptr[c] : col_ptr[c+1]]``,
+    ascending. The index lists have room for every block, so another mask is written in place
+    (:meth:`update_`): the tensors stay the same objects of the same shapes, and a compiled graph that reads
+    them needs no recompilation.
+
+    Args:
+        block_size: Side ``b >= 1`` of a block, in weights.
+        block_rows: Number ``R`` of block rows (``out / b``).
+        block_cols: Number ``C`` of block columns (``in / b``).
+        row_ptr: int32 ``[R+1]``, start of each block row in ``col_idx``.
+        col_idx: int32 ``[R*C]``, block columns, row-major; only the first ``nnz`` entries mean anything.
+        col_ptr: int32 ``[C+1]``, start of each block column in ``row_idx``.
+        row_idx: int32 ``[R*C]``, block rows, column-major; only the first ``nnz`` entries mean anything.
+
+    Raises:
+        ValueError: A size is below 1, a tensor has the wrong shape or dtype, or tensors are on different devices.
+
+    Source: block CSR with transpose metadata as in stk / MegaBlocks (arXiv 2211.15841).
+
+    Example:
+        >>> topology = BlockTopology.from_mask(torch.tensor([[True, False], [True, True]]), block_size=16)
+        >>> topology.shape, topology.nnz, topology.density
+        ((32, 32), 3, 0.75)
+    """
+
+    block_size: int
+    block_rows: int
+    block_cols: int
+    row_ptr: Tensor
+    col_idx: Tensor
+    col_ptr: Tensor
+    row_idx: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "block_rows", "block_cols"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        capacity = self.block_rows * self.block_cols
+        for name, length in (
+            ("row_ptr", self.block_rows + 1),
+            ("col_idx", capacity),
+            ("col_ptr", self.block_cols + 1),
+            ("row_idx", capacity),
+        ):
+            tensor: Tensor = getattr(self, name)
+            if tensor.dtype != torch.int32 or tuple(tensor.shape) != (length,):
+                raise ValueError(
+                    f"{name} must be int32 of shape ({length},), got {tensor.dtype} of shape {tuple(tensor.shape)}"
+                )
+            if tensor.device != self.row_ptr.device:
+                raise ValueError(
+                    f"all index tensors must be on one device: row_ptr is on {self.row_ptr.device}, "
+                    f"{name} on {tensor.device}"
+                )
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, block_size: int) -> BlockTopology:
+        """Topology of a block mask, on the mask's device.
+
+        Args:
+            mask: Bool ``[R, C]``, true where the block is active.
+            block_size: Side ``b`` of a block, in weights.
+
+        Raises:
+            TypeError: ``mask`` is no bool tensor, or ``block_size`` no int.
+            ValueError: ``mask`` is not 2-D or is empty, or ``block_size`` is below 1.
+        """
+        _check_mask(mask)
+        if isinstance(block_size, bool) or not isinstance(block_size, int):
+            raise TypeError(f"block_size must be an int, got {type(block_size).__name__}")
+        rows, cols = mask.shape
+        if rows < 1 or cols < 1:
+            raise ValueError(f"mask must have at least one block in each direction, got shape {tuple(mask.shape)}")
+
+        def empty(length: int) -> Tensor:
+            return torch.zeros(length, dtype=torch.int32, device=mask.device)
+
+        topology = cls(block_size, rows, cols, empty(rows + 1), empty(rows * cols), empty(cols + 1), empty(rows * cols))
+        topology.update_(mask)
+        return topology
+
+    def update_(self, mask: Tensor) -> None:
+        """Replace the active blocks in place; nothing is allocated for keeps and no tensor changes shape.
+
+        A graph built before this call can no longer be run backward: autograd raises, since its saved indices
+        changed under it.
+
+        Args:
+            mask: Bool ``[R, C]``, true where the block is active; any device.
+
+        Raises:
+            TypeError: ``mask`` is no bool tensor.
+            ValueError: ``mask`` has another shape than ``[R, C]``.
+        """
+        _check_mask(mask)
+        if tuple(mask.shape) != (self.block_rows, self.block_cols):
+            raise ValueError(f"mask must have shape ({self.block_rows}, {self.block_cols}), got {tuple(mask.shape)}")
+        mask = mask.detach()
+        for grid, ptr, idx in ((mask, self.row_ptr, self.col_idx), (mask.t(), self.col_ptr, self.row_idx)):
+            ptr[1:].copy_(grid.sum(1).cumsum(0))
+            # A stable sort puts the active blocks first, in reading order, with no wait for the device.
+            order = (~grid).flatten().to(torch.uint8).argsort(stable=True)
+            idx.copy_(order.remainder_(grid.shape[1]))
+
+    def mask(self) -> Tensor:
+        """Block mask, bool ``[R, C]``: the inverse of :meth:`from_mask`."""
+        device = self.row_ptr.device
+        counts = self.row_ptr.diff().long()
+        rows = torch.repeat_interleave(torch.arange(self.block_rows, device=device), counts)
+        out = torch.zeros(self.block_rows, self.block_cols, dtype=torch.bool, device=device)
+        out[rows, self.col_idx[: rows.numel()].long()] = True
+        return out
+
+    def weight_mask(self) -> Tensor:
+        """Mask of the weights, bool ``(out, in)``: each block's flag repeated over its ``b x b`` weights."""
+        return expand_mask(self.mask(), self.block_size)
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> BlockTopology:
+        """Topology of the same blocks on what `fn` makes of each index list, such as a copy on another device."""
+        lists = (fn(x) for x in (self.row_ptr, self.col_idx, self.col_ptr, self.row_idx))
+        return BlockTopology(self.block_size, self.block_rows, self.block_cols, *lists)
+
+    def transpose(self) -> BlockTopology:
+        """Topology of the transposed matrix. It shares this one's tensors, so it follows :meth:`update_`."""
+        return BlockTopology(
+            self.block_size,
+            self.block_cols,
+            self.block_rows,
+            self.col_ptr,
+            self.row_idx,
+            self.row_ptr,
+            self.col_idx,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape ``(out, in)`` of the weight matrix."""
+        return self.block_rows * self.block_size, self.block_cols * self.block_size
+
+    @property
+    def nnz(self) -> int:
+        """Number of active blocks (waits for the device)."""
+        return int(self.row_ptr[-1])
+
+    @property
+    def density(self) -> float:
+        """Active share of the blocks, in [0, 1] (waits for the device)."""
+        return self.nnz / (self.block_rows * self.block_cols)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the index lists."""
+        return self.row_ptr.device
+
+
+def _check_mask(mask: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor, got dtype {mask.dtype}")
+    if mask.dim() != 2:
+        raise ValueError(f"mask must be 2-D (block rows, block columns), got shape {tuple(mask.shape)}")

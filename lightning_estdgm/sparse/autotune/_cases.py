@@ -1,0 +1,295 @@
+"""Cases of the never-slower rule, one layer's shape, input and density each, and how they are timed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_estdgm.sparse._conv import masked_conv2d
+from lightning_estdgm.sparse._conv_geometry import ConvGeometry, memory_format
+from lightning_estdgm.sparse._linear import masked_linear
+from lightning_estdgm.sparse._topology import BlockTopology
+from lightning_estdgm.sparse.backends._protocol import backends, conv_refusal, get_backend
+
+DENSE = "dense"
+"""The layer's own dense forward, with the mask applied to its weight."""
+
+AGREEMENT = 0.1
+"""A timing counts once its two fastest turns are this close to each other, or after `MOST_ROUNDS` turns."""
+
+MOST_ROUNDS = 12
+
+_ORACLE = "reference"  # dense work plus masking: never faster, so never a candidate
+
+
+@dataclass(frozen=True)
+class Case:
+    """A linear layer, its input and its density.
+
+    Args:
+        tokens: Number of rows of the flattened input.
+        out_features: Number of rows of the weight.
+        in_features: Number of columns of the weight.
+        block_size: Side of a mask block, in weights.
+        density: Active share of the blocks, in (0, 1].
+        dtype: Dtype of the products (under autocast, autocast's).
+        device: Device of the operands.
+        frozen: Whether forward and dX are dense, and only dW sparse.
+        transposed: Whether the weight is stored ``(in, out)``, as in Hugging Face's ``Conv1D``.
+
+    Raises:
+        ValueError: A size or density is out of range.
+    """
+
+    tokens: int
+    out_features: int
+    in_features: int
+    block_size: int
+    density: float
+    dtype: torch.dtype
+    device: torch.device
+    frozen: bool = False
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self, ["tokens", "block_size"], ["out_features", "in_features"])
+
+    def topology(self) -> BlockTopology:
+        """A random topology of this shape and density, always the same one."""
+        return _topology(self, self.out_features, self.in_features)
+
+    def refusal(self, backend: str) -> str | None:
+        """Reason why that backend cannot run this case, or None."""
+        return get_backend(backend).unsupported(self.device, self.dtype, self.topology())
+
+    def problem(self) -> _Problem:
+        """Random operands, and the layer's forward on them."""
+        random, topology = _random(self), self.topology()
+        weight = random(self.out_features, self.in_features) * topology.weight_mask()
+        stored = weight.t().contiguous() if self.transposed else weight
+        leaves = [random(self.tokens, self.in_features), stored, random(self.out_features)]
+
+        def forward(name: str) -> Tensor:
+            x, stored, bias = leaves
+            matrix = stored.t() if self.transposed else stored
+            if name == DENSE:
+                return F.linear(x, matrix, bias)
+            return masked_linear(x, matrix, bias, topology, backend=name, frozen=self.frozen)
+
+        return _Problem(leaves, random(self.tokens, self.out_features), forward)
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    """A 2-D convolution (of one group, zeros around the image), its input and its density.
+
+    Args:
+        batch: Number of images.
+        height: Height of the input.
+        width: Width of the input.
+        out_channels: Number of output channels: block rows times the block size.
+        in_channels: Number of input channels: block columns times the block size.
+        geometry: Kernel, stride, padding, dilation.
+        block_size: Side of a mask block, in channels; it holds all taps of the kernel.
+        density: Active share of the blocks, in (0, 1].
+        dtype: Dtype of the products (under autocast, autocast's).
+        device: Device of the operands.
+        frozen: Whether forward and dX are dense, and only dW sparse.
+        channels_last: Whether activations and weight lie in channels-last memory, else in contiguous.
+
+    Raises:
+        ValueError: A size or density is out of range.
+    """
+
+    batch: int
+    height: int
+    width: int
+    out_channels: int
+    in_channels: int
+    geometry: ConvGeometry
+    block_size: int
+    density: float
+    dtype: torch.dtype
+    device: torch.device
+    frozen: bool = False
+    channels_last: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self, ["batch", "height", "width", "block_size"], ["out_channels", "in_channels"])
+        if min(self.geometry.output_size(self.height, self.width)) < 1:
+            raise ValueError(f"an input of {self.height} x {self.width} is too small for {self.geometry}")
+
+    def topology(self) -> BlockTopology:
+        """A random topology of these channels and this density, always the same one."""
+        return _topology(self, self.out_channels, self.in_channels)
+
+    def refusal(self, backend: str) -> str | None:
+        """Reason why that backend cannot run this case, or None."""
+        return conv_refusal(backend, self.device, self.dtype, self.topology(), self.geometry)
+
+    def problem(self) -> _Problem:
+        """Random operands, and the layer's forward on them."""
+        random, topology, g = _random(self), self.topology(), self.geometry
+        memory = memory_format(self.channels_last)
+        weight = random(self.out_channels, self.in_channels, *g.kernel_size) * topology.weight_mask()[:, :, None, None]
+        x = random(self.batch, self.in_channels, self.height, self.width)
+        dy = random(self.batch, self.out_channels, *g.output_size(self.height, self.width))
+        leaves = [
+            x.contiguous(memory_format=memory),
+            weight.contiguous(memory_format=memory),
+            random(self.out_channels),
+        ]
+
+        def forward(name: str) -> Tensor:
+            x, weight, bias = leaves
+            if name == DENSE:
+                return F.conv2d(x, weight, bias, g.stride, g.padding, g.dilation)
+            return masked_conv2d(x, weight, bias, topology, g, backend=name, frozen=self.frozen)
+
+        return _Problem(leaves, dy, forward)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Operands of a case, and its forward.
+
+    Attributes:
+        leaves: Input, weight and bias.
+        dy: Gradient of the output.
+        forward: Forward on the leaves, by the name of what computes it.
+    """
+
+    leaves: list[Tensor]
+    dy: Tensor
+    forward: Callable[[str], Tensor]
+
+
+def _check(case: Case | ConvCase, positive: Sequence[str], whole_blocks: Sequence[str]) -> None:
+    for name in positive:
+        if (value := getattr(case, name)) < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name in whole_blocks:
+        value = getattr(case, name)
+        if value < 1 or value % case.block_size:
+            raise ValueError(f"{name} must be a positive multiple of block size {case.block_size}, got {value}")
+    if not 0.0 < case.density <= 1.0:
+        raise ValueError(f"density must be in (0, 1], got {case.density}")
+
+
+def _topology(case: Case | ConvCase, out: int, inner: int) -> BlockTopology:
+    rows, cols = out // case.block_size, inner // case.block_size
+    generator = torch.Generator().manual_seed(0)
+    active = max(1, round(case.density * rows * cols))
+    mask = torch.zeros(rows * cols, dtype=torch.bool, device="cpu")
+    mask[torch.randperm(rows * cols, generator=generator, device="cpu")[:active]] = True
+    return BlockTopology.from_mask(mask.view(rows, cols).to(case.device), case.block_size)
+
+
+def _random(case: Case | ConvCase) -> Callable[..., Tensor]:
+    """Return a maker of random tensors of the case's dtype; always the same ones, and no global state is touched."""
+    # On the device: the images of a large batch would take seconds on the CPU.
+    generator = torch.Generator(case.device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        values = torch.randn(*shape, generator=generator, device=case.device, dtype=torch.float32)
+        return values.to(case.dtype)
+
+    return random
+
+
+# ---- naming a layer: in saved states, and in the files of timings
+
+
+def layer_of(case: Case | ConvCase) -> dict[str, Any]:
+    """All of a case but its density, in plain types.
+
+    The device by its type, without an index: a resumed run may sit on another device of the same machine.
+    """
+    layer = asdict(case)
+    del layer["density"]
+    layer |= {"dtype": str(case.dtype).removeprefix("torch."), "device": case.device.type}
+    layer |= {name: list(pair) for name, pair in layer.pop("geometry", {}).items()}
+    return layer
+
+
+def layer_key(layer: Mapping[str, Any]) -> str:
+    """One string for what `layer_of` returned."""
+    return json.dumps(layer, sort_keys=True)
+
+
+def _names(*classes: type) -> frozenset[str]:
+    return frozenset(field.name for cls in classes for field in fields(cls)) - {"density", "geometry"}
+
+
+_LAYERS = (_names(Case), _names(ConvCase, ConvGeometry))
+
+
+def is_layer(layer: Any) -> bool:
+    """Whether something has the fields that `layer_of` returns."""
+    return isinstance(layer, Mapping) and frozenset(layer) in _LAYERS
+
+
+# ---- running a case
+
+
+def refusals(case: Case | ConvCase) -> dict[str, str | None]:
+    """Return for each backend that could be faster than dense the reason why it cannot run `case`, or None."""
+    return {name: case.refusal(name) for name in backends() if name != _ORACLE}
+
+
+def measure_case(case: Case | ConvCase, names: Sequence[str], *, rounds: int = 3) -> dict[str, float]:
+    """Seconds of one forward and backward, per name: the fastest of several rounds, after one to warm up.
+
+    There are at least ``rounds``, and on a busy machine more, until the two fastest of every name agree.
+
+    Dense is ``F.linear`` or ``F.conv2d`` with a masked weight, everything else :func:`masked_linear` or
+    :func:`masked_conv2d`; with gradients of input, weight and bias, on random data of the case's shape, memory format
+    and dtype, autocast off. The names take turns: a slow moment of the machine hits all of them. Neither the
+    global random state nor any ``.grad`` is touched, and ambient ``no_grad``, ``inference_mode`` and autocast do not
+    matter.
+
+    Args:
+        case: Layer, input and density to time.
+        names: Names of backends, ``"dense"`` included where wanted.
+        rounds: Timed repetitions at least, 1 to ``MOST_ROUNDS``.
+    """
+    device = case.device
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        problem = case.problem()
+        for leaf in problem.leaves:
+            leaf.requires_grad_()
+
+        def once(name: str) -> float:
+            _synchronize(device)
+            start = time.perf_counter()
+            torch.autograd.grad(problem.forward(name), problem.leaves, problem.dy)
+            _synchronize(device)
+            return time.perf_counter() - start
+
+        for name in names:
+            once(name)
+        turns: dict[str, list[float]] = {name: [] for name in names}
+        for turn in range(MOST_ROUNDS):
+            if turn >= rounds and all(_settled(seconds) for seconds in turns.values()):
+                break
+            for name in names:
+                turns[name].append(once(name))
+    return {name: min(seconds) for name, seconds in turns.items()}
+
+
+def _settled(seconds: Iterable[float]) -> bool:
+    """Whether the two fastest turns agree: on a busy machine a single fast turn is no evidence yet."""
+    fastest = sorted(seconds)[:2]
+    return fastest[-1] <= (1.0 + AGREEMENT) * fastest[0]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

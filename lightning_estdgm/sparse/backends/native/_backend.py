@@ -1,0 +1,128 @@
+"""The backend that calls the compiled operator: linear layers here, convolutions in `conv`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_estdgm.sparse._conv_geometry import ConvGeometry
+from lightning_estdgm.sparse._topology import BlockTopology
+from lightning_estdgm.sparse.backends.native import _conv as conv
+from lightning_estdgm.sparse.backends.native._build import DTYPES, check, function, library
+
+_BLOCK = 16  # the widest vector register; blocks are whole vectors
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """Return the matrix with adjacent columns in memory: as it is, or a copy."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+class NativeBackend:
+    """One register-blocked loop over the active blocks, in parallel over tokens or blocks.
+
+    Only active blocks of the weight are read: forward and input gradient copy them once a call into the order in which
+    they are used. Sums are in float32. Results do not depend on the number of threads.
+    """
+
+    name = "native"
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype, topology: BlockTopology) -> str | None:
+        """Reason why a case cannot be run, or None. The first call compiles (a few seconds, once a machine)."""
+        if device.type != "cpu":
+            return f"runs on CPU tensors only, got device {device}"
+        if dtype not in DTYPES:
+            return f"needs float32 or bfloat16, got {dtype}"
+        if topology.block_size % _BLOCK:
+            return f"needs blocks of a multiple of {_BLOCK}, got block size {topology.block_size}"
+        compiled = library()
+        if isinstance(compiled, str):
+            return f"could not be compiled: {compiled}"
+        if dtype is torch.bfloat16 and not compiled.estdgm_has_bfloat16():
+            return "needs a CPU with AVX512_BF16 for bfloat16"
+        return None
+
+    def build(self, device: torch.device) -> str | None:
+        """Name of the compiled library for that device, or None: two builds may differ in speed."""
+        compiled = library() if device.type == "cpu" else ""
+        return None if isinstance(compiled, str) else Path(compiled._name).stem
+
+    def conv_unsupported(
+        self, device: torch.device, dtype: torch.dtype, topology: BlockTopology, geometry: ConvGeometry
+    ) -> str | None:
+        """Reason why a case cannot be run, or None: as for a linear layer."""
+        return self.unsupported(device, dtype, topology)
+
+    def linear(self, x2d: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
+        """``Y[:, r] = sum over active c of X[:, c] W[r, c]^T + bias[r]``: ``[T, in] -> [T, out]``."""
+        y = x2d.new_empty(x2d.shape[0], topology.shape[0])
+        if y.numel() == 0:
+            return y
+        x2d = _rows(x2d)
+        bias = None if bias is None else bias.contiguous()
+        failed = function("linear", x2d.dtype)(
+            x2d.data_ptr(),
+            x2d.stride(0),
+            x2d.shape[0],
+            weight.data_ptr(),
+            *weight.stride(),
+            None if bias is None else bias.data_ptr(),
+            topology.row_ptr.data_ptr(),
+            topology.col_idx.data_ptr(),
+            topology.block_rows,
+            topology.shape[1],
+            topology.block_size,
+            y.data_ptr(),
+            y.stride(0),
+            torch.get_num_threads(),
+        )
+        check(failed)
+        return y
+
+    def grad_input(self, dy2d: Tensor, weight: Tensor, topology: BlockTopology) -> Tensor:
+        """``dX[:, c] = sum over active r of dY[:, r] W[r, c]``: ``[T, out] -> [T, in]``."""
+        return self.linear(dy2d, weight.t(), None, topology.transpose())
+
+    def grad_weight(self, dy2d: Tensor, x2d: Tensor, topology: BlockTopology) -> Tensor:
+        """``dW[r, c] = dY[:, r]^T X[:, c]`` where active, else 0: ``[T, out], [T, in] -> [out, in]``."""
+        if x2d.shape[0] == 0:
+            return x2d.new_zeros(topology.shape)
+        dw = x2d.new_empty(topology.shape)
+        dy2d, x2d = _rows(dy2d), _rows(x2d)
+        failed = function("grad_weight", x2d.dtype)(
+            dy2d.data_ptr(),
+            dy2d.stride(0),
+            x2d.data_ptr(),
+            x2d.stride(0),
+            x2d.shape[0],
+            topology.row_ptr.data_ptr(),
+            topology.col_idx.data_ptr(),
+            topology.block_rows,
+            topology.shape[1],
+            topology.block_size,
+            dw.data_ptr(),
+            torch.get_num_threads(),
+        )
+        check(failed)
+        return dw
+
+    def conv(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology, geometry: ConvGeometry
+    ) -> Tensor:
+        """``Y = conv2d(X, W * M) + bias``: ``[N, in, H, W] -> [N, out, H', W']``."""
+        return conv.conv(x, weight, bias, topology, geometry)
+
+    def conv_grad_input(
+        self, dy: Tensor, weight: Tensor, size: tuple[int, int], topology: BlockTopology, geometry: ConvGeometry
+    ) -> Tensor:
+        """Gradient of the input: ``[N, out, H', W'] -> [N, in, *size]``."""
+        return conv.conv_grad_input(dy, weight, size, topology, geometry)
+
+    def conv_grad_weight(self, dy: Tensor, x: Tensor, topology: BlockTopology, geometry: ConvGeometry) -> Tensor:
+        """Gradient of the weight, ``(out, in, kh, kw)``, 0 in inactive blocks."""
+        return conv.conv_grad_weight(dy, x, topology, geometry)
+
+
+BACKEND = NativeBackend()

@@ -1,0 +1,90 @@
+"""Compiling and loading the operators of this folder: once a machine, kept in the user's cache."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lightning_estdgm._environment import cache_folder
+
+_FOLDER = Path(__file__).parent
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+_P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_ARGUMENTS = {  # of each function that is compiled for every dtype
+    "linear": [_P, _N, _N, _P, _N, _N, _P, _P, _P, _N, _N, _N, _P, _N, _I],
+    "grad_weight": [_P, _N, _P, _N, _N, _P, _P, _N, _N, _N, _P, _I],
+    "conv": [_P, *[_N] * 4, _P, _N, _N, _P, *[_N] * 3, _P, _P, _P, _N, _N, _P, *[_N] * 5, _I],
+    "conv_grad_weight": [_P, _N, _N, _P, *[_N] * 4, _P, *[_N] * 3, _P, _P, *[_N] * 3, _P, _N, _I],
+}
+
+
+class _CannotBuild(Exception):
+    """There can be no compiled operator here; the message says why."""
+
+
+def _run(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+    except subprocess.CalledProcessError as e:
+        raise _CannotBuild(f"{command[0]} failed: {e.stderr.strip()[-500:] or e}") from None
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise _CannotBuild(f"{command[0]} failed: {e}") from None
+
+
+def _build() -> Path:
+    """Return the compiled library, from the cache if this source was built there for this CPU by this compiler."""
+    named = os.environ.get("CXX")
+    compiler = shutil.which(named) if named else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        raise _CannotBuild(f"no C++ compiler was found ({f'CXX={named}' if named else 'c++, g++, clang++'})")
+    # What the compiler knows about this CPU decides the code: one cache may serve several machines.
+    target = _run([compiler, *_FLAGS, "-x", "c++", "-E", "-dM", os.devnull])
+    sources = sorted(_FOLDER.glob("*.cpp"))
+    text = [path.read_text() for path in (*sources, *sorted(_FOLDER.glob("*.h")))]
+    key = hashlib.sha256("\0".join([*text, compiler, target]).encode()).hexdigest()[:16]
+    path = cache_folder() / f"native-{key}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # several ranks may build at once
+            built = Path(folder) / path.name
+            _run([compiler, *_FLAGS, *map(str, sources), "-o", str(built)])
+            built.replace(path)
+    return path
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | str:
+    """Return the compiled operator, or the reason why there is none."""
+    try:
+        loaded = ctypes.CDLL(str(_build()))
+    except (_CannotBuild, OSError) as e:
+        return str(e)
+    for dtype in DTYPES.values() if loaded.estdgm_has_bfloat16() else ("float32",):
+        for name, arguments in _ARGUMENTS.items():
+            getattr(loaded, f"estdgm_{name}_{dtype}").argtypes = arguments
+    return loaded
+
+
+def function(name: str, dtype: torch.dtype) -> Callable[..., int]:
+    """Return the compiled function for a dtype; `library` must have been loaded."""
+    loaded = library()
+    assert not isinstance(loaded, str)
+    found: Callable[..., int] = getattr(loaded, f"estdgm_{name}_{DTYPES[dtype]}")
+    return found
+
+
+def check(failed: int) -> None:
+    """Raise MemoryError where a compiled function reports a failure."""
+    if failed:
+        raise MemoryError("the native backend found no memory for its buffers")

@@ -1,0 +1,142 @@
+"""Blocked convolutions by the compiled operator, as implicit matrix products.
+
+One tap of one block after the other is multiplied from a window of the image.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_estdgm.sparse._conv_geometry import ConvGeometry, empty_image
+from lightning_estdgm.sparse._topology import BlockTopology
+from lightning_estdgm.sparse.backends.native._build import check, function
+
+_Tap = tuple[int, int, int]  # its row and column in the image for output pixel (0, 0), and where its weights start
+
+
+def _array(taps: Sequence[_Tap]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * (3 * len(taps)))(*(number for tap in taps for number in tap))
+
+
+def _taps(geometry: ConvGeometry, row_stride: int, col_stride: int) -> list[_Tap]:
+    """Return the taps of an output pixel, with weights that many elements apart."""
+    (rows, cols), (ph, pw), (dh, dw) = geometry.kernel_size, geometry.padding, geometry.dilation
+    return [
+        (dh * k - ph, dw * m - pw, k * row_stride + m * col_stride)
+        for k, m in itertools.product(range(rows), range(cols))
+    ]
+
+
+def _reached(phase: int, size: int, stride: int, padding: int, dilation: int) -> list[tuple[int, int]]:
+    """Taps that connect input positions ``phase + stride * u`` with output positions ``u + offset``: tap, offset."""
+    spans = ((tap, divmod(phase + padding - dilation * tap, stride)) for tap in range(size))
+    return [(tap, offset) for tap, (offset, rest) in spans if rest == 0]
+
+
+def _correlate(
+    image: Tensor,
+    weight: Tensor,
+    taps: Sequence[_Tap],
+    step: tuple[int, int],
+    bias: Tensor | None,
+    topology: BlockTopology,
+    out: Tensor,
+) -> None:
+    """Fill ``out [N, out, H', W']``, channels adjacent, with what the taps see of ``image``; weight strides count."""
+    n, channels, height, width = image.shape
+    check(
+        function("conv", image.dtype)(
+            image.data_ptr(),
+            n,
+            height,
+            width,
+            channels,
+            weight.data_ptr(),
+            *weight.stride()[:2],
+            _array(taps),
+            len(taps),
+            *step,
+            None if bias is None else bias.data_ptr(),
+            topology.row_ptr.data_ptr(),
+            topology.col_idx.data_ptr(),
+            topology.block_rows,
+            topology.block_size,
+            out.data_ptr(),
+            *out.shape[2:],
+            out.stride(0),
+            *out.stride()[2:],
+            torch.get_num_threads(),
+        )
+    )
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology, geometry: ConvGeometry) -> Tensor:
+    """``Y = conv2d(X, W * M) + bias``, shape ``[N, out, H', W']``."""
+    y = empty_image(x, x.shape[0], topology.shape[0], *geometry.output_size(*x.shape[2:]))
+    if y.numel() == 0:
+        return y
+    taps = _taps(geometry, *weight.stride()[2:])
+    bias = None if bias is None else bias.contiguous()
+    _correlate(x, weight, taps, geometry.stride, bias, topology, y)
+    return y
+
+
+def conv_grad_input(
+    dy: Tensor, weight: Tensor, size: tuple[int, int], topology: BlockTopology, geometry: ConvGeometry
+) -> Tensor:
+    """Gradient of the input: one stride-1 convolution for each position of the input between strides."""
+    dx = empty_image(dy, dy.shape[0], topology.shape[1], *size)
+    if dx.numel() == 0:
+        return dx
+    (sh, sw), (row_stride, col_stride) = geometry.stride, weight.stride()[2:]
+    rows, cols = (
+        [_reached(phase, *sizes) for phase in range(sizes[1])]
+        for sizes in zip(geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, strict=True)
+    )
+    for i in range(min(sh, size[0])):
+        for j in range(min(sw, size[1])):
+            part = dx[:, :, i::sh, j::sw]
+            taps = [(u, v, k * row_stride + m * col_stride) for k, u in rows[i] for m, v in cols[j]]
+            if taps:
+                _correlate(dy, weight.transpose(0, 1), taps, (1, 1), None, topology.transpose(), part)
+            else:
+                part.zero_()
+    return dx
+
+
+def conv_grad_weight(dy: Tensor, x: Tensor, topology: BlockTopology, geometry: ConvGeometry) -> Tensor:
+    """Gradient of the weight, shape ``(out, in, kh, kw)`` in channels-last memory."""
+    out, features = topology.shape
+    grad = empty_image(x, out, features, *geometry.kernel_size).zero_()
+    if dy.numel() == 0:
+        return grad
+    n, _, height, width = x.shape
+    taps = _taps(geometry, *grad.stride()[2:])
+    check(
+        function("conv_grad_weight", x.dtype)(
+            dy.data_ptr(),
+            *dy.shape[2:],
+            x.data_ptr(),
+            n,
+            height,
+            width,
+            features,
+            _array(taps),
+            len(taps),
+            *geometry.stride,
+            topology.col_ptr.data_ptr(),
+            topology.row_idx.data_ptr(),
+            topology.block_rows,
+            topology.block_cols,
+            topology.block_size,
+            grad.data_ptr(),
+            grad.stride(0),
+            torch.get_num_threads(),
+        )
+    )
+    return grad

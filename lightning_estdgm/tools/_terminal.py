@@ -1,0 +1,28 @@
+"""Terminal of the commands: their console, an option, the line that they were called by."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+
+def command_line() -> str:
+    """Return the command that runs now, for the record."""
+    program = Path(sys.argv[0]).name
+    return " ".join(["estdgm" if program == "cli.py" else program, *sys.argv[1:]])
+
+
+def parse_block_size(text: str) -> int | str:
+    """Return a number where the text is one, else the text; whoever takes it says what is wrong with it.
+
+    >>> parse_block_size("32"), parse_block_size("auto")
+    (32, 'auto')
+    """
+    return int(text) if text.isdecimal() else text
+
+
+def wide_console(columns: int) -> Console:
+    """Return a console of at least so many columns: a log file has no width, and tables need some."""
+    return Console(width=max(Console().width, columns))

@@ -1,0 +1,135 @@
+"""Overhead of masks where nothing is skipped: single-weight masks, dense products, against a plain dense step."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from lightning_estdgm.config import DGMConfig, Units
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.method._schedules import EstDgm, Phase
+from lightning_estdgm.recipes.gpt import ByteGPT
+
+
+@dataclass(frozen=True)
+class OverheadConfig:
+    """Byte-level GPT, and times of its mask updates.
+
+    Attributes:
+        width: width of the model.
+        layers: number of decoder blocks.
+        batch_size: sequences a step.
+        context: tokens a sequence.
+        update_every: steps between mask updates; as many steps are timed, one observation window and one update in it.
+        rounds: number of comparisons.
+
+    """
+
+    width: int = 384
+    layers: int = 2
+    batch_size: int = 8
+    context: int = 256
+    update_every: int = 200
+    rounds: int = 1
+
+
+def measure_overhead(config: OverheadConfig) -> dict[str, Any]:
+    """Time dense and masked steps in turn, and return the ratio of their times over one update interval.
+
+    Returns:
+        ``dense_step_s`` and ``masked_step_s`` (means over the interval, seconds; median over rounds), ``overhead``
+        (their ratio minus 1) and its range over rounds, the mask ``updates`` and ``observed_steps`` in the interval,
+        and the configuration.
+
+    """
+    chunk = 10  # steps of one kind before the other takes over: a slow moment of the machine hits both
+    overheads, dense_s, masked_s = [], [], []
+    updates = observed = 0
+    for _ in range(config.rounds):
+        loops = {"dense": _Loop(config, masked=False), "masked": _Loop(config, masked=True)}
+        for loop in loops.values():  # leave out the first steps: allocation, and the first choice of backends
+            loop.run(chunk)
+        before = loops["masked"].counts()
+        spent = dict.fromkeys(loops, 0.0)
+        for _ in range(config.update_every // chunk):
+            for kind, loop in loops.items():
+                start = time.perf_counter()
+                loop.run(chunk)
+                spent[kind] += time.perf_counter() - start
+        updates, observed = (now - then for now, then in zip(loops["masked"].counts(), before, strict=True))
+        overheads.append(spent["masked"] / spent["dense"] - 1.0)
+        dense_s.append(spent["dense"] / config.update_every)
+        masked_s.append(spent["masked"] / config.update_every)
+    return {
+        "config": asdict(config),
+        "updates": updates,
+        "observed_steps": observed,
+        "dense_step_s": statistics.median(dense_s),
+        "masked_step_s": statistics.median(masked_s),
+        "overhead": statistics.median(overheads),
+        "overhead_range": [min(overheads), max(overheads)],
+    }
+
+
+def overhead_table(result: dict[str, Any]) -> Table:
+    """Return the results of `measure_overhead` as a table for the terminal."""
+    table = Table(title=f"single-weight masks, dense products, update every {result['config']['update_every']} steps")
+    for column in ("dense step, ms", "masked step, ms", "overhead", "smallest", "largest"):
+        table.add_column(column, justify="right")
+    low, high = result["overhead_range"]
+    seconds = (f"{result[name] * 1e3:.1f}" for name in ("dense_step_s", "masked_step_s"))
+    table.add_row(*seconds, *(f"{value:.1%}" for value in (result["overhead"], low, high)))
+    return table
+
+
+def one_interval(update_every: int, intervals: int = 1) -> EstDgm:
+    """Return a schedule for a run of 10 steps to warm up and ``4 * update_every * intervals`` more.
+
+    Two short phases during the warm-up steps, then one long one: the first `update_every` steps after them, and each
+    stretch of as many that follows, holds exactly one window and one update of refinement, at its end.
+    """
+    return EstDgm(
+        exploration=Phase(0.7, 0.6, 5),
+        consolidation=Phase(0.3, 0.2, 5),
+        refinement=Phase(0.15, 0.10, 4 * update_every * intervals),
+        update_every=update_every,
+        observe_steps=8,
+        freeze=0.0,
+    )
+
+
+class _Loop:
+    """Training steps of a small GPT on one random batch, dense or with single-weight masks."""
+
+    def __init__(self, config: OverheadConfig, masked: bool) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.model = ByteGPT(config.width, config.layers, heads=8, context=config.context)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
+        self.tokens = torch.randint(0, 256, (config.batch_size, config.context), generator=generator)
+        self.dgm: DGMController | None = None
+        self.observed = 0
+        if masked:
+            dgm_config = DGMConfig(schedule=one_interval(config.update_every), units=Units(size=1))
+            total_steps = 4 * config.update_every + 10
+            self.dgm = DGMController(self.model, self.optimizer, dgm_config, total_steps=total_steps)
+
+    def run(self, steps: int) -> None:
+        """Do some steps."""
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            self.model.loss((self.tokens, self.tokens)).backward()
+            if self.dgm is not None:
+                self.observed += self.dgm.observing
+                self.dgm.mask_gradients()
+            self.optimizer.step()
+            if self.dgm is not None:
+                self.dgm.advance()
+
+    def counts(self) -> tuple[int, int]:
+        """Return the numbers of mask updates and of observed steps so far."""
+        return (self.dgm.updates if self.dgm else 0), self.observed

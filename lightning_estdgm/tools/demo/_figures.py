@@ -1,0 +1,151 @@
+"""The figure of the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lightning_estdgm.tools._plotting import COLOURS, GRID, INK, PHASE_COLOURS, legend, new_figure, save, style_axes
+from lightning_estdgm.tools.demo._measures import watts
+from lightning_estdgm.tools.demo._records import DENSE, DGM, TITLES, MaskMoment, RunRecord
+from lightning_estdgm.tools.report._finished_run import energy_label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+_COLOURS = {DENSE: COLOURS[0], DGM: COLOURS[1]}
+
+
+def draw_demo(runs: Sequence[RunRecord], path: Path) -> None:
+    """Write a PNG: loss over joules, watts over time, density over time by phase, masks of one layer."""
+    figure = new_figure(13, 8.6, pad_in=0.12)
+    grid = figure.add_gridspec(2, 2)
+    has_joules = all(run.steps.train_j[-1] is not None for run in runs)
+    label = energy_label(runs[0].energy)
+    _draw_loss(figure.add_subplot(grid[0, 0]), runs, has_joules, label)
+    _draw_watts(figure.add_subplot(grid[0, 1]), runs, label)
+    _draw_density(figure.add_subplot(grid[1, 0]), runs)
+    moments = next((run.masks for run in runs if run.masks), [])
+    masks = grid[1, 1].subgridspec(1, max(1, len(moments)))
+    for i, moment in enumerate(moments):
+        _draw_mask(figure.add_subplot(masks[0, i]), moment, i == 0)
+    save(figure, path)
+
+
+def _draw_loss(axes: Axes, runs: Sequence[RunRecord], has_joules: bool, label: str) -> None:
+    for run in runs:
+        x = np.array(run.steps.train_j, dtype=float) if has_joules else np.cumsum(run.steps.wall_s)
+        first = run.seed == runs[0].seed
+        colour, alpha = _COLOURS[run.mode], 0.9 if first else 0.3
+        axes.plot(x, _smooth(run.steps.loss), color=colour, alpha=0.45 * alpha, lw=1.2)
+        points = [((v.train_j if has_joules else v.clock_s), v.loss) for v in run.validation]
+        axes.plot(
+            *zip(*points, strict=True),
+            "o-",
+            color=colour,
+            alpha=alpha,
+            lw=1.8,
+            ms=5,
+            label=TITLES[run.mode] if first else None,
+        )
+    unit = f"training energy, J ({label})" if has_joules else "training time, s (no energy source)"
+    title = "(a) Loss over energy" if has_joules else "(a) Loss over time"
+    _style(axes, unit, "loss, nats a byte", title)
+    smooth = [loss for run in runs for loss in _smooth(run.steps.loss)[len(run.steps) // 20 :]]
+    lowest, highest = min(*smooth, *(v.loss for run in runs for v in run.validation)), max(smooth)
+    axes.set_ylim(lowest - 0.06 * (highest - lowest) - 1e-3, highest + 1e-3)
+    axes.plot([], [], color=INK, alpha=0.4, lw=1.2, label="training, smoothed")
+    axes.plot([], [], "o-", color=INK, lw=1.8, ms=5, label="validation")
+    legend(axes)
+
+
+def _draw_watts(axes: Axes, runs: Sequence[RunRecord], label: str) -> None:
+    drawn = []
+    for run in runs:
+        times, power = watts(run.steps.clock_s, run.steps.total_j)
+        drawn += power
+        if power:
+            first = run.seed == runs[0].seed
+            axes.plot(
+                times,
+                power,
+                color=_COLOURS[run.mode],
+                alpha=0.9 if first else 0.3,
+                label=TITLES[run.mode] if first else None,
+            )
+    _style(axes, "time since training began, s", f"watts ({label})", "(b) Power over time")
+    if drawn:
+        axes.set_ylim(0, 1.2 * max(drawn))
+        legend(axes)
+    else:
+        axes.text(0.5, 0.5, label, ha="center", va="center", transform=axes.transAxes, color=INK)
+
+
+def _draw_density(axes: Axes, runs: Sequence[RunRecord]) -> None:
+    run = next(run for run in runs if run.mode == DGM)
+    dense = next(run for run in runs if run.mode == DENSE)
+    log = run.steps
+    starts = [0.0, *log.clock_s[:-1]]
+    changes = [i for i in range(len(log)) if i == 0 or log.phase[i] != log.phase[i - 1]]
+    phases = list(dict.fromkeys(log.phase))
+    for i, j in zip(changes, [*changes[1:], len(log)], strict=True):
+        end = log.clock_s[j - 1]
+        axes.axvspan(starts[i], end, color=PHASE_COLOURS[phases.index(log.phase[i]) % 4], lw=0)
+        axes.text((starts[i] + end) / 2, 1.04, log.phase[i], ha="center", va="bottom", fontsize=8, color=INK)
+    axes.plot([0, dense.steps.clock_s[-1]], [1, 1], color=_COLOURS[DENSE], lw=1.8, label="Dense")
+    axes.step(
+        [*starts, log.clock_s[-1]],
+        [*log.density, log.density[-1]],
+        where="post",
+        color=_COLOURS[DGM],
+        lw=1.8,
+        label="EST-DGM",
+    )
+    axes.annotate(
+        f"{log.density[-1]:.2f}",
+        (log.clock_s[-1], log.density[-1]),
+        (6, 0),
+        textcoords="offset points",
+        va="center",
+        color=_COLOURS[DGM],
+    )
+    _style(axes, "time since training began, s", "active share of the masked weights", "(c) Density over time")
+    axes.set_ylim(0, 1.14)
+    legend(axes, "center right")
+
+
+def _draw_mask(axes: Axes, moment: MaskMoment, first: bool) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colours = LinearSegmentedColormap.from_list("share", ["#fdf1e7", _COLOURS[DGM]])
+    cells = np.array(moment.cells)
+    axes.imshow(cells, cmap=colours, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if max(cells.shape) <= 48:
+        axes.set_xticks(np.arange(cells.shape[1]) - 0.5, minor=True)
+        axes.set_yticks(np.arange(cells.shape[0]) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", lw=0.8)
+        axes.tick_params(which="minor", length=0)
+    for spine in axes.spines.values():
+        spine.set_color(GRID)
+    axes.set_xlabel(f"step {moment.step}, {moment.phase}\nlayer density {moment.density:.2f}", fontsize=9, color=INK)
+    if first:
+        axes.set_title(f"(d) Mask of {moment.layer}", loc="left", fontsize=11, fontweight="bold", color=INK)
+        axes.set_ylabel("outputs (rows), inputs (columns)", fontsize=9, color=INK)
+
+
+def _smooth(values: Sequence[float], share: float = 0.03) -> list[float]:
+    """Centred moving mean over ``share`` of the values; shorter at the ends."""
+    half = max(1, round(share * len(values) / 2))
+    return [fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def _style(axes: Axes, x: str, y: str, title: str) -> None:
+    style_axes(axes, x, y, title)
+    axes.margins(x=0.02)

@@ -1,0 +1,61 @@
+"""The demo: one small GPT trained twice on the same batches, dense and by EST-DGM, with the cost of each run."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lightning_estdgm.tools.demo._arms import run_name, train
+from lightning_estdgm.tools.demo._demo_config import DemoConfig
+from lightning_estdgm.tools.demo._figures import draw_demo
+from lightning_estdgm.tools.demo._measures import summarize
+from lightning_estdgm.tools.demo._records import DENSE, DGM, records
+from lightning_estdgm.tools.demo._session import default_console, header, session
+from lightning_estdgm.tools.demo._step_profile import profile_steps
+from lightning_estdgm.tools.demo._tables import results_table
+from lightning_estdgm.tools.report import compare, read_run, write
+from lightning_estdgm.tools.report._json_format import write_json
+
+
+def run_demo(
+    config: DemoConfig, json_path: Path | None = None, command: str = "", console: Console | None = None
+) -> dict[str, Any]:
+    """Train dense and EST-DGM in turns, seed by seed; print the table; write PNG, JSON, report and TensorBoard runs.
+
+    Args:
+        config: Model, data and training.
+        json_path: File for the JSON; ``out/demo.json`` if None.
+        command: Command line, to be kept in the JSON.
+        console: Console for the progress bar and the table.
+
+    Returns:
+        Content of the JSON.
+    """
+    console = console or default_console()
+    began = time.perf_counter()
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    content = header(config, command)
+    plan = [(mode, seed, config.lr(mode)) for seed in range(config.seeds) for mode in (DENSE, DGM)]
+    logs = config.out / "tensorboard" / stamp
+    with session(config, len(plan), console) as bar:
+        runs = [train(config, *each, bar, logs) for each in plan]
+    profiled = {mode: profile_steps(config, mode) for mode in (DENSE, DGM)} if config.profile_steps else None
+    summary = summarize(runs)
+    png = config.out / "demo.png"
+    draw_demo(runs, png)
+    report = config.out / "report.html"
+    write(compare([read_run(logs / run_name(*each)) for each in plan], "val/loss"), report)
+    files = {"png": str(png), "report": str(report), "tensorboard": str(logs)}
+    content |= {"files": files, "seconds": time.perf_counter() - began}
+    content |= {"summary": summary, "profile": profiled, "runs": records(runs)}
+    json_path = json_path or config.out / "demo.json"
+    write_json(content, json_path)
+    console.print(results_table(summary, runs, profiled))
+    console.print(
+        f"{json_path}\n{png}\n{report}\ntensorboard --logdir {files['tensorboard']}", style="dim", soft_wrap=True
+    )
+    return content

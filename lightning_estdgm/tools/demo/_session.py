@@ -1,0 +1,105 @@
+"""Trainer, progress bar and surroundings of the demo's runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from lightning_estdgm.tools._quiet import QUIET_TRAINER, quiet_lightning
+from lightning_estdgm.tools.bench._environment import environment
+from lightning_estdgm.tools.demo._demo_config import DemoConfig
+from lightning_estdgm.tools.demo._recorder import Recorder
+
+
+class ProgressBar(Callback):
+    """One bar over all runs, with the run, the phase, the density and the loss."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress = progress
+        self.task: TaskID = progress.add_task("", total=total, state="")
+        self.recorder: Recorder | None = None
+
+    def begin(self, title: str, recorder: Recorder) -> None:
+        """Go on with the next run."""
+        self.recorder = recorder
+        self.progress.update(self.task, description=title, state="")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """One step further."""
+        assert self.recorder is not None
+        log = self.recorder.steps
+        state = f"{log.phase[-1]}, density {log.density[-1]:.2f}, loss {log.loss[-1]:.3f}"
+        self.progress.update(self.task, advance=1, state=state)
+
+
+def new_trainer(callbacks: Sequence[Callback], **settings: Any) -> Trainer:
+    """A Trainer on one CPU that prints and keeps nothing."""
+    return Trainer(
+        **QUIET_TRAINER,
+        devices=1,
+        callbacks=list(callbacks),
+        gradient_clip_val=1.0,
+        num_sanity_val_steps=0,
+        **settings,
+    )
+
+
+def default_console() -> Console:
+    """The terminal, or a console of 110 columns for a log file, which has no width; the table needs as many."""
+    return Console() if sys.stdout.isatty() else Console(width=110)
+
+
+@contextmanager
+def session(config: DemoConfig, runs: int, console: Console) -> Iterator[ProgressBar]:
+    """Show a bar over a number of runs and keep Lightning quiet; the global random state is restored afterwards."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        TaskProgressColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[state]}"),
+    )
+    with (
+        torch.random.fork_rng(devices=[]),
+        quiet_lightning(),
+        Progress(*columns, console=console) as progress,
+    ):
+        _warm_up(config)
+        yield ProgressBar(progress, runs * config.steps)
+
+
+def _warm_up(config: DemoConfig) -> None:
+    """One step that is not measured, or the dense run, which comes first, would pay the libraries' first calls."""
+    model = config.model(config.lr_dense)
+    x = torch.zeros(config.batch_size, config.context, dtype=torch.long)
+    model.loss((x, x)).backward()
+
+
+def header(config: DemoConfig, command: str) -> dict[str, Any]:
+    """Head of the demo's JSON: command, date, configuration, environment and data."""
+    data = config.data(seed=0)
+    data.setup()
+    return {
+        "command": command,
+        "began": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "config": config.as_dict(),
+        "environment": environment(),
+        "data": data.describe(),
+    }

@@ -1,0 +1,65 @@
+"""Work of the masks on one GPU beyond the products: bytes moved in its memory, bytes sent."""
+
+from __future__ import annotations
+
+from lightning_estdgm.tools.planner._layout import INDEX_BYTES, ShardLayout
+from lightning_estdgm.tools.planner._planned_model import PlannedModel
+from lightning_estdgm.tools.planner._setup import TrainingSetup
+
+_WORD_BYTES = 8
+_PASS_BYTES = 256 * _WORD_BYTES  # counts of one pass of `distributed.top_k`
+_PASSES = 4  # over float32 scores; more where scores are equal
+
+# What the operators of an observed step and of an update read and write for each weight that the GPU holds, in bytes;
+# of an update without clearing optimizer state. For float32; counted at torch's dispatcher in the runs that check them.
+_OBSERVED_BYTES = {("whole", "block"): 16, ("whole", "weight"): 36, ("part", "block"): 29, ("part", "weight"): 44}
+_UPDATE_BYTES = {("whole", "block"): 24, ("whole", "weight"): 235, ("part", "block"): 59, ("part", "weight"): 1604}
+
+
+def update_cost(model: PlannedModel, setup: TrainingSetup, strategy: str) -> dict[str, float]:
+    """Return what masks cost one GPU beyond the products: bytes that operators move in its memory, and bytes it sends.
+
+    "every step": gradients masked, weights copied, the step scaled, weights masked; where something changes gradients
+    before the step, as clipping does, these are masked twice. "more in an observed step" and "in an update" come on
+    top; "mean a step" is over the steps between two updates. "against the optimizer": that mean over what a fused
+    optimizer moves. "FLOPs of observing": whole weight gradients in observed steps, against all FLOPs of a dense step.
+
+    What is sent is handed to collectives: of blocks, the squares of units; of single weights, 256 counts a pass.
+    """
+    layout, each = ShardLayout.of(setup, strategy), setup.parameter_bytes
+    holding = "part" if layout.is_sharded else "whole"
+    around = (layout.ranks > 1) + (layout.tensor_parallel > 1) if layout.is_sharded else 0  # groups to reduce over
+    states = setup.optimizer_states
+    every = observed = update = sent_observed = sent_update = idle = 0.0
+    for layer in model.masked:
+        grain = "weight" if layer.block_size == 1 else "block"
+        here = layer.weights / layout.shards
+        fill = 2 * each + (1 if layout.is_sharded or grain == "weight" else 0)  # read, write, and the mask
+        slices = layout.block_slices(layer)
+        every += here * 2 * fill
+        # Copy and interpolation; of active blocks alone, these are copied out and in, by an index of three readings.
+        every += here * 5 * each if slices is None else layer.active_weights * 9 * each + 3 * 2 * INDEX_BYTES * slices
+        observed += here * _OBSERVED_BYTES[holding, grain]
+        update += here * (_UPDATE_BYTES[holding, grain] + states * fill)
+        words = 2.0 if grain == "weight" else 1.0 + layer.units
+        sent_observed += around * _WORD_BYTES * words
+        ranked = 4 * _WORD_BYTES + 2 * _PASSES * layer.parts * _PASS_BYTES
+        sent_update += around * (ranked if grain == "weight" else 2 * _WORD_BYTES * layer.units)
+        idle += layer.weights - layer.active_weights if layer.density < 1.0 else 0.0
+    if setup.gpus > 1:
+        compared = sum(layer.block_size > 1 or not layout.is_sharded for layer in model.masked)
+        sent_update += _WORD_BYTES * (2 + compared) * setup.gpus
+    period = setup.update_every
+    mean = every + (setup.observe_steps * observed + update) / period
+    optimizer = (2 * states + 3) * each * model.parameters / layout.shards
+    return {
+        "every step": every,
+        "more in an observed step": observed,
+        "in an update": update,
+        "mean a step": mean,
+        "against the optimizer": mean / optimizer,
+        "sent in an observed step": sent_observed,
+        "sent in an update": sent_update,
+        "sent, mean a step": (setup.observe_steps * sent_observed + sent_update) / period,
+        "FLOPs of observing": setup.observe_steps / period * idle / (3.0 * model.parameters),
+    }
