@@ -167,6 +167,9 @@ class DGMConfig:
             StepSize(exponent=0.5, scale_initial_weights=True)
 
         """
+        known = [field.name for field in fields(self)]
+        if unknown := sorted(changes.keys() - set(known)):
+            raise TypeError(f"DGMConfig takes {known}, got {unknown}; settings of a part go as part={{'name': value}}")
         return replace(self, **{name: _part(self, name, value) for name, value in changes.items()})
 
     @property
