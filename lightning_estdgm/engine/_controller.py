@@ -148,11 +148,12 @@ class DGMController:
         for weight in self._masked.weights:
             weight.begin_step()
         if not self._hooks.stepped:
+            self._hooks.begin_step()
             return False
         before, after = self.position, self.steps + 1 if position is None else position
         if after < before:
             raise ValueError(f"the schedule's position must not go backwards: was {before}, got {after}")
-        self._hooks.stepped = False
+        self._hooks.begin_step()
         is_first = self._dispatch.probing
         if is_first:
             self._dispatch.read_probes()

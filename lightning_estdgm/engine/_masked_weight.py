@@ -187,7 +187,7 @@ class MaskedWeight:
             units: bool of the mask's shape.
 
         """
-        for value in states.get(self.parameter, {}).values():
+        for value in (states.get(self.parameter) or {}).values():  # a ZeroRedundancyOptimizer holds None for some
             if isinstance(value, Tensor) and self.shard.holds(value):
                 keep_active_(self.shard.local(value), self.placement.address(~units), self.placement.grain)
 

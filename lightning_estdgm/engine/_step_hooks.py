@@ -16,13 +16,17 @@ from lightning_estdgm.engine._masked_weight import MaskedWeight
 class StepHooks:
     """Hooks on the steps of all optimizers of one run, and the count of steps that really happened.
 
+    An optimizer may wrap others (Fabric, EMA and SAM wrappers, ZeRO): all that have step hooks of torch's are hooked,
+    and of steps inside one another only the outermost is acted on. Which weights a step moves is told by the
+    parameters that its optimizer holds.
+
     Args:
         optimizers: the optimizers, already made.
         mask_gradients: masks the gradients of some weights that were not masked, or were changed since.
         exponent: see `StepSize`.
 
     Attributes:
-        stepped: whether an optimizer has stepped since this was last set to False.
+        stepped: whether an optimizer has stepped since `begin_step`.
 
     """
 
@@ -34,10 +38,11 @@ class StepHooks:
     ) -> None:
         self.stepped = False
         self._optimizers = optimizers
+        self._hooked = [inner for optimizer in optimizers for inner in _with_step_hooks(optimizer)]
         self._mask_gradients = mask_gradients
         self._exponent = exponent
-        self._held = {id(o): [p for group in o.param_groups for p in group["params"]] for o in optimizers}
-        self._weights: dict[int, list[MaskedWeight]] = {id(o): [] for o in optimizers}
+        self._weights: dict[int, MaskedWeight] = {}  # by the id of its parameter
+        self._depth = 0  # of steps under way inside one another
         self._idle = False  # the step under way is none of training
         self._unevenly_held: dict[int, bool] = {}  # per optimizer: some rank holds no part of any parameter
         self._handles: list[Any] = []
@@ -45,27 +50,47 @@ class StepHooks:
     @property
     def held(self) -> frozenset[int]:
         """Ids of the parameters that an optimizer holds."""
-        return frozenset(id(p) for parameters in self._held.values() for p in parameters)
+        return frozenset(id(p) for optimizer in self._optimizers for p in _parameters(optimizer))
 
     @property
     def states(self) -> list[Mapping[Any, Mapping[str, Any]]]:
-        """States of the optimizers; of a ZeroRedundancyOptimizer its inner one's, as its own is empty."""
-        inner = [getattr(optimizer, "optim", None) for optimizer in self._optimizers]
-        pairs = zip(self._optimizers, inner, strict=True)
-        return [own.state if isinstance(own, Optimizer) else optimizer.state for optimizer, own in pairs]
+        """States of the optimizers and of those that they wrap, such as a ZeroRedundancyOptimizer's inner one."""
+        return list({id(o.state): o.state for o in (*self._optimizers, *self._hooked)}.values())
 
     def weights_of(self, optimizer: Optimizer) -> list[MaskedWeight]:
-        """Return the masked weights that an optimizer holds."""
-        return self._weights[id(optimizer)]
+        """Return the masked weights that an optimizer, or a wrapper of one, holds."""
+        weights = (self._weights.get(id(parameter)) for parameter in _parameters(optimizer))
+        return [weight for weight in weights if weight is not None]
 
     def register(self, weights: Sequence[MaskedWeight]) -> None:
-        """Hook those optimizers that hold some of the masked weights."""
-        for optimizer in self._optimizers:
-            ids = {id(parameter) for parameter in self._held[id(optimizer)]}
-            self._weights[id(optimizer)] = [weight for weight in weights if id(weight.parameter) in ids]
-            if self._weights[id(optimizer)]:
+        """Hook those optimizers that hold some of the masked weights.
+
+        Raises:
+            ValueError: if the steps that move some of them cannot be seen.
+
+        """
+        self._weights = {id(weight.parameter): weight for weight in weights}
+        unseen = dict(self._weights)
+        for optimizer in self._hooked:
+            for weight in self.weights_of(optimizer):
+                unseen.pop(id(weight.parameter), None)
+            if self.weights_of(optimizer):
                 self._handles.append(optimizer.register_step_pre_hook(self._before_step))
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        if unseen:
+            names = [weight.name for weight in unseen.values()]
+            first = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+            kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer in self._optimizers}))
+            raise ValueError(
+                f"the optimizer steps of {len(names)} masked layers ({first}) cannot be seen: {kinds} runs no step "
+                "hooks of torch's, and holds no optimizer that does. Have its class call "
+                "torch.optim.Optimizer.__init__, or keep the optimizer that steps as an attribute"
+            )
+
+    def begin_step(self) -> None:
+        """Forget the last step; one that an exception has ended is no longer under way."""
+        self.stepped = False
+        self._depth = 0
 
     def remove(self) -> None:
         """Take all hooks away. Idempotent."""
@@ -77,6 +102,9 @@ class StepHooks:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        self._depth += 1
+        if self._depth > 1:
+            return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         self._idle = closure is None and self._is_idle(optimizer)
         if self._idle:
@@ -116,6 +144,9 @@ class StepHooks:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth = max(0, self._depth - 1)
+        if self._depth > 0:
+            return
         weights = self.weights_of(optimizer)
         if self._idle or not self._has_gradients(optimizer) or _skipped_by_scaler(optimizer):
             for weight in weights:
@@ -140,7 +171,7 @@ class StepHooks:
             return False  # not torch's own zero, and a look at it would wait for the device
         if any(rate is None or float(rate) != 0.0 for rate in rates):
             return False
-        gradients = [p.grad for p in self._held[id(optimizer)] if p.grad is not None]
+        gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
         moving = any(bool(torch.count_nonzero(local_tensor(gradient))) for gradient in gradients)
         return not agree([weight.shard for weight in self.weights_of(optimizer)], moving)
 
@@ -150,7 +181,7 @@ class StepHooks:
         A rank of sharded weights may hold nothing of the masked ones: there every parameter counts, and where a rank
         holds nothing at all, the ranks agree.
         """
-        weights, parameters = self.weights_of(optimizer), self._held[id(optimizer)]
+        weights, parameters = self.weights_of(optimizer), _parameters(optimizer)
         if not any(weight.placement.is_sharded for weight in weights):
             return any(weight.gradient is not None for weight in weights)
         here = any(parameter.grad is not None for parameter in parameters)
@@ -159,6 +190,29 @@ class StepHooks:
             nothing_here = all(parameter.numel() == 0 for parameter in parameters)
             self._unevenly_held[id(optimizer)] = agree(shards, nothing_here)
         return agree(shards, here) if self._unevenly_held[id(optimizer)] else here
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _with_step_hooks(optimizer: Optimizer) -> list[Optimizer]:
+    """Return those of an optimizer and of the ones that it wraps whose steps run torch's step hooks.
+
+    Torch runs them from the class's ``step``, which `Optimizer.__init__` patches; a wrapper that does without that
+    initialisation may have a hook's dictionary, its own or its inner optimizer's, and never look at it.
+    """
+    found: list[Optimizer] = []
+    waiting, seen = [optimizer], set()
+    while waiting:
+        candidate = waiting.pop(0)
+        if id(candidate) in seen:
+            continue
+        seen.add(id(candidate))
+        if getattr(type(candidate).step, "hooked", False) and "_optimizer_step_pre_hooks" in vars(candidate):
+            found.append(candidate)
+        waiting += [value for value in vars(candidate).values() if isinstance(value, Optimizer)]
+    return found
 
 
 def _skipped_by_scaler(optimizer: Optimizer) -> bool:
