@@ -1,4 +1,4 @@
-"""`DGMCallback`: the method in a Lightning Trainer. Hooks and delegation; the method is `controller.py`."""
+"""`DGMCallback`: the method in a Lightning Trainer. Hooks and delegation; the method is `DGMController`."""
 
 from __future__ import annotations
 
