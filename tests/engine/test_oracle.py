@@ -1,4 +1,4 @@
-"""`DGMCallback` in a real Trainer against `helpers.oracle`, number for number over 50 steps, and controls that differ."""
+"""`DGMCallback` in a real Trainer against `helpers.oracle`, number for number over 50 steps, with failing controls."""
 
 import dataclasses
 import itertools
