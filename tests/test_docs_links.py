@@ -54,6 +54,11 @@ def named(page: Path) -> list[str]:
     return CODE.findall(prose_of(page))
 
 
+def is_in_package(path: str) -> bool:
+    """Whether a file or folder of the package ends in that path."""
+    return any(PACKAGE.rglob(path))
+
+
 def short(page: Path) -> str:
     """Path of a page, for the name of a test."""
     return str(page.relative_to(ROOT))
@@ -76,7 +81,7 @@ def test_named_files_exist(page: Path) -> None:
         for path in re.findall(r"(?<![\w./])(?:lightning_estdgm|tests|docs|notebooks)/[\w./*-]*", text):
             assert list(ROOT.glob(path.rstrip("/"))), f"{short(page)} names {path}"
         if re.fullmatch(r"[\w/]+\.py|[\w/]+/", text):
-            assert (ROOT / text).exists() or (PACKAGE / text).exists(), f"{short(page)} names {text}"
+            assert (ROOT / text).exists() or is_in_package(text.rstrip("/")), f"{short(page)} names {text}"
 
 
 @pytest.mark.parametrize("page", OF_TODAY, ids=short)
@@ -89,6 +94,12 @@ def test_named_modules_exist(page: Path) -> None:
             assert hasattr(importlib.import_module(module), attribute) or importlib.import_module(name)
         except ModuleNotFoundError:
             pytest.fail(f"{short(page)} names {name}")
+
+
+def test_modules_named_in_the_internals_exist() -> None:
+    names = {text for text in named(ROOT / "docs" / "internals" / "README.md") if re.fullmatch(r"_[a-z][a-z_]*", text)}
+    assert len(names) > 50
+    assert [name for name in sorted(names) if not is_in_package(f"{name}.py")] == []
 
 
 def test_pages_named_in_the_source_exist() -> None:
