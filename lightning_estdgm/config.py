@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
+from lightning_estdgm._checks import check_number
 from lightning_estdgm.method import _distributions as distributions
 from lightning_estdgm.method._backward_set import BackwardSet
 from lightning_estdgm.method._schedules import AlternatingDensity, ConstantDensity, CubicDensity, EstDgm, ScheduleConfig
@@ -64,8 +64,7 @@ class StepSize:
     scale_initial_weights: bool = True
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.exponent) and self.exponent >= 0):
-            raise ValueError(f"step_size.exponent must be a finite number of at least 0, got {self.exponent!r}")
+        check_number("step_size.exponent", self.exponent, at_least=0)
 
 
 @dataclass(frozen=True)
@@ -168,6 +167,9 @@ class DGMConfig:
             StepSize(exponent=0.5, scale_initial_weights=True)
 
         """
+        known = [field.name for field in fields(self)]
+        if unknown := sorted(changes.keys() - set(known)):
+            raise TypeError(f"DGMConfig takes {known}, got {unknown}; settings of a part go as part={{'name': value}}")
         return replace(self, **{name: _part(self, name, value) for name, value in changes.items()})
 
     @property

@@ -1,8 +1,11 @@
-"""`DGMCallback`: the method in a Lightning Trainer. Hooks and delegation; the method is `DGMController`."""
+"""`DGMCallback`: the method in a Lightning Trainer.
+
+Hooks and delegation: one method a hook of Lightning, and what there is to ask, which makes 31. The method itself is
+`engine._controller`.
+"""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import Any
 
@@ -12,9 +15,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_estdgm._checks import check_int
 from lightning_estdgm.callbacks._internal.averages import mask_averages_
 from lightning_estdgm.callbacks._internal.dgm_log import DGMLog
 from lightning_estdgm.callbacks._internal.gradient_compression import GradientCompression
+from lightning_estdgm.callbacks._internal.run_outcome import RunOutcome
 from lightning_estdgm.callbacks._internal.schedule_clock import ScheduleClock
 from lightning_estdgm.callbacks._internal.spawned_result import SpawnedResult, SpawnedResultFile
 from lightning_estdgm.callbacks._internal.trainer_checks import check_checkpoint_io, check_ddp, grad_scale
@@ -23,6 +28,7 @@ from lightning_estdgm.distributed.adapters._protocol import adapter_for
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._decisions import LayerDecision
 from lightning_estdgm.method._schedules import EstDgm, Schedule
+from lightning_estdgm.modules._candidates import unlisted_weights
 from lightning_estdgm.presets import preset
 
 
@@ -63,10 +69,8 @@ class DGMCallback(pl.Callback):
     ) -> None:
         if config is not None and not isinstance(config, DGMConfig):
             raise TypeError(f"config must be a DGMConfig, got {config!r}")
-        if total_steps is not None and (isinstance(total_steps, bool) or not isinstance(total_steps, int)):
-            raise TypeError(f"total_steps must be an int or None, got {total_steps!r}")
-        if total_steps is not None and total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1, got {total_steps!r}")
+        if total_steps is not None:
+            check_int("total_steps", total_steps, at_least=1, expected="an int or None")
         if not isinstance(compress_gradients, bool):
             raise TypeError(f"compress_gradients must be a bool, got {compress_gradients!r}")
         if compress_gradients and config is not None and config.trains_inactive_weights:
@@ -87,6 +91,7 @@ class DGMCallback(pl.Callback):
         self._resumed = False
         self._clock: ScheduleClock | None = None
         self._log: DGMLog | None = None
+        self._outcome: RunOutcome | None = None
 
     @classmethod
     def from_preset(
@@ -154,11 +159,11 @@ class DGMCallback(pl.Callback):
         }
         if self.controller is None:
             unknown = ("final_density", "density", "flops_ratio", "flops_executed_ratio", "phases", "block_sizes")
-            return summary | dict.fromkeys((*unknown, "backends", "sparse_operators_ran"))
+            more = ("backends", "sparse_operators_ran", "ended_as_asked", "best_checkpoints")
+            return summary | dict.fromkeys((*unknown, *more))
         flops, masked = self.controller.flops, [d for d in self.decisions() if d.masked]
-        sizes = [math.prod(d.shape) for d in masked]
         return summary | {
-            "final_density": sum(n * d.final_density for n, d in zip(sizes, masked, strict=True)) / sum(sizes),
+            "final_density": self.controller.final_density,
             "density": self.density,
             "flops_ratio": self.flops_ratio,
             "flops_executed_ratio": self.controller.flops_executed_ratio,
@@ -166,6 +171,7 @@ class DGMCallback(pl.Callback):
             "block_sizes": dict(Counter(str(d.block_size) for d in masked)),
             "backends": dict(Counter(d.backend for d in masked)),
             "sparse_operators_ran": flops["executed"] < flops["dense"],
+            **(self._outcome.summary() if self._outcome else {}),
         }
 
     def _bound(self) -> DGMController:
@@ -214,7 +220,8 @@ class DGMCallback(pl.Callback):
         )
         if self._compression is not None:
             self._compression.register(self.controller)
-        self._log = DGMLog(trainer, self.controller)
+        self._log = DGMLog(trainer, self.controller, unlisted_weights(pl_module, self.controller.candidates))
+        self._outcome = RunOutcome(trainer, self.controller)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up state that a strategy restores this late: it belongs to the weights that are checked."""
@@ -268,6 +275,8 @@ class DGMCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Run the first step without torch.compile: it shows the shapes that backends are measured at."""
+        assert self._outcome is not None
+        self._outcome.watch()
         if self._eagerly is None and self._bound().probing:
             self._eagerly = torch.compiler.set_stance("force_eager")
 
@@ -297,6 +306,8 @@ class DGMCallback(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave no hook behind; masks and counters stay readable, also where another process made this callback."""
         self._spawned.leave(self._bound(), trainer)
+        if self._outcome is not None:
+            self._outcome.say()
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+from lightning_estdgm._checks import check_number
 
 _JOULES_PER_KWH = 3.6e6
 
@@ -42,12 +43,8 @@ class Footprint:
             raise ValueError("expected grams_co2_per_kwh or price_per_kwh, got neither")
         for name, least in (("grams_co2_per_kwh", 0.0), ("price_per_kwh", 0.0), ("pue", 1.0)):
             value = getattr(self, name)
-            if value is None and name != "pue":
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-            if not (math.isfinite(value) and value >= least):
-                raise ValueError(f"{name} must be a finite number of at least {least:g}, got {value!r}")
+            if value is not None or name == "pue":
+                check_number(name, value, at_least=least)
 
     def grams_co2(self, joules: float | None) -> float | None:
         """Return grams of CO2, or of CO2 equivalent if the intensity is; None where joules or intensity are unknown."""

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterable
 
+from lightning_estdgm._checks import is_number
 from lightning_estdgm.energy._accumulator import Accumulator
 from lightning_estdgm.energy._device_assignment import ActiveSource, UnavailableSource
 from lightning_estdgm.energy._reading import DeviceId, Reading, SourceUnavailable
@@ -29,7 +30,7 @@ def check_seconds(name: str, value: float, expected: str = "seconds") -> float:
         TypeError: It is no number.
         ValueError: It is not positive and finite.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"{name} must be a number of {expected}, got {value!r}")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be > 0 {expected}, got {value!r}")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_estdgm.method._masks import expand_mask
+
 _PIECE = 1 << 18  # elements: what stays in a CPU's cache between reading and writing
 
 
@@ -48,8 +50,7 @@ class BlockSlices:
                 length *= block_size
                 break
             length *= weight.shape[dim]
-        rows = mask.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
-        whole = rows[(...,) + (None,) * (weight.dim() - 2)].expand(weight.shape).permute(order)
+        whole = expand_mask(mask, block_size)[(...,) + (None,) * (weight.dim() - 2)].expand(weight.shape).permute(order)
         index = whole.reshape(-1, length)[:, 0].nonzero().squeeze(1).to(weight.device)
         return cls(order, length, index)
 

@@ -9,6 +9,8 @@ A plain loop adds two calls::
             dgm.mask_gradients()   # once the whole gradient is there, before clipping
             optimizer.step()       # hooks of the controller scale the step and re-mask the weights
             dgm.advance()          # next phase, mask update when due
+
+Longer than other modules: it holds one class, whose methods are what users call, with their documentation.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._observation import observe
 from lightning_estdgm.engine._step_hooks import StepHooks
 from lightning_estdgm.method._schedules import Schedule
-from lightning_estdgm.modules._candidates import find_candidates
+from lightning_estdgm.modules._candidates import Candidate, find_candidates
 
 _STATE_VERSION = 1
 
@@ -46,8 +48,8 @@ class DGMController:
     weights, gradients and optimizer state in line with the masks through hooks on the optimizers' steps. Close it, or
     use it as a context manager, to take the hooks and the swapped forwards away; weights stay as they are.
 
-    It has 25 methods: what a loop calls, what there is to ask, and its state. The work is done by the parts that the
-    constructor puts together, one module each.
+    It has 30 methods, since it answers for all of the method: what a loop calls, what there is to ask, its state. The
+    work is done by the parts that the constructor puts together, one module each.
 
     Args:
         model: model whose maskable layers are found once, here.
@@ -251,6 +253,13 @@ class DGMController:
         return self._masked.density
 
     @property
+    def final_density(self) -> float:
+        """Active share of the masked weights that the schedule ends with."""
+        sizes = [weight.units * weight.unit_size for weight in self._masked.weights]
+        final = self._masked.layer_densities_at(self._final_density())
+        return sum(n * density for n, density in zip(sizes, final, strict=True)) / sum(sizes)
+
+    @property
     def explored(self) -> float:
         """Share of the masked weights that have been active at any time (ITOP's Rs)."""
         return self._masked.explored
@@ -269,6 +278,11 @@ class DGMController:
     def flops_executed_ratio(self) -> float:
         """As `flops_ratio`, but counting layers that run dense with a mask as dense: what was really computed."""
         return self._flops.executed_ratio
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The linear and convolution layers of the model, masked or not."""
+        return tuple(self._masked.candidates)
 
     @property
     def masked_weights(self) -> tuple[MaskedWeight, ...]:

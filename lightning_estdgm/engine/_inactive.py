@@ -1,4 +1,4 @@
-"""Treatment of the inactive weights of one layer: one protocol, and a class for each mode of `DGMConfig.inactive`.
+"""Treatment of the inactive weights of one layer: a class for each mode of `DGMConfig.inactive`.
 
 `ZeroWeights` sets them to zero, `FrozenWeights` keeps their values, and `LearningWeights` trains them outside the
 forward (Top-KAST, SR-STE). Nothing else in the package asks which mode is on.
@@ -6,8 +6,9 @@ forward (Top-KAST, SR-STE). Nothing else in the package asks which mode is on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -16,9 +17,13 @@ from lightning_estdgm.method._backward_set import BackwardSet, ShadowWeights
 if TYPE_CHECKING:
     from lightning_estdgm.engine._masked_weight import MaskedWeight
 
+_KEY = "held_back"  # of a layer's state, where inactive weights learn
 
-class InactiveWeights(Protocol):
+
+class InactiveWeights(ABC):
     """What happens to the inactive weights of one layer, around a step of its optimizer and around a mask update.
+
+    The methods that are not abstract do what most modes do, which mostly is nothing.
 
     Attributes:
         act_in_forward: whether inactive weights take part in the forward.
@@ -28,49 +33,52 @@ class InactiveWeights(Protocol):
 
     """
 
-    act_in_forward: bool
-    learn: bool
-    when_dropped: str
+    act_in_forward = False
+    learn = False
+    when_dropped = "set to zero"
 
     def learning_density(self, weight: MaskedWeight) -> float:
         """Return the share of the weights whose gradient is needed in every step."""
-        ...
-
-    def step_scale(self, weight: MaskedWeight, exponent: float) -> float:
-        """Return the factor on the optimizer's steps; `exponent` is that of `StepSize`."""
-        ...
+        return weight.density
 
     def mask_gradient_(self, weight: MaskedWeight, gradient: Tensor) -> None:
         """Zero the gradient of units that do not learn, in place."""
-        ...
+        weight.fill_inactive_(gradient)
 
+    # ---- around a step
+
+    def step_scale(self, weight: MaskedWeight, exponent: float) -> float:
+        """Return the factor on the optimizer's steps; `exponent` is that of `StepSize`."""
+        return weight.density**-exponent
+
+    @abstractmethod
     def before_step(self, weight: MaskedWeight, exponent: float) -> None:
         """Prepare an optimizer's step, before its closure runs."""
-        ...
 
-    def with_gradients(self, weight: MaskedWeight, exponent: float, grad_scale: float | Tensor) -> None:
+    def with_gradients(self, weight: MaskedWeight, exponent: float, grad_scale: float | Tensor) -> None:  # noqa: B027
         """Prepare a step once its gradients are there; they are `grad_scale` times too large."""
-        ...
 
+    @abstractmethod
     def after_step(self, weight: MaskedWeight, exponent: float) -> None:
         """Bring the weight in line with its mask after a step."""
-        ...
 
-    def withdraw(self, weight: MaskedWeight) -> None:
+    def withdraw(self, weight: MaskedWeight) -> None:  # noqa: B027
         """Undo `with_gradients` where no step was made, or before a closure's forward."""
-        ...
 
-    def before_update(self, weight: MaskedWeight) -> None:
+    # ---- around a mask update
+
+    def before_update(self, weight: MaskedWeight) -> None:  # noqa: B027
         """Have the weight hold what a mask update judges."""
-        ...
 
+    @abstractmethod
     def settle_(self, weight: MaskedWeight) -> None:
         """Bring the weight in line with a mask that was just drawn or updated."""
-        ...
+
+    # ---- state
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the layer's state holds beside mask and window."""
-        ...
+        return {}
 
     def load_state_dict(self, state: Mapping[str, Any], name: str) -> None:
         """Take over what `state_dict` returned, out of the state of the layer of that name.
@@ -79,27 +87,13 @@ class InactiveWeights(Protocol):
             ValueError: if the state is that of another mode.
 
         """
-        ...
+        if self.learn != (_KEY in state):
+            found = "none" if self.learn else "some"
+            raise ValueError(f"layer {name!r}: the checkpoint holds {found} of the weights that a backward set trains")
 
 
-class ZeroWeights:
+class ZeroWeights(InactiveWeights):
     """Inactive weights are zero."""
-
-    act_in_forward = False
-    learn = False
-    when_dropped = "set to zero"
-
-    def learning_density(self, weight: MaskedWeight) -> float:
-        """Return the density."""
-        return weight.density
-
-    def step_scale(self, weight: MaskedWeight, exponent: float) -> float:
-        """Return the density to the power of minus `exponent`."""
-        return weight.density**-exponent
-
-    def mask_gradient_(self, weight: MaskedWeight, gradient: Tensor) -> None:
-        """Zero the gradient of inactive units."""
-        weight.fill_inactive_(gradient)
 
     def before_step(self, weight: MaskedWeight, exponent: float) -> None:
         """Remember the weight where its step will be scaled."""
@@ -108,51 +102,25 @@ class ZeroWeights:
         else:
             weight.snapshot.forget()
 
-    def with_gradients(self, weight: MaskedWeight, exponent: float, grad_scale: float | Tensor) -> None:
-        """Do nothing more."""
-
     def after_step(self, weight: MaskedWeight, exponent: float) -> None:
         """Scale the step; momentum and weight decay have moved inactive weights: zero them again."""
         weight.snapshot.scale_step_(weight, self.step_scale(weight, exponent))
         weight.fill_inactive_(weight.weight)
 
-    def withdraw(self, weight: MaskedWeight) -> None:
-        """Do nothing."""
-
-    def before_update(self, weight: MaskedWeight) -> None:
-        """Do nothing."""
-
     def settle_(self, weight: MaskedWeight) -> None:
         """Zero the inactive weights."""
         weight.fill_inactive_(weight.weight)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: they are zero."""
-        return {}
 
-    def load_state_dict(self, state: Mapping[str, Any], name: str) -> None:
-        """Refuse the state of learning weights."""
-        _check_shadow(state, name, expected=False)
-
-
-class FrozenWeights:
+class FrozenWeights(InactiveWeights):
     """Inactive weights keep their values, and act in the forward."""
 
     act_in_forward = True
-    learn = False
     when_dropped = "kept as it is, without updates"
-
-    def learning_density(self, weight: MaskedWeight) -> float:
-        """Return the density."""
-        return weight.density
 
     def step_scale(self, weight: MaskedWeight, exponent: float) -> float:
         """Return 1: the forward is dense."""
         return 1.0
-
-    def mask_gradient_(self, weight: MaskedWeight, gradient: Tensor) -> None:
-        """Zero the gradient of inactive units."""
-        weight.fill_inactive_(gradient)
 
     def before_step(self, weight: MaskedWeight, exponent: float) -> None:
         """Remember the weight, to give inactive units their values back."""
@@ -161,32 +129,15 @@ class FrozenWeights:
         else:
             weight.snapshot.take(weight, active_only=False)
 
-    def with_gradients(self, weight: MaskedWeight, exponent: float, grad_scale: float | Tensor) -> None:
-        """Do nothing more."""
-
     def after_step(self, weight: MaskedWeight, exponent: float) -> None:
         """Give inactive weights their values back."""
         weight.snapshot.undo_inactive_(weight)
 
-    def withdraw(self, weight: MaskedWeight) -> None:
-        """Do nothing."""
-
-    def before_update(self, weight: MaskedWeight) -> None:
-        """Do nothing."""
-
     def settle_(self, weight: MaskedWeight) -> None:
         """Do nothing: weights keep their values."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the weights are the model's own."""
-        return {}
 
-    def load_state_dict(self, state: Mapping[str, Any], name: str) -> None:
-        """Refuse the state of learning weights."""
-        _check_shadow(state, name, expected=False)
-
-
-class LearningWeights:
+class LearningWeights(InactiveWeights):
     """Inactive weights are zero in the forward and go on learning in the shadow, by the gradient of the sparse network.
 
     For a step of the optimizer they are put in their places, and taken out again after it.
@@ -197,9 +148,7 @@ class LearningWeights:
 
     """
 
-    act_in_forward = False
     learn = True
-    when_dropped = "set to zero"
 
     def __init__(self, backward_set: BackwardSet, weight: MaskedWeight) -> None:
         self.shadow = ShadowWeights(backward_set, weight.weight, weight.mask, weight.block_size)
@@ -207,10 +156,6 @@ class LearningWeights:
     def learning_density(self, weight: MaskedWeight) -> float:
         """Return the share of the backward set."""
         return self.shadow.density
-
-    def step_scale(self, weight: MaskedWeight, exponent: float) -> float:
-        """Return the density to the power of minus `exponent`."""
-        return weight.density**-exponent
 
     def mask_gradient_(self, weight: MaskedWeight, gradient: Tensor) -> None:
         """Zero the gradient of resting weights."""
@@ -249,21 +194,15 @@ class LearningWeights:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights and which of them learn."""
-        return {"held_back": self.shadow.state_dict()}
+        return {_KEY: self.shadow.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], name: str) -> None:
         """Take over the weights and which of them learn."""
-        _check_shadow(state, name, expected=True)
-        self.shadow.load_state_dict(state["held_back"])
+        super().load_state_dict(state, name)
+        self.shadow.load_state_dict(state[_KEY])
 
 
-def _check_shadow(state: Mapping[str, Any], name: str, *, expected: bool) -> None:
-    if expected != ("held_back" in state):
-        found = "none" if expected else "some"
-        raise ValueError(f"layer {name!r}: the checkpoint holds {found} of the weights that a backward set trains")
-
-
-_MODES: dict[str, Callable[[], InactiveWeights]] = {"zero": ZeroWeights, "frozen": FrozenWeights}
+_MODES: dict[str, type[InactiveWeights]] = {"zero": ZeroWeights, "frozen": FrozenWeights}
 
 
 def inactive_weights(setting: Literal["zero", "frozen"] | BackwardSet, weight: MaskedWeight) -> InactiveWeights:

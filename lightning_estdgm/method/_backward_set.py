@@ -6,7 +6,6 @@ layer. For the optimizer's step they are put in their places, and taken out afte
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_estdgm._checks import check_number
 from lightning_estdgm.method._masks import masked_select_units, pack_bits, pool_norm, top_k, unpack_bits
 
 
@@ -40,9 +40,7 @@ class BackwardSet:
         if not 0.0 < self.density <= 1.0:
             raise ValueError(f"density must lie in (0, 1], got {self.density!r}")
         for name in ("active_decay", "shadow_decay"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0.0):
-                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+            check_number(name, getattr(self, name), at_least=0)
 
 
 class ShadowWeights:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_estdgm._checks import check_number
 from lightning_estdgm.method._patterns import Pattern
 from lightning_estdgm.method._redistribution import REDISTRIBUTIONS, Redistribution
 from lightning_estdgm.method._scores import SCORES, WITHOUT_GRADIENTS, Evidence
@@ -60,8 +61,7 @@ class UpdateRule:
             known = [AUTO, *sorted(SCORES)] if name == "keep" else sorted(SCORES)
             if not callable(score) and score not in known:
                 raise ValueError(f"update_rule.{name} must be one of {known} or a function, got {score!r}")
-        if not (math.isfinite(self.gamma) and self.gamma >= 0):
-            raise ValueError(f"update_rule.gamma must be a finite number of at least 0, got {self.gamma!r}")
+        check_number("update_rule.gamma", self.gamma, at_least=0)
         if not callable(self.drop_fraction) and not 0.0 <= self.drop_fraction < 1.0:
             raise ValueError(f"update_rule.drop_fraction must lie in [0, 1), got {self.drop_fraction!r}")
         if self.pattern is not None and (isinstance(self.pattern, type) or not isinstance(self.pattern, Pattern)):

@@ -183,3 +183,24 @@ def _shard(model: nn.Module, name: str, module: nn.Module, kind: LayerKind, aske
         if asked_for:
             raise ValueError(f"layer {name!r}: {error}") from error
         return Whole(getattr(module, kind.weight_name), kind.transposed)
+
+
+def unlisted_weights(model: nn.Module, candidates: Sequence[Candidate]) -> dict[str, int]:
+    """Return the trainable weights of two or more dimensions that belong to none of the candidates.
+
+    Such are embeddings, experts that are stacked in one parameter, and weights of layers that are not known here.
+
+    Args:
+        model: the model.
+        candidates: what `find_candidates` returned for it.
+
+    Returns:
+        Number of weights by the parameter's name, free of wrappers' parts.
+
+    """
+    listed = {id(candidate.weight) for candidate in candidates}
+    return {
+        clean_name(name): parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.dim() > 1 and id(parameter) not in listed
+    }

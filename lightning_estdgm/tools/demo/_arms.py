@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_estdgm.callbacks.dgm import DGMCallback
 from lightning_estdgm.callbacks.energy import EnergyMonitor
+from lightning_estdgm.method._masks import expand_mask
 from lightning_estdgm.tools._quiet import environment_variable
 from lightning_estdgm.tools.demo._demo_config import DemoConfig
 from lightning_estdgm.tools.demo._recorder import Recorder
@@ -92,8 +93,7 @@ def count_masked(model: LightningModule, dgm: DGMCallback) -> tuple[int, int, in
         if not layer.masked:
             continue
         weight = model.get_parameter(f"{layer.name}.weight").detach()
-        inside = masks[layer.name].to(weight.device)
-        inside = inside.repeat_interleave(layer.block_size, 0).repeat_interleave(layer.block_size, 1)
+        inside = expand_mask(masks[layer.name].to(weight.device), layer.block_size)
         total += weight.numel()
         active += int(inside.sum())
         outside += int((weight[~inside] != 0).sum())

@@ -1,0 +1,91 @@
+"""The end of a fit against what was asked for: its density, and that of the checkpoints it kept as the best."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_estdgm.engine._controller import DGMController
+
+_TOLERANCE = 0.05  # relative: whole units meet a density only nearly
+
+
+@dataclass(frozen=True)
+class BestCheckpoint:
+    """The file that a `ModelCheckpoint` holds for the best.
+
+    Attributes:
+        path: path of the file.
+        monitor: metric that it is the best by.
+        density: active share of the masked weights when it was saved.
+        phase: phase of the schedule then.
+
+    """
+
+    path: str
+    monitor: str
+    density: float
+    phase: str
+
+
+class RunOutcome:
+    """What a fit comes to, watched from batch to batch.
+
+    Args:
+        trainer: the Trainer of the fit.
+        controller: the controller of the fit.
+
+    """
+
+    def __init__(self, trainer: pl.Trainer, controller: DGMController) -> None:
+        self._trainer = trainer
+        self._controller = controller
+        self._asked = controller.final_density
+        self._best: dict[ModelCheckpoint, BestCheckpoint] = {}
+
+    def watch(self) -> None:
+        """Note the density of what the checkpoint callbacks have newly saved as the best; between any two steps."""
+        for callback in self._trainer.checkpoint_callbacks:
+            if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
+                continue
+            known = self._best.get(callback)
+            path = callback.best_model_path
+            if path and (known is None or known.path != path):
+                controller = self._controller
+                self._best[callback] = BestCheckpoint(path, callback.monitor, controller.density, controller.phase)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the outcome in plain types: whether the run ended as dense as asked for, and the best checkpoints."""
+        return {
+            "ended_as_asked": self._is_asked(self._controller.density),
+            "best_checkpoints": [asdict(best) for best in self._best.values()],
+        }
+
+    def say(self) -> None:
+        """Warn where the run, or its best checkpoint, is not of the density that was asked for."""
+        self.watch()
+        controller, trainer = self._controller, self._trainer
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if not self._is_asked(controller.density):
+            rank_zero_warn(
+                f"the run ended at position {controller.position} of {controller.schedule.total_steps} of the "
+                f"schedule, in {controller.phase}, at density {controller.density:.2f}; asked for was "
+                f"{self._asked:.2f} at the end. Resume it to go on. Where a callback such as EarlyStopping ended it, "
+                "have that wait for the final density (`dgm/density` is in trainer.callback_metrics), or give the "
+                "length of the run as DGMCallback(total_steps=...)"
+            )
+        for best in self._best.values():
+            if not self._is_asked(best.density):
+                rank_zero_warn(
+                    f"the best checkpoint by {best.monitor!r}, {best.path}, was saved in {best.phase}, at density "
+                    f"{best.density:.2f}; asked for was {self._asked:.2f} at the end. To keep the best at the final "
+                    "density, monitor a metric that is logged there only: see docs/checkpoints.md"
+                )
+
+    def _is_asked(self, density: float) -> bool:
+        return abs(density - self._asked) <= _TOLERANCE * self._asked
