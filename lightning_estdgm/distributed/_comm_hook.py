@@ -33,7 +33,7 @@ look at a bucket's layout, and cannot be combined with packing."""
 
 
 class MaskedWeight(Protocol):
-    """What the hook needs to know of a masked weight; `MaskedLayer` has it."""
+    """What the hook needs to know of a masked weight; `MaskedWeight` has it."""
 
     @property
     def parameter(self) -> Tensor:

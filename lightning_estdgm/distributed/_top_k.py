@@ -1,4 +1,4 @@
-"""Exact top-k of scores that lie over ranks: the same mask as `masks.top_k` gives for the gathered scores, bit for bit.
+"""Exact top-k of scores that lie over ranks: the mask of `method._masks.top_k` for the gathered scores, bit for bit.
 
 A radix select. Scores become integers of the same order, of which each pass settles eight bits: ranks count the values
 of those bits among the elements still in question, add the counts up, and see in which of the 256 the k-th largest

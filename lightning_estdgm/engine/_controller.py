@@ -287,7 +287,7 @@ class DGMController:
 
     @property
     def masked_weights(self) -> tuple[MaskedWeight, ...]:
-        """The masked weights, for a communication hook such as `distributed.comm_hook.ActiveUnits`."""
+        """The masked weights, for a communication hook such as `distributed.ActiveUnits`."""
         return tuple(self._masked.weights)
 
     def masks(self) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Dispatch of the layers of a run to backends: chosen once its first step has shown shapes, applied as masks change.
 
-`autotune.choice` measures and decides for one shape and density; here a model's layers are what it is asked about.
+`autotune._choice` measures and decides for one shape and density; here a model's layers are what it is asked about.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def _masked_weight(candidate: Candidate, config: DGMConfig, state: Mapping[str, 
 def draw_masks(
     weights: Sequence[MaskedWeight], budgets: Sequence[Sequence[int]], config: DGMConfig, *, largest: bool = False
 ) -> list[int]:
-    """Draw masks and bring the weights in line with them; see `masks.initial_mask`.
+    """Draw masks and bring the weights in line with them; see `_masks.initial_mask`.
 
     Initial weights are scaled by ``density**-0.5`` where the settings say so, the weights are not recovered, and no
     earlier mask has left its zeros: those were scaled by that one.

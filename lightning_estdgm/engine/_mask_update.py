@@ -34,12 +34,12 @@ def drop_and_grow(
     """Replace masks by ones decided from the weights and the windows; end the windows.
 
     All ranks of sharded weights must go through it to its end, and reach the same masks: unit scores are summed in one
-    all-reduce, and single weights are ranked as `distributed.top_k` does.
+    all-reduce, and single weights are ranked as `distributed._top_k` does.
 
     Args:
         weights: all of them.
         budgets: for each, the active units of each of its parts; a redistribution keeps to their sum.
-        drop_fraction: see `masks.decide`.
+        drop_fraction: see `_masks.decide`.
         rule: choice of the units; `UpdateRule.check_sharded` holds for sharded weights.
         seed: seed of random scores.
         update: number of the update, for random scores.

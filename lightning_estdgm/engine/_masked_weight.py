@@ -25,8 +25,8 @@ class MaskedWeight:
     """State of one masked weight: its mask, and the parts that observe it, step it and treat what is inactive.
 
     Tensors are this rank's part of the weight, oriented ``(out, in, ...)``: all of it where the weight is whole. What
-    concerns several weights at once is elsewhere: `observation.observe`, `mask_update.drop_and_grow`,
-    `gradient_mask.mask_gradients_`.
+    concerns several weights at once is elsewhere: `_observation.observe`, `_mask_update.drop_and_grow`,
+    `_gradient_mask.mask_gradients_`.
 
     Args:
         candidate: the layer.
@@ -44,7 +44,7 @@ class MaskedWeight:
         inactive: treatment of the inactive weights.
         mask: bool over units, true where active; replaced as a whole. For single weights of a sharded weight the local
             part, else whole.
-        addressed_mask: the mask as it addresses local tensors, at `placement.grain`.
+        addressed_mask: the mask as it addresses local tensors, at `_placement.grain`.
         active: number of active units of the whole weight.
         part_active: number of active units of each part.
         explored: bool over units, true where ever active.

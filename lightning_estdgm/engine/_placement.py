@@ -1,6 +1,6 @@
 """Where a weight, its mask and the norms of its units are known: whole on every rank, or spread over several.
 
-`distributed.Shard` says which elements this rank holds; a `Placement` says what follows for masks of one block size.
+`Shard` says which elements this rank holds; a `Placement` says what follows for masks of one block size.
 There is one class for whole and one for sharded weights.
 """
 

@@ -53,7 +53,7 @@ def erk(shapes: Sequence[Shape], density: float) -> list[float]:
 
 
 DISTRIBUTIONS: dict[str, Callable[[Sequence[Shape], float], list[float]]] = {"erk": erk, "uniform": uniform}
-"""Known distributions by name; `DGMConfig.distribution` also takes such a function itself."""
+"""Known distributions by name; `Units.distribution` also takes such a function itself."""
 
 
 def allocate(

@@ -1,7 +1,7 @@
 """Patterns of active units within a layer: N:M, constant fan-in. Pure: tensors in, tensors out.
 
 A pattern sorts the units of a layer into groups of equal size and says how many of each group are active. Passed as
-`DGMConfig.pattern`; without one, a layer's active units may lie anywhere in it.
+`UpdateRule.pattern`; without one, a layer's active units may lie anywhere in it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Budgets of layers that move with what an update sees: functions of all layers' scores. Pure.
 
-`densities.py` gives layers their shares by shape alone; a redistribution replaces that at mask updates.
+`_distributions` gives layers their shares by shape alone; a redistribution replaces that at mask updates.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def globally(layers: Sequence[Scored], k: int, drop_fraction: float, regrow: boo
     Args:
         layers: all of them.
         k: active units of the whole.
-        drop_fraction: see `masks.decide`.
-        regrow: see `masks.exchange`.
+        drop_fraction: see `_masks.decide`.
+        regrow: see `_masks.exchange`.
 
     """
     masks = torch.cat([layer.mask.flatten() for layer in layers])
@@ -81,7 +81,7 @@ def by_growth(layers: Sequence[Scored], k: int, drop_fraction: float, regrow: bo
         layers: all of them.
         k: active units of the whole.
         drop_fraction: share of each layer's active units that it drops, in [0, 1].
-        regrow: see `masks.exchange`.
+        regrow: see `_masks.exchange`.
 
     Raises:
         ValueError: if `k` is less than what stays, or more than there is room for.
@@ -123,4 +123,4 @@ def _best_first(scores: Tensor) -> Tensor:
 
 Redistribution = Callable[[Sequence[Scored], int, float, bool], list[Budget]]
 REDISTRIBUTIONS: dict[str, Redistribution] = {"global": globally, "growth": by_growth}
-"""Known redistributions by name; `DGMConfig.redistribute` also takes such a function itself."""
+"""Known redistributions by name; `UpdateRule.redistribute` also takes such a function itself."""

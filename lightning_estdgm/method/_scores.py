@@ -24,7 +24,7 @@ class Evidence:
         weight: norm of each unit's weights.
         mean_gradient: norm of each unit's gradient, averaged over the window; 0 where nothing was observed.
         mean_norm: norms of each unit's gradients, averaged over the window; 0 where nothing was observed.
-        gamma: `DGMConfig.gamma`.
+        gamma: `UpdateRule.gamma`.
         generator: on the CPU; seeded by `DGMConfig.seed`, the update and the layer: the same on every rank and in a
             resumed run.
 
@@ -127,7 +127,7 @@ SCORES: dict[str, Callable[[Evidence], Tensor]] = {
     "weight_and_gradient": WeightAndGradient(relative=True),
     "random": _random,
 }
-"""Known scores by name; `DGMConfig.keep` and `DGMConfig.grow` also take such a function itself."""
+"""Known scores by name; `UpdateRule.keep` and `UpdateRule.grow` also take such a function itself."""
 
 WITHOUT_GRADIENTS = frozenset({"magnitude", "random"})
 """Scores that need no observation window."""

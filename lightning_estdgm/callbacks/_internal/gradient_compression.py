@@ -1,4 +1,4 @@
-"""`DGMCallback(compress_gradients=True)`: puts the hook of `distributed.comm_hook` on a Trainer's DDP model."""
+"""`DGMCallback(compress_gradients=True)`: puts `distributed.active_units_hook` on a Trainer's DDP model."""
 
 from __future__ import annotations
 

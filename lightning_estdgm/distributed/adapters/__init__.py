@@ -1,1 +1,1 @@
-"""The strategies that spread a model over ranks: `protocol`, and one adapter a module."""
+"""The strategies that spread a model over ranks: `_protocol`, and one adapter a module."""

@@ -1,6 +1,6 @@
 """How large a share of the active units an update gives up: functions of (progress, density).
 
-`DGMConfig.drop_fraction` takes a number (annealed to 0 by a half cosine) or such a function. Progress is
+`UpdateRule.drop_fraction` takes a number (annealed to 0 by a half cosine) or such a function. Progress is
 `Schedule.drop_progress`: 0 at the start of the run, 1 where updates end. Density is the one updated to.
 """
 
