@@ -6,8 +6,8 @@ A pattern sorts the units of a layer into groups of equal size and says how many
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from torch import Tensor
 from lightning_estdgm.method._masks import top_k, top_k_in_groups
 
 
-@runtime_checkable
-class Pattern(Protocol):
+class Pattern(ABC):
     """What `draw` and `exchange_in_groups` ask of a pattern; a frozen dataclass with these methods is all it takes."""
 
+    @abstractmethod
     def group_size(self, shape: torch.Size) -> int:
         """Return how many units a group has, for a mask of `shape`; groups lie along the inputs.
 
@@ -27,6 +27,7 @@ class Pattern(Protocol):
 
         """
 
+    @abstractmethod
     def per_group(self, k: int, groups: int, size: int) -> int:
         """Return how many units of each group are active, for `k` units of `groups` groups of `size`.
 
@@ -35,6 +36,7 @@ class Pattern(Protocol):
 
         """
 
+    @abstractmethod
     def quotas(self, n: int, salient: Tensor) -> Tensor:
         """Return how many units of each group are active now, should groups differ.
 
@@ -47,9 +49,16 @@ class Pattern(Protocol):
 
         """
 
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        methods = ("group_size", "per_group", "quotas")
+        if cls is not Pattern:
+            return NotImplemented
+        return all(callable(getattr(other, method, None)) for method in methods)
+
 
 @dataclass(frozen=True)
-class NofM:
+class NofM(Pattern):
     """N:M: of each `m` neighbours along the inputs the same number is active, n = density * m.
 
     The layer's density must make n a whole number: use ``distribution="uniform"`` and a density of n / m.
@@ -87,7 +96,7 @@ class NofM:
 
 
 @dataclass(frozen=True)
-class FanIn:
+class FanIn(Pattern):
     """Constant fan-in: every output has the same number of active units; SRigL (Lasby et al., arXiv 2305.02299).
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Optimizers that wrap others, or whose hooks torch never runs: the steps that move the weights are found or refused."""
+"""Optimizers that wrap others, or whose hooks torch never runs: steps that move the weights are found or refused."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_estdgm._checks import check_int
-from lightning_estdgm.method._schedules.protocol import Schedule, Segment, SteppedSchedule, intervals
+from lightning_estdgm.method._schedules.protocol import Schedule, ScheduleConfig, Segment, SteppedSchedule, intervals
 
 WARMUP = "warmup"
 """Name of the dense phase that `EstDgm(warmup=...)` puts first."""
@@ -48,7 +48,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class EstDgm:
+class EstDgm(ScheduleConfig):
     r"""EST-DGM's cycle of exploration, consolidation and refinement.
 
     The mean density of the defaults is about 0.25. The last phase is always refinement, and its mask is frozen for the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -60,15 +61,27 @@ class Schedule(Protocol):
         """Return how far the drop fraction is annealed at `step`: 0 at the start, 1 at the last mask update."""
 
 
-@runtime_checkable
-class ScheduleConfig(Protocol):
-    """What a user configures; a frozen dataclass with this method is all that a new schedule needs."""
+class ScheduleConfig(ABC):
+    """A schedule as a user configures it, for a run of any length: a frozen dataclass with these two methods.
 
+    A class need not inherit from this one to be taken; one that does can also be named in YAML (``class_path``).
+    """
+
+    @abstractmethod
     def resolve(self, total_steps: int) -> Schedule:
         """Lay the schedule over a run of `total_steps` optimizer steps."""
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain types, to be compared with a checkpoint's."""
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        return _has(other, "resolve", "to_dict") if cls is ScheduleConfig else NotImplemented
+
+
+def _has(cls: type, *methods: str) -> bool:
+    return all(callable(getattr(cls, method, None)) for method in methods)
 
 
 @dataclass(frozen=True)
