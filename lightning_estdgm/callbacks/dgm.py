@@ -159,7 +159,7 @@ class DGMCallback(pl.Callback):
         }
         if self.controller is None:
             unknown = ("final_density", "density", "flops_ratio", "flops_executed_ratio", "phases", "block_sizes")
-            more = ("backends", "sparse_operators_ran", "ended_as_asked", "best_checkpoints")
+            more = ("backends", "sparse_operators_ran", "ended_as_asked", "thawed_and_dense", "best_checkpoints")
             return summary | dict.fromkeys((*unknown, *more))
         flops, masked = self.controller.flops, [d for d in self.decisions() if d.masked]
         return summary | {
@@ -277,6 +277,8 @@ class DGMCallback(pl.Callback):
         """Run the first step without torch.compile: it shows the shapes that backends are measured at."""
         assert self._outcome is not None
         self._outcome.watch()
+        if batch_idx == 0:
+            self._outcome.watch_thawed()
         if self._eagerly is None and self._bound().probing:
             self._eagerly = torch.compiler.set_stance("force_eager")
 

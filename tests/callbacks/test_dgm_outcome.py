@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, EarlyStopping, ModelCheckpoint
 from torch import nn
 
 from helpers.models import NO_VALIDATION_LOADER, SCHEDULE, Batches, TinyMLP, make_trainer
@@ -163,3 +163,38 @@ def test_weights_in_no_known_layer_are_counted_and_named(capsys: pytest.CaptureF
     assert f"{21 + 30} of {total} trainable weights are in no linear or convolution layer, and stay dense:" in text
     assert "table.weight" in text
     assert "experts" in text
+
+
+class Tuned(pl.LightningModule):
+    """A backbone that `BackboneFinetuning` freezes at first, and a head."""
+
+    def __init__(self, *head: int) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
+        self.head = nn.Sequential(*(nn.Linear(16, width) for width in head))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.head(self.backbone(batch[0])).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.01)
+
+
+def tuned(*head: int) -> dict[str, Any]:
+    dgm = callback()
+    thaw = BackboneFinetuning(unfreeze_backbone_at_epoch=2, lambda_func=lambda epoch: 1.0)
+    make_trainer(thaw, dgm, max_epochs=STEPS // EPOCH).fit(Tuned(*head), TinyMLP.batches(EPOCH))
+    return dgm.run_summary()
+
+
+def test_a_backbone_that_is_thawed_in_mid_run_and_stays_dense_is_named() -> None:
+    with pytest.warns(UserWarning, match=r"1 layers \(backbone\.0\) have begun to train in mid-run and stay dense"):
+        summary = tuned(16, 4)
+    assert summary["thawed_and_dense"] == ["backbone.0"]
+
+
+def test_nothing_to_mask_but_what_is_thawed_later_names_the_way_out() -> None:
+    with pytest.raises(
+        ValueError, match="what BackboneFinetuning or the like thaws later is not seen: thaw it before the fit"
+    ):
+        tuned(4)

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.modules._candidates import thawed_layers
 
 _TOLERANCE = 0.05  # relative: whole units meet a density only nearly
 
@@ -46,6 +47,7 @@ class RunOutcome:
         self._controller = controller
         self._asked = controller.final_density
         self._best: dict[ModelCheckpoint, BestCheckpoint] = {}
+        self._thawed: list[str] = []
 
     def watch(self) -> None:
         """Note the density of what the checkpoint callbacks have newly saved as the best; between any two steps."""
@@ -58,10 +60,25 @@ class RunOutcome:
                 controller = self._controller
                 self._best[callback] = BestCheckpoint(path, callback.monitor, controller.density, controller.phase)
 
+    def watch_thawed(self) -> None:
+        """Warn of layers that have begun to train in mid-run: they stay dense; at the start of each epoch."""
+        held = {id(p) for o in self._trainer.optimizers for group in o.param_groups for p in group["params"]}
+        now = thawed_layers(self._controller.candidates, held)
+        new = [name for name in now if name not in self._thawed]
+        if new:
+            self._thawed += new
+            first = ", ".join(new[:3]) + ", ..." * (len(new) > 3)
+            rank_zero_warn(
+                f"DGMCallback: {len(new)} layers ({first}) have begun to train in mid-run and stay dense: masks are "
+                "drawn at the start of a fit, when these took no gradient. To mask them, thaw them before the fit, or "
+                "begin another fit once they train"
+            )
+
     def summary(self) -> dict[str, Any]:
         """Return the outcome in plain types: whether the run ended as dense as asked for, and the best checkpoints."""
         return {
             "ended_as_asked": self._is_asked(self._controller.density),
+            "thawed_and_dense": list(self._thawed),
             "best_checkpoints": [asdict(best) for best in self._best.values()],
         }
 
