@@ -173,8 +173,8 @@ def find_candidates(
         raise ValueError(
             "the model has no layer to mask: expected at least one linear or convolution layer besides the output head"
             + (
-                "; what BackboneFinetuning or the like thaws later is not seen: thaw it before the fit, or begin another "
-                "fit once it trains"
+                "; what BackboneFinetuning or the like thaws later is not seen: thaw it before the fit, or begin "
+                "another fit once it trains"
                 if thawed_later
                 else ""
             )
