@@ -1,4 +1,7 @@
-"""Hooks on the optimizers' steps: gradients masked before, weights brought in line with their masks after."""
+"""`StepHooks`: hooks on the optimizers' steps that mask gradients before a step and treat inactive weights around it.
+
+The treatment itself is in `_inactive`; here it is decided which calls of `step` are steps of training.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from lightning_estdgm.engine._masked_weight import MaskedWeight
 
 
 class StepHooks:
-    """Hooks on the steps of all optimizers of one run, and the count of steps that really happened.
+    """Hooks on the steps of all optimizers of one run.
 
     Args:
-        optimizers: the optimizers, already made.
-        mask_gradients: masks the gradients of some weights that were not masked, or were changed since.
-        exponent: see `StepSize`.
+        optimizers: optimizers of the run.
+        mask_gradients: function that masks the gradients of the given weights, unless they are masked already.
+        exponent: `StepSize.exponent`.
 
     Attributes:
         stepped: whether an optimizer has stepped since this was last set to False.
@@ -38,8 +41,8 @@ class StepHooks:
         self._exponent = exponent
         self._held = {id(o): [p for group in o.param_groups for p in group["params"]] for o in optimizers}
         self._weights: dict[int, list[MaskedWeight]] = {id(o): [] for o in optimizers}
-        self._idle = False  # the step under way is none of training
-        self._unevenly_held: dict[int, bool] = {}  # per optimizer: some rank holds no part of any parameter
+        self._idle = False  # whether the current step is not one of training
+        self._unevenly_held: dict[int, bool] = {}  # by optimizer: whether some rank holds no part of any parameter
         self._handles: list[Any] = []
 
     @property
@@ -49,7 +52,7 @@ class StepHooks:
 
     @property
     def states(self) -> list[Mapping[Any, Mapping[str, Any]]]:
-        """States of the optimizers; of a ZeroRedundancyOptimizer its inner one's, as its own is empty."""
+        """State of each optimizer; for a ZeroRedundancyOptimizer that of its inner one, as its own is empty."""
         inner = [getattr(optimizer, "optim", None) for optimizer in self._optimizers]
         pairs = zip(self._optimizers, inner, strict=True)
         return [own.state if isinstance(own, Optimizer) else optimizer.state for optimizer, own in pairs]
@@ -59,7 +62,7 @@ class StepHooks:
         return self._weights[id(optimizer)]
 
     def register(self, weights: Sequence[MaskedWeight]) -> None:
-        """Hook those optimizers that hold some of the masked weights."""
+        """Hook the optimizers that hold masked weights."""
         for optimizer in self._optimizers:
             ids = {id(parameter) for parameter in self._held[id(optimizer)]}
             self._weights[id(optimizer)] = [weight for weight in weights if id(weight.parameter) in ids]
@@ -68,7 +71,7 @@ class StepHooks:
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def remove(self) -> None:
-        """Take all hooks away. Idempotent."""
+        """Remove all hooks. May be called twice."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -98,11 +101,11 @@ class StepHooks:
             weight.inactive.with_gradients(weight, self._exponent, 1.0 if grad_scale is None else grad_scale)
 
     def _wrapped(self, optimizer: Optimizer, closure: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Return the step's arguments with a closure that runs without, and returns with, inactive weights in place."""
+        """Return the step's arguments with a closure that runs without inactive weights and adds them at its end."""
 
         def wrapped() -> Any:
             with torch.no_grad():
-                for weight in self.weights_of(optimizer):  # of a second call of the closure
+                for weight in self.weights_of(optimizer):  # in, if the closure is called again
                     weight.inactive.withdraw(weight)
             with torch.enable_grad():
                 loss = closure()
@@ -127,13 +130,14 @@ class StepHooks:
             if weight.gradient is not None:
                 weight.inactive.after_step(weight, self._exponent)
 
-    # ------------------------------------------------------------------ what kind of step it is
+    # ------------------------------------------------------------------ kinds of steps
 
     def _is_idle(self, optimizer: Optimizer) -> bool:
-        """Whether a step is none of training: torch's distributed checkpoints take one to make an optimizer's state.
+        """Whether a step is not one of training: torch's distributed checkpoints take one to make an optimizer's state.
 
-        It has a learning rate and gradients of 0, and may come between a checkpoint's weights and its masks, when those
-        of before would wipe out weights. The ranks agree, as a real step may be all zeros to one of them.
+        Such a step has a learning rate and gradients of 0. It may come after a checkpoint's weights are loaded and
+        before its masks are, when the old masks would zero loaded weights. The ranks agree on it, because a rank's
+        gradients may all be 0 in a step of training too.
         """
         rates = [group.get("lr") for group in optimizer.param_groups]
         if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
@@ -145,10 +149,10 @@ class StepHooks:
         return not agree([weight.shard for weight in self.weights_of(optimizer)], moving)
 
     def _has_gradients(self, optimizer: Optimizer) -> bool:
-        """Whether a step has anything to step by.
+        """Whether there are gradients to step by.
 
-        A rank of sharded weights may hold nothing of the masked ones: there every parameter counts, and where a rank
-        holds nothing at all, the ranks agree.
+        With sharded weights a rank may hold no part of the masked ones, so all parameters count; if a rank holds no
+        part of any parameter, the ranks agree.
         """
         weights, parameters = self.weights_of(optimizer), self._held[id(optimizer)]
         if not any(weight.placement.is_sharded for weight in weights):
