@@ -1,7 +1,7 @@
 """Checks of numbers that a user sets.
 
-`check_*` say what a setting must be ("steps must be at least 1, got 0"); `expect_*` say what was found first, as
-command lines do ("steps: got 0, expected at least 1").
+`check_*` name the condition first ("steps must be at least 1, got 0"), `expect_*` the value, as command lines do
+("steps: got 0, expected at least 1").
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def check_int(name: str, value: object, *, at_least: int, expected: str = "an in
         name: name of the setting, for messages.
         value: its value.
         at_least: the smallest int that is accepted.
-        expected: what else would be accepted, for the message on types, such as "an int or None".
+        expected: all accepted types, in words for the message on types, such as "an int or None".
 
     Raises:
         TypeError: if it is no int.
@@ -60,6 +60,18 @@ def check_number(name: str, value: object, *, at_least: float) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (math.isfinite(value) and value >= at_least):
         raise ValueError(f"{name} must be a finite number of at least {at_least:g}, got {value!r}")
+
+
+def check_share(name: str, value: float, *, zero: bool = False) -> None:
+    """Raise ValueError unless a setting lies in (0, 1], or with `zero` in [0, 1]."""
+    if not (value <= 1.0 and (value >= 0.0 if zero else value > 0.0)):
+        raise ValueError(f"{name} must lie in {'[0' if zero else '(0'}, 1], got {value!r}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise ValueError unless a setting lies in [0, 1)."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
 
 
 def expect_int(name: str, value: object, *, at_least: int) -> None:

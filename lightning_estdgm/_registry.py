@@ -1,4 +1,4 @@
-"""Discovery of what a folder of this package, or an entry point of another one, offers: the one place that does it.
+"""Discovery of backends, sources and adapters in a folder of this package and in entry points of other packages.
 
 A discovery folder holds ``_protocol.py`` and, beside it, only modules (or packages) that offer one thing each under an
 agreed name, such as ``BACKEND``. Another distribution offers one by an entry point that loads to it.
@@ -16,14 +16,14 @@ from types import ModuleType
 
 @dataclass(frozen=True)
 class Offer:
-    """One thing that was found, not loaded yet.
+    """One object that was found, not loaded yet.
 
     Attributes:
-        name: of the module or entry point.
-        origin: where it comes from, for error messages.
-        is_own: whether it is this package's.
-        load: imports it and returns it; raises whatever the import raises, and TypeError where a module of the folder
-            lacks the agreed name.
+        name: name of the module or entry point.
+        origin: module or entry point it comes from, in words for error messages.
+        is_own: whether this package offers it.
+        load: function that imports and returns it. It raises any error of the import, and TypeError if a module of the
+            folder lacks the agreed name.
 
     """
 
@@ -34,12 +34,12 @@ class Offer:
 
 
 def offers(package: ModuleType, attribute: str, group: str) -> list[Offer]:
-    """List what is on offer: the modules of a folder by name, then the entry points of a group by name.
+    """Return all offers: the modules of a folder by name, then the entry points of a group by name.
 
     Args:
-        package: the folder, imported.
-        attribute: the agreed name in its modules.
-        group: of the entry points.
+        package: package of the folder.
+        attribute: agreed name of the object in each of its modules.
+        group: group of the entry points.
 
     """
     modules = sorted(info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_"))

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
-from lightning_estdgm._checks import check_int, check_number, expect_fraction, expect_int, expect_positive
+from lightning_estdgm._checks import (
+    check_fraction,
+    check_int,
+    check_number,
+    check_share,
+    expect_fraction,
+    expect_int,
+    expect_positive,
+)
 
 
 @pytest.mark.parametrize("value", [1, 2, 10**12])
@@ -26,6 +35,14 @@ def test_a_number_of_the_least_and_above_passes(value: float) -> None:
 @pytest.mark.parametrize("value", [0, 0.0, 0.5, math.nextafter(1.0, 0.0)])
 def test_a_fraction_passes(value: float) -> None:
     expect_fraction("warmup", value)
+    check_fraction("warmup", value)
+
+
+@pytest.mark.parametrize("value", [math.nextafter(0.0, 1.0), 0.5, 1, 1.0])
+def test_a_share_passes(value: float) -> None:
+    check_share("density", value)
+    check_share("density", value, zero=True)
+    check_share("density", 0.0, zero=True)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +74,13 @@ def test_refusals_with_a_least_value(
 @pytest.mark.parametrize(
     ("check", "value", "message"),
     [
+        (check_share, 0.0, "x must lie in (0, 1], got 0.0"),
+        (check_share, 1.5, "x must lie in (0, 1], got 1.5"),
+        (check_share, math.nan, "x must lie in (0, 1], got nan"),
+        (partial(check_share, zero=True), -0.5, "x must lie in [0, 1], got -0.5"),
+        (check_fraction, 1.0, "x must lie in [0, 1), got 1.0"),
+        (check_fraction, -0.5, "x must lie in [0, 1), got -0.5"),
+        (check_fraction, math.nan, "x must lie in [0, 1), got nan"),
         (expect_fraction, 1, "x: got 1, expected a fraction in [0, 1)"),
         (expect_fraction, -0.1, "x: got -0.1, expected a fraction in [0, 1)"),
         (expect_fraction, math.nan, "x: got nan, expected a fraction in [0, 1)"),

@@ -1,4 +1,4 @@
-"""How the weights of a model lie over ranks, and what ranks have to agree on."""
+"""Layouts of weights over ranks, collectives on them, and the comparison of masks between ranks."""
 
 from typing import TYPE_CHECKING
 

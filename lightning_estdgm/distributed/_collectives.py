@@ -1,4 +1,4 @@
-"""Sums, votes and gathers over the ranks that a weight is spread over."""
+"""Collectives over the ranks that weights are spread over: sums, votes, gathers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning_estdgm.distributed._shard import Shard
 
 
 def all_reduce(shards: Sequence[Shard], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Sum each tensor over the ranks that its weight is spread over; one collective for all that go the same way.
+    """Sum each tensor over the ranks that its weight is spread over; one collective for all of the same groups.
 
     Args:
-        shards: one for each tensor.
-        tensors: any shapes; those of whole weights come back as they are.
+        shards: layout of the weight that each tensor belongs to.
+        tensors: tensors of any shapes; those of whole weights are returned as they are.
 
     """
     results = list(tensors)
@@ -44,7 +44,7 @@ def agree(shards: Sequence[Shard], flag: bool) -> bool:
 
 
 def gather(shard: Shard, local: Tensor) -> Tensor:
-    """Return the whole of what every rank holds a part of, on the CPU of every rank; one layer's memory in passing."""
+    """Return the whole of a local tensor, on the CPU of every rank; the device holds it in passing."""
     if not shard.groups:
         return local.cpu().clone()
     number = local.to(torch.uint8) if local.dtype == torch.bool else local
@@ -53,6 +53,6 @@ def gather(shard: Shard, local: Tensor) -> Tensor:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor that may be a DTensor."""
+    """Return this rank's part of a tensor that may be a DTensor."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()

@@ -1,13 +1,13 @@
-"""Less traffic under DDP: a communication hook that all-reduces the gradients of active units only.
+"""Communication hook for DDP that all-reduces the gradients of active units only.
 
 Registered on a `DistributedDataParallel` model::
 
-    state = ActiveUnits(controller.layers, lambda: controller.observing)
+    state = ActiveUnits(controller.masked_weights, lambda: controller.observing)
     model.register_comm_hook(state, active_units_hook)
 
-Each bucket is packed: gradients of dense parameters as they are, of masked weights those of active units; the packed
-tensor is averaged over the ranks as DDP does it, and unpacked, with zeros for inactive units, whose gradients the
-method drops anyway. In an observation window, where they are wanted, nothing is packed.
+Each bucket is packed: all gradients of dense parameters, and those of active units of masked weights. The packed tensor
+is averaged over the ranks as DDP does it, and unpacked with zeros for inactive units, whose gradients the method masks
+anyway. In an observation window, which needs them, nothing is packed.
 """
 # No `from __future__ import annotations`: DDP compares the annotations of a hook with the classes themselves.
 
@@ -28,12 +28,12 @@ WIRE_DTYPES: dict[Callable[..., Any], torch.dtype | None] = {
     default_hooks.fp16_compress_hook: torch.float16,
     default_hooks.bf16_compress_hook: torch.bfloat16,
 }
-"""The dtype that each of torch's element-wise hooks sends in; ``None``: the gradients' own. Others, such as PowerSGD,
-look at a bucket's layout, and cannot be combined with packing."""
+"""Dtype that each of torch's element-wise hooks sends in; ``None``: the gradients' own. Others, such as PowerSGD,
+depend on a bucket's layout, and cannot be combined with packing."""
 
 
-class MaskedWeight(Protocol):
-    """What the hook needs to know of a masked weight; `MaskedWeight` has it."""
+class CommunicatedWeight(Protocol):
+    """Masked weight as the hook sees it; `engine.MaskedWeight` is one."""
 
     @property
     def parameter(self) -> Tensor:
@@ -41,7 +41,7 @@ class MaskedWeight(Protocol):
 
     @property
     def mask(self) -> Tensor:
-        """Bool over units; another tensor whenever it changes."""
+        """Mask over units, bool; a new tensor whenever it changes."""
 
     @property
     def block_size(self) -> int:
@@ -53,13 +53,13 @@ class MaskedWeight(Protocol):
 
     @property
     def shard(self) -> Shard:
-        """How the weight lies over ranks; under DDP it is whole on all of them."""
+        """Layout of the weight over ranks; under DDP it is whole on all of them."""
 
 
 class _Packer:
-    """Where the active units of one weight lie in its stretch of a bucket, for one mask."""
+    """Positions of the active units of one weight in its stretch of a bucket, for one mask."""
 
-    def __init__(self, weight: MaskedWeight) -> None:
+    def __init__(self, weight: CommunicatedWeight) -> None:
         self.mask = weight.mask
         self._weight = weight
         parameter = weight.parameter
@@ -80,7 +80,7 @@ class _Packer:
         return self._units(stretch)[self._rows, :, self._columns].flatten()
 
     def unpack_(self, stretch: Tensor, packed: Tensor) -> None:
-        """Write them back, and zeros elsewhere."""
+        """Write packed gradients to a stretch, and zeros elsewhere."""
         stretch.zero_()
         if self._weight.block_size == 1:
             stretch.index_add_(0, self._positions, packed)  # unlike index_copy_, it takes 32-bit positions
@@ -100,7 +100,7 @@ def _index_dtype(numel: int) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Stretch:
-    """One parameter's gradient in a bucket."""
+    """One parameter's gradient in a bucket: elements `first` to `last`, the latter excluded."""
 
     first: int
     last: int
@@ -108,22 +108,22 @@ class _Stretch:
 
 
 class ActiveUnits:
-    """What `active_units_hook` keeps from step to step.
+    """State of `active_units_hook`.
 
     Args:
-        weights: the masked weights.
-        observing: whether gradients are wanted whole now, the same on all ranks.
+        weights: masked weights of the model.
+        observing: function that returns whether gradients are needed whole now, the same on all ranks.
         wire_dtype: dtype to send in; ``None``: the gradients' own.
-        group: the ranks; ``None``: all.
+        group: process group; ``None``: all ranks.
 
     Attributes:
-        bytes: what this rank has handed to all-reduce so far.
+        bytes: number of bytes that this rank has handed to all-reduce so far.
 
     """
 
     def __init__(
         self,
-        weights: Iterable[MaskedWeight],
+        weights: Iterable[CommunicatedWeight],
         observing: Callable[[], bool],
         *,
         wire_dtype: torch.dtype | None = None,
@@ -158,12 +158,12 @@ class ActiveUnits:
         return future.then(received)
 
     def close(self) -> None:
-        """Average everything from now on, and hold on to no weight."""
+        """Release the weights; from now on every bucket is averaged whole."""
         self._weights.clear()
         self._packers.clear()
 
     def _stretches(self, parameters: Sequence[Tensor]) -> Iterator[_Stretch]:
-        """Lay out a bucket: gradients lie one after the other, each in its parameter's memory order."""
+        """Yield the stretches of a bucket: gradients one after the other, each in its parameter's memory order."""
         first = 0
         whole = self._observing()
         for parameter in parameters:
@@ -172,7 +172,7 @@ class ActiveUnits:
             yield _Stretch(first, first + parameter.numel(), packer)
             first += parameter.numel()
 
-    def _packer(self, weight: MaskedWeight) -> _Packer:
+    def _packer(self, weight: CommunicatedWeight) -> _Packer:
         key = id(weight.parameter)
         if key not in self._packers or self._packers[key].mask is not weight.mask:
             self._packers[key] = _Packer(weight)

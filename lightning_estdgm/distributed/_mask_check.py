@@ -1,4 +1,4 @@
-"""Masks are decided on every rank and never shipped; this shows that they came out the same."""
+"""Comparison of masks between ranks: each rank updates its own masks, and they have to come out the same."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def check_same_on_all_ranks(
     """Compare 64-bit words over the ranks of a group: one all-gather, and the same verdict on every rank.
 
     Args:
-        words: what each word describes, as it is to be named in the error, and the word; as many on every rank.
-        device: where the group's collectives take tensors.
-        when: completes "... differs between ranks", such as "after mask update 3".
-        group: ``None``: all ranks.
+        words: words by their descriptions for errors; the same number on every rank.
+        device: device that the group's collectives run on.
+        when: end of the error's "... differs between ranks ...", such as "after mask update 3".
+        group: process group; ``None``: all ranks.
 
     Raises:
-        MasksDifferError: on every rank, if any word differs: it names the first such one and who holds what.
+        MasksDifferError: on every rank, if any word differs; it names the first such word and the ranks on each side.
 
     """
     size = dist.get_world_size(group)

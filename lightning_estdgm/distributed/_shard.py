@@ -1,4 +1,4 @@
-"""How one weight lies over ranks: `Shard`."""
+"""`Shard`: protocol of the layout of one weight over ranks. Implementations are in `adapters`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch.nn import functional as F
 
 
 class Shard(Protocol):
-    """How this rank's part of one weight lies in the whole weight.
+    """Layout of one weight over ranks: the place of this rank's part in the whole weight.
 
-    "Local" tensors have the shape of this rank's part, oriented ``(out, in, ...)`` where the part is a box, flat where
-    it is a range; "whole" ones have the weight's shape ``(out, in, ...)``; masks over units are always whole, but for
-    single weights (``block_size=1``) of a sharded weight, which have local masks.
+    "Local" tensors have the shape of this rank's part, oriented ``(out, in, ...)`` if the part is a box, flat if it is
+    a range; "whole" ones have the weight's shape ``(out, in, ...)``. Masks over units are whole, except for single
+    weights (``block_size=1``) of a sharded weight, whose masks are local.
 
     Attributes:
-        shape: of the whole weight, ``(out, in, ...)``.
-        groups: process groups that the weight is spread over, in the order to reduce in; ``()`` where it is whole.
-        device: that collectives run on.
-        why_dense: why the layer's forward cannot use a sparse operator, in words; ``""`` where it can.
+        shape: shape of the whole weight, ``(out, in, ...)``.
+        groups: process groups that the weight is spread over, in the order of reductions; ``()`` if it is whole.
+        device: device that collectives run on.
+        why_dense: reason why the layer's forward cannot use a sparse operator, in words; ``""`` if it can.
 
     """
 
@@ -31,11 +31,11 @@ class Shard(Protocol):
     why_dense: str
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether `tensor` (a gradient, or optimizer state) lies over the ranks as this weight does."""
+        """Whether `tensor` (a gradient, or optimizer state) has this weight's layout over ranks."""
         ...
 
     def local(self, tensor: Tensor) -> Tensor:
-        """Return the local part of a parameter, gradient or optimizer state that lies like it; shares its storage."""
+        """Return the local part of the parameter, or of a gradient or optimizer state of its layout; shares storage."""
         ...
 
     def part(self, whole: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class Shard(Protocol):
         ...
 
     def spread(self, local: Tensor) -> Tensor:
-        """Return a tensor of the whole weight's shape, ``local`` in its place and 0 elsewhere."""
+        """Return a tensor of the whole weight's shape with `local` in its place and 0 elsewhere."""
         ...
 
     def index(self, device: torch.device) -> Tensor:
@@ -51,15 +51,15 @@ class Shard(Protocol):
         ...
 
     def expand(self, units: Tensor, block_size: int) -> Tensor:
-        """Return a mask over units as one that addresses local tensors at a grain of `grain` (it may broadcast)."""
+        """Return a mask over units in the form that addresses local tensors, at `grain`; it may broadcast."""
         ...
 
     def grain(self, block_size: int) -> int:
-        """Return the block size with which `expand`'s masks address local tensors: 1 unless the weight is whole."""
+        """Return the block size at which masks from `expand` address local tensors: 1 unless the weight is whole."""
         ...
 
     def pool(self, squares: Tensor, block_size: int) -> Tensor:
-        """Sum a local tensor over each unit; units that other ranks hold too are theirs to add. Of the mask's shape."""
+        """Return the sum of a local tensor over each unit, of the mask's shape; shares of other ranks are left out."""
         ...
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -71,13 +71,13 @@ def pool_box(box: Tensor, offset: Sequence[int], unit: Sequence[int], shape: Seq
     """Sum a box of a matrix over the units of the whole matrix.
 
     Args:
-        box: ``(rows, columns)``, maybe empty.
-        offset: row and column of its first element in the whole.
-        unit: rows and columns of a unit.
-        shape: of the whole; units divide it.
+        box: part of the matrix, ``(rows, columns)``, possibly empty.
+        offset: row and column of the box's first element in the whole matrix.
+        unit: numbers of rows and columns of a unit.
+        shape: shape of the whole matrix, a multiple of `unit`.
 
     Returns:
-        ``(shape[0] / unit[0], shape[1] / unit[1])``; 0 where the box is not.
+        Sums, ``(shape[0] / unit[0], shape[1] / unit[1])``; 0 for units outside the box.
 
     """
     out = box.new_zeros(shape[0] // unit[0], shape[1] // unit[1])

@@ -1,9 +1,9 @@
-"""Exact top-k of scores that lie over ranks: the mask of `method._masks.top_k` for the gathered scores, bit for bit.
+"""Exact top-k of scores that are sharded over ranks: the mask that `_masks.top_k` gives for the gathered scores.
 
-A radix select. Scores become integers of the same order, of which each pass settles eight bits: ranks count the values
-of those bits among the elements still in question, add the counts up, and see in which of the 256 the k-th largest
-lies. So an update sends 2 KB a layer and pass, whatever the layer's size, and all layers share one all-reduce a pass:
-four for float32, and up to as many again over the bits of the index where equal scores have to be told apart.
+A radix select. Scores become integers of the same order, and each pass finds eight bits of the k-th largest one: ranks
+count the values of those bits among the elements still in question, add the counts up, and see in which of the 256 it
+lies. A pass sends 2 KB per layer, whatever the layer's size, and all layers share one all-reduce: four passes for
+float32, and up to as many again over the bits of the index if equal scores have to be told apart.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _BINS = 1 << _BITS
 
 @dataclass(frozen=True)
 class Ranking:
-    """The scores of one weight, of which each part is to have its largest few chosen.
+    """Scores of one weight, and the number of the largest to choose in each of its parts.
 
     Attributes:
-        shard: how the weight lies over ranks.
-        scores: returns this rank's scores, float32 or float64 in the local shape; called once a pass, so that not all
-            layers' scores are held at once.
-        counts: how many to choose of each part; parts are equal slices of the whole weight's first dimension.
+        shard: layout of the weight over ranks.
+        scores: function that returns this rank's scores, float32 or float64 in the local shape; called once a pass, so
+            that not all layers' scores are held at once.
+        counts: number to choose in each part; parts are equal slices of the whole weight's first dimension.
 
     """
 
@@ -39,14 +39,14 @@ class Ranking:
     counts: Sequence[int]
 
     def part_of(self, device: torch.device) -> Tensor | None:
-        """Return which part each local element belongs to; None where there is only one."""
+        """Return the index of each local element's part; None if there is only one part."""
         if len(self.counts) == 1:
             return None
         return self.shard.index(device) // (math.prod(self.shard.shape) // len(self.counts))
 
 
 def top_k(rankings: Sequence[Ranking]) -> list[Callable[[], Tensor]]:
-    """Return for each ranking what gives its local mask: of each part exactly the asked number of largest scores.
+    """Return for each ranking a function to its local mask of the largest scores, exactly `counts` in each part.
 
     Ties go to the lowest index in the whole weight. All ranks must call it, for the same weights in the same order.
 
@@ -63,9 +63,9 @@ def top_k(rankings: Sequence[Ranking]) -> list[Callable[[], Tensor]]:
     if any(int(count) for count in missing):
         raise ValueError("scores must not be NaN")
     by_score = [_Search(r, lambda r=r: _descending(r.scores()), r.counts) for r in rankings]  # type: ignore[misc]
-    _settle(by_score)
+    _run(by_score)
     by_index = [_tie_search(search) for search in by_score]
-    _settle([search for search in by_index if search is not None])
+    _run([search for search in by_index if search is not None])
 
     def mask_of(score: _Search, index: _Search | None) -> Callable[[], Tensor]:
         def mask() -> Tensor:
@@ -81,11 +81,11 @@ def top_k(rankings: Sequence[Ranking]) -> list[Callable[[], Tensor]]:
 
 
 class _Search:
-    """The smallest `k` of each part of one weight's integer keys, among its ranks.
+    """Search for the `k` smallest integer keys in each part of one weight, over its ranks.
 
     Attributes:
-        k: of each part, how many are still to be found among the elements that share the settled bits.
-        equal: of each part, how many elements share them.
+        k: number of keys in each part that are still to be found among those that share the known bits.
+        equal: number of keys in each part that share the known bits.
 
     """
 
@@ -99,16 +99,16 @@ class _Search:
         self.ranking, self.keys, self.among = ranking, keys, among
         self.k = list(counts)
         self.equal = [0 if k == 0 else -1 for k in counts]
-        self.prefix = [0] * len(counts)  # the bits settled so far
-        self.settled = 0
+        self.prefix = [0] * len(counts)  # the bits known so far
+        self.known_bits = 0
         self.bits = keys()[1]
 
     def histogram(self) -> Tensor:
-        """Count the values of the next bits, ``(parts, 256)``, among local elements that share the settled ones."""
+        """Count the values of the next bits, ``(parts, 256)``, among local keys that share the known ones."""
         keys, bits, lowest = self.keys()
-        shift = bits - self.settled - _BITS
+        shift = bits - self.known_bits - _BITS
         values = (keys >> shift) & (_BINS - 1)
-        if self.settled == 0:
+        if self.known_bits == 0:
             open_now = torch.ones_like(keys, dtype=torch.bool)
             if lowest < 0:
                 values ^= _BINS // 2  # the sign bit: negative keys come first
@@ -123,8 +123,8 @@ class _Search:
         counts = torch.bincount(values[open_now].flatten(), minlength=_BINS * len(self.k))
         return counts.view(len(self.k), _BINS)
 
-    def settle(self, histogram: Tensor) -> None:
-        """Take the counts of all ranks: which value of the next bits the k-th smallest has."""
+    def narrow(self, histogram: Tensor) -> None:
+        """Find the next bits of the k-th smallest key from the counts of all ranks."""
         for part, counts in enumerate(histogram.tolist()):
             if self.k[part] == 0:
                 continue
@@ -134,32 +134,32 @@ class _Search:
                 value += 1
             self.prefix[part] = self.prefix[part] << _BITS | value
             self.equal[part] = counts[value]
-        self.settled += _BITS
+        self.known_bits += _BITS
 
     def split(self) -> tuple[Tensor, Tensor]:
-        """Return local masks: keys below each part's k-th smallest, and keys equal to it; none where k was 0."""
+        """Return local masks of keys below each part's k-th smallest, and of those equal to it; empty if k was 0."""
         keys, _, lowest = self.keys()
         threshold = self._of_part([lowest + prefix for prefix in self.prefix], keys)
         wanted = self._of_part([k > 0 for k in self.k], keys)
         return (keys < threshold) & wanted, (keys == threshold) & wanted
 
     def _of_part(self, values: Sequence[int], keys: Tensor) -> Tensor:
-        """Spread a number for each part over the local elements."""
+        """Return the value of each local element's part."""
         table = torch.tensor(values, device=keys.device)
         part = self.ranking.part_of(keys.device)
         return table[0] if part is None else table[part]
 
 
-def _settle(searches: Sequence[_Search]) -> None:
-    """Find every search's threshold: one all-reduce a pass for all of them."""
-    while active := [search for search in searches if search.settled < search.bits]:
+def _run(searches: Sequence[_Search]) -> None:
+    """Run searches to their end, with one all-reduce a pass for all of them."""
+    while active := [search for search in searches if search.known_bits < search.bits]:
         sums = all_reduce([search.ranking.shard for search in active], [search.histogram() for search in active])
         for search, histogram in zip(active, sums, strict=True):
-            search.settle(histogram)
+            search.narrow(histogram)
 
 
 def _tie_search(score: _Search) -> _Search | None:
-    """Choose by index among the elements equal to a threshold; None where all of them are wanted."""
+    """Return the search by index among the elements equal to the threshold; None if all of them are chosen."""
     if score.k == score.equal:
         return None
     ranking = score.ranking
@@ -170,7 +170,7 @@ def _tie_search(score: _Search) -> _Search | None:
 
 
 def _descending(scores: Tensor) -> tuple[Tensor, int, int]:
-    """Return integers whose order is that of the scores turned round, their number of bits, and the lowest possible."""
+    """Return integers in the reverse order of the scores, their number of bits, and the lowest possible integer."""
     integer, bits = {torch.float32: (torch.int32, 32), torch.float64: (torch.int64, 64)}[scores.dtype]
     raw = (scores + 0.0).view(integer)  # + 0.0: -0 and 0 are one value
     # Of a negative float all bits but the sign are in reverse order.

@@ -1,4 +1,4 @@
-"""Active blocks of a weight as slices of adjacent elements of its storage: copied out and in without the rest."""
+"""`BlockSlices`: the active blocks of a weight as slices of its memory, copied out and in without the rest."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_estdgm.method._masks import expand_mask
-
-_PIECE = 1 << 18  # elements: what stays in a CPU's cache between reading and writing
+from lightning_estdgm.method._masks import PIECE, expand_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +20,7 @@ class BlockSlices:
     Attributes:
         order: dimensions of the weight from the outermost in memory to the innermost.
         length: number of elements of a slice.
-        index: int64 ``[slices]``, ascending: active ones of all slices in memory.
+        index: positions of the active slices among all slices in memory, int64 ``[slices]``, ascending.
 
     """
 
@@ -32,11 +30,11 @@ class BlockSlices:
 
     @classmethod
     def of(cls, weight: Tensor, mask: Tensor, block_size: int) -> BlockSlices | None:
-        """Return the slices of the blocks that `mask` has, or None where the weight leaves gaps in its memory.
+        """Return the slices of the active blocks, or None if the weight's memory has gaps.
 
         Args:
-            weight: ``(out, in, ...)``, any strides.
-            mask: bool ``(out / block_size, in / block_size)``.
+            weight: weight ``(out, in, ...)`` of any strides.
+            mask: block mask, bool ``(out / block_size, in / block_size)``.
             block_size: side of a block.
 
         """
@@ -55,19 +53,19 @@ class BlockSlices:
         return cls(order, length, index)
 
     def fit(self, weight: Tensor) -> bool:
-        """Whether a weight of the same shape lies in memory as the one did that these were made of."""
+        """Whether a weight of the same shape has the device and memory layout that the slices were made for."""
         return weight.device == self.index.device and weight.permute(self.order).is_contiguous()
 
     def read(self, weight: Tensor, *, into: Tensor | None = None) -> Tensor:
-        """Return a copy of the active blocks, ``[slices, length]``; written to `into` where that is given."""
+        """Return a copy of the active blocks, ``[slices, length]``, in `into` if that is given."""
         if into is None:
             return self._all(weight).index_select(0, self.index)
         return torch.index_select(self._all(weight), 0, self.index, out=into)
 
     def scale_step_(self, weight: Tensor, before: Tensor, scale: float) -> None:
-        """Make the step of the active blocks since they were `before` `scale` times as large, in place."""
+        """Make the step that led from `before` to the active blocks `scale` times as large, in place."""
         slices = self._all(weight)
-        piece = max(1, _PIECE // self.length) if weight.device.type == "cpu" else max(1, len(self.index))
+        piece = max(1, PIECE // self.length) if weight.device.type == "cpu" else max(1, len(self.index))
         for index, old in zip(self.index.split(piece), before.split(piece), strict=True):
             slices.index_copy_(0, index, slices.index_select(0, index).lerp_(old, 1.0 - scale))
 

@@ -1,4 +1,4 @@
-"""Active units of each layer for one density of the whole."""
+"""Budgets: the number of active units of each layer for a density of the whole, by a distribution over shapes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Distribution = str | Callable[[Sequence[Sequence[int]], float], list[float]]
 
 @dataclass(frozen=True)
 class LayerUnits:
-    """What the budget needs to know of one layer.
+    """Shape, number and size of one layer's units, on which its budget depends.
 
     Attributes:
         part_shape: shape ``(out, in, ...)`` of one of the matrices that the weight stacks.
@@ -32,14 +32,14 @@ class LayerUnits:
 
     @classmethod
     def of(cls, candidate: Candidate, block_size: int) -> LayerUnits:
-        """Return those of a layer for mask units of `block_size` a side."""
+        """Return the sizes for a layer with mask units of `block_size` a side."""
         part = candidate.part_shape
         units = candidate.parts * math.prod(mask_shape(part, block_size))
         return cls(part, candidate.parts, units, unit_size(part, block_size))
 
 
 def unit_budgets(layers: Sequence[LayerUnits], distribution: Distribution, density: float) -> list[list[int]]:
-    """Return the active units of each part of each layer.
+    """Return the number of active units of each part of each layer.
 
     Args:
         layers: the masked layers.

@@ -1,4 +1,4 @@
-"""Refusals of a run that cannot be meant: a rule that does not fit a weight, a checkpoint of another run."""
+"""Checks that a controller's parts fit: the update rule to the weights, a checkpoint to the run. Nothing is changed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lightning_estdgm.method._update_rule import UpdateRule
 
 
 def check_rule(rule: UpdateRule, weights: Sequence[MaskedWeight], *, changes_masks: bool) -> None:
-    """Raise ValueError if a weight cannot be updated by the rule.
+    """Raise ValueError if the rule cannot update a weight.
 
     Args:
-        rule: choice of the units at mask updates.
+        rule: update rule of the run.
         weights: the masked weights.
         changes_masks: whether the schedule has any mask update.
 
@@ -39,10 +39,10 @@ def check_state(
     """Raise ValueError if a controller's state belongs to another model, schedule, run length or version.
 
     Args:
-        state: what `DGMController.state_dict` returned.
-        version: version of such states that is understood.
-        expected: entries of the state that have to be equal, by name.
-        weights: the masked weights of the model at hand.
+        state: result of `DGMController.state_dict`.
+        version: version of states that this package reads.
+        expected: entries that have to be equal in the state, by name.
+        weights: masked weights of this run's model.
 
     """
     if state.get("version") != version:

@@ -30,7 +30,7 @@ from lightning_estdgm.engine._decisions import LayerDecision
 from lightning_estdgm.engine._dispatch import Dispatch
 from lightning_estdgm.engine._flops import FlopCounter
 from lightning_estdgm.engine._gradient_mask import mask_gradients_
-from lightning_estdgm.engine._initialisation import told_of_drawn, told_of_recovered
+from lightning_estdgm.engine._initialisation import describe_drawn, describe_recovered
 from lightning_estdgm.engine._masked_model import MaskedModel
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._observation import observe
@@ -48,33 +48,33 @@ class DGMController:
     weights, gradients and optimizer state in line with the masks through hooks on the optimizers' steps. Close it, or
     use it as a context manager, to take the hooks and the swapped forwards away; weights stay as they are.
 
-    It has 30 methods, since it answers for all of the method: what a loop calls, what there is to ask, its state. The
-    work is done by the parts that the constructor puts together, one module each.
+    It has 30 methods, because it is the one object that users of a plain loop meet: calls of the loop, properties to
+    read, state. The work is done by the parts that the constructor assembles, one module each.
 
     Args:
-        model: model whose maskable layers are found once, here.
-        optimizers: one or several, already made; they may be wrapped by anything that keeps torch's step hooks.
-        config: see `DGMConfig`.
+        model: model; its linear and convolution layers are found once, here.
+        optimizers: one or several optimizers, possibly wrapped by anything that keeps torch's step hooks.
+        config: settings; ``None`` takes the defaults.
         total_steps: number of optimizer steps of the run.
-        state: what `state_dict` returned; masks and counters go on from there, and no weight is touched.
-        draw_masks: whether to draw masks now, where there is no `state`. Without, all is dense until `recover` or
-            `load_state_dict`, which a run needs whose weights are those of a checkpoint.
-        group: process group whose ranks train this model together, all with a controller of their own: masks are
-            compared after each update, and backends are chosen by its first rank. ``None``: no other rank is asked.
+        state: result of `state_dict`, from which masks and counters go on; weights are left as they are.
+        draw_masks: whether to draw masks now if there is no `state`. Otherwise everything is dense until `recover` or
+            `load_state_dict`, which a run from a checkpoint's weights has to call.
+        group: process group of the ranks that train this model together, each with its own controller: masks are
+            compared after each update, and the first rank chooses the backends. ``None``: no other rank is asked.
 
     Attributes:
-        config: the settings.
-        schedule: the schedule, laid over the run.
+        config: settings.
+        schedule: schedule of this run.
         steps: number of optimizer steps done.
-        position: position in the schedule; the number of steps done, but for runs limited by time.
+        position: position in the schedule: the number of steps done, unless the run is limited by time.
         updates: number of mask updates done.
         churn: share of the active weights that the last update brought in.
-        recovered: what was found of an earlier mask in the weights, in words.
+        recovered: description of an earlier mask found in the weights; empty if there was none.
 
     Raises:
         ValueError: if there is nothing to mask, a forced unit or backend does not fit a layer, or `state` belongs to
             another model or schedule.
-        MasksDifferError: on every rank of `group`, if they do not hold the same masks.
+        MasksDifferError: on every rank of `group`, if the ranks do not hold the same masks.
 
     """
 
@@ -108,23 +108,22 @@ class DGMController:
             if state is not None:
                 self.load_state_dict(state)
             elif draw_masks:
-                self.recovered = told_of_drawn(self._masked.weights, self._draw_masks())
+                self.recovered = describe_drawn(self._masked.weights, self._draw_masks())
             self._hooks.register(self._masked.weights)
             self._dispatch.hook_up()
         except BaseException:
             self.close()
             raise
 
-    # ------------------------------------------------------------------ what a training loop calls
+    # ------------------------------------------------------------------ calls of a training loop
 
     def mask_gradients(self, optimizer: Optimizer | None = None, grad_scale: float = 1.0) -> None:
-        """Take inactive units out of the gradients; in an observation window, record the whole gradients first.
+        """Zero the gradients of inactive units; in an observation window, record the whole gradients first.
 
-        Call it after the last backward of a step and before clipping; several calls in one step are fine, the first is
-        the one observed.
+        Call it after the last backward of a step and before clipping. Of several calls in one step the first records.
 
         Args:
-            optimizer: only the weights that it holds; ``None``: all.
+            optimizer: optimizer whose weights are masked; ``None``: all weights.
             grad_scale: factor that the gradients still carry (a GradScaler's, before unscaling).
 
         """
@@ -132,11 +131,10 @@ class DGMController:
         self._mask_gradients(weights, 1.0 / grad_scale)
 
     def advance(self, position: int | None = None) -> bool:
-        """Go on to the next step, if an optimizer step has happened: next phase, mask update when due.
+        """Go on to the next step if an optimizer has stepped, and update the masks when due.
 
         Args:
-            position: where in the schedule the run is now; ``None``: the number of steps done. For runs limited by
-                time rather than steps.
+            position: new position in the schedule, for runs limited by time; ``None``: the number of steps done.
 
         Returns:
             Whether the masks have changed.
@@ -172,7 +170,7 @@ class DGMController:
         return updated
 
     def _update_if_due(self, before: int) -> bool:
-        """Update the masks if that was due since position `before`, and there is something to decide by."""
+        """Update the masks if an update was due since position `before`, and the gradients it needs were observed."""
         crossed = range(before + 1, min(self.position, self.schedule.total_steps - 1) + 1)
         due = self._waiting or any(self.schedule(p).update for p in crossed)
         self._waiting = due and self._masked.needs_gradients and not self._masked.observed
@@ -185,39 +183,39 @@ class DGMController:
     def recover(self, steps: int, position: int) -> None:
         """Go on in the middle of a run whose state is lost: take the masks from the weights.
 
-        A layer keeps its largest units, as many as the schedule gives it at `position`. Where the weights were masked
-        by that schedule these are the ones that are not zero. Where there are fewer of those, the rest is drawn; where
-        there are more, the smallest are given up: their weights and optimizer state become zero (with "frozen", weights
-        stay). Observation window, explored share and FLOPs start anew. `recovered` tells what was found.
+        A layer keeps its largest units, as many as the schedule gives it at `position`. If the weights were masked by
+        that schedule, these are the units that are not zero. If fewer units are not zero, the rest is drawn; if more
+        are, the smallest are dropped: their weights and optimizer state become zero (with "frozen", weights stay).
+        Observation window, explored share and FLOPs start anew. `recovered` describes the zeros that were found.
 
         Args:
-            steps: optimizer steps done.
-            position: where in the schedule the run is.
+            steps: number of optimizer steps done.
+            position: position in the schedule.
 
         """
         self.steps, self.position = steps, position
         held = self._draw_masks(largest=True)
         with torch.no_grad():
             self._masked.clear_optimizer_states_(self._hooks.states)
-        self.recovered = told_of_recovered(self._masked.weights, held)
+        self.recovered = describe_recovered(self._masked.weights, held)
 
     def mask_copy_(self, copy: nn.Module) -> None:
         """Zero the inactive weights of a copy of the model, such as an average of its weights over time.
 
-        An average of weights under changing masks holds weights that are inactive now. Call it after each mask update:
-        then the average is zero where the model is. With "frozen" there is nothing to zero.
+        An average of weights under changing masks holds weights that are inactive now. Called after each mask update,
+        this keeps the average zero where the model is. With "frozen" there is nothing to zero.
 
         Args:
-            copy: has layers of the same names and shapes, on any device; of an `AveragedModel`, its ``module``.
+            copy: model with layers of the same names and shapes, on any device; for an `AveragedModel`, its ``module``.
 
         Raises:
-            ValueError: if it has not.
+            ValueError: if a masked layer is missing in the copy or has another shape.
 
         """
         self._masked.mask_copy_(copy)
 
     def close(self) -> None:
-        """Remove every hook and swapped forward. Weights keep their values; masks stay readable. Idempotent."""
+        """Remove all hooks and swapped forwards; weights and masks stay as they are. May be called twice."""
         self._hooks.remove()
         self._dispatch.close()
         for weight in self._masked.weights:
@@ -229,23 +227,23 @@ class DGMController:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # ------------------------------------------------------------------ what it knows
+    # ------------------------------------------------------------------ properties
 
     @property
     def observing(self) -> bool:
-        """Whether the gradients of the step under way are observed whole."""
+        """Whether the current step's gradients are observed whole."""
         if self.position >= self.schedule.total_steps or not self._masked.needs_gradients:
             return False
         return self._waiting or self.schedule(self.position).observe
 
     @property
     def probing(self) -> bool:
-        """Whether the step under way shows what the layers compute; a compiled model has to run eagerly to show it."""
+        """Whether the current step records the shapes of the layers' inputs; a compiled model has to run it eagerly."""
         return self._dispatch.probing
 
     @property
     def phase(self) -> str:
-        """Name of the phase of the step under way."""
+        """Name of the current step's phase."""
         return self.schedule(self.position).phase
 
     @property
@@ -267,17 +265,17 @@ class DGMController:
 
     @property
     def flops(self) -> dict[str, float]:
-        """Training FLOPs so far: "analytic" (what the masks ask for), "executed" and "dense"."""
+        """Training FLOPs so far: "analytic" (needed by the masks), "executed" and "dense"."""
         return self._flops.state_dict()
 
     @property
     def flops_ratio(self) -> float:
-        """Training FLOPs so far that the masks ask for, over dense ones; of linear and convolution layers only."""
+        """Ratio of the training FLOPs so far that the masks need to dense ones, in linear and convolution layers."""
         return self._flops.ratio
 
     @property
     def flops_executed_ratio(self) -> float:
-        """As `flops_ratio`, but counting layers that run dense with a mask as dense: what was really computed."""
+        """As `flops_ratio`, but of the FLOPs computed: masked layers that run on a dense backend count as dense."""
         return self._flops.executed_ratio
 
     @property
@@ -293,7 +291,7 @@ class DGMController:
     def masks(self) -> dict[str, Tensor]:
         """Return a copy of each masked layer's whole mask over units, oriented ``(out, in, ...)``, on the CPU.
 
-        Where weights are sharded (FSDP), call it on every rank: masks of single weights are gathered.
+        If weights are sharded (FSDP), call it on every rank: masks of single weights are gathered.
         """
         return {weight.name: weight.whole_mask() for weight in self._masked.weights}
 
@@ -302,17 +300,17 @@ class DGMController:
         return {weight.name: weight.density for weight in self._masked.weights}
 
     def decisions(self) -> tuple[LayerDecision, ...]:
-        """Return what was decided for every linear and convolution layer of the model."""
+        """Return the decision for every linear and convolution layer of the model."""
         return self._masked.decisions(self._final_density())
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, in plain types and tensors (loads with ``weights_only=True``).
+        """Return the state of the run in plain types and tensors, which load with ``weights_only=True``.
 
-        Where weights are sharded (FSDP), call it on every rank and save what rank 0 gets: it is whole, and may be
-        loaded on any number of ranks. Layers are gathered one after the other; the sums of an observation window under
-        way go to rank 0 only, so a checkpoint is smallest between windows.
+        If weights are sharded (FSDP), call it on every rank and save rank 0's result: it is whole, and may be loaded on
+        any number of ranks. Layers are gathered one after the other; the sums of an open observation window go to rank
+        0 only, so a checkpoint is smallest between windows.
         """
         return {
             "version": _STATE_VERSION,
@@ -330,7 +328,7 @@ class DGMController:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`: masks, windows and counters. Weights and optimizers are restored by their owners.
+        """Load masks, windows and counters; weights and optimizers are restored by their owners.
 
         Raises:
             ValueError: if `state` belongs to another model, schedule, run length or version; nothing is changed then.
@@ -361,7 +359,7 @@ class DGMController:
         self._mask_gradients(weights, 1.0, if_touched=True)
 
     def _draw_masks(self, *, largest: bool = False) -> list[int]:
-        """Draw the masks of the present position; return how many units of each layer held weights before."""
+        """Draw masks for the current position; return each layer's number of units that were not zero before."""
         held = self._masked.draw(self.schedule(self.position).density, largest=largest)
         for weight in self._masked.weights:
             self._dispatch.begin(weight)

@@ -1,4 +1,4 @@
-"""`LayerDecision`: what was decided for each layer of a model, for users to read."""
+"""`LayerDecision`: a report for users on one layer: masked or not, unit, density, backend, reasons. Decides nothing."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class LayerDecision:
         masked: whether its weight is masked.
         block_size: side of a mask unit (1: single weights); 0 where not masked.
         density: active share of its weights now; 1 where not masked.
-        backend: what computes it now: ``"dense"`` or a sparse backend's name.
+        backend: backend that computes it now: ``"dense"`` or a sparse backend's name.
         final_density: its density at the end of the run.
-        final_backend: what will compute it then; ``"?"`` until measured.
-        why: the reasons, in words.
+        final_backend: backend at that density; ``"?"`` until measured.
+        why: reasons for these, in words.
 
     """
 

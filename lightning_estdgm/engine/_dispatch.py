@@ -1,6 +1,6 @@
-"""Dispatch of the layers of a run to backends: chosen once its first step has shown shapes, applied as masks change.
+"""`Dispatch`: the backend of each masked layer, chosen after the first step and applied whenever masks change.
 
-`autotune._choice` measures and decides for one shape and density; here a model's layers are what it is asked about.
+It turns layers into the cases that `sparse.autotune` measures and chooses for, and swaps their forwards (`modules`).
 """
 
 from __future__ import annotations
@@ -29,19 +29,21 @@ _NOMINAL_TOKENS, _NOMINAL_BATCH = 2048, 32  # for choosing a backend where no fo
 
 
 class Dispatch:
-    """Backends of the masked layers: probes the first step, chooses for all densities, swaps the layers' forwards.
+    """Backends of the masked layers.
 
-    It sets `backend`, `final_backend` and `why` of each weight.
+    It probes the first step, chooses a backend for all densities, and swaps the layers' forwards. It sets `backend`,
+    `final_backend` and `why` of each weight.
 
     Args:
-        config: its `backend` is ``"auto"`` or forced; `units` says what "auto" means.
+        config: settings; `backend` and `units` are used.
         candidates: all linear and convolution layers of the model.
-        weights: the masked ones.
-        group: ranks that have to come to the same choice: the first one's. ``None``: no other rank is asked.
+        weights: masked weights of the model.
+        group: process group of the ranks that take over the first rank's choice; ``None``: no other rank is asked.
 
     Attributes:
-        probing: whether the step under way shows what the layers compute.
-        positions: that each layer's weight is applied to in a forward, by name; empty until probed.
+        probing: whether the current step records the shapes of the layers' inputs.
+        positions: number of positions that each layer's weight is applied to in a forward, by the layer's name; empty
+            until probed.
 
     Raises:
         ValueError: if a forced backend cannot compute a weight.
@@ -63,21 +65,21 @@ class Dispatch:
         self._check_forced()
         self.probing = True
         self.positions: dict[str, int] = {}
-        self._dtypes: dict[str, torch.dtype] = {}  # that each layer computes in, as probed
-        self._images: dict[str, Image] = {}  # that each convolution was given, as probed
+        self._dtypes: dict[str, torch.dtype] = {}  # dtype that each layer computes in, as probed
+        self._images: dict[str, Image] = {}  # input of each convolution, as probed
         self._probes = {candidate.name: ForwardProbe(candidate) for candidate in candidates}
         self._handles: list[Any] = []
 
-    # ------------------------------------------------------------------ what the first step shows
+    # ------------------------------------------------------------------ probing the first step
 
     def hook_up(self) -> None:
-        """Have the first step's forwards seen, if it is still to come."""
+        """Hook the layers' forwards if the first step is still to come."""
         if self.probing:
             for candidate in self._candidates:
                 self._handles.append(candidate.module.register_forward_hook(self._probes[candidate.name]))
 
     def read_probes(self) -> None:
-        """Take over what the first step's forwards showed."""
+        """Take over the shapes and dtypes that the first step's forwards showed."""
         self.probing = False
         self._remove_hooks()
         for name, probe in self._probes.items():
@@ -93,13 +95,13 @@ class Dispatch:
     # ------------------------------------------------------------------ choosing
 
     def choose_all(self, densities: Sequence[Sequence[float]]) -> None:
-        """Choose what computes each layer at every density of the schedule; at the first step, for the whole run.
+        """Choose the backend of each layer at every density of the schedule, for the whole run.
 
-        All at once, so that a resumed run makes no choice of its own. The final density comes first: it is what the
-        user is told about, and what it shows often answers the others. Only the first rank measures.
+        All are chosen at once, so that a resumed run makes no choice of its own. The final density comes first: it is
+        the one that users are shown, and its measurements often answer for the others. Only the first rank measures.
 
         Args:
-            densities: of each layer: first at the final density of the whole, then at every one of the schedule.
+            densities: densities of the layers: first for the final density of the whole, then for each of the schedule.
 
         """
         if self._group is None or dist.get_rank(self._group) == 0:
@@ -109,17 +111,17 @@ class Dispatch:
             self._choose_for_all(densities)
 
     def apply(self) -> None:
-        """Have every layer computed by what is chosen for its present density, on its present mask."""
+        """Switch every layer to the backend chosen for its current density, on its current mask."""
         for weight in self._weights:
             if self._has_choice(weight):
                 self._use(weight, self._choose(weight, weight.density)[0])
 
     def begin(self, weight: MaskedWeight) -> None:
-        """Have a layer of new masks computed by the backend that was asked for, or dense until the first choice."""
+        """Switch a layer with its first mask to the forced backend, or to dense until the first choice."""
         self._use(weight, self._forced(weight))
 
     def resume(self, weight: MaskedWeight) -> None:
-        """Have a layer computed by what its checkpoint names, or dense until the next choice where that cannot run."""
+        """Switch a layer to its checkpoint's backend, or to dense until the next choice if that cannot run here."""
         if self._config.backend != "auto":
             self.begin(weight)
             return
@@ -127,7 +129,7 @@ class Dispatch:
         self._use(weight, "dense" if backend is None or _refusal(backend, weight) else backend.name)
 
     def close(self) -> None:
-        """Take the hooks away and give every layer its own forward back."""
+        """Remove the hooks and restore the layers' own forwards."""
         self._remove_hooks()
         for weight in self._weights:
             restore_dense_(weight.candidate)
@@ -135,7 +137,7 @@ class Dispatch:
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was seen and chosen, in plain types."""
+        """Return the probed shapes and the choices, in plain types."""
         return {
             "positions": dict(self.positions),
             "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in self._dtypes.items()},
@@ -144,10 +146,10 @@ class Dispatch:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, probing: bool) -> None:
-        """Go on from `state`, which may hold more than this; `resume` then says what computes each weight.
+        """Load a state; `resume` then switches each layer to its backend.
 
         Args:
-            state: what `state_dict` returned.
+            state: mapping with the entries of `state_dict`, and maybe others.
             probing: whether the first step is still to come.
 
         """
@@ -159,10 +161,10 @@ class Dispatch:
         if not probing:
             self._remove_hooks()
 
-    # ------------------------------------------------------------------ which layers have a choice
+    # ------------------------------------------------------------------ layers that have a choice
 
     def _is_forced(self, weight: MaskedWeight) -> bool:
-        """Whether a backend that was asked for is meant for this layer: it is not where "auto" found no block."""
+        """Whether a forced backend applies to this layer; not if no block of `units.size="auto"` fits it."""
         has_unit = weight.block_size > 1 or self._config.units.size != "auto"
         return self._config.backend != "auto" and weight.has_operator and has_unit
 
@@ -182,7 +184,7 @@ class Dispatch:
                     f"backend={backend.name!r} was asked for but cannot compute layer {weight.name!r}: {reason}"
                 )
 
-    # ------------------------------------------------------------------ what the selector is asked
+    # ------------------------------------------------------------------ cases for the selector
 
     def _choose_for_all(self, densities: Sequence[Sequence[float]]) -> None:
         final, *others = densities
@@ -193,14 +195,14 @@ class Dispatch:
             weight.final_backend, weight.why = self._choose(weight, final[index])
             for densities_then in others:
                 self._choose(weight, densities_then[index])
-            self._choose(weight, weight.density)  # which the rule may have moved away from the schedule's
+            self._choose(weight, weight.density)  # the update rule may have moved it from the schedule's
 
     def _choose(self, weight: MaskedWeight, density: float) -> tuple[str, str]:
         choice = self._selector.choose(self._case(weight, density))
         return choice.backend, choice.why
 
     def _case(self, weight: MaskedWeight, density: float) -> Case | ConvCase:
-        """Return what there is to choose a backend for: the layer as the first step has shown it."""
+        """Return the case of a layer as probed in the first step, at a density."""
         out, inner = weight.shape[:2]
         frozen = weight.inactive.act_in_forward
         dtype = self._dtypes.get(weight.name, weight.parameter.dtype)
@@ -246,7 +248,7 @@ class Dispatch:
             )
 
     def _from_first_rank(self, value: Any) -> Any:
-        """Return the first rank's `value`: what depends on a machine's speed or one rank's batch must be one thing."""
+        """Return the first rank's `value`, where it depends on a machine's speed or a rank's batch."""
         if self._group is None:
             return value
         box = [value]
@@ -260,7 +262,7 @@ class Dispatch:
 
 
 def _refusal(backend: Backend, weight: MaskedWeight) -> str | None:
-    """Return why a backend cannot compute a layer with its present mask, or None."""
+    """Return the reason why a backend cannot compute a layer with its current mask, or None."""
     topology = BlockTopology.from_mask(weight.mask, weight.block_size)
     if not weight.candidate.is_convolution:
         return backend.unsupported(weight.device, weight.parameter.dtype, topology)
@@ -268,7 +270,7 @@ def _refusal(backend: Backend, weight: MaskedWeight) -> str | None:
 
 
 def _geometry(weight: MaskedWeight) -> ConvGeometry:
-    """Return how a convolution that has an operator walks over its input."""
+    """Return the geometry of a convolution that has an operator."""
     module: Any = weight.candidate.module
     geometry = conv_geometry(module)
     assert geometry is not None  # or the layer has no operator

@@ -1,4 +1,4 @@
-"""Training FLOPs of linear and convolution layers: what the masks ask for, what is computed, what dense would be."""
+"""`FlopCounter`: training FLOPs of linear and convolution layers: needed by the masks, computed, and dense."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.modules._candidates import Candidate
 
-_PRODUCTS = 3.0  # of a layer: output, input gradient, weight gradient
+_PRODUCTS = 3.0  # per layer: output, input gradient, weight gradient
 
 
 class FlopCounter:
     """Sums of training FLOPs over the steps of a run.
 
     Attributes:
-        analytic: what the masks ask for.
-        executed: as `analytic`, but counting layers that run dense with a mask as dense.
-        dense: what dense training would have taken.
+        analytic: FLOPs that the masks need.
+        executed: FLOPs computed: as `analytic`, but masked layers that run on a dense backend count as dense.
+        dense: FLOPs of dense training.
 
     """
 
@@ -26,12 +26,12 @@ class FlopCounter:
 
     @property
     def ratio(self) -> float:
-        """FLOPs that the masks ask for, over dense ones; 1 before the first step."""
+        """Ratio of the FLOPs that the masks need to dense ones; 1 before the first step."""
         return self.analytic / self.dense if self.dense else 1.0
 
     @property
     def executed_ratio(self) -> float:
-        """FLOPs that were computed, over dense ones; 1 before the first step."""
+        """Ratio of the FLOPs computed to dense ones; 1 before the first step."""
         return self.executed / self.dense if self.dense else 1.0
 
     def count(
@@ -42,11 +42,11 @@ class FlopCounter:
         *,
         observing: bool,
     ) -> None:
-        """Add one step: three products a layer, each by the share of weights that takes part.
+        """Add one step: three products per layer, each times the share of the weights that takes part.
 
         Args:
             candidates: all linear and convolution layers.
-            weights: the masked ones.
+            weights: masked weights.
             positions: number of positions that each layer's weight is applied to, by name; 1 where unknown.
             observing: whether the step's weight gradients are whole.
 
@@ -69,5 +69,5 @@ class FlopCounter:
         return {"analytic": self.analytic, "executed": self.executed, "dense": self.dense}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take over what `state_dict` returned."""
+        """Load the sums."""
         self.analytic, self.executed, self.dense = state["analytic"], state["executed"], state["dense"]

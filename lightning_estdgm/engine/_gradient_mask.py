@@ -1,4 +1,4 @@
-"""Masking of gradients, skipping those that nothing has written to since they were masked."""
+"""Masking of gradients in place, once: a masked gradient is masked again only if something has written to it."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ if TYPE_CHECKING:
 
 
 class MaskedGradient:
-    """Memory of which gradient of one weight was masked last, and in which state.
+    """Identity and version of the gradient of one weight that was masked last.
 
-    Torch counts the writes to a tensor, together with those to other views of its memory.
+    The version is torch's count of writes to a tensor and to other views of its memory.
     """
 
     def __init__(self) -> None:
         self._seen: tuple[Any, int, int] | None = None
 
     def forget(self) -> None:
-        """Take no gradient for masked: the next backward may write to it where torch does not see it (DDP does)."""
+        """Forget the gradient: the next backward may write to it without torch counting that, as DDP does."""
         self._seen = None
 
     def remember(self, weight: MaskedWeight) -> None:
-        """Note the weight's gradient as masked, as it is now."""
+        """Remember the weight's current gradient as masked."""
         self._seen = _versions(weight)
 
     def is_current(self, weight: MaskedWeight) -> bool:
-        """Whether the gradient is the one that was masked, and not written to since."""
+        """Whether the weight's gradient is the remembered one and was not written to since."""
         then, now = self._seen, _versions(weight)
         return then is not None and now is not None and then[0]() is now[0]() and then[1:] == now[1:]
 
@@ -38,8 +38,8 @@ def mask_gradients_(weights: Sequence[MaskedWeight], *, if_touched: bool = False
     """Zero the gradients of units that do not learn, in place.
 
     Args:
-        weights: those whose gradients to mask; without a gradient a weight is left out.
-        if_touched: leave out gradients that nothing wrote to since they were masked.
+        weights: weights whose gradients are masked; those without a gradient are left out.
+        if_touched: whether gradients that nothing has written to since they were masked are left out.
 
     """
     for weight in weights:
@@ -51,7 +51,7 @@ def mask_gradients_(weights: Sequence[MaskedWeight], *, if_touched: bool = False
 
 
 def _versions(weight: MaskedWeight) -> tuple[Any, int, int] | None:
-    """Return what tells later whether the gradient is the same tensor, not written to; None where nothing does."""
+    """Return the gradient's identity and versions of it and its local part; None without, or if torch counts none."""
     whole, gradient = weight.parameter.grad, weight.gradient
     if whole is None or gradient is None or whole.is_inference():  # such tensors count no writes
         return None

@@ -1,7 +1,7 @@
 """Treatment of the inactive weights of one layer: a class for each mode of `DGMConfig.inactive`.
 
 `ZeroWeights` sets them to zero, `FrozenWeights` keeps their values, and `LearningWeights` trains them outside the
-forward (Top-KAST, SR-STE). Nothing else in the package asks which mode is on.
+forward (Top-KAST, SR-STE). Other modules ask a mode for its attributes, never which one it is.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from lightning_estdgm.method._backward_set import BackwardSet, ShadowWeights
 if TYPE_CHECKING:
     from lightning_estdgm.engine._masked_weight import MaskedWeight
 
-_KEY = "held_back"  # of a layer's state, where inactive weights learn
+_KEY = "held_back"  # key in a layer's state if inactive weights learn
 
 
 class InactiveWeights(ABC):
-    """What happens to the inactive weights of one layer, around a step of its optimizer and around a mask update.
+    """Treatment of the inactive weights of one layer, around an optimizer's steps and around mask updates.
 
     The methods that are not abstract do what most modes do, which mostly is nothing.
 
@@ -29,7 +29,7 @@ class InactiveWeights(ABC):
         act_in_forward: whether inactive weights take part in the forward.
         learn: whether they go on learning: then masks are chosen among all weights, nothing is dropped, optimizer
             state is kept, every step's backward has to yield the whole gradient, and a step's closure is wrapped.
-        when_dropped: what becomes of a weight that is dropped, in words.
+        when_dropped: fate of a weight that is dropped, in words.
 
     """
 
@@ -48,7 +48,7 @@ class InactiveWeights(ABC):
     # ---- around a step
 
     def step_scale(self, weight: MaskedWeight, exponent: float) -> float:
-        """Return the factor on the optimizer's steps; `exponent` is that of `StepSize`."""
+        """Return the factor on the optimizer's steps; `exponent` is `StepSize.exponent`."""
         return weight.density**-exponent
 
     @abstractmethod
@@ -68,20 +68,24 @@ class InactiveWeights(ABC):
     # ---- around a mask update
 
     def before_update(self, weight: MaskedWeight) -> None:  # noqa: B027
-        """Have the weight hold what a mask update judges."""
+        """Prepare a mask update: make the weight hold all values that the update chooses among."""
 
     @abstractmethod
-    def settle_(self, weight: MaskedWeight) -> None:
+    def apply_mask_(self, weight: MaskedWeight) -> None:
         """Bring the weight in line with a mask that was just drawn or updated."""
 
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the layer's state holds beside mask and window."""
+        """Return the entries that this mode adds to the layer's state."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any], name: str) -> None:
-        """Take over what `state_dict` returned, out of the state of the layer of that name.
+        """Load the entries that `state_dict` returned.
+
+        Args:
+            state: state of the layer.
+            name: name of the layer, for errors.
 
         Raises:
             ValueError: if the state is that of another mode.
@@ -96,24 +100,24 @@ class ZeroWeights(InactiveWeights):
     """Inactive weights are zero."""
 
     def before_step(self, weight: MaskedWeight, exponent: float) -> None:
-        """Remember the weight where its step will be scaled."""
+        """Remember the weight if its step will be scaled."""
         if not weight.is_dense and self.step_scale(weight, exponent) != 1.0:
             weight.snapshot.take(weight, active_only=True)
         else:
             weight.snapshot.forget()
 
     def after_step(self, weight: MaskedWeight, exponent: float) -> None:
-        """Scale the step; momentum and weight decay have moved inactive weights: zero them again."""
+        """Scale the step; zero inactive weights again, which momentum and weight decay have moved."""
         weight.snapshot.scale_step_(weight, self.step_scale(weight, exponent))
         weight.fill_inactive_(weight.weight)
 
-    def settle_(self, weight: MaskedWeight) -> None:
+    def apply_mask_(self, weight: MaskedWeight) -> None:
         """Zero the inactive weights."""
         weight.fill_inactive_(weight.weight)
 
 
 class FrozenWeights(InactiveWeights):
-    """Inactive weights keep their values, and act in the forward."""
+    """Inactive weights keep their values and take part in the forward."""
 
     act_in_forward = True
     when_dropped = "kept as it is, without updates"
@@ -133,18 +137,18 @@ class FrozenWeights(InactiveWeights):
         """Give inactive weights their values back."""
         weight.snapshot.undo_inactive_(weight)
 
-    def settle_(self, weight: MaskedWeight) -> None:
+    def apply_mask_(self, weight: MaskedWeight) -> None:
         """Do nothing: weights keep their values."""
 
 
 class LearningWeights(InactiveWeights):
     """Inactive weights are zero in the forward and go on learning in the shadow, by the gradient of the sparse network.
 
-    For a step of the optimizer they are put in their places, and taken out again after it.
+    For a step of the optimizer they are added to the weight, and taken out again after it.
 
     Args:
-        backward_set: which of them learn.
-        weight: the weight that they belong to, with its first mask; not a sharded one.
+        backward_set: settings of the backward set.
+        weight: weight that they belong to, with its first mask; not a sharded one.
 
     """
 
@@ -154,18 +158,18 @@ class LearningWeights(InactiveWeights):
         self.shadow = ShadowWeights(backward_set, weight.weight, weight.mask, weight.block_size)
 
     def learning_density(self, weight: MaskedWeight) -> float:
-        """Return the share of the backward set."""
+        """Return the density of the backward set."""
         return self.shadow.density
 
     def mask_gradient_(self, weight: MaskedWeight, gradient: Tensor) -> None:
-        """Zero the gradient of resting weights."""
+        """Zero the gradient outside the backward set."""
         self.shadow.mask_gradient_(gradient)
 
     def before_step(self, weight: MaskedWeight, exponent: float) -> None:
-        """Do nothing: the forward of a closure is without inactive weights."""
+        """Do nothing: a closure's forward runs without inactive weights."""
 
     def with_gradients(self, weight: MaskedWeight, exponent: float, grad_scale: float | Tensor) -> None:
-        """Make the weight whole for the step, add the penalty's gradient, remember the weight if steps are scaled."""
+        """Add inactive weights and the penalty's gradient; remember the weight if its step will be scaled."""
         gradient = weight.gradient
         if gradient is not None:
             self.shadow.put_in_(weight.weight)
@@ -184,20 +188,20 @@ class LearningWeights(InactiveWeights):
         weight.fill_inactive_(weight.weight)
 
     def before_update(self, weight: MaskedWeight) -> None:
-        """Put inactive weights in: masks are chosen among all."""
+        """Add inactive weights: masks are chosen among all weights."""
         self.shadow.put_in_(weight.weight)
 
-    def settle_(self, weight: MaskedWeight) -> None:
-        """Take the inactive weights of a whole weight."""
+    def apply_mask_(self, weight: MaskedWeight) -> None:
+        """Take out the weights that the mask makes inactive, and choose the backward set."""
         self.shadow.take_all(weight.weight, weight.mask)
         weight.fill_inactive_(weight.weight)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the weights and which of them learn."""
+        """Return the inactive weights and the backward set."""
         return {_KEY: self.shadow.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], name: str) -> None:
-        """Take over the weights and which of them learn."""
+        """Load the inactive weights and the backward set."""
         super().load_state_dict(state, name)
         self.shadow.load_state_dict(state[_KEY])
 
@@ -206,5 +210,5 @@ _MODES: dict[str, type[InactiveWeights]] = {"zero": ZeroWeights, "frozen": Froze
 
 
 def inactive_weights(setting: Literal["zero", "frozen"] | BackwardSet, weight: MaskedWeight) -> InactiveWeights:
-    """Return the treatment of a weight's inactive part that `DGMConfig.inactive` asks for."""
+    """Return the treatment of a weight's inactive part for a value of `DGMConfig.inactive`."""
     return LearningWeights(setting, weight) if isinstance(setting, BackwardSet) else _MODES[setting]()

@@ -1,4 +1,7 @@
-"""First masks of a run: the masked weights made, masks drawn or recovered from weights, initial weights scaled."""
+"""Start of a run: masked weights made, first masks drawn or recovered from weights, initial weights scaled.
+
+Later masks are those of `_mask_update`.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,12 @@ from lightning_estdgm.modules._mask_unit import unit_of
 def masked_weights(
     candidates: Sequence[Candidate], config: DGMConfig, state: Mapping[str, Any] | None
 ) -> list[MaskedWeight]:
-    """Return the state of every candidate that is masked, all of it active.
+    """Return a masked weight, all units active, for each candidate that is masked.
 
     Args:
-        candidates: the layers.
-        config: the settings.
-        state: state of a controller that will be loaded, or None; with ``units.size="auto"`` its units are taken.
+        candidates: linear and convolution layers of the model.
+        config: settings.
+        state: state of a controller that will be loaded, or None; with ``units.size="auto"`` its units are used.
 
     Raises:
         ValueError: if a unit does not fit a layer.
@@ -49,19 +52,19 @@ def _masked_weight(candidate: Candidate, config: DGMConfig, state: Mapping[str, 
 def draw_masks(
     weights: Sequence[MaskedWeight], budgets: Sequence[Sequence[int]], config: DGMConfig, *, largest: bool = False
 ) -> list[int]:
-    """Draw masks and bring the weights in line with them; see `_masks.initial_mask`.
+    """Draw masks by `_masks.initial_mask` and bring the weights in line with them.
 
-    Initial weights are scaled by ``density**-0.5`` where the settings say so, the weights are not recovered, and no
-    earlier mask has left its zeros: those were scaled by that one.
+    Initial weights are scaled by ``density**-0.5`` if the settings ask for it, but not with `largest`, and not where an
+    earlier mask has left zeros: such weights have been scaled already.
 
     Args:
-        weights: all of them.
-        budgets: for each, the active units of each of its parts.
-        config: the settings: seed, pattern, scaling.
-        largest: take the largest units, to recover masks from weights; nothing is scaled then.
+        weights: masked weights of the model.
+        budgets: number of active units of each part of each weight.
+        config: settings; seed, pattern and scaling are used.
+        largest: whether the largest units are chosen, to recover masks from weights.
 
     Returns:
-        How many units of each weight held anything before.
+        Number of units of each weight that were not zero before.
 
     Raises:
         ValueError: if a pattern does not fit a layer.
@@ -80,7 +83,7 @@ def draw_masks(
             ]
         weight.set_mask(torch.cat(parts))
         held.append(active_units(norms > 0))
-        weight.inactive.settle_(weight)
+        weight.inactive.apply_mask_(weight)
         if scaled and not weight.inactive.act_in_forward and held[-1] > weight.active:
             weight.weight.mul_(weight.density**-0.5)
     return held
@@ -93,22 +96,22 @@ def _initial(pattern: Pattern | None, norms: Tensor, k: int, generator: torch.Ge
     return draw(pattern, torch.where(norms > 0, norms if largest else noise, noise - 1.0), k)
 
 
-def told_of_drawn(weights: Sequence[MaskedWeight], held: Sequence[int]) -> str:
-    """Say in words which weights held an earlier mask's zeros when their masks were drawn; empty if none did."""
+def describe_drawn(weights: Sequence[MaskedWeight], held: Sequence[int]) -> str:
+    """Return a sentence on the weights with an earlier mask's zeros when masks were drawn; empty if none had any."""
     before = [weight.name for weight, n in zip(weights, held, strict=True) if 0 < n <= weight.active < weight.units]
-    return _told(
+    return _describe(
         len(weights), (before, "hold zeros as an earlier mask leaves them: what is not zero stays active, unscaled")
     )
 
 
-def told_of_recovered(weights: Sequence[MaskedWeight], held: Sequence[int]) -> str:
-    """Say in words how the masks that were recovered from weights compare with the zeros found there."""
+def describe_recovered(weights: Sequence[MaskedWeight], held: Sequence[int]) -> str:
+    """Return a sentence that compares masks recovered from weights with the zeros that were found there."""
     pairs = list(zip(weights, held, strict=True))
     exact = [weight.name for weight, n in pairs if n == weight.active]
     fewer = [weight.name for weight, n in pairs if n < weight.active]
     more = [weight.name for weight, n in pairs if n > weight.active]
     rest = weights[0].inactive.when_dropped
-    return _told(
+    return _describe(
         len(weights),
         (exact, "hold as many zeros as the schedule leaves: their masks are what they were"),
         (fewer, "hold more zeros than the schedule leaves: some of these units are active again, drawn at random"),
@@ -116,7 +119,7 @@ def told_of_recovered(weights: Sequence[MaskedWeight], held: Sequence[int]) -> s
     )
 
 
-def _told(total: int, *cases: tuple[list[str], str]) -> str:
+def _describe(total: int, *cases: tuple[list[str], str]) -> str:
     return "; ".join(
         f"{len(names)} of {total} masked layers ({', '.join(names[:3])}{', ...' * (len(names) > 3)}) {what}"
         for names, what in cases

@@ -1,4 +1,7 @@
-"""`MaskedModel`: all masked weights of one model together: densities, budgets, masks drawn, updated and compared."""
+"""`MaskedModel`: all masked weights of one model, and what acts on all of them: budgets, masks, comparison of ranks.
+
+It knows nothing of steps and schedules: the controller calls it with a density.
+"""
 
 from __future__ import annotations
 
@@ -17,24 +20,24 @@ from lightning_estdgm.engine._budget import unit_budgets
 from lightning_estdgm.engine._decisions import LayerDecision, layer_decisions
 from lightning_estdgm.engine._gradient_mask import mask_gradients_
 from lightning_estdgm.engine._initialisation import draw_masks, masked_weights
-from lightning_estdgm.engine._mask_update import drop_and_grow
+from lightning_estdgm.engine._mask_update import update_masks
 from lightning_estdgm.modules._candidates import Candidate, clean_name
 from lightning_estdgm.modules._swap import set_observing
 
 
 class MaskedModel:
-    """The masked weights of one model, and what concerns all of them at once.
+    """The masked weights of one model.
 
     Args:
-        candidates: the linear and convolution layers of the model.
-        config: the settings.
+        candidates: linear and convolution layers of the model.
+        config: settings.
         state: state of a controller that will be loaded, or None.
-        group: ranks that have to hold the same masks; ``None``: no other rank is asked.
+        group: process group of the ranks that have to hold the same masks; ``None``: no other rank is asked.
 
     Attributes:
-        candidates: the linear and convolution layers of the model.
-        weights: the masked weights.
-        rule: choice of the units at mask updates.
+        candidates: linear and convolution layers of the model.
+        weights: masked weights.
+        rule: update rule.
 
     Raises:
         ValueError: if a unit does not fit a layer.
@@ -54,7 +57,7 @@ class MaskedModel:
         self._config = config
         self._group = group
 
-    # ------------------------------------------------------------------ what it knows
+    # ------------------------------------------------------------------ densities and budgets
 
     @property
     def density(self) -> float:
@@ -68,16 +71,16 @@ class MaskedModel:
 
     @cached_property
     def needs_gradients(self) -> bool:
-        """Whether anything is decided by observed gradients."""
+        """Whether updates need observed gradients."""
         return any(self.rule.needs_gradients(weight.block_size) for weight in self.weights)
 
     @property
     def observed(self) -> bool:
-        """Whether any window holds anything to decide by."""
+        """Whether the window of any weight holds a gradient."""
         return any(weight.observed for weight in self.weights)
 
     def budgets(self, density: float) -> list[list[int]]:
-        """Return the active units of each part of each layer for a density of the whole."""
+        """Return the number of active units of each part of each layer for a density of the whole."""
         return unit_budgets([weight.sizes for weight in self.weights], self._config.units.distribution, density)
 
     def layer_densities_at(self, density: float) -> list[float]:
@@ -85,26 +88,26 @@ class MaskedModel:
         return [sum(k) / weight.units for weight, k in zip(self.weights, self.budgets(density), strict=True)]
 
     def decisions(self, final_density: float) -> tuple[LayerDecision, ...]:
-        """Return what was decided for every layer, for a run that ends at a density of the whole."""
+        """Return the decision for every layer of a run that ends at a density of the whole."""
         return layer_decisions(self.candidates, self.weights, self.layer_densities_at(final_density))
 
     # ------------------------------------------------------------------ masks
 
     def draw(self, density: float, *, largest: bool = False) -> list[int]:
-        """Draw masks of a density of the whole; return how many units of each layer held weights before."""
+        """Draw masks for a density of the whole; return each layer's number of units that were not zero before."""
         return draw_masks(self.weights, self.budgets(density), self._config, largest=largest)
 
     @torch.no_grad()
     def update(
         self, density: float, drop_fraction: float, states: Sequence[Mapping[Any, Mapping[str, Any]]], update: int
     ) -> float:
-        """Decide all masks anew, and bring weights, gradients and optimizer states in line with them.
+        """Update all masks, and bring weights, gradients and optimizer states in line with them.
 
         Args:
-            density: density of the whole afterwards.
+            density: density of the whole after the update.
             drop_fraction: share of the active units given up for new ones.
-            states: states of the optimizers.
-            update: number of the update, for random scores.
+            states: ``state`` of each optimizer.
+            update: index of the update, for random scores.
 
         Returns:
             Share of the active weights that the update brought in.
@@ -113,34 +116,27 @@ class MaskedModel:
         for weight in self.weights:
             weight.inactive.before_update(weight)
         grown = 0
-        for weight, changed, grown_units in drop_and_grow(
-            self.weights,
-            self.budgets(density),
-            0.0 if any(weight.inactive.learn for weight in self.weights) else drop_fraction,
-            self.rule,
-            seed=self._config.seed,
-            update=update,
+        if self._config.trains_inactive_weights:
+            drop_fraction = 0.0
+        for weight, changed, grown_units in update_masks(
+            self.weights, self.budgets(density), drop_fraction, self.rule, seed=self._config.seed, update=update
         ):
             grown += grown_units * weight.unit_size
-            weight.inactive.settle_(weight)
+            weight.inactive.apply_mask_(weight)
             mask_gradients_([weight])
             if not weight.inactive.learn:
-                self.clear_optimizer_states_(states, {weight.name: changed})
+                for state in states:
+                    weight.clear_optimizer_state_(state, changed)
         return grown / sum(weight.active * weight.unit_size for weight in self.weights)
 
-    def clear_optimizer_states_(
-        self,
-        states: Sequence[Mapping[Any, Mapping[str, Any]]],
-        units: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Zero the optimizers' state at some units of some layers; ``None``: at the inactive units of all."""
+    def clear_optimizer_states_(self, states: Sequence[Mapping[Any, Mapping[str, Any]]]) -> None:
+        """Zero the optimizers' state at the inactive units of all weights."""
         for weight in self.weights:
-            if units is None or weight.name in units:
-                for state in states:
-                    weight.clear_optimizer_state_(state, ~weight.mask if units is None else units[weight.name])
+            for state in states:
+                weight.clear_optimizer_state_(state, ~weight.mask)
 
     def check_ranks(self, words: Mapping[str, int], when: str) -> None:
-        """Raise on every rank if any of them holds other masks, or other `words`; see `check_same_on_all_ranks`."""
+        """Raise MasksDifferError on every rank if masks or `words` differ; see `check_same_on_all_ranks`."""
         if self._group is None:
             return
         whole = [weight for weight in self.weights if not weight.placement.mask_is_local]
@@ -150,12 +146,12 @@ class MaskedModel:
     # ------------------------------------------------------------------ weights and gradients
 
     def yield_whole_gradients(self, observing: bool) -> None:
-        """Have the layers' backward yield whole weight gradients where they are observed or inactive weights learn."""
+        """Make the layers' backward yield whole weight gradients if they are observed or inactive weights learn."""
         for weight in self.weights:
             set_observing(weight.candidate, observing or weight.inactive.learn)
 
     def refuse_nan(self) -> None:
-        """Stop a run whose window saw no finite gradient because its weights are NaN: it will never see one."""
+        """Raise ValueError if a weight is NaN: its gradients will never be finite, so the update would never come."""
         for weight in self.weights:
             if agree([weight.shard], bool(weight.weight.isnan().any())):
                 raise ValueError(
@@ -182,6 +178,6 @@ class MaskedModel:
                 weight.fill_inactive_(weight.shard.local(tensor))
 
     def _share_of(self, units: Sequence[int]) -> float:
-        """Return the share of the masked weights that so many units of each layer hold."""
+        """Return the share of the masked weights in a number of units of each layer."""
         held = sum(n * weight.unit_size for n, weight in zip(units, self.weights, strict=True))
         return held / sum(weight.units * weight.unit_size for weight in self.weights)

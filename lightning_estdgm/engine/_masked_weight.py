@@ -1,4 +1,8 @@
-"""`MaskedWeight`: the state of one masked weight."""
+"""`MaskedWeight`: the state of one masked weight.
+
+What acts on several weights at once is elsewhere: `_observation.observe`, `_gradient_mask.mask_gradients_`,
+`_mask_update.update_masks`, `_masked_model.MaskedModel`.
+"""
 
 from __future__ import annotations
 
@@ -22,39 +26,37 @@ from lightning_estdgm.modules._candidates import Candidate
 
 
 class MaskedWeight:
-    """State of one masked weight: its mask, and the parts that observe it, step it and treat what is inactive.
+    """State of one masked weight: its mask, observation window, inactive weights, backend.
 
-    Tensors are this rank's part of the weight, oriented ``(out, in, ...)``: all of it where the weight is whole. What
-    concerns several weights at once is elsewhere: `_observation.observe`, `_mask_update.drop_and_grow`,
-    `_gradient_mask.mask_gradients_`.
+    Tensors are this rank's part of the weight, oriented ``(out, in, ...)``: all of it if the weight is not sharded.
 
     Args:
-        candidate: the layer.
+        candidate: layer that the weight belongs to.
         block_size: side of a mask unit.
-        note: what there is to say of the unit, for people.
-        inactive: see `DGMConfig.inactive`.
+        note: remark on the unit, for users.
+        inactive: value of `DGMConfig.inactive`.
 
     Attributes:
-        candidate: the layer.
+        candidate: layer that the weight belongs to.
         block_size: side of a mask unit; 1: single weights.
-        note: remark on the unit, for people.
+        note: remark on the unit, for users.
         shape: shape ``(out, in, ...)`` of the whole weight.
         sizes: number and size of the units, for budgets.
         placement: location of mask and norms over ranks.
         inactive: treatment of the inactive weights.
-        mask: bool over units, true where active; replaced as a whole. For single weights of a sharded weight the local
-            part, else whole.
-        addressed_mask: the mask as it addresses local tensors, at `_placement.grain`.
+        mask: bool over units, true for active ones; replaced as a whole. The local part for single weights of a sharded
+            weight, else whole.
+        addressed_mask: the mask as it addresses local tensors, at `placement.grain`.
         active: number of active units of the whole weight.
         part_active: number of active units of each part.
-        explored: bool over units, true where ever active.
+        explored: bool over units, true for those that have ever been active.
         window: sums over observed gradients; ``None`` outside an observation window.
-        sampled: whether the gradient of the step under way was observed.
-        snapshot: the weight before the step under way.
-        masked_gradient: memory of the gradient that was masked last.
-        backend: what computes the layer now.
-        final_backend: what will at the final density; ``"?"`` until measured.
-        why: the reason for that, in words.
+        sampled: whether the current step's gradient was observed.
+        snapshot: copy of the weight before the current step.
+        masked_gradient: identity of the gradient that was masked last.
+        backend: name of the backend that computes the layer now.
+        final_backend: name of the backend at the final density; ``"?"`` until measured.
+        why: reason for the final backend, in words.
 
     """
 
@@ -79,7 +81,7 @@ class MaskedWeight:
         self.snapshot = WeightSnapshot()
         self.masked_gradient = MaskedGradient()
         self.part_active = [self.units // candidate.parts] * candidate.parts
-        self.take(torch.ones(self.placement.mask_shape(self.weight), dtype=torch.bool), self.units)
+        self.set_local_mask(torch.ones(self.placement.mask_shape(self.weight), dtype=torch.bool), self.units)
         self.explored = torch.zeros_like(self.mask)
         self._explored_units = 0
         self.inactive = inactive_weights(inactive, self)
@@ -113,13 +115,13 @@ class MaskedWeight:
 
     @property
     def gradient(self) -> Tensor | None:
-        """The local part of the weight's gradient, sharing storage with it; ``None`` without one, or not whole yet."""
+        """Local part of the gradient, sharing its storage; ``None`` without one, or until sharded as the weight is."""
         grad = self.parameter.grad
         return None if grad is None or not self.shard.holds(grad) else self.shard.local(grad)
 
     @property
     def has_operator(self) -> bool:
-        """Whether a sparse operator can replace the layer's forward: it needs the whole mask, of matrices or blocks."""
+        """Whether a sparse operator can replace the forward: it needs a whole mask, and blocks in convolutions."""
         taps = self.block_size == 1 and self.candidate.is_convolution
         return self.candidate.has_operator and not self.placement.mask_is_local and not taps
 
@@ -155,11 +157,11 @@ class MaskedWeight:
         self._explored_units = count
 
     def whole_mask(self) -> Tensor:
-        """Return a copy of the whole mask on the CPU; of a sharded weight, every rank has to ask for it."""
+        """Return a copy of the whole mask on the CPU; if the weight is sharded, every rank has to call it."""
         return self.placement.to_whole(self.mask)
 
-    def take(self, mask: Tensor, active: int) -> None:
-        """Take over a mask as this rank holds it, of `active` units of the whole weight; weights are left alone."""
+    def set_local_mask(self, mask: Tensor, active: int) -> None:
+        """Replace this rank's mask by one with `active` units in the whole weight; weights stay as they are."""
         self.mask = mask.to(self.weight.device)
         self.addressed_mask = self.placement.address(self.mask)
         self.active = active
@@ -167,9 +169,9 @@ class MaskedWeight:
         self.masked_gradient.forget()
 
     def set_mask(self, mask: Tensor, explored: Tensor | None = None) -> None:
-        """Take over a whole mask, and the units explored so far (``None``: its own); weights are left alone."""
+        """Replace the mask by a whole one, and `explored` (``None``: the mask itself); weights stay as they are."""
         explored = mask if explored is None else explored
-        self.take(self.placement.to_local(mask), active_units(mask))
+        self.set_local_mask(self.placement.to_local(mask), active_units(mask))
         self.part_active = [active_units(part) for part in mask.chunk(self.candidate.parts)]
         self.explored = self.placement.to_local(explored).to(self.mask.device, copy=True)
         self._explored_units = active_units(explored)
@@ -191,11 +193,11 @@ class MaskedWeight:
             if isinstance(value, Tensor) and self.shard.holds(value):
                 keep_active_(self.shard.local(value), self.placement.address(~units), self.placement.grain)
 
-    # ------------------------------------------------------------------ the step under way
+    # ------------------------------------------------------------------ the current step
 
     @property
     def observed(self) -> bool:
-        """Whether the window holds anything to decide by."""
+        """Whether the window holds a gradient."""
         return self.window is not None and self.window.samples > 0
 
     @property
@@ -204,7 +206,7 @@ class MaskedWeight:
         return None if self.window is None else self.window.gradient
 
     def begin_step(self) -> None:
-        """Allow the next observation of this weight."""
+        """Allow the next observation and masking of the gradient."""
         self.sampled = False
         self.masked_gradient.forget()
 
@@ -219,9 +221,9 @@ class MaskedWeight:
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return mask, window and backend in plain types, whole; of a sharded weight, every rank has to ask for it.
+        """Return mask, window and backend in plain types, whole; if the weight is sharded, every rank has to call it.
 
-        Of a sharded weight only rank 0 gets the window, which is as large as the weight.
+        The window of a sharded weight, which is as large as the weight, is returned on rank 0 only.
         """
         return {
             "shape": list(self.shape),
@@ -235,7 +237,7 @@ class MaskedWeight:
         } | self.inactive.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned for a layer of the same shape and block size."""
+        """Load the state of a layer of the same shape and block size."""
         shape = mask_shape(self.shape, self.block_size)
         self.set_mask(unpack_bits(state["mask"], shape), unpack_bits(state["explored"], shape))
         self.backend, self.final_backend, self.why = state["backend"], state["final_backend"], state["why"]

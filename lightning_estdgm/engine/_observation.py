@@ -1,4 +1,4 @@
-"""Observation of gradients before a mask update: sums over the steps of a window, once a step for all weights."""
+"""Observation windows: sums over the gradients of the steps before a mask update. Scores of them are in `method`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Window:
     """Sums over the observed gradients of one weight; exists only inside an observation window.
 
     Args:
-        weight: this rank's part of the weight.
-        mask: mask that this rank holds.
+        weight: local part of the weight.
+        mask: mask in this rank's form.
 
     Attributes:
         gradient: sum of the gradients, of the weight's shape, at least float32.
@@ -36,19 +36,19 @@ class Window:
         self.samples = 0
 
     def add(self, gradient: Tensor | None, norm: Tensor, scale: float) -> None:
-        """Add `scale` times one gradient (``None``: this rank holds nothing of it) and its units' norms."""
+        """Add `scale` times a gradient (``None``: this rank holds no part of it) and the norms of its units."""
         if gradient is not None:
             self.gradient.add_(gradient, alpha=scale)
         self.norm.add_(norm, alpha=scale)
         self.samples += 1
 
     def state_dict(self, placement: Placement) -> dict[str, Any]:
-        """Return whole copies of the sums; of a sharded weight every rank has to ask, and rank 0 gets them."""
+        """Return whole copies of the sums; if the weight is sharded, call it on every rank: rank 0 gets the copies."""
         tensors = {"gradient": self.gradient, "norm": self.norm}
         return {"samples": self.samples} | {name: placement.saved(name, x) for name, x in tensors.items()}
 
     def load_state_dict(self, state: Mapping[str, Any], weight: MaskedWeight) -> None:
-        """Take over what `state_dict` returned on rank 0.
+        """Load the state that `state_dict` returned on rank 0.
 
         Raises:
             ValueError: if the state is another rank's, which holds no sums.
@@ -65,13 +65,13 @@ class Window:
 
 
 def observe(weights: Sequence[MaskedWeight], scale: float) -> bool:
-    """Add the gradients of `weights` to their windows, unless one of them is not finite; once a step.
+    """Add the gradients of `weights` to their windows, once a step, and only if all of them are finite.
 
-    All ranks of sharded weights must call it: one all-reduce tells them the norms of units that several hold parts of,
-    which weights took part at all (a rank may hold nothing of one), and whether all was finite.
+    If weights are sharded, all ranks must call it: one all-reduce gives them the norms of units that lie on several
+    ranks, the weights that have a gradient on any rank, and whether all gradients are finite.
 
     Args:
-        weights: those whose gradients belong to one step.
+        weights: weights whose gradients belong to one step.
         scale: factor on the gradients.
 
     Returns:
@@ -105,7 +105,7 @@ def observe(weights: Sequence[MaskedWeight], scale: float) -> bool:
 
 
 def _taking_part(sums: Mapping[MaskedWeight, Tensor]) -> list[tuple[MaskedWeight, Tensor]]:
-    """Return those of which some rank has a gradient; one look at the device for all."""
+    """Return the weights with a gradient on any rank, and their sums; one transfer from the device for all."""
     if not sums:
         return []
     counts = torch.stack([weight.placement.took_part(summed) for weight, summed in sums.items()]).tolist()

@@ -1,7 +1,7 @@
-"""Where a weight, its mask and the norms of its units are known: whole on every rank, or spread over several.
+"""`Placement`: location of a weight's mask and of its units' norms, with a class for whole and one for sharded weights.
 
-`Shard` says which elements this rank holds; a `Placement` says what follows for masks of one block size.
-There is one class for whole and one for sharded weights.
+`distributed.Shard` knows the elements that this rank holds; a `Placement` derives from it masks and norms for units of
+one block size. Which units are active is not decided here.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from torch import Tensor
 
 from lightning_estdgm.distributed._collectives import all_reduce, gather
 from lightning_estdgm.distributed._shard import Shard
-from lightning_estdgm.method import _scores as scores
 from lightning_estdgm.method._masks import mask_shape, pool_norm
 
 
 class Placement(Protocol):
-    """Location of one weight's mask and norms. "Local" tensors are this rank's part, "whole" ones the weight's.
+    """Location of one weight's mask and norms.
+
+    "Local" tensors are this rank's part, "whole" ones that of the whole weight. Where a method says "on every rank", it
+    communicates if the weight is sharded.
 
     Attributes:
-        is_sharded: whether the weight is spread over ranks.
-        mask_is_local: whether masks are this rank's part only: of single weights of a sharded weight.
-        grain: block size at which `address`'s masks address local tensors.
+        is_sharded: whether the weight is sharded over ranks.
+        mask_is_local: whether masks are this rank's part only, as for single weights of a sharded weight.
+        grain: block size at which masks from `address` address local tensors.
 
     """
 
@@ -32,7 +34,7 @@ class Placement(Protocol):
     grain: int
 
     def device(self, weight: Tensor) -> torch.device:
-        """Return the device that the layer computes on; a sharded weight itself may be offloaded to another."""
+        """Return the device that the layer computes on; a sharded weight may be offloaded to another."""
         ...
 
     def mask_shape(self, weight: Tensor) -> tuple[int, ...]:
@@ -44,53 +46,53 @@ class Placement(Protocol):
         ...
 
     def to_whole(self, local: Tensor) -> Tensor:
-        """Return a copy of the whole of what `to_local` gave, on the CPU; every rank has to ask."""
+        """Return a whole copy of a local tensor that `to_local` gave, on the CPU; call it on every rank."""
         ...
 
     def address(self, mask: Tensor) -> Tensor:
-        """Return a mask over units as one that addresses local tensors at `grain`."""
+        """Return a mask over units in the form that addresses local tensors, at `grain`."""
         ...
 
     def unit_norms(self, weight: Tensor) -> Tensor:
-        """Return the norm of each unit of the whole weight, on the CPU; every rank has to ask."""
+        """Return the norm of each unit of the whole weight, on the CPU; call it on every rank."""
         ...
 
     def saved(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Return a whole copy of a window's tensor to be saved; of a sharded weight ``None`` but on rank 0."""
+        """Return a whole copy of a window's tensor; call it on every rank: if sharded, only rank 0 gets the copy."""
         ...
 
-    # ---- observation: what ranks tell each other of one gradient
+    # ---- observation: messages between ranks on one gradient
 
     def observation(self, gradient: Tensor | None, mask: Tensor) -> Tensor | None:
-        """Return what is to be summed over ranks; ``None`` where there is nothing to observe."""
+        """Return the message to sum over ranks; ``None`` if there is nothing to observe."""
         ...
 
     def took_part(self, summed: Tensor) -> Tensor:
-        """Return a number that is 0 where no rank has a gradient."""
+        """Return a number that is 0 if no rank has a gradient."""
         ...
 
     def total(self, summed: Tensor) -> Tensor:
-        """Return a number that is finite where the whole gradient is."""
+        """Return a number that is finite if the whole gradient is."""
         ...
 
     def observed_norm(self, weight: Tensor, gradient: Tensor | None, summed: Tensor) -> Tensor:
         """Return the norm of each unit of the local mask."""
         ...
 
-    # ---- decision: what ranks tell each other of the weight and the gradients seen
+    # ---- mask update: messages between ranks on the weight and the observed gradients
 
     def evidence(self, weight: Tensor, gradient_sum: Tensor | None) -> Tensor | None:
-        """Return what is to be summed over ranks before a decision; ``None`` where nothing is."""
+        """Return the message to sum over ranks before an update; ``None`` if every rank knows all."""
         ...
 
     def holds_nan(self, evidence: Tensor) -> bool:
-        """Whether the weight or its gradients hold NaN, by the summed evidence."""
+        """Whether the weight or its gradients hold NaN, by the summed message."""
         ...
 
     def score_norms(
         self, weight: Tensor, gradient_sum: Tensor | None, evidence: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the norms of the units of weight and summed gradient; the latter ``None`` where none was seen."""
+        """Return the norms of the units of weight and summed gradient; the latter ``None`` if none was observed."""
         ...
 
 
@@ -105,7 +107,7 @@ class WholeWeight:
         self.grain = shard.grain(block_size)
 
     def device(self, weight: Tensor) -> torch.device:
-        """Return the weight's own."""
+        """Return the weight's device."""
         return weight.device
 
     def mask_shape(self, weight: Tensor) -> tuple[int, ...]:
@@ -113,7 +115,7 @@ class WholeWeight:
         return mask_shape(self._shard.shape, self._block_size)
 
     def to_local(self, whole: Tensor) -> Tensor:
-        """Return it as it is."""
+        """Return the tensor as it is."""
         return whole
 
     def to_whole(self, local: Tensor) -> Tensor:
@@ -126,14 +128,14 @@ class WholeWeight:
 
     def unit_norms(self, weight: Tensor) -> Tensor:
         """Return the norms on the CPU."""
-        return gather(self._shard, scores.magnitude(weight, self._block_size))
+        return gather(self._shard, pool_norm(weight, self._block_size))
 
     def saved(self, name: str, tensor: Tensor) -> Tensor | None:
         """Return a copy."""
         return tensor.clone()
 
     def observation(self, gradient: Tensor | None, mask: Tensor) -> Tensor | None:
-        """Return the norms of the gradient's units: other ranks know them already."""
+        """Return the norms of the gradient's units, which are the same on all ranks."""
         return None if gradient is None else pool_norm(gradient, self._block_size)
 
     def took_part(self, summed: Tensor) -> Tensor:
@@ -149,7 +151,7 @@ class WholeWeight:
         return summed
 
     def evidence(self, weight: Tensor, gradient_sum: Tensor | None) -> Tensor | None:
-        """Return nothing: every rank sees all."""
+        """Return None: every rank holds the whole weight."""
         return None
 
     def holds_nan(self, evidence: Tensor) -> bool:
@@ -161,11 +163,11 @@ class WholeWeight:
     ) -> tuple[Tensor, Tensor | None]:
         """Return the norms of the units."""
         gradient_norm = None if gradient_sum is None else pool_norm(gradient_sum, self._block_size)
-        return scores.magnitude(weight, self._block_size), gradient_norm
+        return pool_norm(weight, self._block_size), gradient_norm
 
 
 class ShardedWeight:
-    """A weight of which each rank holds a part: masks of blocks are whole on all of them, of single weights local."""
+    """A weight of which each rank holds a part: masks of blocks are whole on every rank, of single weights local."""
 
     is_sharded = True
 
@@ -176,19 +178,19 @@ class ShardedWeight:
         self._mask_shape = mask_shape(shard.shape, block_size)
 
     def device(self, weight: Tensor) -> torch.device:
-        """Return the one that collectives run on."""
+        """Return the device that collectives run on."""
         return self._shard.device
 
     def mask_shape(self, weight: Tensor) -> tuple[int, ...]:
-        """Return the local weight's shape for single weights, else that of the whole mask."""
+        """Return the local weight's shape for single weights, the whole mask's for blocks."""
         return tuple(weight.shape) if self.mask_is_local else self._mask_shape
 
     def to_local(self, whole: Tensor) -> Tensor:
-        """Return this rank's part for single weights."""
+        """Return the local part for single weights, the whole for blocks."""
         return self._shard.part(whole) if self.mask_is_local else whole
 
     def to_whole(self, local: Tensor) -> Tensor:
-        """Gather single weights' masks."""
+        """Gather masks of single weights; copy those of blocks."""
         return gather(self._shard, local) if self.mask_is_local else local.cpu().clone()
 
     def address(self, mask: Tensor) -> Tensor:
@@ -198,16 +200,16 @@ class ShardedWeight:
     def unit_norms(self, weight: Tensor) -> Tensor:
         """Sum the squares of blocks over ranks; gather the magnitudes of single weights."""
         if self.mask_is_local:
-            return gather(self._shard, scores.magnitude(weight, 1))
+            return gather(self._shard, pool_norm(weight, 1))
         return self._norm(all_reduce([self._shard], [self._squares(weight)])[0], weight).cpu()
 
     def saved(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Gather the tensor; every rank has to ask."""
+        """Gather the tensor; return it on rank 0 only."""
         whole = gather(self._shard, tensor) if name == "gradient" else self.to_whole(tensor)
         return whole if torch.distributed.get_rank() == 0 else None
 
     def observation(self, gradient: Tensor | None, mask: Tensor) -> Tensor | None:
-        """Return 1 and the squares of units, or of single weights the sum of magnitudes; zeros without a gradient."""
+        """Return 1 and the squares of blocks, or 1 and the sum of single magnitudes; zeros without a gradient."""
         if gradient is None:
             size = 2 if self.mask_is_local else 1 + mask.numel()
             return torch.zeros(size, dtype=torch.float64, device=mask.device)
@@ -231,14 +233,14 @@ class ShardedWeight:
         return torch.zeros(weight.shape, device=weight.device) if gradient is None else pool_norm(gradient, 1)
 
     def evidence(self, weight: Tensor, gradient_sum: Tensor | None) -> Tensor | None:
-        """Return the squares of the units of weight and gradients; of single weights the number of NaNs."""
+        """Return the squares of the blocks of weight and gradient; for single weights the number of NaNs."""
         if self.mask_is_local:
             return weight.isnan().sum(dtype=torch.float64)[None]
         gradient = torch.zeros_like(weight) if gradient_sum is None else gradient_sum
         return torch.cat([self._squares(weight), self._squares(gradient)])
 
     def holds_nan(self, evidence: Tensor) -> bool:
-        """Whether a square is NaN, or a single weight."""
+        """Whether a square of a block is NaN, or the number of NaNs is not 0."""
         return bool(evidence.isnan().any()) or (self.mask_is_local and bool(evidence.any()))
 
     def score_norms(
@@ -247,7 +249,7 @@ class ShardedWeight:
         """Return the norms of blocks from the summed squares, those of single weights from this rank's part."""
         if evidence is None or self.mask_is_local:
             gradient_norm = None if gradient_sum is None else pool_norm(gradient_sum, 1)
-            return scores.magnitude(weight, 1), gradient_norm
+            return pool_norm(weight, 1), gradient_norm
         weight_squares, gradient_squares = evidence.chunk(2)
         return self._norm(weight_squares, weight), self._norm(gradient_squares, weight)
 
@@ -263,5 +265,5 @@ class ShardedWeight:
 
 
 def placement_of(shard: Shard, block_size: int) -> Placement:
-    """Return the placement of a weight that lies over ranks as `shard` says."""
+    """Return the placement of a weight with the layout `shard`."""
     return ShardedWeight(shard, block_size) if shard.groups else WholeWeight(shard, block_size)

@@ -1,10 +1,15 @@
-"""Densities of layers from one budget. Pure functions of shapes."""
+"""Budgets of layers from one density of the whole. Pure functions of shapes.
+
+Weights and gradients have no part here: redistributions by scores are in `_redistribution`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+
+from lightning_estdgm._checks import check_share
 
 Shape = Sequence[int]
 
@@ -16,7 +21,7 @@ def uniform(shapes: Sequence[Shape], density: float) -> list[float]:
         ValueError: if `density` lies outside (0, 1].
 
     """
-    _check_density(density)
+    check_share("density", density)
     return [density] * len(shapes)
 
 
@@ -25,18 +30,18 @@ def erk(shapes: Sequence[Shape], density: float) -> list[float]:
 
     .. math:: \rho_l = \min(1, \epsilon \, \textstyle\sum_d s_{l,d} / \prod_d s_{l,d})
 
-    with :math:`\epsilon` such that the active weights make up `density` of all. Source: Evci et al., "Rigging the
+    with :math:`\epsilon` such that `density` of all weights is active. Source: Evci et al., "Rigging the
     Lottery" (arXiv 1911.11134), section 3; Mocanu et al. (2018) for linear layers.
 
     Args:
         shapes: weight shapes ``(out, in, *kernel)``.
-        density: active share over all layers, in (0, 1].
+        density: active share of the weights of all layers, in (0, 1].
 
     Raises:
         ValueError: if `density` lies outside (0, 1].
 
     """
-    _check_density(density)
+    check_share("density", density)
     sizes = [math.prod(shape) for shape in shapes]
     raw = [sum(shape) / size for shape, size in zip(shapes, sizes, strict=True)]
     dense: set[int] = set()
@@ -59,26 +64,26 @@ DISTRIBUTIONS: dict[str, Callable[[Sequence[Shape], float], list[float]]] = {"er
 def allocate(
     unit_counts: Sequence[int], unit_sizes: Sequence[int], densities: Sequence[float], density: float
 ) -> list[int]:
-    """Turn layer densities into whole units, keeping to the budget of the whole.
+    """Round layer densities to whole units, within the budget of the whole.
 
     Each layer gets the floor of its share; what remains of ``round(density * weights)`` goes to the layers with the
     largest remainders, in layer order where they tie. Every layer keeps at least one unit.
 
     Args:
-        unit_counts: units of each layer.
-        unit_sizes: weights in one unit of each layer.
+        unit_counts: number of units of each layer.
+        unit_sizes: number of weights in one unit of each layer.
         densities: density of each layer, in (0, 1].
         density: density of the whole, in (0, 1].
 
     Returns:
-        Active units of each layer. Their weights miss the budget by at most half the largest unit, and by nothing where
-        all units are single weights (unless one unit a layer is already more than the budget).
+        Number of active units of each layer. Their weights miss the budget by at most half the largest unit, and not at
+        all if all units are single weights (unless one unit a layer is already more than the budget).
 
     Raises:
         ValueError: if `density` lies outside (0, 1].
 
     """
-    _check_density(density)
+    check_share("density", density)
     counts = list(unit_counts)
     ideal = [
         min(Fraction(n), Fraction(rho).limit_denominator(10**12) * n) for n, rho in zip(counts, densities, strict=True)
@@ -100,8 +105,3 @@ def allocate(
         units[i] -= 1
         left += unit_sizes[i]
     return units
-
-
-def _check_density(density: float) -> None:
-    if not 0.0 < density <= 1.0:
-        raise ValueError(f"density must lie in (0, 1], got {density!r}")

@@ -1,4 +1,6 @@
-"""Masks over mask units: views, exact top-k, the keep-and-grow decision, bit packing. Pure, tensors in, tensors out.
+"""Masks over mask units: shapes, views, norms, exact top-k, drop-and-grow, bit packing. Pure functions of tensors.
+
+Scores of units are in `_scores`, rules on where a layer's active units may lie in `_patterns`.
 
 A mask is a bool tensor, true where a unit is active. For ``block_size=1`` it has the shape of the weight; for a block
 size ``b`` it has shape ``(out / b, in / b)`` and each entry stands for ``b x b`` weights (times the kernel of a
@@ -32,7 +34,7 @@ def mask_shape(weight_shape: torch.Size | tuple[int, ...], block_size: int) -> t
 
 
 def unit_size(weight_shape: torch.Size | tuple[int, ...], block_size: int) -> int:
-    """Return how many weights one unit holds."""
+    """Return the number of weights in one unit."""
     if block_size == 1:
         return 1
     return block_size * block_size * int(torch.Size(weight_shape[2:]).numel())
@@ -60,9 +62,10 @@ def unit_view(weight: Tensor, block_size: int) -> Tensor:
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""The integers of as many bytes."""
+"""Integer dtype of each element size in bytes."""
 
-_PIECE = 1 << 18  # elements
+PIECE = 1 << 18
+"""Number of elements that stay in a CPU's cache between reading and writing."""
 
 
 def _aligned(weight: Tensor, mask: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -76,10 +79,10 @@ def _broadcast(mask: Tensor, weight: Tensor) -> Tensor:
 
 
 def keep_active_(weight: Tensor, active: Tensor, block_size: int) -> Tensor:
-    """Zero all weights (or gradients, or optimizer state) but those of the units in `active`, in place.
+    """Zero a weight, gradient or optimizer state outside the units in `active`, in place.
 
-    Infinities and NaNs go as well, and active units keep every bit: what is multiplied by 0 or 1 are the numbers' bits,
-    read as integers. On a CPU that takes a fifth of `masked_fill_`'s time.
+    Infinities and NaNs become 0 too, and active units keep every bit: the bits of the numbers, read as integers, are
+    multiplied by 0 or 1. On a CPU that takes a fifth of `masked_fill_`'s time.
     """
     integer = _INTEGERS.get(weight.element_size())
     if integer is None:
@@ -94,14 +97,14 @@ def keep_active_(weight: Tensor, active: Tensor, block_size: int) -> Tensor:
         bits.mul_(active)
     elif weight.numel():
         # torch widens the mask to the integers first: a piece at a time stays in the cache.
-        rows = max(1, _PIECE * len(bits) // bits.numel())
+        rows = max(1, PIECE * len(bits) // bits.numel())
         for piece, kept in zip(bits.split(rows), active.split(rows), strict=True):
             piece.mul_(kept)
     return weight
 
 
 def masked_select_units(mask: Tensor, active: Tensor, inactive: Tensor, block_size: int) -> Tensor:
-    """Return `active` where `mask` is true and `inactive` elsewhere; both of the weight's shape."""
+    """Return `active` where `mask` is true and `inactive` elsewhere; both have the weight's shape."""
     if block_size == 1:
         return torch.where(mask, active, inactive)
     chosen = torch.where(_broadcast(mask, active), unit_view(active, block_size), unit_view(inactive, block_size))
@@ -109,7 +112,16 @@ def masked_select_units(mask: Tensor, active: Tensor, inactive: Tensor, block_si
 
 
 def pool_norm(weight: Tensor, block_size: int) -> Tensor:
-    r"""Return the Frobenius norm of each unit: ``|w|`` for single weights; at least float32."""
+    r"""Return the Frobenius norm :math:`\lVert w_u \rVert` of each unit, ``|w|`` for single weights.
+
+    Args:
+        weight: weight or gradient, ``(out, in, ...)``.
+        block_size: side of a unit.
+
+    Returns:
+        Norms of the mask's shape, at least float32.
+
+    """
     weight = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
     if block_size == 1:
         return weight.abs()
@@ -127,8 +139,8 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     """Return a mask of exactly the `k` largest scores; ties go to the lowest index, on every device alike.
 
     Args:
-        scores: any shape, no NaN; ``-inf`` marks entries that come last.
-        k: how many, 0 to ``scores.numel()``.
+        scores: scores of any shape, no NaN; entries of ``-inf`` come last.
+        k: number of scores to choose, 0 to ``scores.numel()``.
 
     Raises:
         ValueError: if `k` is out of range or a score is NaN.
@@ -153,16 +165,16 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def initial_mask(norms: Tensor, k: int, generator: torch.Generator, *, largest: bool = False) -> Tensor:
-    """Return a mask with exactly `k` active units: first those that hold weights, then, if too few, units of zeros.
+    """Return a mask with exactly `k` active units: those of norm above 0 first, then, if too few, others.
 
-    So a mask comes back from weights that were masked by it. Of the units that hold weights any are drawn, or the
-    largest taken; units of zeros are drawn.
+    Weights that an earlier mask has zeroed thus give that mask back. Among the units of norm above 0 the choice is
+    random or, with `largest`, by norm; among those of norm 0 it is random.
 
     Args:
         norms: norm of each unit.
-        k: how many, 0 to ``norms.numel()``.
-        generator: on the norms' device.
-        largest: take the largest units.
+        k: number of active units, 0 to ``norms.numel()``.
+        generator: generator on the norms' device.
+        largest: whether the largest units are chosen rather than random ones.
 
     """
     noise = torch.rand(norms.shape, generator=generator, device=norms.device)
@@ -170,11 +182,11 @@ def initial_mask(norms: Tensor, k: int, generator: torch.Generator, *, largest: 
 
 
 def top_k_in_groups(scores: Tensor, counts: Tensor) -> Tensor:
-    """Return a mask of the largest scores of each row, exactly `counts` of them; ties go to the lowest index.
+    """Return a mask of the largest scores of each row; ties go to the lowest index.
 
     Args:
-        scores: ``(groups, size)``, no NaN.
-        counts: ``(groups,)``, integers from 0 to ``size``.
+        scores: scores, ``(groups, size)``, no NaN.
+        counts: number of scores to choose in each row, ``(groups,)``, integers from 0 to ``size``.
 
     Raises:
         ValueError: if a count is out of range or a score is NaN.
@@ -190,18 +202,21 @@ def top_k_in_groups(scores: Tensor, counts: Tensor) -> Tensor:
     return torch.zeros_like(chosen).scatter_(1, order, chosen)
 
 
-def exchange(
+def drop_and_grow(
     mask: Tensor, keep_scores: Tensor, grow_scores: Tensor, k: int, keep: int, *, regrow: bool = False
 ) -> Tensor:
-    """Keep the `keep` active units of largest keep score, grow others of largest growth score until `k` are active.
+    """Keep the active units of largest keep score and grow others of largest growth score until `k` are active.
 
     Args:
-        mask: the mask so far.
-        keep_scores: of the mask's shape; only active units' are read.
-        grow_scores: of the mask's shape.
-        k: active units of the new mask.
-        keep: how many stay, at most `k` and the number of active ones.
-        regrow: whether units just dropped may be grown again; else only units that were inactive are grown.
+        mask: mask before the update.
+        keep_scores: scores of the mask's shape; only those of active units are read.
+        grow_scores: scores of the mask's shape; without `regrow` only those of inactive units are read.
+        k: number of active units of the new mask.
+        keep: number of active units that stay, at most `k` and the number of active ones; see `kept_units`.
+        regrow: whether units just dropped may be grown again; otherwise only inactive units are grown.
+
+    Returns:
+        A new mask with exactly `k` active units; the same on every machine for the same scores.
 
     Raises:
         ValueError: if a number is out of range or a score is NaN.
@@ -211,42 +226,18 @@ def exchange(
     return kept | top_k(grow_scores.masked_fill(kept if regrow else mask, -torch.inf), k - keep)
 
 
-def decide(
-    mask: Tensor,
-    weight_scores: Tensor,
-    growth_scores: Tensor,
-    k: int,
-    drop_fraction: float,
-    *,
-    regrow: bool = False,
-) -> Tensor:
-    r"""Re-decide a mask: keep the active units of largest weight, grow the inactive ones of largest growth score.
+def kept_units(n_active: int, n_inactive: int, k: int, drop_fraction: float, *, regrow: bool = False) -> int:
+    """Return the number of active units that stay when a mask is updated to `k` active units.
 
-    With ``n`` units active, ``s = min(n, k)`` could survive; ``s - floor(drop_fraction * s)`` do, and the rest of `k`
-    is grown among the units that were inactive (fewer are dropped where too few of those exist).
+    At most ``s = min(n_active, k)`` can stay; ``s - floor(drop_fraction * s)`` do, and the rest of `k` is grown.
+    Without `regrow` only inactive units can be grown, so fewer are dropped if there are too few of those.
 
     Args:
-        mask: the mask so far.
-        weight_scores: of the mask's shape; only active units' are read.
-        growth_scores: of the mask's shape; only inactive units' are read.
-        k: active units of the new mask: exactly this many.
-        drop_fraction: share of the surviving units given up for new ones, in [0, 1].
-        regrow: see `exchange`; none is then dropped less for want of inactive units.
-
-    Returns:
-        A new mask with exactly `k` active units; the same on every machine for the same scores.
-
-    Raises:
-        ValueError: if `k` or `drop_fraction` is out of range or a score that counts is NaN.
-
-    """
-    n_active = active_units(mask)
-    keep = kept_units(n_active, mask.numel() - n_active, k, drop_fraction, regrow=regrow)
-    return exchange(mask, weight_scores, growth_scores, k, keep, regrow=regrow)
-
-
-def kept_units(n_active: int, n_inactive: int, k: int, drop_fraction: float, *, regrow: bool = False) -> int:
-    """Return how many active units stay when a mask is re-decided to `k` units; see `decide`.
+        n_active: number of active units before the update.
+        n_inactive: number of inactive units before the update.
+        k: number of active units after the update.
+        drop_fraction: share of the units that could stay, given up for new ones, in [0, 1].
+        regrow: whether units just dropped may be grown again.
 
     Raises:
         ValueError: if `k` or `drop_fraction` is out of range.

@@ -1,7 +1,8 @@
-"""Patterns of active units within a layer: N:M, constant fan-in. Pure: tensors in, tensors out.
+"""Patterns of active units within a layer: N:M, constant fan-in. Pure functions of tensors.
 
-A pattern sorts the units of a layer into groups of equal size and says how many of each group are active. Passed as
-`UpdateRule.pattern`; without one, a layer's active units may lie anywhere in it.
+A pattern sorts the units of a layer into groups of equal size and sets the number of active units of each group. It is
+passed as `UpdateRule.pattern`; without one, a layer's active units may lie anywhere in it. How many they are in all is
+not decided here but in `_distributions` and `_redistribution`.
 """
 
 from __future__ import annotations
@@ -12,37 +13,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_estdgm.method._masks import top_k, top_k_in_groups
+from lightning_estdgm._checks import check_fraction
+from lightning_estdgm.method._masks import active_units, top_k, top_k_in_groups
 
 
 class Pattern(ABC):
-    """What `draw` and `exchange_in_groups` ask of a pattern; a frozen dataclass with these methods is all it takes."""
+    """Rule on where the active units of a layer may lie. A frozen dataclass with these methods is one."""
 
     @abstractmethod
     def group_size(self, shape: torch.Size) -> int:
-        """Return how many units a group has, for a mask of `shape`; groups lie along the inputs.
+        """Return the number of units in a group, for a mask of `shape`; groups lie along the inputs.
 
         Raises:
-            ValueError: if the shape cannot be cut up so.
+            ValueError: if the shape does not divide into groups.
 
         """
 
     @abstractmethod
     def per_group(self, k: int, groups: int, size: int) -> int:
-        """Return how many units of each group are active, for `k` units of `groups` groups of `size`.
+        """Return the number of active units in each group, for a budget of `k` over `groups` groups of `size`.
 
         Raises:
-            ValueError: if `k` cannot be spread so.
+            ValueError: if `k` does not divide into groups as the pattern needs it.
 
         """
 
     @abstractmethod
     def quotas(self, n: int, salient: Tensor) -> Tensor:
-        """Return how many units of each group are active now, should groups differ.
+        """Return the number of active units of each group at an update; groups may differ.
 
         Args:
-            n: what `per_group` returned.
-            salient: bool ``(groups, size)``, true where a unit would stay or be grown without the pattern.
+            n: number that `per_group` returned.
+            salient: bool ``(groups, size)``, true for units that would stay or be grown without the pattern.
 
         Returns:
             Integers of shape ``(groups,)``, each at most ``size``.
@@ -59,12 +61,12 @@ class Pattern(ABC):
 
 @dataclass(frozen=True)
 class NofM(Pattern):
-    """N:M: of each `m` neighbours along the inputs the same number is active, n = density * m.
+    """N:M sparsity: n = density * m of each `m` neighbours along the inputs are active.
 
     The layer's density must make n a whole number: use ``distribution="uniform"`` and a density of n / m.
 
     Attributes:
-        m: units in a group, at least 2.
+        m: number of units in a group, at least 2.
 
     """
 
@@ -100,27 +102,26 @@ class FanIn(Pattern):
     """Constant fan-in: every output has the same number of active units; SRigL (Lasby et al., arXiv 2305.02299).
 
     Attributes:
-        ablate: an output goes out altogether, and its units to the others, when fewer than this share of its fan-in
-            are salient, in [0, 1); 0 turns it off. Decided anew at every update.
+        ablate: share of the fan-in, in [0, 1), that has to be salient for an output to stay; an output with fewer
+            salient units gets none, and the others share its units. 0 turns it off. Decided anew at every update.
 
     """
 
     ablate: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.ablate < 1.0:
-            raise ValueError(f"ablate must lie in [0, 1), got {self.ablate!r}")
+        check_fraction("ablate", self.ablate)
 
     def group_size(self, shape: torch.Size) -> int:
-        """Return the units of one output."""
+        """Return the number of units of one output."""
         return shape[1:].numel()
 
     def per_group(self, k: int, groups: int, size: int) -> int:
-        """Return the fan-in: to the nearest unit, at least one."""
+        """Return the fan-in, rounded to the nearest unit, at least one."""
         return max(1, round(k / groups))
 
     def quotas(self, n: int, salient: Tensor) -> Tensor:
-        """Return the fan-in of each output: 0 where too little is salient, and what that leaves, to the others."""
+        """Return the fan-in of each output: 0 with too few salient units; the others share the units it leaves."""
         outputs, size = salient.shape
         counts = salient.sum(1)
         alive = counts >= self.ablate * n
@@ -130,42 +131,42 @@ class FanIn(Pattern):
 
 
 def fitted(pattern: Pattern, shape: torch.Size, k: int) -> int:
-    """Return how many units of a mask of `shape` are active under the pattern, for a budget of `k`."""
+    """Return the number of active units that the pattern gives a mask of `shape`, for a budget of `k`."""
     size = pattern.group_size(shape)
     groups = shape.numel() // size
     return groups * pattern.per_group(k, groups, size)
 
 
 def draw(pattern: Pattern, scores: Tensor, k: int) -> Tensor:
-    """Return a mask in the pattern, of the largest scores of each group; no group is left out."""
+    """Return a mask in the pattern, of the largest scores of each group; all groups get the same number."""
     grouped = _grouped(pattern, scores)
     counts = torch.full(grouped.shape[:1], pattern.per_group(k, *grouped.shape), device=scores.device)
     return _ungrouped(top_k_in_groups(grouped, counts), scores.shape)
 
 
-def exchange_in_groups(
+def drop_and_grow_in_groups(
     pattern: Pattern, mask: Tensor, keep_scores: Tensor, grow_scores: Tensor, k: int, keep: int
 ) -> Tensor:
-    """Re-decide a mask within a pattern.
+    """Keep and grow units as `_masks.drop_and_grow` does, within the quotas of a pattern.
 
-    The `keep` active units of largest keep score in the layer stay, as far as their group's quota goes, the largest
-    first; each group is then filled up by the largest growth scores of all its other units. Salient are the kept ones,
-    and as many of the layer's largest growth scores as active ones were dropped.
+    The `keep` active units of largest keep score in the layer stay, the largest first, as far as the quota of their
+    group goes. Each group is then filled up with its other units of largest growth score. Salient units are the kept
+    ones, and as many of the layer's largest growth score as active units were dropped.
 
     Args:
-        pattern: of the layer.
-        mask: the mask so far.
-        keep_scores: of the mask's shape; only active units' are read.
-        grow_scores: of the mask's shape.
-        k: active units that the budget gives the layer; quotas may round it.
-        keep: how many stay at most.
+        pattern: pattern of the layer.
+        mask: mask before the update.
+        keep_scores: scores of the mask's shape; only those of active units are read.
+        grow_scores: scores of the mask's shape.
+        k: number of active units that the budget gives the layer; quotas may round it.
+        keep: largest number of active units that stay.
 
     Raises:
         ValueError: if the layer or the budget does not fit the pattern, or a score is NaN.
 
     """
     kept = top_k(keep_scores.masked_fill(~mask, -torch.inf), keep)
-    dropped = max(0, int(torch.count_nonzero(mask)) - keep)
+    dropped = max(0, active_units(mask) - keep)
     salient = kept | top_k(grow_scores, dropped)
     salient = _grouped(pattern, salient)
     quotas = pattern.quotas(pattern.per_group(k, *salient.shape), salient)
@@ -176,11 +177,12 @@ def exchange_in_groups(
 
 
 def _grouped(pattern: Pattern, units: Tensor) -> Tensor:
-    """Return ``(groups, size)``: the inputs last, so that groups lie along them whatever the kernel."""
+    """Return units as ``(groups, size)``: the inputs last, so that groups lie along them whatever the kernel."""
     size = pattern.group_size(units.shape)
     return units.movedim(1, -1).reshape(-1, size)
 
 
 def _ungrouped(grouped: Tensor, shape: torch.Size) -> Tensor:
+    """Undo `_grouped`, for units of `shape`."""
     moved = (shape[0], *shape[2:], shape[1])
     return grouped.view(moved).movedim(-1, 1).contiguous()

@@ -1,6 +1,6 @@
-"""Budgets of layers that move with what an update sees: functions of all layers' scores. Pure.
+"""Budgets of layers that follow the scores at a mask update. Pure functions of all layers' scores.
 
-`_distributions` gives layers their shares by shape alone; a redistribution replaces that at mask updates.
+`_distributions` gives layers their budgets by shape alone; a redistribution replaces these at mask updates.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from lightning_estdgm.method._masks import active_units, kept_units, top_k
 
 @dataclass(frozen=True)
 class Scored:
-    """One layer, or one part of one, before an update; tensors have the mask's shape.
+    """Mask and scores of one layer, or of one part of it, before an update; tensors have the mask's shape.
 
     Attributes:
-        mask: bool, true where active so far.
+        mask: bool, true for active units.
         keep: score by which active units stay.
         grow: score by which units are grown.
 
@@ -32,11 +32,11 @@ class Scored:
 
 @dataclass(frozen=True)
 class Budget:
-    """What an update leaves a layer.
+    """Numbers of units that an update leaves in a layer, or in one part of it.
 
     Attributes:
-        keep: how many active units stay.
-        k: how many are active afterwards.
+        keep: number of active units that stay.
+        k: number of active units after the update.
 
     """
 
@@ -48,13 +48,13 @@ def globally(layers: Sequence[Scored], k: int, drop_fraction: float, regrow: boo
     """Give each layer as many units as it has among the `k` best of all layers: global pruning.
 
     Active units come first, by keep score; where `k` is more than these, inactive ones follow by growth score. Each
-    layer has at least one. Of its budget a layer then gives up and grows back its share, as without redistribution.
+    layer has at least one. Within its budget a layer then drops and grows `drop_fraction`, as without redistribution.
 
     Args:
-        layers: all of them.
-        k: active units of the whole.
-        drop_fraction: see `_masks.decide`.
-        regrow: see `_masks.exchange`.
+        layers: all masked layers.
+        k: number of active units of all layers together.
+        drop_fraction: see `_masks.kept_units`.
+        regrow: see `_masks.drop_and_grow`.
 
     """
     masks = torch.cat([layer.mask.flatten() for layer in layers])
@@ -72,19 +72,19 @@ def globally(layers: Sequence[Scored], k: int, drop_fraction: float, regrow: boo
 
 
 def by_growth(layers: Sequence[Scored], k: int, drop_fraction: float, regrow: bool) -> list[Budget]:
-    """Share out what all layers dropped in proportion to the mean growth score of each layer's active units: SNFS.
+    """Split the units to grow in proportion to the mean growth score of each layer's active units: SNFS.
 
-    Each layer drops its share of its own units; what is to grow is split by largest remainders. What a layer cannot
-    hold goes to the others in the same proportion. Where all scores are 0, the split is by dropped units.
+    Each layer drops `drop_fraction` of its own units; the units to grow are split by largest remainders. Those that a
+    layer has no room for go to the others in the same proportion. If all scores are 0, the split is by dropped units.
 
     Args:
-        layers: all of them.
-        k: active units of the whole.
+        layers: all masked layers.
+        k: number of active units of all layers together.
         drop_fraction: share of each layer's active units that it drops, in [0, 1].
-        regrow: see `_masks.exchange`.
+        regrow: see `_masks.drop_and_grow`.
 
     Raises:
-        ValueError: if `k` is less than what stays, or more than there is room for.
+        ValueError: if `k` is less than the units that stay, or more than there is room for.
 
     """
     active = [active_units(layer.mask) for layer in layers]
@@ -115,7 +115,7 @@ def by_growth(layers: Sequence[Scored], k: int, drop_fraction: float, regrow: bo
 
 
 def _best_first(scores: Tensor) -> Tensor:
-    """Return flat scores with the best raised above all, so that every layer keeps it."""
+    """Return flat scores with the largest raised to infinity, so that every layer keeps one unit."""
     flat = scores.flatten().clone()
     flat[flat.argmax()] = torch.inf
     return flat

@@ -1,6 +1,7 @@
-"""Scores of mask units: how much a unit is worth keeping or growing. Pure: tensors in, tensors out.
+"""Scores of mask units, by which units are kept or grown. Pure functions of tensors; choosing by them is in `_masks`.
 
-A *unit* is what the mask decides on: one weight, or a ``b x b`` block of a weight matrix. Scores have the mask's shape.
+A *unit* is one weight, or a ``b x b`` block of a weight matrix, which is active or inactive as a whole. Scores have the
+mask's shape.
 """
 
 from __future__ import annotations
@@ -12,21 +13,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_estdgm.method._masks import pool_norm
-
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a mask update knows of the units of one layer, or of one part of it; tensors have the mask's shape.
+    """Measurements of the units of one layer before a mask update; tensors have the mask's shape.
 
     Attributes:
-        mask: bool, true where active so far.
+        mask: bool, true for active units.
         weight: norm of each unit's weights.
         mean_gradient: norm of each unit's gradient, averaged over the window; 0 where nothing was observed.
         mean_norm: norms of each unit's gradients, averaged over the window; 0 where nothing was observed.
-        gamma: `UpdateRule.gamma`.
-        generator: on the CPU; seeded by `DGMConfig.seed`, the update and the layer: the same on every rank and in a
-            resumed run.
+        gamma: exponent of the directional consistency; `UpdateRule.gamma`.
+        generator: generator on the CPU, seeded by `DGMConfig.seed`, the update and the layer: the same on every rank
+            and in a resumed run.
 
     """
 
@@ -43,9 +42,9 @@ class WeightAndGradient:
     r"""The score :math:`\lVert w \rVert + \lambda \overline{\lVert g \rVert}` of MEST (Yuan et al., arXiv 2110.14032).
 
     Attributes:
-        scale: lambda, at least 0.
-        relative: take both norms over their means of the active units, so that lambda means the same whatever the
-            scale of loss and weights. What is 0 everywhere counts for nothing.
+        scale: factor lambda of the gradient's norm, at least 0.
+        relative: whether both norms are divided by their mean over the active units, so that lambda means the same
+            whatever the scale of loss and weights. A norm whose mean is 0 is taken as it is.
 
     """
 
@@ -65,23 +64,9 @@ class WeightAndGradient:
 
 
 def _over_mean(norms: Tensor, mask: Tensor) -> Tensor:
-    """Return norms over their mean of the active units, which is taken as 1 where it is 0."""
+    """Return norms divided by their mean over the active units; unchanged where that is 0."""
     mean = norms[mask].mean() if mask.any() else norms.new_zeros(())
     return norms / torch.where(mean > 0, mean, 1.0)
-
-
-def magnitude(weight: Tensor, block_size: int) -> Tensor:
-    r"""Return the Frobenius norm :math:`\lVert w_u \rVert` of each unit's weights.
-
-    Args:
-        weight: of shape ``(out, in, ...)``.
-        block_size: side of a unit.
-
-    Returns:
-        Scores of the mask's shape, at least float32.
-
-    """
-    return pool_norm(weight, block_size)
 
 
 def consistency(mean_gradient_norm: Tensor, mean_norm: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""`UpdateRule`: the scores, the pattern and the redistribution that decide a mask update."""
+"""`UpdateRule`: the settings of mask updates: scores, drop fraction, pattern and redistribution.
+
+It names and checks them; they are computed in `_scores`, `_patterns` and `_redistribution`, and applied to a model's
+weights by `engine._mask_update`.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_estdgm._checks import check_number
+from lightning_estdgm._checks import check_fraction, check_number
 from lightning_estdgm.method._patterns import Pattern
 from lightning_estdgm.method._redistribution import REDISTRIBUTIONS, Redistribution
 from lightning_estdgm.method._scores import SCORES, WITHOUT_GRADIENTS, Evidence
 
 AUTO = "auto"
-"""Keep single weights by magnitude, blocks by weight and gradient: the norms of blocks differ too little to tell."""
+"""Keep single weights by magnitude, blocks by weight and gradient: the norms of blocks differ too little alone."""
 
 _OVER_RANKS = frozenset({"magnitude", "gradient", "momentum", "consistency"})
-"""Scores that ranks can tell of their part of a sharded weight: unit by unit, and without chance.
+"""Scores that each rank can compute for its part of a sharded weight: from one unit alone, without random numbers.
 
-Blocks' norms are summed over ranks first, so of them all is known that needs no chance.
+The norms of blocks are summed over ranks first, so every rank knows those of all blocks, and blocks may also be scored
+by ``"weight_and_gradient"``, which needs their mean.
 """
 
 
@@ -35,14 +40,14 @@ class UpdateRule:
         drop_fraction: share of a layer's active units given up for new ones at an update, in [0, 1); annealed to 0 by a
             half cosine over the run. Or a function ``(progress, density) -> share``, such as `StagedDrop`.
         regrow: whether an update may grow back the units that it has just dropped; they then keep their weight.
-        pattern: pattern of the active units of a layer, such as `NofM` or `FanIn`; ``None``: anywhere. It needs
-            `regrow`.
-        redistribute: redistribution of units between layers at updates: ``"global"``, ``"growth"``, or a function as
-            those in `_redistribution`; ``None``: the distribution of the start holds throughout. It needs units of one
-            size in all layers.
+        pattern: pattern of the active units within a layer, such as `NofM` or `FanIn`; ``None``: they may lie anywhere.
+            It needs `regrow`.
+        redistribute: redistribution of units between layers at updates: ``"global"``, ``"growth"``, or a function with
+            the signature of `_redistribution.globally`; ``None``: layers keep to `Units.distribution`. It needs units
+            of one size in all layers.
 
     Raises:
-        TypeError: for a pattern that is none.
+        TypeError: if `pattern` is no `Pattern`.
         ValueError: for an unknown score or redistribution, or a number out of range.
 
     """
@@ -62,8 +67,8 @@ class UpdateRule:
             if not callable(score) and score not in known:
                 raise ValueError(f"update_rule.{name} must be one of {known} or a function, got {score!r}")
         check_number("update_rule.gamma", self.gamma, at_least=0)
-        if not callable(self.drop_fraction) and not 0.0 <= self.drop_fraction < 1.0:
-            raise ValueError(f"update_rule.drop_fraction must lie in [0, 1), got {self.drop_fraction!r}")
+        if not callable(self.drop_fraction):
+            check_fraction("update_rule.drop_fraction", self.drop_fraction)
         if self.pattern is not None and (isinstance(self.pattern, type) or not isinstance(self.pattern, Pattern)):
             raise TypeError(f"update_rule.pattern must be None or a Pattern such as NofM(4), got {self.pattern!r}")
         if self.pattern is not None and not self.regrow:
@@ -76,15 +81,19 @@ class UpdateRule:
 
     @property
     def redistribution(self) -> Redistribution | None:
-        """Function that `redistribute` stands for; ``None`` where budgets are given."""
+        """Function that `redistribute` is or names; ``None`` without redistribution."""
         name = self.redistribute
         return REDISTRIBUTIONS[name] if isinstance(name, str) else name
 
     def drop_share(self, progress: float, density: float) -> float:
         """Return the share of active units that an update gives up.
 
+        Args:
+            progress: `Schedule.drop_progress` of the update, in [0, 1].
+            density: density of the whole after the update.
+
         Raises:
-            ValueError: if the function given as `drop_fraction` returns none in [0, 1).
+            ValueError: if the function given as `drop_fraction` returns a share outside [0, 1).
 
         """
         if not callable(self.drop_fraction):
@@ -95,23 +104,23 @@ class UpdateRule:
         return share
 
     def keep_by(self, block_size: int) -> str | Callable[[Evidence], Tensor]:
-        """Return the score by which units of that size stay: what `AUTO` stands for."""
+        """Return the score by which units of a block size stay, with `AUTO` resolved."""
         if self.keep != AUTO:
             return self.keep
         return "magnitude" if block_size == 1 else "weight_and_gradient"
 
     def needs_gradients(self, block_size: int) -> bool:
-        """Whether anything about units of that size is decided by observed gradients."""
+        """Whether a score of units of a block size needs observed gradients."""
         scores = self.keep_by(block_size), self.grow
         return not all(isinstance(x, str) and x in WITHOUT_GRADIENTS for x in scores)
 
     @property
     def moves_budgets(self) -> bool:
-        """Whether layers may come to other densities than the schedule and the distribution give them."""
+        """Whether updates may give layers other densities than the schedule and the distribution do."""
         return self.pattern is not None or self.redistribute is not None
 
     def check_sharded(self, name: str, block_size: int) -> None:
-        """Raise ValueError if a weight that is spread over ranks cannot be updated by this rule."""
+        """Raise ValueError if this rule cannot update a weight that is sharded over ranks."""
         known = _OVER_RANKS if block_size == 1 else _OVER_RANKS | {"weight_and_gradient"}
         found = [
             f"{what}={score!r}"
@@ -128,10 +137,10 @@ class UpdateRule:
             )
 
     def score(self, which: str | Callable[[Evidence], Tensor], evidence: Evidence) -> Tensor:
-        """Return the scores of a name or function, checked.
+        """Return the scores that `which` gives: a name in `_scores.SCORES`, or a function.
 
         Raises:
-            ValueError: if a function's result is not of the mask's shape or is NaN.
+            ValueError: if a function's result has another shape than the mask, or holds NaN.
 
         """
         if isinstance(which, str):

@@ -1,4 +1,4 @@
-"""Every cell of `distributed_matrix`: masks the same on all ranks, budgets exact, weights as expected, or a refusal."""
+"""Every cell of `distributed_matrix.py`: equal masks on all ranks, exact budgets, expected weights, or a refusal."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_flops_count_every_position_that_a_weight_is_applied_to():
 )
 def test_three_products_a_layer_each_by_the_weights_that_take_part(inactive, observing, backend, analytic, executed):
     weight = numbered([[1, 1, 0, 0, 0, 0, 0, 0]] * 4, inactive=inactive)
-    weight.inactive.settle_(weight)
+    weight.inactive.apply_mask_(weight)
     weight.backend = backend
     head = candidates_of((8, 8), (2, 4))[1]
     counter = FlopCounter()

@@ -118,7 +118,7 @@ def stepped(inactive, exponent=1.0, grad_scale=1.0):
     """Return a weight after a step that adds 1 to all that the optimizer sees, and what it was before."""
     weight = numbered(MASK, inactive=inactive)
     before = weight.weight.clone()
-    weight.inactive.settle_(weight)
+    weight.inactive.apply_mask_(weight)
     weight.parameter.grad = torch.ones(4, 4)
     weight.inactive.mask_gradient_(weight, weight.gradient)
     weight.inactive.before_step(weight, exponent)
@@ -161,7 +161,7 @@ def test_learning_steps_the_largest_outside_the_forward_and_penalizes_them(expon
 @pytest.mark.parametrize("inactive", MODES.values(), ids=MODES)
 def test_a_step_that_was_not_made_leaves_all_as_it_was(inactive):
     weight = numbered(MASK, inactive=inactive)
-    weight.inactive.settle_(weight)
+    weight.inactive.apply_mask_(weight)
     before, shadow = weight.weight.clone(), copy.deepcopy(weight.inactive.state_dict())
     weight.parameter.grad = torch.ones(4, 4)
     weight.inactive.before_step(weight, 1.0)
@@ -177,7 +177,7 @@ def test_a_step_that_was_not_made_leaves_all_as_it_was(inactive):
 def test_what_acts_in_the_forward_and_what_an_update_judges(name, in_forward, judged, share):
     weight = numbered(MASK, inactive=MODES[name])
     everything = weight.weight.clone()
-    weight.inactive.settle_(weight)
+    weight.inactive.apply_mask_(weight)
     assert torch.equal(weight.weight, everything if in_forward else everything * weight.mask)
     assert weight.inactive.act_in_forward == bool(in_forward)
     assert weight.inactive.learning_density(weight) == share / 16
@@ -190,7 +190,7 @@ def test_what_acts_in_the_forward_and_what_an_update_judges(name, in_forward, ju
 @pytest.mark.parametrize("ours", MODES)
 def test_a_state_with_shadow_weights_goes_to_a_weight_that_has_them_only(ours, theirs):
     state = numbered(MASK, inactive=MODES[theirs])
-    state.inactive.settle_(state)
+    state.inactive.apply_mask_(state)
     weight = numbered(MASK, inactive=MODES[ours])
     saved = state.inactive.state_dict()
     if (ours == "learning") == (theirs == "learning"):

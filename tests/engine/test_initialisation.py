@@ -10,7 +10,7 @@ from helpers.controller_runs import SCHEDULE, STEPS, WEIGHTS, adamw, refuse, sgd
 from helpers.masked_weights import masked_weight, numbered
 from lightning_estdgm.config import DGMConfig, StepSize, Units
 from lightning_estdgm.engine._controller import DGMController
-from lightning_estdgm.engine._initialisation import draw_masks, told_of_drawn, told_of_recovered
+from lightning_estdgm.engine._initialisation import describe_drawn, describe_recovered, draw_masks
 from lightning_estdgm.method._patterns import NofM
 from lightning_estdgm.presets import preset
 
@@ -96,8 +96,8 @@ def test_layers_that_do_not_fit_are_named(mlp):
 )
 def test_zeros_of_an_earlier_mask_are_told(held, message):
     weights = [numbered([[1, 0]]), numbered([[1, 1]])]
-    assert told_of_drawn(weights, held).startswith(message)
-    assert bool(told_of_drawn(weights, held)) == bool(message)
+    assert describe_drawn(weights, held).startswith(message)
+    assert bool(describe_drawn(weights, held)) == bool(message)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_zeros_of_an_earlier_mask_are_told(held, message):
     ],
 )
 def test_recovered_masks_are_told_by_what_was_found(inactive, held, told):
-    message = told_of_recovered([numbered([[1, 1], [0, 0]], inactive=inactive)] * 4, [held] * 4)
+    message = describe_recovered([numbered([[1, 1], [0, 0]], inactive=inactive)] * 4, [held] * 4)
     assert message.startswith("4 of 4 masked layers (0, 0, 0, ...) hold ")
     assert message.endswith(told)
 

@@ -9,7 +9,7 @@ from helpers.masked_weights import numbered
 from helpers.published_runs import DENSITY, EVERY, count, trained
 from lightning_estdgm.config import DGMConfig, StepSize, Units
 from lightning_estdgm.engine._controller import DGMController
-from lightning_estdgm.engine._mask_update import drop_and_grow
+from lightning_estdgm.engine._mask_update import update_masks
 from lightning_estdgm.engine._observation import observe
 from lightning_estdgm.method._schedules import EstDgm
 from lightning_estdgm.method._update_rule import UpdateRule
@@ -89,7 +89,7 @@ def test_layers_of_one_shape_grow_by_chances_of_their_own(mlp):
 def observed_weight(gradient):
     """Return 1 to 8, of which 1, 3, 5 and 7 are active, with one gradient observed."""
     weight = numbered([[1, 0, 1, 0], [1, 0, 1, 0]])
-    weight.inactive.settle_(weight)
+    weight.inactive.apply_mask_(weight)
     weight.parameter.grad = torch.tensor(gradient).view(2, 4)
     assert observe([weight], 1.0)
     return weight
@@ -98,7 +98,7 @@ def observed_weight(gradient):
 def updated(weight, k, drop_fraction, **rule):
     """Return what one update has changed, in units of the flat mask, and how many it says were grown."""
     rule = UpdateRule(**{"keep": "magnitude", "grow": "gradient"} | rule)
-    ((same, changed, grown),) = drop_and_grow([weight], [[k]], drop_fraction, rule, seed=0)
+    ((same, changed, grown),) = update_masks([weight], [[k]], drop_fraction, rule, seed=0)
     assert same is weight
     return weight.mask.flatten().nonzero().flatten().tolist(), changed.flatten().nonzero().flatten().tolist(), grown
 
@@ -130,7 +130,7 @@ def test_random_growth_depends_on_seed_and_update():
     def grown(seed, update):
         weight = numbered([[1] + [0] * 31] * 4)
         rule = UpdateRule(keep="magnitude", grow="random")
-        list(drop_and_grow([weight], [[32]], 0.0, rule, seed=seed, update=update))
+        list(update_masks([weight], [[32]], 0.0, rule, seed=seed, update=update))
         return weight.mask
 
     assert torch.equal(grown(0, 0), grown(0, 0))

@@ -98,7 +98,7 @@ def test_states_are_cleared_at_the_inactive_units_of_all_layers_or_the_given_one
     model = small_model()
     states = {weight.parameter: {"exp_avg": torch.ones_like(weight.parameter)} for weight in model.weights}
     first, second = model.weights
-    model.clear_optimizer_states_([states], {"0": torch.ones_like(first.mask)})
+    first.clear_optimizer_state_(states, torch.ones_like(first.mask))
     assert not states[first.parameter]["exp_avg"].any()
     assert states[second.parameter]["exp_avg"].all()
     model.clear_optimizer_states_([states])

@@ -98,7 +98,7 @@ def test_lbfgs_with_a_closure(mlp):
 
 def hooked(make, mask_gradients=lambda weights: None, exponent=0.0):
     weight = numbered([[1, 0], [0, 1]])
-    weight.inactive.settle_(weight)
+    weight.inactive.apply_mask_(weight)
     optimizer = make([weight.parameter])
     hooks = StepHooks([optimizer], mask_gradients, exponent)
     hooks.register([weight])

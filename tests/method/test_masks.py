@@ -1,4 +1,4 @@
-"""Masks over units: exact top-k, the keep-and-grow decision, packing, and filling on any strides."""
+"""Masks over units: exact top-k, drop-and-grow, packing, and filling on any strides."""
 
 import re
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lightning_estdgm.method._masks import (
     active_units,
-    decide,
-    exchange,
+    drop_and_grow,
     initial_mask,
     keep_active_,
+    kept_units,
     mask_shape,
     masked_select_units,
     pack_bits,
@@ -114,6 +114,11 @@ def decisions(draw):
     return mask, weights, gradients, draw(st.integers(0, n)), draw(st.floats(0, 1))
 
 
+def decide(mask, weights, growth, k, drop_fraction, *, regrow=False):
+    keep = kept_units(active_units(mask), active_units(~mask), k, drop_fraction, regrow=regrow)
+    return drop_and_grow(mask, weights, growth, k, keep, regrow=regrow)
+
+
 @given(decisions())
 def test_decide_keeps_the_largest_active_and_grows_the_best_inactive(case):
     mask, weights, gradients, k, drop = case
@@ -143,7 +148,7 @@ def test_with_regrowth_the_dropped_compete_with_the_inactive(case):
     new = decide(mask, weights, growth, k, fraction, regrow=True)
     kept = top_k(weights.masked_fill(~mask, -torch.inf), keep)
     assert torch.equal(new, kept | top_k(growth.masked_fill(kept, -torch.inf), k - keep))
-    assert torch.equal(new, exchange(mask, weights, growth, k, keep, regrow=True))
+    assert torch.equal(new, drop_and_grow(mask, weights, growth, k, keep, regrow=True))
 
 
 @given(st.integers(1, 6), st.integers(1, 8), st.integers(0, 10**6))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_estdgm.method._masks import active_units
-from lightning_estdgm.method._patterns import FanIn, NofM, draw, exchange_in_groups, fitted
+from lightning_estdgm.method._patterns import FanIn, NofM, draw, drop_and_grow_in_groups, fitted
 
 
 def cells(shape, m):
@@ -50,7 +50,7 @@ def test_an_exchange_keeps_the_best_and_fills_each_group(case, n, share):
     shape, _ = case
     mask, keep_scores, grow_scores = drawn(*case)
     keep = int(share * active_units(mask))
-    new = exchange_in_groups(NofM(4), mask, keep_scores, grow_scores, mask.numel() * n // 4, keep)
+    new = drop_and_grow_in_groups(NofM(4), mask, keep_scores, grow_scores, mask.numel() * n // 4, keep)
     active = sorted((tuple(at) for at in mask.nonzero().tolist()), key=lambda at: (-keep_scores[at].item(), at))
     kept = set(active[:keep])
     for group in cells(shape, 4):
@@ -66,7 +66,7 @@ def test_fan_in_is_constant_among_the_outputs_that_are_left(case, k, ablate):
     k = min(k, mask.numel())
     size = mask[0].numel()
     keep = active_units(mask) // 2
-    new = exchange_in_groups(FanIn(ablate), mask, keep_scores, grow_scores, k, keep)
+    new = drop_and_grow_in_groups(FanIn(ablate), mask, keep_scores, grow_scores, k, keep)
     counts = {int(row.sum()) for row in new}
     assert len(counts - {0}) == 1
     fan_in = max(1, round(k / shape[0]))
@@ -81,12 +81,14 @@ def test_an_output_without_salient_weights_goes_out_and_may_come_back():
     keep_scores = torch.tensor([[9.0, 8, 7, 6], [1, 1, 0, 0], [5, 4, 0, 0]])
     grow_scores = torch.tensor([[0.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 3, 2]])
     mask = torch.tensor([[True, True, False, False]] * 3)
-    new = exchange_in_groups(FanIn(0.5), mask, keep_scores, grow_scores, 6, 4)
+    new = drop_and_grow_in_groups(FanIn(0.5), mask, keep_scores, grow_scores, 6, 4)
     assert new.tolist() == [[True, True, True, False], [False] * 4, [True, True, True, False]]
     grow_scores[1] = 9.0
-    back = exchange_in_groups(FanIn(0.5), new, keep_scores, grow_scores, 6, 3)
+    back = drop_and_grow_in_groups(FanIn(0.5), new, keep_scores, grow_scores, 6, 3)
     assert back.sum(1).tolist() == [3, 3, 0]
-    spread = exchange_in_groups(FanIn(0.9), torch.eye(4, dtype=torch.bool), torch.ones(4, 4), torch.ones(4, 4), 12, 4)
+    spread = drop_and_grow_in_groups(
+        FanIn(0.9), torch.eye(4, dtype=torch.bool), torch.ones(4, 4), torch.ones(4, 4), 12, 4
+    )
     assert spread.sum(1).tolist() == [3, 3, 3, 3]  # one salient unit each, where 2.7 are asked for: never no output
 
 

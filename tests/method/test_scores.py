@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_estdgm.method._scores import SCORES, Evidence, WeightAndGradient, consistency, growth, magnitude
+from lightning_estdgm.method._masks import pool_norm
+from lightning_estdgm.method._scores import SCORES, Evidence, WeightAndGradient, consistency, growth
 
 
 @pytest.mark.parametrize("block_size", [1, 4])
@@ -19,7 +20,7 @@ def test_magnitude_is_the_norm_of_each_unit(block_size, dtype):
         for r in range(2):
             for c in range(3):
                 expected[r, c] = (weight[4 * r : 4 * r + 4, 4 * c : 4 * c + 4].double() ** 2).sum().sqrt()
-    got = magnitude(weight, block_size)
+    got = pool_norm(weight, block_size)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
 

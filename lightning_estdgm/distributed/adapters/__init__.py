@@ -1,1 +1,1 @@
-"""The strategies that spread a model over ranks: `_protocol`, and one adapter a module."""
+"""Adapters of the strategies that spread a model over ranks: their protocol, and one adapter a module."""

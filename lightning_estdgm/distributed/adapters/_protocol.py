@@ -1,4 +1,4 @@
-"""What the adapter of a strategy is, and which ones there are.
+"""`Adapter`: protocol of a strategy's adapter, and the discovery of all installed ones.
 
 An adapter is one module of this folder with a module-level ``ADAPTER``, or an entry point of the group
 ``lightning_estdgm.strategies`` that loads to one. `shard_of` asks them all, so that a plain loop needs no strategy.
@@ -22,10 +22,10 @@ _LAST = "base"  # it takes every weight
 
 @runtime_checkable
 class Adapter(Protocol):
-    """What the package has to know of one way to spread a model over ranks.
+    """Adapter of one way to spread a model over ranks.
 
     Attributes:
-        name: of the adapter.
+        name: name of the adapter.
         strategies: names of the classes of Lightning (and Fabric) strategies that it serves, subclasses included.
 
     """
@@ -34,7 +34,7 @@ class Adapter(Protocol):
     strategies: tuple[str, ...]
 
     def check(self, strategy: Any) -> None:
-        """Raise ValueError, naming what to use, if the strategy is set in a way that cannot work."""
+        """Raise ValueError with the setting to use if the strategy's settings cannot work."""
         ...
 
     def model(self, strategy: Any) -> nn.Module:
@@ -42,13 +42,13 @@ class Adapter(Protocol):
         ...
 
     def shard(self, model: nn.Module, module: nn.Module, weight_name: str, transposed: bool) -> Shard | None:
-        """Return how a layer's weight lies over ranks, or None where this adapter does not know it.
+        """Return the layout of a layer's weight over ranks, or None if this adapter does not know it.
 
         Args:
-            model: the model that the layer belongs to.
-            module: the layer.
-            weight_name: of its parameter.
-            transposed: the weight is stored ``(in, out)``.
+            model: model that the layer belongs to.
+            module: layer.
+            weight_name: name of its parameter.
+            transposed: whether the weight is stored ``(in, out)``.
 
         Raises:
             ValueError: if the weight is spread in a way that cannot be masked.
@@ -63,16 +63,16 @@ _REFUSED = {
     "XLAFSDPStrategy": "it was never tried on XLA devices",
     "SingleDeviceXLAStrategy": "it was never tried on XLA devices",
 }
-"""Strategies that are subclasses of supported ones, or likely to be asked for, and why they are not supported."""
+"""Unsupported strategies, which subclass supported ones or are likely to be asked for, and the reasons."""
 
 
 @functools.lru_cache(maxsize=1)
 def adapters() -> dict[str, Adapter]:
-    """Every installed adapter by name, the one of whole weights last.
+    """Return every installed adapter by name, the one of whole weights last.
 
     Raises:
-        TypeError: a module or entry point offers something that is no adapter.
-        ValueError: two adapters of one name.
+        TypeError: if a module or entry point offers something that is no adapter.
+        ValueError: if two adapters have one name.
 
     """
     found: dict[str, Adapter] = {}
@@ -90,7 +90,7 @@ def adapter_for(strategy: Any) -> Adapter:
     """Return the adapter of a Lightning or Fabric strategy, found by the names of its class and base classes.
 
     Raises:
-        ValueError: there is none; the message lists the strategies that are supported.
+        ValueError: if there is none; the message lists the supported strategies.
 
     """
     for name in (cls.__name__ for cls in type(strategy).__mro__):
@@ -108,7 +108,7 @@ def adapter_for(strategy: Any) -> Adapter:
 
 
 def shard_of(model: nn.Module, module: nn.Module, weight_name: str, transposed: bool = False) -> Shard:
-    """Return how a layer's weight lies over ranks; see `Adapter.shard`."""
+    """Return the layout of a layer's weight over ranks; see `Adapter.shard`."""
     for adapter in adapters().values():
         shard = adapter.shard(model, module, weight_name, transposed)
         if shard is not None:

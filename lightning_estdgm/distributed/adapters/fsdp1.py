@@ -1,4 +1,4 @@
-"""FSDP1 (``FullyShardedDataParallel``): each rank holds a stretch of every flattened weight, maybe an empty one."""
+"""FSDP1 (``FullyShardedDataParallel``): each rank holds a stretch of every flattened weight, possibly empty."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class RangeShard:
     """A stretch of the flattened weight: `numel` elements as stored, from `start`; local tensors are flat.
 
     Args:
-        shape: of the whole weight, oriented ``(out, in, ...)``.
-        start: first element of the stretch.
-        numel: of the stretch, maybe 0.
-        transposed: the weight is stored ``(in, out)``.
+        shape: shape of the whole weight, oriented ``(out, in, ...)``.
+        start: index of the stretch's first element.
+        numel: number of elements of the stretch, possibly 0.
+        transposed: whether the weight is stored ``(in, out)``.
         groups: process groups that the weight is spread over.
-        device: that collectives run on.
+        device: device that collectives run on.
 
     """
 
@@ -48,7 +48,7 @@ class RangeShard:
         self._row_count = -(-(self._before + numel) // self._row)
 
     def _unit(self, block_size: int) -> tuple[int, int]:
-        """Rows and columns of a unit in the stored matrix."""
+        """Return the numbers of rows and columns of a unit in the stored matrix."""
         return block_size, block_size * math.prod(self.shape[2:])
 
     def holds(self, tensor: Tensor) -> bool:

@@ -25,12 +25,12 @@ class BoxShard:
     """A box of the whole weight: `size` elements from `offset` in each dimension, oriented ``(out, in, ...)``.
 
     Args:
-        shape: of the whole weight, oriented.
-        offset: of the box.
-        size: of the box, maybe 0.
-        transposed: the weight is stored ``(in, out)``.
+        shape: shape of the whole weight, oriented.
+        offset: index of the box's first element in each dimension.
+        size: number of elements in each dimension, possibly 0.
+        transposed: whether the weight is stored ``(in, out)``.
         groups: process groups that the weight is spread over.
-        device: that collectives run on.
+        device: device that collectives run on.
         why_dense: see `Shard`.
 
     """
@@ -116,7 +116,7 @@ class FSDP2Adapter:
     strategies = ("ModelParallelStrategy",)
 
     def check(self, strategy: Any) -> None:
-        """Accept every setting: what cannot be masked is seen at the weights."""
+        """Accept every setting: weights that cannot be masked are refused by `shard`."""
 
     def model(self, strategy: Any) -> nn.Module:
         """Return the LightningModule, which ``configure_model`` shards in place."""
@@ -176,7 +176,7 @@ def _is_dtensor(tensor: object) -> bool:
 
 
 def _stays_spread(model: nn.Module, weight: Tensor) -> bool:
-    """Whether a weight is still a DTensor in its layer's forward: unless FSDP2 gathers all there is to it."""
+    """Whether a weight is still a DTensor in its layer's forward: it is, unless FSDP2 gathers the whole of it."""
     for parameter in _fsdp_parameters(model):
         if parameter.sharded_param is weight:
             return bool(parameter.is_dtensor)

@@ -12,7 +12,7 @@ from lightning_estdgm.distributed._shard import Shard, pool_box
 
 
 class Whole:
-    """A weight that every rank holds whole: one device, DDP, plain loops. Views only, no copies."""
+    """Layout of a weight that every rank holds whole. Local tensors are views."""
 
     groups: tuple[Any, ...] = ()
     why_dense = ""

@@ -1,7 +1,8 @@
-"""When the masks change and how dense they are: pure functions of the optimizer step.
+"""Schedules: the steps at which masks change and their densities, as pure functions of the optimizer step.
 
-A `ScheduleConfig` is what a user writes down (a frozen dataclass, independent of the run's length). Its `resolve`
-turns it into a `Schedule` for a run of known length: `schedule(step) -> Plan`.
+A `ScheduleConfig` holds a user's settings (a frozen dataclass, independent of the run's length). Its `resolve` returns
+the `Schedule` of a run of known length: `schedule(step) -> Plan`. Which units a change drops and grows is not decided
+here.
 """
 
 from lightning_estdgm.method._schedules.drop_fraction import DropTo, StagedDrop

@@ -1,7 +1,7 @@
-"""How large a share of the active units an update gives up: functions of (progress, density).
+"""Drop fractions: the share of the active units that an update gives up, as functions of progress and density.
 
 `UpdateRule.drop_fraction` takes a number (annealed to 0 by a half cosine) or such a function. Progress is
-`Schedule.drop_progress`: 0 at the start of the run, 1 where updates end. Density is the one updated to.
+`Schedule.drop_progress`: 0 at the start of the run, 1 where updates end. Density is that after the update.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass
 
+from lightning_estdgm._checks import check_share
+
 
 @dataclass(frozen=True)
 class StagedDrop:
-    """A constant share, or one after the other.
+    """Drop fraction that is constant in each of several stages.
 
     Attributes:
-        shares: in [0, 1), one more than `borders`.
-        borders: progress at which the next share begins, rising, in (0, 1).
+        shares: drop fraction of each stage, in [0, 1); one more than `borders`.
+        borders: progress at which each stage but the first begins, rising, in (0, 1).
 
     Example:
         >>> StagedDrop((0.3,))(progress=0.9, density=0.1)
@@ -36,25 +38,24 @@ class StagedDrop:
             raise ValueError(f"borders must rise within (0, 1), got {self.borders}")
 
     def __call__(self, progress: float, density: float) -> float:
-        """Return the share at `progress`."""
+        """Return the drop fraction at `progress`."""
         return self.shares[bisect.bisect_right(self.borders, progress)]
 
 
 @dataclass(frozen=True)
 class DropTo:
-    """Whatever is above `density`: an update keeps that much, and grows back to the schedule's density.
+    """Drop fraction with which an update keeps `density` of the weights, and grows back to the schedule's density.
 
     Attributes:
-        density: that is kept of all weights, in (0, 1].
+        density: share of all weights that an update keeps, in (0, 1].
 
     """
 
     density: float
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.density <= 1.0:
-            raise ValueError(f"density must lie in (0, 1], got {self.density!r}")
+        check_share("density", self.density)
 
     def __call__(self, progress: float, density: float) -> float:
-        """Return the share of `density` that is above what is kept."""
+        """Return the share of `density` that exceeds the kept density; 0 if nothing does."""
         return max(0.0, 1.0 - self.density / density)

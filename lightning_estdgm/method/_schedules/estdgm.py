@@ -1,12 +1,19 @@
-"""EST-DGM's own schedule: exploration, consolidation, refinement."""
+"""EST-DGM's own schedule: exploration, consolidation, refinement. Those of other methods are in `published`."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lightning_estdgm._checks import check_int
-from lightning_estdgm.method._schedules.protocol import Schedule, ScheduleConfig, Segment, SteppedSchedule, intervals
+from lightning_estdgm._checks import check_fraction, check_int, check_share
+from lightning_estdgm.method._schedules.protocol import (
+    Schedule,
+    ScheduleConfig,
+    Segment,
+    SteppedSchedule,
+    check_intervals,
+    intervals,
+)
 
 WARMUP = "warmup"
 """Name of the dense phase that `EstDgm(warmup=...)` puts first."""
@@ -15,18 +22,18 @@ _FRACTION_TOLERANCE = 1e-6
 
 
 def times(factor: float, density: float) -> float:
-    """Return `factor` times `density`, 1 at most."""
+    """Return `factor` times `density`, at most 1."""
     return min(1.0, round(factor * density, 12))
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training during which the density goes linearly from `start` to `end`.
+    """Phase of training in which the density goes linearly from `start` to `end`.
 
     Attributes:
         start: density at the phase's first step, in (0, 1].
         end: density at its last mask update, in (0, start].
-        length: a float is a share of the run without warm-up, an int a number of optimizer steps (of each cycle).
+        length: share of the run without warm-up (float), or number of optimizer steps in each cycle (int).
     """
 
     start: float
@@ -49,7 +56,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class EstDgm(ScheduleConfig):
-    r"""EST-DGM's cycle of exploration, consolidation and refinement.
+    r"""Schedule of EST-DGM: cycles of exploration, consolidation and refinement.
 
     The mean density of the defaults is about 0.25. The last phase is always refinement, and its mask is frozen for the
     last `freeze` of it. Later cycles explore less: cycle `c` starts and ends its exploration at `peak_decay**c` times
@@ -57,18 +64,18 @@ class EstDgm(ScheduleConfig):
 
     Attributes:
         exploration: densities and length of the first phase of each cycle.
-        consolidation: of the second.
-        refinement: of the third.
-        cycles: how often the three phases run; lengths given as shares are shared out over the cycles.
+        consolidation: densities and length of the second phase.
+        refinement: densities and length of the third phase.
+        cycles: number of times that the three phases run; lengths given as shares are divided over the cycles.
         peak_decay: factor in (0, 1] on the exploration densities from one cycle to the next.
         warmup: dense steps before the first cycle: a share of the run (float) or a number of steps (int).
-        update_every: optimizer steps between mask updates; ``None`` takes 200, or a 25th of a shorter run.
-        observe_steps: steps before each update in which gradients of inactive units are observed; ``None`` takes 8, or
-            a tenth of `update_every` where that is less.
+        update_every: number of steps between mask updates; ``None`` takes 200, or a 25th of a shorter run.
+        observe_steps: number of steps before each update in which gradients of inactive units are observed; ``None``
+            takes 8, or a tenth of `update_every` where that is less.
         freeze: share of the last refinement during which the mask no longer changes.
 
     Raises:
-        ValueError: on settings that contradict each other, or, in `resolve`, phases that do not cover the run.
+        ValueError: if settings contradict each other or, in `resolve`, the phases do not cover the run.
 
     Example:
         >>> schedule = EstDgm().resolve(1000)
@@ -102,27 +109,19 @@ class EstDgm(ScheduleConfig):
                 raise ValueError(f"warmup given as a share must lie in [0, 1), got {self.warmup!r}")
         else:
             check_int("warmup", self.warmup, at_least=0)
-        for name in ("update_every", "observe_steps"):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), at_least=1)
-        if self.update_every is not None and self.observe_steps is not None and self.observe_steps > self.update_every:
-            raise ValueError(
-                f"observe_steps must not exceed update_every, got {self.observe_steps} and {self.update_every}"
-            )
-        if not 0.0 < self.peak_decay <= 1.0:
-            raise ValueError(f"peak_decay must lie in (0, 1], got {self.peak_decay!r}")
-        if not 0.0 <= self.freeze < 1.0:
-            raise ValueError(f"freeze must lie in [0, 1), got {self.freeze!r}")
+        check_intervals(self.update_every, self.observe_steps)
+        check_share("peak_decay", self.peak_decay)
+        check_fraction("freeze", self.freeze)
 
     @classmethod
     def low_density(cls, density: float = 0.10, **settings: Any) -> EstDgm:
-        """Return a cycle of about the FLOPs of a constant density: its phases are hardly denser than they end.
+        """Return a schedule of about the FLOPs of a constant density: its first phases are hardly denser than its last.
 
         Exploration goes from 1.5 to 1.2 times `density` for 0.05 of the run, consolidation on to `density` for 0.15,
         refinement stays there; the mean is 1.04 times `density`. docs/study.md says where this is worth its accuracy.
 
         Args:
-            density: of refinement, in (0, 1].
+            density: density of refinement, in (0, 1].
             settings: any of the other attributes.
 
         Example:
@@ -140,13 +139,13 @@ class EstDgm(ScheduleConfig):
 
     @classmethod
     def sparse_to_denser(cls, density: float = 0.10, **settings: Any) -> EstDgm:
-        """Return a cycle cheaper than a constant density: it explores at half of the density that it ends with.
+        """Return a schedule cheaper than a constant density: it explores at half of the density that it ends with.
 
         Exploration has half of `density` for 0.40 of the run, consolidation and refinement have `density`; the mean is
         0.8 times `density`. For single weights; docs/study.md says what it reaches at equal FLOPs.
 
         Args:
-            density: of consolidation and refinement, in (0, 1].
+            density: density of consolidation and refinement, in (0, 1].
             settings: any of the other attributes.
 
         Example:

@@ -1,4 +1,7 @@
-"""What a schedule is, and the one implementation: masks change at given steps to given densities."""
+"""Protocols of schedules, and `SteppedSchedule`, their one implementation: masks change at given steps.
+
+The settings that resolve to it are in `estdgm` and `published`.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,18 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from lightning_estdgm._checks import check_int
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What holds during one optimizer step.
+    """State of a schedule during one optimizer step.
 
     Attributes:
         phase: name of the phase the step belongs to.
         density: active share of the masked weights during this step, in (0, 1]: as set by the latest mask update.
-        update: the masks are re-decided just before this step (never at step 0: there they are drawn, not re-decided).
-        observe: this step's whole gradient is observed, for the mask update that follows.
+        update: whether the masks are updated just before this step (never at step 0, where they are drawn).
+        observe: whether this step's whole gradient is observed for the mask update that follows.
         cycle: index of the cycle, from 0.
     """
 
@@ -30,7 +35,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Segment:
-    """One phase of one cycle laid over the run: steps `first` to `last`, the latter excluded."""
+    """One phase of one cycle of a run.
+
+    Attributes:
+        phase: name of the phase.
+        cycle: index of the cycle, from 0.
+        first: first step.
+        last: step after the last one.
+
+    """
 
     phase: str
     cycle: int
@@ -44,21 +57,21 @@ class Schedule(Protocol):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run."""
+        """Number of optimizer steps of the run."""
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The phases in order, without gaps, from step 0 to `total_steps`."""
+        """Phases in order, without gaps, from step 0 to `total_steps`."""
 
     @property
     def densities(self) -> tuple[float, ...]:
-        """The densities that masks take in the course of the run, in order."""
+        """Densities of the masks in the course of the run, in order."""
 
     def __call__(self, step: int) -> Plan:
-        """Return what holds during optimizer step `step` (from 0; beyond the end, the last step's plan holds)."""
+        """Return the plan of optimizer step `step`, from 0; after the end of the run, that of its last step."""
 
     def drop_progress(self, step: int) -> float:
-        """Return how far the drop fraction is annealed at `step`: 0 at the start, 1 at the last mask update."""
+        """Return the progress of the drop fraction at `step`: 0 at the start, 1 at the last mask update."""
 
 
 class ScheduleConfig(ABC):
@@ -86,14 +99,14 @@ def _has(cls: type, *methods: str) -> bool:
 
 @dataclass(frozen=True)
 class SteppedSchedule:
-    """A schedule given by the steps at which masks change, and the densities they change to.
+    """Schedule given by the steps at which masks change, and the densities they change to.
 
     Attributes:
-        total_steps: optimizer steps of the run.
-        segments: the phases in order.
-        changes: (step, density), the first at step 0.
-        observe_steps: steps before each change in which gradients are observed.
-        anneal_until: step at which the drop fraction is annealed; ``None`` takes the last change.
+        total_steps: number of optimizer steps of the run.
+        segments: phases in order.
+        changes: mask changes as ``(step, density)``, the first at step 0.
+        observe_steps: number of steps before each change in which gradients are observed.
+        anneal_until: step at which `drop_progress` reaches 1; ``None``: that of the last change.
 
     """
 
@@ -105,11 +118,11 @@ class SteppedSchedule:
 
     @property
     def densities(self) -> tuple[float, ...]:
-        """The densities that masks take, in order."""
+        """Densities of the masks, in order."""
         return tuple(density for _, density in self.changes)
 
     def __call__(self, step: int) -> Plan:
-        """Return what holds during optimizer step `step`."""
+        """Return the plan of optimizer step `step`."""
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
         step = min(step, self.total_steps - 1)
@@ -126,15 +139,24 @@ class SteppedSchedule:
         )
 
     def drop_progress(self, step: int) -> float:
-        """Return how far the drop fraction is annealed at `step`."""
+        """Return the progress of the drop fraction at `step`."""
         last = self.changes[-1][0] if self.anneal_until is None else self.anneal_until
         return min(1.0, step / last) if last else 1.0
 
 
 def intervals(update_every: int | None, observe_steps: int | None, total_steps: int) -> tuple[int, int]:
-    """Return steps between mask updates and steps observed before each: the given ones, or those of the run's length.
+    """Return the number of steps between mask updates, and of observed steps before each, with defaults for ``None``.
 
-    ``None`` takes 200 or a 25th of a shorter run, and 8 or a tenth of the interval where that is less.
+    The defaults are 200, or a 25th of a shorter run; and 8, or a tenth of the interval where that is less.
     """
     every = update_every or max(1, min(200, total_steps // 25))
     return every, observe_steps or max(1, min(8, every // 10))
+
+
+def check_intervals(update_every: int | None, observe_steps: int | None) -> None:
+    """Raise TypeError or ValueError unless both are None or ints of at least 1, and windows fit between updates."""
+    for name, value in (("update_every", update_every), ("observe_steps", observe_steps)):
+        if value is not None:
+            check_int(name, value, at_least=1)
+    if update_every is not None and observe_steps is not None and observe_steps > update_every:
+        raise ValueError(f"observe_steps must not exceed update_every, got {observe_steps} and {update_every}")

@@ -1,4 +1,4 @@
-"""Schedules of published methods: constant, cubic and alternating density."""
+"""Schedules of published methods: constant, cubic and alternating density. EST-DGM's own is in `estdgm`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning_estdgm._checks import check_int
-from lightning_estdgm.method._schedules.protocol import Schedule, ScheduleConfig, Segment, SteppedSchedule, intervals
+from lightning_estdgm._checks import check_int, check_share
+from lightning_estdgm.method._schedules.protocol import (
+    Schedule,
+    ScheduleConfig,
+    Segment,
+    SteppedSchedule,
+    check_intervals,
+    intervals,
+)
 
 
 @dataclass(frozen=True)
 class ConstantDensity(ScheduleConfig):
-    """One density from the first step to the last; masks change every `update_every` steps until `stop`.
+    """Schedule of one density from the first step to the last; masks change every `update_every` steps until `stop`.
 
     Attributes:
-        density: active share, in (0, 1].
-        update_every: optimizer steps between mask updates; ``None`` takes 200, or a 25th of a shorter run.
-        observe_steps: steps before each update in which gradients of inactive units are observed; ``None`` takes 8, or
-            a tenth of `update_every` where that is less.
+        density: active share of the masked weights, in (0, 1].
+        update_every: number of steps between mask updates; ``None`` takes 200, or a 25th of a shorter run.
+        observe_steps: number of steps before each update in which gradients of inactive units are observed; ``None``
+            takes 8, or a tenth of `update_every` where that is less.
         stop: share of the run after which masks change no more, in [0, 1]; 0 leaves the first masks as they are.
 
     Example:
@@ -34,9 +41,9 @@ class ConstantDensity(ScheduleConfig):
     stop: float = 0.75
 
     def __post_init__(self) -> None:
-        _check_shares(density=self.density)
-        _check_shares(least=0.0, stop=self.stop)
-        _check_intervals(self.update_every, self.observe_steps)
+        check_share("density", self.density)
+        check_share("stop", self.stop, zero=True)
+        check_intervals(self.update_every, self.observe_steps)
 
     def resolve(self, total_steps: int) -> Schedule:
         """Lay the updates over `total_steps` optimizer steps."""
@@ -53,20 +60,20 @@ class ConstantDensity(ScheduleConfig):
 
 @dataclass(frozen=True)
 class CubicDensity(ScheduleConfig):
-    r"""A density that falls along a cubic, fast at first: Zhu & Gupta's, "To prune, or not to prune" (1710.01878).
+    r"""Schedule of a density that falls along a cubic, fast at first: Zhu & Gupta, arXiv 1710.01878.
 
     .. math:: \rho_t = \rho_\text{end} + (\rho_\text{start} - \rho_\text{end}) (1 - x)^3
 
     where `x` goes from 0 to 1 between `begin` and `end`, in steps of about `update_every`.
 
     Attributes:
-        density: at the end, in (0, `start`].
-        start: at first, in (0, 1].
-        begin: share of the run at which it starts to fall, in [0, `end`).
-        end: share of the run at which it is there, in (0, 1].
+        density: density at the end, in (0, `start`].
+        start: density at the start, in (0, 1].
+        begin: share of the run at which the density starts to fall, in [0, `end`).
+        end: share of the run at which it has fallen to `density`, in (0, 1].
         stop: share of the run until which masks go on changing at the final density; at least `end`, ``None``: `end`.
-        update_every: as `ConstantDensity`'s.
-        observe_steps: as `ConstantDensity`'s.
+        update_every: see `ConstantDensity`.
+        observe_steps: see `ConstantDensity`.
 
     """
 
@@ -79,14 +86,15 @@ class CubicDensity(ScheduleConfig):
     observe_steps: int | None = None
 
     def __post_init__(self) -> None:
-        _check_shares(density=self.density, start=self.start, end=self.end)
+        for name in ("density", "start", "end"):
+            check_share(name, getattr(self, name))
         if self.density > self.start:
             raise ValueError(f"density must not be above start, got {self.density} and {self.start}")
         if not 0.0 <= self.begin < self.end:
             raise ValueError(f"begin must lie in [0, end), got {self.begin} and {self.end}")
         if self.stop is not None and not self.end <= self.stop <= 1.0:
             raise ValueError(f"stop must lie in [end, 1], got {self.stop} and {self.end}")
-        _check_intervals(self.update_every, self.observe_steps)
+        check_intervals(self.update_every, self.observe_steps)
 
     def resolve(self, total_steps: int) -> Schedule:
         """Lay the fall over `total_steps` optimizer steps.
@@ -121,17 +129,17 @@ class CubicDensity(ScheduleConfig):
 
 @dataclass(frozen=True)
 class AlternatingDensity(ScheduleConfig):
-    """Dense and sparse phases in turns, dense first and sparse last: AC/DC (Peste et al., arXiv 2106.12379).
+    """Schedule of dense and sparse phases in turns, dense first, sparse last: AC/DC (Peste et al., arXiv 2106.12379).
 
     The masks change at the borders of phases only. The defaults are the paper's for 100 epochs of ImageNet.
 
     Attributes:
-        density: of the sparse phases, in (0, 1).
-        warmup: share of the run of the first phase, which is dense.
-        period: share of each phase that follows, sparse first; as many as leave room for the last two.
-        last_dense: share of the last dense phase.
-        last_sparse: share of the last sparse phase.
-        observe_steps: as `ConstantDensity`'s; AC/DC looks at no gradient.
+        density: density of the sparse phases, in (0, 1).
+        warmup: share of the run that the first phase takes, which is dense.
+        period: share of the run that each phase after it takes, sparse first, until the last two.
+        last_dense: share of the run that the last dense phase takes.
+        last_sparse: share of the run that the last sparse phase takes.
+        observe_steps: see `ConstantDensity`; AC/DC itself needs no gradients.
 
     """
 
@@ -143,15 +151,15 @@ class AlternatingDensity(ScheduleConfig):
     observe_steps: int | None = None
 
     def __post_init__(self) -> None:
-        names = ("density", "warmup", "period", "last_dense", "last_sparse")
-        _check_shares(**{name: getattr(self, name) for name in names})
+        for name in ("density", "warmup", "period", "last_dense", "last_sparse"):
+            check_share(name, getattr(self, name))
         turns = self._turns()
         if turns < 1 or turns % 2 == 0 or abs(turns * self.period - self._between()) > 1e-6:
             raise ValueError(
                 "between warmup and last_dense there must be an odd number of phases of one period, sparse first and "
                 f"last: got {self._between():g} of the run for periods of {self.period:g}"
             )
-        _check_intervals(None, self.observe_steps)
+        check_intervals(None, self.observe_steps)
 
     def _between(self) -> float:
         return 1.0 - self.warmup - self.last_dense - self.last_sparse
@@ -181,17 +189,3 @@ class AlternatingDensity(ScheduleConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain types."""
         return {"schedule": "AlternatingDensity"} | asdict(self)
-
-
-def _check_shares(least: float | None = None, **values: float) -> None:
-    for name, value in values.items():
-        if not (value <= 1.0 and (value > 0.0 if least is None else value >= least)):
-            raise ValueError(f"{name} must lie in {'(0' if least is None else f'[{least:g}'}, 1], got {value!r}")
-
-
-def _check_intervals(update_every: int | None, observe_steps: int | None) -> None:
-    for name, value in (("update_every", update_every), ("observe_steps", observe_steps)):
-        if value is not None:
-            check_int(name, value, at_least=1)
-    if update_every is not None and observe_steps is not None and observe_steps > update_every:
-        raise ValueError(f"observe_steps must not exceed update_every, got {observe_steps} and {update_every}")
