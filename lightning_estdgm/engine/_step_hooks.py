@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_estdgm.distributed._collectives import agree, local_tensor
+from lightning_estdgm.engine._hooked_optimizers import parameters_of, with_step_hooks
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 
 
@@ -38,7 +39,7 @@ class StepHooks:
     ) -> None:
         self.stepped = False
         self._optimizers = optimizers
-        self._hooked = [inner for optimizer in optimizers for inner in _with_step_hooks(optimizer)]
+        self._hooked = [inner for optimizer in optimizers for inner in with_step_hooks(optimizer)]
         self._mask_gradients = mask_gradients
         self._exponent = exponent
         self._weights: dict[int, MaskedWeight] = {}  # by the id of its parameter
@@ -50,7 +51,7 @@ class StepHooks:
     @property
     def held(self) -> frozenset[int]:
         """Ids of the parameters that an optimizer holds."""
-        return frozenset(id(p) for optimizer in self._optimizers for p in _parameters(optimizer))
+        return frozenset(id(p) for optimizer in self._optimizers for p in parameters_of(optimizer))
 
     @property
     def states(self) -> list[Mapping[Any, Mapping[str, Any]]]:
@@ -59,7 +60,7 @@ class StepHooks:
 
     def weights_of(self, optimizer: Optimizer) -> list[MaskedWeight]:
         """Return the masked weights that an optimizer, or a wrapper of one, holds."""
-        weights = (self._weights.get(id(parameter)) for parameter in _parameters(optimizer))
+        weights = (self._weights.get(id(parameter)) for parameter in parameters_of(optimizer))
         return [weight for weight in weights if weight is not None]
 
     def register(self, weights: Sequence[MaskedWeight]) -> None:
@@ -171,7 +172,7 @@ class StepHooks:
             return False  # not torch's own zero, and a look at it would wait for the device
         if any(rate is None or float(rate) != 0.0 for rate in rates):
             return False
-        gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
+        gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
         moving = any(bool(torch.count_nonzero(local_tensor(gradient))) for gradient in gradients)
         return not agree([weight.shard for weight in self.weights_of(optimizer)], moving)
 
@@ -181,7 +182,7 @@ class StepHooks:
         A rank of sharded weights may hold nothing of the masked ones: there every parameter counts, and where a rank
         holds nothing at all, the ranks agree.
         """
-        weights, parameters = self.weights_of(optimizer), _parameters(optimizer)
+        weights, parameters = self.weights_of(optimizer), parameters_of(optimizer)
         if not any(weight.placement.is_sharded for weight in weights):
             return any(weight.gradient is not None for weight in weights)
         here = any(parameter.grad is not None for parameter in parameters)
@@ -190,29 +191,6 @@ class StepHooks:
             nothing_here = all(parameter.numel() == 0 for parameter in parameters)
             self._unevenly_held[id(optimizer)] = agree(shards, nothing_here)
         return agree(shards, here) if self._unevenly_held[id(optimizer)] else here
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _with_step_hooks(optimizer: Optimizer) -> list[Optimizer]:
-    """Return those of an optimizer and of the ones that it wraps whose steps run torch's step hooks.
-
-    Torch runs them from the class's ``step``, which `Optimizer.__init__` patches; a wrapper that does without that
-    initialisation may have a hook's dictionary, its own or its inner optimizer's, and never look at it.
-    """
-    found: list[Optimizer] = []
-    waiting, seen = [optimizer], set()
-    while waiting:
-        candidate = waiting.pop(0)
-        if id(candidate) in seen:
-            continue
-        seen.add(id(candidate))
-        if getattr(type(candidate).step, "hooked", False) and "_optimizer_step_pre_hooks" in vars(candidate):
-            found.append(candidate)
-        waiting += [value for value in vars(candidate).values() if isinstance(value, Optimizer)]
-    return found
 
 
 def _skipped_by_scaler(optimizer: Optimizer) -> bool:
