@@ -35,6 +35,7 @@ def test_a_skipped_step_is_no_step(tmp_path: Path) -> None:
     assert mon.summary()["steps"] == 6
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_a_batch_size_is_known_only_where_all_tensors_agree() -> None:
     x = torch.zeros(3, 2)
     assert batch_size(x) == 3
@@ -42,6 +43,8 @@ def test_a_batch_size_is_known_only_where_all_tensors_agree() -> None:
     assert batch_size((x, torch.zeros(5))) is None
     assert batch_size(["text"]) is None
     assert batch_size(torch.tensor(1.0)) is None
+    assert batch_size((x, x.to_sparse(), torch.empty(3, device="meta"))) == 3
+    assert batch_size(torch.nested.nested_tensor([x[0], x[0, :1]])) == 2
 
 
 def test_an_unknown_batch_size_leaves_joules_per_sample_out(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ class EnergyFit:
 
     def begin_batch(self) -> None:
         """Note that a training batch begins."""
-        self._steps.begin_batch()
+        self._steps.begin_batch(self._trainer.optimizers)
 
     def count(self, batch: Any) -> None:
         """Count the samples and units of a training batch."""

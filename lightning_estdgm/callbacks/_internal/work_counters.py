@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from lightning_estdgm.engine._hooked_optimizers import parameters_of, with_step_
 class StepCounter:
     """Number of optimizer steps in which a parameter had a gradient.
 
-    Steps are seen through torch's hooks, of an optimizer or of one that it wraps; a step inside a step is none of its
-    own. Where an optimizer has no hooks that run, what `note_gradients` is told of is taken for its steps.
+    Steps are seen through torch's hooks, of an optimizer or of those that it wraps; a step inside a step is none of
+    its own. Where an optimizer has no hooks that run, what `note_gradients` is told of is taken for its steps. A
+    wrapper may step several inner optimizers, or one several times: that is one step, if `note_gradients` tells of it.
 
     Args:
         optimizers: Optimizers to watch.
@@ -30,18 +31,15 @@ class StepCounter:
         self.steps = 0
         self._depth = 0  # of steps under way inside one another
         self._had_gradients = False  # before the step under way, which may clear them
+        self._told = False  # whether `note_gradients` tells of the steps of this batch
         self._hooks: list[Any] = []
+        self._optimizers: list[Any] = []
         self._seen: set[int] = set()  # optimizers whose steps are seen
-        for optimizer in optimizers:
-            for hooked in with_step_hooks(optimizer):
-                self._hooks += [
-                    hooked.register_step_pre_hook(self._before),
-                    hooked.register_step_post_hook(self._after),
-                ]
-                self._seen.add(id(optimizer))
+        self._watch(optimizers)
 
     def note_gradients(self, optimizer: Any) -> None:
         """Note that a step of `optimizer` comes next, its gradients there."""
+        self._told = True
         if not _has_gradients(optimizer):
             return
         if id(optimizer) in self._seen:
@@ -49,16 +47,35 @@ class StepCounter:
         else:
             self.steps += 1
 
-    def begin_batch(self) -> None:
-        """Forget steps that were noted and not made, as of a GradScaler that skipped one."""
-        self._had_gradients = False
+    def begin_batch(self, optimizers: Sequence[Any]) -> None:
+        """Forget steps that were noted and not made, as of a GradScaler that skipped one.
+
+        Args:
+            optimizers: Optimizers of the fit now; a callback may have replaced them.
+        """
+        self._had_gradients = self._told = False
         self._depth = 0
+        if len(optimizers) != len(self._optimizers) or any(map(operator.is_not, optimizers, self._optimizers)):
+            self.close()
+            self._watch(optimizers)
 
     def close(self) -> None:
         """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+    def _watch(self, optimizers: Iterable[Any]) -> None:
+        self._optimizers = list(optimizers)
+        self._seen = set()
+        hooked: dict[int, Any] = {}  # each once, though several wrappers may hold it
+        for optimizer in self._optimizers:
+            inner = with_step_hooks(optimizer)
+            hooked.update((id(each), each) for each in inner)
+            if inner:
+                self._seen.add(id(optimizer))
+        for each in hooked.values():
+            self._hooks += [each.register_step_pre_hook(self._before), each.register_step_post_hook(self._after)]
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._depth += 1
@@ -67,12 +84,17 @@ class StepCounter:
         self._depth = max(0, self._depth - 1)
         if self._depth == 0:
             # Lightning steps the optimizer also where training_step returned None; no gradient, no step.
-            self.steps += self._had_gradients or _has_gradients(optimizer)
+            by_itself = not self._told or any(optimizer is each for each in self._optimizers)
+            self.steps += self._had_gradients or (by_itself and _has_gradients(optimizer))
             self._had_gradients = False
 
 
 def _has_gradients(optimizer: Any) -> bool:
-    return any(parameter.grad is not None for parameter in parameters_of(optimizer))
+    """Return whether a parameter of the optimizer has a gradient; True where its parameters cannot be told."""
+    try:
+        return any(parameter.grad is not None for parameter in parameters_of(optimizer))
+    except (AttributeError, KeyError, TypeError):  # a wrapper that is no Optimizer may show none
+        return True
 
 
 class BatchCounter:
@@ -143,7 +165,7 @@ def batch_size(batch: Any) -> int | None:
         item = queue.pop()
         if isinstance(item, Tensor):
             if item.ndim:
-                sizes.add(item.shape[0])
+                sizes.add(item.size(0))  # a nested tensor has no shape
         elif isinstance(item, Mapping):
             queue.extend(item.values())
         elif isinstance(item, (list, tuple)):
