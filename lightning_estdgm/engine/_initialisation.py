@@ -92,7 +92,7 @@ def draw_masks(
 def _initial(pattern: Pattern | None, norms: Tensor, k: int, generator: torch.Generator, *, largest: bool) -> Tensor:
     if pattern is None:
         return initial_mask(norms, k, generator, largest=largest)
-    noise = torch.rand(norms.shape, generator=generator)
+    noise = torch.rand(norms.shape, generator=generator, device="cpu")
     return draw(pattern, torch.where(norms > 0, norms if largest else noise, noise - 1.0), k)
 
 

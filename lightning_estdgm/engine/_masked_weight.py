@@ -81,7 +81,8 @@ class MaskedWeight:
         self.snapshot = WeightSnapshot()
         self.masked_gradient = MaskedGradient()
         self.part_active = [self.units // candidate.parts] * candidate.parts
-        self.set_local_mask(torch.ones(self.placement.mask_shape(self.weight), dtype=torch.bool), self.units)
+        mask = torch.ones(self.placement.mask_shape(self.weight), dtype=torch.bool, device=self.weight.device)
+        self.set_local_mask(mask, self.units)
         self.explored = torch.zeros_like(self.mask)
         self._explored_units = 0
         self.inactive = inactive_weights(inactive, self)

@@ -173,7 +173,7 @@ class StepHooks:
         if any(rate is None or float(rate) != 0.0 for rate in rates):
             return False
         gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
-        moving = any(bool(torch.count_nonzero(local_tensor(gradient))) for gradient in gradients)
+        moving = any(bool(torch.count_nonzero(_values(local_tensor(gradient)))) for gradient in gradients)
         return not agree([weight.shard for weight in self.weights_of(optimizer)], moving)
 
     def _has_gradients(self, optimizer: Optimizer) -> bool:
@@ -191,6 +191,13 @@ class StepHooks:
             nothing_here = all(parameter.numel() == 0 for parameter in parameters)
             self._unevenly_held[id(optimizer)] = agree(shards, nothing_here)
         return agree(shards, here) if self._unevenly_held[id(optimizer)] else here
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """Return the stored values of a tensor in a sparse layout, as of an embedding's gradient; another as it is."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor.coalesce().values()
+    return tensor if tensor.layout is torch.strided else tensor.values()
 
 
 def _skipped_by_scaler(optimizer: Optimizer) -> bool:

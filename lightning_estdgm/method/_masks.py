@@ -257,7 +257,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     """Pack a bool tensor into uint8, eight units a byte, the first in the lowest bit; on the CPU."""
     flat = mask.detach().flatten().to(device="cpu", dtype=torch.uint8)
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    return (padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device="cpu")).sum(1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -273,5 +273,5 @@ def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
             f"packed mask must be uint8 with {(n + 7) // 8} bytes for shape {tuple(shape)}, "
             f"got {packed.dtype} with {packed.numel()}"
         )
-    bits = (packed.cpu()[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    bits = (packed.cpu()[:, None] >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1
     return bits.flatten()[:n].bool().view(shape)

@@ -100,7 +100,7 @@ def growth(mean_gradient_norm: Tensor, mean_norm: Tensor, gamma: float) -> Tenso
 
 
 def _random(evidence: Evidence) -> Tensor:
-    noise = torch.rand(evidence.mask.shape, generator=evidence.generator)
+    noise = torch.rand(evidence.mask.shape, generator=evidence.generator, device="cpu")
     return noise.to(evidence.mask.device)
 
 

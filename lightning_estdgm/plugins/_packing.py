@@ -75,7 +75,7 @@ class _Mask:
 
     def over_weights(self) -> Tensor:
         """Return it with one entry a weight: bool, on the CPU."""
-        return keep_active_(torch.ones(self.shape, dtype=torch.bool), self._units(), self._block_size)
+        return keep_active_(torch.ones(self.shape, dtype=torch.bool, device="cpu"), self._units(), self._block_size)
 
 
 def _masks(checkpoint: Any) -> dict[str, _Mask]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from helpers.models import NO_VALIDATION_LOADER, TinyMLP
 from helpers.runs import Run, SaveAt, differences, end_of, load
@@ -42,6 +43,34 @@ def test_resumed_equals_straight(name: str, tmp_path: Path) -> None:
     updates = straight[1].controller.updates
     assert (updates == 0) == (name == "static")
     assert straight[1].density == pytest.approx(DENSITY, abs=0.05)
+
+
+class Unlogged(TinyMLP):
+    """Logs nothing: Lightning makes the tensors of `log` on the default device."""
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class Elsewhere(Callback):
+    """New tensors are made on a device without values for as long as the fit lasts."""
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        torch.set_default_device("meta")
+
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
+        torch.set_default_device(None)
+
+    on_exception = teardown
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_another_default_device_changes_nothing(name: str, tmp_path: Path) -> None:
+    run, path = PresetRun(name), tmp_path / "stop.ckpt"
+    run.cls = Unlogged
+    end = end_of(*run.fit())
+    assert differences(end, end_of(*run.fit(SaveAt("on_train_batch_end", STOP, path), before=(Elsewhere(),)))) == []
+    assert differences(end, end_of(*run.fit(ckpt=path, seed=1, before=(Elsewhere(),)))) == []
 
 
 def _no_reserve(state: dict[str, Any]) -> None:

@@ -147,6 +147,18 @@ def test_a_step_without_rate_and_gradients_is_none_of_training(rate, gradient, c
     assert (torch.count_nonzero(weight.weight) == 4) == (not counts)
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_gradient_in_a_sparse_layout_tells_a_step_of_training(value):
+    """As an embedding with `sparse=True` has one: torch counts no values of those that are not zero."""
+    weight, optimizer, hooks = hooked(lambda parameters: torch.optim.SGD(parameters, 0.0))
+    words = torch.nn.Embedding(3, 2, sparse=True)
+    optimizer.add_param_group({"params": list(words.parameters())})
+    weight.parameter.grad = torch.zeros(2, 2)
+    (value * words(torch.tensor([1, 1]))).sum().backward()
+    optimizer.step()
+    assert hooks.stepped == bool(value)
+
+
 def test_a_closure_masks_by_itself_and_is_not_wrapped_without_shadow_weights():
     asked = []
     weight, optimizer, hooks = hooked(momentum, asked.append)
