@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from lightning_estdgm.energy._amd_visibility import AmdGpu, no_visible_gpu, visible_gpus
 from lightning_estdgm.energy._counter_check import MOST_W, STILL_NS, CounterCheck
@@ -64,6 +64,24 @@ class AmdLibrary(Protocol):
 
     def close(self) -> None:
         """Release what `load` took."""
+
+
+def answering(handles: Iterable[Any], describe: Callable[[Any], AmdGpu]) -> list[AmdGpu]:
+    """Describe the GPUs that answer: one that is lost must not take the readings of the others with it.
+
+    Raises:
+        AmdLibraryError: None of them answers.
+    """
+    found: list[AmdGpu] = []
+    lost: list[AmdLibraryError] = []
+    for handle in handles:
+        try:
+            found.append(describe(handle))
+        except AmdLibraryError as e:
+            lost.append(e)
+    if lost and not found:
+        raise lost[0]
+    return found
 
 
 def valid(value: object) -> int | None:

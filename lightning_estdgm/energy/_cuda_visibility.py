@@ -10,8 +10,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+_Name = TypeVar("_Name")  # of a device: its index or its UUID
 
 # CUDA's own order of the devices, asked in another process: CUDA that has started survives no fork.
 _CUDA_UUIDS = """
@@ -24,9 +27,6 @@ for i in range(count.value):
     assert getattr(cuda, "cuDeviceGetUuid_v2", cuda.cuDeviceGetUuid)(raw, device) == 0
     print(uuid.UUID(bytes=bytes(raw)))
 """
-
-
-_GPU_IS_LOST = 15  # an NVML error
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,13 @@ def visible_handles(nvml: Any) -> tuple[list[NvmlHandle], str]:
     """Return the devices that this process may use, and a note on their order for people, empty where it is certain.
 
     Args:
-        nvml: The module pynvml, initialised; its errors are passed on.
+        nvml: The module pynvml, initialised.
+
+    Raises:
+        NVMLError: NVML does not answer, or refuses every device. One that is lost is left out and named in the note.
     """
-    handles = _torch_handles(nvml)
-    return _environment_handles(nvml) if handles is None else (handles, "")
+    uuids = _torch_uuids()
+    return _environment_handles(nvml) if uuids is None else _by_bare_uuids(nvml, uuids)
 
 
 def as_str(text: str | bytes) -> str:
@@ -57,38 +60,38 @@ def as_str(text: str | bytes) -> str:
     return text.decode() if isinstance(text, bytes) else text
 
 
-def _torch_handles(nvml: Any) -> list[NvmlHandle] | None:
-    """Return torch's devices; None while CUDA is not running, which is not ours to start."""
+def _torch_uuids() -> list[str] | None:
+    """Return the UUIDs of torch's devices; None while CUDA is not running, which is not ours to start."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized() or torch.version.hip:
         return None
-    return _by_bare_uuids(
-        nvml, [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
-    )
+    return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
 
 
 def _environment_handles(nvml: Any) -> tuple[list[NvmlHandle], str]:
     """Return the devices that CUDA_VISIBLE_DEVICES leaves, and the note."""
-    by_index = [_by_index(nvml, i) for i in range(nvml.nvmlDeviceGetCount())]
-    every = [gpu for gpu in by_index if gpu is not None]
-    lost = len(by_index) - len(every)
-    note = f", beside {lost} lost" if lost else ""
+    count = nvml.nvmlDeviceGetCount()
+    by_index, note = _all_but_lost(nvml, range(count), lambda index: NvmlHandle(nvml.nvmlDeviceGetHandleByIndex(index)))
+    every = list(by_index.values())
     text = os.environ.get("CUDA_VISIBLE_DEVICES")
     if text is None:
         return every, note
     tokens = [t.strip() for t in text.split(",")]
     if any(token.isdigit() for token in tokens) and _order_matters(nvml, every):
-        asked = _cuda_handles(nvml)
+        asked = _cuda_uuids()
         if asked is not None:
-            return asked, note
+            return _by_bare_uuids(nvml, asked)
         note += ", taken in PCI order: to be sure, set CUDA_DEVICE_ORDER=PCI_BUS_ID"
     handles = []
     for token in tokens:
-        if token.isdigit() and int(token) < len(by_index):
-            gpu = by_index[int(token)]
-            handles += [] if gpu is None else [gpu]
+        if token.isdigit() and int(token) < count:
+            if int(token) in by_index:  # else it is lost
+                handles.append(by_index[int(token)])
             continue
-        found = _by_uuid(nvml, token) if token.startswith(("GPU-", "MIG-")) else None
+        try:
+            found = _by_uuid(nvml, token) if token.startswith(("GPU-", "MIG-")) else None
+        except nvml.NVMLError:
+            continue
         if found is None and token.startswith("GPU-"):
             match = [gpu for gpu in every if as_str(nvml.nvmlDeviceGetUUID(gpu.handle)).startswith(token)]
             found = match[0] if len(match) == 1 else None
@@ -98,14 +101,31 @@ def _environment_handles(nvml: Any) -> tuple[list[NvmlHandle], str]:
     return handles, note
 
 
-def _by_index(nvml: Any, index: int) -> NvmlHandle | None:
-    """Return a GPU, or None for one that has fallen off the bus: the others go on."""
-    try:
-        return NvmlHandle(nvml.nvmlDeviceGetHandleByIndex(index))
-    except nvml.NVMLError as e:
-        if e.value == _GPU_IS_LOST:
-            return None
-        raise
+def _all_but_lost(
+    nvml: Any, names: Iterable[_Name], find: Callable[[_Name], NvmlHandle | None]
+) -> tuple[dict[_Name, NvmlHandle], str]:
+    """Return the devices by name, without those that NVML does not know, and a note on those that it refuses.
+
+    A GPU that has fallen off the bus must not take the readings of the others with it.
+
+    Raises:
+        NVMLError: Every device is refused.
+    """
+    found: dict[_Name, NvmlHandle] = {}
+    lost: dict[_Name, Exception] = {}
+    for name in names:
+        try:
+            gpu = find(name)
+            if gpu is not None:
+                nvml.nvmlDeviceGetUUID(gpu.handle)  # a handle may be all that is left of it
+                found[name] = gpu
+        except nvml.NVMLError as e:
+            lost[name] = e
+    if not lost:
+        return found, ""
+    if not found:
+        raise next(iter(lost.values()))
+    return found, f", beside {len(lost)} lost ({', '.join(f'GPU {name}: {e}' for name, e in lost.items())})"
 
 
 def _order_matters(nvml: Any, gpus: list[NvmlHandle]) -> bool:
@@ -118,26 +138,25 @@ def _order_matters(nvml: Any, gpus: list[NvmlHandle]) -> bool:
     return len({as_str(nvml.nvmlDeviceGetName(gpu.handle)) for gpu in gpus}) > 1
 
 
-def _cuda_handles(nvml: Any) -> list[NvmlHandle] | None:
-    """Return the devices that CUDA would show this process; None where CUDA does not answer."""
+def _cuda_uuids() -> list[str] | None:
+    """Return the UUIDs of the devices that CUDA would show this process; None where CUDA does not answer."""
     command = [sys.executable, "-c", _CUDA_UUIDS]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return None
-    return _by_bare_uuids(nvml, answer.split())
 
 
-def _by_bare_uuids(nvml: Any, uuids: list[str]) -> list[NvmlHandle]:
-    """Return the devices of UUIDs without their prefix; those that NVML does not know are left out."""
-    handles = [_by_uuid(nvml, f"GPU-{uuid}") or _by_uuid(nvml, f"MIG-{uuid}") for uuid in uuids]
-    return [handle for handle in handles if handle is not None]
+def _by_bare_uuids(nvml: Any, uuids: Iterable[str]) -> tuple[list[NvmlHandle], str]:
+    """Return the devices of UUIDs without their prefix, and a note on those that are lost."""
+    found, note = _all_but_lost(nvml, uuids, lambda u: _by_uuid(nvml, f"GPU-{u}") or _by_uuid(nvml, f"MIG-{u}"))
+    return list(found.values()), note
 
 
 def _by_uuid(nvml: Any, uuid: str) -> NvmlHandle | None:
     try:
         return NvmlHandle(nvml.nvmlDeviceGetHandleByUUID(uuid), uuid.startswith("MIG-"))
     except nvml.NVMLError as e:
-        if e.value in (2, 6, _GPU_IS_LOST):  # invalid argument, not found
+        if e.value in (2, 6):  # invalid argument, not found
             return None
         raise

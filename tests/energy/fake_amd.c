@@ -3,6 +3,7 @@
  *   init CODE
  *   gpu PCI ENERGY_CODE TICKS WATTS POWER_CODE CURRENT_W AVERAGE_W HIP_ID UNIQUE_ID NAME
  * Codes are the library's own. The accumulator is TICKS plus WATTS times the monotonic clock, in units of 2^-16 J.
+ * An ENERGY_CODE of "not found" (amdsmi 31, ROCm-SMI 10) is a lost GPU, which answers nothing.
  * The tests add a stub, "not supported", for every other function that the real amdsmi package looks up.
  */
 #include <stdint.h>
@@ -69,7 +70,7 @@ typedef struct {
 
 /* Not initialised; then, as a forked child that inherited the state, an internal error. */
 #define READY do { load(); if (!owner) return 32; if (owner != getpid()) return 16; } while (0)
-#define FIND Gpu *g; READY; { long i = (int *)h - tag; if (i < 0 || i >= n_gpus) return 31; g = &gpus[i]; }
+#define FIND Gpu *g; READY; { long i = (int *)h - tag; if (i < 0 || i >= n_gpus) return 31; g = &gpus[i]; if (g->energy == 31) return 31; }
 
 int amdsmi_init(uint64_t flags) { (void)flags; load(); if (!init_code) owner = getpid(); return init_code; }
 int amdsmi_shut_down(void) { if (owner != getpid()) return 32; owner = 0; return 0; }
@@ -145,7 +146,7 @@ int amdsmi_get_energy_count(void *h, uint64_t *energy, float *resolution, uint64
 /* ---- librocm_smi64.so */
 
 #define RSMI_READY do { load(); if (!owner) return 8; if (owner != getpid()) return 6; } while (0)
-#define RSMI_FIND Gpu *g; RSMI_READY; if ((int)i >= n_gpus) return 1; g = &gpus[i];
+#define RSMI_FIND Gpu *g; RSMI_READY; if ((int)i >= n_gpus) return 1; g = &gpus[i]; if (g->energy == 10) return 10;
 
 int rsmi_init(uint64_t flags) { (void)flags; load(); if (!init_code) owner = getpid(); return init_code ? 8 : 0; }
 int rsmi_shut_down(void) { if (owner != getpid()) return 8; owner = 0; return 0; }

@@ -66,7 +66,7 @@ static int find(void *handle, Gpu **gpu) {
     *(volatile int *)handle; /* the real library crashes on a null handle too */
     if (i < 0 || i >= n_gpus) return 2;
     *gpu = &gpus[i];
-    return 0;
+    return gpus[i].handle == 15 ? 15 : 0; /* a lost GPU answers nothing, whoever holds a handle of it */
 }
 
 int nvmlInitWithFlags(unsigned flags) {

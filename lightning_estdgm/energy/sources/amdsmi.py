@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-from lightning_estdgm.energy._amd_gpus import AmdGpus, AmdLibraryError, valid
+from lightning_estdgm.energy._amd_gpus import AmdGpus, AmdLibraryError, answering, valid
 from lightning_estdgm.energy._amd_visibility import AmdGpu, hip_order
 from lightning_estdgm.energy._reading import SourceUnavailable, Status
 
@@ -55,7 +55,7 @@ class AmdSmi:
             self._call(amdsmi.amdsmi_init, amdsmi.AmdSmiInitFlags.INIT_AMD_GPUS)
             handles = self._call(amdsmi.amdsmi_get_processor_handles)
             order = hip_order()
-            gpus = [self._gpu(handle, order) for handle in handles]
+            gpus = answering(handles, lambda handle: self._gpu(handle, order))
         except AmdLibraryError as e:
             raise SourceUnavailable(e.status, f"amdsmi: {e}") from None
         if not gpus:

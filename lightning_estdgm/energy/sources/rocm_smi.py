@@ -8,7 +8,7 @@ import os
 from ctypes import POINTER, byref, c_char, c_char_p, c_float, c_size_t, c_uint32, c_uint64
 from typing import Any
 
-from lightning_estdgm.energy._amd_gpus import AmdGpus, AmdLibraryError, valid
+from lightning_estdgm.energy._amd_gpus import AmdGpus, AmdLibraryError, answering, valid
 from lightning_estdgm.energy._amd_visibility import AmdGpu, hip_order, pci_address
 from lightning_estdgm.energy._reading import SourceUnavailable, Status
 
@@ -55,7 +55,7 @@ class RocmSmi:
             self._call("rsmi_init", 0)
             self._call("rsmi_num_monitor_devices", byref(count))
             order = hip_order()
-            gpus = [self._gpu(i, order) for i in range(count.value)]
+            gpus = answering(range(count.value), lambda index: self._gpu(index, order))
         except AmdLibraryError as e:
             raise SourceUnavailable(e.status, f"ROCm-SMI: {e}") from None
         if not gpus:

@@ -68,6 +68,20 @@ def test_the_accumulator_is_counted_in_exact_units(amd_machine: AmdMachine, make
     assert source.read() == {}
 
 
+@pytest.mark.parametrize(("make", "lost"), [(amdsmi.SOURCE, 31), (rocm_smi.SOURCE, 10)], ids=["amdsmi", "rocm-smi"])
+def test_a_lost_gpu_leaves_the_others(amd_machine: AmdMachine, make: Make, lost: int) -> None:
+    amd_machine.show(FakeAmd(A, watts=400), FakeAmd(B, energy=lost))
+    assert uids(opened(make)) == [A]
+    amd_machine.show(FakeAmd(A, watts=400), FakeAmd(B, watts=400))
+    source = opened(make)
+    assert uids(source) == [A, B]
+    amd_machine.show(FakeAmd(A, energy=lost), FakeAmd(B, watts=400))  # in mid-run
+    statuses = {device.uid: reading.status for device, reading in source.read().items()}
+    assert statuses == {A: Status.UNAVAILABLE, B: Status.OK}
+    amd_machine.show(FakeAmd(A, energy=lost), FakeAmd(B, energy=lost))
+    assert refusal(make).status is Status.UNAVAILABLE
+
+
 def test_units() -> None:
     assert ticks_to_uj(1_000_000_000, 15.3) == 15_258_789_062  # by the rounded 15.3 it would be 0.27 % more
     assert ticks_to_uj(1_000, 1.0) == 1_000

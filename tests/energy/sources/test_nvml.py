@@ -360,11 +360,39 @@ def test_a_gpu_that_is_lost_leaves_the_others(machine: Machine, monkeypatch: pyt
     machine.show(FakeGpu(A), FakeGpu(B, handle=15), FakeGpu(C))
     source = opened()
     assert uids(source) == [A, C]
-    assert all("beside 1 lost" in info.name for info in source.devices().values())
+    assert all("beside 1 lost (GPU 1: " in info.name for info in source.devices().values())
     assert {reading.status for reading in source.read().values()} == {Status.OK}
     source.close()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2")  # the lost one keeps its index
     assert uids(opened()) == [C]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"{C},{B},{A}")
+    assert uids(opened()) == [C, A]
+
+
+@pytest.mark.parametrize("code", [4, 16, 999])
+def test_a_gpu_that_is_refused_leaves_the_others(machine: Machine, code: int) -> None:
+    machine.show(FakeGpu(A, handle=code), FakeGpu(B))
+    assert uids(opened()) == [B]
+
+
+def test_a_gpu_that_is_lost_leaves_the_others_under_cuda(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.show(FakeGpu(A), FakeGpu(B, handle=15))
+    cuda_shows(monkeypatch, B, A)
+    source = opened()
+    assert uids(source) == [A]
+    (info,) = source.devices().values()
+    assert f"beside 1 lost (GPU {B.removeprefix('GPU-')}: " in info.name
+
+
+def test_where_every_gpu_is_lost_that_is_the_reason(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.show(FakeGpu(A, handle=15), FakeGpu(B, handle=15))
+    with pytest.raises(SourceUnavailable, match="NVML: GPU is lost") as caught:
+        Nvml().open()
+    assert caught.value.status is Status.UNAVAILABLE
+    machine.show(FakeGpu(A, handle=15), FakeGpu(B))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(SourceUnavailable, match="CUDA_VISIBLE_DEVICES is '0', beside 1 lost"):
+        Nvml().open()
 
 
 def test_a_gpu_that_is_lost_in_mid_run_is_a_gap_and_the_others_go_on(machine: Machine) -> None:
