@@ -137,7 +137,7 @@ class _Search:
         self.known_bits += _BITS
 
     def split(self) -> tuple[Tensor, Tensor]:
-        """Return local masks of the keys below each part's k-th smallest, and of those equal to it; empty if k was 0."""
+        """Return local masks of keys below each part's k-th smallest, and of those equal to it; empty if k was 0."""
         keys, _, lowest = self.keys()
         threshold = self._of_part([lowest + prefix for prefix in self.prefix], keys)
         wanted = self._of_part([k > 0 for k in self.k], keys)
@@ -159,7 +159,7 @@ def _run(searches: Sequence[_Search]) -> None:
 
 
 def _tie_search(score: _Search) -> _Search | None:
-    """Return the search by index among the elements equal to the threshold; None if all of them are chosen."""
+    """Return the search by index among the keys equal to the threshold; None if all of them are chosen."""
     if score.k == score.equal:
         return None
     ranking = score.ranking

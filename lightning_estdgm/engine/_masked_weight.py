@@ -115,13 +115,13 @@ class MaskedWeight:
 
     @property
     def gradient(self) -> Tensor | None:
-        """The local part of the gradient, sharing its storage; ``None`` without one, or until it is sharded as the weight."""
+        """The local part of the gradient, sharing its storage; ``None`` without one, or while it is not yet sharded."""
         grad = self.parameter.grad
         return None if grad is None or not self.shard.holds(grad) else self.shard.local(grad)
 
     @property
     def has_operator(self) -> bool:
-        """Whether a sparse operator can replace the layer's forward; it needs a whole mask, and blocks in convolutions."""
+        """Whether a sparse operator can replace the forward; it needs a whole mask, and convolutions need blocks."""
         taps = self.block_size == 1 and self.candidate.is_convolution
         return self.candidate.has_operator and not self.placement.mask_is_local and not taps
 

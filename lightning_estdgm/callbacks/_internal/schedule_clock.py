@@ -1,4 +1,4 @@
-"""How long a Trainer's run is, in the steps of the schedule, and how far it has come."""
+"""`ScheduleClock`: the length of a Trainer's run in steps of the schedule, and the position in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NOMINAL_STEPS = 100  # for fast_dev_run, or a fit with nothing left to do: enou
 
 
 class ScheduleClock:
-    """The length of one fit, and the schedule's position in it.
+    """Length of one fit, and the schedule's position in it.
 
     The position is the number of optimizer steps done, with two exceptions. Under ``max_time`` it is the share of the
     time that has passed, where that is further. In manual optimization limited by epochs it is the number of batches,
@@ -21,15 +21,18 @@ class ScheduleClock:
     and the time is rank 0's.
 
     Args:
-        trainer: at the start of a fit, with its optimizers made.
+        trainer: Trainer at the start of a fit, with its optimizers.
         pl_module: its model.
-        total_steps: the length, where the user gave it.
-        max_epochs: the Trainer's; `StochasticWeightAveraging` raises it for an epoch without steps.
-        resumed: whether the fit goes on with a checkpoint's state; otherwise what the Trainer has done in earlier fits
-            does not count.
+        total_steps: length that the user gave, if any.
+        max_epochs: Trainer's `max_epochs` before `StochasticWeightAveraging` raises it for an epoch without steps.
+        resumed: whether the fit goes on with a checkpoint's state; otherwise steps of the Trainer's earlier fits do not
+            count.
+
+    Attributes:
+        total_steps: length of the fit.
 
     Raises:
-        ValueError: if the length cannot be told.
+        ValueError: if the length is unknown.
 
     """
 
@@ -67,7 +70,7 @@ class ScheduleClock:
         self._first_batch = 0 if resumed else self._batches_done()
 
     def position(self, steps: int) -> int:
-        """Return where in the schedule the run is after `steps` optimizer steps."""
+        """Return the position in the schedule after `steps` optimizer steps."""
         position = 0 if self._only_time else self._batches_done() - self._first_batch if self._by_batches else steps
         if self._timer is None:
             return position
@@ -81,7 +84,7 @@ class ScheduleClock:
 
 
 def _left_by_steps(trainer: pl.Trainer, pl_module: pl.LightningModule, resumed: bool) -> int | None:
-    """Return the steps to ``max_steps``; a batch in which several manual optimizers step counts once."""
+    """Return the number of steps to ``max_steps``; a batch in which several manual optimizers step counts once."""
     if trainer.max_steps == -1:
         return None
     together = 1 if pl_module.automatic_optimization else max(1, len(trainer.optimizers))
@@ -91,7 +94,7 @@ def _left_by_steps(trainer: pl.Trainer, pl_module: pl.LightningModule, resumed: 
 def _left_by_epochs(
     trainer: pl.Trainer, callbacks: list[pl.Callback], max_epochs: int | None, resumed: bool
 ) -> int | None:
-    """Return the optimizer steps (of manual optimization: batches) to ``max_epochs``.
+    """Return the number of optimizer steps, or of batches in manual optimization, to ``max_epochs``.
 
     Unlike `Trainer.estimated_stepping_batches` it follows a `GradientAccumulationScheduler`.
     """
