@@ -52,7 +52,7 @@ class DGMCallback(pl.Callback):
             communication hook.
 
     Raises:
-        ValueError: at the start of the fit, if the run's length cannot be told, there is nothing to mask, the strategy
+        ValueError: at the start of the fit, if the run's length is unknown, there is nothing to mask, the strategy
             is not supported, or a checkpoint does not belong to this model and schedule. A checkpoint without state of
             this callback is accepted with a warning, and masks are recovered from its weights.
         MasksDifferError: during the fit, on every rank, if the ranks' masks come out different.

@@ -78,7 +78,7 @@ class ScheduleConfig(Protocol):
     """Settings of a schedule, independent of the run's length. A frozen dataclass with these methods is one."""
 
     def resolve(self, total_steps: int) -> Schedule:
-        """Lay the schedule over a run of `total_steps` optimizer steps."""
+        """Return the schedule of a run of `total_steps` optimizer steps."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain types, to be compared with a checkpoint's."""

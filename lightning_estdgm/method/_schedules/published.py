@@ -39,7 +39,7 @@ class ConstantDensity:
         check_intervals(self.update_every, self.observe_steps)
 
     def resolve(self, total_steps: int) -> Schedule:
-        """Lay the updates over `total_steps` optimizer steps."""
+        """Return the schedule of a run of `total_steps` optimizer steps."""
         check_int("total_steps", total_steps, at_least=1)
         every, observe = intervals(self.update_every, self.observe_steps, total_steps)
         end = round(self.stop * total_steps)
@@ -90,7 +90,7 @@ class CubicDensity:
         check_intervals(self.update_every, self.observe_steps)
 
     def resolve(self, total_steps: int) -> Schedule:
-        """Lay the fall over `total_steps` optimizer steps.
+        """Return the schedule of a run of `total_steps` optimizer steps.
 
         Raises:
             ValueError: if the run is too short for one update between `begin` and `end`.
@@ -161,7 +161,7 @@ class AlternatingDensity:
         return round(self._between() / self.period)
 
     def resolve(self, total_steps: int) -> Schedule:
-        """Lay the phases over `total_steps` optimizer steps.
+        """Return the schedule of a run of `total_steps` optimizer steps.
 
         Raises:
             ValueError: if a phase would have no step.
