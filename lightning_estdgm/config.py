@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lightning_estdgm._checks import check_number
 from lightning_estdgm.method import _distributions as distributions
 from lightning_estdgm.method._backward_set import BackwardSet
-from lightning_estdgm.method._schedules import AlternatingDensity, ConstantDensity, CubicDensity, EstDgm, ScheduleConfig
+from lightning_estdgm.method._schedules import EstDgm, ScheduleConfig
 from lightning_estdgm.method._update_rule import AUTO, UpdateRule
 from lightning_estdgm.modules._candidates import Selector
 from lightning_estdgm.modules._mask_unit import BLOCK_SIZES
@@ -122,10 +122,7 @@ class DGMConfig:
 
     """
 
-    # the built-in ones by name: LightningCLI makes a dataclass of a union only where the union names it
-    schedule: EstDgm | ConstantDensity | CubicDensity | AlternatingDensity | ScheduleConfig = field(
-        default_factory=EstDgm
-    )
+    schedule: ScheduleConfig = field(default_factory=EstDgm)
     units: Units = field(default_factory=Units)
     update_rule: UpdateRule = field(default_factory=UpdateRule)
     step_size: StepSize = field(default_factory=StepSize)
@@ -167,6 +164,9 @@ class DGMConfig:
             StepSize(exponent=0.5, scale_initial_weights=True)
 
         """
+        known = [field.name for field in fields(self)]
+        if unknown := sorted(changes.keys() - set(known)):
+            raise TypeError(f"DGMConfig takes {known}, got {unknown}; settings of a part go as part={{'name': value}}")
         return replace(self, **{name: _part(self, name, value) for name, value in changes.items()})
 
     @property

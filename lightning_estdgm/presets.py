@@ -35,7 +35,22 @@ from lightning_estdgm.method._schedules.estdgm import times
 from lightning_estdgm.method._scores import WeightAndGradient
 from lightning_estdgm.method._update_rule import UpdateRule
 
-__all__ = ["PRESETS", "preset"]
+__all__ = [
+    "PRESETS",
+    "ac_dc",
+    "est_dgm",
+    "gmp",
+    "granet",
+    "mest",
+    "n_of_m",
+    "preset",
+    "rigl",
+    "set_",
+    "snfs",
+    "srigl",
+    "static",
+    "top_kast",
+]
 
 
 def preset(name: str, density: float, **overrides: Any) -> DGMConfig:

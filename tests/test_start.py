@@ -13,7 +13,7 @@ import pytest
 
 import lightning_estdgm
 from helpers import run_files
-from lightning_estdgm import export, plugins, recipes
+from lightning_estdgm import energy, export, method, recipes
 from lightning_estdgm._lazy import attach
 
 HEAVY = {"torch", "lightning", "torchmetrics", "scipy", "transformers", "matplotlib"}
@@ -94,7 +94,9 @@ def test_doctor_loads_no_lightning(tmp_path: Path) -> None:
     assert HEAVY & modules == {"torch"}
 
 
-@pytest.mark.parametrize("package", [lightning_estdgm, export, plugins, recipes], ids=lambda package: package.__name__)
+@pytest.mark.parametrize(
+    "package", [lightning_estdgm, energy, export, method, recipes], ids=lambda package: package.__name__
+)
 def test_every_public_name_is_there(package: Any) -> None:
     """As `dir` lists it, and as type checkers see it."""
     assert package.__all__

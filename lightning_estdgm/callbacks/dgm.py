@@ -1,12 +1,11 @@
 """`DGMCallback`: the method in a Lightning Trainer.
 
-It has 31 methods, one for each hook of Lightning and the properties that users read, and only delegates: the method
-itself is in `engine._controller`, the helpers in `_internal`.
+It has a method for each hook of Lightning and properties for users, so more than other classes, and only delegates.
+The method itself is in `engine._controller`, helpers are in `_internal`.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import Any
 
@@ -20,6 +19,7 @@ from lightning_estdgm._checks import check_int
 from lightning_estdgm.callbacks._internal.averages import mask_averages_
 from lightning_estdgm.callbacks._internal.dgm_log import DGMLog
 from lightning_estdgm.callbacks._internal.gradient_compression import GradientCompression
+from lightning_estdgm.callbacks._internal.run_outcome import RunOutcome
 from lightning_estdgm.callbacks._internal.schedule_clock import ScheduleClock
 from lightning_estdgm.callbacks._internal.spawned_result import SpawnedResult, SpawnedResultFile
 from lightning_estdgm.callbacks._internal.trainer_checks import check_checkpoint_io, check_ddp, grad_scale
@@ -28,6 +28,7 @@ from lightning_estdgm.distributed.adapters._protocol import adapter_for
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._decisions import LayerDecision
 from lightning_estdgm.method._schedules import EstDgm, Schedule
+from lightning_estdgm.modules._candidates import unlisted_weights
 from lightning_estdgm.presets import preset
 
 
@@ -90,6 +91,7 @@ class DGMCallback(pl.Callback):
         self._resumed = False
         self._clock: ScheduleClock | None = None
         self._log: DGMLog | None = None
+        self._outcome: RunOutcome | None = None
 
     @classmethod
     def from_preset(
@@ -160,11 +162,11 @@ class DGMCallback(pl.Callback):
         }
         if self.controller is None:
             unknown = ("final_density", "density", "flops_ratio", "flops_executed_ratio", "phases", "block_sizes")
-            return summary | dict.fromkeys((*unknown, "backends", "sparse_operators_ran"))
+            more = ("backends", "sparse_operators_ran", "ended_as_asked", "thawed_and_dense", "best_checkpoints")
+            return summary | dict.fromkeys((*unknown, *more))
         flops, masked = self.controller.flops, [d for d in self.decisions() if d.masked]
-        sizes = [math.prod(d.shape) for d in masked]
         return summary | {
-            "final_density": sum(n * d.final_density for n, d in zip(sizes, masked, strict=True)) / sum(sizes),
+            "final_density": self.controller.final_density,
             "density": self.density,
             "flops_ratio": self.flops_ratio,
             "flops_executed_ratio": self.controller.flops_executed_ratio,
@@ -172,6 +174,7 @@ class DGMCallback(pl.Callback):
             "block_sizes": dict(Counter(str(d.block_size) for d in masked)),
             "backends": dict(Counter(d.backend for d in masked)),
             "sparse_operators_ran": flops["executed"] < flops["dense"],
+            **(self._outcome.summary() if self._outcome else {}),
         }
 
     def _bound(self) -> DGMController:
@@ -220,7 +223,8 @@ class DGMCallback(pl.Callback):
         )
         if self._compression is not None:
             self._compression.register(self.controller)
-        self._log = DGMLog(trainer, self.controller)
+        self._log = DGMLog(trainer, self.controller, unlisted_weights(pl_module, self.controller.candidates))
+        self._outcome = RunOutcome(trainer, self.controller)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Load state that a strategy restores only now: it belongs to the weights that are checked."""
@@ -275,6 +279,10 @@ class DGMCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Run the first step without torch.compile: it records the shapes that backends are measured at."""
+        assert self._outcome is not None
+        self._outcome.watch()
+        if batch_idx == 0:
+            self._outcome.watch_thawed()
         if self._eagerly is None and self._bound().probing:
             self._eagerly = torch.compiler.set_stance("force_eager")
 
@@ -304,6 +312,8 @@ class DGMCallback(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove all hooks; masks and counters stay readable, also in the process that spawned this one."""
         self._spawned.leave(self._bound(), trainer)
+        if self._outcome is not None:
+            self._outcome.say()
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
+from torch.optim import Optimizer
 
 from lightning_estdgm.callbacks._internal.energy_fit import EnergyFit
 from lightning_estdgm.callbacks._internal.run_description import (
@@ -160,6 +161,13 @@ class EnergyMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Enter a phase that changed at the end of the last batch, whatever the order of callbacks."""
         self._enter(trainer, TRAIN)
+        if self._fit is not None:
+            self._fit.begin_batch()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Note that the step that comes next has gradients, which it may clear itself."""
+        if self._fit is not None:
+            self._fit.note_gradients(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -26,6 +26,9 @@ for i in range(count.value):
 """
 
 
+_GPU_IS_LOST = 15  # an NVML error
+
+
 @dataclass(frozen=True)
 class NvmlHandle:
     """A device of NVML.
@@ -66,21 +69,24 @@ def _torch_handles(nvml: Any) -> list[NvmlHandle] | None:
 
 def _environment_handles(nvml: Any) -> tuple[list[NvmlHandle], str]:
     """Return the devices that CUDA_VISIBLE_DEVICES leaves, and the note."""
-    every = [NvmlHandle(nvml.nvmlDeviceGetHandleByIndex(i)) for i in range(nvml.nvmlDeviceGetCount())]
+    by_index = [_by_index(nvml, i) for i in range(nvml.nvmlDeviceGetCount())]
+    every = [gpu for gpu in by_index if gpu is not None]
+    lost = len(by_index) - len(every)
+    note = f", beside {lost} lost" if lost else ""
     text = os.environ.get("CUDA_VISIBLE_DEVICES")
     if text is None:
-        return every, ""
+        return every, note
     tokens = [t.strip() for t in text.split(",")]
-    note = ""
     if any(token.isdigit() for token in tokens) and _order_matters(nvml, every):
         asked = _cuda_handles(nvml)
         if asked is not None:
-            return asked, ""
-        note = ", taken in PCI order: to be sure, set CUDA_DEVICE_ORDER=PCI_BUS_ID"
+            return asked, note
+        note += ", taken in PCI order: to be sure, set CUDA_DEVICE_ORDER=PCI_BUS_ID"
     handles = []
     for token in tokens:
-        if token.isdigit() and int(token) < len(every):
-            handles.append(every[int(token)])
+        if token.isdigit() and int(token) < len(by_index):
+            gpu = by_index[int(token)]
+            handles += [] if gpu is None else [gpu]
             continue
         found = _by_uuid(nvml, token) if token.startswith(("GPU-", "MIG-")) else None
         if found is None and token.startswith("GPU-"):
@@ -90,6 +96,16 @@ def _environment_handles(nvml: Any) -> tuple[list[NvmlHandle], str]:
             break  # CUDA hides everything from the first invalid entry on
         handles.append(found)
     return handles, note
+
+
+def _by_index(nvml: Any, index: int) -> NvmlHandle | None:
+    """Return a GPU, or None for one that has fallen off the bus: the others go on."""
+    try:
+        return NvmlHandle(nvml.nvmlDeviceGetHandleByIndex(index))
+    except nvml.NVMLError as e:
+        if e.value == _GPU_IS_LOST:
+            return None
+        raise
 
 
 def _order_matters(nvml: Any, gpus: list[NvmlHandle]) -> bool:
@@ -122,6 +138,6 @@ def _by_uuid(nvml: Any, uuid: str) -> NvmlHandle | None:
     try:
         return NvmlHandle(nvml.nvmlDeviceGetHandleByUUID(uuid), uuid.startswith("MIG-"))
     except nvml.NVMLError as e:
-        if e.value in (2, 6):  # invalid argument, not found
+        if e.value in (2, 6, _GPU_IS_LOST):  # invalid argument, not found
             return None
         raise

@@ -43,7 +43,7 @@ def unit_budgets(layers: Sequence[LayerUnits], distribution: Distribution, densi
 
     Args:
         layers: the masked layers.
-        distribution: name in `distributions.DISTRIBUTIONS`, or a function ``(shapes, density) -> densities``.
+        distribution: name in `_distributions.DISTRIBUTIONS`, or a function ``(shapes, density) -> densities``.
         density: density of the whole, in (0, 1].
 
     Raises:

@@ -36,7 +36,7 @@ from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._observation import observe
 from lightning_estdgm.engine._step_hooks import StepHooks
 from lightning_estdgm.method._schedules import Schedule
-from lightning_estdgm.modules._candidates import find_candidates
+from lightning_estdgm.modules._candidates import Candidate, find_candidates
 
 _STATE_VERSION = 1
 
@@ -48,8 +48,8 @@ class DGMController:
     weights, gradients and optimizer state in line with the masks through hooks on the optimizers' steps. Close it, or
     use it as a context manager, to take the hooks and the swapped forwards away; weights stay as they are.
 
-    It has 30 methods, because it is the one object that users of a plain loop meet: calls of the loop, properties to
-    read, state. The work is done by the parts that the constructor assembles, one module each.
+    It has more methods than other classes, because it is the one object that users of a plain loop meet: calls of the
+    loop, properties to read, state. The work is done by the parts that the constructor assembles, one module each.
 
     Args:
         model: model; its linear and convolution layers are found once, here.
@@ -146,11 +146,12 @@ class DGMController:
         for weight in self._masked.weights:
             weight.begin_step()
         if not self._hooks.stepped:
+            self._hooks.begin_step()
             return False
         before, after = self.position, self.steps + 1 if position is None else position
         if after < before:
             raise ValueError(f"the schedule's position must not go backwards: was {before}, got {after}")
-        self._hooks.stepped = False
+        self._hooks.begin_step()
         is_first = self._dispatch.probing
         if is_first:
             self._dispatch.read_probes()
@@ -251,8 +252,15 @@ class DGMController:
         return self._masked.density
 
     @property
+    def final_density(self) -> float:
+        """Active share of the masked weights that the schedule ends with."""
+        sizes = [weight.units * weight.unit_size for weight in self._masked.weights]
+        final = self._masked.layer_densities_at(self._final_density())
+        return sum(n * density for n, density in zip(sizes, final, strict=True)) / sum(sizes)
+
+    @property
     def explored(self) -> float:
-        """Share of the masked weights that have been active at any time (ITOP's Rs)."""
+        """Share of the masked weights that have been active at any time (Rs of ITOP)."""
         return self._masked.explored
 
     @property
@@ -269,6 +277,11 @@ class DGMController:
     def flops_executed_ratio(self) -> float:
         """As `flops_ratio`, but of the FLOPs computed: masked layers that run on a dense backend count as dense."""
         return self._flops.executed_ratio
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The linear and convolution layers of the model, masked or not."""
+        return tuple(self._masked.candidates)
 
     @property
     def masked_weights(self) -> tuple[MaskedWeight, ...]:

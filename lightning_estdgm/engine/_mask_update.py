@@ -162,7 +162,7 @@ class _Choice:
     def ranked(
         self, budgets: Mapping[MaskedWeight, Sequence[int]], kept: Mapping[MaskedWeight, Sequence[int]]
     ) -> dict[MaskedWeight, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
-        """Return functions to this rank's kept and grown units, for single weights of sharded weights."""
+        """Return functions to this rank's part of the kept and of the grown units, for sharded single weights."""
         rule = self._rule
 
         def keeping(weight: MaskedWeight) -> Ranking:

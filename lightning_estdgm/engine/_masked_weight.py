@@ -115,13 +115,13 @@ class MaskedWeight:
 
     @property
     def gradient(self) -> Tensor | None:
-        """The local part of the gradient, sharing its storage; ``None`` without one, or while it is not yet sharded."""
+        """Local part of the gradient, sharing its storage; ``None`` without one, or until sharded as the weight is."""
         grad = self.parameter.grad
         return None if grad is None or not self.shard.holds(grad) else self.shard.local(grad)
 
     @property
     def has_operator(self) -> bool:
-        """Whether a sparse operator can replace the forward; it needs a whole mask, and convolutions need blocks."""
+        """Whether a sparse operator can replace the forward: it needs a whole mask, and blocks in convolutions."""
         taps = self.block_size == 1 and self.candidate.is_convolution
         return self.candidate.has_operator and not self.placement.mask_is_local and not taps
 
@@ -189,7 +189,7 @@ class MaskedWeight:
             units: bool of the mask's shape.
 
         """
-        for value in states.get(self.parameter, {}).values():
+        for value in (states.get(self.parameter) or {}).values():  # a ZeroRedundancyOptimizer holds None for some
             if isinstance(value, Tensor) and self.shard.holds(value):
                 keep_active_(self.shard.local(value), self.placement.address(~units), self.placement.grain)
 

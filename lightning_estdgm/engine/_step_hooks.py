@@ -13,11 +13,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_estdgm.distributed._collectives import agree, local_tensor
+from lightning_estdgm.engine._hooked_optimizers import parameters_of, with_step_hooks
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 
 
 class StepHooks:
     """Hooks on the steps of all optimizers of one run.
+
+    An optimizer may wrap others (Fabric, EMA and SAM wrappers, ZeRO): all that run torch's step hooks are hooked, and
+    of nested steps only the outermost is treated. The weights that a step moves are those that its optimizer holds.
 
     Args:
         optimizers: optimizers of the run.
@@ -25,7 +29,7 @@ class StepHooks:
         exponent: `StepSize.exponent`.
 
     Attributes:
-        stepped: whether an optimizer has stepped since this was last set to False.
+        stepped: whether an optimizer has stepped since `begin_step`.
 
     """
 
@@ -37,10 +41,11 @@ class StepHooks:
     ) -> None:
         self.stepped = False
         self._optimizers = optimizers
+        self._hooked = [inner for optimizer in optimizers for inner in with_step_hooks(optimizer)]
         self._mask_gradients = mask_gradients
         self._exponent = exponent
-        self._held = {id(o): [p for group in o.param_groups for p in group["params"]] for o in optimizers}
-        self._weights: dict[int, list[MaskedWeight]] = {id(o): [] for o in optimizers}
+        self._weights: dict[int, MaskedWeight] = {}  # by the id of its parameter
+        self._depth = 0  # number of nested steps that have begun and not ended
         self._idle = False  # whether the current step is not one of training
         self._unevenly_held: dict[int, bool] = {}  # by optimizer: whether some rank holds no part of any parameter
         self._handles: list[Any] = []
@@ -48,27 +53,47 @@ class StepHooks:
     @property
     def held(self) -> frozenset[int]:
         """Ids of the parameters that an optimizer holds."""
-        return frozenset(id(p) for parameters in self._held.values() for p in parameters)
+        return frozenset(id(p) for optimizer in self._optimizers for p in parameters_of(optimizer))
 
     @property
     def states(self) -> list[Mapping[Any, Mapping[str, Any]]]:
-        """State of each optimizer; for a ZeroRedundancyOptimizer that of its inner one, as its own is empty."""
-        inner = [getattr(optimizer, "optim", None) for optimizer in self._optimizers]
-        pairs = zip(self._optimizers, inner, strict=True)
-        return [own.state if isinstance(own, Optimizer) else optimizer.state for optimizer, own in pairs]
+        """State of each optimizer and of those that they wrap, such as a ZeroRedundancyOptimizer's inner one."""
+        return list({id(o.state): o.state for o in (*self._optimizers, *self._hooked)}.values())
 
     def weights_of(self, optimizer: Optimizer) -> list[MaskedWeight]:
-        """Return the masked weights that an optimizer holds."""
-        return self._weights[id(optimizer)]
+        """Return the masked weights that an optimizer, or a wrapper of one, holds."""
+        weights = (self._weights.get(id(parameter)) for parameter in parameters_of(optimizer))
+        return [weight for weight in weights if weight is not None]
 
     def register(self, weights: Sequence[MaskedWeight]) -> None:
-        """Hook the optimizers that hold masked weights."""
-        for optimizer in self._optimizers:
-            ids = {id(parameter) for parameter in self._held[id(optimizer)]}
-            self._weights[id(optimizer)] = [weight for weight in weights if id(weight.parameter) in ids]
-            if self._weights[id(optimizer)]:
+        """Hook the optimizers that hold masked weights.
+
+        Raises:
+            ValueError: if a weight is held by no optimizer that runs torch's step hooks.
+
+        """
+        self._weights = {id(weight.parameter): weight for weight in weights}
+        unseen = dict(self._weights)
+        for optimizer in self._hooked:
+            for weight in self.weights_of(optimizer):
+                unseen.pop(id(weight.parameter), None)
+            if self.weights_of(optimizer):
                 self._handles.append(optimizer.register_step_pre_hook(self._before_step))
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        if unseen:
+            names = [weight.name for weight in unseen.values()]
+            first = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+            kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer in self._optimizers}))
+            raise ValueError(
+                f"the optimizer steps of {len(names)} masked layers ({first}) cannot be seen: {kinds} runs no step "
+                "hooks of torch's, and holds no optimizer that does. Have its class call "
+                "torch.optim.Optimizer.__init__, or keep the optimizer that steps as an attribute"
+            )
+
+    def begin_step(self) -> None:
+        """Reset `stepped`, and the count of nested steps, which an exception may have left above 0."""
+        self.stepped = False
+        self._depth = 0
 
     def remove(self) -> None:
         """Remove all hooks. May be called twice."""
@@ -80,6 +105,9 @@ class StepHooks:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        self._depth += 1
+        if self._depth > 1:
+            return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         self._idle = closure is None and self._is_idle(optimizer)
         if self._idle:
@@ -119,6 +147,9 @@ class StepHooks:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth = max(0, self._depth - 1)
+        if self._depth > 0:
+            return
         weights = self.weights_of(optimizer)
         if self._idle or not self._has_gradients(optimizer) or _skipped_by_scaler(optimizer):
             for weight in weights:
@@ -144,7 +175,7 @@ class StepHooks:
             return False  # not torch's own zero, and a look at it would wait for the device
         if any(rate is None or float(rate) != 0.0 for rate in rates):
             return False
-        gradients = [p.grad for p in self._held[id(optimizer)] if p.grad is not None]
+        gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
         moving = any(bool(torch.count_nonzero(local_tensor(gradient))) for gradient in gradients)
         return not agree([weight.shard for weight in self.weights_of(optimizer)], moving)
 
@@ -154,7 +185,7 @@ class StepHooks:
         With sharded weights a rank may hold no part of the masked ones, so all parameters count; if a rank holds no
         part of any parameter, the ranks agree.
         """
-        weights, parameters = self.weights_of(optimizer), self._held[id(optimizer)]
+        weights, parameters = self.weights_of(optimizer), parameters_of(optimizer)
         if not any(weight.placement.is_sharded for weight in weights):
             return any(weight.gradient is not None for weight in weights)
         here = any(parameter.grad is not None for parameter in parameters)

@@ -7,8 +7,8 @@ not decided here but in `_distributions` and `_redistribution`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ from lightning_estdgm._checks import check_fraction
 from lightning_estdgm.method._masks import active_units, top_k, top_k_in_groups
 
 
-@runtime_checkable
-class Pattern(Protocol):
+class Pattern(ABC):
     """Rule on where the active units of a layer may lie. A frozen dataclass with these methods is one."""
 
+    @abstractmethod
     def group_size(self, shape: torch.Size) -> int:
         """Return the number of units in a group, for a mask of `shape`; groups lie along the inputs.
 
@@ -29,6 +29,7 @@ class Pattern(Protocol):
 
         """
 
+    @abstractmethod
     def per_group(self, k: int, groups: int, size: int) -> int:
         """Return the number of active units in each group, for a budget of `k` over `groups` groups of `size`.
 
@@ -37,6 +38,7 @@ class Pattern(Protocol):
 
         """
 
+    @abstractmethod
     def quotas(self, n: int, salient: Tensor) -> Tensor:
         """Return the number of active units of each group at an update; groups may differ.
 
@@ -49,9 +51,16 @@ class Pattern(Protocol):
 
         """
 
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        methods = ("group_size", "per_group", "quotas")
+        if cls is not Pattern:
+            return NotImplemented
+        return all(callable(getattr(other, method, None)) for method in methods)
+
 
 @dataclass(frozen=True)
-class NofM:
+class NofM(Pattern):
     """N:M sparsity: n = density * m of each `m` neighbours along the inputs are active.
 
     The layer's density must make n a whole number: use ``distribution="uniform"`` and a density of n / m.
@@ -89,7 +98,7 @@ class NofM:
 
 
 @dataclass(frozen=True)
-class FanIn:
+class FanIn(Pattern):
     """Constant fan-in: every output has the same number of active units; SRigL (Lasby et al., arXiv 2305.02299).
 
     Attributes:

@@ -19,6 +19,7 @@ Selector = str | Callable[[str, nn.Module], bool]
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _FUSED_NAMES = ("qkv", "kv", "c_attn", "in_proj", "to_qkv", "to_kv", "Wqkv", "qkv_proj", "query_key_value")
+_FROZEN, _NOT_HELD = "its weight takes no gradient", "no optimizer holds its weight"
 _HEAD_NAMES = ("head", "lm_head", "classifier", "output_head", "output_layer")
 
 
@@ -147,9 +148,9 @@ def find_candidates(
         if any(_matches(selector, name, module) for selector in exclude):
             return False, "excluded"
         if not weight.requires_grad:
-            return False, "its weight takes no gradient"
+            return False, _FROZEN
         if held is not None and id(weight) not in held:
-            return False, "no optimizer holds its weight"
+            return False, _NOT_HELD
         if len(owners[id(weight)]) > 1:
             return False, "its weight is shared with another module"
         if any(_matches(selector, name, module) for selector in include):
@@ -168,8 +169,15 @@ def find_candidates(
         candidates.append(Candidate(name, module, kind, weight, shard, why_dense, parts, masked, why))
     if not any(candidate.masked for candidate in candidates):
         reasons = {candidate.name: candidate.why for candidate in candidates}
+        thawed_later = any(candidate.why in (_FROZEN, _NOT_HELD) for candidate in candidates)
         raise ValueError(
             "the model has no layer to mask: expected at least one linear or convolution layer besides the output head"
+            + (
+                "; what BackboneFinetuning or the like thaws later is not seen: thaw it before the fit, or begin "
+                "another fit once it trains"
+                if thawed_later
+                else ""
+            )
             + (f"; found {reasons} (name one in include=)" if reasons else "")
         )
     return tuple(candidates)
@@ -183,3 +191,36 @@ def _shard(model: nn.Module, name: str, module: nn.Module, kind: LayerKind, aske
         if asked_for:
             raise ValueError(f"layer {name!r}: {error}") from error
         return Whole(getattr(module, kind.weight_name), kind.transposed)
+
+
+def thawed_layers(candidates: Sequence[Candidate], held: Container[int]) -> list[str]:
+    """Return the names of layers that were left dense because they did not train, and train now.
+
+    Args:
+        candidates: what `find_candidates` returned.
+        held: ids of the parameters that an optimizer holds now.
+
+    """
+    waiting = (candidate for candidate in candidates if candidate.why in (_FROZEN, _NOT_HELD))
+    return [c.name for c in waiting if c.weight.requires_grad and id(c.weight) in held]
+
+
+def unlisted_weights(model: nn.Module, candidates: Sequence[Candidate]) -> dict[str, int]:
+    """Return the trainable weights of two or more dimensions that belong to none of the candidates.
+
+    Such are embeddings, experts that are stacked in one parameter, and weights of layers that are not known here.
+
+    Args:
+        model: the model.
+        candidates: what `find_candidates` returned for it.
+
+    Returns:
+        Number of weights by the parameter's name, free of wrappers' parts.
+
+    """
+    listed = {id(candidate.weight) for candidate in candidates}
+    return {
+        clean_name(name): parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.dim() > 1 and id(parameter) not in listed
+    }

@@ -30,7 +30,7 @@ _CHUNK = 1 << 20
 
 
 def write_sparse(packed: Mapping[str, Any], path: str | Path) -> None:
-    """Write what `packing.pack` has returned, with its checksum.
+    """Write what `_packing.pack` has returned, with its checksum.
 
     Raises:
         OSError: if it cannot be written. What was there under `path` is left as it was.
@@ -64,7 +64,7 @@ def read_sparse(path: str | Path, map_location: Any, weights_only: bool) -> dict
         weights_only: as for ``torch.load``.
 
     Returns:
-        The content, for `packing.unpack`; ``None`` for a file that does not end as a sparse checkpoint does.
+        The content, for `_packing.unpack`; ``None`` for a file that does not end as a sparse checkpoint does.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -225,7 +225,7 @@ def masked_conv2d(
         bias: ``[out]`` or None.
         topology: Active blocks; ``topology.shape`` must be ``(out, in)``.
         geometry: Kernel size, stride, padding, dilation.
-        backend: Name of the backend, see `backends.protocol.backends`. It is used or refused, never replaced:
+        backend: Name of the backend, see `backends._protocol.backends`. It is used or refused, never replaced:
             :func:`conv_refusal` says which.
         dense_grad: Whether the weight's gradient is whole, to observe that of inactive blocks.
         frozen: Whether inactive weights keep acting: ``Y`` and ``dX`` are dense, and only ``dW`` is masked.

@@ -212,7 +212,7 @@ def masked_linear(
         weight: ``(out, in)``, dense storage, any strides (a ``.t()`` view costs no copy).
         bias: ``[out]`` or None.
         topology: Active blocks; ``topology.shape`` must be ``(out, in)``.
-        backend: Name of the backend, see `backends.protocol.backends`. It is used or refused, never replaced.
+        backend: Name of the backend, see `backends._protocol.backends`. It is used or refused, never replaced.
         dense_grad: Whether ``dW = dY^T X`` is whole, to observe the gradient of inactive blocks.
         frozen: Whether inactive weights keep acting: ``Y`` and ``dX`` are dense, and only ``dW`` is masked.
 

@@ -156,7 +156,7 @@ def _drop_choices() -> list[str]:
 
 
 def layer_words(layer: Mapping[str, Any]) -> str:
-    """Return a layer and its input in words, weight first, from the description by `cases.layer_of`."""
+    """Return a layer and its input in words, weight first, from the description by `_cases.layer_of`."""
     if "tokens" in layer:
         words = f"{layer['out_features']} x {layer['in_features']}, {layer['tokens']} tokens"
         return words + ", stored (in, out)" * layer["transposed"] + ", frozen" * layer["frozen"]

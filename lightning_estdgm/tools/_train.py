@@ -204,7 +204,10 @@ class RecipeCLI(LightningCLI):
         parser.add_argument("--method", default="dgm", help=f"One of {', '.join(METHODS)}.")
         parser.add_argument("--density", type=float | None, default=None, help="Of the final masks; 0.1 by default.")
         parser.add_argument(
-            "--override", type=dict[str, Any], default={}, help="Settings of the method, such as --override.gamma 2."
+            "--override",
+            type=dict[str, Any],
+            default={},
+            help="Settings of the method, such as --override.update_every 100 or '--override.units={size: 16}'.",
         )
         parser.add_argument("--output", default=f"runs/{self.name}", help="Runs go to OUTPUT/METHOD/version_N.")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="A checkpoint to go on from.")

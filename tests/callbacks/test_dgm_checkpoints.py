@@ -302,6 +302,7 @@ class Validated(TinyMLP):
         self.log("watched", float(abs(self.trainer.global_step - 24)))
 
 
+@pytest.mark.filterwarnings("ignore:the best checkpoint by")
 def test_top_k_and_last_checkpoints_resume_and_evaluate(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, filename="{step}", monitor="watched", save_top_k=2, save_last=True)
 

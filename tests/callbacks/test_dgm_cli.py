@@ -30,14 +30,14 @@ CASES = {
     "update_rule: {keep: magnitude, grow: random, gamma: 2, drop_fraction: 0.1, regrow: true}": DGMConfig(
         update_rule=UpdateRule("magnitude", "random", 2.0, 0.1, True)
     ),
-    "update_rule: {regrow: true, pattern: {class_path: lightning_estdgm.method._patterns.FanIn}}": DGMConfig(
+    "update_rule: {regrow: true, pattern: {class_path: lightning_estdgm.method.FanIn}}": DGMConfig(
         update_rule=UpdateRule(regrow=True, pattern=FanIn())
     ),
     "schedule: {exploration: {start: 0.7, end: 0.6, length: 10}, consolidation: {start: 0.3, end: 0.2, length: 30}, "
     "refinement: {start: 0.1, end: 0.1, length: 60}, update_every: 5, cycles: 2, warmup: 8}": DGMConfig(
         EstDgm(Phase(0.7, 0.6, 10), Phase(0.3, 0.2, 30), Phase(0.1, 0.1, 60), update_every=5, cycles=2, warmup=8)
     ),
-    "schedule: {class_path: lightning_estdgm.method._schedules.ConstantDensity, init_args: {density: 0.2}}": DGMConfig(
+    "schedule: {class_path: lightning_estdgm.method.ConstantDensity, init_args: {density: 0.2}}": DGMConfig(
         ConstantDensity(0.2)
     ),
 }
@@ -86,8 +86,11 @@ LightningCLI(BoringModel, BoringDataModule)
 """
 
 
+SCHEDULE = {"class_path": "lightning_estdgm.method.ConstantDensity", "init_args": {"density": 0.5, "update_every": 4}}
+
+
 def test_a_user_fits_from_yaml_and_prints_the_settings(tmp_path: Path) -> None:
-    config = {"units": {"size": 1}, "selection": {"include": ["layer"]}, "schedule": {"update_every": 2}}
+    config = {"units": {"size": 1}, "selection": {"include": ["layer"]}, "schedule": SCHEDULE}
     callbacks = [
         {"class_path": "lightning_estdgm.DGMCallback", "init_args": {"config": config}},
         {"class_path": "lightning_estdgm.EnergyMonitor"},

@@ -225,6 +225,7 @@ class Interrupted(MLP):
         return super().training_step(batch, batch_idx)
 
 
+@pytest.mark.filterwarnings("ignore:the run ended at position")
 @pytest.mark.parametrize(
     ("how", "raised"),
     [(Boom(), Boom), (KeyboardInterrupt(), SystemExit), ("stop", None)],
@@ -481,6 +482,8 @@ def test_analytic_flops_are_those_of_the_masks() -> None:
 # --------------------------------------------------------------------------- other callbacks
 
 
+@pytest.mark.filterwarnings("ignore:the best checkpoint by")
+@pytest.mark.filterwarnings("ignore:the run ended at position")
 def test_early_stopping_checkpoints_and_learning_rate_monitor(tmp_path: Path) -> None:
     callback = DGMCallback()
     stop = EarlyStopping("val_loss", patience=1, min_delta=1e9)

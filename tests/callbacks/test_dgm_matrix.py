@@ -412,6 +412,7 @@ def test_manual_optimization_that_skips_batches() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`")
+@pytest.mark.filterwarnings("ignore:the run ended at position")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_training_step_that_returns_none_sometimes(accumulate: int) -> None:
     class Sometimes(TinyMLP):

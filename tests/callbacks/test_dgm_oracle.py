@@ -1,4 +1,4 @@
-"""`DGMCallback` in a real Trainer against `oracle.py`, number for number over 50 steps, with controls that differ."""
+"""`DGMCallback` in a real Trainer against `helpers.oracle`, number for number over 50 steps, with failing controls."""
 
 import dataclasses
 import itertools

@@ -85,7 +85,7 @@ def forget(_: str) -> str:
     with pytest.raises(RuntimeError, match="knows its model only from the start of"):
         callback.masks()
     trainer.fit(TinyMLP(), TinyMLP.batches(20))
-    path = callback._handover._path
+    path = callback._spawned._path
     assert path.exists()
     assert callback.density == callback.schedule(19).density or callback.masks()
     return str(path)

@@ -32,6 +32,7 @@ assert not vendors, vendors
 
 def test_names() -> None:
     assert energy.__all__ == [
+        "CpuEstimate",
         "DeviceId",
         "DeviceInfo",
         "EnergyMeter",

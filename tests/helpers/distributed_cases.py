@@ -21,7 +21,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cpu operators": {"block_size": 16, "backend": "cpu", "exclude": WEIGHT_LAYERS},
     "accumulation": {"accumulate": 2},
     "frozen": {"inactive": "frozen"},
-    "RigL's rule": {"rule": {"grow": "gradient", "regrow": True}},
+    "RigL's rule": {"rule": {"update_rule": {"grow": "gradient", "regrow": True}}},
     "NaN on one rank": {"spoil": SPOILED},
 }
 

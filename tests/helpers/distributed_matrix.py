@@ -1,6 +1,6 @@
 """Which strategies work with which precisions and with gradient accumulation: the table that the tests run.
 
-``python -m tests.distributed.matrix > docs/strategies.md`` prints it for people.
+``PYTHONPATH=tests python -m helpers.distributed_matrix > docs/strategies.md`` prints it for people.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ LAUNCHERS = {
 _PREFACE = """\
 # Strategies
 
-<!-- Printed by `python -m tests.distributed.matrix`; a test fails when it is out of date. -->
+<!-- Printed by `PYTHONPATH=tests python -m helpers.distributed_matrix`; a test fails when it is out of date. -->
 
 Each cell is a real run on the CPU, in gloo processes: 20 optimizer steps with three mask updates, once with
 `accumulate_grad_batches=1` and once with 2 (`tests/distributed/`). *yes / no*: with 1 / with 2.

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._decisions import LayerDecision
+
+_WATCHED = ("dgm/density", "dgm/phase")  # in trainer.callback_metrics
+_NAMED = 5  # weights named, the rest counted
 
 
 class DGMLog:
@@ -20,6 +26,7 @@ class DGMLog:
     Args:
         trainer: Trainer of the fit.
         controller: controller of the fit.
+        unlisted: number of trainable weights outside linear and convolution layers, by name.
 
     Attributes:
         allreduce_bytes: number of bytes that a rank handed to all-reduce in the last step; ``None`` if gradients are
@@ -27,10 +34,13 @@ class DGMLog:
 
     """
 
-    def __init__(self, trainer: pl.Trainer, controller: DGMController) -> None:
+    def __init__(
+        self, trainer: pl.Trainer, controller: DGMController, unlisted: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
         self.allreduce_bytes: float | None = None
         self._trainer = trainer
         self._controller = controller
+        self._unlisted = unlisted
         self._printed = False
         self._bar = trainer.progress_bar_callback
         self._extend_bar()
@@ -38,6 +48,9 @@ class DGMLog:
     def step(self, *, updated: bool) -> None:
         """Log a step, as often as the Trainer does and after each mask update; print the decisions once."""
         controller, trainer = self._controller, self._trainer
+        # For ModelCheckpoint and EarlyStopping, in every step; self.log would keep them to one loop's results.
+        watched = {name: torch.tensor(value) for name, value in self._metrics().items() if name in _WATCHED}
+        trainer.callback_metrics.update(watched)
         if not self._printed:
             self._printed = True
             self._print(controller.decisions())
@@ -96,6 +109,8 @@ class DGMLog:
             return
         console = Console(file=io.StringIO(), width=max(100, Console().width))
         console.print(decision_table(decisions))
+        if self._unlisted:
+            console.print(_unlisted_in_words(self._unlisted, self._trainer.lightning_module), soft_wrap=True)
         text = console.file.getvalue().rstrip()  # type: ignore[attr-defined]
         if trainer.progress_bar_callback is not None:
             trainer.progress_bar_callback.print(text)
@@ -116,3 +131,13 @@ def decision_table(decisions: tuple[LayerDecision, ...]) -> Table:
         backend = d.backend if d.backend == d.final_backend else f"{d.backend} → {d.final_backend}"
         table.add_row(d.name, " x ".join(map(str, d.shape)), unit, density, backend, d.why)
     return table
+
+
+def _unlisted_in_words(unlisted: Mapping[str, int], module: pl.LightningModule) -> str:
+    """Return a sentence on the trainable weights outside linear and convolution layers, which stay dense."""
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    names = ", ".join(list(unlisted)[:_NAMED]) + f" and {len(unlisted) - _NAMED} more" * (len(unlisted) > _NAMED)
+    return (
+        f"{sum(unlisted.values()):,} of {trainable:,} trainable weights are in no linear or convolution layer, and "
+        f"stay dense: {names}"
+    )

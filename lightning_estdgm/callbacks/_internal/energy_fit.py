@@ -85,6 +85,14 @@ class EnergyFit:
             self._sampler.mark(label, stage)
             self._window = (label, stage)
 
+    def note_gradients(self, optimizer: Any) -> None:
+        """Note that `optimizer` has its gradients and steps next."""
+        self._steps.note_gradients(optimizer)
+
+    def begin_batch(self) -> None:
+        """Note that a training batch begins."""
+        self._steps.begin_batch()
+
     def count(self, batch: Any) -> None:
         """Count the samples and units of a training batch."""
         self._batches.count(batch)

@@ -1,4 +1,4 @@
-"""`GradientCompression`: the hook of `distributed._comm_hook` on a Trainer's DDP model, for `DGMCallback`."""
+"""`GradientCompression`: `distributed.active_units_hook` on a Trainer's DDP model, for `DGMCallback`."""
 
 from __future__ import annotations
 

@@ -15,10 +15,11 @@ _NOMINAL_STEPS = 100  # for fast_dev_run, or a fit with nothing left to do: enou
 class ScheduleClock:
     """Length of one fit, and the schedule's position in it.
 
-    The position is the number of optimizer steps done, with two exceptions. Under ``max_time`` it is the share of the
-    time that has passed, where that is further. In manual optimization limited by epochs it is the number of batches,
-    since only the user's code knows which of them step. Ranks agree on both: the length is that of the shortest loader,
-    and the time is rank 0's.
+    The position is the number of optimizer steps done, with three exceptions. Under ``max_time`` it is the share of the
+    time that has passed, where that is further. In manual optimization only the user's code knows which batches step
+    which optimizers, so the position is a number that the Trainer counts: under ``max_steps`` the steps of all
+    optimizers over the number of optimizers, under ``max_epochs`` the batches. Ranks agree on the position: the length
+    is that of the shortest loader, and the time is rank 0's.
 
     Args:
         trainer: Trainer at the start of a fit, with its optimizers.
@@ -66,12 +67,24 @@ class ScheduleClock:
             length = torch.tensor(self.total_steps, device=trainer.strategy.root_device)
             self.total_steps = int(trainer.strategy.reduce(length, reduce_op="min"))
         self._strategy = trainer.strategy
-        self._by_batches = not pl_module.automatic_optimization and by_epochs is not None and by_steps is None
+        self._trainer = trainer
+        manual = not pl_module.automatic_optimization
+        self._by_batches = manual and by_epochs is not None and by_steps is None
         self._first_batch = 0 if resumed else self._batches_done()
+        self._by_global_step = manual and by_steps is not None
+        self._first_step = 0 if resumed else trainer.global_step
+        self._together = _steps_together(trainer, pl_module)
 
     def position(self, steps: int) -> int:
         """Return the position in the schedule after `steps` optimizer steps."""
-        position = 0 if self._only_time else self._batches_done() - self._first_batch if self._by_batches else steps
+        if self._only_time:
+            position = 0
+        elif self._by_batches:
+            position = self._batches_done() - self._first_batch
+        elif self._by_global_step:
+            position = (self._trainer.global_step - self._first_step) // self._together
+        else:
+            position = steps
         if self._timer is None:
             return position
         elapsed, remaining = self._timer.time_elapsed(), self._timer.time_remaining()
@@ -87,8 +100,12 @@ def _left_by_steps(trainer: pl.Trainer, pl_module: pl.LightningModule, resumed: 
     """Return the number of steps to ``max_steps``; a batch in which several manual optimizers step counts once."""
     if trainer.max_steps == -1:
         return None
-    together = 1 if pl_module.automatic_optimization else max(1, len(trainer.optimizers))
-    return (trainer.max_steps - (0 if resumed else trainer.global_step)) // together
+    return (trainer.max_steps - (0 if resumed else trainer.global_step)) // _steps_together(trainer, pl_module)
+
+
+def _steps_together(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
+    """Return the number by which ``global_step`` grows if all optimizers step once."""
+    return 1 if pl_module.automatic_optimization else max(1, len(trainer.optimizers))
 
 
 def _left_by_epochs(

@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_estdgm.engine._hooked_optimizers import parameters_of, with_step_hooks
+
 
 class StepCounter:
     """Number of optimizer steps in which a parameter had a gradient.
 
+    Steps are counted by torch's hooks on an optimizer or on one that it wraps; nested steps count once. If none of them
+    runs hooks, each call of `note_gradients` counts as a step.
+
     Args:
-        optimizers: Optimizers to watch; those without post-step hooks are passed over.
+        optimizers: Optimizers to watch.
 
     Attributes:
         steps: Number of steps so far.
@@ -23,11 +28,31 @@ class StepCounter:
 
     def __init__(self, optimizers: Iterable[Any]) -> None:
         self.steps = 0
-        self._hooks = [
-            optimizer.register_step_post_hook(self._count)
-            for optimizer in optimizers
-            if hasattr(optimizer, "register_step_post_hook")
-        ]
+        self._depth = 0  # number of nested steps that have begun and not ended
+        self._had_gradients = False  # before the current step, which may clear them
+        self._hooks: list[Any] = []
+        self._seen: set[int] = set()  # ids of the optimizers whose steps run hooks
+        for optimizer in optimizers:
+            for hooked in with_step_hooks(optimizer):
+                self._hooks += [
+                    hooked.register_step_pre_hook(self._before),
+                    hooked.register_step_post_hook(self._after),
+                ]
+                self._seen.add(id(optimizer))
+
+    def note_gradients(self, optimizer: Any) -> None:
+        """Note that `optimizer` has its gradients and steps next."""
+        if not _has_gradients(optimizer):
+            return
+        if id(optimizer) in self._seen:
+            self._had_gradients = True
+        else:
+            self.steps += 1
+
+    def begin_batch(self) -> None:
+        """Forget a noted step that was not made, as when a GradScaler skips it."""
+        self._had_gradients = False
+        self._depth = 0
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -35,10 +60,19 @@ class StepCounter:
             hook.remove()
         self._hooks = []
 
-    def _count(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # Lightning steps the optimizer also where training_step returned None; no gradient, no step.
-        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
-            self.steps += 1
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth += 1
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth = max(0, self._depth - 1)
+        if self._depth == 0:
+            # Lightning steps the optimizer also where training_step returned None; no gradient, no step.
+            self.steps += self._had_gradients or _has_gradients(optimizer)
+            self._had_gradients = False
+
+
+def _has_gradients(optimizer: Any) -> bool:
+    return any(parameter.grad is not None for parameter in parameters_of(optimizer))
 
 
 class BatchCounter:

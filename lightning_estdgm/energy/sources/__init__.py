@@ -1,1 +1,1 @@
-"""Energy sources: `protocol`, and one source a module."""
+"""Energy sources: `_protocol`, and one source a module."""

@@ -6,7 +6,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_estdgm._checks import check_fraction, check_int, check_share
-from lightning_estdgm.method._schedules.protocol import Schedule, Segment, SteppedSchedule, check_intervals, intervals
+from lightning_estdgm.method._schedules.protocol import (
+    Schedule,
+    ScheduleConfig,
+    Segment,
+    SteppedSchedule,
+    check_intervals,
+    intervals,
+)
 
 WARMUP = "warmup"
 """Name of the dense phase that `EstDgm(warmup=...)` puts first."""
@@ -48,7 +55,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class EstDgm:
+class EstDgm(ScheduleConfig):
     r"""Schedule of EST-DGM: cycles of exploration, consolidation and refinement.
 
     The mean density of the defaults is about 0.25. The last phase is always refinement, and its mask is frozen for the

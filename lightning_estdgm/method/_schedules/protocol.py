@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -73,15 +74,27 @@ class Schedule(Protocol):
         """Return the progress of the drop fraction at `step`: 0 at the start, 1 at the last mask update."""
 
 
-@runtime_checkable
-class ScheduleConfig(Protocol):
-    """Settings of a schedule, independent of the run's length. A frozen dataclass with these methods is one."""
+class ScheduleConfig(ABC):
+    """Settings of a schedule for a run of any length. Any frozen dataclass with these two methods is one.
 
+    A class need not inherit from this one; one that does can also be named in YAML (``class_path``).
+    """
+
+    @abstractmethod
     def resolve(self, total_steps: int) -> Schedule:
         """Return the schedule of a run of `total_steps` optimizer steps."""
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain types, to be compared with a checkpoint's."""
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        return _has(other, "resolve", "to_dict") if cls is ScheduleConfig else NotImplemented
+
+
+def _has(cls: type, *methods: str) -> bool:
+    return all(callable(getattr(cls, method, None)) for method in methods)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_estdgm._checks import check_int, check_share
-from lightning_estdgm.method._schedules.protocol import Schedule, Segment, SteppedSchedule, check_intervals, intervals
+from lightning_estdgm.method._schedules.protocol import (
+    Schedule,
+    ScheduleConfig,
+    Segment,
+    SteppedSchedule,
+    check_intervals,
+    intervals,
+)
 
 
 @dataclass(frozen=True)
-class ConstantDensity:
+class ConstantDensity(ScheduleConfig):
     """Schedule of one density from the first step to the last; masks change every `update_every` steps until `stop`.
 
     Attributes:
@@ -52,7 +59,7 @@ class ConstantDensity:
 
 
 @dataclass(frozen=True)
-class CubicDensity:
+class CubicDensity(ScheduleConfig):
     r"""Schedule of a density that falls along a cubic, fast at first: Zhu & Gupta, arXiv 1710.01878.
 
     .. math:: \rho_t = \rho_\text{end} + (\rho_\text{start} - \rho_\text{end}) (1 - x)^3
@@ -121,7 +128,7 @@ class CubicDensity:
 
 
 @dataclass(frozen=True)
-class AlternatingDensity:
+class AlternatingDensity(ScheduleConfig):
     """Schedule of dense and sparse phases in turns, dense first, sparse last: AC/DC (Peste et al., arXiv 2106.12379).
 
     The masks change at the borders of phases only. The defaults are the paper's for 100 epochs of ImageNet.

@@ -51,7 +51,7 @@ class LayerTiming:
     """Timing of one layer at one density, by each backend.
 
     Attributes:
-        layer: Plain form of the layer, as `cases.layer_of` returns it.
+        layer: Plain form of the layer, as `_cases.layer_of` returns it.
         density: Active share of its blocks.
         seconds: Time of forward and backward, for ``"dense"`` and each backend that was tried.
         when: Date and time in UTC, as ISO 8601.

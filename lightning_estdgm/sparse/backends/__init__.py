@@ -1,1 +1,1 @@
-"""Backends of the products on active blocks: `protocol`, and one backend a module."""
+"""Backends of the products on active blocks: `_protocol`, and one backend a module."""

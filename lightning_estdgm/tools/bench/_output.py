@@ -44,7 +44,7 @@ class Record:
 
 
 def machine_name(machine: Mapping[str, Any]) -> str:
-    """Return device and torch in a few words, from `environment.environment`."""
+    """Return device and torch in a few words, from `_environment.environment`."""
     device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} thread(s)"
     return f"{device}, torch {machine['torch']}"
 

@@ -7,7 +7,7 @@ from lightning_estdgm.tools.planner._planned_model import PlannedModel
 from lightning_estdgm.tools.planner._setup import TrainingSetup
 
 _WORD_BYTES = 8
-_PASS_BYTES = 256 * _WORD_BYTES  # counts of one pass of `distributed.top_k`
+_PASS_BYTES = 256 * _WORD_BYTES  # counts of one pass of `distributed._top_k`
 _PASSES = 4  # over float32 scores; more where scores are equal
 
 # What the operators of an observed step and of an update read and write for each weight that the GPU holds, in bytes;

@@ -51,7 +51,7 @@ def choose_target(
     value: float | None,
     mode: Mode | None,
 ) -> tuple[Target | None, str]:
-    """The target of a comparison, or None and the reason for it; see `comparison.compare` for the arguments.
+    """The target of a comparison, or None and the reason for it; see `_comparison.compare` for the arguments.
 
     Raises:
         ValueError: A metric that not all runs have; a mode that the metric's name does not tell; a target or a mode

@@ -40,7 +40,7 @@ class StudyRun:
         settings: Differences from the preset in plain types: arguments of the preset; fields of `EstDgm` as
             ``"schedule.<field>"`` (a phase as ``[start, end, length]``), or the name of a schedule as ``"schedule"``;
             arguments of the task's model as ``"model.<argument>"``; arguments of a callback of
-            `variants.VARIANTS` as ``"with.<name>"``.
+            `_variants.VARIANTS` as ``"with.<name>"``.
 
     """
 

@@ -34,7 +34,7 @@ class Task:
         steps: Optimizer steps of a whole run.
         rates: Peak learning rates that are swept.
         model: Maker of a model with weights from the global random state, from a learning rate and, for the GPTs,
-            arguments of `variants.StudyGPT`.
+            arguments of `_variants.StudyGPT`.
         data: Maker of the data, from a seed that decides the order of batches (and nothing about the split).
 
     """

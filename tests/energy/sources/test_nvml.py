@@ -354,3 +354,23 @@ def test_what_an_index_means_is_asked_of_cuda_where_the_order_matters(
     (tmp_path / "libcuda.so.1").write_text("broken")
     (info,) = opened().devices().values()
     assert info.name == "Slow, energy counter, taken in PCI order: to be sure, set CUDA_DEVICE_ORDER=PCI_BUS_ID"
+
+
+def test_a_gpu_that_is_lost_leaves_the_others(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.show(FakeGpu(A), FakeGpu(B, handle=15), FakeGpu(C))
+    source = opened()
+    assert uids(source) == [A, C]
+    assert all("beside 1 lost" in info.name for info in source.devices().values())
+    assert {reading.status for reading in source.read().values()} == {Status.OK}
+    source.close()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2")  # the lost one keeps its index
+    assert uids(opened()) == [C]
+
+
+def test_a_gpu_that_is_lost_in_mid_run_is_a_gap_and_the_others_go_on(machine: Machine) -> None:
+    machine.show(FakeGpu(A), FakeGpu(B))
+    source = opened()
+    machine.show(FakeGpu(A, mj=2_000_000), FakeGpu(B, handle=15, energy=15))
+    readings = {device.uid: reading for device, reading in source.read().items()}
+    assert readings[A].energy_uj == 2_000_000_000
+    assert (readings[B].energy_uj, readings[B].status) == (None, Status.UNAVAILABLE)

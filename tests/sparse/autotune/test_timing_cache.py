@@ -194,8 +194,8 @@ WRITER = """
 import sys, time
 from pathlib import Path
 import torch
-from lightning_estdgm.sparse.autotune.cases import Case
-from lightning_estdgm.sparse.autotune.timing_cache import TimingCache
+from lightning_estdgm.sparse.autotune._cases import Case
+from lightning_estdgm.sparse.autotune._timing_cache import TimingCache
 
 first, folder = int(sys.argv[1]), Path(sys.argv[2])
 kept = TimingCache()

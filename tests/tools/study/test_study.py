@@ -256,7 +256,7 @@ KILLED = """
 import os, signal, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from lightning_estdgm.tools.study.runner import _prepare
+from lightning_estdgm.tools.study._runner import _prepare
 
 if __name__ == "__main__":
     pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_prepare, initargs=(1,))

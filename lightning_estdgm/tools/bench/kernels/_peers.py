@@ -49,7 +49,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class PeerTimes:
-    """Times of a peer, as the arguments of `rows.row`."""
+    """Times of a peer, as the arguments of `_rows.row`."""
 
     density: float
     seconds: tuple[float, float] | None

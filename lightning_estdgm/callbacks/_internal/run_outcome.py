@@ -1,0 +1,108 @@
+"""`RunOutcome`: comparison of a fit's end, and of its best checkpoints, with the density that was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.modules._candidates import thawed_layers
+
+_TOLERANCE = 0.05  # relative: whole units meet a density only nearly
+
+
+@dataclass(frozen=True)
+class BestCheckpoint:
+    """Best checkpoint of a `ModelCheckpoint`.
+
+    Attributes:
+        path: path of the file.
+        monitor: name of the metric that chose it.
+        density: active share of the masked weights when it was saved.
+        phase: phase of the schedule when it was saved.
+
+    """
+
+    path: str
+    monitor: str
+    density: float
+    phase: str
+
+
+class RunOutcome:
+    """Outcome of a fit: its final density, its best checkpoints, and layers that were thawed too late to be masked.
+
+    Args:
+        trainer: Trainer of the fit.
+        controller: controller of the fit.
+
+    """
+
+    def __init__(self, trainer: pl.Trainer, controller: DGMController) -> None:
+        self._trainer = trainer
+        self._controller = controller
+        self._asked = controller.final_density
+        self._best: dict[ModelCheckpoint, BestCheckpoint] = {}
+        self._thawed: list[str] = []
+
+    def watch(self) -> None:
+        """Note the density of new best checkpoints. Call it between any two steps."""
+        for callback in self._trainer.checkpoint_callbacks:
+            if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
+                continue
+            known = self._best.get(callback)
+            path = callback.best_model_path
+            if path and (known is None or known.path != path):
+                controller = self._controller
+                self._best[callback] = BestCheckpoint(path, callback.monitor, controller.density, controller.phase)
+
+    def watch_thawed(self) -> None:
+        """Warn of layers that have begun to train in mid-run and stay dense. Call it at the start of each epoch."""
+        held = {id(p) for o in self._trainer.optimizers for group in o.param_groups for p in group["params"]}
+        now = thawed_layers(self._controller.candidates, held)
+        new = [name for name in now if name not in self._thawed]
+        if new:
+            self._thawed += new
+            first = ", ".join(new[:3]) + ", ..." * (len(new) > 3)
+            rank_zero_warn(
+                f"DGMCallback: {len(new)} layers ({first}) have begun to train in mid-run and stay dense: masks are "
+                "drawn at the start of a fit, when these took no gradient. To mask them, thaw them before the fit, or "
+                "begin another fit once they train"
+            )
+
+    def summary(self) -> dict[str, Any]:
+        """Return the outcome in plain types: whether the final density was met, late layers, the best checkpoints."""
+        return {
+            "ended_as_asked": self._is_asked(self._controller.density),
+            "thawed_and_dense": list(self._thawed),
+            "best_checkpoints": [asdict(best) for best in self._best.values()],
+        }
+
+    def say(self) -> None:
+        """Warn if the run, or its best checkpoint, does not have the density that was asked for."""
+        self.watch()
+        controller, trainer = self._controller, self._trainer
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if not self._is_asked(controller.density):
+            rank_zero_warn(
+                f"the run ended at position {controller.position} of {controller.schedule.total_steps} of the "
+                f"schedule, in {controller.phase}, at density {controller.density:.2f}; asked for was "
+                f"{self._asked:.2f} at the end. Resume it to go on. Where a callback such as EarlyStopping ended it, "
+                "have that wait for the final density (`dgm/density` is in trainer.callback_metrics), or give the "
+                "length of the run as DGMCallback(total_steps=...)"
+            )
+        for best in self._best.values():
+            if not self._is_asked(best.density):
+                rank_zero_warn(
+                    f"the best checkpoint by {best.monitor!r}, {best.path}, was saved in {best.phase}, at density "
+                    f"{best.density:.2f}; asked for was {self._asked:.2f} at the end. To keep the best at the final "
+                    "density, monitor a metric that is logged there only: see docs/checkpoints.md"
+                )
+
+    def _is_asked(self, density: float) -> bool:
+        return abs(density - self._asked) <= _TOLERANCE * self._asked

@@ -1,0 +1,31 @@
+"""Parameters and torch's step hooks of optimizers and of the optimizers that they wrap."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """Return the parameters that an optimizer or a wrapper of one currently holds."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def with_step_hooks(optimizer: Optimizer) -> list[Optimizer]:
+    """Return the optimizers whose steps run torch's step hooks, out of an optimizer and those that it wraps.
+
+    The hooks are run by the class's ``step``, which `Optimizer.__init__` patches. A wrapper that does not call it may
+    have a dictionary of hooks, its own or its inner optimizer's, and never run them.
+    """
+    found: list[Optimizer] = []
+    waiting, seen = [optimizer], set()
+    while waiting:
+        candidate = waiting.pop(0)
+        if id(candidate) in seen:
+            continue
+        seen.add(id(candidate))
+        own = getattr(candidate, "__dict__", {})
+        if getattr(getattr(type(candidate), "step", None), "hooked", False) and "_optimizer_step_pre_hooks" in own:
+            found.append(candidate)
+        waiting += [value for value in own.values() if isinstance(value, Optimizer)]
+    return found

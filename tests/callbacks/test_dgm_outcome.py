@@ -1,0 +1,200 @@
+"""The end of a run against what was asked for: said on screen, in `run_summary` and in energy.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import BackboneFinetuning, EarlyStopping, ModelCheckpoint
+from torch import nn
+
+from helpers.models import NO_VALIDATION_LOADER, SCHEDULE, Batches, TinyMLP, make_trainer
+from lightning_estdgm import DGMCallback, DGMConfig, EnergyMonitor, EstDgm, Units
+
+pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
+
+STEPS, EPOCH = 20, 4  # of helpers.models.SCHEDULE
+
+
+class Scored(TinyMLP):
+    """Logs a loss that is chosen by the test, from the steps done."""
+
+    def __init__(self, score: Any) -> None:
+        super().__init__()
+        self.score = score
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", float(self.score(self.trainer)))
+
+
+def callback(**settings: Any) -> DGMCallback:
+    return DGMCallback(DGMConfig(SCHEDULE, Units(size=1), **settings))
+
+
+def fit(score: Any, *callbacks: pl.Callback, **trainer: Any) -> pl.Trainer:
+    made = make_trainer(*callbacks, **{"max_epochs": STEPS // EPOCH} | trainer)
+    made.fit(Scored(score), TinyMLP.batches(EPOCH), TinyMLP.batches(1))
+    return made
+
+
+def test_a_run_that_early_stopping_ends_in_exploration_says_so(tmp_path: Path) -> None:
+    dgm, monitor = callback(), EnergyMonitor(["cpu-estimate"])
+    stop = EarlyStopping("val_loss", patience=1)
+    message = r"ended at position 8 of 20 of the schedule, in consolidation, at density 0\.30; asked for was 0\.1"
+    with pytest.warns(UserWarning, match=message):
+        fit(lambda trainer: 1.0, dgm, monitor, stop, default_root_dir=tmp_path)
+    assert dgm.run_summary()["ended_as_asked"] is False
+    (written,) = tmp_path.rglob("energy.json")
+    assert json.loads(written.read_text())["method"]["ended_as_asked"] is False
+
+
+def test_a_run_that_ends_as_asked_says_nothing() -> None:
+    dgm = callback()
+    fit(lambda trainer: 1.0, dgm)
+    assert dgm.run_summary()["ended_as_asked"] is True
+    assert dgm.run_summary()["best_checkpoints"] == []
+
+
+def test_a_best_checkpoint_of_a_dense_phase_is_named_with_its_density(tmp_path: Path) -> None:
+    dgm = callback()
+    best = ModelCheckpoint(tmp_path, monitor="val_loss", mode="min")
+    with pytest.warns(UserWarning, match=r"the best checkpoint by 'val_loss', .*\.ckpt, was saved in exploration, at"):
+        fit(lambda trainer: trainer.global_step, dgm, best, enable_checkpointing=True)
+    (found,) = dgm.run_summary()["best_checkpoints"]
+    assert found["path"] == best.best_model_path
+    assert (found["monitor"], found["phase"]) == ("val_loss", "exploration")
+    weights = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    masked = [weights[f"{d.name}.weight"] for d in dgm.decisions() if d.masked]
+    nonzero = sum(int((w != 0).sum()) for w in masked) / sum(w.numel() for w in masked)
+    assert found["density"] == pytest.approx(nonzero)
+
+
+def test_a_best_checkpoint_at_the_final_density_is_listed_without_a_warning(tmp_path: Path) -> None:
+    dgm = callback()
+    fit(
+        lambda trainer: -trainer.global_step,
+        dgm,
+        ModelCheckpoint(tmp_path, monitor="val_loss"),
+        enable_checkpointing=True,
+    )
+    (found,) = dgm.run_summary()["best_checkpoints"]
+    assert found["density"] == pytest.approx(dgm.density)
+
+
+def test_density_and_phase_can_be_monitored_and_name_files(tmp_path: Path) -> None:
+    dgm = callback()
+    sparsest = ModelCheckpoint(
+        tmp_path, "{step}-{dgm/density:.2f}", monitor="dgm/density", mode="min", auto_insert_metric_name=False
+    )
+    trainer = fit(lambda trainer: 1.0, dgm, sparsest, enable_checkpointing=True)
+    assert Path(sparsest.best_model_path).name == f"16-{float(sparsest.best_model_score):.2f}.ckpt"
+    assert float(trainer.callback_metrics["dgm/density"]) == pytest.approx(dgm.density)
+    assert float(trainer.callback_metrics["dgm/phase"]) == 2.0
+
+
+def test_the_best_at_the_final_density_by_the_documented_pattern(tmp_path: Path) -> None:
+    """As docs/checkpoints.md has it: a loss that only counts once the density is the final one."""
+
+    def final_loss(trainer: pl.Trainer) -> float:
+        density = float(trainer.callback_metrics.get("dgm/density", 1.0))
+        return trainer.global_step if density < 0.11 else float("inf")
+
+    dgm, best = callback(), ModelCheckpoint(tmp_path, monitor="val_loss")
+    fit(final_loss, dgm, best, enable_checkpointing=True)
+    (found,) = dgm.run_summary()["best_checkpoints"]
+    assert found["density"] == pytest.approx(dgm.density)
+
+
+class Critic(pl.LightningModule):
+    """A critic that steps in every batch and a generator that steps in every fifth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+        self.critic = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1))
+        self.densities: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        generator, critic = self.optimizers()
+        critic.zero_grad()
+        self.manual_backward((self.critic(self.generator(batch).detach()) - self.critic(batch)).mean().square())
+        critic.step()
+        if batch_idx % 5 == 4:
+            generator.zero_grad()
+            self.manual_backward(-self.critic(self.generator(batch)).mean())
+            generator.step()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.densities.append(self.trainer.callbacks[0].density)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), 0.01) for part in (self.generator, self.critic)]
+
+
+def test_with_a_critic_that_steps_more_often_the_schedule_spans_the_run() -> None:
+    dgm, module = DGMCallback(DGMConfig(EstDgm(), Units(size=1))), Critic()
+    trainer = make_trainer(dgm, max_steps=600, max_epochs=-1)
+    trainer.fit(module, Batches(torch.randn(4, 16) for _ in range(1000)))
+    batches = len(module.densities)
+    assert batches == 500  # five of the critic and one of the generator are six steps
+    # consolidation begins at 0.15 of the run, refinement at 0.50
+    assert module.densities[int(0.13 * batches)] > 0.5
+    assert 0.15 < module.densities[int(0.45 * batches)] < 0.35
+    assert module.densities[-1] == pytest.approx(0.10, abs=0.01)
+
+
+class Embedded(TinyMLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 3)
+        self.experts = nn.Parameter(torch.randn(2, 3, 5))
+
+
+def test_weights_in_no_known_layer_are_counted_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    module = Embedded()
+    make_trainer(callback(), max_epochs=1).fit(module, TinyMLP.batches(STEPS))
+    text = " ".join(capsys.readouterr().out.split())
+    total = sum(p.numel() for p in module.parameters())
+    assert f"{21 + 30} of {total} trainable weights are in no linear or convolution layer, and stay dense:" in text
+    assert "table.weight" in text
+    assert "experts" in text
+
+
+class Tuned(pl.LightningModule):
+    """A backbone that `BackboneFinetuning` freezes at first, and a head."""
+
+    def __init__(self, *head: int) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
+        self.head = nn.Sequential(*(nn.Linear(16, width) for width in head))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.head(self.backbone(batch[0])).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.01)
+
+
+def tuned(*head: int) -> dict[str, Any]:
+    dgm = callback()
+    thaw = BackboneFinetuning(unfreeze_backbone_at_epoch=2, lambda_func=lambda epoch: 1.0)
+    make_trainer(thaw, dgm, max_epochs=STEPS // EPOCH).fit(Tuned(*head), TinyMLP.batches(EPOCH))
+    return dgm.run_summary()
+
+
+def test_a_backbone_that_is_thawed_in_mid_run_and_stays_dense_is_named() -> None:
+    with pytest.warns(UserWarning, match=r"1 layers \(backbone\.0\) have begun to train in mid-run and stay dense"):
+        summary = tuned(16, 4)
+    assert summary["thawed_and_dense"] == ["backbone.0"]
+
+
+def test_nothing_to_mask_but_what_is_thawed_later_names_the_way_out() -> None:
+    with pytest.raises(
+        ValueError, match="what BackboneFinetuning or the like thaws later is not seen: thaw it before the fit"
+    ):
+        tuned(4)
