@@ -25,7 +25,6 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.engine._checks import check_rule, check_state
 from lightning_estdgm.engine._decisions import LayerDecision
 from lightning_estdgm.engine._dispatch import Dispatch
 from lightning_estdgm.engine._flops import FlopCounter
@@ -34,6 +33,7 @@ from lightning_estdgm.engine._initialisation import describe_drawn, describe_rec
 from lightning_estdgm.engine._masked_model import MaskedModel
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._observation import observe
+from lightning_estdgm.engine._refusals import check_rule, check_state
 from lightning_estdgm.engine._step_hooks import StepHooks
 from lightning_estdgm.method._schedules import Schedule
 from lightning_estdgm.modules._candidates import Candidate, find_candidates
