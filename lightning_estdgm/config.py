@@ -1,4 +1,4 @@
-"""`DGMConfig`: every setting of the method, in a few frozen dataclasses that refuse at once what cannot be meant."""
+"""`DGMConfig`: every setting of the method, in a few frozen dataclasses that check their values at once."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lightning_estdgm.sparse.backends._protocol import get_backend
 
 @dataclass(frozen=True)
 class Units:
-    """Mask units: what the mask decides on, and how many each layer may have active.
+    """Mask units, and their distribution over layers.
 
     Attributes:
         size: side of a unit: 1 (single weights), 16, 32, 64, 128, or ``"auto"``: for each layer the largest block that
             its sparse operator can use, single weights where there is none.
-        distribution: layer densities from one budget: ``"erk"``, ``"uniform"``, or a function
+        distribution: rule for the densities of layers: ``"erk"``, ``"uniform"``, or a function
             ``(shapes, density) -> densities``.
 
     Raises:
@@ -69,7 +69,7 @@ class StepSize:
 
 @dataclass(frozen=True)
 class Selection:
-    """Layers whose weights are masked: all linear and convolution layers but the output head, unless said here.
+    """Layers whose weights are masked; by default all linear and convolution layers but the output head.
 
     Attributes:
         include: layers to mask although they look like the output head: globs over module names, or predicates of a
@@ -104,17 +104,17 @@ class DGMConfig:
         update_rule: choice of the active units at a mask update.
         step_size: correction of steps and initial weights for the density.
         selection: layers that are masked.
-        inactive: treatment of inactive weights. ``"zero"``: they are 0; ``"frozen"``: they keep their value and only
-            stop being updated; a `BackwardSet`: they go on learning outside the forward, masks are chosen among all
-            weights by `update_rule.keep`, and nothing is dropped or grown (not for sharded weights).
-        backend: ``"auto"`` measures and takes the faster; ``"dense"`` or a backend's name forces it for every layer
-            that has an operator.
+        inactive: treatment of inactive weights. ``"zero"``: they are 0; ``"frozen"``: they keep their value and are not
+            updated; a `BackwardSet`: they go on learning outside the forward, masks are chosen among all weights by
+            `update_rule.keep`, and nothing is dropped or grown (not for sharded weights).
+        backend: backend of the layers: ``"auto"`` measures and takes the faster; ``"dense"`` or a backend's name forces
+            it for every layer that has an operator.
         seed: seed of the initial masks and of random scores.
         method: name of the method, for reports; empty: that of the schedule.
 
     Raises:
         TypeError: for a part of another type.
-        ValueError: for values that cannot be meant.
+        ValueError: for a value out of range, or parts that do not fit together.
 
     Example:
         >>> DGMConfig(units=Units(size=1), step_size=StepSize(exponent=0.5)).units.size
@@ -176,7 +176,7 @@ class DGMConfig:
 
     @property
     def resolved_update_rule(self) -> UpdateRule:
-        """The update rule, its ``keep="auto"`` settled where inactive weights learn: there all go by magnitude."""
+        """The update rule, with ``keep="auto"`` resolved to magnitude if inactive weights learn."""
         if self.trains_inactive_weights and self.update_rule.keep == AUTO:
             return replace(self.update_rule, keep="magnitude")
         return self.update_rule
@@ -186,7 +186,7 @@ _PARTS = {"units": Units, "update_rule": UpdateRule, "step_size": StepSize, "sel
 
 
 def _part(config: DGMConfig, name: str, value: Any) -> Any:
-    """Return a field's new value; of a mapping for a part, the part with the mapping's fields changed."""
+    """Return a field's new value; for a mapping, the present part with the mapping's fields changed."""
     part = getattr(config, name, None)
     if not isinstance(value, Mapping) or not is_dataclass(part) or isinstance(part, type):
         return value

@@ -1,13 +1,13 @@
-"""Published methods as settings of one controller: each a schedule, two scores, a distribution, a pattern.
+"""Presets: settings of published methods, each a schedule, two scores, a distribution, a pattern.
 
-`preset` gives the `DGMConfig` of a method by name; `DGMCallback.from_preset` makes the callback of it. docs/methods.md
-lists the methods side by side. All mask single weights (``Units(size=1)``) and take the optimizer's own steps
+`preset` returns the `DGMConfig` of a method by name, `DGMCallback.from_preset` its callback. docs/methods.md lists the
+methods side by side. All mask single weights (``Units(size=1)``) and take the optimizer's own steps
 (``StepSize(exponent=0.0, scale_initial_weights=False)``), as their papers do; both can be overridden, as can any other
 setting.
 
-Common to all, and different from the papers' own code: the gradient is the one of the step just before an update, after
-which that step is still taken; grown weights start at 0 with cleared optimizer state; ties go to the lowest index; the
-output head stays dense; and without `update_every` masks change every 200 steps, or a 25th of a shorter run.
+Common to all, and different from the papers' own code: gradients are those of the step just before an update, and that
+step is taken too; grown weights start at 0 with cleared optimizer state; ties go to the lowest index; the output head
+stays dense; and without `update_every` masks change every 200 steps, or every 25th of a shorter run.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ def preset(name: str, density: float, **overrides: Any) -> DGMConfig:
     """Return the settings of a published method by its name.
 
     Args:
-        name: one of `PRESETS`.
+        name: name of the method, a key of `PRESETS`.
         density: active share of the masked weights at the end of the run, in (0, 1].
         overrides: keyword arguments of the method's function in this module, such as ``update_every``, and fields of
-            `DGMConfig`, which go over what the method sets. A part such as ``step_size`` may be given whole, or as a
+            `DGMConfig`, which replace those of the method. A part such as ``step_size`` may be given whole, or as a
             mapping of the fields to change.
 
     Raises:
         ValueError: if there is no such method, or a setting is out of range.
-        TypeError: if an override is known neither to the method nor to `DGMConfig`.
+        TypeError: if an override belongs neither to the method nor to `DGMConfig`.
 
     Example:
         >>> preset("rigl", density=0.1, step_size={"exponent": 1.0}).update_rule.grow
@@ -98,13 +98,13 @@ def est_dgm(
 
     Args:
         density: active share of the masked weights at the end of the run, in (0, 1].
-        phases: ``"cycle"``: consolidation goes from 3 to 2 times the final density, refinement from 1.5 times;
-            exploration from 0.70 to 0.60, or where consolidation starts if that is denser. ``"low-density"``:
-            `EstDgm.low_density` and a drop fraction of 0.1, for blocks, where joules count more than steps.
-            ``"sparse-to-denser"``: `EstDgm.sparse_to_denser`, and units are grown at random, dropped ones among them,
-            for single weights, where FLOPs count more than steps.
-        update_every: steps between mask updates; see `EstDgm`.
-        observe_steps: observed steps before an update; see `EstDgm`.
+        phases: densities of the phases. ``"cycle"``: consolidation goes from 3 to 2 times the final density, refinement
+            from 1.5 times; exploration from 0.70 to 0.60, but never below the start of consolidation.
+            ``"low-density"``: `EstDgm.low_density` and a drop fraction of 0.1, for blocks, where joules count more than
+            steps. ``"sparse-to-denser"``: `EstDgm.sparse_to_denser`, with units grown at random, just dropped ones
+            included, for single weights, where FLOPs count more than steps.
+        update_every: number of steps between mask updates; see `EstDgm`.
+        observe_steps: number of observed steps before an update; see `EstDgm`.
 
     Raises:
         ValueError: for other phases, or a number out of range.
@@ -130,16 +130,17 @@ def est_dgm(
 
 
 def static(density: float) -> DGMConfig:
-    """Return a random mask by ERK that never changes."""
+    """Return the settings of a random mask by ERK that never changes."""
     return _published("static", ConstantDensity(density, stop=0.0), grow="random")
 
 
 def set_(density: float, *, update_every: int | None = None, zeta: float = 0.3) -> DGMConfig:
     """Return SET's settings: Mocanu et al., Nature Communications 9 (2018), arXiv 1707.04780.
 
-    At every update each layer (ERK) drops its share `zeta` of smallest weights and grows as many at random. Deviations:
-    the smallest by magnitude are dropped, where the paper takes that share of the positive and of the negative ones;
-    updates come by steps and not at the ends of epochs; a weight dropped and drawn again at once keeps its value.
+    At every update each layer (ERK) drops the share `zeta` of its smallest weights and grows as many at random.
+    Deviations: the smallest by magnitude are dropped, where the paper drops that share of the positive and of the
+    negative ones; updates come by steps and not at the ends of epochs; a weight dropped and drawn again at once keeps
+    its value.
     """
     schedule = ConstantDensity(density, update_every, stop=1.0)
     return _published("SET", schedule, grow="random", regrow=True, drop_fraction=StagedDrop((zeta,)))
@@ -148,12 +149,13 @@ def set_(density: float, *, update_every: int | None = None, zeta: float = 0.3) 
 def snfs(density: float, *, update_every: int | None = None, prune_rate: float = 0.5) -> DGMConfig:
     r"""Return the settings of sparse networks from scratch: Dettmers & Zettlemoyer, arXiv 1907.04840.
 
-    Each layer drops its share of smallest weights, annealed by a cosine over the run; what all dropped is shared out by
-    the mean momentum magnitude of each layer's active weights, and grown where the momentum is largest. Layers start
-    with one density. Deviations: the optimizer keeps no momentum of inactive weights here, so momentum is the mean
-    gradient of the 19 steps before the update (fewer where updates are closer), the plain average whose gradients are
-    as old on average as those of an exponential one with :math:`\beta = 0.9`; Adam's division by the second moment is
-    left out; what a layer cannot hold goes to the others by momentum and not evenly.
+    Each layer drops its smallest weights, a share that is annealed by a cosine over the run. As many are grown: their
+    number in each layer is proportional to the mean momentum magnitude of its active weights, and they are those of
+    largest momentum. Layers start with one density. Deviations: the optimizer keeps no momentum of inactive weights
+    here, so momentum is the mean gradient of the 19 steps before the update (fewer if updates are closer), the plain
+    average whose gradients are as old on average as those of an exponential one with :math:`\beta = 0.9`; Adam's
+    division by the second moment is left out; weights that a layer has no room for go to the others by momentum and not
+    evenly.
     """
     window = 19 if update_every is None else min(19, update_every)
     return _published(
@@ -170,8 +172,8 @@ def snfs(density: float, *, update_every: int | None = None, prune_rate: float =
 def rigl(density: float, *, update_every: int | None = None, alpha: float = 0.3, stop: float = 0.75) -> DGMConfig:
     """Return RigL's settings: Evci et al., arXiv 1911.11134.
 
-    Each layer (ERK) drops its share of smallest weights, from `alpha` by a cosine to 0 at `stop` of the run, where
-    updates end, and grows those of largest gradient; weights dropped at once may come back, with their value.
+    Each layer (ERK) drops its smallest weights, a share that goes from `alpha` by a cosine to 0 at `stop` of the run,
+    where updates end, and grows those of largest gradient. Weights just dropped may be grown again, with their value.
     """
     schedule = ConstantDensity(density, update_every, observe_steps=1, stop=stop)
     return _published("RigL", schedule, grow="gradient", regrow=True, drop_fraction=alpha)
@@ -180,8 +182,8 @@ def rigl(density: float, *, update_every: int | None = None, alpha: float = 0.3,
 def gmp(density: float, *, update_every: int | None = None, begin: float = 0.0, end: float = 0.75) -> DGMConfig:
     """Return the settings of gradual magnitude pruning: Zhu & Gupta, arXiv 1710.01878.
 
-    From dense, every layer alike is pruned by magnitude along a cubic between `begin` and `end` of the run (the paper
-    leaves both open). Pruned weights do not come back.
+    All layers start dense and are pruned by magnitude to the same density, along a cubic between `begin` and `end` of
+    the run (the paper leaves both open). Pruned weights do not come back.
     """
     schedule = CubicDensity(density, begin=begin, end=end, update_every=update_every)
     return _published("GMP", schedule, distribution="uniform", grow="random", drop_fraction=0.0)
@@ -190,7 +192,7 @@ def gmp(density: float, *, update_every: int | None = None, begin: float = 0.0, 
 def ac_dc(density: float, *, warmup: float = 0.10, period: float = 0.05) -> DGMConfig:
     """Return the settings of AC/DC: Peste et al., NeurIPS 2021, arXiv 2106.12379.
 
-    Dense and sparse phases in turns, dense first and sparse last; a sparse phase keeps the largest weights of all
+    Dense and sparse phases take turns, dense first and sparse last; a sparse phase keeps the largest weights of all
     layers together. Weights that come back start at 0. Deviation: batch-norm statistics are not computed anew.
     """
     schedule = AlternatingDensity(density, warmup, period)
@@ -202,11 +204,12 @@ def mest(
 ) -> DGMConfig:
     r"""Return the settings of MEST: Yuan et al., NeurIPS 2021, arXiv 2110.14032.
 
-    Dropped are the weights of smallest :math:`|w| + \lambda |g|`, grown random ones, every layer alike. Elastic
-    mutation: 0.2 of a layer are exchanged until 56 % of the run, 0.1 until 75 %, then none. With `soft` (the paper's
-    EM&S) the density is 1.5 and 1.25 times the final one in these stretches, and updates drop to the final density
-    before they grow, so that new weights are trained before they are judged. Shares as in the authors' scripts for 160
-    epochs at a density of 0.10. :math:`\lambda = 1` is this package's choice. With `soft`, phases have EST-DGM's names.
+    Updates drop the weights of smallest :math:`|w| + \lambda |g|` and grow random ones; all layers have one density.
+    Elastic mutation: 0.2 of a layer is exchanged until 56 % of the run, 0.1 until 75 %, then nothing. With `soft` (the
+    paper's EM&S) the density is 1.5 and 1.25 times the final one in these stretches, and updates drop to the final
+    density before they grow, so that new weights are trained before they are scored. The shares are those of the
+    authors' scripts for 160 epochs at a density of 0.10; :math:`\lambda = 1` is this package's choice. With `soft`,
+    phases have EST-DGM's names.
     """
     if not soft:
         schedule: ScheduleConfig = ConstantDensity(density, update_every, observe_steps=1)
@@ -232,9 +235,9 @@ def granet(
 ) -> DGMConfig:
     """Return GraNet's settings: Liu et al., NeurIPS 2021, arXiv 2106.10404.
 
-    From a random ERK mask of density `start` the largest weights of all layers together are kept along a cubic that
-    ends at `end` of the run; at every update each layer then drops its share of smallest weights (from `alpha` by a
-    cosine to 0 at the end of the run) and regrows as many by gradient. `end` is the authors' 110 of 160 epochs.
+    Training starts from a random ERK mask of density `start`. Updates keep the largest weights of all layers together,
+    along a cubic that ends at `end` of the run; each layer then drops its smallest weights (a share from `alpha` by a
+    cosine to 0 at the end of the run) and grows as many by gradient. `end` is the authors' 110 of 160 epochs.
     """
     schedule = CubicDensity(density, max(start, density), 0.0, end, 1.0, update_every, observe_steps=1)
     return _published("GraNet", schedule, grow="gradient", regrow=True, redistribute="global", drop_fraction=alpha)
@@ -250,9 +253,9 @@ def srigl(
 ) -> DGMConfig:
     """Return SRigL's settings: Lasby et al., ICLR 2024, arXiv 2305.02299.
 
-    RigL with constant fan-in: of the weights that a layer keeps by magnitude and would grow by gradient, an output
-    needs `ablate` of its fan-in, or it goes out and its weights go to the others. It may come back at a later update,
-    as in the authors' code. Fan-ins are whole numbers, so a layer's density is its budget's only nearly.
+    RigL with constant fan-in: an output stays only if the weights that its layer keeps by magnitude or would grow by
+    gradient make up `ablate` of its fan-in; otherwise its weights go to the other outputs. It may come back at a later
+    update, as in the authors' code. Fan-ins are whole numbers, so a layer keeps to its budget only nearly.
     """
     config = rigl(density, update_every=update_every, alpha=alpha, stop=stop)
     return replace(config, method="SRigL", update_rule=replace(config.update_rule, pattern=FanIn(ablate)))
@@ -263,11 +266,11 @@ def top_kast(
 ) -> DGMConfig:
     r"""Return Top-KAST's settings: Jayakumar et al., NeurIPS 2020, arXiv 2106.03517.
 
-    The forward takes each layer's largest weights, A; gradients go to its largest `backward_density`, B. Weights in B
+    The forward uses each layer's largest weights, A; gradients go to its largest `backward_density`, B. Weights in B
     but not in A learn outside the forward, and those outside B rest. The exploration loss is `penalty` times half the
-    squares of A, and 1 / `density` times that on the rest of B. Deviations: both sets are chosen anew at mask updates,
-    in every step only with ``update_every=1``; while a weight rests, an optimizer's momentum of it decays unused. By
-    default half of what is not in A is in B, 0.55 at 0.10: this package's choice.
+    sum of squares of A, and 1 / `density` times that on the rest of B. Deviations: both sets are chosen anew at mask
+    updates, in every step only with ``update_every=1``; while a weight rests, an optimizer's momentum of it decays
+    unused. By default half of the weights outside A are in B, 0.55 of all at a density of 0.10: this package's choice.
     """
     backward = density + (1.0 - density) / 2 if backward_density is None else backward_density
     if backward < density:
@@ -286,13 +289,13 @@ def n_of_m(
 ) -> DGMConfig:
     """Return the settings of N:M sparsity by SR-STE: Zhou et al., ICLR 2021, arXiv 2102.04010.
 
-    Of each `m` weights in a row along the inputs the largest ``density * m`` are in the forward: 2:4 at a density of
-    0.5. All weights get the gradient of the sparse ones, and those out of the forward a decay. Deviation: the choice is
-    made anew at mask updates, in every step only with ``update_every=1``.
+    The forward uses the largest ``density * m`` of each `m` neighbours along the inputs: 2:4 at a density of 0.5. All
+    weights get the gradient of the sparse network, and those outside the forward a decay. Deviation: the choice is made
+    anew at mask updates, in every step only with ``update_every=1``.
 
     Raises:
-        ValueError: if ``density * m`` is no whole number. At the start of a run, if a layer's inputs are no multiple
-            of `m`.
+        ValueError: if ``density * m`` is no whole number; at the start of a run, if a layer's inputs are no multiple of
+            `m`.
 
     """
     n = round(density * m)
@@ -341,4 +344,4 @@ PRESETS: dict[str, Callable[..., DGMConfig]] = {
     "static": static,
     "top-kast": top_kast,
 }
-"""The methods by name."""
+"""Functions of the methods by name."""

@@ -1,1 +1,1 @@
-"""The Lightning callbacks: hooks and delegation only; nothing below this package imports lightning."""
+"""Lightning callbacks: hooks and delegation only. The packages that they delegate to do not import Lightning."""

@@ -1,7 +1,7 @@
 """`DGMCallback`: the method in a Lightning Trainer.
 
-Hooks and delegation: one method a hook of Lightning, and what there is to ask, which makes 31. The method itself is
-`engine._controller`.
+It has a method for each hook of Lightning and properties for users, so more than other classes, and only delegates.
+The method itself is in `engine._controller`, helpers are in `_internal`.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ from lightning_estdgm.presets import preset
 class DGMCallback(pl.Callback):
     """Train on a small, changing share of the weights (EST-DGM), and skip the arithmetic of the rest.
 
-    Nothing else changes: state-dict keys, parameter groups, schedulers and the loop stay as they are. What was decided
-    for each layer is printed once, after the first step, and is available from `decisions`.
+    Nothing else changes: state-dict keys, parameter groups, schedulers and the loop stay as they are. The decision for
+    each layer is printed once, after the first step, and is available from `decisions`.
 
     Logged to every logger: ``dgm/density``, ``dgm/phase`` (index of the phase in the schedule), ``dgm/churn`` (share of
     the active weights that the last update brought in), ``dgm/explored`` (share of weights ever active),
-    ``dgm/flops_ratio`` and ``dgm/flops_executed_ratio`` (training FLOPs so far over dense: what the masks ask for, and
-    what was computed), ``dgm/density/<layer>``, and with `compress_gradients` ``dgm/allreduce_bytes`` (what a rank
-    handed to all-reduce in the last step).
+    ``dgm/flops_ratio`` and ``dgm/flops_executed_ratio`` (ratio of the training FLOPs so far to dense ones: as needed by
+    the masks, and as computed), ``dgm/density/<layer>``, and with `compress_gradients` ``dgm/allreduce_bytes`` (bytes
+    that a rank handed to all-reduce in the last step).
 
     Args:
-        config: the method's settings; see `DGMConfig`.
-        total_steps: optimizer steps of the run; ``None`` takes them from the Trainer. Needed for endless or length-less
-            loaders without ``max_steps`` or ``max_time``.
-        compress_gradients: under DDP, all-reduce the gradients of active units only (everything in observation
-            windows). The averages are the same; for more than two ranks up to rounding. It takes DDP's one
+        config: settings of the method; ``None`` takes the defaults.
+        total_steps: number of optimizer steps of the run; ``None`` takes it from the Trainer. Needed for endless or
+            length-less loaders without ``max_steps`` or ``max_time``.
+        compress_gradients: whether DDP all-reduces the gradients of active units only (all of them in observation
+            windows). The averages are the same, for more than two ranks up to rounding. It takes DDP's one
             communication hook.
 
     Raises:
-        ValueError: at the start of the fit, if the run's length cannot be told, there is nothing to mask, the strategy
-            cannot be served, or a checkpoint does not belong to this model and schedule. One without state of this
-            callback is taken, with a warning: masks are recovered from its weights.
+        ValueError: at the start of the fit, if the run's length is unknown, there is nothing to mask, the strategy
+            is not supported, or a checkpoint does not belong to this model and schedule. A checkpoint without state of
+            this callback is accepted with a warning, and masks are recovered from its weights.
         MasksDifferError: during the fit, on every rank, if the ranks' masks come out different.
 
     Example:
@@ -84,9 +84,9 @@ class DGMCallback(pl.Callback):
         self.controller: DGMController | None = None
         self._spawned = SpawnedResultFile()
         self._compression: GradientCompression | None = None
-        self._eagerly: Any = None  # what takes torch.compile back in after the first step
+        self._eagerly: Any = None  # torch's stance for the first step, whose exit lets torch.compile work again
         self._restored: dict[str, Any] | None = None
-        self._checkpoint_step = 0  # of the checkpoint that the fit goes on from
+        self._checkpoint_step = 0  # step of the checkpoint that the fit goes on from
         self._max_epochs: int | None = None
         self._resumed = False
         self._clock: ScheduleClock | None = None
@@ -106,11 +106,14 @@ class DGMCallback(pl.Callback):
         """Return the callback of a published method, such as ``"rigl"``; see `presets.preset` and docs/methods.md.
 
         Args:
-            name: of the method; an unknown one raises a ValueError that lists them.
+            name: name of the method, a key of `presets.PRESETS`.
             density: active share of the masked weights at the end of the run, in (0, 1].
-            total_steps: as of the class.
-            compress_gradients: as of the class.
+            total_steps: see the class.
+            compress_gradients: see the class.
             overrides: settings of the method, and fields of `DGMConfig`.
+
+        Raises:
+            ValueError: for an unknown method; the message lists the known ones.
 
         Example:
             >>> DGMCallback.from_preset("rigl", density=0.1, update_every=100).config.method
@@ -120,11 +123,11 @@ class DGMCallback(pl.Callback):
         config = preset(name, density, **overrides)
         return cls(config, total_steps=total_steps, compress_gradients=compress_gradients)
 
-    # ------------------------------------------------------------------ what it knows
+    # ------------------------------------------------------------------ properties
 
     @property
     def phase(self) -> str:
-        """Name of the phase of the step under way; empty before the fit."""
+        """Name of the current step's phase; empty before the fit."""
         return known.phase if (known := self._known()) else ""
 
     @property
@@ -134,16 +137,16 @@ class DGMCallback(pl.Callback):
 
     @property
     def flops_ratio(self) -> float:
-        """Training FLOPs so far that the masks ask for, over dense ones; of linear and convolution layers."""
+        """Ratio of the training FLOPs so far that the masks need to dense ones, in linear and convolution layers."""
         return known.flops_ratio if (known := self._known()) else 1.0
 
     @property
     def schedule(self) -> Schedule:
-        """The schedule of the run; there from the start of the fit."""
+        """The schedule of the run, from the start of the fit on."""
         return self._known_for_certain().schedule
 
     def decisions(self) -> tuple[LayerDecision, ...]:
-        """Return what was decided for every linear and convolution layer; backends are settled after the first step."""
+        """Return the decision for every linear and convolution layer; backends are chosen after the first step."""
         return self._known_for_certain().decisions()
 
     def masks(self) -> dict[str, Tensor]:
@@ -151,7 +154,7 @@ class DGMCallback(pl.Callback):
         return self._known_for_certain().masks()
 
     def run_summary(self) -> dict[str, Any]:
-        """Return what this run did, in plain types, for `EnergyMonitor`'s file; None where it is not known yet."""
+        """Return a summary of the run in plain types for `EnergyMonitor`'s file; unknown values are None."""
         config = self.config.schedule
         summary: dict[str, Any] = {
             "name": self.config.method or ("EST-DGM" if isinstance(config, EstDgm) else type(config).__name__),
@@ -180,7 +183,7 @@ class DGMCallback(pl.Callback):
         return self.controller
 
     def _known(self) -> DGMController | SpawnedResult | None:
-        """Return the controller, or what a fit in other processes (``ddp_spawn``, ``ddp_fork``) has left, if any."""
+        """Return the controller, or the result of a fit in other processes (``ddp_spawn``, ``ddp_fork``), if any."""
         return self.controller or self._spawned.result(self.config)
 
     def _known_for_certain(self) -> DGMController | SpawnedResult:
@@ -189,14 +192,14 @@ class DGMCallback(pl.Callback):
     # ------------------------------------------------------------------ life of a fit
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a second callback of this kind, and strategies that cannot be served."""
+        """Refuse a second callback of this kind, and strategies that are not supported."""
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         count = sum(isinstance(callback, DGMCallback) for callback in callbacks)
         if count > 1:
             raise ValueError(f"expected one DGMCallback in the Trainer, got {count}: two would mask against each other")
         check_checkpoint_io(trainer)
         if stage == "fit":
-            # What an earlier fit, or the checkpoint of a validation, has left is not this fit's.
+            # Nothing of an earlier fit, or of the checkpoint of a validation, belongs to this fit.
             self.controller, self._restored, self._checkpoint_step = None, None, 0
             self._max_epochs = trainer.max_epochs
             adapter_for(trainer.strategy).check(trainer.strategy)
@@ -204,7 +207,7 @@ class DGMCallback(pl.Callback):
             self._compression = GradientCompression(trainer) if self.compress_gradients else None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Bind the model and its optimizers."""
+        """Make the controller of the model and its optimizers."""
         state, self._restored = self._restored, None
         self._resumed = state is not None
         goes_on = self._resumed or self._checkpoint_step > 0
@@ -224,7 +227,7 @@ class DGMCallback(pl.Callback):
         self._outcome = RunOutcome(trainer, self.controller)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take up state that a strategy restores this late: it belongs to the weights that are checked."""
+        """Load state that a strategy restores only now: it belongs to the weights that are checked."""
         self._restore_late()
 
     def _restore_late(self) -> None:
@@ -234,7 +237,7 @@ class DGMCallback(pl.Callback):
             self._bound().load_state_dict(state)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take up state that a strategy restores this late; without any, recover masks from a checkpoint's weights."""
+        """Load state that a strategy restores only now; without any, recover masks from a checkpoint's weights."""
         self._restore_late()
         controller = self._bound()
         if self._resumed:
@@ -254,7 +257,7 @@ class DGMCallback(pl.Callback):
         mask_averages_(trainer, controller)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Mask gradients; not in an observation window, where they are left whole until the step."""
+        """Mask gradients, except in an observation window, where they stay whole until the step."""
         controller = self._bound()
         if not controller.observing:
             controller.mask_gradients()
@@ -262,9 +265,10 @@ class DGMCallback(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """In an observation window: record the whole gradients, then mask them, before Lightning clips.
+        """Record whole gradients in an observation window, then mask them, before Lightning clips.
 
-        In manual optimization outside one, too: a plain ``loss.backward()`` calls no `on_after_backward`.
+        In manual optimization they are masked outside a window too: a plain ``loss.backward()`` calls no
+        `on_after_backward`.
         """
         controller = self._bound()
         if controller.observing or not pl_module.automatic_optimization:
@@ -274,7 +278,7 @@ class DGMCallback(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Run the first step without torch.compile: it shows the shapes that backends are measured at."""
+        """Run the first step without torch.compile: it records the shapes that backends are measured at."""
         assert self._outcome is not None
         self._outcome.watch()
         if batch_idx == 0:
@@ -306,18 +310,18 @@ class DGMCallback(pl.Callback):
         return controller.advance(max(controller.position, clock.position(controller.steps + 1)))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave no hook behind; masks and counters stay readable, also where another process made this callback."""
+        """Remove all hooks; masks and counters stay readable, also in the process that spawned this one."""
         self._spawned.leave(self._bound(), trainer)
         if self._outcome is not None:
             self._outcome.say()
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind."""
+        """Remove all hooks."""
         self._release()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave no hook behind."""
+        """Remove all hooks."""
         self._release()
 
     def _compile_again(self) -> None:
@@ -341,7 +345,7 @@ class DGMCallback(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        """Key in a checkpoint, free of settings, so that it is found whatever they are."""
+        """Key in a checkpoint; it holds no settings, so state is found whatever they are."""
         return "DGMCallback"
 
     def state_dict(self) -> dict[str, Any]:
@@ -349,11 +353,11 @@ class DGMCallback(pl.Callback):
         return known.state_dict() if (known := self._known()) else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the model is bound: strategies restore before or after `on_fit_start`."""
+        """Keep the state until there is a controller: strategies restore before or after `on_fit_start`."""
         self._restored = state_dict or None
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Note how far a checkpoint has come, should it hold no state of ours."""
+        """Note the step of a checkpoint, in case it holds no state of this callback."""
         self._checkpoint_step = max(self._checkpoint_step, checkpoint["global_step"])

@@ -1,4 +1,4 @@
-"""EnergyMonitor: the joules of a Lightning run, by device, phase, training and validation."""
+"""`EnergyMonitor`: the joules of a Lightning run, by device, phase, training and validation."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class EnergyMonitor(Callback):
 
     @property
     def total_joules(self) -> float | None:
-        """Joules so far, restarts included; None where nothing was read. `summary` tells how many are estimated."""
+        """Joules so far, restarts included; None if nothing was read. `summary` has the estimated part."""
         return self._ledger.total().joules()
 
     def summary(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class EnergyMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Replace the totals by those of the checkpoint; the current fit comes on top.
 
-        So it makes no difference whether it is called before or after `on_fit_start`, or twice.
+        It may be called before or after `on_fit_start`, and twice.
         """
         if self._stage not in (None, "fit"):
             return  # `trainer.test(ckpt_path="best")` must not take back the joules of the fit before it
@@ -146,7 +146,7 @@ class EnergyMonitor(Callback):
         self._model = describe_model(pl_module) if next(pl_module.parameters(), None) is not None else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the sources, agree on who reads what, start reading, and say once what is measured."""
+        """Open the sources, assign devices to ranks, start reading, and announce once what is measured."""
         self._close()
         self._fit = fit = EnergyFit(trainer, resolve(self._sources), interval_s=self._interval_s, per=self._per)
         fit.start(self._phase(trainer), TRAIN, idle_s=self._idle_s)
@@ -226,7 +226,7 @@ class EnergyMonitor(Callback):
             self._fit.enter(self._phase(trainer), stage)
 
     def _exchange(self, fit: EnergyFit) -> None:
-        """Learn the other ranks' sums. All ranks call this at the same points of the loop."""
+        """Exchange sums with the other ranks. All ranks call this at the same points of the loop."""
         self._ledger.others, idle_w = fit.exchange()
         self._idle_w.update(idle_w)
 

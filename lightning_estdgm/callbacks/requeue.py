@@ -1,4 +1,4 @@
-"""`RequeueBetweenSteps`: SLURM's requeue signal waits for the end of the step; its checkpoint then resumes exactly."""
+"""`RequeueBetweenSteps`: SLURM's requeue signal handled between steps, so that its checkpoint resumes exactly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RequeueBetweenSteps(pl.Callback):
         self._steps_before = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the place of the signal's handler."""
+        """Replace the signal's handler."""
         handler = signal.getsignal(self.requeue_signal)
         self._asked = False
         if callable(handler) and threading.current_thread() is threading.main_thread():
@@ -48,26 +48,26 @@ class RequeueBetweenSteps(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note where the step begins."""
+        """Note the number of steps before the batch."""
         self._steps_before = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let the handler run, unless gradients are still being accumulated: a checkpoint does not hold them."""
+        """Run Lightning's handler if the signal came, but not while gradients accumulate: checkpoints lack them."""
         if trainer.global_step > self._steps_before:
             self._requeue_if_asked(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the handler run."""
+        """Run Lightning's handler if the signal came."""
         self._requeue_if_asked(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put Lightning's handler back."""
+        """Restore Lightning's handler."""
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Put Lightning's handler back."""
+        """Restore Lightning's handler."""
         self._release()
 
     def _ask(self, number: int, frame: Any) -> None:

@@ -5,9 +5,9 @@ Registered on a `DistributedDataParallel` model::
     state = ActiveUnits(controller.masked_weights, lambda: controller.observing)
     model.register_comm_hook(state, active_units_hook)
 
-Each bucket is packed: all gradients of dense parameters, and those of active units of masked weights. The packed tensor
-is averaged over the ranks as DDP does it, and unpacked with zeros for inactive units, whose gradients the method masks
-anyway. In an observation window, which needs them, nothing is packed.
+Each bucket is packed: all gradients of dense parameters, and those of active units of masked weights. The packed
+tensor is averaged over the ranks as DDP does it, and unpacked with zeros for inactive units, whose gradients the method
+masks anyway. In an observation window, which needs them, nothing is packed.
 """
 # No `from __future__ import annotations`: DDP compares the annotations of a hook with the classes themselves.
 
@@ -28,8 +28,10 @@ WIRE_DTYPES: dict[Callable[..., Any], torch.dtype | None] = {
     default_hooks.fp16_compress_hook: torch.float16,
     default_hooks.bf16_compress_hook: torch.bfloat16,
 }
-"""Dtype that each of torch's element-wise hooks sends in; ``None``: the gradients' own. Others, such as PowerSGD,
-depend on a bucket's layout, and cannot be combined with packing."""
+"""Dtype that each of torch's element-wise hooks sends in; ``None``: the gradients' own.
+
+Others, such as PowerSGD, depend on a bucket's layout, and cannot be combined with packing.
+"""
 
 
 class CommunicatedWeight(Protocol):

@@ -159,7 +159,7 @@ def _run(searches: Sequence[_Search]) -> None:
 
 
 def _tie_search(score: _Search) -> _Search | None:
-    """Return the search by index among the elements equal to the threshold; None if all of them are chosen."""
+    """Return the search by index among the keys equal to the threshold; None if all of them are chosen."""
     if score.k == score.equal:
         return None
     ranking = score.ranking

@@ -25,7 +25,6 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.engine._checks import check_rule, check_state
 from lightning_estdgm.engine._decisions import LayerDecision
 from lightning_estdgm.engine._dispatch import Dispatch
 from lightning_estdgm.engine._flops import FlopCounter
@@ -34,6 +33,7 @@ from lightning_estdgm.engine._initialisation import describe_drawn, describe_rec
 from lightning_estdgm.engine._masked_model import MaskedModel
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._observation import observe
+from lightning_estdgm.engine._refusals import check_rule, check_state
 from lightning_estdgm.engine._step_hooks import StepHooks
 from lightning_estdgm.method._schedules import Schedule
 from lightning_estdgm.modules._candidates import Candidate, find_candidates
@@ -48,8 +48,8 @@ class DGMController:
     weights, gradients and optimizer state in line with the masks through hooks on the optimizers' steps. Close it, or
     use it as a context manager, to take the hooks and the swapped forwards away; weights stay as they are.
 
-    It has 30 methods, because it is the one object that users of a plain loop meet: calls of the loop, properties to
-    read, state. The work is done by the parts that the constructor assembles, one module each.
+    It has more methods than other classes, because it is the one object that users of a plain loop meet: calls of the
+    loop, properties to read, state. The work is done by the parts that the constructor assembles, one module each.
 
     Args:
         model: model; its linear and convolution layers are found once, here.
@@ -260,7 +260,7 @@ class DGMController:
 
     @property
     def explored(self) -> float:
-        """Share of the masked weights that have been active at any time (ITOP's Rs)."""
+        """Share of the masked weights that have been active at any time (Rs of ITOP)."""
         return self._masked.explored
 
     @property

@@ -1,4 +1,4 @@
-"""Optimizers, and those that they wrap, whose steps can be seen through torch's step hooks."""
+"""Parameters and torch's step hooks of optimizers and of the optimizers that they wrap."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch.optim import Optimizer
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    """Return the parameters that an optimizer, or a wrapper of one, holds now."""
+    """Return the parameters that an optimizer or a wrapper of one currently holds."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def with_step_hooks(optimizer: Optimizer) -> list[Optimizer]:
-    """Return those of an optimizer and of the ones that it wraps whose steps run torch's step hooks.
+    """Return the optimizers whose steps run torch's step hooks, out of an optimizer and those that it wraps.
 
-    Torch runs them from the class's ``step``, which `Optimizer.__init__` patches; a wrapper that does without that
-    initialisation may have a hook's dictionary, its own or its inner optimizer's, and never look at it.
+    The hooks are run by the class's ``step``, which `Optimizer.__init__` patches. A wrapper that does not call it may
+    have a dictionary of hooks, its own or its inner optimizer's, and never run them.
     """
     found: list[Optimizer] = []
     waiting, seen = [optimizer], set()

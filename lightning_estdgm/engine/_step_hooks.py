@@ -1,4 +1,7 @@
-"""Hooks on the optimizers' steps: gradients masked before, weights brought in line with their masks after."""
+"""`StepHooks`: hooks on the optimizers' steps that mask gradients before a step and treat inactive weights around it.
+
+The treatment itself is in `_inactive`; here it is decided which calls of `step` are steps of training.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,15 @@ from lightning_estdgm.engine._masked_weight import MaskedWeight
 
 
 class StepHooks:
-    """Hooks on the steps of all optimizers of one run, and the count of steps that really happened.
+    """Hooks on the steps of all optimizers of one run.
 
-    An optimizer may wrap others (Fabric, EMA and SAM wrappers, ZeRO): all that have step hooks of torch's are hooked,
-    and of steps inside one another only the outermost is acted on. Which weights a step moves is told by the
-    parameters that its optimizer holds.
+    An optimizer may wrap others (Fabric, EMA and SAM wrappers, ZeRO): all that run torch's step hooks are hooked, and
+    of nested steps only the outermost is treated. The weights that a step moves are those that its optimizer holds.
 
     Args:
-        optimizers: the optimizers, already made.
-        mask_gradients: masks the gradients of some weights that were not masked, or were changed since.
-        exponent: see `StepSize`.
+        optimizers: optimizers of the run.
+        mask_gradients: function that masks the gradients of the given weights, unless they are masked already.
+        exponent: `StepSize.exponent`.
 
     Attributes:
         stepped: whether an optimizer has stepped since `begin_step`.
@@ -43,9 +45,9 @@ class StepHooks:
         self._mask_gradients = mask_gradients
         self._exponent = exponent
         self._weights: dict[int, MaskedWeight] = {}  # by the id of its parameter
-        self._depth = 0  # of steps under way inside one another
-        self._idle = False  # the step under way is none of training
-        self._unevenly_held: dict[int, bool] = {}  # per optimizer: some rank holds no part of any parameter
+        self._depth = 0  # number of nested steps that have begun and not ended
+        self._idle = False  # whether the current step is not one of training
+        self._unevenly_held: dict[int, bool] = {}  # by optimizer: whether some rank holds no part of any parameter
         self._handles: list[Any] = []
 
     @property
@@ -55,7 +57,7 @@ class StepHooks:
 
     @property
     def states(self) -> list[Mapping[Any, Mapping[str, Any]]]:
-        """States of the optimizers and of those that they wrap, such as a ZeroRedundancyOptimizer's inner one."""
+        """State of each optimizer and of those that they wrap, such as a ZeroRedundancyOptimizer's inner one."""
         return list({id(o.state): o.state for o in (*self._optimizers, *self._hooked)}.values())
 
     def weights_of(self, optimizer: Optimizer) -> list[MaskedWeight]:
@@ -64,10 +66,10 @@ class StepHooks:
         return [weight for weight in weights if weight is not None]
 
     def register(self, weights: Sequence[MaskedWeight]) -> None:
-        """Hook those optimizers that hold some of the masked weights.
+        """Hook the optimizers that hold masked weights.
 
         Raises:
-            ValueError: if the steps that move some of them cannot be seen.
+            ValueError: if a weight is held by no optimizer that runs torch's step hooks.
 
         """
         self._weights = {id(weight.parameter): weight for weight in weights}
@@ -89,12 +91,12 @@ class StepHooks:
             )
 
     def begin_step(self) -> None:
-        """Forget the last step; one that an exception has ended is no longer under way."""
+        """Reset `stepped`, and the count of nested steps, which an exception may have left above 0."""
         self.stepped = False
         self._depth = 0
 
     def remove(self) -> None:
-        """Take all hooks away. Idempotent."""
+        """Remove all hooks. May be called twice."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -127,11 +129,11 @@ class StepHooks:
             weight.inactive.with_gradients(weight, self._exponent, 1.0 if grad_scale is None else grad_scale)
 
     def _wrapped(self, optimizer: Optimizer, closure: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Return the step's arguments with a closure that runs without, and returns with, inactive weights in place."""
+        """Return the step's arguments with a closure that runs without inactive weights and adds them at its end."""
 
         def wrapped() -> Any:
             with torch.no_grad():
-                for weight in self.weights_of(optimizer):  # of a second call of the closure
+                for weight in self.weights_of(optimizer):  # in, if the closure is called again
                     weight.inactive.withdraw(weight)
             with torch.enable_grad():
                 loss = closure()
@@ -159,13 +161,14 @@ class StepHooks:
             if weight.gradient is not None:
                 weight.inactive.after_step(weight, self._exponent)
 
-    # ------------------------------------------------------------------ what kind of step it is
+    # ------------------------------------------------------------------ kinds of steps
 
     def _is_idle(self, optimizer: Optimizer) -> bool:
-        """Whether a step is none of training: torch's distributed checkpoints take one to make an optimizer's state.
+        """Whether a step is not one of training: torch's distributed checkpoints take one to make an optimizer's state.
 
-        It has a learning rate and gradients of 0, and may come between a checkpoint's weights and its masks, when those
-        of before would wipe out weights. The ranks agree, as a real step may be all zeros to one of them.
+        Such a step has a learning rate and gradients of 0. It may come after a checkpoint's weights are loaded and
+        before its masks are, when the old masks would zero loaded weights. The ranks agree on it, because a rank's
+        gradients may all be 0 in a step of training too.
         """
         rates = [group.get("lr") for group in optimizer.param_groups]
         if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
@@ -177,10 +180,10 @@ class StepHooks:
         return not agree([weight.shard for weight in self.weights_of(optimizer)], moving)
 
     def _has_gradients(self, optimizer: Optimizer) -> bool:
-        """Whether a step has anything to step by.
+        """Whether there are gradients to step by.
 
-        A rank of sharded weights may hold nothing of the masked ones: there every parameter counts, and where a rank
-        holds nothing at all, the ranks agree.
+        With sharded weights a rank may hold no part of the masked ones, so all parameters count; if a rank holds no
+        part of any parameter, the ranks agree.
         """
         weights, parameters = self.weights_of(optimizer), parameters_of(optimizer)
         if not any(weight.placement.is_sharded for weight in weights):

@@ -109,6 +109,6 @@ class ShadowWeights:
         return {"weights": self.weights.clone(), "learning": pack_bits(self.learning)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Load the inactive weights and the backward set."""
         self.weights.copy_(state["weights"])
         self.learning = unpack_bits(state["learning"], tuple(self.learning.shape)).to(self.learning.device)

@@ -33,18 +33,19 @@ class UpdateRule:
     """Choice of the active units at a mask update.
 
     Attributes:
-        keep: score by which active units stay: a name in `_scores.SCORES`, or a function of an `Evidence`.
-            ``"auto"``: single weights by ``"magnitude"``, blocks by ``"weight_and_gradient"``.
+        keep: score by which active units stay: ``"magnitude"``, ``"gradient"``, ``"momentum"``, ``"consistency"``,
+            ``"weight_and_gradient"``, ``"random"``, or a function of an `Evidence`. ``"auto"``: single weights by
+            ``"magnitude"``, blocks by ``"weight_and_gradient"``.
         grow: score by which units are grown, likewise.
-        gamma: exponent of the directional consistency in the growth score, at least 0; see `_scores.growth`.
+        gamma: exponent of the directional consistency in the score ``"consistency"``, at least 0.
         drop_fraction: share of a layer's active units given up for new ones at an update, in [0, 1); annealed to 0 by a
             half cosine over the run. Or a function ``(progress, density) -> share``, such as `StagedDrop`.
         regrow: whether an update may grow back the units that it has just dropped; they then keep their weight.
         pattern: pattern of the active units within a layer, such as `NofM` or `FanIn`; ``None``: they may lie anywhere.
             It needs `regrow`.
-        redistribute: redistribution of units between layers at updates: ``"global"``, ``"growth"``, or a function with
-            the signature of `_redistribution.globally`; ``None``: layers keep to `Units.distribution`. It needs units
-            of one size in all layers.
+        redistribute: redistribution of units between layers at updates: ``"global"``, ``"growth"``, or a function
+            ``(layers, k, drop_fraction, regrow) -> budgets`` of `Scored` layers to a `Budget` each; ``None``: layers
+            keep to `Units.distribution`. It needs units of one size in all layers.
 
     Raises:
         TypeError: if `pattern` is no `Pattern`.

@@ -177,6 +177,7 @@ def test_switched_on_in_the_middle_of_a_run(tmp_path: Path) -> None:
     assert differences(straight, end_of(*fit(ckpt=path, plugins=[SparseCheckpointIO()]))) == []
 
 
+@pytest.mark.filterwarnings("ignore:the best checkpoint by")
 @pytest.mark.parametrize("save_last", [True, "link"])
 def test_model_checkpoint_keeps_and_removes_the_same_files(save_last: Any, tmp_path: Path) -> None:
     class Noisy(MLP):

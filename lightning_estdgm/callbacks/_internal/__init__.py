@@ -1,1 +1,1 @@
-"""What only the callbacks use."""
+"""Helpers of the callbacks, used nowhere else."""

@@ -1,4 +1,4 @@
-"""Averages of weights that Lightning's callbacks keep: zero where the model is."""
+"""Masking of the weight averages that Lightning's callbacks keep."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_estdgm.engine._controller import DGMController
 
 
 def mask_averages_(trainer: pl.Trainer, controller: DGMController) -> None:
-    """Keep inactive weights zero in the averages of Lightning's callbacks; they offer no hook to do it by."""
+    """Zero inactive weights in the averages of Lightning's callbacks, which offer no hook for it."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
             average = callback._average_model

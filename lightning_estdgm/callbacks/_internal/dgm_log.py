@@ -1,4 +1,4 @@
-"""What `DGMCallback` logs, shows in the progress bar and prints."""
+"""Output of `DGMCallback`: metrics to the Trainer's loggers, progress bar, table of decisions."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ _NAMED = 5  # weights named, the rest counted
 
 
 class DGMLog:
-    """Curves, progress bar and table of decisions of one fit.
+    """Metrics, progress bar and table of decisions of one fit.
 
     Args:
-        trainer: the Trainer of the fit.
-        controller: the controller of the fit.
-        unlisted: trainable weights in no linear or convolution layer: their number by name.
+        trainer: Trainer of the fit.
+        controller: controller of the fit.
+        unlisted: number of trainable weights outside linear and convolution layers, by name.
 
     Attributes:
-        allreduce_bytes: bytes that a rank handed to all-reduce in the last step; ``None``: gradients are not packed.
+        allreduce_bytes: number of bytes that a rank handed to all-reduce in the last step; ``None`` if gradients are
+            not packed.
 
     """
 
@@ -59,7 +60,7 @@ class DGMLog:
             self._log(self._metrics())
 
     def close(self) -> None:
-        """Give the progress bar its own metrics back."""
+        """Restore the progress bar's own metrics."""
         if self._bar is not None:
             vars(self._bar).pop("get_metrics", None)
             self._bar = None
@@ -87,10 +88,10 @@ class DGMLog:
             logger.log_metrics(metrics, step=step)
 
     def _extend_bar(self) -> None:
-        """Add phase and density to what the progress bar shows.
+        """Add phase and density to the progress bar.
 
-        Logged metrics are numbers, and a phase is a name: so the bar's documented `get_metrics` is extended, on this
-        one instance, until the fit ends.
+        Logged metrics are numbers, and a phase is a name; so the bar's documented `get_metrics` is extended on this
+        instance until the fit ends.
         """
         bar, controller = self._bar, self._controller
         if bar is None:
@@ -118,7 +119,7 @@ class DGMLog:
 
 
 def decision_table(decisions: tuple[LayerDecision, ...]) -> Table:
-    """Lay out what was decided for each layer, for printing with rich."""
+    """Return the decisions for all layers as a table for printing with rich."""
     masked = sum(math.prod(d.shape) for d in decisions if d.masked)
     total = sum(math.prod(d.shape) for d in decisions)
     table = Table(title=f"DGMCallback: {masked:,} of {total:,} weights in linear and convolution layers are masked")
@@ -133,7 +134,7 @@ def decision_table(decisions: tuple[LayerDecision, ...]) -> Table:
 
 
 def _unlisted_in_words(unlisted: Mapping[str, int], module: pl.LightningModule) -> str:
-    """Say which trainable weights cannot be masked, as they are no layer's that is known here."""
+    """Return a sentence on the trainable weights outside linear and convolution layers, which stay dense."""
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     names = ", ".join(list(unlisted)[:_NAMED]) + f" and {len(unlisted) - _NAMED} more" * (len(unlisted) > _NAMED)
     return (

@@ -60,7 +60,7 @@ class EnergyFit:
         self.mean_power = MeanPower()
 
     def start(self, label: str, stage: str, *, idle_s: float | None) -> None:
-        """Open the sources, agree on who reads what, measure the idle baseline, and start reading. On all ranks."""
+        """Open the sources, assign devices to ranks, measure the idle baseline, start reading. Call it on all ranks."""
         trainer, sampler = self._trainer, self._sampler
         sampler.open(select=lambda source, devices: own_devices(trainer, devices))
         own = (uuid.uuid4().hex, hostname(), _device_name(trainer.strategy.root_device))
@@ -79,14 +79,14 @@ class EnergyFit:
         self._steps = StepCounter(trainer.optimizers)
 
     def enter(self, label: str, stage: str) -> None:
-        """Attribute energy from here on to (label, stage)."""
+        """Attribute energy from now on to (label, stage)."""
         if (label, stage) != self._window:
             self.synchronize()  # else the kernels queued so far are counted in the next window
             self._sampler.mark(label, stage)
             self._window = (label, stage)
 
     def note_gradients(self, optimizer: Any) -> None:
-        """Note that a step of `optimizer` comes next, its gradients there."""
+        """Note that `optimizer` has its gradients and steps next."""
         self._steps.note_gradients(optimizer)
 
     def begin_batch(self) -> None:
@@ -121,7 +121,7 @@ class EnergyFit:
         self.log.warn_of(self._sampler.failing())
 
     def describe(self, pl_module: LightningModule, model: Mapping[str, Any] | None) -> None:
-        """Note what the run is, for its file.
+        """Note the description of the run for its file.
 
         Args:
             pl_module: Module of the fit.
@@ -136,7 +136,7 @@ class EnergyFit:
         }
 
     def description(self) -> dict[str, Any] | None:
-        """Return what the run is and how far it has come; None before `describe`."""
+        """Return the description of the run and its progress; None before `describe`."""
         if self._run is None:
             return None
         return {
@@ -157,7 +157,7 @@ class EnergyFit:
         self._sampler.stop()
 
     def close(self) -> None:
-        """Stop, and leave no hook behind. May be called twice."""
+        """Stop and remove all hooks. May be called twice."""
         self._steps.close()
         self._sampler.stop()
 

@@ -31,7 +31,7 @@ _LAYOUT = {
 
 
 class EnergyLog:
-    """Writes the figures of one fit to wherever they are wanted; says each failure once.
+    """Writes the figures of one fit to loggers and files; warns of each failure once.
 
     Args:
         trainer: Trainer of the fit, whose loggers are written to.

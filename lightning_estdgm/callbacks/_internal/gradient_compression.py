@@ -1,4 +1,4 @@
-"""`DGMCallback(compress_gradients=True)`: puts `distributed.active_units_hook` on a Trainer's DDP model."""
+"""`GradientCompression`: `distributed.active_units_hook` on a Trainer's DDP model, for `DGMCallback`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lightning_estdgm.engine._controller import DGMController
 
 
 class GradientCompression:
-    """All-reduces the gradients of active units only, in one fit; on a single device there is nothing to do.
+    """All-reduce of the gradients of active units only, in one fit; on a single device it does nothing.
 
-    DDP has room for one hook. An element-wise one of torch's that the user gave to ``DDPStrategy(ddp_comm_hook=)`` is
-    taken over: ours then sends in its dtype. (So it also works on the CPU, where Lightning ignores that argument.)
+    DDP takes one hook. If the user gave an element-wise hook of torch to ``DDPStrategy(ddp_comm_hook=)``, gradients are
+    sent in its dtype. (This also works on the CPU, where Lightning ignores that argument.)
 
     Args:
-        trainer: before its strategy is set up.
+        trainer: Trainer whose strategy is not set up yet.
 
     Raises:
         ValueError: if the strategy is not DDP, or the user's hook cannot be combined with packing.
@@ -51,14 +51,14 @@ class GradientCompression:
 
     @property
     def is_active(self) -> bool:
-        """Whether anything is sent."""
+        """Whether the hook is registered."""
         return self._units is not None
 
     def register(self, controller: DGMController) -> None:
-        """Put the hook on the wrapped model.
+        """Register the hook on the wrapped model.
 
         Raises:
-            ValueError: if it has a hook already.
+            ValueError: if the model has a hook already.
 
         """
         if self._strategy is None:
@@ -79,13 +79,13 @@ class GradientCompression:
         model.register_comm_hook(self._units, active_units_hook)
 
     def bytes_since_last(self) -> int:
-        """Return what this rank has handed to all-reduce since the last call."""
+        """Return the number of bytes that this rank has handed to all-reduce since the last call."""
         assert self._units is not None
         before, self._logged_bytes = self._logged_bytes, self._units.bytes
         return self._units.bytes - before
 
     def close(self) -> None:
-        """Give the strategy the user's hook back; a model still wrapped averages everything from now on."""
+        """Restore the strategy's hook; a model that is still wrapped averages whole buckets from now on."""
         if self._units is not None:
             self._units.close()
         if self._strategy is not None:

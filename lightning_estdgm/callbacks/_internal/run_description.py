@@ -37,7 +37,7 @@ def describe_model(module: nn.Module) -> dict[str, Any]:
 
 
 def describe_run(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-    """Return what is known of a run at its start: name, host, Trainer settings, seed, versions."""
+    """Return the description of a run at its start: name, host, Trainer settings, seed, versions."""
     logger = trainer.logger
     name = "/".join(str(part) for part in (logger.name, logger.version) if part not in (None, "")) if logger else ""
     seed = os.environ.get("PL_GLOBAL_SEED", "")
@@ -76,14 +76,14 @@ def describe_method(callbacks: Iterable[Callback]) -> dict[str, Any] | None:
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Return the first logger's own folder, where it has one, else the Trainer's root."""
+    """Return the first logger's own folder if it has one, else the Trainer's root."""
     # Not trainer.log_dir: it broadcasts, and after an exception the other ranks may be gone.
     folder = getattr(trainer.logger, "log_dir", None) if trainer.logger else None
     return Path(folder if isinstance(folder, str) and folder else trainer.default_root_dir)
 
 
 def _is_compiled(module: LightningModule) -> bool:
-    """Return whether the whole module was given compiled, or a part of it is."""
+    """Return whether the module, or a part of it, is compiled."""
     if getattr(module, "_compiler_ctx", None) is not None:
         return True
     dynamo = sys.modules.get("torch._dynamo")  # not imported: nothing was compiled

@@ -1,4 +1,4 @@
-"""The end of a fit against what was asked for: its density, and that of the checkpoints it kept as the best."""
+"""`RunOutcome`: comparison of a fit's end, and of its best checkpoints, with the density that was asked for."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _TOLERANCE = 0.05  # relative: whole units meet a density only nearly
 
 @dataclass(frozen=True)
 class BestCheckpoint:
-    """The file that a `ModelCheckpoint` holds for the best.
+    """Best checkpoint of a `ModelCheckpoint`.
 
     Attributes:
         path: path of the file.
-        monitor: metric that it is the best by.
+        monitor: name of the metric that chose it.
         density: active share of the masked weights when it was saved.
-        phase: phase of the schedule then.
+        phase: phase of the schedule when it was saved.
 
     """
 
@@ -34,11 +34,11 @@ class BestCheckpoint:
 
 
 class RunOutcome:
-    """What a fit comes to, watched from batch to batch.
+    """Outcome of a fit: its final density, its best checkpoints, and layers that were thawed too late to be masked.
 
     Args:
-        trainer: the Trainer of the fit.
-        controller: the controller of the fit.
+        trainer: Trainer of the fit.
+        controller: controller of the fit.
 
     """
 
@@ -50,7 +50,7 @@ class RunOutcome:
         self._thawed: list[str] = []
 
     def watch(self) -> None:
-        """Note the density of what the checkpoint callbacks have newly saved as the best; between any two steps."""
+        """Note the density of new best checkpoints. Call it between any two steps."""
         for callback in self._trainer.checkpoint_callbacks:
             if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
                 continue
@@ -61,7 +61,7 @@ class RunOutcome:
                 self._best[callback] = BestCheckpoint(path, callback.monitor, controller.density, controller.phase)
 
     def watch_thawed(self) -> None:
-        """Warn of layers that have begun to train in mid-run: they stay dense; at the start of each epoch."""
+        """Warn of layers that have begun to train in mid-run and stay dense. Call it at the start of each epoch."""
         held = {id(p) for o in self._trainer.optimizers for group in o.param_groups for p in group["params"]}
         now = thawed_layers(self._controller.candidates, held)
         new = [name for name in now if name not in self._thawed]
@@ -75,7 +75,7 @@ class RunOutcome:
             )
 
     def summary(self) -> dict[str, Any]:
-        """Return the outcome in plain types: whether the run ended as dense as asked for, and the best checkpoints."""
+        """Return the outcome in plain types: whether the final density was met, late layers, the best checkpoints."""
         return {
             "ended_as_asked": self._is_asked(self._controller.density),
             "thawed_and_dense": list(self._thawed),
@@ -83,7 +83,7 @@ class RunOutcome:
         }
 
     def say(self) -> None:
-        """Warn where the run, or its best checkpoint, is not of the density that was asked for."""
+        """Warn if the run, or its best checkpoint, does not have the density that was asked for."""
         self.watch()
         controller, trainer = self._controller, self._trainer
         if trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""How long a Trainer's run is, in the steps of the schedule, and how far it has come."""
+"""`ScheduleClock`: the length of a Trainer's run in steps of the schedule, and the position in it."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ _NOMINAL_STEPS = 100  # for fast_dev_run, or a fit with nothing left to do: enou
 
 
 class ScheduleClock:
-    """The length of one fit, and the schedule's position in it.
+    """Length of one fit, and the schedule's position in it.
 
     The position is the number of optimizer steps done, with three exceptions. Under ``max_time`` it is the share of the
     time that has passed, where that is further. In manual optimization only the user's code knows which batches step
-    what, so there the position is what the Trainer counts: limited by ``max_steps``, the steps of all optimizers over
-    the number of optimizers; limited by epochs, the number of batches. Ranks agree on all of it: the length is that of
-    the shortest loader, and the time is rank 0's.
+    which optimizers, so the position is a number that the Trainer counts: under ``max_steps`` the steps of all
+    optimizers over the number of optimizers, under ``max_epochs`` the batches. Ranks agree on the position: the length
+    is that of the shortest loader, and the time is rank 0's.
 
     Args:
-        trainer: at the start of a fit, with its optimizers made.
+        trainer: Trainer at the start of a fit, with its optimizers.
         pl_module: its model.
-        total_steps: the length, where the user gave it.
-        max_epochs: the Trainer's; `StochasticWeightAveraging` raises it for an epoch without steps.
-        resumed: whether the fit goes on with a checkpoint's state; otherwise what the Trainer has done in earlier fits
-            does not count.
+        total_steps: length that the user gave, if any.
+        max_epochs: Trainer's `max_epochs` before `StochasticWeightAveraging` raises it for an epoch without steps.
+        resumed: whether the fit goes on with a checkpoint's state; otherwise steps of the Trainer's earlier fits do not
+            count.
+
+    Attributes:
+        total_steps: length of the fit.
 
     Raises:
-        ValueError: if the length cannot be told.
+        ValueError: if the length is unknown.
 
     """
 
@@ -73,7 +76,7 @@ class ScheduleClock:
         self._together = _steps_together(trainer, pl_module)
 
     def position(self, steps: int) -> int:
-        """Return where in the schedule the run is after `steps` optimizer steps."""
+        """Return the position in the schedule after `steps` optimizer steps."""
         if self._only_time:
             position = 0
         elif self._by_batches:
@@ -94,21 +97,21 @@ class ScheduleClock:
 
 
 def _left_by_steps(trainer: pl.Trainer, pl_module: pl.LightningModule, resumed: bool) -> int | None:
-    """Return the steps to ``max_steps``; a batch in which several manual optimizers step counts once."""
+    """Return the number of steps to ``max_steps``; a batch in which several manual optimizers step counts once."""
     if trainer.max_steps == -1:
         return None
     return (trainer.max_steps - (0 if resumed else trainer.global_step)) // _steps_together(trainer, pl_module)
 
 
 def _steps_together(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
-    """Return by how much ``global_step`` advances where all optimizers step once."""
+    """Return the number by which ``global_step`` grows if all optimizers step once."""
     return 1 if pl_module.automatic_optimization else max(1, len(trainer.optimizers))
 
 
 def _left_by_epochs(
     trainer: pl.Trainer, callbacks: list[pl.Callback], max_epochs: int | None, resumed: bool
 ) -> int | None:
-    """Return the optimizer steps (of manual optimization: batches) to ``max_epochs``.
+    """Return the number of optimizer steps, or of batches in manual optimization, to ``max_epochs``.
 
     Unlike `Trainer.estimated_stepping_batches` it follows a `GradientAccumulationScheduler`.
     """

@@ -1,4 +1,4 @@
-"""The end of a fit in spawned or forked processes, brought back to the process that called ``trainer.fit``."""
+"""`SpawnedResult`: the result of a fit in spawned or forked processes, in the process that called ``trainer.fit``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_estdgm.method._schedules import Schedule
 
 @dataclass(frozen=True)
 class SpawnedResult:
-    """What is known of a fit that ran in other processes; asked as a `DGMController` is."""
+    """Result of a fit that ran in other processes, with some of `DGMController`'s properties and methods."""
 
     phase: str
     density: float
@@ -34,7 +34,7 @@ class SpawnedResult:
     _masks: dict[str, Tensor]
 
     def decisions(self) -> tuple[LayerDecision, ...]:
-        """Return what was decided for every linear and convolution layer."""
+        """Return the decision for every linear and convolution layer."""
         return self._decisions
 
     def masks(self) -> dict[str, Tensor]:
@@ -47,9 +47,9 @@ class SpawnedResult:
 
 
 class SpawnedResultFile:
-    """Brings the end of a fit in spawned or forked processes back to the process that called ``trainer.fit``.
+    """Temporary file that brings the result of a fit back to the process that called ``trainer.fit``.
 
-    Lightning brings the weights back through a temporary file, but nothing of a callback; so this does the same.
+    Lightning brings back the weights in the same way, but nothing of a callback.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class SpawnedResultFile:
         weakref.finalize(self, _remove_by_maker, self._path, self._made_in)
 
     def leave(self, controller: DGMController, trainer: pl.Trainer) -> None:
-        """Write down the end of a fit; on every rank, and nothing where the maker itself has the controller."""
+        """Write the result of a fit; call it on every rank. Does nothing in the process that made this object."""
         if os.getpid() == self._made_in or not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             return
         content = {
@@ -72,7 +72,7 @@ class SpawnedResultFile:
             torch.save(content, self._path)
 
     def result(self, config: DGMConfig) -> SpawnedResult | None:
-        """Return what the last fit in other processes has left, or None."""
+        """Return the result of the last fit in other processes, or None."""
         if os.getpid() == self._made_in and self._path.exists():
             content = torch.load(self._path, weights_only=True)
             self._path.unlink()

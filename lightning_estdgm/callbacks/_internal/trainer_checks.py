@@ -1,4 +1,4 @@
-"""Settings of a Trainer that `DGMCallback` looks at: refusals, and the factor that gradients carry."""
+"""Checks of a Trainer's settings for `DGMCallback`, and the factor that its gradients carry."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostL
 
 
 def check_checkpoint_io(trainer: pl.Trainer) -> None:
-    """Let a CheckpointIO refuse the strategy, as `SparseCheckpointIO` does; Lightning tells it of none."""
+    """Let a CheckpointIO refuse the strategy, as `SparseCheckpointIO` does; Lightning does not pass it the strategy."""
     plugin = trainer.strategy.checkpoint_io
     for part in (plugin, getattr(plugin, "checkpoint_io", None)):  # an AsyncCheckpointIO wraps another
         if (check := getattr(part, "check_strategy", None)) is not None:
@@ -22,7 +22,7 @@ def grad_scale(trainer: pl.Trainer) -> float:
 
 
 def check_ddp(trainer: pl.Trainer) -> None:
-    """Refuse settings of DDP under which ranks would come to different masks, or torch fails without saying why."""
+    """Refuse settings of DDP that would give ranks different masks, or let torch fail without a reason."""
     strategy = trainer.strategy
     if not isinstance(strategy, DDPStrategy):
         return

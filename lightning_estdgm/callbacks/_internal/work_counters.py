@@ -16,9 +16,9 @@ from lightning_estdgm.engine._hooked_optimizers import parameters_of, with_step_
 class StepCounter:
     """Number of optimizer steps in which a parameter had a gradient.
 
-    Steps are seen through torch's hooks, of an optimizer or of those that it wraps; a step inside a step is none of
-    its own. Where an optimizer has no hooks that run, what `note_gradients` is told of is taken for its steps. A
-    wrapper may step several inner optimizers, or one several times: that is one step, if `note_gradients` tells of it.
+    Steps are counted by torch's hooks on an optimizer or on those that it wraps; nested steps count once. If none of
+    them runs hooks, each call of `note_gradients` counts as a step. A wrapper that steps several optimizers, or one
+    several times, makes one step for each call of `note_gradients`.
 
     Args:
         optimizers: Optimizers to watch.
@@ -29,16 +29,16 @@ class StepCounter:
 
     def __init__(self, optimizers: Iterable[Any]) -> None:
         self.steps = 0
-        self._depth = 0  # of steps under way inside one another
-        self._had_gradients = False  # before the step under way, which may clear them
-        self._told = False  # whether `note_gradients` tells of the steps of this batch
+        self._depth = 0  # number of nested steps that have begun and not ended
+        self._had_gradients = False  # before the current step, which may clear them
+        self._told = False  # whether `note_gradients` was called in this batch
         self._hooks: list[Any] = []
         self._optimizers: list[Any] = []
-        self._seen: set[int] = set()  # optimizers whose steps are seen
+        self._seen: set[int] = set()  # ids of the optimizers whose steps run hooks
         self._watch(optimizers)
 
     def note_gradients(self, optimizer: Any) -> None:
-        """Note that a step of `optimizer` comes next, its gradients there."""
+        """Note that `optimizer` has its gradients and steps next."""
         self._told = True
         if not _has_gradients(optimizer):
             return
@@ -48,10 +48,10 @@ class StepCounter:
             self.steps += 1
 
     def begin_batch(self, optimizers: Sequence[Any]) -> None:
-        """Forget steps that were noted and not made, as of a GradScaler that skipped one.
+        """Forget a noted step that was not made, as when a GradScaler skips it.
 
         Args:
-            optimizers: Optimizers of the fit now; a callback may have replaced them.
+            optimizers: Current optimizers of the fit, which a callback may have replaced.
         """
         self._had_gradients = self._told = False
         self._depth = 0

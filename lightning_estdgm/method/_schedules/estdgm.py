@@ -157,7 +157,7 @@ class EstDgm(ScheduleConfig):
         return cls(Phase(half, half, 0.40), Phase(density, density, 0.10), Phase(density, density, 0.50), **settings)
 
     def resolve(self, total_steps: int) -> Schedule:
-        """Lay the phases over `total_steps` optimizer steps.
+        """Return the schedule of a run of `total_steps` optimizer steps.
 
         Raises:
             ValueError: if the run is too short for the phases, or lengths in steps do not add up to it.

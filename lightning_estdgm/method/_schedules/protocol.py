@@ -75,14 +75,14 @@ class Schedule(Protocol):
 
 
 class ScheduleConfig(ABC):
-    """A schedule as a user configures it, for a run of any length: a frozen dataclass with these two methods.
+    """Settings of a schedule for a run of any length. Any frozen dataclass with these two methods is one.
 
-    A class need not inherit from this one to be taken; one that does can also be named in YAML (``class_path``).
+    A class need not inherit from this one; one that does can also be named in YAML (``class_path``).
     """
 
     @abstractmethod
     def resolve(self, total_steps: int) -> Schedule:
-        """Lay the schedule over a run of `total_steps` optimizer steps."""
+        """Return the schedule of a run of `total_steps` optimizer steps."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class ConstantDensity(ScheduleConfig):
         check_intervals(self.update_every, self.observe_steps)
 
     def resolve(self, total_steps: int) -> Schedule:
-        """Lay the updates over `total_steps` optimizer steps."""
+        """Return the schedule of a run of `total_steps` optimizer steps."""
         check_int("total_steps", total_steps, at_least=1)
         every, observe = intervals(self.update_every, self.observe_steps, total_steps)
         end = round(self.stop * total_steps)
@@ -97,7 +97,7 @@ class CubicDensity(ScheduleConfig):
         check_intervals(self.update_every, self.observe_steps)
 
     def resolve(self, total_steps: int) -> Schedule:
-        """Lay the fall over `total_steps` optimizer steps.
+        """Return the schedule of a run of `total_steps` optimizer steps.
 
         Raises:
             ValueError: if the run is too short for one update between `begin` and `end`.
@@ -168,7 +168,7 @@ class AlternatingDensity(ScheduleConfig):
         return round(self._between() / self.period)
 
     def resolve(self, total_steps: int) -> Schedule:
-        """Lay the phases over `total_steps` optimizer steps.
+        """Return the schedule of a run of `total_steps` optimizer steps.
 
         Raises:
             ValueError: if a phase would have no step.

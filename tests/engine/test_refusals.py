@@ -8,8 +8,8 @@ import torch
 from helpers.controller_runs import BLOCKS, STEPS, WEIGHTS, adamw, refuse
 from helpers.masked_weights import numbered, sharded_weight
 from lightning_estdgm.config import DGMConfig, Units
-from lightning_estdgm.engine._checks import check_rule, check_state
 from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.engine._refusals import check_rule, check_state
 from lightning_estdgm.method._backward_set import BackwardSet
 from lightning_estdgm.method._schedules import EstDgm
 from lightning_estdgm.method._update_rule import UpdateRule
