@@ -24,7 +24,14 @@ from lightning_estdgm.energy._export import EnergyMeasurement, check_prometheus,
 from lightning_estdgm.energy._footprint import Footprint
 from lightning_estdgm.energy._ledger import Ledger
 from lightning_estdgm.energy._reading import DeviceId
-from lightning_estdgm.energy._run_file import run_file_content, write_run_file
+from lightning_estdgm.energy._run_file import (
+    EXCEPTION,
+    FILE_NAME,
+    FINISHED,
+    RUNNING,
+    run_file_content,
+    write_run_file,
+)
 from lightning_estdgm.energy._sampler import check_seconds
 from lightning_estdgm.energy._summary import TRAIN, VAL, announcement, metrics, summary
 from lightning_estdgm.energy.sources._protocol import EnergySource, resolve
@@ -37,8 +44,13 @@ class EnergyMonitor(Callback):
     ``energy/{train,val}_joules``, ``energy/phase/<phase>_joules``, ``energy/joules_per_step``,
     ``energy/joules_per_sample``, ``power/*_watts``, ``power/gpu/<node>/<local>_watts``,
     ``energy/coverage_ratio``, ``energy/gaps``, ``energy/seconds``. A figure with any estimated part ends in
-    ``_estimated``. Totals are in the checkpoint, so restarts add up. At the end, and after an exception,
-    ``energy.json`` is written to the first logger's folder, or to the trainer's root where it has none.
+    ``_estimated``. Totals are in the checkpoint, so restarts add up. At each checkpoint, at the end, and after an
+    exception, ``energy.json`` is written to the first logger's folder (its `log_dir`, else the folder that holds the
+    run's checkpoints), or to the trainer's root where there is no logger. The file of another run is left as it is:
+    this one's is then ``energy-1.json``.
+
+    Whatever fails here (a source, a logger, a file, a GPU that is lost) costs joules and a warning, never the run;
+    what the functions of `per` raise is raised.
 
     The phase is the `phase` (a str) of another callback of the trainer, such as `DGMCallback`; without one
     it is "train". Each device is read by one process of its host, and rank 0 logs the sums of all.
@@ -92,6 +104,7 @@ class EnergyMonitor(Callback):
         self._ledger = Ledger()
         self._assigned: list[list[ActiveSource]] = []  # by rank
         self._unavailable: list[UnavailableSource] = []
+        self._failing: frozenset[DeviceId] = frozenset()
         self._idle_w: dict[DeviceId, float] = {}
         self._power_w: dict[DeviceId, float] = {}  # as last logged
         self._model: dict[str, Any] | None = None
@@ -111,9 +124,15 @@ class EnergyMonitor(Callback):
 
     def summary(self) -> dict[str, Any]:
         """Return the run so far in plain types, during and after `fit`; joules that nobody read are None."""
-        idle_w = None if self._idle_s is None else self._idle_w
+        if self._fit is not None:
+            self._failing = self._fit.failing()
         return summary(
-            self._ledger.total(), self._active(), self._unavailable, idle_w=idle_w, footprint=self._footprint
+            self._ledger.total(),
+            self._active(),
+            self._unavailable,
+            failing=self._failing,
+            idle_w=None if self._idle_s is None else self._idle_w,
+            footprint=self._footprint,
         )
 
     def measurements(self) -> list[EnergyMeasurement]:
@@ -136,7 +155,13 @@ class EnergyMonitor(Callback):
         """
         if self._stage not in (None, "fit"):
             return  # `trainer.test(ckpt_path="best")` must not take back the joules of the fit before it
-        self._ledger.load_state_dict(state_dict)
+        try:
+            self._ledger.load_state_dict(state_dict)
+        except (AttributeError, LookupError, TypeError, ValueError) as e:
+            rank_zero_warn(
+                f"the energy in the checkpoint cannot be read ({type(e).__name__}: {e}): "
+                "the joules before it are missing from this run's totals"
+            )
 
     # Hooks
 
@@ -153,7 +178,10 @@ class EnergyMonitor(Callback):
         self._assigned, self._unavailable = fit.assigned, fit.unavailable
         self._ledger.begin(fit.key, fit.totals)
         self._exchange(fit)
-        fit.describe(pl_module, self._model)
+        try:
+            fit.describe(pl_module, self._model)
+        except Exception as e:
+            rank_zero_warn(f"the run cannot be described, so it writes no {FILE_NAME}: {type(e).__name__}: {e}")
         rank_zero_info(announcement(self._active(), self._unavailable, self._idle_w))
         if trainer.is_global_zero:
             fit.log.add_layout()
@@ -188,6 +216,18 @@ class EnergyMonitor(Callback):
         """Attribute energy to training again."""
         self._enter(trainer, TRAIN)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write the run's file, so that a run that is killed later can be reported; `state_dict` has read before."""
+        if self._fit is not None:
+            self._write(trainer, self._fit, RUNNING)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the run's file where checkpoints hold weights alone: Lightning tells callbacks of no such checkpoint."""
+        if self._fit is not None and any(getattr(c, "save_weights_only", False) for c in trainer.checkpoint_callbacks):
+            self._fit.read()
+            self._exchange(self._fit)
+            self._write(trainer, self._fit, RUNNING)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read a last time, log it, write the run's file; the thread ends."""
         if self._fit is None:
@@ -195,14 +235,14 @@ class EnergyMonitor(Callback):
         self._fit.synchronize()
         self._fit.stop()  # first, so that the last values logged are those of `summary`
         self._log(trainer, self._fit)
-        self._write(trainer, self._fit, "finished")
+        self._write(trainer, self._fit, FINISHED)
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep the readings so far and write the run's file; the thread ends."""
         if self._fit is not None:
             self._fit.stop()
-            self._write(trainer, self._fit, "exception")
+            self._write(trainer, self._fit, EXCEPTION)
         self._close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -247,17 +287,18 @@ class EnergyMonitor(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         try:
-            run = fit.description()
+            run = fit.description(self._ledger.fits())
             if run is None:
                 return
             method = describe_method(self._others(trainer))
             content = run_file_content(status=status, run=run, method=method, energy=self.summary())
-            write_run_file(run_folder(trainer), content)
+            fit.log.warn_of_another_file(write_run_file(run_folder(trainer), content))
         except Exception as e:
             rank_zero_warn(f"the energy summary cannot be written: {type(e).__name__}: {e}")
 
     def _close(self) -> None:
         if self._fit is not None:
+            self._failing = self._fit.failing()
             self._fit.close()
         self._ledger.end()
         self._fit = None

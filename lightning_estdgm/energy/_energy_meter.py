@@ -106,9 +106,10 @@ class EnergyMeter:
     def summary(self) -> dict[str, Any]:
         """Return all figures in plain types: those of `EnergyMonitor.summary` that apply here, and sums by window."""
         totals = self._current()
-        active, unavailable = (self._last.active, self._last.unavailable) if self._last else ([], [])
+        last = self._last
+        active, unavailable, failing = (last.active, last.unavailable, last.failing()) if last else ([], [], ())
         return {
-            **joules_and_sources(totals, active, unavailable),
+            **joules_and_sources(totals, active, unavailable, failing),
             "by_window": {label: totals.joules(label=label) for label in totals.labels()},
             "seconds_by_window": {label: totals.window_ns[label, ""] / 1e9 for label in totals.labels()},
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lightning_estdgm.energy._fit_history import FitHistory
 from lightning_estdgm.energy._totals import Totals
 
 
@@ -34,10 +35,13 @@ class Ledger:
         self.others = Totals()
         self._own: Callable[[], Totals] | None = None
         self._fit = ""
+        self._history = FitHistory()
 
     def __getstate__(self) -> dict[str, Any]:
         # The measurement stays in the process that measures; a copy holds its sums as of now.
-        return {"_base": self.total(), "others": Totals(), "_own": None, "_fit": ""}
+        history = FitHistory()
+        history.load(self.fits())
+        return {"_base": self.total(), "others": Totals(), "_own": None, "_fit": "", "_history": history}
 
     def begin(self, fit: str, own: Callable[[], Totals]) -> None:
         """Start a fit.
@@ -49,6 +53,7 @@ class Ledger:
         self.end()
         self._own = own
         self._fit = fit
+        self._history.begin(fit)
 
     def end(self) -> None:
         """End the fit: its sums become part of the base."""
@@ -56,6 +61,11 @@ class Ledger:
         self.others = Totals()
         self._own = None
         self._fit = ""
+        self._history.end(self._base.steps)
+
+    def fits(self) -> list[dict[str, Any]]:
+        """Return the fits whose sums these are, the earliest first, as `FitHistory.spans` does."""
+        return self._history.spans(self.total().steps)
 
     def own(self) -> Totals:
         """Return the sums of this process in the current fit."""
@@ -70,8 +80,8 @@ class Ledger:
         return self._base.add(self.fit())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the total in plain types, and the id of the fit it was taken in."""
-        return {"totals": self.total().state_dict(), "fit": self._fit}
+        """Return the total in plain types, the id of the fit it was taken in, and the times of all fits so far."""
+        return {"totals": self.total().state_dict(), "fit": self._fit, "fits": self.fits()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a checkpoint's total as the base; the current fit comes on top, so loading twice changes nothing.
@@ -89,3 +99,4 @@ class Ledger:
             totals.steps = int(state["steps"])
             totals.counts = {"sample": state["samples"]}
         self._base = totals
+        self._history.load(state.get("fits", ()))

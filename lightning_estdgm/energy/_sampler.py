@@ -196,11 +196,10 @@ class Sampler:
                 continue
             self._read_at_ns[source.name] = now_ns
             try:
-                got = self._sources.read(source)
+                for device, reading in self._sources.read(source).items():
+                    readings.setdefault(device, reading)
             except Exception:
                 continue  # its devices are missing from the readings, so they count as failed
-            for device, reading in got.items():
-                readings.setdefault(device, reading)
         accumulator.update(time.monotonic_ns(), readings, not_due)
 
     def _thread_interval_s(self) -> float:

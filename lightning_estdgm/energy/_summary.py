@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +15,10 @@ TRAIN, VAL = "train", "val"
 
 
 def joules_and_sources(
-    totals: Totals, active: Iterable[ActiveSource], unavailable: Iterable[UnavailableSource]
+    totals: Totals,
+    active: Iterable[ActiveSource],
+    unavailable: Iterable[UnavailableSource],
+    failing: Collection[DeviceId] = (),
 ) -> dict[str, Any]:
     """Return joules, sources and coverage in plain types; a figure that nobody read is None, never 0.
 
@@ -23,6 +26,7 @@ def joules_and_sources(
         totals: Sums over restarts and processes.
         active: Sources in use now; earlier ones are in `totals`.
         unavailable: Sources that are not used.
+        failing: Devices whose last reading failed.
     """
     active = list(active)
     methods: set[str] = {cell.method for cell in totals.energy_uj} | {source.method for source in active}
@@ -36,6 +40,12 @@ def joules_and_sources(
         "gaps": totals.gaps,
         "segments": totals.segments,
         "sources": _sources(totals, active),
+        "failing": [
+            {"host": d.host, "kind": d.kind, "uid": d.uid, "name": info.name}
+            for source in active
+            for d, info in source.devices.items()
+            if d in failing
+        ],
         "absent": [{"name": a.name, "status": a.status.value, "reason": a.reason} for a in unavailable],
         "method": "none" if not methods else methods.pop() if len(methods) == 1 else "mixed",
     }
@@ -46,6 +56,7 @@ def summary(
     active: Iterable[ActiveSource],
     unavailable: Iterable[UnavailableSource],
     *,
+    failing: Collection[DeviceId] = (),
     idle_w: Mapping[DeviceId, float] | None = None,
     footprint: Footprint | None = None,
 ) -> dict[str, Any]:
@@ -55,13 +66,14 @@ def summary(
         totals: Sums over restarts and processes.
         active: Sources in use now; earlier ones are in `totals`.
         unavailable: Sources that are not used.
+        failing: Devices whose last reading failed.
         idle_w: Idle baseline in watts by device; None without one.
         footprint: Factors for CO2 and cost; None leaves both out.
     """
     joules, train_j = totals.joules(), totals.joules(stage=TRAIN)
     counts = {"step": totals.steps, **totals.counts}
     content: dict[str, Any] = {
-        **joules_and_sources(totals, active, unavailable),
+        **joules_and_sources(totals, active, unavailable, failing),
         "by_phase": {label: totals.joules(label=label) for label in totals.labels()},
         "train_by_phase": {label: totals.joules(label=label, stage=TRAIN) for label in totals.labels()},
         "seconds_by_phase": {

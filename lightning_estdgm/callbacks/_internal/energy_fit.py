@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -53,6 +53,7 @@ class EnergyFit:
         self._window = ("", "")
         self._places: list[tuple[str, str]] = []  # host and device, by rank
         self._run: dict[str, Any] | None = None
+        self._failing_elsewhere: set[DeviceId] = set()  # as of the last exchange
         self.key = ""
         self.assigned: list[list[ActiveSource]] = []
         self.unavailable: list[UnavailableSource] = []
@@ -110,11 +111,18 @@ class EnergyFit:
     def exchange(self) -> tuple[Totals, dict[DeviceId, float]]:
         """Return the sums of the other ranks, and the idle watts of all. All ranks call it at the same points."""
         others, idle_w = Totals(), {}
-        for rank, (totals, watts) in enumerate(_gather(self._trainer, (self.totals(), self._sampler.idle_watts))):
+        own = (self.totals(), self._sampler.idle_watts, self._sampler.failing())
+        self._failing_elsewhere.clear()
+        for rank, (totals, watts, failing) in enumerate(_gather(self._trainer, own)):
             idle_w.update(watts)
             if rank != self._trainer.global_rank:
                 others = others.add(totals, beside=True)
+                self._failing_elsewhere.update(failing)
         return others, idle_w
+
+    def failing(self) -> frozenset[DeviceId]:
+        """Return the devices of all ranks whose last reading failed."""
+        return frozenset(self._sampler.failing()) | self._failing_elsewhere
 
     def warn_of_failures(self) -> None:
         """Warn once of each device that cannot be read any more."""
@@ -135,12 +143,18 @@ class EnergyFit:
             "model": model or describe_model(pl_module),
         }
 
-    def description(self) -> dict[str, Any] | None:
-        """Return the description of the run and its progress; None before `describe`."""
+    def description(self, fits: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+        """Return the description of the run and its progress; None before `describe`.
+
+        Args:
+            fits: Fits whose joules the run holds, with their times; the last one is this one.
+        """
         if self._run is None:
             return None
         return {
             **self._run,
+            "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "fits": list(fits),
             "batch_size": self._batches.batch_size,
             "global_step": self._trainer.global_step,
             "epochs": self._trainer.current_epoch,

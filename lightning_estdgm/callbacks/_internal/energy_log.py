@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 
 from lightning_estdgm.energy._export import EnergyMeasurement, write_prometheus
 from lightning_estdgm.energy._reading import DeviceId
+from lightning_estdgm.energy._run_file import FILE_NAME
 
 _log = logging.getLogger(__name__)
 
@@ -45,23 +47,30 @@ class EnergyLog:
         """Give TensorBoard a page with the energy curves."""
         for logger in self._trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_custom_scalars(_LAYOUT)
+                with self._never_ends_the_run("the page of energy curves"):
+                    logger.experiment.add_custom_scalars(_LAYOUT)
 
     def log_metrics(self, values: Mapping[str, float]) -> None:
         """Log the metrics at the step of Lightning's own curves, with each logger's separator for "/"."""
         step = self._trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in self._trainer.loggers:
-            separator = logger.group_separator
-            logger.log_metrics({name.replace("/", separator): value for name, value in values.items()}, step=step)
+            with self._never_ends_the_run(f"energy metrics to {type(logger).__name__}"):
+                separator = logger.group_separator
+                logger.log_metrics({name.replace("/", separator): value for name, value in values.items()}, step=step)
 
     def write_prometheus(self, path: Path, values: Iterable[EnergyMeasurement]) -> None:
         """Rewrite the Prometheus file; one that cannot be written costs a warning."""
-        try:
+        with self._never_ends_the_run(f"the Prometheus file {path}"):
             write_prometheus(path, values)
-        except OSError as e:
-            if path not in self._said:
-                self._said.add(path)
-                rank_zero_warn(f"the Prometheus file {path} cannot be written: {e}")
+
+    def warn_of_another_file(self, path: Path) -> None:
+        """Warn once that the run's file has another name, because another run's is there."""
+        if path.name != FILE_NAME and path not in self._said:
+            self._said.add(path)
+            rank_zero_warn(
+                f"{path.parent} holds the {FILE_NAME} of another run: this run's is {path.name}. "
+                "Give each run a folder of its own: curves in one folder cannot be told apart"
+            )
 
     def warn_of(self, failing: Iterable[DeviceId]) -> None:
         """Warn of each device whose last reading failed, the first time it does."""
@@ -75,3 +84,13 @@ class EnergyLog:
                     device.uid,
                     device.host,
                 )
+
+    @contextlib.contextmanager
+    def _never_ends_the_run(self, what: str) -> Iterator[None]:
+        """Turn an error into a warning, the first time: a meter may fail, the training goes on."""
+        try:
+            yield
+        except Exception as e:
+            if what not in self._said:
+                self._said.add(what)
+                rank_zero_warn(f"{what} cannot be written: {type(e).__name__}: {e}")

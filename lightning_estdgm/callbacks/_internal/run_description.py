@@ -63,23 +63,41 @@ def describe_run(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]
 
 def phase_of(callbacks: Iterable[Callback]) -> str | None:
     """Return the first `phase` of type str among the callbacks, "setup" for an empty one; None where there is none."""
-    phases = (getattr(callback, "phase", None) for callback in callbacks)
-    return next((phase or "setup" for phase in phases if isinstance(phase, str)), None)
+    phases = (_phase(callback) for callback in callbacks)
+    return next((phase or "setup" for phase in phases if phase is not None), None)
 
 
 def describe_method(callbacks: Iterable[Callback]) -> dict[str, Any] | None:
     """Return the `run_summary` of the first callback that has one and a `phase`; None where there is none."""
     for callback in callbacks:
-        if isinstance(getattr(callback, "phase", None), str) and hasattr(callback, "run_summary"):
+        if _phase(callback) is not None and hasattr(callback, "run_summary"):
             return dict(callback.run_summary())
     return None
 
 
+def _phase(callback: Callback) -> str | None:
+    try:
+        phase = getattr(callback, "phase", None)
+    except Exception:  # another's property, which may mean something else and not be ready yet
+        return None
+    return phase if isinstance(phase, str) else None
+
+
 def run_folder(trainer: Trainer) -> Path:
-    """Return the first logger's own folder if it has one, else the Trainer's root."""
+    """Return the folder of a run: the first logger's own, else the one in which its checkpoints lie.
+
+    A logger without a `log_dir` (W&B, MLflow, Comet, Neptune) has checkpoints in ``save_dir/name/version``, as
+    Lightning's `ModelCheckpoint` resolves its `dirpath`. Without a logger it is the Trainer's root.
+    """
     # Not trainer.log_dir: it broadcasts, and after an exception the other ranks may be gone.
-    folder = getattr(trainer.logger, "log_dir", None) if trainer.logger else None
-    return Path(folder if isinstance(folder, str) and folder else trainer.default_root_dir)
+    logger = trainer.logger
+    if logger is None:
+        return Path(trainer.default_root_dir)
+    folder = getattr(logger, "log_dir", None)
+    if isinstance(folder, str) and folder:
+        return Path(folder)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
 
 
 def _is_compiled(module: LightningModule) -> bool:
