@@ -222,7 +222,7 @@ class EnergyMonitor(Callback):
             self._write(trainer, self._fit, RUNNING)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the run's file where checkpoints hold weights alone: Lightning tells callbacks of no such checkpoint."""
+        """Write the run's file where checkpoints hold weights alone, of which Lightning does not tell callbacks."""
         if self._fit is not None and any(getattr(c, "save_weights_only", False) for c in trainer.checkpoint_callbacks):
             self._fit.read()
             self._exchange(self._fit)

@@ -51,8 +51,14 @@ def test_it_describes_the_run_and_what_it_used(tmp_path: Path, monkeypatch: pyte
     assert list(content) == ["version", "format", "status", "run", "method", "energy"]
     assert (content["version"], content["format"], content["status"]) == (1, "lightning_estdgm.energy", "finished")
     run = content["run"]
-    started = run.pop("started")
+    started, ended = run.pop("started"), run.pop("ended")
     assert started.endswith("+00:00")
+    assert ended.endswith("+00:00")
+    (fit,) = run.pop("fits")
+    assert (len(fit.pop("id")), fit.pop("steps")) == (32, 4)
+    assert list(fit) == ["started", "ended"]
+    assert started[:19] <= fit["ended"][:19] <= ended[:19]
+    assert fit["started"] < fit["ended"]
     assert len(run["model"].pop("fingerprint")) == 64
     assert run.pop("host")
     assert run.pop("versions") == {

@@ -135,6 +135,19 @@ def write_run(
     return folder
 
 
+def at(day: int, *hours: tuple[float, float], ids: str = "") -> dict[str, Any]:
+    """The part of an energy.json that tells when its fits ran, in hours of a day."""
+
+    def time(hour: float) -> str:
+        return f"2026-11-{day:02d}T{int(hour):02d}:{round(hour % 1 * 60):02d}:00.000+00:00"
+
+    fits = [
+        {"id": ids[i : i + 1] or f"{day}/{begin}-{end}", "started": time(begin), "ended": time(end), "steps": 100}
+        for i, (begin, end) in enumerate(hours)
+    ]
+    return {"run": {"fits": fits, "started": fits[-1]["started"], "ended": fits[-1]["ended"]}}
+
+
 def falling(end: float, start: float = 5.0) -> dict[int, float]:
     """Losses at steps 9, 19, ..., 99, in equal steps from ``start`` down to ``end``."""
     return {10 * i + 9: start + (end - start) * i / 9 for i in range(10)}

@@ -49,7 +49,9 @@ class DGMLog:
         """Log a step, as often as the Trainer does and after each mask update; print the decisions once."""
         controller, trainer = self._controller, self._trainer
         # For ModelCheckpoint and EarlyStopping, in every step; self.log would keep them to one loop's results.
-        watched = {name: torch.tensor(value, device="cpu") for name, value in self._metrics().items() if name in _WATCHED}
+        watched = {
+            name: torch.tensor(value, device="cpu") for name, value in self._metrics().items() if name in _WATCHED
+        }
         trainer.callback_metrics.update(watched)
         if not self._printed:
             self._printed = True

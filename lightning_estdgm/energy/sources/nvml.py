@@ -120,7 +120,9 @@ class Nvml:
             self.close()
             hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
             because = "" if hidden is None else f": CUDA_VISIBLE_DEVICES is {hidden!r}"
-            raise SourceUnavailable(Status.UNAVAILABLE, f"no NVIDIA GPU is visible to this process{because}{self._note}")
+            raise SourceUnavailable(
+                Status.UNAVAILABLE, f"no NVIDIA GPU is visible to this process{because}{self._note}"
+            )
         for gpu in gpus:
             gpu.mode, gpu.refused = self._choose(gpu)
         if all(gpu.mode is None for gpu in gpus):

@@ -54,10 +54,12 @@ def check_runs(runs: Sequence[FinishedRun]) -> None:
         raise ValueError("got no run, expected at least one")
     seen: dict[Any, FinishedRun] = {}
     for run in runs:
-        place = run.path.resolve()
-        if place in seen:
-            raise ValueError(f"{run.path}: named twice, which would count its joules twice")
-        seen[place] = run
+        fit = next(reversed(run.fits), None)  # the same in each copy of a run's file
+        for key in (run.path.resolve(), fit):
+            if key in seen:
+                raise ValueError(f"{run.path}: named twice, which would count its joules twice")
+            if key is not None:
+                seen[key] = run
     first = runs[0]
     for run in runs[1:]:
         models = run.run["model"], first.run["model"]

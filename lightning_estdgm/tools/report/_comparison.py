@@ -9,6 +9,7 @@ from lightning_estdgm.tools.report._arms import check_runs, group, short_names
 from lightning_estdgm.tools.report._contrast import Contrast, contrast_arms
 from lightning_estdgm.tools.report._fairness import settings_of, warnings_of
 from lightning_estdgm.tools.report._finished_run import FinishedRun
+from lightning_estdgm.tools.report._overlap import overlaps_of
 from lightning_estdgm.tools.report._results import Arm, coarse_warnings, result_of, shared_kind
 from lightning_estdgm.tools.report._target import Mode, Target, choose_target
 from lightning_estdgm.tools.report._words import Units
@@ -90,6 +91,8 @@ def compare(
     differing = frozenset(
         name for name, by_arm in settings.items() if len({value for values in by_arm.values() for value in values}) > 1
     )
+    overlaps = overlaps_of(runs)
+    by_run = {run.path: [overlap.sentence(names) for overlap in overlaps if run.path in overlap.runs] for run in runs}
     return Comparison(
         baseline=baseline,
         arms=results,
@@ -97,8 +100,8 @@ def compare(
         target=goal,
         no_target=no_target,
         budget_steps=budget,
-        contrasts=tuple(contrast_arms(results[0], arm, arms, goal, no_target, budget) for arm in results[1:]),
-        warnings=(*warnings_of(arms, names, settings, differing), *coarse_warnings(results, goal)),
+        contrasts=tuple(contrast_arms(results[0], arm, arms, goal, no_target, budget, by_run) for arm in results[1:]),
+        warnings=(*warnings_of(arms, names, settings, differing, overlaps), *coarse_warnings(results, goal)),
         settings=settings,
         differing=differing,
     )

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lightning_estdgm.tools._stats import Spread, ratios, spread
 from lightning_estdgm.tools.report._finished_run import FinishedRun, Kind
+from lightning_estdgm.tools.report._overlap import some
 from lightning_estdgm.tools.report._results import Arm, Point, RunResult
 from lightning_estdgm.tools.report._target import Target
 
@@ -57,10 +59,23 @@ def contrast_arms(
     target: Target | None,
     no_target: str,
     budget: int | None,
+    overlaps: Mapping[Path, Sequence[str]],
 ) -> Contrast:
-    """Hold an arm against the baseline."""
+    """Hold an arm against the baseline.
+
+    Args:
+        base: Baseline.
+        arm: Arm.
+        runs: Runs by arm.
+        target: Value to be reached; None for none.
+        no_target: Reason why there is none.
+        budget: Step that all runs came to.
+        overlaps: By folder of a run, sentences on the runs that used one counter at the same time.
+    """
     reasons = [*_missed(base, target), *_missed(arm, target)] if target else [f"no target: {no_target}"]
     reasons += _unlike(base, arm, runs)
+    members = [run.path for each in (base, arm) for run in runs[each.name]]
+    reasons += some(dict.fromkeys(sentence for path in members for sentence in overlaps.get(path, ())))
     if not reasons:
         reasons += [
             f"{run.name}: no joules were logged around step {run.reached.step}, where it reached the target"

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from lightning_estdgm.energy._run_file import FINISHED
 from lightning_estdgm.tools._stats import percent
 from lightning_estdgm.tools.report._finished_run import FinishedRun
+from lightning_estdgm.tools.report._overlap import Overlap, some
 from lightning_estdgm.tools.report._words import text
 
 _MIN_COVERAGE = 0.95
@@ -55,6 +57,7 @@ def warnings_of(
     names: Mapping[Path, str],
     settings: Mapping[str, Mapping[str, tuple[str, ...]]],
     differing: frozenset[str],
+    overlaps: Sequence[Overlap] = (),
 ) -> list[str]:
     """Sentences on what makes a comparison unfair or weak, or leaves joules out.
 
@@ -63,8 +66,9 @@ def warnings_of(
         names: Name of each run by its folder.
         settings: Values of each setting by arm.
         differing: Names of the settings that are not the same in all runs.
+        overlaps: Pairs of runs that used one counter at the same time.
     """
-    found = []
+    found = some(overlap.sentence(names) for overlap in overlaps)
     runs = [run for members in arms.values() for run in members]
     for name, by_arm in settings.items():
         if name in differing:
@@ -84,7 +88,15 @@ def warnings_of(
             found.append(
                 f"{names[run.path]}: {run.energy['gaps']} gap(s) in the readings; joules in a gap may be missing"
             )
-        if run.summary.get("status") not in ("finished", None):
+        failing = [f"{d['kind']} {d['uid']} on {d['host']}" for d in run.energy.get("failing", ())]
+        if failing:
+            found.append(f"{names[run.path]}: {text(failing)} could not be read at the end: joules are missing")
+        if run.unfinished:
+            found.append(
+                f"{names[run.path]}: not finished: it was killed or is still running, and its figures end with its "
+                "last checkpoint"
+            )
+        elif run.summary.get("status") not in (FINISHED, None):
             found.append(f"{names[run.path]}: ended with an exception")
         shared = [d["name"] for s in run.energy["sources"] for d in s["devices"] if d.get("shared")]
         if shared:

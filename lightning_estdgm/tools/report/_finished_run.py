@@ -1,4 +1,4 @@
-"""A finished run: its summary and its curves."""
+"""A run as its files tell it: its summary and its curves."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_estdgm.energy._run_file import RUNNING
 from lightning_estdgm.tools.report._curve import Curve
 
 Kind = Literal["measured", "estimated", "partly estimated", "unknown"]
@@ -21,10 +22,10 @@ _EMPTY = Curve.of([])
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """One run that has ended, as read from its folder.
+    """One run that has ended, or was killed, as read from its folder.
 
     Attributes:
-        path: Folder as the user named it.
+        path: Folder, or file in it, as the user named it.
         summary: Content of its energy.json.
         curves: Logged values by tag, from the TensorBoard event files or the metrics.csv beside the summary.
         label: Name of the arm that the user gave it; None for none.
@@ -66,11 +67,35 @@ class FinishedRun:
         )
 
     @property
+    def devices(self) -> frozenset[tuple[str, str, str]]:
+        """Devices whose joules are in it, each as host, kind and id."""
+        return frozenset(
+            (str(device.get("host")), str(device["kind"]), str(device.get("uid")))
+            for source in self.energy["sources"]
+            for device in source["devices"]
+            if device["joules"] is not None
+        )
+
+    @property
     def started(self) -> datetime | None:
         """Time at which it began; None where that is not stated."""
         with suppress(KeyError, TypeError, ValueError):
-            return datetime.fromisoformat(str(self.run["started"]).replace("Z", "+00:00"))
+            return _time(self.run["started"])
         return None
+
+    @property
+    def fits(self) -> dict[str, tuple[datetime, datetime]]:
+        """Begin and end of its fits by their ids; empty where they are not stated, as in older files."""
+        found = {}
+        with suppress(KeyError, TypeError, ValueError):
+            for fit in self.run["fits"]:
+                found[str(fit["id"])] = (_time(fit["started"]), _time(fit["ended"]))
+        return found
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether its file was last written while it ran."""
+        return self.summary.get("status") == RUNNING
 
     @cached_property
     def joules(self) -> Curve:
@@ -109,6 +134,12 @@ class FinishedRun:
         if not len(curve.steps) and total is not None and self.run.get("global_step") is not None:
             return Curve.of([(self.run["global_step"], total)])
         return curve
+
+
+def _time(text: str) -> datetime:
+    """Return a time of ISO 8601; one without a zone is UTC."""
+    time = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
 
 
 def kind_of(energy: Mapping[str, Any]) -> Kind:

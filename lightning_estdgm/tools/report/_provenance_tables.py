@@ -29,7 +29,7 @@ def runs_table(comparison: Comparison, units: Units) -> ReportTable:
                 _reached(result),
                 covered,
                 str(run.energy["gaps"]),
-                str(run.summary.get("status", DASH)),
+                "unfinished" if run.unfinished else str(run.summary.get("status", DASH)),
             )
             rows.append(Row(result.name, cells))
     best = f"best {comparison.target.metric}" if comparison.target else "best"

@@ -1,4 +1,4 @@
-"""Reading the folder of a finished run: the summary that EnergyMonitor wrote, and the curves logged beside it."""
+"""Reading the folder of a run: the summary that EnergyMonitor wrote, and the curves logged beside it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lightning_estdgm.energy._run_file import FILE_NAME, FORMAT, VERSION
+from lightning_estdgm.energy._run_file import FILE_NAME, FORMAT, VERSION, is_run_file
 from lightning_estdgm.tools.report._curve import Curve
 from lightning_estdgm.tools.report._finished_run import FinishedRun
 
@@ -35,36 +35,46 @@ class RunError(ValueError):
 
 
 def find_summary(folder: Path) -> Path:
-    """The one energy.json in a folder or below it.
+    """The one energy.json in a folder or below it; of several in one folder, the file that the user named.
 
     Raises:
         RunError: There is no such folder, no summary in it, or several.
     """
+    if folder.is_file() and is_run_file(folder):
+        return folder
     if not folder.is_dir():
         raise RunError(
             f"{folder}: expected the folder of a run, got {'a file' if folder.exists() else 'nothing there'}"
         )
-    found = sorted(folder.rglob(FILE_NAME))
+    found = _summaries_below(folder)
     if not found:
         raise RunError(
-            f"{folder}: no {FILE_NAME} in it or below. EnergyMonitor writes it at the end of fit, into the folder of "
-            "the first logger, else into default_root_dir"
+            f"{folder}: no {FILE_NAME} in it or below. EnergyMonitor writes it at the end of fit and at each "
+            "checkpoint, into the folder of the first logger, else into default_root_dir"
         )
     if len(found) > 1:
-        folders = ", ".join(str(path.parent) for path in found)
-        raise RunError(f"{folder}: got {len(found)} runs, expected one; name one of {folders}")
+        parents = [path.parent for path in found]
+        places = [str(path if parents.count(path.parent) > 1 else path.parent) for path in found]
+        raise RunError(f"{folder}: got {len(found)} runs, expected one; name one of {', '.join(places)}")
     return found[0]
 
 
+def _summaries_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("energy*.json") if is_run_file(path))
+
+
 def read_run(folder: str | Path, label: str | None = None) -> FinishedRun:
-    """Read a finished run: its energy.json and the curves beside it.
+    """Read a run: its energy.json and the curves beside it.
+
+    Of several runs in one folder no curves are read, as nothing tells whose they are.
 
     Raises:
         RunError: The folder does not hold one run, or its summary is broken, or of a newer version than this one reads.
     """
     folder = Path(folder)
     path = find_summary(folder)
-    return FinishedRun(folder, _read_summary(path), _read_curves(path.parent), label)
+    alone = sum(map(is_run_file, path.parent.glob("energy*.json"))) == 1
+    return FinishedRun(folder, _read_summary(path), _read_curves(path.parent) if alone else {}, label)
 
 
 def _read_summary(path: Path) -> dict[str, Any]:

@@ -120,6 +120,19 @@ def test_several_runs_in_one_folder_are_listed(tmp_path):
         read_run(tmp_path / "logs")
 
 
+def test_several_runs_in_one_folder_are_named_by_their_files_and_read_without_curves(tmp_path):
+    folder = write_run(tmp_path / "run", falling(2.0))
+    assert read_run(folder / "energy.json").metrics.keys() == {"val_loss"}
+    (folder / "energy-1.json").write_text(json.dumps(summary(watts=70.0)))
+    (folder / "energy-old.json").write_text("{}")  # somebody's own
+    with pytest.raises(RunError, match=r"got 2 runs, expected one; name one of .*energy-1\.json, .*energy\.json$"):
+        read_run(folder)
+    first, second = read_run(folder / "energy.json"), read_run(folder / "energy-1.json")
+    assert [run.energy["total_joules"] for run in (first, second)] == [1000.0, 1400.0]
+    assert first.metrics == second.metrics == {}  # nothing tells whose they are
+    assert second.joules.at(100) == 1400.0
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
