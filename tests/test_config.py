@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 import re
+import typing
 
 import pytest
 
@@ -10,7 +11,7 @@ from helpers.controller_runs import SCHEDULE, WEIGHTS
 from lightning_estdgm.config import DGMConfig, Selection, StepSize, Units
 from lightning_estdgm.method._backward_set import BackwardSet
 from lightning_estdgm.method._patterns import NofM
-from lightning_estdgm.method._schedules import EstDgm
+from lightning_estdgm.method._schedules import EstDgm, Phase
 from lightning_estdgm.method._update_rule import UpdateRule
 
 
@@ -172,3 +173,12 @@ def test_weights_that_learn_are_all_kept_by_magnitude_unless_said_otherwise():
     assert given.resolved_update_rule.keep == "weight_and_gradient"
     assert not DGMConfig(inactive="frozen").trains_inactive_weights
     assert DGMConfig(inactive="frozen").resolved_update_rule == UpdateRule()
+
+
+@pytest.mark.parametrize(
+    "cls", [DGMConfig, Units, UpdateRule, StepSize, Selection, BackwardSet, EstDgm, Phase], ids=lambda cls: cls.__name__
+)
+def test_every_annotation_of_the_settings_can_be_resolved(cls: type) -> None:
+    """Where one cannot, jsonargparse 4.53 checks none of the fields, and says nothing."""
+    hints = typing.get_type_hints(cls)
+    assert {field.name for field in dataclasses.fields(cls)} <= hints.keys()
