@@ -13,7 +13,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from helpers.energy_parts import ConstantPower, FakeGpu, Machine
 from helpers.energy_runs import Net, Phases, data, monitor, rows, trainer
+from lightning_estdgm.callbacks._internal import energy_fit
 from lightning_estdgm.callbacks.energy import EnergyMonitor
+from lightning_estdgm.energy._totals import Totals
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*")
 
@@ -74,6 +76,32 @@ def test_a_device_that_fails_before_an_exception_is_named_in_its_file(tmp_path: 
         trainer(tmp_path, monitor(source), Unplug()).fit(Net(fail_at=3), data())
     content = json.loads((tmp_path / "energy.json").read_text())
     assert [device["uid"] for device in content["energy"]["failing"]] == ["c0"]
+
+
+def test_a_device_that_fails_is_named_also_where_no_file_is_written(tmp_path: Path) -> None:
+    source = ConstantPower()
+
+    class Unplug(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            source.raises = True
+
+    mon = monitor(source)
+    trainer(tmp_path, mon, Unplug(), fast_dev_run=3).fit(Net(), data())
+    assert [device["uid"] for device in mon.summary()["failing"]] == ["c0"]
+
+
+def test_a_device_that_fails_on_another_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, gather = ConstantPower(), energy_fit._gather
+
+    def with_another_rank(trainer: Trainer, own: Any) -> list[Any]:
+        sums = isinstance(own[0], Totals)
+        return [*gather(trainer, own), *([(Totals(), {}, (source.device,))] if sums else [])]
+
+    monkeypatch.setattr(energy_fit, "_gather", with_another_rank)
+    mon = monitor(source)
+    trainer(tmp_path, mon).fit(Net(), data())
+    assert [device["uid"] for device in mon.summary()["failing"]] == ["c0"]
+    assert mon.summary()["gaps"] == 0
 
 
 def test_a_source_that_answers_with_nonsense_is_a_gap(tmp_path: Path) -> None:

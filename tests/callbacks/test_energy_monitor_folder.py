@@ -78,6 +78,12 @@ def test_the_folder_of_a_logger_that_has_one_is_also_that_of_the_checkpoints(tmp
     assert next(tmp_path.rglob("*.ckpt")).parents[1] == tmp_path / "name" / "version_0"
 
 
+def test_it_lies_beside_the_curves_where_a_logger_puts_them_elsewhere(tmp_path: Path) -> None:
+    trainer(tmp_path, monitor(), logger=TensorBoardLogger(tmp_path, "name", sub_dir="events")).fit(Net(), data())
+    assert list(files(tmp_path)) == ["name/version_0/events/energy.json"]
+    assert list((tmp_path / "name" / "version_0" / "events").glob("events.out.tfevents.*"))
+
+
 def test_the_runs_of_one_project_have_a_file_each(tmp_path: Path) -> None:
     joules = {}
     for version in ("a", "b"):

@@ -177,18 +177,29 @@ def test_an_optimizer_that_shows_no_parameters_is_counted() -> None:
 
 
 def test_an_optimizer_that_takes_the_others_place_is_counted(tmp_path: Path) -> None:
+    used = []
+
     class Swap(Callback):
-        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-            if trainer.global_step == 3:
-                trainer.strategy.optimizers = [sgd(trainer.model.parameters())]
+        def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx in (2, 5):
+                used.append(trainer.optimizers[0])
+                trainer.strategy.optimizers = [sgd(module.parameters())]
+
+    class Manual(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+            optimizer = self.optimizers(use_pl_optimizer=False)  # of whose steps Lightning tells nobody
+            optimizer.zero_grad()
+            self.manual_backward(self.layer(batch[0]).square().mean())
+            optimizer.step()
 
     meter = monitor()
-    first = sgd(nn.Linear(1, 1).parameters())
     run = trainer(tmp_path, meter, Swap())
-    run.fit(Net(), data())
+    run.fit(Manual(), data())
     assert meter.summary()["steps"] == STEPS
-    assert not any(vars(run.optimizers[0])[f"_optimizer_step_{when}_hooks"] for when in ("pre", "post"))
-    assert first is not run.optimizers[0]
+    for optimizer in (*used, *run.optimizers):
+        assert not any(vars(optimizer)[f"_optimizer_step_{when}_hooks"] for when in ("pre", "post"))
 
 
 def test_a_step_that_fails_and_is_caught_hides_no_later_one(tmp_path: Path) -> None:

@@ -68,6 +68,14 @@ def test_without_a_sensor_it_knows_the_seconds_and_says_why() -> None:
     assert meter.summary()["absent"] == [{"name": "constant", "status": "no_permission", "reason": "ask root"}]
 
 
+def test_a_device_that_is_gone_at_the_end_is_named() -> None:
+    source = ConstantPower()
+    with EnergyMeter([source]) as meter:
+        assert meter.summary()["failing"] == []
+        source.raises = True
+    assert [device["uid"] for device in meter.summary()["failing"]] == ["c0"]
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [

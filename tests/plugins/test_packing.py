@@ -130,6 +130,15 @@ def test_value_outside_the_mask_keeps_its_tensor_off_the_mask(value: float) -> N
     assert differences(unpack(content), checkpoint) == []
 
 
+def test_another_default_device_changes_nothing() -> None:
+    content = checkpoint_of({"a": Layer((4, 6), 1, 0.5, 0)}, state_dict={"a.weight": torch.arange(24.0).view(4, 6)})
+    plain = pack(content)
+    with torch.device("meta"):
+        packed = pack(content)
+        assert differences(packed, plain) == []
+        assert differences(unpack(packed), content) == []
+
+
 def test_frozen_weights_are_stored_as_they_are_and_their_optimizer_state_packed() -> None:
     layer = Layer((64, 64), 16, 0.25, seed=0)
     weight = torch.randn(64, 64)
