@@ -131,7 +131,8 @@ def test_value_outside_the_mask_keeps_its_tensor_off_the_mask(value: float) -> N
 
 
 def test_another_default_device_changes_nothing() -> None:
-    content = checkpoint_of({"a": Layer((4, 6), 1, 0.5, 0)}, state_dict={"a.weight": torch.arange(24.0).view(4, 6)})
+    layer = Layer((64, 96), 16, 0.5, seed=0)
+    content = checkpoint_of({"a": layer}, state_dict={"a.weight": layer.tensor(torch.float32, 1)})
     plain = pack(content)
     with torch.device("meta"):
         packed = pack(content)
