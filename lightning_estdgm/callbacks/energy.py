@@ -1,4 +1,7 @@
-"""`EnergyMonitor`: the joules of a Lightning run, by device, phase, training and validation."""
+"""`EnergyMonitor`: the joules of a Lightning run, by device, phase, training and validation.
+
+It has a method for each hook of Lightning and properties for users, so more than other classes, and only delegates.
+"""
 
 from __future__ import annotations
 
