@@ -1,8 +1,8 @@
 """`Admission`: weights that wait to be masked until the first steps have shown that they train, and the verdicts.
 
 A weight that could be masked is dense and unscaled until it has got a gradient that is not zero, an optimizer whose
-hooks run has stepped it, and the audit of the forwards (`modules._audit`) has found nothing against it. What fails stays
-dense, with a reason.
+hooks run has stepped it, and the audit of the forwards (`modules._audit`) has found nothing against it. What fails
+stays dense, with a reason.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import nn
 from torch import distributed as dist
+from torch import nn
 
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.modules._audit import ForwardAudit
@@ -158,7 +158,7 @@ class Admission:
         return f"{name} does not compute with its weight as it is stored ({by}): masked places would not be zero"
 
     def _seen_by_any_rank(self) -> tuple[dict[MaskedWeight, list[int]], bool]:
-        """Return (trained, called, changed, feeds, order of the call) of each waiting weight, and if there was a graph."""
+        """Return (trained, called, changed, feeds, order of call) of each waiting weight, and if there was a graph."""
         rows = [[int(self._audit.saw_graph)] * 5]
         for weight in self.waiting:
             record = self._audit.records[weight.name]

@@ -34,7 +34,7 @@ from lightning_estdgm.engine._initialisation import describe_recovered, describe
 from lightning_estdgm.engine._masked_model import MaskedModel
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._observation import observe
-from lightning_estdgm.engine._refusals import check_rule, check_state
+from lightning_estdgm.engine._refusals import check_pattern, check_rule, check_state
 from lightning_estdgm.engine._step_hooks import StepHooks
 from lightning_estdgm.method._schedules import Schedule
 from lightning_estdgm.modules._candidates import HEAD, Candidate, find_candidates
@@ -106,9 +106,7 @@ class DGMController:
         every = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self._hooks = StepHooks(every, self._mask_if_touched, self.config.step_size.exponent)
         selection = self.config.selection
-        candidates = find_candidates(
-            model, selection.include, selection.exclude, self._hooks.held, mask_heads=audit or state is not None
-        )
+        candidates = find_candidates(model, selection.include, selection.exclude, self._hooks.held, mask_heads=audit)
         self._masked = MaskedModel(candidates, self.config, state, group, wait=True)
         can_mask = self._masked.every
         self._dispatch = Dispatch(self.config, candidates, self._masked.weights, can_mask, group)
@@ -175,17 +173,17 @@ class DGMController:
         self.steps += 1
         self.position = after
         updated = self._update_if_due(before) if self._masked.weights else False
-        is_new = self._take_in_trained() or is_first
-        if is_new or (updated and self._masked.rule.moves_budgets):
+        taken_in = self._take_in_trained()
+        if taken_in or is_first or (updated and self._masked.rule.moves_budgets):
             every_density = (self._final_density(), *self.schedule.densities)
             self._dispatch.choose_all([self._masked.layer_densities_at(density) for density in every_density])
-        if updated or is_new:
+        if updated or taken_in or is_first:
             self._dispatch.apply()
         self._masked.yield_whole_gradients(self.observing)
-        return updated or is_new
+        return updated or taken_in
 
     def _take_in_trained(self) -> bool:
-        """Mask the weights that the steps so far have shown to train by their layers' forwards; return if there are any."""
+        """Mask the weights that the steps so far have shown to train by their layers' forwards; return if any."""
         if not self._admission.waiting:
             return False
         new = self._admission.settle(self.steps, none_masked=not self._masked.weights)
@@ -375,9 +373,9 @@ class DGMController:
         self._waiting, self._hooks.stepped = state["waiting"], state["stepped"]
         self._flops.load_state_dict(state["flops"])
         self._dispatch.load_state_dict(state, probing=self.steps == 0)
-        reasons = {name: why for name, why in state.get("dense_layers", {}).items()}
-        if "waiting_layers" not in state:  # of an earlier version, which decided before the first step
-            reasons = {w.name: HEAD for w in self._admission.waiting if w.name not in state["layers"]}
+        undecided = {*state["layers"], *state.get("waiting_layers", ())}  # not there: decided before the first step
+        reasons = {weight.name: HEAD for weight in self._masked.every if weight.name not in undecided}
+        reasons |= state.get("dense_layers", {})
         self._masked.take_in(self._admission.keep_waiting(state["layers"], reasons))
         for weight in self._masked.weights:
             weight.load_state_dict(state["layers"][weight.name])
@@ -401,13 +399,15 @@ class DGMController:
     def _begin(self, audit: bool) -> None:
         """Begin a new run: draw masks, or have the weights wait; an earlier mask's zeros are kept."""
         weights, density = self._masked.every, self.schedule(self.position).density
+        certain = [weight for weight in weights if not weight.candidate.seems_head]
+        check_pattern(self.config.update_rule.pattern, certain, self._masked.budgets(density, certain))
         zeros = keep_zeros(weights, self._masked.budgets(density, weights))
         self.recovered = describe_zeros(zeros, len(weights))
         if not audit:
             self._take_in(self._admission.keep_waiting([weight.name for weight in weights], {}))
 
     def _take_in(self, weights: Sequence[MaskedWeight], *, largest: bool = False) -> list[int]:
-        """Draw masks of weights for the current position; return each one's number of units that were not zero before."""
+        """Draw masks of weights for the current position; return each one's number of units that were not zero."""
         self._masked.take_in(weights)
         held = self._masked.draw(weights, self.schedule(self.position).density, largest=largest)
         with torch.no_grad():

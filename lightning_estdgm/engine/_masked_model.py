@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lightning_estdgm.engine._decisions import LayerDecision, layer_decisions
 from lightning_estdgm.engine._gradient_mask import mask_gradients_
 from lightning_estdgm.engine._initialisation import draw_masks, masked_weights
 from lightning_estdgm.engine._mask_update import update_masks
+from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.modules._candidates import Candidate, clean_name
 from lightning_estdgm.modules._swap import set_observing
 
@@ -111,7 +113,9 @@ class MaskedModel:
         units = zip(weights, self.budgets(density, weights), strict=True)
         return sum(sum(k) * weight.unit_size for weight, k in units) / _size(weights)
 
-    def decisions(self, final_density: float, why_dense: Mapping[str, str]) -> tuple[LayerDecision, ...]:
+    def decisions(
+        self, final_density: float, why_dense: Mapping[str, str] = MappingProxyType({})
+    ) -> tuple[LayerDecision, ...]:
         """Return the decision for every layer of a run that ends at a density of the whole.
 
         Args:

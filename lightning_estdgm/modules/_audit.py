@@ -21,19 +21,105 @@ from lightning_estdgm.modules._candidates import Candidate
 # Torch's functions by name. Products take a weight; the next keep every zero of one, as views, casts and scalings do;
 # the last yield statistics of it. What any other function makes of a weight is not the weight as it is stored.
 _PRODUCTS = frozenset(
-    """linear bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul __matmul__
-    __rmatmul__ mm bmm addmm addbmm baddbmm einsum tensordot multi_head_attention_forward _grouped_mm
-    grouped_mm""".split()
+    (
+        "linear",
+        "bilinear",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "matmul",
+        "__matmul__",
+        "__rmatmul__",
+        "mm",
+        "bmm",
+        "addmm",
+        "addbmm",
+        "baddbmm",
+        "einsum",
+        "tensordot",
+        "multi_head_attention_forward",
+        "_grouped_mm",
+        "grouped_mm",
+    )
 )
 _KEEP_ZEROS = frozenset(
-    """t transpose permute view reshape to type half float bfloat16 double contiguous unsqueeze squeeze flatten
-    unflatten expand detach clone __getitem__ narrow chunk split unbind select movedim swapaxes view_as type_as
-    __get__ cuda cpu mul __mul__ __rmul__ multiply div __truediv__ divide neg __neg__ dropout
-    fake_quantize_per_tensor_affine fake_quantize_per_channel_affine fused_moving_avg_obs_fake_quant""".split()
+    (
+        "t",
+        "transpose",
+        "permute",
+        "view",
+        "reshape",
+        "to",
+        "type",
+        "half",
+        "float",
+        "bfloat16",
+        "double",
+        "contiguous",
+        "unsqueeze",
+        "squeeze",
+        "flatten",
+        "unflatten",
+        "expand",
+        "detach",
+        "clone",
+        "__getitem__",
+        "narrow",
+        "chunk",
+        "split",
+        "unbind",
+        "select",
+        "movedim",
+        "swapaxes",
+        "view_as",
+        "type_as",
+        "__get__",
+        "cuda",
+        "cpu",
+        "mul",
+        "__mul__",
+        "__rmul__",
+        "multiply",
+        "div",
+        "__truediv__",
+        "divide",
+        "neg",
+        "__neg__",
+        "dropout",
+        "fake_quantize_per_tensor_affine",
+        "fake_quantize_per_channel_affine",
+        "fused_moving_avg_obs_fake_quant",
+    )
 )
 _STATISTICS = frozenset(
-    """norm linalg_norm linalg_vector_norm linalg_matrix_norm vector_norm matrix_norm sum mean std var std_mean var_mean
-    amax amin aminmax max min abs square pow __pow__ isnan isfinite""".split()
+    (
+        "norm",
+        "linalg_norm",
+        "linalg_vector_norm",
+        "linalg_matrix_norm",
+        "vector_norm",
+        "matrix_norm",
+        "sum",
+        "mean",
+        "std",
+        "var",
+        "std_mean",
+        "var_mean",
+        "amax",
+        "amin",
+        "aminmax",
+        "max",
+        "min",
+        "abs",
+        "square",
+        "pow",
+        "__pow__",
+        "isnan",
+        "isfinite",
+    )
 )
 _FORWARDS = {
     cls.forward
