@@ -147,7 +147,7 @@ class Admission:
         asked_for = [weight for weight in weights if weight.candidate.why != "included"]
         if not saw_graph:
             return [weight for weight in asked_for if weight.candidate.seems_head]
-        heads = [weight for weight in asked_for if not seen[weight][3]]
+        heads = [w for w in asked_for if not seen[w][3] and (w.candidate.seems_head or not seen[w][5])]
         if none_masked and len(heads) == len(weights) > 1:
             return [max(heads, key=lambda weight: seen[weight][4])]
         return heads
@@ -158,13 +158,13 @@ class Admission:
         return f"{name} does not compute with its weight as it is stored ({by}): masked places would not be zero"
 
     def _seen_by_any_rank(self) -> tuple[dict[MaskedWeight, list[int]], bool]:
-        """Return (trained, called, changed, feeds, order of call) of each waiting weight, and if there was a graph."""
-        rows = [[int(self._audit.saw_graph)] * 5]
+        """Return (trained, called, changed, feeds, order, unrecorded) of each waiting weight, and if there was a graph."""
+        rows = [[int(self._audit.saw_graph)] * 6]
         for weight in self.waiting:
             record = self._audit.records[weight.name]
             trained = weight in self._saw_gradient and weight in self._stepped
-            rows.append([int(x) for x in (trained, record.called, bool(record.changed_by), record.feeds)])
-            rows[-1].append(record.order)
+            flags = (trained, record.called, bool(record.changed_by), record.feeds, record.order, record.unrecorded)
+            rows.append([int(flag) for flag in flags])
         table = torch.tensor(rows, dtype=torch.int64, device=self.waiting[0].device)
         if self._group is not None:
             dist.all_reduce(table, dist.ReduceOp.MAX, group=self._group)

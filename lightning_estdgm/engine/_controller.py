@@ -196,6 +196,7 @@ class DGMController:
                 RuntimeWarning,
                 stacklevel=3,
             )
+            return False
         self._hooks.keep([*self._masked.weights, *self._admission.waiting])
         return bool(new)
 
@@ -402,7 +403,7 @@ class DGMController:
         certain = [weight for weight in weights if not weight.candidate.seems_head]
         check_pattern(self.config.update_rule.pattern, certain, self._masked.budgets(density, certain))
         zeros = keep_zeros(weights, self._masked.budgets(density, weights))
-        self.recovered = describe_zeros(zeros, len(weights))
+        self.recovered = describe_zeros(zeros, len(certain))
         if not audit:
             self._take_in(self._admission.keep_waiting([weight.name for weight in weights], {}))
 

@@ -137,6 +137,8 @@ class ForwardRecord:
         changed_by: function that the weight went through before a product, or another reason why the forward is not
             that of the stored weight; empty if it is.
         feeds: whether its output goes into another layer; False too where autograd recorded nothing.
+        unrecorded: whether it was called without gradients, also if other calls had some: what it feeds is not known
+            then, as where reentrant checkpoints compute a forward again in the backward.
         order: index of its last call among those of all layers.
         used_by_parent: number of positions that the forward of the module above applies the weight to, this step.
 
@@ -145,6 +147,7 @@ class ForwardRecord:
     called: bool = False
     changed_by: str = ""
     feeds: bool = False
+    unrecorded: bool = False
     order: int = -1
     used_by_parent: int = 0
 
@@ -234,6 +237,7 @@ class ForwardAudit:
                 return
             for record in records:
                 record.called = True
+                record.unrecorded |= not torch.is_grad_enabled()
                 record.order = self._calls
             self._calls += 1
             self._follow([x.grad_fn for x in _tensors((args, kwargs))], records)

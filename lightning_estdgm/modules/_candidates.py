@@ -182,7 +182,7 @@ def find_candidates(
         parts = _fused_parts(name, shard.shape, kind) if masked else 1
         candidates.append(Candidate(name, module, kind, weight, shard, why_dense, parts, masked, why, seems_head))
     if not any(candidate.masked and not candidate.seems_head for candidate in candidates):
-        reasons = {candidate.name: candidate.why for candidate in candidates}
+        reasons = {candidate.name: candidate.why or HEAD for candidate in candidates}
         thawed_later = any(candidate.why in (_FROZEN, _NOT_HELD) for candidate in candidates)
         raise ValueError(
             "the model has no layer to mask: expected at least one linear or convolution layer besides the output head"
