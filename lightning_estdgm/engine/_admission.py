@@ -158,7 +158,10 @@ class Admission:
         return f"{name} does not compute with its weight as it is stored ({by}): masked places would not be zero"
 
     def _seen_by_any_rank(self) -> tuple[dict[MaskedWeight, list[int]], bool]:
-        """Return (trained, called, changed, feeds, order, unrecorded) of each waiting weight, and if there was a graph."""
+        """Return what was seen of each waiting weight, and whether there was a graph.
+
+        Of a weight: trained, called, changed, feeds, order of the call, unrecorded; see `ForwardRecord`.
+        """
         rows = [[int(self._audit.saw_graph)] * 6]
         for weight in self.waiting:
             record = self._audit.records[weight.name]

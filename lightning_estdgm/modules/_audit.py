@@ -7,6 +7,7 @@ watched by `engine._admission`, which decides.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -168,6 +169,7 @@ class ForwardAudit:
     def __init__(self, model: nn.Module, candidates: Sequence[Candidate]) -> None:
         self.records = {candidate.name: ForwardRecord() for candidate in candidates}
         self.saw_graph = False
+        self._gathered = any(_gathers(module) for module in model.modules())
         self._calls = 0
         self._producers: dict[Any, list[ForwardRecord]] = {}  # by node of autograd's graph
         self._visited: set[Any] = set()
@@ -225,7 +227,8 @@ class ForwardAudit:
                 self._open.append(None)
                 return
             for candidate, record in zip(group, records, strict=True):
-                record.changed_by = record.changed_by or _replaced(candidate)
+                if not self._gathered and candidate.masked and _current(candidate) is not candidate.weight:
+                    record.changed_by = record.changed_by or "another tensor in its place"
             if "forward" in vars(module) or type(module).forward not in _FORWARDS:
                 self._enter(_Changes([(_current(candidate), r) for candidate, r in zip(group, records, strict=True)]))
             else:
@@ -339,11 +342,10 @@ def _current(candidate: Candidate) -> Any:
     return vars(module).get(name, module._parameters.get(name))
 
 
-def _replaced(candidate: Candidate) -> str:
-    """Return words on another tensor in the place of the weight, as `torch.func.functional_call` puts one."""
-    if candidate.shard.groups or not candidate.masked:  # a sharded weight is gathered into another tensor
-        return ""
-    return "" if _current(candidate) is candidate.weight else "another tensor in its place"
+def _gathers(module: nn.Module) -> bool:
+    """Whether a module is one of FSDP's, which put gathered weights in the place of stored ones."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule))
 
 
 def _tensors(tree: Any) -> list[Tensor]:

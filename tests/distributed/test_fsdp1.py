@@ -59,7 +59,7 @@ def test_sparse_operators_really_run(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         run = rank["cpu operators"]
         assert {n: b for n, b in run["backends"].items() if b != "dense"} == dict.fromkeys(BLOCK_LAYERS, "cpu")
-        assert run["calls"] == {"linear": 60, "grad_input": 20, "grad_weight": 28}
+        assert run["calls"] == {"linear": 57, "grad_input": 19, "grad_weight": 26}  # the first step is dense
 
 
 def test_a_nan_that_one_rank_holds_drops_the_sample_on_all(ranks: list[dict[str, Any]]) -> None:
