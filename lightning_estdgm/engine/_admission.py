@@ -7,6 +7,7 @@ stays dense, with a reason.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -20,6 +21,7 @@ from lightning_estdgm.modules._candidates import Candidate
 AUDITED_STEPS = 20
 """Number of steps after which a weight that no gradient has reached stays dense for good."""
 
+_UNSEEN_STEPS = 5  # in a row, before it is said
 _WAITS = "no gradient has reached it yet: dense until then"
 
 
@@ -51,6 +53,8 @@ class Admission:
         self._group = group
         self._saw_gradient: set[MaskedWeight] = set()
         self._stepped: set[MaskedWeight] = set()
+        self._versions: dict[MaskedWeight, int] = {}  # torch's count of writes, between the last two batches
+        self._unseen_steps = 0
         self._audit = ForwardAudit(model, candidates if waiting else ())
 
     def why_dense(self) -> dict[str, str]:
@@ -96,6 +100,23 @@ class Admission:
     def _unseen(self, weights: Sequence[MaskedWeight], seen: set[MaskedWeight]) -> list[MaskedWeight]:
         waiting = set(self.waiting)
         return [weight for weight in weights if weight in waiting and weight not in seen]
+
+    def warn_if_steps_are_not_seen(self) -> None:
+        """Warn, once, if weights with gradients go on changing and no optimizer's step was seen. Call it between steps."""
+        changed = {weight: weight.parameter._version for weight in self.waiting if weight in self._saw_gradient}
+        moved = sum(self._versions.get(weight, version) != version for weight, version in changed.items())
+        self._versions = changed
+        self._unseen_steps = self._unseen_steps + 1 if moved else 0
+        if self._unseen_steps == _UNSEEN_STEPS:
+            names = [weight.name for weight in changed]
+            warnings.warn(
+                f"the weights of {len(names)} layers ({', '.join(names[:3])}{', ...' * (len(names) > 3)}) change between "
+                "the batches, but none of their optimizer's steps was seen: its class does not run the step hooks of "
+                "torch.optim.Optimizer. Nothing is masked, and the schedule stands still. Have the class's step be "
+                "called by `step()`, or keep the optimizer that steps as an attribute",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     # ------------------------------------------------------------------ verdicts
 

@@ -160,6 +160,7 @@ class DGMController:
             weight.begin_step()
         if not self._hooks.stepped:
             self._hooks.begin_step()
+            self._admission.warn_if_steps_are_not_seen()
             return False
         before, after = self.position, self.steps + 1 if position is None else position
         if after < before:

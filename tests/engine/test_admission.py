@@ -259,3 +259,44 @@ def test_recovered_masks_wait_where_the_weights_hold_no_zeros():
         assert dgm.masks().keys() == {"body.0", "body.2"}
     assert torch.equal(model.target[0].weight, before["target.0.weight"])
     assert "body.0, body.2" in dgm.recovered
+
+
+class Unseen(torch.optim.SGD):
+    """Steps by a method of its own, which runs no hooks, as SAM's `first_step` and `second_step`."""
+
+    @torch.no_grad()
+    def apply_update(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.sub_(parameter.grad, alpha=1e-2)
+
+
+def test_steps_that_are_not_seen_are_said_once_and_change_nothing():
+    model = Net()
+    optimizer = Unseen(model.parameters(), 1e-2)
+
+    def steps(dgm, n):
+        for _ in range(n):
+            optimizer.zero_grad()
+            model(torch.randn(8, 16)).square().mean().backward()
+            dgm.mask_gradients()
+            optimizer.apply_update()
+            dgm.advance()
+
+    with DGMController(model, optimizer, CONFIG, total_steps=60) as dgm:
+        with pytest.warns(RuntimeWarning, match=r"3 layers \(body.0, body.2, head\) change .* steps was seen") as told:
+            steps(dgm, 20)
+        assert len([w for w in told if "steps was seen" in str(w.message)]) == 1
+        assert dgm.masks() == {}
+        assert dgm.steps == 0
+    assert torch.count_nonzero(model.body[0].weight) == 256
+
+
+def test_accumulated_gradients_are_no_unseen_steps(recwarn):
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    with DGMController(model, optimizer, CONFIG, total_steps=60) as dgm:
+        for _ in range(20):
+            model(torch.randn(8, 16)).square().mean().backward()
+            dgm.mask_gradients()
+            dgm.advance()
+    assert [str(w.message) for w in recwarn if "steps was seen" in str(w.message)] == []
