@@ -14,6 +14,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from lightning_estdgm._words import first_names
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.modules._audit import ForwardAudit
 from lightning_estdgm.modules._candidates import Candidate
@@ -102,7 +103,7 @@ class Admission:
         return [weight for weight in weights if weight in waiting and weight not in seen]
 
     def warn_if_steps_are_not_seen(self) -> None:
-        """Warn, once, if weights with gradients go on changing and no optimizer's step was seen. Call it between steps."""
+        """Warn once if weights with gradients go on changing and no step of an optimizer was seen."""
         changed = {weight: weight.parameter._version for weight in self.waiting if weight in self._saw_gradient}
         moved = sum(self._versions.get(weight, version) != version for weight, version in changed.items())
         self._versions = changed
@@ -110,9 +111,9 @@ class Admission:
         if self._unseen_steps == _UNSEEN_STEPS:
             names = [weight.name for weight in changed]
             warnings.warn(
-                f"the weights of {len(names)} layers ({', '.join(names[:3])}{', ...' * (len(names) > 3)}) change between "
-                "the batches, but none of their optimizer's steps was seen: its class does not run the step hooks of "
-                "torch.optim.Optimizer. Nothing is masked, and the schedule stands still. Have the class's step be "
+                f"the weights of {len(names)} layers ({first_names(names)}) change between the batches, but none of "
+                "their optimizer's steps was seen: its class does not run the step hooks of torch.optim.Optimizer. "
+                "Nothing is masked, and the schedule stands still. Have the class's step be "
                 "called by `step()`, or keep the optimizer that steps as an attribute",
                 RuntimeWarning,
                 stacklevel=4,

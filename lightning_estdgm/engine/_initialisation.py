@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_estdgm._words import first_names
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.method._masks import active_units, initial_mask
@@ -158,7 +159,5 @@ def describe_recovered(weights: Sequence[MaskedWeight], held: Sequence[int]) -> 
 
 def _describe(total: int, *cases: tuple[list[str], str]) -> str:
     return "; ".join(
-        f"{len(names)} of {total} masked layers ({', '.join(names[:3])}{', ...' * (len(names) > 3)}) {what}"
-        for names, what in cases
-        if names
+        f"{len(names)} of {total} masked layers ({first_names(names)}) {what}" for names, what in cases if names
     )

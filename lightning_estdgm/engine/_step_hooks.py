@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_estdgm._words import first_names
 from lightning_estdgm.distributed._collectives import agree, local_tensor
 from lightning_estdgm.engine._hooked_optimizers import parameters_of, with_step_hooks
 from lightning_estdgm.engine._masked_weight import MaskedWeight
@@ -90,11 +91,10 @@ class StepHooks:
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
         if unseen:
             names = [weight.name for weight in unseen.values()]
-            first = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
             kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer in self._optimizers}))
             raise ValueError(
-                f"the optimizer steps of {len(names)} masked layers ({first}) cannot be seen: {kinds} runs no step "
-                "hooks of torch's, and holds no optimizer that does. Have its class call "
+                f"the optimizer steps of {len(names)} masked layers ({first_names(names)}) cannot be seen: {kinds} "
+                "runs no step hooks of torch's, and holds no optimizer that does. Have its class call "
                 "torch.optim.Optimizer.__init__, or keep the optimizer that steps as an attribute"
             )
 
