@@ -7,7 +7,7 @@ A plain loop adds two calls::
             optimizer.zero_grad()
             loss_fn(model(x), y).backward()
             dgm.mask_gradients()   # once the whole gradient is there, before clipping
-            optimizer.step()       # hooks of the controller scale the step and re-mask the weights
+            optimizer.step()       # hooks of the controller scale the rates and re-mask the weights
             dgm.advance()          # next phase, mask update when due
 
 Longer than other modules: it holds one class, whose methods are what users call, with their documentation.
@@ -127,6 +127,7 @@ class DGMController:
             grad_scale: factor that the gradients still carry (a GradScaler's, before unscaling).
 
         """
+        self._hooks.forget_raised_step()
         weights = self._masked.weights if optimizer is None else self._hooks.weights_of(optimizer)
         self._mask_gradients(weights, 1.0 / grad_scale)
 
@@ -219,7 +220,7 @@ class DGMController:
         self._hooks.remove()
         self._dispatch.close()
         for weight in self._masked.weights:
-            weight.snapshot.forget()
+            weight.inactive.forget()
 
     def __enter__(self) -> DGMController:
         return self
