@@ -323,6 +323,7 @@ class DGMController:
             "churn": self.churn,
             "waiting": self._waiting,
             "stepped": self._hooks.stepped,
+            "rates": self._hooks.state_dict(),
             "flops": self._flops.state_dict(),
             **self._dispatch.state_dict(),
             "layers": {weight.name: weight.state_dict() for weight in self._masked.weights},
@@ -340,6 +341,7 @@ class DGMController:
         for name in ("steps", "position", "updates", "churn"):
             setattr(self, name, state[name])
         self._waiting, self._hooks.stepped = state["waiting"], state["stepped"]
+        self._hooks.load_state_dict(state.get("rates", ()))
         self._flops.load_state_dict(state["flops"])
         self._dispatch.load_state_dict(state, probing=self.steps == 0)
         for weight in self._masked.weights:

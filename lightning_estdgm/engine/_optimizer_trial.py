@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 def trial_optimizer(optimizer: Optimizer, stand_ins: Mapping[Tensor, Tensor]) -> Optimizer:
     """Return a copy of an optimizer, settings, own attributes and inner optimizers included, with other parameters.
 
-    It has no state and no hooks. Of each group, only the parameters with a stand-in are left; groups without any are
-    empty, so that groups keep their indices. (``copy.deepcopy`` would keep what ``Optimizer.__getstate__`` returns:
-    groups and state, without a class's own attributes.)
+    It has no parameter's state and no hooks. Of each group, only the parameters with a stand-in are left; groups without
+    any are empty, so that groups keep their indices. (``copy.deepcopy`` would keep what ``Optimizer.__getstate__``
+    returns: groups and state, without a class's own attributes.)
 
     Args:
         optimizer: optimizer of a run, or a wrapper of one.
@@ -37,7 +37,6 @@ def trial_optimizer(optimizer: Optimizer, stand_ins: Mapping[Tensor, Tensor]) ->
         for group in inner.param_groups:
             for parameter in group["params"]:
                 memo[id(parameter)] = stand_ins.get(parameter)
-        memo[id(inner.state)] = defaultdict(dict)
         for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
             hooks = inner.__dict__.get(name)
             if hooks is not None:
@@ -45,6 +44,9 @@ def trial_optimizer(optimizer: Optimizer, stand_ins: Mapping[Tensor, Tensor]) ->
     for inner in nested:
         # A scheduler's or a user's own `step` on the instance is a function that steps the optimizer of the run.
         own = {name: value for name, value in inner.__dict__.items() if name != "step"}
+        if id(inner.state) not in memo:
+            kept = {key: value for key, value in inner.state.items() if not isinstance(key, Tensor)}
+            memo[id(inner.state)] = defaultdict(dict, copy.deepcopy(kept, memo))
         memo[id(inner)].__dict__.update(copy.deepcopy(own, memo))
     for inner in nested:
         for group in memo[id(inner)].param_groups:  # the same lists, which an optimizer may hold elsewhere, too

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_estdgm.engine._optimizer_trial import trial_optimizer
 from lightning_estdgm.engine._scaled_groups import Group, ScaledGroups
 
-_STEPS = 4  # of each half of a trial
+_STEPS = 8  # of each half of a trial: rectified optimizers rest for the first five
 _RATE = 2.0**-10  # of every trial: the run's own may be 0, as where it is warmed up
 _SIDE = 8  # of a throw-away parameter
 _ALIKE = 1e-2  # largest difference of two equal moves, as a share: what a low-precision parameter rounds
@@ -37,8 +37,12 @@ def why_not_scaled(optimizer: Optimizer, index: int, parameters: Sequence[Tensor
     kind = type(optimizer).__name__
     if not isinstance(optimizer.param_groups[index].get("lr"), int | float | Tensor):
         return f"{kind} has no learning rate of its own in the parameter group"
-    devices = [] if like.device.type == "cpu" else [like.device]
-    with torch.random.fork_rng(devices, device_type=like.device.type if devices else "cuda"), warnings.catch_warnings():
+    on_cpu = like.device.type == "cpu"
+    with (
+        torch.random.fork_rng([] if on_cpu else [like.device], device_type="cuda" if on_cpu else like.device.type),
+        torch.compiler.set_stance("force_eager"),  # an optimizer that compiles its step would do so for these shapes
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         trial = _Trial(optimizer, index, parameters, like)
         try:
@@ -92,6 +96,7 @@ class _Trial:
                 return self.moves(*halves, split=split)
             except Exception:  # maybe for want of a closure
                 self._takes_closure = True
+        torch.manual_seed(0)  # rounding and updates may be random
         stand_ins = [nn.Parameter(self._values.clone()) for _ in range(2)]
         trial = trial_optimizer(self._optimizer, dict(zip(self._parameters, stand_ins, strict=False)))
         held: list[Tensor] = trial.param_groups[self._index]["params"]

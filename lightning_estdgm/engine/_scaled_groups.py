@@ -11,6 +11,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -31,9 +32,13 @@ class ScaledGroups:
     Args:
         optimizer: optimizer whose own step reads its groups.
 
+    Attributes:
+        resumed: values that parts begin with which go on from none, by the id of their first parameter.
+
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
+        self.resumed: Mapping[int, Group] = {}
         self._optimizer = optimizer
         self._splits: dict[int, _Split] = {}  # by the id of the user's group
         self._list: list[Group] | None = None  # the optimizer's list of groups, while it holds parts
@@ -60,7 +65,7 @@ class ScaledGroups:
                 continue
             split = self._splits.get(id(group))
             if split is None or not split.has(layout):
-                split = _Split(group, layout, split)
+                split = _Split(group, layout, split, self.resumed)
             split.begin()
             splits[id(group)] = split
             shown += split.parts
@@ -83,6 +88,13 @@ class ScaledGroups:
             known |= {id(part) for part in split.parts}
         groups[:] = self._groups + [group for group in groups if id(group) not in known]
 
+    def own_values(self) -> dict[int, Group]:
+        """Return what parts hold that differs from the user's group, by the ids of their parameters."""
+        found: dict[int, Group] = {}
+        for split in self._splits.values():
+            found |= split.own_values()
+        return found
+
 
 class _Split:
     """One group and the parts that it is shown as.
@@ -91,10 +103,13 @@ class _Split:
         group: the user's group.
         layout: parameters by the factor on their rate.
         before: the group's split with another layout, from which values go on; ``None``: they start as the group's.
+        resumed: as `ScaledGroups.resumed`.
 
     """
 
-    def __init__(self, group: Group, layout: Mapping[float, list[Tensor]], before: _Split | None) -> None:
+    def __init__(
+        self, group: Group, layout: Mapping[float, list[Tensor]], before: _Split | None, resumed: Mapping[int, Group]
+    ) -> None:
         self._group = group  # held, so that its id stays its own
         self._scales = list(layout)
         self._known: dict[str, _Seen] = (
@@ -103,7 +118,10 @@ class _Split:
         self.parts: list[Group] = []
         names = dict(zip(map(id, group["params"]), group.get("param_names") or (), strict=False))
         for parameters in layout.values():
-            source = group if before is None else before._part_of(parameters[0], group)
+            if before is None:
+                source = group | resumed.get(id(parameters[0]), {})
+            else:
+                source = before._part_of(parameters[0], group)
             part = {key: _copied(value) for key, value in source.items() if key not in _OF_THE_PART}
             part["params"] = parameters
             if names:
@@ -146,6 +164,18 @@ class _Split:
                 self._group[key] = _copied(new)
         self._known = _seen(self._group)
 
+    def own_values(self) -> dict[int, Group]:
+        """Return what parts hold that differs from the group, by the ids of their parameters."""
+        found: dict[int, Group] = {}
+        for part in self.parts:
+            own = {
+                key: value
+                for key, value in part.items()
+                if key not in _OF_THE_PART and not _equal(value, self._group.get(key))
+            }
+            found |= {id(parameter): own for parameter in part["params"] if own}
+        return found
+
     def _part_of(self, parameter: Tensor, default: Group) -> Group:
         return next((part for part in self.parts if any(_is(parameter, p) for p in part["params"])), default)
 
@@ -161,16 +191,20 @@ class _Seen:
         """Whether the value is the same."""
         if isinstance(value, Tensor):
             return value is self._value and value._version == self._version
-        if isinstance(self._value, Tensor):
-            return False
-        try:
-            return type(value) is type(self._version) and bool(value == self._version)
-        except (RuntimeError, ValueError):  # arrays, or tuples of tensors: no single truth
-            return False
+        return not isinstance(self._value, Tensor) and _equal(value, self._version)
 
 
 def _seen(group: Group) -> dict[str, _Seen]:
     return {key: _Seen(value) for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or (one.shape == other.shape and torch.equal(one, other))
+    try:
+        return type(one) is type(other) and bool(one == other)
+    except (RuntimeError, ValueError):  # arrays, or tuples of tensors: no single truth
+        return False
 
 
 def _copied(value: Any) -> Any:

@@ -113,6 +113,14 @@ class StepHooks:
             handle.remove()
         self._handles.clear()
 
+    def state_dict(self) -> list[dict[str, dict[str, Any]]]:
+        """Return what optimizers keep of their groups beside the user's; see `StepScaling.state_dict`."""
+        return self._scaling.state_dict()
+
+    def load_state_dict(self, state: Sequence[Mapping[str, dict[str, Any]]]) -> None:
+        """Load what `state_dict` returned."""
+        self._scaling.load_state_dict(state)
+
     # ------------------------------------------------------------------ around one step
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_estdgm.engine._hooked_optimizers import closure_of, parameters_of, with_closure, with_step_hooks
@@ -19,6 +20,8 @@ from lightning_estdgm.engine._scaled_groups import Group, ScaledGroups
 
 if TYPE_CHECKING:
     from lightning_estdgm.engine._masked_weight import MaskedWeight
+
+_PLAIN = (bool, int, float, str, Tensor)  # what a checkpoint holds that loads with ``weights_only=True``
 
 
 class StepScaling:
@@ -38,6 +41,7 @@ class StepScaling:
         self._optimizers = list(hooked.values())
         self._exponent = exponent
         self._steps: list[_ScaledSteps] = []
+        self._resumed: Sequence[Mapping[str, Group]] = ()
 
     @property
     def entered(self) -> bool:
@@ -58,6 +62,7 @@ class StepScaling:
             elsewhere = {id(parameter) for other in inner for parameter in parameters_of(other)}
             own = {key: weight for key, weight in weights.items() if key not in elsewhere}
             self._steps.append(_ScaledSteps(optimizer, own, self._exponent))
+        self.load_state_dict(self._resumed)
 
     def give_back(self) -> None:
         """Give all groups back, as after a step that raised; steps that begin later begin anew."""
@@ -69,6 +74,16 @@ class StepScaling:
         for steps in self._steps:
             steps.remove()
         self._steps.clear()
+
+    def state_dict(self) -> list[dict[str, Group]]:
+        """Return for each optimizer and layer what differs in its group from the user's group, in plain types."""
+        return [steps.state_dict() for steps in self._steps]
+
+    def load_state_dict(self, state: Sequence[Mapping[str, Group]]) -> None:
+        """Let the layers of a resumed run go on with these values; may be called before `register`."""
+        self._resumed = state
+        for steps, values in zip(self._steps, state, strict=False):
+            steps.load_state_dict(values)
 
 
 class _ScaledSteps:
@@ -114,6 +129,19 @@ class _ScaledSteps:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def state_dict(self) -> dict[str, Group]:
+        """Return what the optimizer keeps of each layer's group that differs from the user's group."""
+        return {
+            self._weights[key].name: {k: v for k, v in own.items() if isinstance(v, _PLAIN)}
+            for key, own in self.groups.own_values().items()
+            if key in self._weights
+        }
+
+    def load_state_dict(self, state: Mapping[str, Group]) -> None:
+        """Let layers go on with these values, where they do not go on from an earlier step."""
+        named = {weight.name: key for key, weight in self._weights.items()}
+        self.groups.resumed = {named[name]: values for name, values in state.items() if name in named}
 
     # ------------------------------------------------------------------ hooks
 

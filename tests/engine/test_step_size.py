@@ -12,10 +12,12 @@ from helpers.controller_runs import (
     adamw,
     batch,
     constant,
+    equal,
     fit,
     full_masks,
     loss_of,
     run,
+    saved,
     sgd,
     traces,
 )
@@ -271,7 +273,7 @@ class Failing(Watching):
 def test_a_step_that_raises_leaves_the_users_groups_for_the_next_use(mlp, again):
     model = mlp(32, 64, 4)
     optimizer, dgm, is_the_users = watched(model, optimizer=Failing(model.parameters(), 0.1))
-    saved = optimizer.state_dict()
+    before = optimizer.state_dict()
     loss_of(model, batch(0, 32)).backward()
     optimizer.fail = True
     with pytest.raises(ArithmeticError):
@@ -280,7 +282,7 @@ def test_a_step_that_raises_leaves_the_users_groups_for_the_next_use(mlp, again)
     optimizer.fail = False
     uses = {
         "state_dict": optimizer.state_dict,
-        "load_state_dict": lambda: optimizer.load_state_dict(saved),
+        "load_state_dict": lambda: optimizer.load_state_dict(before),
         "mask_gradients": dgm.mask_gradients,
         "advance": dgm.advance,
         "close": dgm.close,
@@ -291,7 +293,7 @@ def test_a_step_that_raises_leaves_the_users_groups_for_the_next_use(mlp, again)
     else:
         assert is_the_users()
     if again == "state_dict":
-        assert used["param_groups"] == saved["param_groups"]
+        assert used["param_groups"] == before["param_groups"]
     if again == "mask_gradients":
         optimizer.step()
         assert dgm.advance() in (True, False)
@@ -465,3 +467,42 @@ def test_layers_of_an_optimizer_without_rates_say_so_once_and_step_unscaled(mlp)
         for layer in dgm.decisions()[:2]:
             assert layer.why.count("steps not scaled by density: Rprop does not step by the learning rate") == 1
         assert [group["lr"] for group in optimizer.param_groups] == [1e-3]
+
+
+# ------------------------------------------------------------------ what optimizers keep in their groups
+
+
+class Averaging(torch.optim.SGD):
+    """Steps and averages, weighting by squared rates that it sums in each group, as schedule-free optimizers do."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["weights"] = group.get("weights", 0.0) + group["lr"] ** 2
+            share = group["lr"] ** 2 / group["weights"]
+            for p in group["params"]:
+                state = self.state[p]
+                z = state.setdefault("z", p.clone())
+                z.sub_(group["lr"] * p.grad)
+                p.lerp_(z, share)
+
+
+def test_a_run_that_is_resumed_goes_on_with_what_the_optimizer_kept_of_each_layer(mlp):
+    model = mlp(32, 64, 64, 4)
+    optimizer = Averaging(model.parameters(), 0.1)
+    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS) as dgm:
+        run(model, optimizer, dgm, last=9)
+        assert optimizer.param_groups[0]["weights"] == pytest.approx(9 * 0.1**2)
+        at = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()), saved(dgm.state_dict())
+        run(model, optimizer, dgm, first=9)
+    own = at[2]["rates"][0]
+    assert own.keys() == {"0", "2"}
+    assert min(values["weights"] for values in own.values()) > 9 * 0.1**2
+    for state, same in ((at[2], True), ({**at[2], "rates": []}, False)):
+        again = mlp(32, 64, 64, 4)
+        again.load_state_dict(at[0])
+        other = Averaging(again.parameters(), 0.1)
+        other.load_state_dict(copy.deepcopy(at[1]))
+        with DGMController(again, other, WEIGHTS, total_steps=STEPS, state=state) as dgm:
+            run(again, other, dgm, first=9)
+        assert equal(model, again) == same

@@ -20,8 +20,9 @@ def update_cost(model: PlannedModel, setup: TrainingSetup, strategy: str) -> dic
     """Return what masks cost one GPU beyond the products: bytes that operators move in its memory, and bytes it sends.
 
     "every step": gradients masked before the step, weights after it; where something changes gradients in between, as
-    clipping does, these are masked twice. "more in an observed step" and "in an update" come on top; "mean a step" is over the steps between two updates. "against the optimizer": that mean over what a fused
-    optimizer moves. "FLOPs of observing": whole weight gradients in observed steps, against all FLOPs of a dense step.
+    clipping does, these are masked twice. "more in an observed step" and "in an update" come on top; "mean a step" is
+    over the steps between two updates. "against the optimizer": that mean over what a fused optimizer moves.
+    "FLOPs of observing": whole weight gradients in observed steps, against all FLOPs of a dense step.
 
     What is sent is handed to collectives: of blocks, the squares of units; of single weights, 256 counts a pass.
     """
