@@ -56,13 +56,22 @@ class StepScaling:
         if self._exponent == 0.0:
             return
         for optimizer in self._optimizers:
-            inner = with_step_hooks(optimizer)[1:]
+            inner = self._inside(optimizer)
             if any(_delegates(optimizer, other) for other in inner):
                 continue
             elsewhere = {id(parameter) for other in inner for parameter in parameters_of(other)}
             own = {key: weight for key, weight in weights.items() if key not in elsewhere}
             self._steps.append(_ScaledSteps(optimizer, own, self._exponent))
         self.load_state_dict(self._resumed)
+
+    def _inside(self, optimizer: Optimizer) -> list[Optimizer]:
+        """Return the optimizers that one wraps; of two that hold each other, the one found first wraps the other."""
+        place = {id(found): i for i, found in enumerate(self._optimizers)}
+        return [
+            other
+            for other in with_step_hooks(optimizer)[1:]
+            if place[id(other)] > place[id(optimizer)] or all(o is not optimizer for o in with_step_hooks(other))
+        ]
 
     def give_back(self) -> None:
         """Give all groups back, as after a step that raised; steps that begin later begin anew."""

@@ -378,12 +378,14 @@ class Twice(Watching):
 
 
 @pytest.mark.parametrize("closed", [False, True])
-@pytest.mark.parametrize("kind", ["wrapper", "twice", "sharing"])
+@pytest.mark.parametrize("kind", ["wrapper", "twice", "sharing", "each other"])
 def test_nested_steps_are_scaled_once_where_the_arithmetic_is(mlp, kind, closed):
     model = mlp(32, 64, 4)
     Watching(model.parameters(), 0.1)  # its class is patched: `Twice` runs hooks twice
     inner = (Twice if kind == "twice" else Watching)(model.parameters(), 0.1)
     outer = Wrapper(inner) if kind != "twice" else inner
+    if kind == "each other":
+        inner.outer = outer
     if kind == "sharing":
         outer.param_groups = inner.param_groups
     _, dgm, is_the_users = watched(model, optimizer=outer)
