@@ -410,6 +410,20 @@ def test_nested_steps_are_scaled_once_where_the_arithmetic_is(mlp, kind, closed)
     assert len(inner.param_groups) == 1
 
 
+def test_parameters_that_another_rank_steps_are_none_of_the_wrappers_own(mlp):
+    """As a ZeroRedundancyOptimizer's inner optimizer holds this rank's part of each group."""
+    model = mlp(32, 64, 64, 4)
+    inner = Watching(model.parameters(), 0.1)
+    outer = Wrapper(inner)
+    inner.param_groups[0]["params"][2:] = []
+    _, dgm, is_the_users = watched(model, optimizer=outer)
+    with dgm:
+        run(model, outer, dgm, last=1)
+        assert is_the_users()
+        assert not any(layer.note for layer in dgm.masked_weights)
+    assert inner.saw == [[(0.2, 1), (0.1, 1)]]
+
+
 class Hybrid(torch.optim.Optimizer):
     """Steps matrices by itself and gives the rest to an inner optimizer, as Muon beside AdamW."""
 

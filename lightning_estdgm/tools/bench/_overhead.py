@@ -105,13 +105,10 @@ def peak_memory(config: OverheadConfig) -> dict[str, int]:
 
         held, _ = allocated(warm_up)
         loop = loops[0]
-        grown, peak = allocated(partial(loop.run, 1))
-        peaks["masked" if masked else "dense"] = held + peak
-        observed = loop.observed
-        while masked and loop.observed == observed:  # the first observed step makes the window
-            held += grown
-            grown, peak = allocated(partial(loop.run, 1))
-            peaks["observed"] = held + peak
+        peaks["masked" if masked else "dense"] = held + allocated(partial(loop.run, 1))[1]
+        if masked:
+            held += allocated(loop.run_to_window)[0]
+            peaks["observed"] = held + allocated(partial(loop.run, 1))[1]
     return peaks
 
 
@@ -175,6 +172,11 @@ class _Loop:
             if self.dgm is not None:
                 self.dgm.advance()
             self.stepping_s += time.perf_counter() - start
+
+    def run_to_window(self) -> None:
+        """Do the steps before the next one that is observed."""
+        while self.dgm is not None and not self.dgm.observing:
+            self.run(1)
 
     def counts(self) -> tuple[int, int]:
         """Return the numbers of mask updates and of observed steps so far."""
