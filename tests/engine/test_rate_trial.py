@@ -148,8 +148,13 @@ def test_a_copy_keeps_what_the_optimizer_holds_of_its_own():
 
     p, other = weight(), weight(1)
     optimizer = Counting([p, other])
-    stand_in = weight()
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # puts a step of its own on the instance
+    stand_in, before = weight(), p.clone()
+    p.grad, stand_in.grad = torch.ones_like(p), torch.ones_like(p)
     trial = trial_optimizer(optimizer, {p: stand_in})
+    trial.step()
+    assert torch.equal(p, before)
+    torch.testing.assert_close(stand_in, before - 0.1)
     assert type(trial) is Counting
     assert trial.count == 3
     assert trial.listed is trial.param_groups[0]["params"]
