@@ -50,6 +50,9 @@ class StepHooks:
         self._weights: dict[int, MaskedWeight] = {}  # by the id of its parameter
         self._depth = 0  # number of nested steps that have begun and not ended
         self._idle = False  # whether the current step is not one of training
+        # Of the current step, noted before it, as an optimizer may clear gradients in it; None: not known yet.
+        self._moved: list[MaskedWeight] | None = None  # weights with a gradient
+        self._has_any = False  # whether there is any gradient
         self._unevenly_held: dict[int, bool] = {}  # by optimizer: whether some rank holds no part of any parameter
         self._handles: list[Any] = []
 
@@ -142,6 +145,7 @@ class StepHooks:
             return None
         closure = closure_of(args, kwargs)
         self._idle = closure is None and self._is_idle(optimizer)
+        self._moved, self._has_any = None, False
         if self._idle:
             return None
         weights = self.weights_of(optimizer)
@@ -155,9 +159,14 @@ class StepHooks:
         return with_closure(args, kwargs, self._around(optimizer, closure))
 
     def _with_gradients(self, optimizer: Optimizer) -> None:
+        self._note_gradients(optimizer)
         grad_scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales by itself
         for weight in self.weights_of(optimizer):
             weight.inactive.with_gradients(weight, 1.0 if grad_scale is None else grad_scale)
+
+    def _note_gradients(self, optimizer: Optimizer) -> None:
+        self._moved = [weight for weight in self.weights_of(optimizer) if weight.gradient is not None]
+        self._has_any = self._has_gradients(optimizer)
 
     def _around(self, optimizer: Optimizer, closure: Any) -> Any:
         """Return a closure that runs without inactive weights that learn, and adds them at its end."""
@@ -184,7 +193,9 @@ class StepHooks:
         if self._depth > 0:
             return
         weights = self.weights_of(optimizer)
-        if self._idle or not self._has_gradients(optimizer) or _skipped_by_scaler(optimizer):
+        if self._moved is None and not self._idle:  # its closure was not called
+            self._note_gradients(optimizer)
+        if self._idle or not self._has_any or _skipped_by_scaler(optimizer):
             for weight in weights:
                 weight.inactive.withdraw(weight)
             return
@@ -192,8 +203,8 @@ class StepHooks:
         self._note_step(weights)
         for weight in weights:
             weight.masked_gradient.forget()
-            if weight.gradient is not None:
-                weight.inactive.after_step(weight)
+        for weight in self._moved or ():
+            weight.inactive.after_step(weight)
 
     # ------------------------------------------------------------------ kinds of steps
 

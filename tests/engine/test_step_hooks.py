@@ -171,3 +171,40 @@ def test_a_closure_masks_by_itself_and_is_not_wrapped_without_shadow_weights():
     assert not asked
     assert hooks.stepped
     assert torch.count_nonzero(weight.weight[~weight.mask]) == 0
+
+
+class Clearing(torch.optim.SGD):
+    """Clears the gradients in its step, as some memory-saving optimizers do."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.zero_grad()
+        return loss
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_a_step_that_clears_its_gradients_counts_and_its_weights_stay_masked(mlp, with_closure):
+    model, plain = mlp(32, 64, 64, 4), mlp(32, 64, 64, 4)
+    optimizer, theirs = Clearing(model.parameters(), 0.1, momentum=0.9), torch.optim.SGD(plain.parameters(), 0.1, 0.9)
+    with (
+        DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False) as dgm,
+        DGMController(plain, theirs, WEIGHTS, total_steps=STEPS, audit=False) as other,
+    ):
+        for step in range(STEPS):
+
+            def closure(step=step):
+                loss_of(model, batch(step, 32)).backward()
+                dgm.mask_gradients()
+
+            if with_closure:
+                optimizer.step(torch.enable_grad()(closure))
+            else:
+                closure()
+                optimizer.step()
+            dgm.advance()
+            for name, mask in dgm.masks().items():
+                assert torch.count_nonzero(model.get_submodule(name).weight[~mask]) == 0
+        run(plain, theirs, other)
+        assert dgm.steps == STEPS
+    assert equal(model, plain)
