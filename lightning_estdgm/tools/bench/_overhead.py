@@ -48,10 +48,10 @@ def measure_overhead(config: OverheadConfig) -> dict[str, Any]:
 
     Returns:
         ``dense_step_s`` and ``masked_step_s`` (means over the interval, seconds; median over rounds), ``overhead``
-        (their ratio minus 1) and its range over rounds, ``mask_work_s`` and its range (CPU time of all threads a step,
-        seconds: of masking gradients, the optimizer's step and what follows it, less a dense optimizer's step), the
-        mask ``updates`` and ``observed_steps`` in the interval, ``peak_bytes`` of a step (`peak_memory`), and the
-        configuration.
+        (their ratio minus 1) and its range over rounds, ``mask_work_s`` and its range (CPU time of all threads in a
+        step without observation or update, seconds: of masking gradients, the optimizer's step and what follows it,
+        less a dense optimizer's step), the mask ``updates`` and ``observed_steps`` in the interval, ``peak_bytes`` of a
+        step (`peak_memory`), and the configuration.
 
     """
     chunk = 10  # steps of one kind before the other takes over: a slow moment of the machine hits both
@@ -64,7 +64,7 @@ def measure_overhead(config: OverheadConfig) -> dict[str, Any]:
         before = loops["masked"].counts()
         spent = dict.fromkeys(loops, 0.0)
         for loop in loops.values():
-            loop.stepping_s = 0.0
+            loop.stepping_s.clear()
         for _ in range(config.update_every // chunk):
             for kind, loop in loops.items():
                 start = time.perf_counter()
@@ -74,7 +74,7 @@ def measure_overhead(config: OverheadConfig) -> dict[str, Any]:
         overheads.append(spent["masked"] / spent["dense"] - 1.0)
         dense_s.append(spent["dense"] / config.update_every)
         masked_s.append(spent["masked"] / config.update_every)
-        work_s.append((loops["masked"].stepping_s - loops["dense"].stepping_s) / config.update_every)
+        work_s.append(statistics.median(loops["masked"].stepping_s) - statistics.median(loops["dense"].stepping_s))
     return {
         "config": asdict(config),
         "updates": updates,
@@ -154,7 +154,7 @@ class _Loop:
         self.tokens = torch.randint(0, 256, (config.batch_size, config.context), generator=generator)
         self.dgm: DGMController | None = None
         self.observed = 0
-        self.stepping_s = 0.0  # CPU time between the end of a backward and the next step
+        self.stepping_s: list[float] = []  # CPU time from a backward's end to the next step, of those outside windows
         if masked:
             dgm_config = DGMConfig(schedule=one_interval(config.update_every), units=Units(size=1))
             total_steps = 4 * config.update_every + 10
@@ -165,14 +165,16 @@ class _Loop:
         for _ in range(steps):
             self.optimizer.zero_grad()
             self.model.loss((self.tokens, self.tokens)).backward()
-            start = time.process_time()
+            start, busy = time.process_time(), False
             if self.dgm is not None:
-                self.observed += self.dgm.observing
+                busy = self.dgm.observing
+                self.observed += busy
                 self.dgm.mask_gradients()
             self.optimizer.step()
             if self.dgm is not None:
-                self.dgm.advance()
-            self.stepping_s += time.process_time() - start
+                busy |= self.dgm.advance()
+            if not busy:
+                self.stepping_s.append(time.process_time() - start)
 
     def run_to_window(self) -> None:
         """Do the steps before the next one that is observed."""
