@@ -33,6 +33,7 @@ from lightning_estdgm.engine._initialisation import describe_drawn, describe_rec
 from lightning_estdgm.engine._masked_model import MaskedModel
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._observation import observe
+from lightning_estdgm.engine._optimizer_state import OptimizerStates
 from lightning_estdgm.engine._refusals import check_rule, check_state
 from lightning_estdgm.engine._step_hooks import StepHooks
 from lightning_estdgm.method._schedules import Schedule
@@ -99,11 +100,14 @@ class DGMController:
         self._flops = FlopCounter()
         every = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self._hooks = StepHooks(every, self._mask_if_touched, self.config.step_size.exponent)
+        self._states = OptimizerStates(every)
         selection = self.config.selection
         candidates = find_candidates(model, selection.include, selection.exclude, self._hooks.held)
         self._masked = MaskedModel(candidates, self.config, state, group)
         self._dispatch = Dispatch(self.config, candidates, self._masked.weights, group)
-        check_rule(self._masked.rule, self._masked.weights, changes_masks=len(self.schedule.densities) > 1)
+        changes_masks = len(self.schedule.densities) > 1
+        check_rule(self._masked.rule, self._masked.weights, changes_masks=changes_masks)
+        self._states.prepare([w for w in self._masked.weights if changes_masks and not w.inactive.learn])
         try:
             if state is not None:
                 self.load_state_dict(state)
@@ -196,7 +200,8 @@ class DGMController:
         self.steps, self.position = steps, position
         held = self._draw_masks(largest=True)
         with torch.no_grad():
-            self._masked.clear_optimizer_states_(self._hooks.states)
+            for weight in self._masked.weights:
+                self._states.follow_drawn_(weight)
         self.recovered = describe_recovered(self._masked.weights, held)
 
     def mask_copy_(self, copy: nn.Module) -> None:
@@ -370,7 +375,7 @@ class DGMController:
     def _update_masks(self) -> None:
         density = self.schedule(self.position).density
         drop_fraction = self._masked.rule.drop_share(self.schedule.drop_progress(self.position), density)
-        self.churn = self._masked.update(density, drop_fraction, self._hooks.states, self.updates)
+        self.churn = self._masked.update(density, drop_fraction, self._states, self.updates)
         self.updates += 1
         self._check_ranks(f"after mask update {self.updates}")
 

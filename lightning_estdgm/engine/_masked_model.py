@@ -21,6 +21,7 @@ from lightning_estdgm.engine._decisions import LayerDecision, layer_decisions
 from lightning_estdgm.engine._gradient_mask import mask_gradients_
 from lightning_estdgm.engine._initialisation import draw_masks, masked_weights
 from lightning_estdgm.engine._mask_update import update_masks
+from lightning_estdgm.engine._optimizer_state import OptimizerStates
 from lightning_estdgm.modules._candidates import Candidate, clean_name
 from lightning_estdgm.modules._swap import set_observing
 
@@ -99,14 +100,14 @@ class MaskedModel:
 
     @torch.no_grad()
     def update(
-        self, density: float, drop_fraction: float, states: Sequence[Mapping[Any, Mapping[str, Any]]], update: int
+        self, density: float, drop_fraction: float, states: OptimizerStates, update: int
     ) -> float:
         """Update all masks, and bring weights, gradients and optimizer states in line with them.
 
         Args:
             density: density of the whole after the update.
             drop_fraction: share of the active units given up for new ones.
-            states: ``state`` of each optimizer.
+            states: state of the optimizers.
             update: index of the update, for random scores.
 
         Returns:
@@ -115,6 +116,7 @@ class MaskedModel:
         """
         for weight in self.weights:
             weight.inactive.before_update(weight)
+        before = {weight.name: weight.mask for weight in self.weights}
         grown = 0
         if self._config.trains_inactive_weights:
             drop_fraction = 0.0
@@ -125,15 +127,9 @@ class MaskedModel:
             weight.inactive.apply_mask_(weight)
             mask_gradients_([weight])
             if not weight.inactive.learn:
-                for state in states:
-                    weight.clear_optimizer_state_(state, changed)
+                states.reset_(weight, changed, before=before[weight.name])
+        states.forget_curvature()
         return grown / sum(weight.active * weight.unit_size for weight in self.weights)
-
-    def clear_optimizer_states_(self, states: Sequence[Mapping[Any, Mapping[str, Any]]]) -> None:
-        """Zero the optimizers' state at the inactive units of all weights."""
-        for weight in self.weights:
-            for state in states:
-                weight.clear_optimizer_state_(state, ~weight.mask)
 
     def check_ranks(self, words: Mapping[str, int], when: str) -> None:
         """Raise MasksDifferError on every rank if masks or `words` differ; see `check_same_on_all_ranks`."""
