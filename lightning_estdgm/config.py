@@ -50,6 +50,10 @@ class Units:
 class StepSize:
     r"""Density-aware step size: a layer at density :math:`\rho` takes steps :math:`\rho^{-e}` times as large.
 
+    While it steps, the optimizer sees the layer's learning rate multiplied by :math:`\rho^{-e}`; parameter groups stay
+    as the user made them. Where an optimizer does not step by the ``lr`` of each parameter's group, which is found by
+    trial, its layers are not scaled, and the printed table says why.
+
     Attributes:
         exponent: :math:`e`, at least 0; 0 leaves the optimizer's steps as they are.
         scale_initial_weights: whether the initial weights of a layer are scaled by :math:`1/\sqrt\rho` (not with a

@@ -7,7 +7,7 @@ A plain loop adds two calls::
             optimizer.zero_grad()
             loss_fn(model(x), y).backward()
             dgm.mask_gradients()   # once the whole gradient is there, before clipping
-            optimizer.step()       # hooks of the controller scale the step and re-mask the weights
+            optimizer.step()       # hooks of the controller scale the rates and re-mask the weights
             dgm.advance()          # next phase, mask update when due
 
 Longer than other modules: it holds one class, whose methods are what users call, with their documentation.
@@ -131,6 +131,7 @@ class DGMController:
             grad_scale: factor that the gradients still carry (a GradScaler's, before unscaling).
 
         """
+        self._hooks.forget_raised_step()
         weights = self._masked.weights if optimizer is None else self._hooks.weights_of(optimizer)
         self._mask_gradients(weights, 1.0 / grad_scale)
 
@@ -224,7 +225,7 @@ class DGMController:
         self._hooks.remove()
         self._dispatch.close()
         for weight in self._masked.weights:
-            weight.snapshot.forget()
+            weight.inactive.forget()
 
     def __enter__(self) -> DGMController:
         return self
@@ -327,6 +328,7 @@ class DGMController:
             "churn": self.churn,
             "waiting": self._waiting,
             "stepped": self._hooks.stepped,
+            "rates": self._hooks.state_dict(),
             "flops": self._flops.state_dict(),
             **self._dispatch.state_dict(),
             "layers": {weight.name: weight.state_dict() for weight in self._masked.weights},
@@ -344,6 +346,7 @@ class DGMController:
         for name in ("steps", "position", "updates", "churn"):
             setattr(self, name, state[name])
         self._waiting, self._hooks.stepped = state["waiting"], state["stepped"]
+        self._hooks.load_state_dict(state.get("rates", ()))
         self._flops.load_state_dict(state["flops"])
         self._dispatch.load_state_dict(state, probing=self.steps == 0)
         for weight in self._masked.weights:

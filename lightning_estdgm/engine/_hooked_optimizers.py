@@ -1,6 +1,9 @@
-"""Parameters and torch's step hooks of optimizers and of the optimizers that they wrap."""
+"""Parameters and torch's step hooks of optimizers and of the optimizers that they wrap; arguments of a step."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -29,3 +32,15 @@ def with_step_hooks(optimizer: Optimizer) -> list[Optimizer]:
             found.append(candidate)
         waiting += [value for value in own.values() if isinstance(value, Optimizer)]
     return found
+
+
+def closure_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return the closure that ``step`` was called with (its first argument is the optimizer); ``None`` without one."""
+    return kwargs.get("closure", args[1] if len(args) > 1 else None)
+
+
+def with_closure(args: Sequence[Any], kwargs: Mapping[str, Any], closure: Any) -> tuple[Any, Any]:
+    """Return the arguments of ``step`` with another closure."""
+    if "closure" in kwargs:
+        return tuple(args), {**kwargs, "closure": closure}
+    return (args[0], closure, *args[2:]), dict(kwargs)

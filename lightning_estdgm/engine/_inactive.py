@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from lightning_estdgm.method._backward_set import BackwardSet, ShadowWeights
+from lightning_estdgm.method._masks import masked_select_units
 
 if TYPE_CHECKING:
     from lightning_estdgm.engine._masked_weight import MaskedWeight
@@ -48,22 +49,24 @@ class InactiveWeights(ABC):
     # ---- around a step
 
     def step_scale(self, weight: MaskedWeight, exponent: float) -> float:
-        """Return the factor on the optimizer's steps; `exponent` is `StepSize.exponent`."""
+        """Return the factor on the learning rate of the weight; `exponent` is `StepSize.exponent`."""
         return weight.density**-exponent
 
-    @abstractmethod
-    def before_step(self, weight: MaskedWeight, exponent: float) -> None:
+    def before_step(self, weight: MaskedWeight) -> None:  # noqa: B027
         """Prepare an optimizer's step, before its closure runs."""
 
-    def with_gradients(self, weight: MaskedWeight, exponent: float, grad_scale: float | Tensor) -> None:  # noqa: B027
+    def with_gradients(self, weight: MaskedWeight, grad_scale: float | Tensor) -> None:  # noqa: B027
         """Prepare a step once its gradients are there; they are `grad_scale` times too large."""
 
     @abstractmethod
-    def after_step(self, weight: MaskedWeight, exponent: float) -> None:
+    def after_step(self, weight: MaskedWeight) -> None:
         """Bring the weight in line with its mask after a step."""
 
     def withdraw(self, weight: MaskedWeight) -> None:  # noqa: B027
         """Undo `with_gradients` where no step was made, or before a closure's forward."""
+
+    def forget(self) -> None:  # noqa: B027
+        """Free what is kept from step to step."""
 
     # ---- around a mask update
 
@@ -99,16 +102,8 @@ class InactiveWeights(ABC):
 class ZeroWeights(InactiveWeights):
     """Inactive weights are zero."""
 
-    def before_step(self, weight: MaskedWeight, exponent: float) -> None:
-        """Remember the weight if its step will be scaled."""
-        if not weight.is_dense and self.step_scale(weight, exponent) != 1.0:
-            weight.snapshot.take(weight, active_only=True)
-        else:
-            weight.snapshot.forget()
-
-    def after_step(self, weight: MaskedWeight, exponent: float) -> None:
-        """Scale the step; zero inactive weights again, which momentum and weight decay have moved."""
-        weight.snapshot.scale_step_(weight, self.step_scale(weight, exponent))
+    def after_step(self, weight: MaskedWeight) -> None:
+        """Zero inactive weights again, which momentum and weight decay have moved."""
         weight.fill_inactive_(weight.weight)
 
     def apply_mask_(self, weight: MaskedWeight) -> None:
@@ -122,20 +117,31 @@ class FrozenWeights(InactiveWeights):
     act_in_forward = True
     when_dropped = "kept as it is, without updates"
 
+    def __init__(self) -> None:
+        self._before: Tensor | None = None  # the weight before a step; the buffer is kept for the next
+
     def step_scale(self, weight: MaskedWeight, exponent: float) -> float:
         """Return 1: the forward is dense."""
         return 1.0
 
-    def before_step(self, weight: MaskedWeight, exponent: float) -> None:
-        """Remember the weight, to give inactive units their values back."""
+    def before_step(self, weight: MaskedWeight) -> None:
+        """Copy the weight, to give inactive units their values back: momentum and weight decay move them."""
         if weight.is_dense:
-            weight.snapshot.forget()
+            self._before = None
+        elif self._before is None:
+            self._before = weight.weight.clone()
         else:
-            weight.snapshot.take(weight, active_only=False)
+            self._before.copy_(weight.weight)
 
-    def after_step(self, weight: MaskedWeight, exponent: float) -> None:
+    def after_step(self, weight: MaskedWeight) -> None:
         """Give inactive weights their values back."""
-        weight.snapshot.undo_inactive_(weight)
+        if self._before is not None:
+            active, grain = weight.addressed_mask, weight.placement.grain
+            weight.weight.copy_(masked_select_units(active, weight.weight, self._before, grain))
+
+    def forget(self) -> None:
+        """Free the copy."""
+        self._before = None
 
     def apply_mask_(self, weight: MaskedWeight) -> None:
         """Do nothing: weights keep their values."""
@@ -165,21 +171,15 @@ class LearningWeights(InactiveWeights):
         """Zero the gradient outside the backward set."""
         self.shadow.mask_gradient_(gradient)
 
-    def before_step(self, weight: MaskedWeight, exponent: float) -> None:
-        """Do nothing: a closure's forward runs without inactive weights."""
-
-    def with_gradients(self, weight: MaskedWeight, exponent: float, grad_scale: float | Tensor) -> None:
-        """Add inactive weights and the penalty's gradient; remember the weight if its step will be scaled."""
+    def with_gradients(self, weight: MaskedWeight, grad_scale: float | Tensor) -> None:
+        """Add inactive weights and the penalty's gradient."""
         gradient = weight.gradient
         if gradient is not None:
             self.shadow.put_in_(weight.weight)
             self.shadow.penalize_(gradient, weight.weight, weight.mask, grad_scale)
-        if self.step_scale(weight, exponent) != 1.0:
-            weight.snapshot.take(weight, active_only=False)
 
-    def after_step(self, weight: MaskedWeight, exponent: float) -> None:
-        """Scale the step and take inactive weights out again."""
-        weight.snapshot.scale_step_(weight, self.step_scale(weight, exponent))
+    def after_step(self, weight: MaskedWeight) -> None:
+        """Take inactive weights out again."""
         self.withdraw(weight)
 
     def withdraw(self, weight: MaskedWeight) -> None:

@@ -19,7 +19,6 @@ from lightning_estdgm.engine._gradient_mask import MaskedGradient
 from lightning_estdgm.engine._inactive import inactive_weights
 from lightning_estdgm.engine._observation import Window
 from lightning_estdgm.engine._placement import placement_of
-from lightning_estdgm.engine._step_size import WeightSnapshot
 from lightning_estdgm.method._backward_set import BackwardSet
 from lightning_estdgm.method._masks import active_units, keep_active_, mask_shape, pack_bits, unpack_bits
 from lightning_estdgm.modules._candidates import Candidate
@@ -52,7 +51,6 @@ class MaskedWeight:
         explored: bool over units, true for those that have ever been active.
         window: sums over observed gradients; ``None`` outside an observation window.
         sampled: whether the current step's gradient was observed.
-        snapshot: copy of the weight before the current step.
         masked_gradient: identity of the gradient that was masked last.
         backend: name of the backend that computes the layer now.
         final_backend: name of the backend at the final density; ``"?"`` until measured.
@@ -78,7 +76,6 @@ class MaskedWeight:
         self.why = ""
         self.window: Window | None = None
         self.sampled = False
-        self.snapshot = WeightSnapshot()
         self.masked_gradient = MaskedGradient()
         self.part_active = [self.units // candidate.parts] * candidate.parts
         mask = torch.ones(self.placement.mask_shape(self.weight), dtype=torch.bool, device=self.weight.device)
@@ -166,7 +163,6 @@ class MaskedWeight:
         self.mask = mask.to(self.weight.device)
         self.addressed_mask = self.placement.address(self.mask)
         self.active = active
-        self.snapshot.forget()
         self.masked_gradient.forget()
 
     def set_mask(self, mask: Tensor, explored: Tensor | None = None) -> None:

@@ -1,6 +1,6 @@
 """`trial_optimizer`: a copy of an optimizer that holds throw-away parameters, to see what it does with a parameter.
 
-What is looked for in a trial is elsewhere: whether ``lr`` is read per group in `_step_size`, what a fresh parameter's
+What is looked for in a trial is elsewhere: whether ``lr`` is read per group in `_rate_trial`, what a fresh parameter's
 state is in `_optimizer_state`. No trial touches the optimizer of the run.
 """
 
@@ -11,38 +11,47 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 
-def trial_optimizer(optimizer: Optimizer, stand_ins: Mapping[nn.Parameter, nn.Parameter]) -> Optimizer:
-    """Return a copy of an optimizer, settings and inner optimizers included, that holds throw-away parameters.
+def trial_optimizer(optimizer: Optimizer, stand_ins: Mapping[Tensor, Tensor]) -> Optimizer:
+    """Return a copy of an optimizer, settings, own attributes and inner optimizers included, with other parameters.
 
-    It has no state and no hooks. Of each group, only the parameters with a stand-in are left; groups without any are
-    empty, so that groups keep their indices.
+    It has no parameter's state and no hooks. Of each group, only the parameters with a stand-in are left; other groups
+    are empty, so that groups keep their indices. (``copy.deepcopy`` would keep what ``Optimizer.__getstate__`` returns:
+    groups and state, without a class's own attributes.)
 
     Args:
         optimizer: optimizer of a run, or a wrapper of one.
         stand_ins: throw-away parameters, by the parameters that they stand in for.
 
     Raises:
-        Exception: whatever the optimizer's ``__deepcopy__`` raises, if it cannot be copied.
+        Exception: whatever an attribute raises that cannot be copied.
 
     """
     memo: dict[int, Any] = {}
-    for inner in _nested(optimizer):
+    nested = _nested(optimizer)
+    for inner in nested:
+        memo[id(inner)] = object.__new__(type(inner))
         for group in inner.param_groups:
             for parameter in group["params"]:
                 memo[id(parameter)] = stand_ins.get(parameter)
-        memo[id(inner.state)] = defaultdict(dict)
         for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
             hooks = inner.__dict__.get(name)
             if hooks is not None:
                 memo[id(hooks)] = type(hooks)()
-    trial = copy.deepcopy(optimizer, memo)
-    for inner in _nested(trial):
-        for group in inner.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if parameter is not None]
+    for inner in nested:
+        # A scheduler's or a user's own `step` on the instance is a function that steps the optimizer of the run.
+        own = {name: value for name, value in inner.__dict__.items() if name != "step"}
+        if id(inner.state) not in memo:
+            kept = {key: value for key, value in inner.state.items() if not isinstance(key, Tensor)}
+            memo[id(inner.state)] = defaultdict(dict, copy.deepcopy(kept, memo))
+        memo[id(inner)].__dict__.update(copy.deepcopy(own, memo))
+    for inner in nested:
+        for group in memo[id(inner)].param_groups:  # the same lists, which an optimizer may hold elsewhere, too
+            group["params"][:] = [parameter for parameter in group["params"] if parameter is not None]
+    trial: Optimizer = memo[id(optimizer)]
     return trial
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_estdgm.distributed._collectives import agree, local_tensor
-from lightning_estdgm.engine._hooked_optimizers import parameters_of, with_step_hooks
+from lightning_estdgm.engine._hooked_optimizers import closure_of, parameters_of, with_closure, with_step_hooks
 from lightning_estdgm.engine._masked_weight import MaskedWeight
+from lightning_estdgm.engine._step_size import StepScaling
 
 
 class StepHooks:
@@ -43,7 +44,7 @@ class StepHooks:
         self._optimizers = optimizers
         self._hooked = [inner for optimizer in optimizers for inner in with_step_hooks(optimizer)]
         self._mask_gradients = mask_gradients
-        self._exponent = exponent
+        self._scaling = StepScaling(optimizers, exponent)
         self._weights: dict[int, MaskedWeight] = {}  # by the id of its parameter
         self._depth = 0  # number of nested steps that have begun and not ended
         self._idle = False  # whether the current step is not one of training
@@ -84,17 +85,36 @@ class StepHooks:
                 "hooks of torch's, and holds no optimizer that does. Have its class call "
                 "torch.optim.Optimizer.__init__, or keep the optimizer that steps as an attribute"
             )
+        self._scaling.register(self._weights)  # after the hooks above: they see the groups as the user made them
 
     def begin_step(self) -> None:
         """Reset `stepped`, and the count of nested steps, which an exception may have left above 0."""
         self.stepped = False
+        self._abandon()
+
+    def forget_raised_step(self) -> None:
+        """Give the optimizers' groups back if a step that raised has left them split."""
+        if self._scaling.entered:
+            self._abandon()
+
+    def _abandon(self) -> None:
         self._depth = 0
+        self._scaling.give_back()
 
     def remove(self) -> None:
         """Remove all hooks. May be called twice."""
+        self._scaling.remove()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def state_dict(self) -> list[dict[str, dict[str, Any]]]:
+        """Return what optimizers keep of their groups beside the user's; see `StepScaling.state_dict`."""
+        return self._scaling.state_dict()
+
+    def load_state_dict(self, state: Sequence[Mapping[str, dict[str, Any]]]) -> None:
+        """Load what `state_dict` returned."""
+        self._scaling.load_state_dict(state)
 
     # ------------------------------------------------------------------ around one step
 
@@ -103,7 +123,7 @@ class StepHooks:
         self._depth += 1
         if self._depth > 1:
             return None
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        closure = closure_of(args, kwargs)
         self._idle = closure is None and self._is_idle(optimizer)
         if self._idle:
             return None
@@ -111,34 +131,35 @@ class StepHooks:
         if closure is None:  # the gradients are there: mask them if the loop did not, or changed them since
             self._mask_gradients(weights)
         for weight in weights:
-            weight.inactive.before_step(weight, self._exponent)
+            weight.inactive.before_step(weight)
         if closure is None:
             self._with_gradients(optimizer)
-        elif any(weight.inactive.learn for weight in weights):
-            return self._wrapped(optimizer, closure, args, kwargs)
-        return None
+            return None
+        return with_closure(args, kwargs, self._around(optimizer, closure))
 
     def _with_gradients(self, optimizer: Optimizer) -> None:
         grad_scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales by itself
         for weight in self.weights_of(optimizer):
-            weight.inactive.with_gradients(weight, self._exponent, 1.0 if grad_scale is None else grad_scale)
+            weight.inactive.with_gradients(weight, 1.0 if grad_scale is None else grad_scale)
 
-    def _wrapped(self, optimizer: Optimizer, closure: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Return the step's arguments with a closure that runs without inactive weights and adds them at its end."""
+    def _around(self, optimizer: Optimizer, closure: Any) -> Any:
+        """Return a closure that runs without inactive weights that learn, and adds them at its end."""
 
-        def wrapped() -> Any:
+        def around() -> Any:
             with torch.no_grad():
                 for weight in self.weights_of(optimizer):  # in, if the closure is called again
                     weight.inactive.withdraw(weight)
-            with torch.enable_grad():
-                loss = closure()
+            try:
+                with torch.enable_grad():
+                    loss = closure()
+            except BaseException:
+                self._depth = 0  # the step ends here, and no hook will be told
+                raise
             with torch.no_grad():
                 self._with_gradients(optimizer)
             return loss
 
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": wrapped}
-        return (args[0], wrapped, *args[2:]), kwargs
+        return around
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -154,7 +175,7 @@ class StepHooks:
         for weight in weights:
             weight.masked_gradient.forget()
             if weight.gradient is not None:
-                weight.inactive.after_step(weight, self._exponent)
+                weight.inactive.after_step(weight)
 
     # ------------------------------------------------------------------ kinds of steps
 

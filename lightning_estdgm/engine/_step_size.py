@@ -1,68 +1,247 @@
-"""`WeightSnapshot`: a weight before an optimizer's step, from which the step is scaled or undone. See `StepSize`."""
+"""`StepScaling`: hooks by which the optimizers see the learning rates of masked weights scaled by their density.
+
+See `config.StepSize`. How groups are split is in `_scaled_groups`, how it is found out whether that works in
+`_rate_trial`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from lightning_estdgm.engine._block_slices import BlockSlices
-from lightning_estdgm.method._masks import masked_select_units
+from lightning_estdgm.engine._hooked_optimizers import closure_of, parameters_of, with_closure, with_step_hooks
+from lightning_estdgm.engine._rate_trial import why_not_scaled
+from lightning_estdgm.engine._scaled_groups import Group, ScaledGroups
 
 if TYPE_CHECKING:
     from lightning_estdgm.engine._masked_weight import MaskedWeight
 
-FEW = 1 / 3
-"""Largest density at which copying the active blocks alone takes less time than copying the weight."""
+_PLAIN = (bool, int, float, str, Tensor)  # what a checkpoint holds that loads with ``weights_only=True``
 
 
-class WeightSnapshot:
-    """One weight as it was before a step of its optimizer: all of it, or its active blocks if those are few.
+class StepScaling:
+    """Scaling of the steps of all masked weights of a run, by the learning rates that their optimizers see.
 
-    Attributes:
-        values: copy of the weight or of its active blocks; ``None`` before `take`.
-        slices: active blocks that `values` holds; ``None`` if it holds the whole weight.
+    Of nested optimizers, the innermost that holds a weight makes its step, so that one sees the scaled rate. Groups
+    are split once the step's gradients are there: after its closure, in which user code may read and set rates.
+
+    Args:
+        optimizers: optimizers of the run.
+        exponent: `StepSize.exponent`.
 
     """
 
-    def __init__(self) -> None:
-        self.values: Tensor | None = None
-        self.slices: BlockSlices | None = None
+    def __init__(self, optimizers: Sequence[Optimizer], exponent: float) -> None:
+        hooked = {id(inner): inner for optimizer in optimizers for inner in with_step_hooks(optimizer)}
+        self._optimizers = list(hooked.values())
+        self._exponent = exponent
+        self._steps: list[_ScaledSteps] = []
+        self._resumed: Sequence[Mapping[str, Group]] = ()
 
-    def take(self, weight: MaskedWeight, *, active_only: bool) -> None:
-        """Copy the weight as it is now; with `active_only`, its inactive units may be left out."""
-        self.slices = self._few_slices(weight) if active_only else None
-        if self.slices is not None:
-            self.values = self.slices.read(weight.weight, into=self.values)
-        elif self.values is None:
-            self.values = weight.weight.clone()
-        else:
-            self.values.copy_(weight.weight)
+    @property
+    def entered(self) -> bool:
+        """Whether an optimizer sees its groups split."""
+        return any(steps.groups.entered for steps in self._steps)
 
-    def forget(self) -> None:
-        """Drop the copy and free its memory."""
-        self.slices = self.values = None
+    def register(self, weights: Mapping[int, MaskedWeight]) -> None:
+        """Hook the optimizers that step the masked weights, given by the id of their parameters.
 
-    def scale_step_(self, weight: MaskedWeight, scale: float) -> None:
-        """Make the step that the weight has made since `take` `scale` times as large, in place."""
-        if self.values is None or scale == 1.0:
+        Weights whose optimizer fails the trial are not scaled; their `note` says why.
+        """
+        if self._exponent == 0.0:
             return
-        if self.slices is None:
-            weight.weight.lerp_(self.values, 1.0 - scale)
-        else:
-            self.slices.scale_step_(weight.weight, self.values, scale)
+        for optimizer in self._optimizers:
+            inner = self._inside(optimizer)
+            if any(_delegates(optimizer, other) for other in inner):
+                continue
+            elsewhere = {id(parameter) for other in inner for parameter in parameters_of(other)}
+            own = {key: weight for key, weight in weights.items() if key not in elsewhere}
+            self._steps.append(_ScaledSteps(optimizer, own, self._exponent))
+        self.load_state_dict(self._resumed)
 
-    def undo_inactive_(self, weight: MaskedWeight) -> None:
-        """Give inactive weights the values that they had at `take`, in place."""
-        if self.values is not None:
-            active, grain = weight.addressed_mask, weight.placement.grain
-            weight.weight.copy_(masked_select_units(active, weight.weight, self.values, grain))
+    def _inside(self, optimizer: Optimizer) -> list[Optimizer]:
+        """Return the optimizers that one wraps; of two that hold each other, the one found first wraps the other."""
+        place = {id(found): i for i, found in enumerate(self._optimizers)}
+        return [
+            other
+            for other in with_step_hooks(optimizer)[1:]
+            if place[id(other)] > place[id(optimizer)] or all(o is not optimizer for o in with_step_hooks(other))
+        ]
 
-    def _few_slices(self, weight: MaskedWeight) -> BlockSlices | None:
-        """Return the active blocks' slices if the weight is whole and copying them alone pays."""
-        if weight.placement.is_sharded or weight.block_size == 1 or weight.density > FEW:
-            return None
-        if self.slices is None or not self.slices.fit(weight.weight):
-            self.values = None
-            return BlockSlices.of(weight.weight, weight.mask, weight.block_size)
-        return self.slices
+    def give_back(self) -> None:
+        """Give all groups back, as after a step that raised; steps that begin later begin anew."""
+        for steps in self._steps:
+            steps.give_back()
+
+    def remove(self) -> None:
+        """Give all groups back and remove the hooks. May be called twice."""
+        for steps in self._steps:
+            steps.remove()
+        self._steps.clear()
+
+    def state_dict(self) -> list[dict[str, Group]]:
+        """Return for each optimizer and layer what differs in its group from the user's group, in plain types."""
+        return [steps.state_dict() for steps in self._steps]
+
+    def load_state_dict(self, state: Sequence[Mapping[str, Group]]) -> None:
+        """Let the layers of a resumed run go on with these values; may be called before `register`."""
+        self._resumed = state
+        for steps, values in zip(self._steps, state, strict=False):
+            steps.load_state_dict(values)
+
+
+class _ScaledSteps:
+    """Steps of one optimizer, with the groups that it sees during them.
+
+    Args:
+        optimizer: optimizer whose own step moves weights.
+        weights: masked weights that it may hold, now or later, by the id of their parameters.
+        exponent: `StepSize.exponent`.
+
+    """
+
+    def __init__(self, optimizer: Optimizer, weights: Mapping[int, MaskedWeight], exponent: float) -> None:
+        self.groups = ScaledGroups(optimizer)
+        self._optimizer = optimizer
+        self._weights = weights
+        self._exponent = exponent
+        self._depth = 0  # a subclass's step that calls its parent's runs the hooks twice
+        self._reasons: dict[int, str] = {}  # against scaling, by the group's index; empty if it can be scaled
+        self._reasons_by_settings: dict[str, str] = {}  # for groups that differ in their rate and parameters only
+        for index, group in enumerate(optimizer.param_groups):
+            self._can_scale(index, group)
+        self._pre_hook = optimizer.register_step_pre_hook(self._before_step)
+        post_hook = optimizer.register_step_post_hook(self._after_step)
+        cast(OrderedDict[int, Any], optimizer._optimizer_step_post_hooks).move_to_end(post_hook.id, last=False)
+        self._handles = [
+            self._pre_hook,
+            post_hook,
+            optimizer.register_state_dict_pre_hook(self._give_back_first),
+            optimizer.register_load_state_dict_pre_hook(self._give_back_first),
+        ]
+
+    def give_back(self) -> None:
+        """Give the groups back; the next step is not within one that began before."""
+        self.groups.leave()
+        self._depth = 0
+        if self._handles:  # hooks that were registered since see the user's groups, too
+            cast(OrderedDict[int, Any], self._optimizer._optimizer_step_pre_hooks).move_to_end(self._pre_hook.id)
+
+    def remove(self) -> None:
+        """Give the groups back and remove the hooks."""
+        self.groups.leave()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def state_dict(self) -> dict[str, Group]:
+        """Return what the optimizer keeps of each layer's group that differs from the user's group."""
+        return {
+            self._weights[key].name: {k: v for k, v in own.items() if isinstance(v, _PLAIN)}
+            for key, own in self.groups.own_values().items()
+            if key in self._weights
+        }
+
+    def load_state_dict(self, state: Mapping[str, Group]) -> None:
+        """Let layers go on with these values, where they do not go on from an earlier step."""
+        named = {weight.name: key for key, weight in self._weights.items()}
+        self.groups.resumed = {named[name]: values for name, values in state.items() if name in named}
+
+    # ------------------------------------------------------------------ hooks
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        self._depth += 1
+        closure = closure_of(args, kwargs)
+        if closure is not None:
+            return with_closure(args, kwargs, self._around(closure))
+        if not self.groups.entered:
+            self.groups.enter(self._scales())
+        return None
+
+    def _around(self, closure: Any) -> Any:
+        """Return a closure that sees the user's groups, and leaves the optimizer with the split ones."""
+
+        def around() -> Any:
+            with torch.no_grad():
+                self.groups.leave()  # a closure that is called again
+            try:
+                result = closure()
+            except BaseException:
+                self._depth = 0  # the step ends here, and no hook will be told
+                raise
+            with torch.no_grad():
+                self.groups.enter(self._scales())
+            return result
+
+        return around
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth = max(0, self._depth - 1)
+        if self._depth == 0:
+            self.groups.leave()
+
+    @torch.no_grad()
+    def _give_back_first(self, *_: Any) -> None:
+        self.groups.leave()
+
+    # ------------------------------------------------------------------ factors
+
+    def _scales(self) -> dict[int, float]:
+        """Return the factors on learning rates by the ids of parameters, where they are not 1."""
+        scales = {}
+        for index, group in enumerate(self._optimizer.param_groups):
+            factors = {}
+            for parameter in group["params"]:
+                weight = self._weights.get(id(parameter))
+                factor = 1.0 if weight is None else weight.inactive.step_scale(weight, self._exponent)
+                if factor != 1.0:
+                    factors[id(parameter)] = factor
+            if factors and self._can_scale(index, group):
+                scales.update(factors)
+        return scales
+
+    def _can_scale(self, index: int, group: Group) -> bool:
+        """Whether the weights of a group can be scaled; a new group is tried, and noted if they cannot."""
+        if index in self._reasons:
+            return not self._reasons[index]
+        held = [self._weights[id(p)] for p in group["params"] if id(p) in self._weights]
+        held = [weight for weight in held if not weight.inactive.act_in_forward]
+        if not held:
+            return False  # not to be remembered: a group may get its first parameters later
+        dims = held[0].parameter.dim()
+        parameters = [weight.parameter for weight in held if weight.parameter.dim() == dims]
+        settings = repr((_settings(group), dims, parameters[0].dtype, parameters[0].device))
+        if settings not in self._reasons_by_settings:
+            reason = why_not_scaled(self._optimizer, index, parameters, parameters[0])
+            self._reasons_by_settings[settings] = reason
+        self._reasons[index] = reason = self._reasons_by_settings[settings]
+        if reason:
+            for weight in held:
+                weight.note = "; ".join(filter(None, (weight.note, f"steps not scaled by density: {reason}")))
+        return not reason
+
+
+def _settings(group: Group) -> list[tuple[str, str]]:
+    """Return what a group is set to, but its learning rate."""
+    rate = group.get("lr")
+    kept = {"lr": type(rate).__name__, **{key: repr(value) for key, value in group.items() if "lr" not in key}}
+    return sorted((key, value) for key, value in kept.items() if key not in ("params", "param_names"))
+
+
+def _delegates(optimizer: Optimizer, inner: Optimizer) -> bool:
+    """Whether an optimizer's groups are stepped by an inner one: each group by the inner one's with its index, or part.
+
+    The inner optimizer of a ZeroRedundancyOptimizer holds this rank's part of each group, which may be empty; the outer
+    one copies settings from group to group by their indices.
+    """
+    return len(inner.param_groups) == len(optimizer.param_groups) and all(
+        {id(p) for p in theirs["params"]} <= {id(p) for p in ours["params"]}
+        for theirs, ours in zip(inner.param_groups, optimizer.param_groups, strict=True)
+    )

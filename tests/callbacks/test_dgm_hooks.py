@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
     RichProgressBar,
     TQDMProgressBar,
 )
@@ -512,6 +513,84 @@ def test_early_stopping_checkpoints_and_learning_rate_monitor(tmp_path: Path) ->
     assert [rate for _, rate in curves[names[0]]] == pytest.approx([1e-3 / 25] + [r[0] for r in module.rates[:-1]])
     assert Path(checkpoint.best_model_path).exists()
     assert leftovers(module, trainer) == []
+
+
+class SetsRates(TinyMLP):
+    """Looks at its groups and sets their rates where a step's gradients are ready."""
+
+    def __init__(self) -> None:
+        super().__init__("sgd")
+        self.seen: list[list[tuple[float, int]]] = []
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        self.seen.append([(group["lr"], len(group["params"])) for group in optimizer.param_groups])
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+
+
+class Keeping(pl.Callback):
+    """Weights before and after each of the first three batches, after which no masks are updated."""
+
+    def __init__(self) -> None:
+        self.weights: list[list[dict[str, Tensor]]] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
+        if index < 3:
+            self.weights.append([copy.deepcopy(module.state_dict())])
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        if index < 3:
+            self.weights[-1].append(copy.deepcopy(module.state_dict()))
+
+
+def test_rates_that_the_module_sets_before_a_step_are_those_of_the_step() -> None:
+    module, callback, keeping = SetsRates(), callback_for(), Keeping()
+    trainer = make_trainer(callback, keeping, max_steps=20)
+    trainer.fit(module, TinyMLP.batches(20))
+    groups = module.parameter_groups()
+    assert [[n for _, n in step] for step in module.seen] == [[len(group["params"]) for group in groups]] * 20
+    assert [step[0][0] for step in module.seen] == [module.seen[0][0][0]] + [0.0] * 19
+    assert module.seen[0][0][0] > 0
+    assert len(keeping.weights) == 3
+    for before, after in keeping.weights:
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+class Stopping(torch.optim.SGD):
+    """Raises in its third step, when the gradients are there."""
+
+    count = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        self.count += 1
+        if self.count == 3:
+            raise ArithmeticError("stopped")
+        return loss
+
+
+class Stopped(TinyMLP):
+    def configure_optimizers(self) -> Any:
+        return Stopping(self.parameters(), 0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*was called without a model")
+@pytest.mark.filterwarnings("ignore:.*no last checkpoint available")
+@pytest.mark.parametrize("dgm_first", [True, False])
+def test_a_checkpoint_after_an_exception_holds_the_users_groups(tmp_path: Path, dgm_first: bool) -> None:
+    saved = OnExceptionCheckpoint(tmp_path)
+    module, callback = Stopped(), callback_for()
+    callbacks = [callback, saved] if dgm_first else [saved, callback]
+    trainer = make_trainer(*callbacks, max_steps=20, enable_checkpointing=True)
+    with pytest.raises(ArithmeticError, match="stopped"):
+        trainer.fit(module, TinyMLP.batches(20))
+    groups = torch.load(saved.ckpt_path, weights_only=False)["optimizer_states"][0]["param_groups"]
+    assert [(group["lr"], len(group["params"])) for group in groups] == [(0.1, len(list(module.parameters())))]
+    assert [len(group["params"]) for group in trainer.optimizers[0].param_groups] == [len(groups[0]["params"])]
 
 
 def assert_fit_works(module: MLP, callback: DGMCallback, trainer: pl.Trainer) -> None:

@@ -180,6 +180,15 @@ def test_the_callback_is_the_oracle_to_the_last_bit(case):
     assert difference(by_callback(case), by_oracle(case)) == (0.0, True)
 
 
+@pytest.mark.parametrize("case", EXACT.values(), ids=EXACT)
+def test_steps_scaled_by_their_rates_are_those_scaled_after_they_were_made(case):
+    # In float64, up to the rounding of the interpolation; weight decay and momentum included.
+    case = dataclasses.replace(case, dtype=torch.float64)
+    worst, same = difference(by_callback(case), by_oracle(case, by_rate=False))
+    assert same
+    assert worst < 1e-12
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("inactive", ["zero", "frozen"])
 def test_sparse_backends_follow_the_oracle(backend, inactive):

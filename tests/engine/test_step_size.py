@@ -1,14 +1,109 @@
-"""Density-aware step size: steps scaled as the density asks, from a copy of the weights before them."""
+"""Density-aware step size: learning rates scaled for the length of a step, against the step scaled after the fact."""
 
 import copy
 
 import pytest
 import torch
+from torch import nn
 
-from helpers.controller_runs import BLOCKS, STEPS, adamw, batch, constant, fit, full_masks, loss_of, sgd
-from helpers.masked_weights import numbered
+from helpers.controller_runs import (
+    STEPS,
+    WEIGHTS,
+    adamw,
+    batch,
+    constant,
+    equal,
+    fit,
+    full_masks,
+    loss_of,
+    run,
+    saved,
+    sgd,
+    traces,
+)
 from lightning_estdgm.config import DGMConfig, StepSize, Units
 from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.presets import preset
+
+UNSCALED = WEIGHTS.merged(step_size={"exponent": 0.0})
+
+
+class Lion(torch.optim.Optimizer):
+    """Sign of an interpolated momentum, decoupled weight decay."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr, "betas": (0.9, 0.99), "weight_decay": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(group["lr"] * (0.9 * m + 0.1 * p.grad).sign())
+                m.lerp_(p.grad, 0.01)
+
+
+class RateInMomentum(torch.optim.SGD):
+    """A momentum of steps, each with the rate of its time, as TensorFlow's RMSprop has it."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                p.sub_(m.mul_(0.9).add_(group["lr"] * p.grad))
+
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.01),
+    "SGD, fused": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True, fused=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, 1e-2, betas=(0.9, 0.95), weight_decay=0.1, foreach=False),
+    "AdamW, foreach": lambda p: torch.optim.AdamW(p, 1e-2, betas=(0.9, 0.95), weight_decay=0.1, foreach=True),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, 1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True),
+    "AdamW, rate a tensor": lambda p: torch.optim.AdamW(p, torch.tensor(1e-2, dtype=torch.float64), foreach=False),
+    "Adam, L2": lambda p: torch.optim.Adam(p, 1e-2, weight_decay=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, 1e-3, eps=1e-4, weight_decay=0.01),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, 1e-2, weight_decay=0.01),
+    "Lion": lambda p: Lion(p, 1e-3),
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_run_is_the_one_whose_steps_are_scaled_after_they_were_made(mlp, make):
+    """Over a whole schedule: p_old + (p_new - p_old) / rho, from a copy of the weights before the step."""
+    ours, theirs = (mlp(32, 64, 64, 4, dtype=torch.float64) for _ in range(2))
+    optimizer, other = make(ours.parameters()), make(theirs.parameters())
+    cycle = "momentum" in optimizer.defaults or "betas" in optimizer.defaults
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(o, float(o.defaults["lr"]), total_steps=STEPS + 1, cycle_momentum=cycle)
+        for o in (optimizer, other)
+    ]
+    with (
+        DGMController(ours, optimizer, WEIGHTS, total_steps=STEPS) as dgm,
+        DGMController(theirs, other, UNSCALED, total_steps=STEPS) as plain,
+    ):
+        densities = set()
+        for step in range(STEPS):
+            for net, stepper, controller in ((ours, optimizer, dgm), (theirs, other, plain)):
+                stepper.zero_grad()
+                loss_of(net, batch(step, 32).double()).backward()
+                controller.mask_gradients()
+                before = [layer.weight.clone() for layer in controller.masked_weights]
+                stepper.step()
+                if controller is plain:
+                    for layer, old in zip(controller.masked_weights, before, strict=True):
+                        layer.weight.lerp_(old, 1.0 - 1.0 / layer.density)
+                        densities.add(layer.density)
+                controller.advance()
+            for schedule in schedules:
+                schedule.step()
+            for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+        assert all(torch.equal(a, b) for a, b in zip(dgm.masks().values(), plain.masks().values(), strict=True))
+    assert min(densities) < 0.15 < 0.6 < max(densities)
 
 
 @pytest.mark.parametrize("exponent", [1.0, 0.5, 0.0])
@@ -42,62 +137,388 @@ def test_a_layer_steps_as_its_density_asks(mlp, make, exponent):
             dgm.advance()
 
 
-def test_the_copy_before_a_step_holds_few_active_blocks_alone(mlp):
-    model = mlp(64, 128, 64, 4)
+def test_a_rate_in_the_momentum_keeps_the_density_of_its_step(mlp):
+    """As under a scheduler: what is in the momentum was scaled by the density that the layer had then."""
+    model = mlp(32, 64, 4)
+    optimizer = RateInMomentum(model.parameters(), 0.01)
+    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS) as dgm:
+        (layer,) = dgm.masked_weights
+        assert not layer.note
+        momentum = torch.zeros_like(layer.weight)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss_of(model, batch(step, 32)).backward()
+            dgm.mask_gradients()
+            momentum.mul_(0.9).add_(layer.gradient * 0.01 / layer.density)
+            optimizer.step()
+            torch.testing.assert_close(optimizer.state[model[0].weight]["m"], momentum)
+            dgm.advance()
+
+
+# ------------------------------------------------------------------ copies of the weights in the optimizer
+
+
+class Masters(torch.optim.SGD):
+    """Steps a copy of each weight, as fp32 masters are stepped, and writes it into the weight."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                master = self.state[p].setdefault("master", p.clone())
+                p.copy_(master.sub_(group["lr"] * p.grad))
+
+
+def test_an_optimizers_copy_of_the_weights_stays_theirs(mlp):
+    model, twin = mlp(32, 64, 64, 4), mlp(32, 64, 64, 4)
+    optimizer = Masters(model.parameters(), 0.05)
+    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS) as dgm:
+        for _ in fit(model, optimizer, dgm):
+            for layer in dgm.masked_weights:
+                assert torch.equal(optimizer.state[layer.parameter]["master"][layer.mask], layer.weight[layer.mask])
+    plain = torch.optim.SGD(twin.parameters(), 0.05)
+    with DGMController(twin, plain, WEIGHTS, total_steps=STEPS) as dgm:
+        run(twin, plain, dgm)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ------------------------------------------------------------------ what users see
+
+
+class Watching(torch.optim.SGD):
+    """Notes the rates that its step sees."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.saw = []
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        self.saw.append([(round(group["lr"], 6), len(group["params"])) for group in self.param_groups])
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(group["lr"] * p.grad)
+        return loss
+
+
+HALF = WEIGHTS.merged(schedule=constant(0.5), units=Units(size=1, distribution="uniform"))
+
+
+def watched(model, config=HALF, optimizer=None):
+    optimizer = optimizer or Watching(model.parameters(), 0.1)
+    groups = optimizer.param_groups
+    dicts = list(groups)
+
+    def is_the_users():
+        same = len(groups) == len(dicts) and all(a is b for a, b in zip(groups, dicts, strict=True))
+        return optimizer.param_groups is groups and same
+
+    return optimizer, DGMController(model, optimizer, config, total_steps=STEPS), is_the_users
+
+
+def test_a_closure_sees_the_users_groups_and_sets_the_rate_of_its_step(mlp):
+    model = mlp(32, 64, 4)
+    optimizer, dgm, is_the_users = watched(model)
+    calls = []
+
+    def closure():
+        assert is_the_users()
+        assert optimizer.state_dict()["param_groups"][0]["params"] == [0, 1, 2, 3]
+        calls.append(optimizer.param_groups[0]["lr"])
+        optimizer.zero_grad()
+        loss = loss_of(model, batch(0, 32))
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 0.3
+        return loss
+
+    with dgm:
+        optimizer.step(closure)
+        assert is_the_users()
+        assert optimizer.saw == [[(0.6, 1), (0.3, 3)]]
+        optimizer.step(closure=closure)
+        dgm.advance()
+    assert calls == [0.1, 0.3]
+
+
+def test_hooks_of_the_user_see_the_users_groups(mlp):
+    model = mlp(32, 64, 4)
+    optimizer = Watching(model.parameters(), 0.1)
+    seen = []
+    optimizer.register_step_pre_hook(lambda o, *_: seen.append(len(o.param_groups)))
+    optimizer.register_step_post_hook(lambda o, *_: seen.append(len(o.param_groups)))
+    _, dgm, _ = watched(model, optimizer=optimizer)
+    with dgm:
+        optimizer.register_step_pre_hook(lambda o, *_: seen.append(len(o.param_groups)))
+        optimizer.register_step_post_hook(lambda o, *_: seen.append(len(o.param_groups)))
+        dgm.advance()
+        run(model, optimizer, dgm, last=2)
+    assert seen == [1] * 8
+    assert [len(step) for step in optimizer.saw] == [2, 2]
+
+
+class Failing(Watching):
+    fail = False
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step(closure)
+        if self.fail:
+            raise ArithmeticError("no step")
+
+
+@pytest.mark.parametrize("again", ["state_dict", "load_state_dict", "mask_gradients", "advance", "close"])
+def test_a_step_that_raises_leaves_the_users_groups_for_the_next_use(mlp, again):
+    model = mlp(32, 64, 4)
+    optimizer, dgm, is_the_users = watched(model, optimizer=Failing(model.parameters(), 0.1))
+    before = optimizer.state_dict()
+    loss_of(model, batch(0, 32)).backward()
+    optimizer.fail = True
+    with pytest.raises(ArithmeticError):
+        optimizer.step()
+    assert not is_the_users()
+    optimizer.fail = False
+    uses = {
+        "state_dict": optimizer.state_dict,
+        "load_state_dict": lambda: optimizer.load_state_dict(before),
+        "mask_gradients": dgm.mask_gradients,
+        "advance": dgm.advance,
+        "close": dgm.close,
+    }
+    used = uses[again]()
+    if again == "load_state_dict":
+        assert [len(group["params"]) for group in optimizer.param_groups] == [4]
+    else:
+        assert is_the_users()
+    if again == "state_dict":
+        assert used["param_groups"] == before["param_groups"]
+    if again == "mask_gradients":
+        optimizer.step()
+        assert dgm.advance() in (True, False)
+        assert dgm.steps == 1
+        assert optimizer.saw[-1] == [(0.2, 1), (0.1, 3)]
+
+
+def test_a_closure_that_raises_ends_the_step(mlp):
+    model = mlp(32, 64, 4)
+    optimizer, dgm, is_the_users = watched(model)
+    with dgm:
+        with pytest.raises(MemoryError):
+            optimizer.step(lambda: [].append(1) or (_ for _ in ()).throw(MemoryError()))
+        loss_of(model, batch(0, 32)).backward()
+        optimizer.step()  # the next batch, without a call in between
+        assert is_the_users()
+        assert optimizer.saw == [[(0.2, 1), (0.1, 3)]]
+        assert torch.count_nonzero(model[0].weight[~dgm.masks()["0"]]) == 0
+        dgm.advance()
+        assert dgm.steps == 1
+
+
+def test_nothing_is_left_behind(mlp):
+    model = mlp(32, 64, 4)
     optimizer = adamw(model)
-    with DGMController(model, optimizer, BLOCKS, total_steps=STEPS) as dgm:
-        for _ in fit(model, optimizer, dgm, width=64):
-            kept = [layer.snapshot.values for layer in dgm.masked_weights]
-            for layer, copied in zip(dgm.masked_weights, kept, strict=True):
-                if copied is not None:  # not right after an update of the masks
-                    few = layer.density <= 1 / 3
-                    assert copied.numel() == (layer.active * 16 * 16 if few else layer.weight.numel())
-    assert copied is not None
-    assert few
+    before = traces(model, optimizer), len(optimizer._optimizer_state_dict_pre_hooks)
+    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS) as dgm:
+        run(model, optimizer, dgm, last=3)
+    assert (traces(model, optimizer), len(optimizer._optimizer_state_dict_pre_hooks)) == before
+    assert not optimizer._optimizer_load_state_dict_pre_hooks
 
 
-@pytest.mark.parametrize("mask", [[[1, 0, 0, 0]], [[1, 1, 0, 0]]], ids=["few blocks", "many blocks"])
-def test_a_snapshot_scales_the_step_since_it_was_taken(mask):
-    weight = numbered(mask, block_size=2)
-    before, few = weight.weight.clone(), sum(mask[0]) == 1
-    weight.snapshot.take(weight, active_only=True)
-    assert weight.snapshot.values.numel() == (4 if few else 16)
-    assert (weight.snapshot.slices is not None) == few
-    weight.weight.add_(1.0)
-    weight.snapshot.scale_step_(weight, 1.0)
-    assert torch.equal(weight.weight, before + 1.0)
-    weight.snapshot.scale_step_(weight, 3.0)
-    active = weight.weight[:, : 2 * sum(mask[0])]
-    torch.testing.assert_close(active, before[:, : 2 * sum(mask[0])] + 3.0)
-    weight.snapshot.forget()
-    after = weight.weight.clone()
-    weight.snapshot.scale_step_(weight, 5.0)
-    assert torch.equal(weight.weight, after)
-    assert weight.snapshot.values is None
+def test_a_group_that_comes_later_is_scaled_as_the_first_ones(mlp):
+    model = mlp(32, 64, 64, 4)
+    optimizer, dgm, _ = watched(model)
+    with dgm:
+        moved = optimizer.param_groups[0]["params"].pop(2)
+        assert moved is model[2].weight
+        optimizer.add_param_group({"params": [moved], "lr": 0.01})
+        run(model, optimizer, dgm, last=1)
+    assert optimizer.saw == [[(0.2, 1), (0.1, 4), (0.02, 1)]]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.01]
 
 
-def test_a_snapshot_is_whole_where_inactive_weights_are_needed_and_gives_them_back():
-    weight = numbered([[1, 0, 0, 0]], block_size=2)
-    before = weight.weight.clone()
-    weight.snapshot.take(weight, active_only=False)
-    assert weight.snapshot.slices is None
-    weight.weight.add_(1.0)
-    weight.snapshot.undo_inactive_(weight)
-    assert torch.equal(weight.weight[:, :2], before[:, :2] + 1.0)
-    assert torch.equal(weight.weight[:, 2:], before[:, 2:])
+def test_frozen_weights_are_stepped_by_the_users_rate(mlp):
+    model = mlp(32, 64, 4)
+    optimizer, dgm, _ = watched(model, HALF.merged(inactive="frozen"))
+    with dgm:
+        run(model, optimizer, dgm, last=1)
+    assert optimizer.saw == [[(0.1, 4)]]
 
 
-def test_a_snapshot_of_new_masks_is_taken_of_their_blocks():
-    weight = numbered([[1, 0, 0, 0]], block_size=2)
-    weight.snapshot.take(weight, active_only=True)
-    weight.set_mask(torch.tensor([[False, False, False, True]]))
-    weight.snapshot.take(weight, active_only=True)
-    assert sorted(weight.snapshot.values.flatten().tolist()) == [7, 8, 15, 16]
+def test_a_dense_warm_up_is_not_scaled(mlp):
+    model = mlp(32, 64, 4)
+    optimizer, dgm, _ = watched(model, preset("rigl", 0.5, step_size={"exponent": 1.0}, units={"size": 1}))
+    with dgm:
+        for layer in dgm.masked_weights:
+            layer.set_mask(torch.ones_like(layer.mask))
+        run(model, optimizer, dgm, last=1)
+    assert optimizer.saw == [[(0.1, 4)]]
 
 
-def test_a_snapshot_follows_its_weight_to_another_layout_in_memory():
-    weight = numbered([[1, 0, 0, 0]], block_size=2)
-    weight.snapshot.take(weight, active_only=True)
-    torch.utils.swap_tensors(weight.parameter, torch.nn.Parameter(weight.weight.t().contiguous().t()))
-    weight.snapshot.take(weight, active_only=True)
-    assert sorted(weight.snapshot.values.flatten().tolist()) == [1, 2, 9, 10]
+# ------------------------------------------------------------------ nested optimizers
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Initialised with groups of its own over the inner optimizer's parameters; copies their settings, as ZeRO does."""
+
+    def __init__(self, inner):
+        super().__init__([{"params": list(group["params"])} for group in inner.param_groups], inner.defaults)
+        self.inner = inner
+
+    def step(self, closure=None):
+        for ours, theirs in zip(self.param_groups, self.inner.param_groups, strict=True):
+            theirs["lr"] = ours["lr"]
+        return self.inner.step(closure)
+
+
+class Twice(Watching):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("kind", ["wrapper", "twice", "sharing", "each other"])
+def test_nested_steps_are_scaled_once_where_the_arithmetic_is(mlp, kind, closed):
+    model = mlp(32, 64, 4)
+    Watching(model.parameters(), 0.1)  # its class is patched: `Twice` runs hooks twice
+    inner = (Twice if kind == "twice" else Watching)(model.parameters(), 0.1)
+    outer = Wrapper(inner) if kind != "twice" else inner
+    if kind == "each other":
+        inner.outer = outer
+    if kind == "sharing":
+        outer.param_groups = inner.param_groups
+    _, dgm, is_the_users = watched(model, optimizer=outer)
+    with dgm:
+        outer.param_groups[0]["lr"] = 0.2
+
+        def closure():
+            assert is_the_users()
+            loss = loss_of(model, batch(0, 32))
+            loss.backward()
+            return loss
+
+        if closed:
+            outer.step(closure)
+        else:
+            closure()
+            outer.step()
+        assert is_the_users()
+        dgm.advance()
+        assert dgm.steps == 1
+    assert inner.saw == [[(0.4, 1), (0.2, 3)]]
+    assert len(inner.param_groups) == 1
+
+
+def test_parameters_that_another_rank_steps_are_none_of_the_wrappers_own(mlp):
+    """As a ZeroRedundancyOptimizer's inner optimizer holds this rank's part of each group."""
+    model = mlp(32, 64, 64, 4)
+    inner = Watching(model.parameters(), 0.1)
+    outer = Wrapper(inner)
+    inner.param_groups[0]["params"][2:] = []
+    _, dgm, is_the_users = watched(model, optimizer=outer)
+    with dgm:
+        run(model, outer, dgm, last=1)
+        assert is_the_users()
+        assert not any(layer.note for layer in dgm.masked_weights)
+    assert inner.saw == [[(0.2, 1), (0.1, 1)]]
+
+
+class Hybrid(torch.optim.Optimizer):
+    """Steps matrices by itself and gives the rest to an inner optimizer, as Muon beside AdamW."""
+
+    def __init__(self, matrices, rest):
+        super().__init__([{"params": matrices}, {"params": rest}], {"lr": 0.1})
+        self.inner = Watching(rest, 0.1)
+        self.saw = []
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.saw.append([(round(group["lr"], 6), len(group["params"])) for group in self.param_groups])
+        rest = {id(p) for group in self.inner.param_groups for p in group["params"]}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if id(p) not in rest:
+                    p.sub_(group["lr"] * p.grad.sign())
+        self.inner.step()
+
+
+def test_what_a_wrapper_steps_by_itself_is_scaled_there(mlp):
+    model = mlp(32, 64, 64, 4)
+    matrices = [model[0].weight]
+    optimizer = Hybrid(matrices, [p for p in model.parameters() if p is not matrices[0]])
+    _, dgm, is_the_users = watched(model, optimizer=optimizer)
+    with dgm:
+        run(model, optimizer, dgm, last=1)
+        assert is_the_users()
+        assert not any(layer.note for layer in dgm.masked_weights)
+    assert optimizer.saw == [[(0.2, 1), (0.1, 5)]]
+    assert optimizer.inner.saw == [[(0.1, 4), (0.2, 1)]]
+
+
+def test_gradients_scaled_for_a_fused_optimizer(mlp):
+    def trained(scaled):
+        model = mlp(32, 64, 4)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2, fused=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS) as dgm:
+            for step in range(8):
+                optimizer.zero_grad()
+                scaler.scale(loss_of(model, batch(step, 32))).backward()
+                dgm.mask_gradients(grad_scale=scaler.get_scale())
+                scaler.step(optimizer)
+                scaler.update()
+                dgm.advance()
+        return list(model.parameters())
+
+    for a, b in zip(trained(True), trained(False), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_layers_of_an_optimizer_without_rates_say_so_once_and_step_unscaled(mlp):
+    model = nn.Sequential(*mlp(32, 64, 64, 4))
+    optimizer = torch.optim.Rprop(model.parameters(), 1e-3)
+    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS) as dgm:
+        run(model, optimizer, dgm, last=8)
+        for layer in dgm.decisions()[:2]:
+            assert layer.why.count("steps not scaled by density: Rprop does not step by the learning rate") == 1
+        assert [group["lr"] for group in optimizer.param_groups] == [1e-3]
+
+
+# ------------------------------------------------------------------ what optimizers keep in their groups
+
+
+class Averaging(torch.optim.SGD):
+    """Steps and averages, weighting by squared rates that it sums in each group, as schedule-free optimizers do."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["weights"] = group.get("weights", 0.0) + group["lr"] ** 2
+            share = group["lr"] ** 2 / group["weights"]
+            for p in group["params"]:
+                state = self.state[p]
+                z = state.setdefault("z", p.clone())
+                z.sub_(group["lr"] * p.grad)
+                p.lerp_(z, share)
+
+
+def test_a_run_that_is_resumed_goes_on_with_what_the_optimizer_kept_of_each_layer(mlp):
+    model = mlp(32, 64, 64, 4)
+    optimizer = Averaging(model.parameters(), 0.1)
+    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS) as dgm:
+        run(model, optimizer, dgm, last=9)
+        assert optimizer.param_groups[0]["weights"] == pytest.approx(9 * 0.1**2)
+        at = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()), saved(dgm.state_dict())
+        run(model, optimizer, dgm, first=9)
+    own = at[2]["rates"][0]
+    assert own.keys() == {"0", "2"}
+    assert min(values["weights"] for values in own.values()) > 9 * 0.1**2
+    for state, same in ((at[2], True), ({**at[2], "rates": []}, False)):
+        again = mlp(32, 64, 64, 4)
+        again.load_state_dict(at[0])
+        other = Averaging(again.parameters(), 0.1)
+        other.load_state_dict(copy.deepcopy(at[1]))
+        with DGMController(again, other, WEIGHTS, total_steps=STEPS, state=state) as dgm:
+            run(again, other, dgm, first=9)
+        assert equal(model, again) == same

@@ -63,6 +63,7 @@ def train(
     gamma=1.0,
     drop=0.3,
     exponent=1.0,
+    by_rate=True,
     scale_init=True,
     inactive="zero",
     clear_state=True,
@@ -132,11 +133,20 @@ def train(
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         before = [w.detach().clone() for w in weights]
+        scaled = inactive == "zero" and by_rate  # else the step is scaled after it was made
+        rates = {id(w): rho(m) ** -exponent for w, m in zip(weights, masks, strict=True)} if scaled else {}
+        groups = optimizer.param_groups
+        optimizer.param_groups = [
+            group | {"params": [p], "lr": group["lr"] * rates.get(id(p), 1.0)}
+            for group in groups
+            for p in group["params"]
+        ]
         optimizer.step()
+        optimizer.param_groups = groups
         with torch.no_grad():
             for w, m, old in zip(weights, masks, before, strict=True):
                 if inactive == "frozen":
                     w.copy_(torch.where(full(m), w, old))
                 else:
-                    w.lerp_(old, 1 - rho(m) ** -exponent).masked_fill_(~full(m), 0.0)
+                    w.lerp_(old, 0.0 if by_rate else 1 - rho(m) ** -exponent).masked_fill_(~full(m), 0.0)
     return history

@@ -1,10 +1,14 @@
-"""Overhead of masks where nothing is skipped: single-weight masks, dense products, against a plain dense step."""
+"""Overhead of masks where nothing is skipped: single-weight masks, dense products, against a plain dense step.
+
+In time: of a whole step, and of what the masks do beside forward and backward. In memory: peak of a step.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +18,7 @@ from lightning_estdgm.config import DGMConfig, Units
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.method._schedules import EstDgm, Phase
 from lightning_estdgm.recipes.gpt import ByteGPT
+from lightning_estdgm.tools.bench._peak_memory import allocated
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,14 @@ def measure_overhead(config: OverheadConfig) -> dict[str, Any]:
 
     Returns:
         ``dense_step_s`` and ``masked_step_s`` (means over the interval, seconds; median over rounds), ``overhead``
-        (their ratio minus 1) and its range over rounds, the mask ``updates`` and ``observed_steps`` in the interval,
-        and the configuration.
+        (their ratio minus 1) and its range over rounds, ``mask_work_s`` and its range (CPU time of all threads a step,
+        seconds: of masking gradients, the optimizer's step and what follows it, less a dense optimizer's step), the
+        mask ``updates`` and ``observed_steps`` in the interval, ``peak_bytes`` of a step (`peak_memory`), and the
+        configuration.
 
     """
     chunk = 10  # steps of one kind before the other takes over: a slow moment of the machine hits both
-    overheads, dense_s, masked_s = [], [], []
+    overheads, dense_s, masked_s, work_s = [], [], [], []
     updates = observed = 0
     for _ in range(config.rounds):
         loops = {"dense": _Loop(config, masked=False), "masked": _Loop(config, masked=True)}
@@ -56,6 +63,8 @@ def measure_overhead(config: OverheadConfig) -> dict[str, Any]:
             loop.run(chunk)
         before = loops["masked"].counts()
         spent = dict.fromkeys(loops, 0.0)
+        for loop in loops.values():
+            loop.stepping_s = 0.0
         for _ in range(config.update_every // chunk):
             for kind, loop in loops.items():
                 start = time.perf_counter()
@@ -65,6 +74,7 @@ def measure_overhead(config: OverheadConfig) -> dict[str, Any]:
         overheads.append(spent["masked"] / spent["dense"] - 1.0)
         dense_s.append(spent["dense"] / config.update_every)
         masked_s.append(spent["masked"] / config.update_every)
+        work_s.append((loops["masked"].stepping_s - loops["dense"].stepping_s) / config.update_every)
     return {
         "config": asdict(config),
         "updates": updates,
@@ -73,17 +83,48 @@ def measure_overhead(config: OverheadConfig) -> dict[str, Any]:
         "masked_step_s": statistics.median(masked_s),
         "overhead": statistics.median(overheads),
         "overhead_range": [min(overheads), max(overheads)],
+        "mask_work_s": statistics.median(work_s),
+        "mask_work_range_s": [min(work_s), max(work_s)],
+        "peak_bytes": peak_memory(config),
     }
+
+
+def peak_memory(config: OverheadConfig) -> dict[str, int]:
+    """Return the most bytes that torch's tensors take in a step, on the CPU, by kind of step.
+
+    Returns:
+        Bytes in a dense step, in a masked one (``"masked"``) and in one that is observed (``"observed"``).
+
+    """
+    peaks = {}
+    for masked in (False, True):
+        loops: list[_Loop] = []
+
+        def warm_up(masked: bool = masked, loops: list[_Loop] = loops) -> None:
+            loops.append(_Loop(config, masked=masked))
+            loops[0].run(12)  # the last of the mask updates at the start, and a step with its masks
+
+        held, _ = allocated(warm_up)
+        loop = loops[0]
+        peaks["masked" if masked else "dense"] = held + allocated(partial(loop.run, 1))[1]
+        if masked:
+            held += allocated(loop.run_to_window)[0]
+            peaks["observed"] = held + allocated(partial(loop.run, 2))[1]  # the first makes the window
+    return peaks
 
 
 def overhead_table(result: dict[str, Any]) -> Table:
     """Return the results of `measure_overhead` as a table for the terminal."""
     table = Table(title=f"single-weight masks, dense products, update every {result['config']['update_every']} steps")
-    for column in ("dense step, ms", "masked step, ms", "overhead", "smallest", "largest"):
+    for column in ("dense step, ms", "masked step, ms", "overhead", "smallest", "largest", "mask work, CPU ms"):
         table.add_column(column, justify="right")
+    for kind in result["peak_bytes"]:
+        table.add_column(f"peak of {kind} step, MB", justify="right")
     low, high = result["overhead_range"]
     seconds = (f"{result[name] * 1e3:.1f}" for name in ("dense_step_s", "masked_step_s"))
-    table.add_row(*seconds, *(f"{value:.1%}" for value in (result["overhead"], low, high)))
+    shares = (f"{value:.1%}" for value in (result["overhead"], low, high))
+    peaks = (f"{peak / 1e6:.1f}" for peak in result["peak_bytes"].values())
+    table.add_row(*seconds, *shares, f"{result['mask_work_s'] * 1e3:.1f}", *peaks)
     return table
 
 
@@ -113,6 +154,7 @@ class _Loop:
         self.tokens = torch.randint(0, 256, (config.batch_size, config.context), generator=generator)
         self.dgm: DGMController | None = None
         self.observed = 0
+        self.stepping_s = 0.0  # CPU time between the end of a backward and the next step
         if masked:
             dgm_config = DGMConfig(schedule=one_interval(config.update_every), units=Units(size=1))
             total_steps = 4 * config.update_every + 10
@@ -123,12 +165,19 @@ class _Loop:
         for _ in range(steps):
             self.optimizer.zero_grad()
             self.model.loss((self.tokens, self.tokens)).backward()
+            start = time.process_time()
             if self.dgm is not None:
                 self.observed += self.dgm.observing
                 self.dgm.mask_gradients()
             self.optimizer.step()
             if self.dgm is not None:
                 self.dgm.advance()
+            self.stepping_s += time.process_time() - start
+
+    def run_to_window(self) -> None:
+        """Do the steps before the next one that is observed."""
+        while self.dgm is not None and not self.dgm.observing:
+            self.run(1)
 
     def counts(self) -> tuple[int, int]:
         """Return the numbers of mask updates and of observed steps so far."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from lightning_estdgm.engine._step_size import FEW
-from lightning_estdgm.tools.planner._planned_model import PlannedLayer
 from lightning_estdgm.tools.planner._setup import STRATEGIES, TrainingSetup
 
 INDEX_BYTES = 4
@@ -53,12 +50,3 @@ class ShardLayout:
     def is_sharded(self) -> bool:
         """Whether a GPU holds a part of each weight only."""
         return self.shards > 1
-
-    def block_slices(self, layer: PlannedLayer) -> float | None:
-        """Return how many slices of adjacent elements a layer's active blocks make up.
-
-        None where the step copies the whole weight: sharded weights, single weights, and blocks that are not few.
-        """
-        if self.is_sharded or layer.block_size == 1 or layer.density > FEW:
-            return None
-        return layer.active_weights / (layer.block_size * math.prod(layer.shape[2:]))

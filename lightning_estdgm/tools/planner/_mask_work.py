@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_estdgm.tools.planner._layout import INDEX_BYTES, ShardLayout
+from lightning_estdgm.tools.planner._layout import ShardLayout
 from lightning_estdgm.tools.planner._planned_model import PlannedModel
 from lightning_estdgm.tools.planner._setup import TrainingSetup
 
@@ -19,10 +19,10 @@ _UPDATE_BYTES = {("whole", "block"): 24, ("whole", "weight"): 235, ("part", "blo
 def update_cost(model: PlannedModel, setup: TrainingSetup, strategy: str) -> dict[str, float]:
     """Return what masks cost one GPU beyond the products: bytes that operators move in its memory, and bytes it sends.
 
-    "every step": gradients masked, weights copied, the step scaled, weights masked; where something changes gradients
-    before the step, as clipping does, these are masked twice. "more in an observed step" and "in an update" come on
-    top; "mean a step" is over the steps between two updates. "against the optimizer": that mean over what a fused
-    optimizer moves. "FLOPs of observing": whole weight gradients in observed steps, against all FLOPs of a dense step.
+    "every step": gradients masked before the step, weights after it; where something changes gradients in between, as
+    clipping does, these are masked twice. "more in an observed step" and "in an update" come on top; "mean a step" is
+    over the steps between two updates. "against the optimizer": that mean over what a fused optimizer moves.
+    "FLOPs of observing": whole weight gradients in observed steps, against all FLOPs of a dense step.
 
     What is sent is handed to collectives: of blocks, the squares of units; of single weights, 256 counts a pass.
     """
@@ -35,10 +35,7 @@ def update_cost(model: PlannedModel, setup: TrainingSetup, strategy: str) -> dic
         grain = "weight" if layer.block_size == 1 else "block"
         here = layer.weights / layout.shards
         fill = 2 * each + (1 if layout.is_sharded or grain == "weight" else 0)  # read, write, and the mask
-        slices = layout.block_slices(layer)
         every += here * 2 * fill
-        # Copy and interpolation; of active blocks alone, these are copied out and in, by an index of three readings.
-        every += here * 5 * each if slices is None else layer.active_weights * 9 * each + 3 * 2 * INDEX_BYTES * slices
         observed += here * _OBSERVED_BYTES[holding, grain]
         update += here * (_UPDATE_BYTES[holding, grain] + states * fill)
         words = 2.0 if grain == "weight" else 1.0 + layer.units

@@ -6,7 +6,7 @@ from lightning_estdgm.tools.planner._layout import INDEX_BYTES, ShardLayout
 from lightning_estdgm.tools.planner._planned_model import PlannedLayer, PlannedModel
 from lightning_estdgm.tools.planner._setup import TrainingSetup
 
-ADDED = ("masks", "block index lists", "weights before the step", "observation window")
+ADDED = ("masks", "block index lists", "observation window")
 """Kinds of memory that the method adds."""
 
 _SCORE_BYTES = 4  # float32, also for low-precision weights
@@ -16,8 +16,7 @@ def memory_bytes(model: PlannedModel, setup: TrainingSetup, strategy: str) -> di
     """Return what one GPU holds, in bytes, by kind: what training needs without the method, then what it adds.
 
     Activations are not in it. "gathered" is what is whole at one time under FSDP2: the root's weights and gradients,
-    two units' weights (the next is fetched while one computes) and one unit's gradients. "weights before the step" are
-    what the step is scaled from.
+    two units' weights (the next is fetched while one computes) and one unit's gradients.
     "observation window" exists only in the steps observed.
     """
     layout, each = ShardLayout.of(setup, strategy), setup.parameter_bytes
@@ -37,7 +36,6 @@ def memory_bytes(model: PlannedModel, setup: TrainingSetup, strategy: str) -> di
         held["gathered"] = (2 * model.root + 3 * largest) * each / layout.tensor_parallel
     held["masks"] = sum(_mask_bytes(layer, layout) for layer in model.masked)
     held["block index lists"] = float(sum(_topology_bytes(layer) for layer in model.masked))
-    held["weights before the step"] = sum(_snapshot_bytes(layer, layout, each) for layer in model.masked)
     held["observation window"] = sum(
         _SCORE_BYTES * (layer.weights / layout.shards + layer.units / _mask_shards(layer, layout))
         for layer in model.masked
@@ -64,16 +62,6 @@ def _mask_bytes(layer: PlannedLayer, layout: ShardLayout) -> float:
     """Two bool tensors, active and ever active; blocks of a part of a weight also laid out by weights."""
     laid_out = layer.weights / layout.shards if layout.is_sharded and layer.block_size > 1 else 0.0
     return 2.0 * layer.units / _mask_shards(layer, layout) + laid_out
-
-
-def _snapshot_bytes(layer: PlannedLayer, layout: ShardLayout, each: int) -> float:
-    """A copy of the weight, or of its active blocks with their places; nothing where all is active."""
-    if layer.density == 1.0:
-        return 0.0
-    slices = layout.block_slices(layer)
-    if slices is None:
-        return layer.weights * each / layout.shards
-    return layer.active_weights * each + 2 * INDEX_BYTES * slices
 
 
 def _topology_bytes(layer: PlannedLayer) -> int:

@@ -2,10 +2,13 @@
 
 import json
 
+import torch
 from typer.testing import CliRunner
 
 from lightning_estdgm.cli import app
-from lightning_estdgm.tools.bench._overhead import OverheadConfig, measure_overhead
+from lightning_estdgm.recipes.gpt import ByteGPT
+from lightning_estdgm.tools.bench._overhead import OverheadConfig, measure_overhead, peak_memory
+from lightning_estdgm.tools.bench._peak_memory import allocated
 
 
 def test_overhead_times_one_whole_interval_with_one_update():
@@ -16,6 +19,23 @@ def test_overhead_times_one_whole_interval_with_one_update():
     assert result["dense_step_s"] > 0
     assert result["updates"] == 1
     assert result["observed_steps"] == 8
+    low, high = result["mask_work_range_s"]
+    assert low <= result["mask_work_s"] <= high
+
+
+def test_peak_memory_of_a_step_is_what_it_allocates():
+    held, peak = allocated(lambda: torch.zeros(1000, dtype=torch.uint8).float())
+    assert held == 0
+    assert 5000 <= peak < 6000
+    config = OverheadConfig(width=64, layers=1, batch_size=2, context=16, update_every=20)
+    model = ByteGPT(64, 1, heads=8, context=16)
+    weights = sum(p.numel() for p in model.parameters())
+    matrices = sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks") and p.dim() == 2)
+    peaks = peak_memory(config)
+    assert peaks["dense"] > 4 * 4 * weights  # weights, gradients, and two moments
+    added = peaks["masked"] - peaks["dense"]
+    assert 2 * matrices <= added < 4 * matrices  # two masks of a byte a weight, and no copy of the weights
+    assert peaks["observed"] - peaks["masked"] >= 8 * matrices  # two sums of four bytes
 
 
 def test_overhead_command_writes_its_json_with_the_machine(tmp_path, monkeypatch):

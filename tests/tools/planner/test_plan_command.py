@@ -31,7 +31,7 @@ def test_the_command_of_the_readme_prints_layers_memory_traffic_and_work(tmp_pat
     for text in (
         "DDP, 8 GPUs",
         "2-D, 4 x 2 GPUs",
-        "weights before the step",
+        "observation window",
         "ring, EST-DGM",
         "calculated, not measured",
     ):

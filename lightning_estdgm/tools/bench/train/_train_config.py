@@ -19,7 +19,7 @@ SETTLE_STEPS = 2
 """Steps after the start and after each mask update that are left out: allocation, tuning, compilation."""
 
 _WANTED = {512: 8, 1024: 24, 2048: 24, 4096: 32}  # layers; from 1024 on the shapes of 350 M, 1.3 B and 6.7 B parameters
-_BYTES_PER_WEIGHT = 26  # float32: weight, gradient, two moments, snapshot, observation window; and a bf16 copy
+_BYTES_PER_WEIGHT = 22  # float32: weight, gradient, two moments, observation window; and a bf16 copy
 _BYTES_PER_ACTIVATION = 2 * 34  # of a token and channel in a block: twice the 16-bit figure of Korthikanti et al. 2022
 _DENSE_RATE_SHARE = 0.5  # of a bare product's FLOP rate, that a training step reaches
 _PRODUCTS = 3  # output and two gradients

@@ -1,0 +1,164 @@
+"""Trial of an optimizer: whether its steps follow the rate of each parameter's group."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_estdgm.engine._optimizer_trial import trial_optimizer
+from lightning_estdgm.engine._rate_trial import why_not_scaled
+
+
+def weight(dim=2, dtype=torch.float32):
+    return nn.Parameter(torch.randn([16] * dim, generator=torch.Generator().manual_seed(0)).to(dtype))
+
+
+def reason(make, dtype=torch.float32):
+    p = weight(dtype=dtype)
+    optimizer = make([p])
+    return why_not_scaled(optimizer, 0, [p], p)
+
+
+FOLLOWING = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.1),
+    "SGD, momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "rate of 0, as a warm-up begins": lambda p: torch.optim.SGD(p, 0.0),
+    "Adam": lambda p: torch.optim.Adam(p, 1e-3),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, 1e-3, fused=True),
+    "AdamW, foreach": lambda p: torch.optim.AdamW(p, 1e-3, foreach=True),
+    "AdamW, tensor": lambda p: torch.optim.AdamW(p, torch.tensor(1e-3)),
+    "NAdam": lambda p: torch.optim.NAdam(p, 1e-3),
+    "RAdam": lambda p: torch.optim.RAdam(p, 1e-3),
+    "Adamax": lambda p: torch.optim.Adamax(p, 1e-3),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, 1e-3),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, 1e-3),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, 1e-3, momentum=0.9),
+    "ASGD": lambda p: torch.optim.ASGD(p, 1e-3),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, 1e-3),
+}
+if hasattr(torch.optim, "Muon"):
+    FOLLOWING["Muon"] = lambda p: torch.optim.Muon(p, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", FOLLOWING.values(), ids=FOLLOWING)
+def test_optimizers_of_torch_that_step_by_the_rate_of_the_group(make, dtype):
+    assert reason(make, dtype) == ""
+
+
+class FirstGroup(torch.optim.SGD):
+    """Reads the rate of its first group alone."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(self.param_groups[0]["lr"] * p.grad)
+
+
+class OneRate(torch.optim.SGD):
+    """Steps all by the mean of the groups' rates."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        rate = sum(group["lr"] for group in self.param_groups) / len(self.param_groups)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(rate * p.grad)
+
+
+class Relative(torch.optim.SGD):
+    """A step of its own size, as Adafactor's relative one."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(1e-3 * p.grad.sign())
+
+
+class Still(torch.optim.SGD):
+    def step(self, closure=None):
+        pass
+
+
+class Refusing(torch.optim.SGD):
+    def step(self, closure=None):
+        if len({group["lr"] for group in self.param_groups}) > 1:
+            raise RuntimeError("rates of groups must be equal")
+        super().step(closure)
+
+
+class Uncopied(torch.optim.SGD):
+    def __init__(self, parameters):
+        super().__init__(parameters, 0.1)
+        self.lock = __import__("threading").Lock()
+
+
+def without_rate(parameters):
+    optimizer = torch.optim.SGD(parameters, 0.1)
+    optimizer.param_groups[0]["lr"] = None
+    return optimizer
+
+
+FAILING = {
+    "reads it once": (lambda p: torch.optim.Rprop(p, 1e-3), "Rprop does not step by the learning rate"),
+    "line search": (lambda p: torch.optim.LBFGS(p, 0.1, max_iter=3), "LBFGS evaluates the loss several times"),
+    "of the first group": (lambda p: FirstGroup(p, 0.1), "FirstGroup does not step each parameter by the"),
+    "one for all": (lambda p: OneRate(p, 0.1), "OneRate does not step each parameter by the learning rate of its own"),
+    "relative": (lambda p: Relative(p, 0.1), "Relative does not step by the learning rate of the parameter group"),
+    "none": (without_rate, "SGD has no learning rate of its own"),
+    "still": (lambda p: Still(p, 0.1), "Still did not move a parameter in 16 steps"),
+    "refusing": (lambda p: Refusing(p, 0.1), r"Refusing could not be tried \(RuntimeError: rates of groups must be"),
+    "not to be copied": (Uncopied, r"Uncopied could not be tried \(TypeError: cannot pickle"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), FAILING.values(), ids=FAILING)
+def test_optimizers_that_do_not_say_why(make, message):
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(reason(make))
+
+
+def test_a_trial_leaves_the_run_as_it_was():
+    p = weight()
+    optimizer = torch.optim.AdamW([p, nn.Parameter(torch.ones(3))], 1e-3)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which puts a step of its own on the instance
+    called = []
+    optimizer.register_step_pre_hook(lambda *_: called.append(1))
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict()), p.clone(), torch.get_rng_state()
+    assert why_not_scaled(optimizer, 0, [p], p) == ""
+    assert str(optimizer.state_dict()) == str(before[0])
+    assert torch.equal(p, before[1])
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert torch.equal(p.grad, torch.ones_like(p))
+    assert len(called) == 1
+    scheduler.step()
+
+
+def test_a_copy_keeps_what_the_optimizer_holds_of_its_own():
+    class Counting(torch.optim.SGD):
+        def __init__(self, parameters):
+            super().__init__(parameters, 0.1)
+            self.count, self.listed = 3, self.param_groups[0]["params"]
+            self.inner = torch.optim.Adam(self.param_groups[0]["params"][:1])
+
+    p, other = weight(), weight(1)
+    optimizer = Counting([p, other])
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # puts a step of its own on the instance
+    stand_in, before = weight(), p.clone()
+    p.grad, stand_in.grad = torch.ones_like(p), torch.ones_like(p)
+    trial = trial_optimizer(optimizer, {p: stand_in})
+    trial.step()
+    assert torch.equal(p, before)
+    torch.testing.assert_close(stand_in, before - 0.1)
+    assert type(trial) is Counting
+    assert trial.count == 3
+    assert trial.listed is trial.param_groups[0]["params"]
+    assert [id(held) for held in trial.listed] == [id(stand_in)]
+    assert [id(held) for held in trial.inner.param_groups[0]["params"]] == [id(stand_in)]
+    assert trial.inner is not optimizer.inner
+    assert len(optimizer.param_groups[0]["params"]) == 2
