@@ -107,7 +107,7 @@ class DGMController:
         self._dispatch = Dispatch(self.config, candidates, self._masked.weights, group)
         changes_masks = len(self.schedule.densities) > 1
         check_rule(self._masked.rule, self._masked.weights, changes_masks=changes_masks)
-        self._states.prepare([w for w in self._masked.weights if changes_masks and not w.inactive.learn])
+        self._states.prepare(self._masked.weights, changes_masks=changes_masks)
         try:
             if state is not None:
                 self.load_state_dict(state)
@@ -200,9 +200,6 @@ class DGMController:
         """
         self.steps, self.position = steps, position
         held = self._draw_masks(largest=True)
-        with torch.no_grad():
-            for weight in self._masked.weights:
-                self._states.follow_drawn_(weight)
         self.recovered = describe_recovered(self._masked.weights, held)
 
     def mask_copy_(self, copy: nn.Module) -> None:
@@ -370,6 +367,7 @@ class DGMController:
         """Draw masks for the current position; return each layer's number of units that were not zero before."""
         held = self._masked.draw(self.schedule(self.position).density, largest=largest)
         for weight in self._masked.weights:
+            self._states.follow_drawn_(weight)
             self._dispatch.begin(weight)
         self._masked.yield_whole_gradients(self.observing)
         self._check_ranks(f"where masks were drawn, at step {self.steps}")

@@ -39,13 +39,17 @@ class OptimizerStates:
         self._rules: dict[int, Rules] = {}  # by the id of the parameter
         self._warned: set[str] = set()
 
-    def prepare(self, weights: Sequence[MaskedWeight]) -> None:
+    def prepare(self, weights: Sequence[MaskedWeight], *, changes_masks: bool) -> None:
         """Find what a fresh parameter has, by trial. Neither the optimizers nor the random numbers of the run change.
 
         One trial is made for each group, shape and dtype of the masked weights.
 
+        Args:
+            weights: masked weights.
+            changes_masks: whether the schedule has any mask update.
+
         Raises:
-            ValueError: if an entry of the state is none that can be reset.
+            ValueError: if masks change, and an entry of the state is none that can be reset.
 
         """
         known: dict[Any, Rules] = {}
@@ -57,7 +61,7 @@ class OptimizerStates:
                 local = local_tensor(weight.parameter)
                 key = (id(optimizer), group, tuple(local.shape), local.stride(), local.dtype, local.device)
                 if key not in known:
-                    known[key] = self._tried(optimizer, weight)
+                    known[key] = self._tried(optimizer, weight, changes_masks)
                 self._rules.setdefault(id(weight.parameter), {}).update(known[key])
 
     def reset_(self, weight: MaskedWeight, units: Tensor, *, before: Tensor | None = None) -> None:
@@ -76,6 +80,7 @@ class OptimizerStates:
             if rule is not None:
                 rule.reset_(state, weight, units)
 
+    @torch.no_grad()
     def follow_drawn_(self, weight: MaskedWeight) -> None:
         """Bring state that exists already in line with a mask just drawn, for which weights were zeroed and scaled."""
         every = torch.ones_like(weight.mask)
@@ -99,16 +104,16 @@ class OptimizerStates:
 
     def _entries(self, weight: MaskedWeight) -> Iterator[tuple[str, Path, Tensor]]:
         """Yield each tensor once: a wrapper may hold the state of what it wraps."""
-        seen: set[int] = set()
+        seen: dict[int, Tensor] = {}  # kept: ids of tensors that are gone are used again
         for optimizer in self._every:
             if isinstance(optimizer, LBFGS):
                 continue
             for path, state in state_entries(optimizer, weight.parameter):
                 if id(state) not in seen:
-                    seen.add(id(state))
+                    seen[id(state)] = state
                     yield type(optimizer).__name__, path, state
 
-    def _tried(self, optimizer: Optimizer, weight: MaskedWeight) -> Rules:
+    def _tried(self, optimizer: Optimizer, weight: MaskedWeight, changes_masks: bool) -> Rules:
         if local_tensor(weight.parameter).numel() < 2 or any(isinstance(o, LBFGS) for o in nested_optimizers(optimizer)):
             return {}
         failures = []
@@ -120,6 +125,8 @@ class OptimizerStates:
             except TrialFailedError as error:
                 failures.append(f"{type(candidate).__name__}: {error}")
             except StateUnknownError as error:
+                if not changes_masks:
+                    return {}
                 raise ValueError(
                     f"layer {weight.name!r}: {type(candidate).__name__} keeps a state {error.entry!r} of which is not "
                     "known what a fresh parameter has: it is neither the same everywhere, nor a copy of the weights, nor "
@@ -127,7 +134,7 @@ class OptimizerStates:
                     "Exclude the layers that this optimizer holds (Selection(exclude=...)), or take a schedule whose "
                     "masks do not change"
                 ) from error
-        if failures:
+        if failures and changes_masks:
             self._warn(
                 f"could not try {failures[0]}. What its state is for a fresh parameter is read from weights that have "
                 "had no gradient, at the first mask update"
@@ -137,7 +144,7 @@ class OptimizerStates:
     def _observed(self, entry: str, state: Tensor, weight: MaskedWeight, before: Tensor | None) -> StateRule | None:
         """Return the rule for an entry by its values at units without gradients; ``None`` and a warning without one."""
         rule: StateRule | None = None
-        if before is not None and not weight.inactive.act_in_forward:
+        if before is not None and not weight.inactive.act_in_forward and not hasattr(state, "__tensor_flatten__"):
             quiet = weight.placement.address(~before & ~weight.mask)
             local = oriented(state, weight)
             if weight.placement.grain > 1:

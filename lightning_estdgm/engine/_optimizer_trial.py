@@ -31,7 +31,7 @@ def trial_optimizer(optimizer: Optimizer, stand_ins: Mapping[Tensor, Tensor]) ->
 
     """
     memo: dict[int, Any] = {}
-    nested = _nested(optimizer)
+    nested = nested_optimizers(optimizer)
     for inner in nested:
         memo[id(inner)] = object.__new__(type(inner))
         for group in inner.param_groups:
@@ -55,7 +55,7 @@ def trial_optimizer(optimizer: Optimizer, stand_ins: Mapping[Tensor, Tensor]) ->
     return trial
 
 
-def _nested(optimizer: Optimizer) -> list[Any]:
+def nested_optimizers(optimizer: Optimizer) -> list[Any]:
     """Return an optimizer and those that it wraps, outermost first."""
     found: list[Any] = []
     waiting: list[Any] = [optimizer]
