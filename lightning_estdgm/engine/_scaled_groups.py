@@ -33,7 +33,7 @@ class ScaledGroups:
         optimizer: optimizer whose own step reads its groups.
 
     Attributes:
-        resumed: values that parts begin with which go on from none, by the id of their first parameter.
+        resumed: values that the parts of the next split begin with, by the id of their first parameter.
 
     """
 
@@ -73,6 +73,7 @@ class ScaledGroups:
         if splits:
             self._list, self._groups = groups, list(groups)
             groups[:] = shown
+            self.resumed = {}
 
     def leave(self) -> None:
         """Give the user's groups back, in the same list and order, with what the optimizer wrote. May be called twice.
@@ -90,7 +91,7 @@ class ScaledGroups:
 
     def own_values(self) -> dict[int, Group]:
         """Return what parts hold that differs from the user's group, by the ids of their parameters."""
-        found: dict[int, Group] = {}
+        found = dict(self.resumed)
         for split in self._splits.values():
             found |= split.own_values()
         return found
@@ -168,13 +169,15 @@ class _Split:
         """Return what parts hold that differs from the group, by the ids of their parameters."""
         found: dict[int, Group] = {}
         for part in self.parts:
-            own = {
-                key: value
-                for key, value in part.items()
-                if key not in _OF_THE_PART and not _equal(value, self._group.get(key))
-            }
+            own = {key: value for key, value in part.items() if key not in _OF_THE_PART and self._differs(key, value)}
             found |= {id(parameter): own for parameter in part["params"] if own}
         return found
+
+    def _differs(self, key: str, value: Any) -> bool:
+        """Whether a part's value is not the group's; what was changed in the group since will be the part's, too."""
+        if key not in self._known or key not in self._group:
+            return key not in self._known and key not in self._group
+        return self._known[key].is_still(self._group[key]) and not _equal(value, self._group[key])
 
     def _part_of(self, parameter: Tensor, default: Group) -> Group:
         return next((part for part in self.parts if any(_is(parameter, p) for p in part["params"])), default)

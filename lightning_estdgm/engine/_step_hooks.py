@@ -112,7 +112,7 @@ class StepHooks:
         """Return what optimizers keep of their groups beside the user's; see `StepScaling.state_dict`."""
         return self._scaling.state_dict()
 
-    def load_state_dict(self, state: Sequence[Mapping[str, dict[str, Any]]]) -> None:
+    def load_state_dict(self, state: Sequence[dict[str, dict[str, Any]]]) -> None:
         """Load what `state_dict` returned."""
         self._scaling.load_state_dict(state)
 

@@ -41,7 +41,7 @@ class StepScaling:
         self._optimizers = list(hooked.values())
         self._exponent = exponent
         self._steps: list[_ScaledSteps] = []
-        self._resumed: Sequence[Mapping[str, Group]] = ()
+        self._resumed: Sequence[dict[str, Group]] = ()  # state for `register`, or from before `remove`
 
     @property
     def entered(self) -> bool:
@@ -79,16 +79,18 @@ class StepScaling:
             steps.give_back()
 
     def remove(self) -> None:
-        """Give all groups back and remove the hooks. May be called twice."""
+        """Give all groups back and remove the hooks; `state_dict` stays what it was. May be called twice."""
+        self.give_back()
+        self._resumed = self.state_dict()
         for steps in self._steps:
             steps.remove()
         self._steps.clear()
 
     def state_dict(self) -> list[dict[str, Group]]:
         """Return for each optimizer and layer what differs in its group from the user's group, in plain types."""
-        return [steps.state_dict() for steps in self._steps]
+        return [steps.state_dict() for steps in self._steps] or list(self._resumed)
 
-    def load_state_dict(self, state: Sequence[Mapping[str, Group]]) -> None:
+    def load_state_dict(self, state: Sequence[dict[str, Group]]) -> None:
         """Let the layers of a resumed run go on with these values; may be called before `register`."""
         self._resumed = state
         for steps, values in zip(self._steps, state, strict=False):

@@ -162,3 +162,22 @@ def test_a_group_that_is_added_meanwhile_stays_and_one_of_loaded_groups_begins_a
     optimizer.load_state_dict(saved)
     enter(groups, optimizer, p1=2.0)
     assert [part.get("own") for part in optimizer.param_groups] == [9, 9, None]
+
+
+def test_values_of_a_part_are_told_from_what_the_user_has_changed_since():
+    optimizer = torch.optim.SGD(parameters(3), 0.1, weight_decay=0.1)
+    (group,) = optimizer.param_groups
+    groups = split(optimizer, p1=2.0)
+    optimizer.param_groups[1]["sum"] = 3.0
+    groups.leave()
+    group["weight_decay"] = 0.5
+    key = id(group["params"][1])
+    assert groups.own_values() == {key: {"sum": 3.0}}
+    resumed = ScaledGroups(optimizer)
+    resumed.resumed = groups.own_values()
+    assert resumed.own_values() == {key: {"sum": 3.0}}
+    enter(resumed, optimizer, p1=2.0)
+    assert [part.get("sum") for part in optimizer.param_groups] == [None, 3.0]
+    resumed.leave()
+    assert resumed.own_values() == {key: {"sum": 3.0}}
+    assert not resumed.resumed
