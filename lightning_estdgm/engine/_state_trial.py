@@ -187,8 +187,6 @@ class _Trials:
                 weight.masked_fill_(quiet_mask, 0)
         before = weight.detach().reshape(-1).clone()
         trial = make(self._optimizer, self._parameter, weight)
-        if callable(getattr(trial, "train", None)):
-            trial.train()
         gradients = torch.Generator().manual_seed(100 + seed)
         for _ in range(steps):
             gradient = torch.empty_like(weight).copy_(_spread(real.shape, gradients)).masked_fill_(quiet_mask, 0)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
-from collections.abc import Callable
+import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +112,6 @@ class OptimizerRun:
         density: active share at the end.
         updates: mask updates.
         nonzero: weights other than 0 outside the masks, over all steps.
-        scaled: reason why steps were not scaled; empty if they were.
         model: the trained model.
 
     """
@@ -143,7 +141,7 @@ def run_case(tried: OptimizerCase, *, exponent: float = 1.0, resume_at: int | No
     first, nonzero = float(_loss(model, 10_000)), 0
     for step in range(STEPS):
         if step == resume_at:
-            saved = copy.deepcopy([x.state_dict() for x in (model, optimizer, dgm)])
+            saved = _through_file([x.state_dict() for x in (model, optimizer, dgm)])
             dgm.close()
             model = _model()
             optimizer = tried.make(model)
@@ -180,14 +178,20 @@ def _train(model: nn.Module, optimizer: Any, dgm: DGMController, step: int, clos
         dgm.mask_gradients()
         return value
 
-    if closure:
-        optimizer.step(loss)
-    else:
-        loss()
-        optimizer.step()
+    with torch.compiler.set_stance("force_eager"):  # torchao's are compiled, which is a minute for each
+        if closure:
+            optimizer.step(loss)
+        else:
+            loss()
+            optimizer.step()
 
 
-Row = Callable[[OptimizerCase], str]
+def _through_file(states: list[Any]) -> list[Any]:
+    file = io.BytesIO()
+    torch.save(states, file)
+    file.seek(0)
+    loaded: list[Any] = torch.load(file, weights_only=False)
+    return loaded
 
 
 def table_row(tried: OptimizerCase) -> str:
