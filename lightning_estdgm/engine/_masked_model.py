@@ -99,9 +99,7 @@ class MaskedModel:
         return draw_masks(self.weights, self.budgets(density), self._config, largest=largest)
 
     @torch.no_grad()
-    def update(
-        self, density: float, drop_fraction: float, states: OptimizerStates, update: int
-    ) -> float:
+    def update(self, density: float, drop_fraction: float, states: OptimizerStates, update: int) -> float:
         """Update all masks, and bring weights, gradients and optimizer states in line with them.
 
         Args:

@@ -114,7 +114,9 @@ class OptimizerStates:
                     yield type(optimizer).__name__, path, state
 
     def _tried(self, optimizer: Optimizer, weight: MaskedWeight, changes_masks: bool) -> Rules:
-        if local_tensor(weight.parameter).numel() < 2 or any(isinstance(o, LBFGS) for o in nested_optimizers(optimizer)):
+        if local_tensor(weight.parameter).numel() < 2 or any(
+            isinstance(o, LBFGS) for o in nested_optimizers(optimizer)
+        ):
             return {}
         failures = []
         for candidate in nested_optimizers(optimizer):
@@ -174,4 +176,3 @@ def _group_of(optimizer: Any, parameter: Tensor) -> int | None:
         if any(held is parameter for held in group["params"]):
             return index
     return None
-

@@ -52,8 +52,9 @@ def trial_optimizer(optimizer: Optimizer, stand_ins: Mapping[Tensor, Tensor]) ->
         for group in memo[id(inner)].param_groups:  # the same lists, which an optimizer may hold elsewhere, too
             group["params"][:] = [parameter for parameter in group["params"] if parameter is not None]
     trial: Optimizer = memo[id(optimizer)]
-    if callable(getattr(trial, "train", None)):  # schedule-free optimizers step in this mode only
-        trial.train()
+    train = getattr(trial, "train", None)
+    if callable(train):  # schedule-free optimizers step in this mode only
+        train()
     return trial
 
 

@@ -42,6 +42,9 @@ class Constant:
 
     value: float | int
 
+    def __str__(self) -> str:
+        return f"{self.value:.3g}"
+
     def reset_(self, state: Tensor, weight: MaskedWeight, units: Tensor) -> None:
         """Write the number."""
         local = oriented(state, weight)
@@ -54,6 +57,9 @@ class Constant:
 @dataclass(frozen=True)
 class CopyOfWeight:
     """A fresh parameter has a copy of itself: a master copy, slow weights, an average."""
+
+    def __str__(self) -> str:
+        return "the weight"
 
     def reset_(self, state: Tensor, weight: MaskedWeight, units: Tensor) -> None:
         """Copy the weight as it is now."""
@@ -72,6 +78,9 @@ class Kept:
 
     why: str
 
+    def __str__(self) -> str:
+        return "kept"
+
     def reset_(self, state: Tensor, weight: MaskedWeight, units: Tensor) -> None:
         """Do nothing."""
 
@@ -86,6 +95,9 @@ class Requantised:
     """
 
     value: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g}, requantised"
 
     def reset_(self, state: Tensor, weight: MaskedWeight, units: Tensor) -> None:
         """Write the number into a dequantised copy, and copy that back."""

@@ -155,11 +155,11 @@ class _Trials:
         ways = [self._way] if self._way else list(product((_added, _emptied, _remade), (False, True)))
         failure: Exception | None = None
         device = local_tensor(self._parameter).device
+        on_cpu = device.type == "cpu"
         for make, closure in ways:
-            devices = [device] if device.type == "cuda" else []
             try:
                 with (
-                    torch.random.fork_rng(devices=devices),
+                    torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type),
                     torch.compiler.set_stance("force_eager"),  # an optimizer that compiles its step is not waited for
                     warnings.catch_warnings(),
                 ):
@@ -177,9 +177,9 @@ class _Trials:
         self, make: Callable[..., Any], closure: bool, steps: int, quiet_weights: bool, seed: int
     ) -> dict[tuple[str, Path], _Entry]:
         real = local_tensor(self._parameter).detach()
-        generator = torch.Generator().manual_seed(7)
+        generator = torch.Generator(real.device).manual_seed(7)
         weight = nn.Parameter(torch.empty_like(real))
-        quiet_mask = torch.rand(real.shape, generator=generator).to(real.device) < 0.5
+        quiet_mask = torch.rand(real.shape, generator=generator, device=real.device) < 0.5
         quiet_mask.view(-1)[0], quiet_mask.view(-1)[-1] = True, False
         with torch.no_grad():
             weight.copy_(_spread(real.shape, generator))
@@ -187,7 +187,7 @@ class _Trials:
                 weight.masked_fill_(quiet_mask, 0)
         before = weight.detach().reshape(-1).clone()
         trial = make(self._optimizer, self._parameter, weight)
-        gradients = torch.Generator().manual_seed(100 + seed)
+        gradients = torch.Generator(real.device).manual_seed(100 + seed)
         for _ in range(steps):
             gradient = torch.empty_like(weight).copy_(_spread(real.shape, gradients)).masked_fill_(quiet_mask, 0)
             _step(trial, weight, gradient.detach(), closure)
@@ -217,8 +217,8 @@ def _step(trial: Any, weight: nn.Parameter, gradient: Tensor, closure: bool) -> 
 
 def _spread(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Return random numbers of both signs whose magnitudes are 0.5 to 1.5, so that none is near 0."""
-    size = torch.rand(tuple(shape), generator=generator) + 0.5
-    return torch.where(torch.rand(tuple(shape), generator=generator) < 0.5, -size, size)
+    size, sign = torch.rand(2, *shape, generator=generator, device=generator.device)
+    return torch.where(sign < 0.5, -size - 0.5, size + 0.5)
 
 
 # ---------------------------------------------------------------------- ways to make a parameter known to an optimizer
@@ -248,7 +248,8 @@ def _remade(optimizer: Optimizer, parameter: Any, weight: nn.Parameter) -> Any:
     """Return an optimizer of the same class made anew with the group's settings: state is made in ``__init__``."""
     trial = trial_optimizer(optimizer, {parameter: weight})
     groups = [{**group, "params": group["params"] or [_small(weight)]} for group in trial.param_groups]
-    return type(trial)(groups)
+    kind: Callable[..., Any] = type(trial)
+    return kind(groups)
 
 
 def _small(like: Tensor) -> nn.Parameter:

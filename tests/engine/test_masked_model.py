@@ -11,8 +11,8 @@ from helpers.masked_weights import candidates_of
 from lightning_estdgm.config import DGMConfig, Units
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._masked_model import MaskedModel
-from lightning_estdgm.engine._optimizer_state import OptimizerStates
 from lightning_estdgm.engine._observation import observe
+from lightning_estdgm.engine._optimizer_state import OptimizerStates
 
 
 def test_grown_weights_start_at_zero_with_a_clean_state(mlp):

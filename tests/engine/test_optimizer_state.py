@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from helpers.controller_runs import STEPS, WEIGHTS, adamw, batch, constant, fit, loss_of, run, saved
-from helpers.masked_weights import numbered
 from torch import nn
 
+from helpers.controller_runs import STEPS, WEIGHTS, adamw, batch, constant, fit, loss_of, run, saved
+from helpers.masked_weights import numbered
 from lightning_estdgm.config import DGMConfig, Units
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._optimizer_state import OptimizerStates
