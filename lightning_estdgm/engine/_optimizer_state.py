@@ -90,7 +90,7 @@ class OptimizerStates:
                 rule.reset_(state, weight, every if isinstance(rule, CopyOfWeight) else ~weight.mask)
 
     def forget_curvature(self) -> None:
-        """Clear the history of L-BFGS, whose differences of gradients are those of other weights after a mask update."""
+        """Clear the history of L-BFGS, whose differences of gradients are those of other weights after an update."""
         for optimizer in self._every:
             if isinstance(optimizer, LBFGS):
                 optimizer.state.clear()
@@ -131,9 +131,9 @@ class OptimizerStates:
                     return {}
                 raise ValueError(
                     f"layer {weight.name!r}: {type(candidate).__name__} keeps a state {error.entry!r} of which is not "
-                    "known what a fresh parameter has: it is neither the same everywhere, nor a copy of the weights, nor "
-                    "made of several weights' gradients, so that it cannot be reset where weights are dropped and grown. "
-                    "Exclude the layers that this optimizer holds (Selection(exclude=...)), or take a schedule whose "
+                    "known what a fresh parameter has: it is neither the same everywhere, nor a copy of the weights, "
+                    "nor made of several weights' gradients, so that it cannot be reset where weights are dropped and "
+                    "grown. Exclude the layers that this optimizer holds (Selection(exclude=...)), or take a schedule whose "
                     "masks do not change"
                 ) from error
         if failures and changes_masks:
@@ -159,8 +159,8 @@ class OptimizerStates:
                 rule = Constant(values[0].item())
         if rule is None:
             self._warn(
-                f"the optimizer's state {entry!r} is kept as it is where weights of layer {weight.name!r} were dropped or "
-                "grown: what a fresh parameter has there could not be found"
+                f"the optimizer's state {entry!r} is kept as it is where weights of layer {weight.name!r} were dropped "
+                "or grown: what a fresh parameter has there could not be found"
             )
         return rule
 

@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 def trial_optimizer(optimizer: Optimizer, stand_ins: Mapping[Tensor, Tensor]) -> Optimizer:
     """Return a copy of an optimizer, settings, own attributes and inner optimizers included, with other parameters.
 
-    It has no parameter's state and no hooks, and is in training mode where it has modes. Of each group, only the parameters with a stand-in are left; other groups
+    It has no parameter's state and no hooks, and is in training mode where it has modes. Of each group, only the
+    parameters with a stand-in are left; other groups
     are empty, so that groups keep their indices. (``copy.deepcopy`` would keep what ``Optimizer.__getstate__`` returns:
     groups and state, without a class's own attributes.)
 

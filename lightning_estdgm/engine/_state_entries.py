@@ -22,8 +22,8 @@ def state_entries(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[Pat
     """Yield the tensors with one element for each element of a parameter that one optimizer keeps for it.
 
     They are looked for in all attributes of the optimizer: in containers keyed by the parameter or its id, and in lists
-    with one item for each parameter. Optimizers that it wraps are not searched. Of a tensor subclass, such as a quantised
-    one, the inner tensors are yielded if they have as many elements, else the tensor itself; of a stack of tensors of
+    with one item for each parameter. Optimizers that it wraps are not searched. Of a tensor subclass, such as a
+    quantised one, the inner tensors are yielded if they have as many elements, else the tensor itself; of a stack of tensors of
     the parameter's shape, each. Step counts and factored moments have fewer elements, and are left out.
     """
     every = parameters_of(optimizer)
