@@ -133,8 +133,8 @@ class OptimizerStates:
                     f"layer {weight.name!r}: {type(candidate).__name__} keeps a state {error.entry!r} of which is not "
                     "known what a fresh parameter has: it is neither the same everywhere, nor a copy of the weights, "
                     "nor made of several weights' gradients, so that it cannot be reset where weights are dropped and "
-                    "grown. Exclude the layers that this optimizer holds (Selection(exclude=...)), or take a schedule whose "
-                    "masks do not change"
+                    "grown. Exclude the layers that this optimizer holds (Selection(exclude=...)), or take a schedule "
+                    "whose masks do not change"
                 ) from error
         if failures and changes_masks:
             self._warn(

@@ -23,8 +23,8 @@ def state_entries(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[Pat
 
     They are looked for in all attributes of the optimizer: in containers keyed by the parameter or its id, and in lists
     with one item for each parameter. Optimizers that it wraps are not searched. Of a tensor subclass, such as a
-    quantised one, the inner tensors are yielded if they have as many elements, else the tensor itself; of a stack of tensors of
-    the parameter's shape, each. Step counts and factored moments have fewer elements, and are left out.
+    quantised one, the inner tensors are yielded if they have as many elements, else the tensor itself; of a stack of
+    tensors of the parameter's shape, each. Step counts and factored moments have fewer elements, and are left out.
     """
     every = parameters_of(optimizer)
     index = next((i for i, known in enumerate(every) if known is parameter), None)

@@ -1,12 +1,12 @@
 """`fresh_state_rules`: what an optimizer gives a fresh parameter, found on throw-away parameters.
 
-A throw-away parameter has the real one's shape and dtype. Half of its elements are *quiet*: their gradient is 0 in every
-step, as that of inactive weights is. Each tensor of its state is one of
+A throw-away parameter has the real one's shape and dtype. Half of its elements are *quiet*: their gradient is 0 in
+every step, as that of inactive weights is. Each tensor of its state is one of
 
 - **constant** where it is quiet, whatever happens elsewhere: a moment, or the code of 0 in a quantised one;
 - a **copy of the weights** there;
-- **mixed**: it depends there on gradients elsewhere, so it is in another basis (SOAP) or a matrix of its own that has the
-  weight's shape by chance (Shampoo's statistics of a square weight);
+- **mixed**: it depends there on gradients elsewhere, so it is in another basis (SOAP) or a matrix of its own that has
+  the weight's shape by chance (Shampoo's statistics of a square weight);
 - a **table**, which depends on neither weights nor gradients.
 """
 
