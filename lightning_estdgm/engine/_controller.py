@@ -34,6 +34,7 @@ from lightning_estdgm.engine._initialisation import describe_recovered, describe
 from lightning_estdgm.engine._masked_model import MaskedModel
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._observation import observe
+from lightning_estdgm.engine._optimizer_state import OptimizerStates
 from lightning_estdgm.engine._refusals import check_pattern, check_rule, check_state
 from lightning_estdgm.engine._step_hooks import StepHooks
 from lightning_estdgm.method._schedules import Schedule
@@ -105,17 +106,16 @@ class DGMController:
         self._flops = FlopCounter()
         every = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self._hooks = StepHooks(every, self._mask_if_touched, self.config.step_size.exponent)
+        self._states = OptimizerStates(every)
         selection = self.config.selection
         candidates = find_candidates(model, selection.include, selection.exclude, self._hooks.held, mask_heads=audit)
         self._masked = MaskedModel(candidates, self.config, state, group, wait=True)
         can_mask = self._masked.every
         self._dispatch = Dispatch(self.config, candidates, self._masked.weights, can_mask, group)
-        check_rule(
-            self._masked.rule,
-            can_mask,
-            changes_masks=len(self.schedule.densities) > 1,
-            trains_inactive=self.config.trains_inactive_weights,
-        )
+        changes_masks = len(self.schedule.densities) > 1
+        trains_inactive = self.config.trains_inactive_weights
+        check_rule(self._masked.rule, can_mask, changes_masks=changes_masks, trains_inactive=trains_inactive)
+        self._states.prepare(can_mask, changes_masks=changes_masks)
         self._admission = Admission(model, candidates, can_mask, group)
         try:
             if state is not None:
@@ -324,13 +324,14 @@ class DGMController:
     def masks(self) -> dict[str, Tensor]:
         """Return a copy of each masked layer's whole mask over units, oriented ``(out, in, ...)``, on the CPU.
 
+        Before the first step has been audited, these are the layers that can be masked, all of whose units are active.
         If weights are sharded (FSDP), call it on every rank: masks of single weights are gathered.
         """
-        return {weight.name: weight.whole_mask() for weight in self._masked.weights}
+        return {weight.name: weight.whole_mask() for weight in self._masked.shown}
 
     def layer_densities(self) -> dict[str, float]:
-        """Return each masked layer's density."""
-        return {weight.name: weight.density for weight in self._masked.weights}
+        """Return the density of each layer that `masks` returns."""
+        return {weight.name: weight.density for weight in self._masked.shown}
 
     def decisions(self) -> tuple[LayerDecision, ...]:
         """Return the decision for every linear and convolution layer of the model."""
@@ -415,9 +416,8 @@ class DGMController:
         """Draw masks of weights for the current position; return each one's number of units that were not zero."""
         self._masked.take_in(weights)
         held = self._masked.draw(weights, self.schedule(self.position).density, largest=largest)
-        with torch.no_grad():
-            self._masked.clear_optimizer_states_(weights, self._hooks.states)
         for weight in weights:
+            self._states.follow_drawn_(weight)
             self._dispatch.begin(weight)
         self._masked.yield_whole_gradients(self.observing)
         self._check_ranks(f"where masks were drawn, at step {self.steps}")
@@ -426,7 +426,7 @@ class DGMController:
     def _update_masks(self) -> None:
         density = self.schedule(self.position).density
         drop_fraction = self._masked.rule.drop_share(self.schedule.drop_progress(self.position), density)
-        self.churn = self._masked.update(density, drop_fraction, self._hooks.states, self.updates)
+        self.churn = self._masked.update(density, drop_fraction, self._states, self.updates)
         self.updates += 1
         self._check_ranks(f"after mask update {self.updates}")
 

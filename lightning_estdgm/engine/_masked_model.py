@@ -23,6 +23,7 @@ from lightning_estdgm.engine._gradient_mask import mask_gradients_
 from lightning_estdgm.engine._initialisation import draw_masks, masked_weights
 from lightning_estdgm.engine._mask_update import update_masks
 from lightning_estdgm.engine._masked_weight import MaskedWeight
+from lightning_estdgm.engine._optimizer_state import OptimizerStates
 from lightning_estdgm.modules._candidates import Candidate, clean_name
 from lightning_estdgm.modules._swap import set_observing
 
@@ -70,17 +71,22 @@ class MaskedModel:
             weight.take_in()
         self.weights[:] = [weight for weight in self.every if weight in self.weights or weight in weights]
 
+    @property
+    def shown(self) -> list[MaskedWeight]:
+        """The masked weights; before any is, those that can be."""
+        return self.weights or self.every
+
     # ------------------------------------------------------------------ densities and budgets
 
     @property
     def density(self) -> float:
-        """Active share of the masked weights; 1 before any is masked."""
-        return self._share_of([weight.active for weight in self.weights])
+        """Active share of the masked weights; before any is, of those that can be."""
+        return sum(weight.active * weight.unit_size for weight in self.shown) / _size(self.shown)
 
     @property
     def explored(self) -> float:
         """Share of the masked weights that have been active at any time."""
-        return self._share_of([weight.explored_units for weight in self.weights])
+        return sum(weight.explored_units * weight.unit_size for weight in self.shown) / _size(self.shown)
 
     @cached_property
     def needs_gradients(self) -> bool:
@@ -109,9 +115,8 @@ class MaskedModel:
 
     def density_at(self, density: float) -> float:
         """Return the nearest density of the whole that whole units allow; before any is masked, of all that can be."""
-        weights = self.weights or self.every
-        units = zip(weights, self.budgets(density, weights), strict=True)
-        return sum(sum(k) * weight.unit_size for weight, k in units) / _size(weights)
+        units = zip(self.shown, self.budgets(density, self.shown), strict=True)
+        return sum(sum(k) * weight.unit_size for weight, k in units) / _size(self.shown)
 
     def decisions(
         self, final_density: float, why_dense: Mapping[str, str] = MappingProxyType({})
@@ -132,15 +137,13 @@ class MaskedModel:
         return draw_masks(weights, self.budgets(density, weights), self._config, largest=largest)
 
     @torch.no_grad()
-    def update(
-        self, density: float, drop_fraction: float, states: Sequence[Mapping[Any, Mapping[str, Any]]], update: int
-    ) -> float:
+    def update(self, density: float, drop_fraction: float, states: OptimizerStates, update: int) -> float:
         """Update all masks, and bring weights, gradients and optimizer states in line with them.
 
         Args:
             density: density of the whole after the update.
             drop_fraction: share of the active units given up for new ones.
-            states: ``state`` of each optimizer.
+            states: state of the optimizers.
             update: index of the update, for random scores.
 
         Returns:
@@ -149,6 +152,7 @@ class MaskedModel:
         """
         for weight in self.weights:
             weight.inactive.before_update(weight)
+        before = {weight.name: weight.mask for weight in self.weights}
         grown = 0
         if self._config.trains_inactive_weights:
             drop_fraction = 0.0
@@ -159,17 +163,9 @@ class MaskedModel:
             weight.inactive.apply_mask_(weight)
             mask_gradients_([weight])
             if not weight.inactive.learn:
-                for state in states:
-                    weight.clear_optimizer_state_(state, changed)
+                states.reset_(weight, changed, before=before[weight.name])
+        states.forget_curvature()
         return grown / sum(weight.active * weight.unit_size for weight in self.weights)
-
-    def clear_optimizer_states_(
-        self, weights: Sequence[MaskedWeight], states: Sequence[Mapping[Any, Mapping[str, Any]]]
-    ) -> None:
-        """Zero the optimizers' state at the inactive units of weights."""
-        for weight in weights:
-            for state in states:
-                weight.clear_optimizer_state_(state, ~weight.mask)
 
     def check_ranks(self, words: Mapping[str, int], when: str) -> None:
         """Raise MasksDifferError on every rank if masks or `words` differ; see `check_same_on_all_ranks`."""
@@ -212,13 +208,6 @@ class MaskedModel:
         with torch.no_grad():
             for weight, tensor in zip(zeroed, tensors, strict=True):
                 weight.fill_inactive_(weight.shard.local(tensor))
-
-    def _share_of(self, units: Sequence[int]) -> float:
-        """Return the share of the masked weights in a number of units of each layer."""
-        if not self.weights:
-            return 1.0
-        held = sum(n * weight.unit_size for n, weight in zip(units, self.weights, strict=True))
-        return held / _size(self.weights)
 
 
 def _size(weights: Sequence[MaskedWeight]) -> int:

@@ -182,18 +182,6 @@ class MaskedWeight:
         if not self.is_dense:
             keep_active_(tensor, self.addressed_mask.to(tensor.device), self.placement.grain)
 
-    def clear_optimizer_state_(self, states: Mapping[Any, Mapping[str, Any]], units: Tensor) -> None:
-        """Zero every state tensor of the weight's shape at `units`; step counts and the like stay.
-
-        Args:
-            states: an optimizer's ``state``.
-            units: bool of the mask's shape.
-
-        """
-        for value in (states.get(self.parameter) or {}).values():  # a ZeroRedundancyOptimizer holds None for some
-            if isinstance(value, Tensor) and self.shard.holds(value):
-                keep_active_(self.shard.local(value), self.placement.address(~units), self.placement.grain)
-
     def take_in(self) -> None:
         """Treat inactive weights as the settings say, from now on."""
         self.inactive = inactive_weights(self._mode, self)

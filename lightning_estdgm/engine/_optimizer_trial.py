@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 def trial_optimizer(optimizer: Optimizer, stand_ins: Mapping[Tensor, Tensor]) -> Optimizer:
     """Return a copy of an optimizer, settings, own attributes and inner optimizers included, with other parameters.
 
-    It has no parameter's state and no hooks. Of each group, only the parameters with a stand-in are left; other groups
+    It has no parameter's state and no hooks, and is in training mode where it has modes. Of each group, only the
+    parameters with a stand-in are left; other groups
     are empty, so that groups keep their indices. (``copy.deepcopy`` would keep what ``Optimizer.__getstate__`` returns:
     groups and state, without a class's own attributes.)
 
@@ -31,7 +32,7 @@ def trial_optimizer(optimizer: Optimizer, stand_ins: Mapping[Tensor, Tensor]) ->
 
     """
     memo: dict[int, Any] = {}
-    nested = _nested(optimizer)
+    nested = nested_optimizers(optimizer)
     for inner in nested:
         memo[id(inner)] = object.__new__(type(inner))
         for group in inner.param_groups:
@@ -52,10 +53,13 @@ def trial_optimizer(optimizer: Optimizer, stand_ins: Mapping[Tensor, Tensor]) ->
         for group in memo[id(inner)].param_groups:  # the same lists, which an optimizer may hold elsewhere, too
             group["params"][:] = [parameter for parameter in group["params"] if parameter is not None]
     trial: Optimizer = memo[id(optimizer)]
+    train = getattr(trial, "train", None)
+    if callable(train):  # schedule-free optimizers step in this mode only
+        train()
     return trial
 
 
-def _nested(optimizer: Optimizer) -> list[Any]:
+def nested_optimizers(optimizer: Optimizer) -> list[Any]:
     """Return an optimizer and those that it wraps, outermost first."""
     found: list[Any] = []
     waiting: list[Any] = [optimizer]

@@ -5,7 +5,7 @@ The treatment itself is in `_inactive`; here it is decided which calls of `step`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,11 +60,6 @@ class StepHooks:
     def held(self) -> frozenset[int]:
         """Ids of the parameters that an optimizer holds."""
         return frozenset(id(p) for optimizer in self._optimizers for p in parameters_of(optimizer))
-
-    @property
-    def states(self) -> list[Mapping[Any, Mapping[str, Any]]]:
-        """State of each optimizer and of those that they wrap, such as a ZeroRedundancyOptimizer's inner one."""
-        return list({id(o.state): o.state for o in (*self._optimizers, *self._hooked)}.values())
 
     def weights_of(self, optimizer: Optimizer) -> list[MaskedWeight]:
         """Return the masked weights that an optimizer, or a wrapper of one, holds."""

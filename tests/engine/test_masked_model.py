@@ -12,6 +12,7 @@ from lightning_estdgm.config import DGMConfig, Units
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._masked_model import MaskedModel
 from lightning_estdgm.engine._observation import observe
+from lightning_estdgm.engine._optimizer_state import OptimizerStates
 
 
 def test_grown_weights_start_at_zero_with_a_clean_state(mlp):
@@ -76,13 +77,15 @@ def test_a_model_knows_its_density_and_every_layers_at_any_other():
 
 def test_an_update_returns_what_it_brought_in_and_cleans_weights_gradients_and_states():
     model = small_model()
-    states = {}
+    optimizer = torch.optim.SGD([weight.parameter for weight in model.weights], lr=0.1, momentum=0.9)
+    states = OptimizerStates([optimizer])
+    states.prepare(model.weights, changes_masks=True)
     for weight in model.weights:
         weight.parameter.grad = torch.rand_like(weight.parameter) + 1.0
-        states[weight.parameter] = {"exp_avg": torch.ones_like(weight.parameter)}
+        optimizer.state[weight.parameter]["momentum_buffer"] = torch.ones_like(weight.parameter)
     assert observe(model.weights, 1.0)
     before = [weight.mask for weight in model.weights]
-    churn = model.update(0.25, 0.5, [states], update=0)
+    churn = model.update(0.25, 0.5, states, update=0)
     grown = [weight.mask & ~old for weight, old in zip(model.weights, before, strict=True)]
     assert churn == sum(int(new.sum()) for new in grown) / 40
     assert [int(new.sum()) for new in grown] == [4, 16]
@@ -91,18 +94,7 @@ def test_an_update_returns_what_it_brought_in_and_cleans_weights_gradients_and_s
         changed = old ^ weight.mask
         assert torch.count_nonzero(weight.weight[~weight.mask | changed]) == 0
         assert torch.count_nonzero(weight.parameter.grad[~weight.mask]) == 0
-        assert torch.equal(states[weight.parameter]["exp_avg"] == 0, changed)
-
-
-def test_states_are_cleared_at_the_inactive_units_of_all_layers_or_the_given_ones():
-    model = small_model()
-    states = {weight.parameter: {"exp_avg": torch.ones_like(weight.parameter)} for weight in model.weights}
-    first, second = model.weights
-    first.clear_optimizer_state_(states, torch.ones_like(first.mask))
-    assert not states[first.parameter]["exp_avg"].any()
-    assert states[second.parameter]["exp_avg"].all()
-    model.clear_optimizer_states_(model.weights, [states])
-    assert torch.equal(states[second.parameter]["exp_avg"].bool(), second.mask)
+        assert torch.equal(optimizer.state[weight.parameter]["momentum_buffer"] == 0, changed)
 
 
 def test_nan_weights_are_refused_with_the_layers_name():

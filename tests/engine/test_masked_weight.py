@@ -65,18 +65,6 @@ def test_active_units_are_counted_for_each_fused_matrix():
     assert weight.part_active == [8, 0, 4]
 
 
-def test_optimizer_state_is_cleared_at_the_given_units_and_counts_of_steps_stay():
-    weight = numbered([[1, 0], [0, 1]], block_size=2)
-    other = torch.nn.Parameter(torch.ones(4, 4))
-    state = {"step": torch.tensor(3.0), "exp_avg": torch.ones(4, 4), "row": torch.ones(4)}
-    states = {weight.parameter: state, other: {"exp_avg": torch.ones(4, 4)}}
-    weight.clear_optimizer_state_(states, torch.tensor([[True, False], [False, False]]))
-    assert state["exp_avg"].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
-    assert state["step"] == 3
-    assert state["row"].all()
-    assert states[other]["exp_avg"].all()
-
-
 def test_errors_get_the_layers_name():
     weight = numbered([[1, 0]])
     with pytest.raises(ValueError, match=r"^layer '0': too few$"), weight.naming_errors():

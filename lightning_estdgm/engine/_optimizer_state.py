@@ -1,0 +1,178 @@
+"""`OptimizerStates`: the optimizers' state of dropped and grown units becomes that of a fresh parameter.
+
+What a fresh parameter has is found on throw-away parameters (`_state_trial`), before the run changes anything. Where an
+entry was not seen there, because the optimizer makes it later or cannot be tried, it is read from the state of units
+that have had no gradient.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from lightning_estdgm.distributed._collectives import local_tensor
+from lightning_estdgm.engine._masked_weight import MaskedWeight
+from lightning_estdgm.engine._optimizer_trial import nested_optimizers
+from lightning_estdgm.engine._state_entries import Path, state_entries
+from lightning_estdgm.engine._state_rules import Constant, CopyOfWeight, StateRule, oriented
+from lightning_estdgm.engine._state_trial import StateUnknownError, TrialFailedError, fresh_state_rules
+
+Rules = dict[tuple[str, Path], StateRule]
+"""Rules by the class of the optimizer that keeps the entry, and the entry's place in it."""
+
+
+class OptimizerStates:
+    """The state that the optimizers of a run keep for the masked weights.
+
+    Args:
+        optimizers: optimizers of the run; those that they wrap are found.
+
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self._optimizers = optimizers
+        self._rules: dict[int, Rules] = {}  # by the id of the parameter
+        self._warned: set[str] = set()
+
+    def prepare(self, weights: Sequence[MaskedWeight], *, changes_masks: bool) -> None:
+        """Find what a fresh parameter has, by trial. Neither the optimizers nor the random numbers of the run change.
+
+        One trial is made for each group, shape and dtype of the masked weights.
+
+        Args:
+            weights: masked weights.
+            changes_masks: whether the schedule has any mask update.
+
+        Raises:
+            ValueError: if masks change, and an entry of the state is none that can be reset.
+
+        """
+        known: dict[Any, Rules] = {}
+        for weight in weights:
+            for optimizer in self._optimizers:
+                group = _group_of(optimizer, weight.parameter)
+                if group is None:
+                    continue
+                local = local_tensor(weight.parameter)
+                key = (id(optimizer), group, tuple(local.shape), local.stride(), local.dtype, local.device)
+                if key not in known:
+                    known[key] = self._tried(optimizer, weight, changes_masks)
+                self._rules.setdefault(id(weight.parameter), {}).update(known[key])
+
+    def reset_(self, weight: MaskedWeight, units: Tensor, *, before: Tensor | None = None) -> None:
+        """Give the units of a weight the state of a fresh parameter; steps counts and the like stay.
+
+        Args:
+            weight: weight, with its new values.
+            units: bool of the mask's shape, true where state is reset.
+            before: mask before the update, from which units are known that have had no gradient.
+
+        """
+        for name, path, state in self._entries(weight):
+            rule = self._rules.get(id(weight.parameter), {}).get((name, path))
+            if rule is None:
+                rule = self._observed(f"{name}.{'.'.join(path)}", state, weight, before)
+            if rule is not None:
+                rule.reset_(state, weight, units)
+
+    @torch.no_grad()
+    def follow_drawn_(self, weight: MaskedWeight) -> None:
+        """Bring state that exists already in line with a mask just drawn, for which weights were zeroed and scaled."""
+        every = torch.ones_like(weight.mask)
+        for name, path, state in self._entries(weight):
+            rule = self._rules.get(id(weight.parameter), {}).get((name, path))
+            if rule is not None:
+                rule.reset_(state, weight, every if isinstance(rule, CopyOfWeight) else ~weight.mask)
+
+    def forget_curvature(self) -> None:
+        """Clear the history of L-BFGS, whose differences of gradients are those of other weights after an update."""
+        for optimizer in self._every:
+            if isinstance(optimizer, LBFGS):
+                optimizer.state.clear()
+
+    # ------------------------------------------------------------------
+
+    @property
+    def _every(self) -> list[Any]:
+        found = [inner for optimizer in self._optimizers for inner in nested_optimizers(optimizer)]
+        return list({id(optimizer): optimizer for optimizer in found}.values())
+
+    def _entries(self, weight: MaskedWeight) -> Iterator[tuple[str, Path, Tensor]]:
+        """Yield each tensor once: a wrapper may hold the state of what it wraps."""
+        seen: dict[int, Tensor] = {}  # kept: ids of tensors that are gone are used again
+        for optimizer in self._every:
+            if isinstance(optimizer, LBFGS):
+                continue
+            for path, state in state_entries(optimizer, weight.parameter):
+                if id(state) not in seen:
+                    seen[id(state)] = state
+                    yield type(optimizer).__name__, path, state
+
+    def _tried(self, optimizer: Optimizer, weight: MaskedWeight, changes_masks: bool) -> Rules:
+        if local_tensor(weight.parameter).numel() < 2 or any(
+            isinstance(o, LBFGS) for o in nested_optimizers(optimizer)
+        ):
+            return {}
+        failures = []
+        for candidate in nested_optimizers(optimizer):
+            if _group_of(candidate, weight.parameter) is None:
+                continue
+            try:
+                return fresh_state_rules(candidate, weight.parameter)
+            except TrialFailedError as error:
+                failures.append(f"{type(candidate).__name__}: {error}")
+            except StateUnknownError as error:
+                if not changes_masks:
+                    return {}
+                raise ValueError(
+                    f"layer {weight.name!r}: {type(candidate).__name__} keeps a state {error.entry!r} of which is not "
+                    "known what a fresh parameter has: it is neither the same everywhere, nor a copy of the weights, "
+                    "nor made of several weights' gradients, so that it cannot be reset where weights are dropped and "
+                    "grown. Exclude the layers that this optimizer holds (Selection(exclude=...)), or take a schedule "
+                    "whose masks do not change"
+                ) from error
+        if failures and changes_masks:
+            self._warn(
+                f"could not try {failures[0]}. What its state is for a fresh parameter is read from weights that have "
+                "had no gradient, at the first mask update"
+            )
+        return {}
+
+    def _observed(self, entry: str, state: Tensor, weight: MaskedWeight, before: Tensor | None) -> StateRule | None:
+        """Return the rule for an entry by its values at units without gradients; ``None`` and a warning without one."""
+        rule: StateRule | None = None
+        if before is not None and not weight.inactive.act_in_forward and not hasattr(state, "__tensor_flatten__"):
+            quiet = weight.placement.address(~before & ~weight.mask)
+            local = oriented(state, weight)
+            if weight.placement.grain > 1:
+                side = weight.placement.grain
+                quiet = quiet.repeat_interleave(side, 0).repeat_interleave(side, 1)
+            if quiet.dim() < local.dim():
+                quiet = quiet.reshape(*quiet.shape, *[1] * (local.dim() - quiet.dim()))
+            values = local[quiet.expand_as(local)]
+            if values.numel() and bool((values == values[0]).all()):
+                rule = Constant(values[0].item())
+        if rule is None:
+            self._warn(
+                f"the optimizer's state {entry!r} is kept as it is where weights of layer {weight.name!r} were dropped "
+                "or grown: what a fresh parameter has there could not be found"
+            )
+        return rule
+
+    def _warn(self, message: str) -> None:
+        if message.split(" of layer")[0] not in self._warned:
+            self._warned.add(message.split(" of layer")[0])
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _group_of(optimizer: Any, parameter: Tensor) -> int | None:
+    """Return the index of the group that holds a parameter; ``None`` if none does."""
+    for index, group in enumerate(getattr(optimizer, "param_groups", ())):
+        if any(held is parameter for held in group["params"]):
+            return index
+    return None

@@ -1,0 +1,266 @@
+"""`fresh_state_rules`: what an optimizer gives a fresh parameter, found on throw-away parameters.
+
+A throw-away parameter has the real one's shape and dtype. Half of its elements are *quiet*: their gradient is 0 in
+every step, as that of inactive weights is. Each tensor of its state is one of
+
+- **constant** where it is quiet, whatever happens elsewhere: a moment, or the code of 0 in a quantised one;
+- a **copy of the weights** there;
+- **mixed**: it depends there on gradients elsewhere, so it is in another basis (SOAP) or a matrix of its own that has
+  the weight's shape by chance (Shampoo's statistics of a square weight);
+- a **table**, which depends on neither weights nor gradients.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_estdgm.distributed._collectives import local_tensor
+from lightning_estdgm.engine._optimizer_trial import nested_optimizers, trial_optimizer
+from lightning_estdgm.engine._state_entries import Path, state_entries
+from lightning_estdgm.engine._state_rules import Constant, CopyOfWeight, Kept, Requantised, StateRule
+
+_STEPS = (3, 12)  # of a trial, and of one more if an entry is the same everywhere after the first
+_ROUNDING = 0.02  # relative error of copies in bfloat16 or after weight decay
+_REQUANTISED = 0.15  # largest error of a 4-bit state that is written back, as a share of its largest value
+
+_MIXED = Kept("its elements mix the gradients of several weights")
+_TABLE = Kept("it depends on neither weights nor gradients")
+
+
+class TrialFailedError(Exception):
+    """An optimizer cannot be copied, or not stepped on throw-away parameters."""
+
+
+class StateUnknownError(Exception):
+    """A state entry is of no known kind.
+
+    Attributes:
+        entry: name of the entry.
+
+    """
+
+    def __init__(self, entry: str) -> None:
+        super().__init__(entry)
+        self.entry = entry
+
+
+def fresh_state_rules(optimizer: Optimizer, parameter: Tensor) -> dict[tuple[str, Path], StateRule]:
+    """Return how each state entry of a parameter is reset, by the class that keeps it and its place.
+
+    Entries that are the same everywhere even after the longest trial are left out: nothing is known of them.
+
+    Args:
+        optimizer: optimizer of the run, or a wrapper of one; left as it is.
+        parameter: parameter that it holds.
+
+    Raises:
+        TrialFailedError: if the optimizer cannot be tried.
+        StateUnknownError: if an entry is of no known kind.
+
+    """
+    trials = _Trials(optimizer, parameter)
+    rules: dict[tuple[str, Path], StateRule] = {}
+    for steps in _STEPS:
+        still = trials.run(steps, quiet_weights=False)
+        moving = trials.run(steps, quiet_weights=True)
+        other: dict[tuple[str, Path], _Entry] = {}
+        for key, entry in still.items():
+            if entry.is_uniform or key not in moving:
+                continue
+            if entry.rule is not None:
+                rules[key] = entry.rule
+            elif moving[key].is_copy:
+                rules[key] = CopyOfWeight()
+            elif entry.constant is not None:
+                rules[key] = Constant(entry.constant)
+            else:
+                other = other or trials.run(steps, quiet_weights=True, seed=1)
+                rules[key] = _shared(entry, moving[key], other.get(key), ".".join(key[1]))
+        if not any(entry.is_uniform for key, entry in still.items() if key not in rules):
+            break
+    return rules
+
+
+def _shared(still: _Entry, moving: _Entry, other: _Entry | None, name: str) -> StateRule:
+    """Return the rule of an entry that is not constant at quiet elements."""
+    if other is None or not _same(moving.quiet, other.quiet):
+        return _MIXED
+    if _same(still.quiet, moving.quiet):
+        return _TABLE
+    raise StateUnknownError(name)
+
+
+class _Entry:
+    """One state entry after a trial.
+
+    Attributes:
+        quiet: values at quiet elements.
+        is_uniform: whether all its elements are equal.
+        constant: the number at quiet elements, if it is one.
+        is_copy: whether it equals the weight at quiet elements, before or after the steps.
+        rule: rule that was found by writing to it, if it is a packed quantised tensor.
+
+    """
+
+    def __init__(self, state: Tensor, quiet: Tensor, before: Tensor, after: Tensor) -> None:
+        packed = hasattr(state, "__tensor_flatten__")
+        values = state.dequantize() if packed else state
+        values = values.detach().reshape(-1)
+        self.is_uniform = bool((values == values[0]).all())
+        self.quiet = values[quiet].clone()
+        same = self.quiet.numel() > 0 and bool((self.quiet == self.quiet[0]).all())
+        self.constant = self.quiet[0].item() if same else None
+        self.is_copy = any(_close(self.quiet, weight[quiet]) for weight in (before, after))
+        self.rule: StateRule | None = None
+        if packed:
+            self.constant, self.is_copy = None, False
+            if not self.is_uniform and _takes_zeros(state, values, quiet):
+                self.rule = Requantised(0.0)
+
+
+def _takes_zeros(state: Tensor, values: Tensor, quiet: Tensor) -> bool:
+    """Whether writing 0 at the quiet elements of a packed tensor leaves all elements as they are, up to rounding."""
+    dense = state.dequantize()
+    dense.view(-1)[quiet] = 0
+    state.copy_(dense)
+    after = state.dequantize().reshape(-1)
+    return bool(((after - values).abs() <= _REQUANTISED * values.abs().max()).all()) and bool(
+        (after[quiet].abs() <= values[quiet].abs() * (1 + _REQUANTISED)).all()
+    )
+
+
+class _Trials:
+    """Short runs of a copy of an optimizer on throw-away parameters."""
+
+    def __init__(self, optimizer: Optimizer, parameter: Tensor) -> None:
+        self._optimizer, self._parameter = optimizer, parameter
+        self._way: tuple[Callable[..., Any], bool] | None = None  # the first that works
+
+    def run(self, steps: int, *, quiet_weights: bool, seed: int = 0) -> dict[tuple[str, Path], _Entry]:
+        """Return the state entries after some steps from a fresh parameter.
+
+        Args:
+            steps: number of steps.
+            quiet_weights: whether weights are other than 0 where gradients are 0.
+            seed: seed of the gradients.
+
+        """
+        ways = [self._way] if self._way else list(product((_added, _emptied, _remade), (False, True)))
+        failure: Exception | None = None
+        device = local_tensor(self._parameter).device
+        on_cpu = device.type == "cpu"
+        for make, closure in ways:
+            try:
+                with (
+                    torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type),
+                    torch.compiler.set_stance("force_eager"),  # an optimizer that compiles its step is not waited for
+                    warnings.catch_warnings(),
+                ):
+                    warnings.simplefilter("ignore")
+                    torch.manual_seed(0)
+                    entries = self._run(make, closure, steps, quiet_weights, seed)
+            except Exception as error:  # whatever an optimizer that is not ours may raise
+                failure = failure or error
+                continue
+            self._way = (make, closure)
+            return entries
+        raise TrialFailedError(f"{type(failure).__name__}: {failure}") from failure
+
+    def _run(
+        self, make: Callable[..., Any], closure: bool, steps: int, quiet_weights: bool, seed: int
+    ) -> dict[tuple[str, Path], _Entry]:
+        real = local_tensor(self._parameter).detach()
+        generator = torch.Generator(real.device).manual_seed(7)
+        weight = nn.Parameter(torch.empty_like(real))
+        quiet_mask = torch.rand(real.shape, generator=generator, device=real.device) < 0.5
+        quiet_mask.view(-1)[0], quiet_mask.view(-1)[-1] = True, False
+        with torch.no_grad():
+            weight.copy_(_spread(real.shape, generator))
+            if not quiet_weights:
+                weight.masked_fill_(quiet_mask, 0)
+        before = weight.detach().reshape(-1).clone()
+        trial = make(self._optimizer, self._parameter, weight)
+        gradients = torch.Generator(real.device).manual_seed(100 + seed)
+        for _ in range(steps):
+            gradient = torch.empty_like(weight).copy_(_spread(real.shape, gradients)).masked_fill_(quiet_mask, 0)
+            _step(trial, weight, gradient.detach(), closure)
+        after, quiet = weight.detach().reshape(-1), quiet_mask.reshape(-1).nonzero().squeeze(1)
+        entries: dict[tuple[str, Path], _Entry] = {}
+        for inner in nested_optimizers(trial):
+            for path, state in state_entries(inner, weight):
+                entries.setdefault((type(inner).__name__, path), _Entry(state, quiet, before, after))
+        return entries
+
+
+def _step(trial: Any, weight: nn.Parameter, gradient: Tensor, closure: bool) -> None:
+    every = [p for group in trial.param_groups for p in group["params"]]
+
+    def loss() -> Tensor:
+        for p in every:
+            p.grad = None
+        with torch.enable_grad():
+            total = (weight * gradient).sum() + sum((p.sum() for p in every if p is not weight), start=0.0)
+            total.backward()
+        return total.detach()
+
+    loss()
+    step = type(trial).step  # a scheduler puts a function on the instance
+    step(trial, loss) if closure else step(trial)
+
+
+def _spread(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Return random numbers of both signs whose magnitudes are 0.5 to 1.5, so that none is near 0."""
+    size, sign = torch.rand(2, *shape, generator=generator, device=generator.device)
+    return torch.where(sign < 0.5, -size - 0.5, size + 0.5)
+
+
+# ---------------------------------------------------------------------- ways to make a parameter known to an optimizer
+
+
+def _emptied(optimizer: Optimizer, parameter: Any, weight: nn.Parameter) -> Any:
+    """Return a copy without state, which makes it in the first step, as most optimizers do."""
+    trial = trial_optimizer(optimizer, {parameter: weight})
+    for inner in nested_optimizers(trial):
+        for group in inner.param_groups:
+            if not group["params"]:  # some read the first parameter of each group
+                group["params"] = [_small(weight)]
+    return trial
+
+
+def _added(optimizer: Optimizer, parameter: Any, weight: nn.Parameter) -> Any:
+    """Return a copy to which the parameter is added: state is made in ``add_param_group``."""
+    trial = trial_optimizer(optimizer, {parameter: weight})
+    groups = list(trial.param_groups)
+    trial.param_groups.clear()
+    for group in groups:
+        trial.add_param_group({**group, "params": group["params"] or [_small(weight)]})
+    return trial
+
+
+def _remade(optimizer: Optimizer, parameter: Any, weight: nn.Parameter) -> Any:
+    """Return an optimizer of the same class made anew with the group's settings: state is made in ``__init__``."""
+    trial = trial_optimizer(optimizer, {parameter: weight})
+    groups = [{**group, "params": group["params"] or [_small(weight)]} for group in trial.param_groups]
+    kind: Callable[..., Any] = type(trial)
+    return kind(groups)
+
+
+def _small(like: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.ones(2, 2, dtype=like.dtype, device=like.device))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.numel() == 0 or not a.is_floating_point():
+        return False
+    return torch.allclose(a.float(), b.float(), rtol=_ROUNDING, atol=1e-6)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-6, atol=0.0, equal_nan=True)

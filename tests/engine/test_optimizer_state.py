@@ -1,0 +1,346 @@
+"""State of dropped and grown units: what the optimizer gives a fresh parameter, whatever kind of state it keeps."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.controller_runs import STEPS, WEIGHTS, adamw, batch, constant, fit, loss_of, run, saved
+from helpers.masked_weights import numbered
+from lightning_estdgm.config import DGMConfig, Units
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.engine._optimizer_state import OptimizerStates
+from lightning_estdgm.engine._state_entries import state_entries
+from lightning_estdgm.engine._state_rules import Constant, CopyOfWeight, Kept, Requantised
+from lightning_estdgm.engine._state_trial import StateUnknownError, TrialFailedError, fresh_state_rules
+
+
+class Custom(torch.optim.SGD):
+    """Descends gradients, and keeps what `update` makes of a parameter, its gradient and its state."""
+
+    def __init__(self, params, lr=0.01):
+        super().__init__(params, lr)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, self.state[p])
+                    p.sub_(p.grad, alpha=group["lr"])
+
+    def update(self, p, state): ...
+
+
+class Codes(Custom):
+    def update(self, p, state):
+        moment = (state["codes"].float() - 127) / 127 * state["absmax"] if state else torch.zeros_like(p)
+        moment = 0.9 * moment + p.grad
+        state["absmax"] = moment.abs().max()
+        state["codes"] = (moment / state["absmax"] * 127).round().add(127).to(torch.uint8)
+
+
+class Master(Custom):
+    def update(self, p, state):
+        state.setdefault("master", p.float().clone()).sub_(p.grad)
+
+
+class Rotated(Custom):
+    def update(self, p, state):
+        state.setdefault("moment", torch.zeros_like(p)).add_(torch.linalg.qr(p.grad.double())[0].to(p.dtype))
+
+
+class Statistics(Custom):
+    def update(self, p, state):
+        state.setdefault("statistics", [torch.zeros(len(p), len(p))])[0].add_(p.grad @ p.grad.T)
+
+
+class Table(Custom):
+    def update(self, p, state):
+        state.setdefault("table", torch.arange(float(p.numel())).view_as(p))
+
+
+class Unknown(Custom):
+    def update(self, p, state):
+        state["odd"] = torch.linspace(1, 2, p.numel()).view_as(p) * (1 + p.square())
+
+
+class Outside(Custom):
+    def __init__(self, params, lr=0.01):
+        super().__init__(params, lr)
+        self.by_parameter, self.by_id = {}, {}
+
+    def update(self, p, state):
+        self.by_parameter.setdefault(p, torch.zeros_like(p)).add_(p.grad)
+        self.by_id.setdefault(id(p), {"sum": torch.zeros_like(p)})["sum"].add_(p.grad)
+
+
+class Stacked(Custom):
+    def update(self, p, state):
+        state.setdefault("both", torch.zeros(2, *p.shape)).add_(p.grad)
+
+
+class Flat(Custom):
+    def update(self, p, state):
+        state.setdefault("flat", torch.zeros(p.numel())).add_(p.grad.flatten())
+
+
+class Look(Custom):
+    """Slow weights, made where the parameter is added."""
+
+    def add_param_group(self, group):
+        super().add_param_group(group)
+        for p in self.param_groups[-1]["params"]:
+            self.state[p]["slow"] = p.detach().clone()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step()
+        self.calls = getattr(self, "calls", 0) + 1
+        for p in self.param_groups[0]["params"] if self.calls % 5 == 0 else ():
+            p.copy_(self.state[p]["slow"].lerp_(p, 0.5))
+
+
+def rules(optimizer):
+    found = fresh_state_rules(optimizer, optimizer.param_groups[0]["params"][0])
+    return {".".join(path): rule for (_, path), rule in found.items()}
+
+
+def weight_of(shape=(16, 16), dtype=torch.float32):
+    return nn.Parameter(torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (torch.optim.AdamW, {"state.exp_avg": Constant(0.0), "state.exp_avg_sq": Constant(0.0)}),
+        (torch.optim.Rprop, {"state.prev": Constant(0.0), "state.step_size": Constant(pytest.approx(0.01))}),
+        (lambda p: torch.optim.Adagrad(p, initial_accumulator_value=0.5), {"state.sum": Constant(0.5)}),
+        (torch.optim.ASGD, {"state.ax": CopyOfWeight()}),
+        (torch.optim.Adafactor, {}),
+        (Codes, {"state.codes": Constant(127)}),
+        (Master, {"state.master": CopyOfWeight()}),
+        (Look, {"state.slow": CopyOfWeight()}),
+        (Outside, {"by_parameter": Constant(0.0), "by_id.sum": Constant(0.0)}),
+        (Stacked, {"state.both.0": Constant(0.0), "state.both.1": Constant(0.0)}),
+        (Flat, {"state.flat": Constant(0.0)}),
+    ],
+)
+def test_a_trial_finds_what_a_fresh_parameter_has(make, expected):
+    optimizer = make([weight_of()])
+    before = copy.deepcopy(optimizer.state_dict()), torch.get_rng_state()
+    assert rules(optimizer) == expected
+    assert str(optimizer.state_dict()) == str(before[0])
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_a_copy_in_another_dtype_is_one():
+    assert rules(Master([weight_of(dtype=torch.bfloat16)])) == {"state.master": CopyOfWeight()}
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "why"),
+    [
+        (Rotated, "state.moment", "mix the gradients"),
+        (Statistics, "state.statistics.0", "mix the gradients"),
+        (Table, "state.table", "neither weights nor gradients"),
+    ],
+)
+def test_state_that_is_no_weights_own_is_kept(make, name, why):
+    rule = rules(make([weight_of()]))[name]
+    assert isinstance(rule, Kept)
+    assert why in rule.why
+
+
+def test_settings_of_the_group_count_and_schedulers_do_not_step_the_optimizer_of_the_run():
+    weight, other = weight_of(), weight_of((8, 8))
+    optimizer = torch.optim.Rprop([{"params": [other], "lr": 0.5}, {"params": [weight]}], lr=0.25)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    weight.grad = torch.ones_like(weight)
+    before = weight.detach().clone()
+    found = fresh_state_rules(optimizer, weight)
+    assert found["Rprop", ("state", "step_size")] == Constant(0.25)
+    assert fresh_state_rules(optimizer, other)["Rprop", ("state", "step_size")] == Constant(0.5)
+    assert torch.equal(weight, before)
+
+
+def test_an_optimizer_that_cannot_be_stepped_fails_its_trial():
+    class Broken(Custom):
+        def update(self, p, state):
+            raise RuntimeError("no")
+
+    with pytest.raises(TrialFailedError, match="RuntimeError: no"):
+        rules(Broken([weight_of()]))
+    with pytest.raises(StateUnknownError, match="odd"):
+        rules(Unknown([weight_of()]))
+
+
+# --------------------------------------------------------------------------- reset
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [(Constant(0.0), 0.0), (Constant(127), 127.0), (Kept(""), 9.0)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_rule_writes_at_the_given_units_in_any_dtype(rule, expected, dtype, flat):
+    weight = numbered([[1, 0], [0, 1]], block_size=2)
+    state = torch.full((16,) if flat else (4, 4), 9, dtype=dtype)
+    rule.reset_(state, weight, torch.tensor([[True, False], [False, False]]))
+    assert state.view(4, 4)[:2, :2].eq(expected).all()
+    assert state.view(4, 4)[2:].eq(9).all()
+    assert state.view(4, 4)[:, 2:].eq(9).all()
+
+
+def test_a_copy_takes_the_weights_values():
+    weight = numbered([[1, 0], [0, 1]], block_size=2)
+    state = torch.zeros(4, 4, dtype=torch.bfloat16)
+    CopyOfWeight().reset_(state, weight, torch.tensor([[True, False], [False, True]]))
+    assert state.tolist() == [[1, 2, 0, 0], [5, 6, 0, 0], [0, 0, 11, 12], [0, 0, 15, 16]]
+
+
+def test_a_packed_tensor_is_written_back_whole():
+    class Packed:
+        def __init__(self, values):
+            self.values = values
+
+        def dequantize(self):
+            return self.values.clone()
+
+        def copy_(self, dense):
+            self.values.copy_(dense)
+
+    state = Packed(torch.ones(2, 2))
+    Requantised(0.0).reset_(state, numbered([[1, 0], [0, 1]]), torch.tensor([[True, False], [False, False]]))
+    assert state.values.tolist() == [[0, 1], [1, 1]]
+
+
+def test_entries_of_other_parameters_and_counts_are_left_out():
+    one, other = weight_of(), weight_of()
+    optimizer = torch.optim.AdamW([one, other])
+    for parameter in (one, other):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    found = dict(state_entries(optimizer, one))
+    assert sorted(found) == [("state", "exp_avg"), ("state", "exp_avg_sq")]
+    assert found["state", "exp_avg"] is optimizer.state[one]["exp_avg"]
+
+
+# --------------------------------------------------------------------------- whole runs
+
+
+def test_codes_are_reset_in_a_run_and_after_load_state_dict_has_made_them_floats(mlp):
+    model = mlp(32, 32, 32, 4)
+    optimizer = Codes(model.parameters())
+    weight = model[0].weight
+    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False) as dgm:
+        old = dgm.masks()["0"]
+        for step, updated in fit(model, optimizer, dgm):
+            new = dgm.masks()["0"]
+            if updated:
+                assert optimizer.state[weight]["codes"][old ^ new].eq(127).all()
+            if step == 8:
+                optimizer.load_state_dict(saved(optimizer.state_dict()))
+                assert optimizer.state[weight]["codes"].is_floating_point()
+            old = new
+    assert dgm.updates > 2
+
+
+@pytest.mark.parametrize(("make", "entry"), [(Master, "master"), (Look, "slow")])
+def test_copies_follow_the_first_mask_and_every_update(mlp, make, entry):
+    model = mlp(32, 32, 32, 4)
+    optimizer = make(model.parameters())
+    state = optimizer.state[model[0].weight]
+    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False) as dgm:
+        if entry in state:  # made with the optimizer, before masks were drawn
+            assert torch.equal(state[entry], model[0].weight)
+        for _, updated in fit(model, optimizer, dgm):
+            if updated:
+                inactive = ~dgm.masks()["0"]
+                assert torch.count_nonzero(state[entry][inactive]) == 0
+    assert dgm.density == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_run_is_refused_at_its_start_by_the_name_of_optimizer_and_entry(mlp):
+    model = mlp(32, 32, 32, 4)
+    message = r"layer '0': Unknown keeps a state 'state\.odd'.*Selection\(exclude="
+    with pytest.raises(ValueError, match=message):
+        DGMController(model, Unknown(model.parameters()), WEIGHTS, total_steps=STEPS, audit=False)
+
+
+def test_a_schedule_without_mask_updates_runs_with_any_state(mlp):
+    from lightning_estdgm import preset
+
+    model = mlp(32, 32, 32, 4)
+    optimizer = Unknown(model.parameters())
+    with DGMController(model, optimizer, preset("static", density=0.5), total_steps=STEPS, audit=False) as dgm:
+        run(model, optimizer, dgm)
+
+
+class Handle:
+    def __deepcopy__(self, memo):
+        raise RuntimeError("there is one of me")
+
+
+class Untried(Codes):
+    """Cannot be copied."""
+
+    def __init__(self, params, lr=0.01):
+        super().__init__(params, lr)
+        self.handle = Handle()
+
+
+def test_an_optimizer_that_cannot_be_tried_is_read_at_weights_without_gradients(mlp):
+    model = mlp(32, 32, 32, 4)
+    optimizer = Untried(model.parameters())
+    with pytest.warns(RuntimeWarning, match=r"could not try Untried: RuntimeError: there is one of me"):
+        dgm = DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False)
+    old = dgm.masks()["0"]
+    with dgm:
+        for _, updated in fit(model, optimizer, dgm):
+            if updated:
+                changed = old ^ dgm.masks()["0"]
+                assert optimizer.state[model[0].weight]["codes"][changed].eq(127).all()
+            old = dgm.masks()["0"]
+
+
+def test_state_that_cannot_be_found_is_kept_and_said(mlp):
+    model = mlp(32, 32, 32, 4)
+    optimizer = Custom(model.parameters())
+    dense_first = DGMConfig(constant(0.5), units=Units(size=1))
+    with DGMController(model, optimizer, dense_first, total_steps=STEPS, audit=False) as dgm:
+        optimizer.state[model[0].weight]["late"] = torch.rand(32, 32)
+        with pytest.warns(RuntimeWarning, match=r"state 'Custom\.state\.late' is kept as it is"):
+            run(model, optimizer, dgm)
+
+
+def test_the_history_of_lbfgs_is_cleared_at_updates(mlp):
+    model = mlp(32, 32, 4)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
+    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False) as dgm:
+        for step in range(STEPS):
+
+            def closure(step=step):
+                optimizer.zero_grad()
+                loss = loss_of(model, batch(step, 32))
+                loss.backward()
+                dgm.mask_gradients()
+                return loss
+
+            optimizer.step(closure)
+            assert len(optimizer.state) == 1
+            updated = dgm.advance()
+            assert len(optimizer.state) == (0 if updated else 1)
+    assert dgm.updates > 2
+
+
+def test_a_run_takes_no_random_numbers_for_trials(mlp):
+    model = mlp(32, 32, 4)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    states = OptimizerStates([adamw(model)])
+    with DGMController(model, adamw(model), WEIGHTS, total_steps=STEPS, audit=False) as dgm:
+        states.prepare(dgm.masked_weights, changes_masks=True)
+    assert torch.equal(torch.get_rng_state(), before)
