@@ -34,24 +34,28 @@ def check_rule(rule: UpdateRule, weights: Sequence[MaskedWeight], *, changes_mas
 
 
 def check_state(
-    state: Mapping[str, Any], version: int, expected: Mapping[str, Any], weights: Sequence[MaskedWeight]
+    state: Mapping[str, Any], version: int, schedule: Mapping[str, Any], weights: Sequence[MaskedWeight]
 ) -> None:
-    """Raise ValueError if a controller's state belongs to another model, schedule, run length or version.
+    """Raise ValueError if a controller's state belongs to another model, schedule or version.
 
     Args:
         state: result of `DGMController.state_dict`.
         version: version of states that this package reads.
-        expected: entries that have to be equal in the state, by name.
+        schedule: settings of the schedule that the state must have.
         weights: masked weights of this run's model.
 
     """
     if state.get("version") != version:
-        raise ValueError(f"expected a state of version {version}, got {state.get('version')!r}")
-    for name, mine in expected.items():
-        if state[name] != mine:
-            raise ValueError(
-                f"the checkpoint was made with another schedule: its {name} is {state[name]}, this run's is {mine}"
-            )
+        raise ValueError(
+            f"expected a state of version {version}, got {state.get('version')!r}: load it with the lightning_estdgm that "
+            "wrote it, or remove it from the checkpoint, and masks are recovered from the weights"
+        )
+    if state["schedule"] != schedule:
+        raise ValueError(
+            f"the checkpoint was made with another schedule: its settings are {state['schedule']}, this run's are "
+            f"{schedule}. Pass those to DGMConfig(schedule=...) to go on; to train on under this run's, load the weights "
+            "and begin a run without ckpt_path="
+        )
     theirs = {name: (tuple(x["shape"]), x["block_size"]) for name, x in state["layers"].items()}
     ours = {weight.name: (weight.shape, weight.block_size) for weight in weights}
     if theirs != ours:
@@ -59,5 +63,6 @@ def check_state(
         first = differing[0]
         raise ValueError(
             "the checkpoint was made with another model or other masked layers: they differ in "
-            f"{differing}; {first!r} is {theirs.get(first)} there and {ours.get(first)} here (shape, block size)"
+            f"{differing}; {first!r} is {theirs.get(first)} there and {ours.get(first)} here (shape, block size). Pass "
+            "that run's model, and its units= and selection= to DGMConfig"
         )
