@@ -34,6 +34,7 @@ from lightning_estdgm.engine._masked_model import MaskedModel
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._observation import observe
 from lightning_estdgm.engine._pace import Pace, saved_pace
+from lightning_estdgm.engine._pattern_fit import leave_unfitting_dense
 from lightning_estdgm.engine._refusals import check_rule, check_state
 from lightning_estdgm.engine._step_hooks import StepHooks
 from lightning_estdgm.method._schedules import Schedule
@@ -108,6 +109,7 @@ class DGMController:
         self._hooks = StepHooks(every, self._mask_if_touched, self.config.step_size.exponent)
         selection = self.config.selection
         candidates = find_candidates(model, selection.include, selection.exclude, self._hooks.held)
+        candidates = leave_unfitting_dense(candidates, self.config)
         self._masked = MaskedModel(candidates, self.config, state, group)
         self._dispatch = Dispatch(self.config, candidates, self._masked.weights, group)
         check_rule(self._masked.rule, self._masked.weights, changes_masks=len(self.schedule.densities) > 1)
@@ -141,7 +143,7 @@ class DGMController:
         """Go on to the next step if an optimizer has stepped, and update the masks when due.
 
         Args:
-            position: new position in the schedule, for runs limited by time; ``None``: that of the number of steps done.
+            position: new position in the schedule, for runs limited by time; ``None``: that of the steps done.
 
         Returns:
             Whether the masks have changed.

@@ -47,14 +47,14 @@ def check_state(
     """
     if state.get("version") != version:
         raise ValueError(
-            f"expected a state of version {version}, got {state.get('version')!r}: load it with the lightning_estdgm that "
-            "wrote it, or remove it from the checkpoint, and masks are recovered from the weights"
+            f"expected a state of version {version}, got {state.get('version')!r}: load it with the "
+            "lightning_estdgm that wrote it, or remove it from the checkpoint, and masks are recovered from the weights"
         )
     if state["schedule"] != schedule:
         raise ValueError(
             f"the checkpoint was made with another schedule: its settings are {state['schedule']}, this run's are "
-            f"{schedule}. Pass those to DGMConfig(schedule=...) to go on; to train on under this run's, load the weights "
-            "and begin a run without ckpt_path="
+            f"{schedule}. Pass those to DGMConfig(schedule=...) to go on; to train on under this run's, load the "
+            "weights and begin a run without ckpt_path="
         )
     theirs = {name: (tuple(x["shape"]), x["block_size"]) for name, x in state["layers"].items()}
     ours = {weight.name: (weight.shape, weight.block_size) for weight in weights}

@@ -104,7 +104,7 @@ def test_a_run_of_another_length_goes_on_at_its_share(tmp_path, caplog, name, be
     length = state["total_steps"]
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
-        module, dgm, trainer, positions = fit(other_batches, ckpt=path, **second)
+        module, dgm, _, positions = fit(other_batches, ckpt=path, **second)
     said = [record.message for record in caplog.records if "the checkpoint is of a run of" in record.message]
     assert len(said) == 1
     assert f"a run of {length} steps" in said[0]

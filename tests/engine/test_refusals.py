@@ -22,7 +22,7 @@ from lightning_estdgm.method._update_rule import UpdateRule
             (32, 64, 4),
             DGMConfig(EstDgm(update_every=4), units=Units(size=1)),
             40,
-            "made with another schedule: its settings are {'explor.*DGMConfig\\(schedule=...\\) to go on.*without ckpt_path",
+            "made with another schedule: its settings are {'explor.*DGMConfig\\(schedule=...\\) to go on",
         ),
         (
             (32, 80, 4),
