@@ -22,7 +22,12 @@ from lightning_estdgm.callbacks._internal.gradient_compression import GradientCo
 from lightning_estdgm.callbacks._internal.run_outcome import RunOutcome
 from lightning_estdgm.callbacks._internal.schedule_clock import ScheduleClock, nothing_left
 from lightning_estdgm.callbacks._internal.spawned_result import SpawnedResult, SpawnedResultFile
-from lightning_estdgm.callbacks._internal.trainer_checks import check_checkpoint_io, check_ddp, grad_scale
+from lightning_estdgm.callbacks._internal.trainer_checks import (
+    check_checkpoint_io,
+    check_ddp,
+    check_other_maskers,
+    grad_scale,
+)
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.distributed.adapters._protocol import adapter_for
 from lightning_estdgm.engine._controller import DGMController
@@ -200,6 +205,7 @@ class DGMCallback(pl.Callback):
         if count > 1:
             raise ValueError(f"expected one DGMCallback in the Trainer, got {count}: two would mask against each other")
         check_checkpoint_io(trainer)
+        check_other_maskers(trainer)
         if stage == "fit":
             # Nothing of an earlier fit, or of the checkpoint of a validation, belongs to this fit.
             self._earlier, self.controller = self.controller, None

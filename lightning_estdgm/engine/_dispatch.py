@@ -181,7 +181,8 @@ class Dispatch:
         for weight in self._weights:
             if self._is_forced(weight) and (reason := _refusal(backend, weight)):
                 raise ValueError(
-                    f"backend={backend.name!r} was asked for but cannot compute layer {weight.name!r}: {reason}"
+                    f"backend={backend.name!r} was asked for but cannot compute layer {weight.name!r}: {reason}. "
+                    'Exclude the layer, or use backend="auto"'
                 )
 
     # ------------------------------------------------------------------ cases for the selector

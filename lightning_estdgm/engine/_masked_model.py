@@ -156,7 +156,8 @@ class MaskedModel:
             if agree([weight.shard], bool(weight.weight.isnan().any())):
                 raise ValueError(
                     f"the run has diverged: layer {weight.name!r} holds NaN weights, and at the mask update that is "
-                    "due no gradient had been finite"
+                    "due no gradient had been finite: begin again from an earlier checkpoint with a lower learning "
+                    "rate, or clip gradients (gradient_clip_val=)"
                 )
 
     def mask_copy_(self, copy: nn.Module) -> None:

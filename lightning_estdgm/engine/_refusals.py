@@ -30,7 +30,10 @@ def check_rule(rule: UpdateRule, weights: Sequence[MaskedWeight], *, changes_mas
             rule.check_sharded(weight.name, weight.block_size)
     sizes = {weight.unit_size: weight.name for weight in weights}
     if rule.redistribute is not None and len(sizes) > 1:
-        raise ValueError(f"redistribute needs units of one size in all layers, got (weights in a unit: layer) {sizes}")
+        raise ValueError(
+            f"redistribute needs units of one size in all layers, got (weights in a unit: layer) {sizes}: give a size "
+            "that fits all, such as Units(size=1), or exclude layers"
+        )
 
 
 def check_state(
