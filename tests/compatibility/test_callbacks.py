@@ -23,6 +23,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You have turned on `Trainer.detect_anomaly"),
     pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:`.fit.ckpt_path=None.` was called without a model"),
+    pytest.mark.filterwarnings("ignore:.fit.ckpt_path=.last.. is set, but there is no last checkpoint"),
     pytest.mark.filterwarnings("ignore:When using the `ThroughputMonitor`"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]

@@ -1,4 +1,4 @@
-"""Resuming by epochs with another number of ranks, so that an epoch has another number of steps, over real gloo groups."""
+"""Resuming by epochs with another number of ranks, so that epochs have other lengths, over real gloo groups."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Lightning's own callbacks, loggers and plugins that are run beside `DGMCallback` and `EnergyMonitor`, one row each."""
+"""Lightning's own callbacks, loggers and plugins that are run beside `DGMCallback` and `EnergyMonitor`."""
 
 from __future__ import annotations
 
