@@ -20,13 +20,19 @@ from lightning_estdgm.callbacks._internal.averages import mask_averages_
 from lightning_estdgm.callbacks._internal.dgm_log import DGMLog
 from lightning_estdgm.callbacks._internal.gradient_compression import GradientCompression
 from lightning_estdgm.callbacks._internal.run_outcome import RunOutcome
-from lightning_estdgm.callbacks._internal.schedule_clock import ScheduleClock
+from lightning_estdgm.callbacks._internal.schedule_clock import ScheduleClock, nothing_left
 from lightning_estdgm.callbacks._internal.spawned_result import SpawnedResult, SpawnedResultFile
-from lightning_estdgm.callbacks._internal.trainer_checks import check_checkpoint_io, check_ddp, grad_scale
+from lightning_estdgm.callbacks._internal.trainer_checks import (
+    check_checkpoint_io,
+    check_ddp,
+    check_other_maskers,
+    grad_scale,
+)
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.distributed.adapters._protocol import adapter_for
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._decisions import LayerDecision
+from lightning_estdgm.engine._pace import Pace, saved_pace
 from lightning_estdgm.method._schedules import EstDgm, Schedule
 from lightning_estdgm.modules._candidates import unlisted_weights
 from lightning_estdgm.presets import preset
@@ -82,6 +88,7 @@ class DGMCallback(pl.Callback):
         self.total_steps = total_steps
         self.compress_gradients = compress_gradients
         self.controller: DGMController | None = None
+        self._earlier: DGMController | None = None  # of the fit before, for one with nothing left to do
         self._spawned = SpawnedResultFile()
         self._compression: GradientCompression | None = None
         self._eagerly: Any = None  # torch's stance for the first step, whose exit lets torch.compile work again
@@ -198,22 +205,31 @@ class DGMCallback(pl.Callback):
         if count > 1:
             raise ValueError(f"expected one DGMCallback in the Trainer, got {count}: two would mask against each other")
         check_checkpoint_io(trainer)
+        check_other_maskers(trainer)
         if stage == "fit":
             # Nothing of an earlier fit, or of the checkpoint of a validation, belongs to this fit.
-            self.controller, self._restored, self._checkpoint_step = None, None, 0
+            self._earlier, self.controller = self.controller, None
+            self._restored, self._checkpoint_step = None, 0
             self._max_epochs = trainer.max_epochs
             adapter_for(trainer.strategy).check(trainer.strategy)
             check_ddp(trainer)
             self._compression = GradientCompression(trainer) if self.compress_gradients else None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the controller of the model and its optimizers."""
+        """Make the controller of the model and its optimizers; a fit with nothing left to do changes nothing."""
+        model = adapter_for(trainer.strategy).model(trainer.strategy)
+        earlier, self._earlier = self._earlier, None
+        if self._restored is None and self._checkpoint_step == 0 and nothing_left(trainer):
+            if earlier is not None and {c.module for c in earlier.candidates} <= set(model.modules()):
+                self.controller = earlier
+            rank_zero_info("DGMCallback: this fit has nothing left to train, so weights and masks stay as they are")
+            return
         state, self._restored = self._restored, None
         self._resumed = state is not None
         goes_on = self._resumed or self._checkpoint_step > 0
         self._clock = ScheduleClock(trainer, pl_module, self.total_steps, self._max_epochs, goes_on)
         self.controller = DGMController(
-            adapter_for(trainer.strategy).model(trainer.strategy),
+            model,
             trainer.optimizers,
             self.config,
             total_steps=self._clock.total_steps,
@@ -221,6 +237,9 @@ class DGMCallback(pl.Callback):
             draw_masks=not goes_on,
             group=torch.distributed.group.WORLD if trainer.world_size > 1 else None,
         )
+        # How much is left is known once the Trainer's loops are restored.
+        length = self._clock.total_steps, self._clock.epoch_steps
+        self.controller.pace = Pace.even(*length) if state is None else saved_pace(state)
         if self._compression is not None:
             self._compression.register(self.controller)
         self._log = DGMLog(trainer, self.controller, unlisted_weights(pl_module, self.controller.candidates))
@@ -234,19 +253,24 @@ class DGMCallback(pl.Callback):
         state, self._restored = self._restored, None
         if state is not None:
             self._resumed = True
-            self._bound().load_state_dict(state)
+            controller = self._bound()
+            controller.load_state_dict(state)
+            controller.pace = saved_pace(state)  # until the loops are restored, and tell what is left
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Load state that a strategy restores only now; without any, recover masks from a checkpoint's weights."""
         self._restore_late()
         controller = self._bound()
         if self._resumed:
+            assert self._clock is not None
             self._advance()  # a checkpoint taken before our on_train_batch_end holds a step that is not counted yet
+            if changed := self._clock.go_on(controller):
+                rank_zero_info(f"DGMCallback: {changed}")
         elif self._checkpoint_step > 0:
             assert self._clock is not None
             together = 1 if pl_module.automatic_optimization else max(1, len(trainer.optimizers))
             steps = self._checkpoint_step // together
-            controller.recover(steps, self._clock.position(steps))
+            controller.recover(steps, self._clock.position(steps, controller.pace))
             rank_zero_warn(
                 f"the checkpoint is at step {steps} but holds no state of DGMCallback (it was saved without it), so "
                 f"masks were recovered from its weights, for density {controller.density:.3f}: {controller.recovered}. "
@@ -307,12 +331,13 @@ class DGMCallback(pl.Callback):
     def _advance(self) -> bool:
         controller, clock = self._bound(), self._clock
         assert clock is not None
-        return controller.advance(max(controller.position, clock.position(controller.steps + 1)))
+        return controller.advance(max(controller.position, clock.position(controller.steps + 1, controller.pace)))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove all hooks; masks and counters stay readable, also in the process that spawned this one."""
-        self._spawned.leave(self._bound(), trainer)
-        if self._outcome is not None:
+        if self._clock is not None:  # not in a fit with nothing left to do
+            self._spawned.leave(self._bound(), trainer)
+            assert self._outcome is not None
             self._outcome.say()
         self._release()
 

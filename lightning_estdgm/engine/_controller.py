@@ -35,6 +35,8 @@ from lightning_estdgm.engine._masked_model import MaskedModel
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._observation import observe
 from lightning_estdgm.engine._optimizer_state import OptimizerStates
+from lightning_estdgm.engine._pace import Pace, saved_pace
+from lightning_estdgm.engine._pattern_fit import leave_unfitting_dense
 from lightning_estdgm.engine._refusals import check_pattern, check_rule, check_state
 from lightning_estdgm.engine._step_hooks import StepHooks
 from lightning_estdgm.method._schedules import Schedule
@@ -58,7 +60,8 @@ class DGMController:
         optimizers: one or several optimizers, possibly wrapped by anything that keeps torch's step hooks.
         config: settings; ``None`` takes the defaults.
         total_steps: number of optimizer steps of the run.
-        state: result of `state_dict`, from which masks and counters go on; weights are left as they are.
+        state: result of `state_dict`, from which masks and counters go on; weights are left as they are. If its run had
+            another length, the rest of its schedule is gone through in the steps left of `total_steps`.
         draw_masks: whether to draw masks if there is no `state`. Otherwise everything is dense until `recover` or
             `load_state_dict`, which a run from a checkpoint's weights has to call.
         audit: whether the first step runs dense, to see which layers train by their weights; only these are masked
@@ -71,7 +74,9 @@ class DGMController:
         config: settings.
         schedule: schedule of this run.
         steps: number of optimizer steps done.
-        position: position in the schedule: the number of steps done, unless the run is limited by time.
+        position: position in the schedule: the number of steps done, unless the run is limited by time, or was resumed
+            with another length.
+        pace: how steps become positions in the schedule.
         updates: number of mask updates done.
         churn: share of the active weights that the last update brought in.
         recovered: description of an earlier mask found in the weights; empty if there was none.
@@ -96,7 +101,10 @@ class DGMController:
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self.config = config or DGMConfig()
-        self.schedule: Schedule = self.config.schedule.resolve(total_steps)
+        self._run_steps = total_steps
+        same = state is not None and state.get("schedule") == self.config.schedule.to_dict()
+        self.pace = saved_pace(state) if state is not None and same else Pace.even(total_steps)
+        self.schedule: Schedule = self.config.schedule.resolve(self.pace.total_steps)
         self.steps = self.position = self.updates = 0
         self.churn = 0.0
         self.recovered = ""
@@ -109,6 +117,7 @@ class DGMController:
         self._states = OptimizerStates(every)
         selection = self.config.selection
         candidates = find_candidates(model, selection.include, selection.exclude, self._hooks.held, mask_heads=audit)
+        candidates = leave_unfitting_dense(candidates, self.config)
         self._masked = MaskedModel(candidates, self.config, state, group, wait=True)
         can_mask = self._masked.every
         self._dispatch = Dispatch(self.config, candidates, self._masked.weights, can_mask, group)
@@ -148,7 +157,7 @@ class DGMController:
         """Go on to the next step if an optimizer has stepped, and update the masks when due.
 
         Args:
-            position: new position in the schedule, for runs limited by time; ``None``: the number of steps done.
+            position: new position in the schedule, for runs limited by time; ``None``: that of the steps done.
 
         Returns:
             Whether the masks have changed.
@@ -163,7 +172,8 @@ class DGMController:
             self._hooks.begin_step()
             self._admission.warn_if_steps_are_not_seen()
             return False
-        before, after = self.position, self.steps + 1 if position is None else position
+        before = self.position
+        after = self.pace.position_at(self.steps + 1) if position is None else position
         if after < before:
             raise ValueError(f"the schedule's position must not go backwards: was {before}, got {after}")
         self._hooks.begin_step()
@@ -192,6 +202,7 @@ class DGMController:
         if new:
             self._take_in(new, largest=self._largest)
         if not self._masked.weights and not self._admission.waiting:
+            self._masked.choose()
             warnings.warn(
                 "the run goes on dense: the first step has shown no layer that can be masked. "
                 f"{self._admission.reasons} (name one in include= if it is no output head)",
@@ -352,6 +363,7 @@ class DGMController:
             "schedule": self.config.schedule.to_dict(),
             "steps": self.steps,
             "position": self.position,
+            "pace": self.pace.state_dict(),
             "updates": self.updates,
             "churn": self.churn,
             "waiting": self._waiting,
@@ -367,14 +379,22 @@ class DGMController:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load masks, windows and counters; weights and optimizers are restored by their owners.
 
+        The schedule is then the one of `state`. If that run had another length than this one, the rest of the schedule
+        is gone through in the steps left of this one's `total_steps`.
+
         Raises:
-            ValueError: if `state` belongs to another model, schedule, run length or version; nothing is changed then.
+            ValueError: if `state` belongs to another model, schedule or version; nothing is changed then.
 
         """
-        expected = {"total_steps": self.schedule.total_steps, "schedule": self.config.schedule.to_dict()}
-        check_state(state, _STATE_VERSION, expected, self._masked.every)
+        check_state(state, _STATE_VERSION, self.config.schedule.to_dict(), self._masked.every)
+        self.pace = saved_pace(state)
+        self.schedule = self.config.schedule.resolve(self.pace.total_steps)
         for name in ("steps", "position", "updates", "churn"):
             setattr(self, name, state[name])
+        if self._run_steps != self.pace.run[0]:
+            self.pace = self.pace.with_length(
+                (self._run_steps, None), progress=self.steps, position=self.position, left=self._run_steps - self.steps
+            )
         self._waiting, self._hooks.stepped = state["waiting"], state["stepped"]
         self._hooks.load_state_dict(state.get("rates", ()))
         self._flops.load_state_dict(state["flops"])

@@ -193,7 +193,8 @@ class Dispatch:
                     self._unfit.add(weight.name)
                     continue
                 raise ValueError(
-                    f"backend={backend.name!r} was asked for but cannot compute layer {weight.name!r}: {reason}"
+                    f"backend={backend.name!r} was asked for but cannot compute layer {weight.name!r}: {reason}. "
+                    'Exclude the layer, or use backend="auto"'
                 )
 
     # ------------------------------------------------------------------ cases for the selector

@@ -108,7 +108,10 @@ def _shared_evidence(weights: Sequence[MaskedWeight]) -> dict[MaskedWeight, Tens
 
 def _refuse_nan(weight: MaskedWeight, evidence: Tensor) -> None:
     if weight.placement.holds_nan(evidence):
-        raise ValueError(f"the run has diverged: layer {weight.name!r} holds NaN weights at a mask update")
+        raise ValueError(
+            f"the run has diverged: layer {weight.name!r} holds NaN weights at a mask update: "
+            "begin again from an earlier checkpoint with a lower learning rate, or clip gradients (gradient_clip_val=)"
+        )
 
 
 class _Choice:

@@ -62,31 +62,37 @@ class MaskedModel:
         self.every = masked_weights(candidates, config, state, wait=wait)
         self.weights = [] if wait else list(self.every)
         self.rule = config.resolved_update_rule
+        self._chosen = not wait
         self._config = config
         self._group = group
 
     def take_in(self, weights: Sequence[MaskedWeight]) -> None:
         """Have weights masked that were waiting; they keep their order in the model."""
+        self.choose()
         for weight in weights:
             weight.take_in()
         self.weights[:] = [weight for weight in self.every if weight in self.weights or weight in weights]
 
     @property
     def shown(self) -> list[MaskedWeight]:
-        """The masked weights; before any is, those that can be."""
-        return self.weights or self.every
+        """The masked weights; before the first are chosen, all that can be."""
+        return self.weights if self._chosen else self.every
+
+    def choose(self) -> None:
+        """Note that masked weights have been chosen, if only none."""
+        self._chosen = True
 
     # ------------------------------------------------------------------ densities and budgets
 
     @property
     def density(self) -> float:
         """Active share of the masked weights; before any is, of those that can be."""
-        return sum(weight.active * weight.unit_size for weight in self.shown) / _size(self.shown)
+        return _share(self.shown, [weight.active for weight in self.shown])
 
     @property
     def explored(self) -> float:
         """Share of the masked weights that have been active at any time."""
-        return sum(weight.explored_units * weight.unit_size for weight in self.shown) / _size(self.shown)
+        return _share(self.shown, [weight.explored_units for weight in self.shown])
 
     @cached_property
     def needs_gradients(self) -> bool:
@@ -115,8 +121,8 @@ class MaskedModel:
 
     def density_at(self, density: float) -> float:
         """Return the nearest density of the whole that whole units allow; before any is masked, of all that can be."""
-        units = zip(self.shown, self.budgets(density, self.shown), strict=True)
-        return sum(sum(k) * weight.unit_size for weight, k in units) / _size(self.shown)
+        weights = self.weights or self.every
+        return _share(weights, [sum(k) for k in self.budgets(density, weights)])
 
     def decisions(
         self, final_density: float, why_dense: Mapping[str, str] = MappingProxyType({})
@@ -188,7 +194,8 @@ class MaskedModel:
             if agree([weight.shard], bool(weight.weight.isnan().any())):
                 raise ValueError(
                     f"the run has diverged: layer {weight.name!r} holds NaN weights, and at the mask update that is "
-                    "due no gradient had been finite"
+                    "due no gradient had been finite: begin again from an earlier checkpoint with a lower learning "
+                    "rate, or clip gradients (gradient_clip_val=)"
                 )
 
     def mask_copy_(self, copy: nn.Module) -> None:
@@ -210,5 +217,7 @@ class MaskedModel:
                 weight.fill_inactive_(weight.shard.local(tensor))
 
 
-def _size(weights: Sequence[MaskedWeight]) -> int:
-    return sum(weight.units * weight.unit_size for weight in weights)
+def _share(weights: Sequence[MaskedWeight], units: Sequence[int]) -> float:
+    """Return the share of weights in a number of units of each; 1 for none."""
+    size = sum(weight.units * weight.unit_size for weight in weights)
+    return sum(n * weight.unit_size for n, weight in zip(units, weights, strict=True)) / size if size else 1.0

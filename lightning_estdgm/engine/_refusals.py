@@ -37,7 +37,10 @@ def check_rule(
             rule.check_sharded(weight.name, weight.block_size)
     sizes = {weight.unit_size: weight.name for weight in weights if not weight.candidate.seems_head}
     if rule.redistribute is not None and len(sizes) > 1:
-        raise ValueError(f"redistribute needs units of one size in all layers, got (weights in a unit: layer) {sizes}")
+        raise ValueError(
+            f"redistribute needs units of one size in all layers, got (weights in a unit: layer) {sizes}: give a size "
+            "that fits all, such as Units(size=1), or exclude layers"
+        )
 
 
 def check_pattern(pattern: Pattern | None, weights: Sequence[MaskedWeight], budgets: Sequence[Sequence[int]]) -> None:
@@ -58,24 +61,28 @@ def check_pattern(pattern: Pattern | None, weights: Sequence[MaskedWeight], budg
 
 
 def check_state(
-    state: Mapping[str, Any], version: int, expected: Mapping[str, Any], weights: Sequence[MaskedWeight]
+    state: Mapping[str, Any], version: int, schedule: Mapping[str, Any], weights: Sequence[MaskedWeight]
 ) -> None:
-    """Raise ValueError if a controller's state belongs to another model, schedule, run length or version.
+    """Raise ValueError if a controller's state belongs to another model, schedule or version.
 
     Args:
         state: result of `DGMController.state_dict`.
         version: version of states that this package reads.
-        expected: entries that have to be equal in the state, by name.
+        schedule: settings of the schedule that the state must have.
         weights: weights of this run's model that can be masked; those that the state leaves dense may be missing in it.
 
     """
     if state.get("version") != version:
-        raise ValueError(f"expected a state of version {version}, got {state.get('version')!r}")
-    for name, mine in expected.items():
-        if state[name] != mine:
-            raise ValueError(
-                f"the checkpoint was made with another schedule: its {name} is {state[name]}, this run's is {mine}"
-            )
+        raise ValueError(
+            f"expected a state of version {version}, got {state.get('version')!r}: load it with the "
+            "lightning_estdgm that wrote it, or remove it from the checkpoint, and masks are recovered from the weights"
+        )
+    if state["schedule"] != schedule:
+        raise ValueError(
+            f"the checkpoint was made with another schedule: its settings are {state['schedule']}, this run's are "
+            f"{schedule}. Pass those to DGMConfig(schedule=...) to go on; to train on under this run's, load the "
+            "weights and begin a run without ckpt_path="
+        )
     theirs = {name: (tuple(x["shape"]), x["block_size"]) for name, x in state["layers"].items()}
     optional = {weight.name for weight in weights if weight.candidate.seems_head}
     optional |= {*state.get("dense_layers", ()), *state.get("waiting_layers", ())}
@@ -89,5 +96,6 @@ def check_state(
         first = differing[0]
         raise ValueError(
             "the checkpoint was made with another model or other masked layers: they differ in "
-            f"{differing}; {first!r} is {theirs.get(first)} there and {ours.get(first)} here (shape, block size)"
+            f"{differing}; {first!r} is {theirs.get(first)} there and {ours.get(first)} here (shape, block size). Pass "
+            "that run's model, and its units= and selection= to DGMConfig"
         )

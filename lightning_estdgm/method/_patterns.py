@@ -88,7 +88,7 @@ class NofM(Pattern):
         if rest:
             raise ValueError(
                 f"N:{self.m} needs a density that is a whole number of {self.m}ths in every layer, got "
-                f"{k / (groups * size):g}"
+                f'{k / (groups * size):g}: use Units(distribution="uniform") and a density of n / {self.m}'
             )
         return n
 

@@ -49,8 +49,8 @@ def unit_of(candidate: Candidate, block_size: int | str) -> tuple[int, str]:
     if shape[0] % block_size or shape[1] % block_size:
         raise ValueError(
             f"block_size={block_size} does not fit layer {candidate.name!r} with weight {shape}: "
-            f"block sizes that do are {(1, *fitting_block_sizes(shape))}; exclude the layer, "
-            'or use block_size="auto"'
+            f"block sizes that do are {(1, *fitting_block_sizes(shape))}; exclude the layer "
+            '(Selection(exclude=...)), or use Units(size="auto")'
         )
     if candidate.why_dense:
         return block_size, candidate.why_dense

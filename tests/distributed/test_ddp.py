@@ -136,7 +136,7 @@ def disturbed(kind: str, who: int) -> tuple[str, int]:
     [
         ("gradient", 2, "the mask of layer 'net.2'", "after mask update 1", 5),
         ("mask", 1, "the mask of layer 'net.0'", "after mask update 2", 10),
-        ("seed", 3, "the mask of layer 'net.0' (and 1 more)", "where masks were drawn, at step 0", 0),
+        ("seed", 3, "the mask of layer 'net.0' (and 1 more)", "where masks were drawn, at step 1", 1),
     ],
 )
 def test_a_rank_that_differs_stops_the_run_on_all_ranks(kind: str, who: int, named: str, when: str, step: int) -> None:

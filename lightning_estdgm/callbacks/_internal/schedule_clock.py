@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
 
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.engine._pace import Pace
+
 _TIME_TICKS = 10_000  # a run limited by time alone is scheduled in this many parts of max_time
+_SAME_SHARE = 0.01  # by which the share of the time and of the schedule may differ in an unchanged run
 _NOMINAL_STEPS = 100  # for fast_dev_run, or a fit with nothing left to do: enough for any schedule given in shares
 
 
@@ -21,6 +26,9 @@ class ScheduleClock:
     optimizers over the number of optimizers, under ``max_epochs`` the batches. Ranks agree on the position: the length
     is that of the shortest loader, and the time is rank 0's.
 
+    A fit that goes on with another length keeps its place in the schedule, and goes through the rest in the steps or in
+    the time that is left.
+
     Args:
         trainer: Trainer at the start of a fit, with its optimizers.
         pl_module: its model.
@@ -31,6 +39,8 @@ class ScheduleClock:
 
     Attributes:
         total_steps: length of the fit.
+        epoch_steps: number of steps, or of batches in manual optimization, of its first epoch; None if epochs do not
+            limit it.
 
     Raises:
         ValueError: if the length is unknown.
@@ -46,12 +56,16 @@ class ScheduleClock:
         resumed: bool,
     ) -> None:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._trainer = trainer
         self._fit_loop = trainer.fit_loop
         self._timer = next((c for c in callbacks if isinstance(c, Timer) and c.time_remaining() is not None), None)
+        self._asked = total_steps
+        self._max_epochs = max_epochs
+        self._accumulation = next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
         by_steps = by_epochs = None
         if total_steps is None:
             by_steps = _left_by_steps(trainer, pl_module, resumed)
-            by_epochs = _left_by_epochs(trainer, callbacks, max_epochs, resumed)
+            by_epochs = self._left_by_epochs(trainer, 0 if resumed else trainer.current_epoch)
         known = [n for n in (total_steps, by_steps, by_epochs) if n is not None]
         if not known and self._timer is None:
             raise ValueError(
@@ -59,15 +73,18 @@ class ScheduleClock:
                 "max_steps nor max_time is set. Pass DGMCallback(total_steps=...) or Trainer(max_steps=...)"
             )
         self._only_time = not known
+        self._time_from: tuple[float, int] | None = None  # share of the time, and position, where a run goes on
         self.total_steps = min(known, default=_TIME_TICKS)
+        limited = by_epochs is not None and self.total_steps == by_epochs
+        self.epoch_steps = self._epoch_steps(trainer, 0) if limited else None
         is_dev_run = bool(trainer.fast_dev_run) and total_steps is None  # type: ignore[attr-defined]
         if is_dev_run or self.total_steps < 1:
             self.total_steps = max(self.total_steps, _NOMINAL_STEPS)
         if trainer.world_size > 1:
             length = torch.tensor(self.total_steps, device=trainer.strategy.root_device)
             self.total_steps = int(trainer.strategy.reduce(length, reduce_op="min"))
+            self.epoch_steps = trainer.strategy.broadcast(self.epoch_steps)
         self._strategy = trainer.strategy
-        self._trainer = trainer
         manual = not pl_module.automatic_optimization
         self._by_batches = manual and by_epochs is not None and by_steps is None
         self._first_batch = 0 if resumed else self._batches_done()
@@ -75,25 +92,122 @@ class ScheduleClock:
         self._first_step = 0 if resumed else trainer.global_step
         self._together = _steps_together(trainer, pl_module)
 
-    def position(self, steps: int) -> int:
+    def position(self, steps: int, pace: Pace) -> int:
         """Return the position in the schedule after `steps` optimizer steps."""
-        if self._only_time:
-            position = 0
-        elif self._by_batches:
-            position = self._batches_done() - self._first_batch
-        elif self._by_global_step:
-            position = (self._trainer.global_step - self._first_step) // self._together
-        else:
-            position = steps
+        position = pace.position_at(self._progress(steps))
         if self._timer is None:
             return position
+        share, ahead = self._time_share(), 0
+        if self._time_from is not None:
+            before, ahead = self._time_from
+            share = (share - before) / (1.0 - before)
+        return max(position, ahead + int(share * (pace.total_steps - ahead)))
+
+    def go_on(self, controller: DGMController) -> str:
+        """Let a resumed run go through the rest of its schedule in what is left of this fit, if lengths differ.
+
+        Call it once the Trainer's loops are restored.
+
+        Returns:
+            A sentence on what has changed; empty if nothing has.
+
+        """
+        pace, run = controller.pace, (self.total_steps, self.epoch_steps)
+        share = min(1.0, controller.position / pace.total_steps)
+        if controller.position >= pace.total_steps:
+            rest = "the schedule has ended, so the masks stay as they are (begin a new fit to explore again)"
+        elif self._only_time:
+            passed = self._time_share()
+            if abs(passed - share) <= _SAME_SHARE or passed >= 1.0:
+                return ""
+            self._time_from = (passed, controller.position)
+            return f"{share:.0%} of the schedule are done, and the rest of it is spread over the time that is left"
+        else:
+            rest = "the rest of it is spread over the steps that are left"
+        if pace.run[0] == run[0] and (None in (pace.run[1], run[1]) or pace.run[1] == run[1]):
+            return ""
+        left = self._left(controller.steps)
+        controller.pace = pace.with_length(
+            run, progress=self._progress(controller.steps), position=controller.position, left=left
+        )
+        return (
+            f"the checkpoint is of a run of {pace.run[0]} steps, and this one has {run[0]}. It goes on where "
+            f"{share:.0%} of the schedule are done, and {rest}: {left} steps. "
+            f"DGMCallback(total_steps={pace.run[0]}) would leave the schedule as long as it was"
+        )
+
+    def _left(self, steps: int) -> int:
+        """Return the number of steps that the restored loops have left to do."""
+        trainer = self._trainer
+        if self._asked is not None:
+            return self._asked - steps
+        by_steps = None if trainer.max_steps == -1 else (trainer.max_steps - trainer.global_step) // self._together
+        by_epochs = self._left_by_epochs(trainer, trainer.current_epoch)
+        if by_epochs is not None:
+            epochs: Any = self._fit_loop.epoch_progress.current
+            batches: Any = self._fit_loop.epoch_loop.batch_progress.current
+            if epochs.started > epochs.processed:  # in mid-epoch
+                done = batches.processed
+                whole = self._epoch_steps(trainer, trainer.current_epoch)
+                by_epochs -= min(whole, done // self._together_in(trainer.current_epoch))
+        left = min(n for n in (by_steps, by_epochs) if n is not None)
+        if trainer.world_size > 1:
+            left = int(
+                trainer.strategy.reduce(torch.tensor(left, device=trainer.strategy.root_device), reduce_op="min")
+            )
+        return left
+
+    def _progress(self, steps: int) -> int:
+        """Return what the pace of the run counts: steps, batches, or ``global_step`` over the number of optimizers."""
+        if self._only_time:
+            return 0
+        if self._by_batches:
+            return self._batches_done() - self._first_batch
+        if self._by_global_step:
+            return (self._trainer.global_step - self._first_step) // self._together
+        return steps
+
+    def _time_share(self) -> float:
+        assert self._timer is not None
         elapsed, remaining = self._timer.time_elapsed(), self._timer.time_remaining()
         assert remaining is not None
-        share = self._strategy.broadcast(elapsed / (elapsed + remaining))
-        return max(position, int(share * self.total_steps))
+        return self._strategy.broadcast(elapsed / (elapsed + remaining))
 
     def _batches_done(self) -> int:
         return self._fit_loop.total_batch_idx + 1
+
+    def _left_by_epochs(self, trainer: pl.Trainer, epoch: int) -> int | None:
+        """Return the number of optimizer steps, or of batches in manual optimization, from `epoch` to ``max_epochs``.
+
+        Unlike `Trainer.estimated_stepping_batches` it follows a `GradientAccumulationScheduler`.
+        """
+        if self._max_epochs in (None, -1):
+            return None
+        if trainer.train_dataloader is None:
+            trainer.fit_loop.setup_data()
+            if trainer.ckpt_path is not None:
+                # The loops are restored after this; a loader made before that would never see its saved position.
+                trainer.fit_loop._combined_loader = None
+        if not math.isfinite(trainer.num_training_batches):
+            return None
+        return sum(self._epoch_steps(trainer, e) for e in range(epoch, self._max_epochs))
+
+    def _epoch_steps(self, trainer: pl.Trainer, epoch: int) -> int:
+        return math.ceil(trainer.num_training_batches / self._together_in(epoch))
+
+    def _together_in(self, epoch: int) -> int:
+        """Return the number of batches that make a step in `epoch`."""
+        if self._accumulation is not None:
+            return self._accumulation.get_accumulate_grad_batches(epoch)
+        return self._trainer.accumulate_grad_batches
+
+
+def nothing_left(trainer: pl.Trainer) -> bool:
+    """Return whether the Trainer, by the state that its loops have now, will train no batch."""
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    by_epochs = trainer.max_epochs not in (None, -1) and epochs.processed >= trainer.max_epochs
+    by_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    return by_epochs or by_steps or trainer.limit_train_batches == 0
 
 
 def _left_by_steps(trainer: pl.Trainer, pl_module: pl.LightningModule, resumed: bool) -> int | None:
@@ -106,28 +220,3 @@ def _left_by_steps(trainer: pl.Trainer, pl_module: pl.LightningModule, resumed: 
 def _steps_together(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
     """Return the number by which ``global_step`` grows if all optimizers step once."""
     return 1 if pl_module.automatic_optimization else max(1, len(trainer.optimizers))
-
-
-def _left_by_epochs(
-    trainer: pl.Trainer, callbacks: list[pl.Callback], max_epochs: int | None, resumed: bool
-) -> int | None:
-    """Return the number of optimizer steps, or of batches in manual optimization, to ``max_epochs``.
-
-    Unlike `Trainer.estimated_stepping_batches` it follows a `GradientAccumulationScheduler`.
-    """
-    if max_epochs in (None, -1):
-        return None
-    if trainer.train_dataloader is None:
-        trainer.fit_loop.setup_data()
-    batches = trainer.num_training_batches
-    if trainer.ckpt_path is not None:
-        # The loops are restored after this, and a loader made before that would never see its saved position.
-        trainer.fit_loop._combined_loader = None
-    if not math.isfinite(batches):
-        return None
-    scheduler = next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
-    steps = 0
-    for epoch in range(0 if resumed else trainer.current_epoch, max_epochs):
-        together = scheduler.get_accumulate_grad_batches(epoch) if scheduler else trainer.accumulate_grad_batches
-        steps += math.ceil(batches / together)
-    return steps

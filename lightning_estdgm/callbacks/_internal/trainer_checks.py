@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 
@@ -13,6 +14,17 @@ def check_checkpoint_io(trainer: pl.Trainer) -> None:
     for part in (plugin, getattr(plugin, "checkpoint_io", None)):  # an AsyncCheckpointIO wraps another
         if (check := getattr(part, "check_strategy", None)) is not None:
             check(trainer.strategy)
+
+
+def check_other_maskers(trainer: pl.Trainer) -> None:
+    """Refuse Lightning's `ModelPruning`, which replaces the parameters that are masked: neither mask would hold."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, ModelPruning) for callback in callbacks):
+        raise ValueError(
+            "ModelPruning prunes the weights that DGMCallback masks, and puts other parameters in their place: leave "
+            "one out, or give ModelPruning's part to the schedule (DGMConfig(schedule=CubicDensity(...)) prunes "
+            "gradually by magnitude)"
+        )
 
 
 def grad_scale(trainer: pl.Trainer) -> float:
