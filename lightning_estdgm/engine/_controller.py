@@ -100,7 +100,7 @@ class DGMController:
         every = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self._hooks = StepHooks(every, self._mask_if_touched, self.config.step_size.exponent)
         selection = self.config.selection
-        candidates = find_candidates(model, selection.include, selection.exclude, self._hooks.held)
+        candidates = find_candidates(model, selection.include, selection.exclude, self._hooks.held, selection.experts)
         self._masked = MaskedModel(candidates, self.config, state, group)
         self._dispatch = Dispatch(self.config, candidates, self._masked.weights, group)
         check_rule(self._masked.rule, self._masked.weights, changes_masks=len(self.schedule.densities) > 1)

@@ -19,6 +19,11 @@ def check_rule(rule: UpdateRule, weights: Sequence[MaskedWeight], *, changes_mas
 
     """
     for weight in weights:
+        if rule.pattern is not None and not weight.candidate.kind.inputs_last:
+            raise ValueError(
+                f"layer {weight.name!r} stacks experts whose inputs are not known to be the last dimension, "
+                "along which a pattern would lie: leave it out by selection.exclude, or use no pattern"
+            )
         if not weight.placement.is_sharded:
             continue
         if weight.inactive.learn:
