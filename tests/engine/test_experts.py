@@ -54,8 +54,10 @@ def check_experts(dgm, budgets):
         assert [int(part.sum()) for part in mask.chunk(c.parts)] == budgets[c.name]
         whole = mask if b == 1 else mask.repeat_interleave(b, 0).repeat_interleave(b, 1)
         assert torch.count_nonzero(c.weight[~whole.view(c.weight.shape)]) == 0
-        for expert in whole.view(c.weight.shape):
-            assert 0 < int(expert.sum()) < expert.numel()
+        active = [int(expert.sum()) for expert in whole.view(c.weight.shape)]
+        assert min(active) > 0
+        assert max(active) < c.weight[0].numel()
+        assert max(active) - min(active) <= 2 * b * b  # equal but for rounding in each of gate and up
 
 
 def budgets_of(dgm):
@@ -179,3 +181,18 @@ def test_patterns_are_refused_where_the_inputs_are_not_last():
 def test_experts_take_names_only():
     with pytest.raises(TypeError, match="globs over names of parameters"):
         Selection(experts=[lambda name, module: True])
+
+
+def test_experts_without_tokens_keep_exact_budgets():
+    pytest.importorskip("transformers")
+    model = hugging_face("Mixtral")
+    for layer in model.model.layers:
+        with torch.no_grad():  # ties: the same two experts are chosen for every token
+            layer.mlp.gate.weight.zero_()
+        layer.mlp.gate.weight.requires_grad_(False)
+    optimizer = adamw(model)
+    with DGMController(model, optimizer, DGMConfig(SCHEDULE, units=Units(size=1)), total_steps=STEPS) as dgm:
+        steps(model, optimizer, dgm, language_loss)
+        hit = [bool(e.any()) for e in model.model.layers[0].mlp.experts.gate_up_proj.grad]
+        assert hit.count(True) == 2
+        check_experts(dgm, budgets_of(dgm))
