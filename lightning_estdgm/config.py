@@ -79,6 +79,8 @@ class Selection:
         include: layers to mask although they look like the output head: globs over module names, or predicates of a
             name and a module.
         exclude: layers to leave dense.
+        experts: globs over names of parameters of shape ``(experts, rows, columns)`` that stack one matrix an expert.
+            Those of transformers, and of modules with a number of experts (``num_experts``), are found without.
 
     Raises:
         TypeError: for anything but sequences of globs and predicates.
@@ -87,13 +89,16 @@ class Selection:
 
     include: Sequence[Selector] = ()
     exclude: Sequence[Selector] = ()
+    experts: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for name in ("include", "exclude"):
+        for name in ("include", "exclude", "experts"):
             selectors = getattr(self, name)
             if isinstance(selectors, str) or not isinstance(selectors, Sequence):
                 raise TypeError(f"selection.{name} must be a sequence of selectors, got {selectors!r}")
             for selector in selectors:
+                if name == "experts" and not isinstance(selector, str):
+                    raise TypeError(f"selection.experts takes globs over names of parameters, got {selector!r}")
                 if not (isinstance(selector, str) or callable(selector)):
                     raise TypeError(f"selection.{name} takes globs over names and predicates, got {selector!r}")
 

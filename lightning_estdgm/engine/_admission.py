@@ -166,7 +166,7 @@ class Admission:
         none_masked: bool,
     ) -> list[MaskedWeight]:
         """Return the output heads: what feeds no other layer; where that is not known, what seems to be one."""
-        asked_for = [weight for weight in weights if weight.candidate.why != "included"]
+        asked_for = [w for w in weights if w.candidate.why != "included" and not w.candidate.kind.experts]
         if not saw_graph:
             return [weight for weight in asked_for if weight.candidate.seems_head]
         heads = [w for w in asked_for if not seen[w][3] and (w.candidate.seems_head or not seen[w][5])]

@@ -116,7 +116,9 @@ class DGMController:
         self._hooks = StepHooks(every, self._mask_if_touched, self.config.step_size.exponent)
         self._states = OptimizerStates(every)
         selection = self.config.selection
-        candidates = find_candidates(model, selection.include, selection.exclude, self._hooks.held, mask_heads=audit)
+        candidates = find_candidates(
+            model, selection.include, selection.exclude, self._hooks.held, selection.experts, mask_heads=audit
+        )
         candidates = leave_unfitting_dense(candidates, self.config)
         self._masked = MaskedModel(candidates, self.config, state, group, wait=True)
         can_mask = self._masked.every

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from lightning_estdgm.engine._masked_weight import MaskedWeight
@@ -53,7 +52,7 @@ class FlopCounter:
         """
         by_name = {weight.name: weight for weight in weights}
         for candidate in candidates:
-            product = 2.0 * math.prod(candidate.shape) * positions.get(candidate.name, 1)
+            product = 2.0 * candidate.position_weights * positions.get(candidate.name, 1)
             analytic = executed = _PRODUCTS
             weight = by_name.get(candidate.name)
             if weight is not None:

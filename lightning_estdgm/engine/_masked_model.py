@@ -204,7 +204,7 @@ class MaskedModel:
         modules = {clean_name(name): module for name, module in copy.named_modules()}
         tensors = []
         for weight in zeroed:
-            tensor = getattr(modules.get(weight.name), weight.candidate.kind.weight_name, None)
+            tensor = getattr(modules.get(weight.candidate.module_name), weight.candidate.kind.weight_name, None)
             if not isinstance(tensor, Tensor) or not weight.shard.holds(tensor):
                 found = "no such layer" if tensor is None else f"a weight of shape {tuple(tensor.shape)}"
                 raise ValueError(

@@ -26,6 +26,11 @@ def check_rule(
 
     """
     for weight in weights:
+        if rule.pattern is not None and not weight.candidate.kind.inputs_last:
+            raise ValueError(
+                f"layer {weight.name!r} stacks experts whose inputs are not known to be the last dimension, "
+                "along which a pattern would lie: leave it out by selection.exclude, or use no pattern"
+            )
         if not weight.placement.is_sharded:
             continue
         if trains_inactive:

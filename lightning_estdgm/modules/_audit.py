@@ -44,6 +44,7 @@ _PRODUCTS = frozenset(
         "multi_head_attention_forward",
         "_grouped_mm",
         "grouped_mm",
+        "grouped_mm_fallback",
     )
 )
 _KEEP_ZEROS = frozenset(

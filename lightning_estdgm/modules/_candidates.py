@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_estdgm.distributed._shard import Shard
 from lightning_estdgm.distributed.adapters._protocol import shard_of
 from lightning_estdgm.distributed.adapters.whole import Whole
+from lightning_estdgm.modules._expert_kinds import expert_kinds
 from lightning_estdgm.modules._kinds import LAYER_KINDS, LayerKind
 from lightning_estdgm.modules._sparse_forward import SparseForward
 
@@ -34,7 +36,7 @@ class Candidate:
     """Layer with a weight that could be masked, and whether it is.
 
     Attributes:
-        name: Name of the module in the model, free of wrappers' parts.
+        name: Name of the module in the model, free of wrappers' parts; of the parameter, where it stacks experts.
         module: The layer.
         kind: Kind of the layer.
         weight: Parameter that optimizers hold, as stored; a sharded module's attribute is another at times.
@@ -77,7 +79,21 @@ class Candidate:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """The shape of the whole weight as the model stores it."""
+        if self.kind.experts and len(self.shape) == 2:
+            return (self.kind.experts, self.shape[0] // self.kind.experts, self.shape[1])
         return self.shape[::-1] if self.kind.transposed else self.shape
+
+    @property
+    def module_name(self) -> str:
+        """Name of the module that owns the weight."""
+        if not self.kind.experts or self.name == self.kind.weight_name:
+            return "" if self.kind.experts else self.name
+        return self.name.removesuffix(f".{self.kind.weight_name}")
+
+    @property
+    def position_weights(self) -> int:
+        """Number of weights that one position is multiplied with: of experts, those of one."""
+        return math.prod(self.shape) // max(1, self.kind.experts)
 
     @property
     def part_shape(self) -> tuple[int, ...]:
@@ -91,11 +107,15 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _maskable(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerKind]]:
+def _maskable(model: nn.Module, experts: Sequence[str] = ()) -> Iterator[tuple[str, nn.Module, LayerKind]]:
     for name, module in model.named_modules():
         kind = next((kind for kind in LAYER_KINDS if kind.matches(module)), None)
         if kind is not None:
             yield clean_name(name), module, kind
+            continue
+        owner = clean_name(name)
+        for stack in expert_kinds(owner, module, experts):
+            yield f"{owner}.{stack.weight_name}" if owner else stack.weight_name, module, stack
 
 
 def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
@@ -104,6 +124,8 @@ def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
 
 def _fused_parts(name: str, shape: tuple[int, ...], kind: LayerKind) -> int:
     """Return how many square matrices a fused attention projection stacks; 1 for any other layer."""
+    if kind.experts:
+        return kind.parts
     if kind.weight_name != "in_proj_weight" and name.rpartition(".")[2] not in _FUSED_NAMES:
         return 1
     out, inner = shape[:2]
@@ -115,10 +137,11 @@ def find_candidates(
     include: Sequence[Selector] = (),
     exclude: Sequence[Selector] = (),
     held: Container[int] | None = None,
+    experts: Sequence[str] = (),
     *,
     mask_heads: bool = False,
 ) -> tuple[Candidate, ...]:
-    """List the linear and convolution layers of `model` and decide for each whether its weight is masked.
+    """List linear layers, convolutions and stacked experts of `model`, and decide for each whether it is masked.
 
     All are masked but the output head (the last such layer, and layers named like one), weights that take no gradient,
     weights that no optimizer holds, and weights shared with another module, such as an embedding. `include` overrides
@@ -129,6 +152,7 @@ def find_candidates(
         include: Selectors of layers to mask although they look like the output head.
         exclude: Selectors of layers to leave dense.
         held: Ids of the parameters that an optimizer holds; others are left dense. ``None``: all are held.
+        experts: Globs over names of parameters that stack the experts' matrices; see `expert_kinds`.
         mask_heads: Whether layers that only seem to be the output head are masked as well, for an audit to decide.
 
     Raises:
@@ -138,7 +162,15 @@ def find_candidates(
     """
     if any(isinstance(module, SparseForward) for module in model.modules()):
         raise ValueError("the model is under another DGMController already: close that one first")
-    found = list(_maskable(model))
+    found = list(_maskable(model, experts))
+    stacks = [name for name, _, kind in found if kind.experts]
+    for glob in experts:
+        if not any(fnmatchcase(name, glob) for name in stacks):
+            shapes = {clean_name(n): tuple(p.shape) for n, p in model.named_parameters() if p.dim() == 3}
+            raise ValueError(
+                f"experts={glob!r} matches no parameter of shape (experts, rows, columns); "
+                f"of three dimensions are {shapes}"
+            )
     for label, selectors in (("include", include), ("exclude", exclude)):
         for selector in selectors:
             if not any(_matches(selector, name, module) for name, module, _ in found):
@@ -164,8 +196,12 @@ def find_candidates(
             return False, _NOT_HELD
         if len(owners[id(weight)]) > 1:
             return False, "its weight is shared with another module"
+        if kind.experts and (reason := _why_no_stack(model, module, kind)):
+            return False, reason
         if any(_matches(selector, name, module) for selector in include):
             return True, "included"
+        if kind.experts:
+            return True, ""
         if is_last or name.rpartition(".")[2] in _HEAD_NAMES:
             return False, HEAD
         return True, ""
@@ -207,10 +243,24 @@ def _stored_weight(module: nn.Module, kind: LayerKind) -> Any:
     return getattr(module, kind.weight_name)
 
 
+def _why_no_stack(model: nn.Module, module: nn.Module, kind: LayerKind) -> str:
+    """Return the reason why stacked experts cannot be masked; empty where they can."""
+    try:
+        shard = shard_of(model, module, kind.weight_name)
+    except ValueError as error:
+        return str(error)
+    if shard.groups or not isinstance(shard, Whole):
+        return "stacked experts are not masked where they are sharded over ranks: use DDP"
+    weight = getattr(module, kind.weight_name)
+    return "" if weight.is_contiguous() else "its experts do not lie one after the other in memory: make it contiguous"
+
+
 def _shard(model: nn.Module, name: str, module: nn.Module, kind: LayerKind, asked_for: bool) -> Shard:
     """Return the layout of a layer's weight over ranks; for one that is not to be masked, its shape is enough."""
     if is_parametrized(module, kind.weight_name):
         return Whole(_stored_weight(module, kind), kind.transposed)
+    if kind.experts and asked_for:
+        return Whole(getattr(module, kind.weight_name), stacked=True)
     try:
         return shard_of(model, module, kind.weight_name, kind.transposed)
     except ValueError as error:
@@ -234,7 +284,7 @@ def thawed_layers(candidates: Sequence[Candidate], held: Container[int]) -> list
 def unlisted_weights(model: nn.Module, candidates: Sequence[Candidate]) -> dict[str, int]:
     """Return the trainable weights of two or more dimensions that belong to none of the candidates.
 
-    Such are embeddings, experts that are stacked in one parameter, and weights of layers that are not known here.
+    Such are embeddings, routers, and weights of layers that are not known here.
 
     Args:
         model: the model.

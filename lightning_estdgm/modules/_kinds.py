@@ -25,6 +25,9 @@ class LayerKind:
             one can.
         weight_name: Name of the parameter that is masked.
         transposed: Whether the weight is stored ``(in, out)``.
+        experts: Number of matrices that the parameter stacks in a first dimension of its own; 0: it is one matrix.
+        parts: Number of equal parts that each have a budget of their own, along the rows of the stacked matrices.
+        inputs_last: Whether the columns of a stacked matrix are known to be its inputs; patterns lie along them.
 
     """
 
@@ -34,6 +37,9 @@ class LayerKind:
     why_dense: Callable[[Any], str]
     weight_name: str = "weight"
     transposed: bool = False
+    experts: int = 0
+    parts: int = 1
+    inputs_last: bool = True
 
 
 def _own_class(module: nn.Module) -> type:

@@ -26,6 +26,7 @@ CASES = {
     "selection: {exclude: ['*.attn.*']}\ninactive: frozen\nbackend: dense\nseed: 3\nmethod: mine": DGMConfig(
         selection=Selection([], ["*.attn.*"]), inactive="frozen", backend="dense", seed=3, method="mine"
     ),
+    "selection: {experts: ['*.w1']}": DGMConfig(selection=Selection(experts=["*.w1"])),
     "inactive: {density: 0.5, shadow_decay: 0.1}": DGMConfig(inactive=BackwardSet(0.5, 0.0, 0.1)),
     "update_rule: {keep: magnitude, grow: random, gamma: 2, drop_fraction: 0.1, regrow: true}": DGMConfig(
         update_rule=UpdateRule("magnitude", "random", 2.0, 0.1, True)
@@ -55,7 +56,8 @@ def parsed(class_path: str, settings: dict[str, object], *given: str) -> pl.Call
 def test_every_part_of_the_settings_is_taken_from_yaml(text: str) -> None:
     config, expected = parsed("lightning_estdgm.DGMCallback", {"config": yaml.safe_load(text)}).config, CASES[text]
     # sequences come as lists
-    selection = Selection(list(expected.selection.include), list(expected.selection.exclude))
+    asked = expected.selection
+    selection = Selection(list(asked.include), list(asked.exclude), list(asked.experts))
     assert config == expected.merged(selection=selection)
     assert repr(config.schedule) == repr(expected.schedule), "whole numbers stay whole"
 

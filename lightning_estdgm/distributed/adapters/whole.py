@@ -12,18 +12,27 @@ from lightning_estdgm.distributed._shard import Shard, pool_box
 
 
 class Whole:
-    """Layout of a weight that every rank holds whole. Local tensors are views."""
+    """Layout of a weight that every rank holds whole. Local tensors are views.
+
+    Args:
+        weight: the weight as stored.
+        transposed: whether it is stored ``(in, out)``.
+        stacked: whether it is a contiguous stack ``(experts, rows, columns)``, taken as ``(experts * rows, columns)``.
+
+    """
 
     groups: tuple[Any, ...] = ()
     why_dense = ""
 
-    def __init__(self, weight: Tensor, transposed: bool = False) -> None:
-        self._transposed = transposed
+    def __init__(self, weight: Tensor, transposed: bool = False, stacked: bool = False) -> None:
+        self._transposed, self._stacked = transposed, stacked
         self._stored = weight.shape
         self.shape = tuple(self._oriented(weight).shape)
         self.device = weight.device
 
     def _oriented(self, tensor: Tensor) -> Tensor:
+        if self._stacked:
+            return tensor.view(-1, tensor.shape[-1])  # raises where it would have to copy
         return tensor.t() if self._transposed else tensor
 
     def holds(self, tensor: Tensor) -> bool:
