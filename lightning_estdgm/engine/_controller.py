@@ -25,18 +25,19 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 
 from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.engine._admission import Admission
 from lightning_estdgm.engine._decisions import LayerDecision
 from lightning_estdgm.engine._dispatch import Dispatch
 from lightning_estdgm.engine._flops import FlopCounter
 from lightning_estdgm.engine._gradient_mask import mask_gradients_
-from lightning_estdgm.engine._initialisation import describe_drawn, describe_recovered
+from lightning_estdgm.engine._initialisation import describe_recovered, describe_zeros, keep_zeros
 from lightning_estdgm.engine._masked_model import MaskedModel
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._observation import observe
-from lightning_estdgm.engine._refusals import check_rule, check_state
+from lightning_estdgm.engine._refusals import check_pattern, check_rule, check_state
 from lightning_estdgm.engine._step_hooks import StepHooks
 from lightning_estdgm.method._schedules import Schedule
-from lightning_estdgm.modules._candidates import Candidate, find_candidates
+from lightning_estdgm.modules._candidates import HEAD, Candidate, find_candidates
 
 _STATE_VERSION = 1
 
@@ -57,8 +58,11 @@ class DGMController:
         config: settings; ``None`` takes the defaults.
         total_steps: number of optimizer steps of the run.
         state: result of `state_dict`, from which masks and counters go on; weights are left as they are.
-        draw_masks: whether to draw masks now if there is no `state`. Otherwise everything is dense until `recover` or
+        draw_masks: whether to draw masks if there is no `state`. Otherwise everything is dense until `recover` or
             `load_state_dict`, which a run from a checkpoint's weights has to call.
+        audit: whether the first step runs dense, to see which layers train by their weights; only these are masked
+            then, after it. Otherwise masks are drawn at once, and what the model declares is trusted: registration
+            order for the output head, ``requires_grad`` for what trains.
         group: process group of the ranks that train this model together, each with its own controller: masks are
             compared after each update, and the first rank chooses the backends. ``None``: no other rank is asked.
 
@@ -87,6 +91,7 @@ class DGMController:
         total_steps: int,
         state: Mapping[str, Any] | None = None,
         draw_masks: bool = True,
+        audit: bool = True,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self.config = config or DGMConfig()
@@ -94,22 +99,30 @@ class DGMController:
         self.steps = self.position = self.updates = 0
         self.churn = 0.0
         self.recovered = ""
+        self._largest = False  # whether masks are drawn of the largest units, as after `recover`
         self._waiting = False  # a mask update is due but nothing could be observed yet
         self._warned_nonfinite = False
         self._flops = FlopCounter()
         every = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self._hooks = StepHooks(every, self._mask_if_touched, self.config.step_size.exponent)
         selection = self.config.selection
-        candidates = find_candidates(model, selection.include, selection.exclude, self._hooks.held)
-        self._masked = MaskedModel(candidates, self.config, state, group)
-        self._dispatch = Dispatch(self.config, candidates, self._masked.weights, group)
-        check_rule(self._masked.rule, self._masked.weights, changes_masks=len(self.schedule.densities) > 1)
+        candidates = find_candidates(model, selection.include, selection.exclude, self._hooks.held, mask_heads=audit)
+        self._masked = MaskedModel(candidates, self.config, state, group, wait=True)
+        can_mask = self._masked.every
+        self._dispatch = Dispatch(self.config, candidates, self._masked.weights, can_mask, group)
+        check_rule(
+            self._masked.rule,
+            can_mask,
+            changes_masks=len(self.schedule.densities) > 1,
+            trains_inactive=self.config.trains_inactive_weights,
+        )
+        self._admission = Admission(model, candidates, can_mask, group)
         try:
             if state is not None:
                 self.load_state_dict(state)
             elif draw_masks:
-                self.recovered = describe_drawn(self._masked.weights, self._draw_masks())
-            self._hooks.register(self._masked.weights)
+                self._begin(audit)
+            self._hooks.register(can_mask, self._admission.note_step)
             self._dispatch.hook_up()
         except BaseException:
             self.close()
@@ -127,7 +140,7 @@ class DGMController:
             grad_scale: factor that the gradients still carry (a GradScaler's, before unscaling).
 
         """
-        weights = self._masked.weights if optimizer is None else self._hooks.weights_of(optimizer)
+        weights = self._masked.every if optimizer is None else self._hooks.weights_of(optimizer)
         self._mask_gradients(weights, 1.0 / grad_scale)
 
     def advance(self, position: int | None = None) -> bool:
@@ -143,31 +156,50 @@ class DGMController:
             ValueError: if `position` goes backwards.
 
         """
-        for weight in self._masked.weights:
+        for weight in self._masked.every:
             weight.begin_step()
         if not self._hooks.stepped:
             self._hooks.begin_step()
+            self._admission.warn_if_steps_are_not_seen()
             return False
         before, after = self.position, self.steps + 1 if position is None else position
         if after < before:
             raise ValueError(f"the schedule's position must not go backwards: was {before}, got {after}")
         self._hooks.begin_step()
-        is_first = self._dispatch.probing
-        if is_first:
-            self._dispatch.read_probes()
+        if is_first := self._dispatch.probing:
+            self._dispatch.read_probes(self._admission.used_by_themselves())
         self._flops.count(
             self._masked.candidates, self._masked.weights, self._dispatch.positions, observing=self.observing
         )
         self.steps += 1
         self.position = after
-        updated = self._update_if_due(before)
-        if is_first or (updated and self._masked.rule.moves_budgets):
+        updated = self._update_if_due(before) if self._masked.weights else False
+        taken_in = self._take_in_trained()
+        if taken_in or is_first or (updated and self._masked.rule.moves_budgets):
             every_density = (self._final_density(), *self.schedule.densities)
             self._dispatch.choose_all([self._masked.layer_densities_at(density) for density in every_density])
-        if updated or is_first:
+        if updated or taken_in or is_first:
             self._dispatch.apply()
         self._masked.yield_whole_gradients(self.observing)
-        return updated
+        return updated or taken_in
+
+    def _take_in_trained(self) -> bool:
+        """Mask the weights that the steps so far have shown to train by their layers' forwards; return if any."""
+        if not self._admission.waiting:
+            return False
+        new = self._admission.settle(self.steps, none_masked=not self._masked.weights)
+        if new:
+            self._take_in(new, largest=self._largest)
+        if not self._masked.weights and not self._admission.waiting:
+            warnings.warn(
+                "the run goes on dense: the first step has shown no layer that can be masked. "
+                f"{self._admission.reasons} (name one in include= if it is no output head)",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return False
+        self._hooks.keep([*self._masked.weights, *self._admission.waiting])
+        return bool(new)
 
     def _update_if_due(self, before: int) -> bool:
         """Update the masks if an update was due since position `before`, and the gradients it needs were observed."""
@@ -193,11 +225,11 @@ class DGMController:
             position: position in the schedule.
 
         """
-        self.steps, self.position = steps, position
-        held = self._draw_masks(largest=True)
-        with torch.no_grad():
-            self._masked.clear_optimizer_states_(self._hooks.states)
-        self.recovered = describe_recovered(self._masked.weights, held)
+        self.steps, self.position, self._largest = steps, position, True
+        zeros = [weight for weight in self._masked.every if weight.placement.unit_norms(weight.weight).eq(0).any()]
+        names = [weight.name for weight in zeros]
+        held = self._take_in(self._admission.keep_waiting(names, {}), largest=True) if zeros else []
+        self.recovered = describe_recovered(zeros, held)
 
     def mask_copy_(self, copy: nn.Module) -> None:
         """Zero the inactive weights of a copy of the model, such as an average of its weights over time.
@@ -217,8 +249,9 @@ class DGMController:
     def close(self) -> None:
         """Remove all hooks and swapped forwards; weights and masks stay as they are. May be called twice."""
         self._hooks.remove()
+        self._admission.close()
         self._dispatch.close()
-        for weight in self._masked.weights:
+        for weight in self._masked.every:
             weight.snapshot.forget()
 
     def __enter__(self) -> DGMController:
@@ -232,7 +265,8 @@ class DGMController:
     @property
     def observing(self) -> bool:
         """Whether the current step's gradients are observed whole."""
-        if self.position >= self.schedule.total_steps or not self._masked.needs_gradients:
+        past = self.position >= self.schedule.total_steps
+        if past or not self._masked.weights or not self._masked.needs_gradients:
             return False
         return self._waiting or self.schedule(self.position).observe
 
@@ -254,9 +288,7 @@ class DGMController:
     @property
     def final_density(self) -> float:
         """Active share of the masked weights that the schedule ends with."""
-        sizes = [weight.units * weight.unit_size for weight in self._masked.weights]
-        final = self._masked.layer_densities_at(self._final_density())
-        return sum(n * density for n, density in zip(sizes, final, strict=True)) / sum(sizes)
+        return self._masked.density_at(self._final_density())
 
     @property
     def explored(self) -> float:
@@ -285,8 +317,8 @@ class DGMController:
 
     @property
     def masked_weights(self) -> tuple[MaskedWeight, ...]:
-        """The masked weights, for a communication hook such as `distributed.ActiveUnits`."""
-        return tuple(self._masked.weights)
+        """The weights that are or can be masked, for a communication hook such as `distributed.ActiveUnits`."""
+        return tuple(self._masked.every)
 
     def masks(self) -> dict[str, Tensor]:
         """Return a copy of each masked layer's whole mask over units, oriented ``(out, in, ...)``, on the CPU.
@@ -301,7 +333,7 @@ class DGMController:
 
     def decisions(self) -> tuple[LayerDecision, ...]:
         """Return the decision for every linear and convolution layer of the model."""
-        return self._masked.decisions(self._final_density())
+        return self._masked.decisions(self._final_density(), self._admission.why_dense())
 
     # ------------------------------------------------------------------ state
 
@@ -325,6 +357,8 @@ class DGMController:
             "flops": self._flops.state_dict(),
             **self._dispatch.state_dict(),
             "layers": {weight.name: weight.state_dict() for weight in self._masked.weights},
+            "waiting_layers": [weight.name for weight in self._admission.waiting],
+            "dense_layers": dict(self._admission.reasons),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -335,12 +369,16 @@ class DGMController:
 
         """
         expected = {"total_steps": self.schedule.total_steps, "schedule": self.config.schedule.to_dict()}
-        check_state(state, _STATE_VERSION, expected, self._masked.weights)
+        check_state(state, _STATE_VERSION, expected, self._masked.every)
         for name in ("steps", "position", "updates", "churn"):
             setattr(self, name, state[name])
         self._waiting, self._hooks.stepped = state["waiting"], state["stepped"]
         self._flops.load_state_dict(state["flops"])
         self._dispatch.load_state_dict(state, probing=self.steps == 0)
+        undecided = {*state["layers"], *state.get("waiting_layers", ())}  # not there: decided before the first step
+        reasons = {weight.name: HEAD for weight in self._masked.every if weight.name not in undecided}
+        reasons |= state.get("dense_layers", {})
+        self._masked.take_in(self._admission.keep_waiting(state["layers"], reasons))
         for weight in self._masked.weights:
             weight.load_state_dict(state["layers"][weight.name])
             self._dispatch.resume(weight)
@@ -351,17 +389,32 @@ class DGMController:
 
     @torch.no_grad()
     def _mask_gradients(self, weights: Sequence[MaskedWeight], scale: float, *, if_touched: bool = False) -> None:
-        if self.observing and not observe(weights, scale):
+        self._admission.note_gradients(weights)
+        masked = self._masked.weights
+        if self.observing and not observe([weight for weight in weights if weight in masked], scale):
             self._warn_nonfinite()
         mask_gradients_(weights, if_touched=if_touched)
 
     def _mask_if_touched(self, weights: Sequence[MaskedWeight]) -> None:
         self._mask_gradients(weights, 1.0, if_touched=True)
 
-    def _draw_masks(self, *, largest: bool = False) -> list[int]:
-        """Draw masks for the current position; return each layer's number of units that were not zero before."""
-        held = self._masked.draw(self.schedule(self.position).density, largest=largest)
-        for weight in self._masked.weights:
+    def _begin(self, audit: bool) -> None:
+        """Begin a new run: draw masks, or have the weights wait; an earlier mask's zeros are kept."""
+        weights, density = self._masked.every, self.schedule(self.position).density
+        certain = [weight for weight in weights if not weight.candidate.seems_head]
+        check_pattern(self.config.update_rule.pattern, certain, self._masked.budgets(density, certain))
+        zeros = keep_zeros(weights, self._masked.budgets(density, weights))
+        self.recovered = describe_zeros(zeros, len(certain))
+        if not audit:
+            self._take_in(self._admission.keep_waiting([weight.name for weight in weights], {}))
+
+    def _take_in(self, weights: Sequence[MaskedWeight], *, largest: bool = False) -> list[int]:
+        """Draw masks of weights for the current position; return each one's number of units that were not zero."""
+        self._masked.take_in(weights)
+        held = self._masked.draw(weights, self.schedule(self.position).density, largest=largest)
+        with torch.no_grad():
+            self._masked.clear_optimizer_states_(weights, self._hooks.states)
+        for weight in weights:
             self._dispatch.begin(weight)
         self._masked.yield_whole_gradients(self.observing)
         self._check_ranks(f"where masks were drawn, at step {self.steps}")

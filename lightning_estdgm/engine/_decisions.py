@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from lightning_estdgm.engine._masked_weight import MaskedWeight
-from lightning_estdgm.modules._candidates import Candidate
+from lightning_estdgm.modules._candidates import HEAD, Candidate
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ class LayerDecision:
 
 
 def layer_decisions(
-    candidates: Sequence[Candidate], weights: Sequence[MaskedWeight], final_densities: Sequence[float]
+    candidates: Sequence[Candidate],
+    weights: Sequence[MaskedWeight],
+    final_densities: Sequence[float],
+    why_dense: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[LayerDecision, ...]:
     """Return the decision for every linear and convolution layer of a model.
 
@@ -46,6 +50,7 @@ def layer_decisions(
         candidates: all linear and convolution layers.
         weights: the masked ones.
         final_densities: density of each masked one at the end of the run.
+        why_dense: reasons for others that go before the candidates' own, by name.
 
     """
     masked = {weight.name: (weight, final) for weight, final in zip(weights, final_densities, strict=True)}
@@ -53,7 +58,8 @@ def layer_decisions(
     for candidate in candidates:
         shape = candidate.stored_shape
         if candidate.name not in masked:
-            decision = LayerDecision(candidate.name, shape, False, 0, 1.0, "dense", 1.0, "dense", candidate.why)
+            why = why_dense.get(candidate.name) or candidate.why or HEAD
+            decision = LayerDecision(candidate.name, shape, False, 0, 1.0, "dense", 1.0, "dense", why)
         else:
             weight, final = masked[candidate.name]
             decision = LayerDecision(

@@ -37,7 +37,8 @@ class Dispatch:
     Args:
         config: settings; `backend` and `units` are used.
         candidates: all linear and convolution layers of the model.
-        weights: masked weights of the model.
+        weights: masked weights of the model; others may come in later.
+        can_mask: weights that are or can be masked.
         group: process group of the ranks that take over the first rank's choice; ``None``: no other rank is asked.
 
     Attributes:
@@ -55,6 +56,7 @@ class Dispatch:
         config: DGMConfig,
         candidates: Sequence[Candidate],
         weights: Sequence[MaskedWeight],
+        can_mask: Sequence[MaskedWeight],
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self._config = config
@@ -62,7 +64,8 @@ class Dispatch:
         self._weights = weights
         self._group = group
         self._selector = BackendSelector(None if config.backend == "auto" else config.backend, kept=TimingCache())
-        self._check_forced()
+        self._unfit: set[str] = set()
+        self._check_forced(can_mask)
         self.probing = True
         self.positions: dict[str, int] = {}
         self._dtypes: dict[str, torch.dtype] = {}  # dtype that each layer computes in, as probed
@@ -78,9 +81,15 @@ class Dispatch:
             for candidate in self._candidates:
                 self._handles.append(candidate.module.register_forward_hook(self._probes[candidate.name]))
 
-    def read_probes(self) -> None:
-        """Take over the shapes and dtypes that the first step's forwards showed."""
+    def read_probes(self, used_by_themselves: Mapping[str, int]) -> None:
+        """Take over the shapes and dtypes that the first step's forwards showed.
+
+        Args:
+            used_by_themselves: positions of weights that are used without their layers' forwards, by name.
+
+        """
         self.probing = False
+        self.positions = dict(used_by_themselves)
         self._remove_hooks()
         for name, probe in self._probes.items():
             if probe.dtype is None:  # MultiheadAttention computes its out_proj without a call of it
@@ -166,7 +175,7 @@ class Dispatch:
     def _is_forced(self, weight: MaskedWeight) -> bool:
         """Whether a forced backend applies to this layer; not if no block of `units.size="auto"` fits it."""
         has_unit = weight.block_size > 1 or self._config.units.size != "auto"
-        return self._config.backend != "auto" and weight.has_operator and has_unit
+        return self._config.backend != "auto" and weight.has_operator and has_unit and weight.name not in self._unfit
 
     def _has_choice(self, weight: MaskedWeight) -> bool:
         return self._is_forced(weight) or (weight.has_operator and self._config.backend == "auto")
@@ -174,12 +183,15 @@ class Dispatch:
     def _forced(self, weight: MaskedWeight) -> str:
         return self._config.backend if self._is_forced(weight) else "dense"
 
-    def _check_forced(self) -> None:
+    def _check_forced(self, weights: Sequence[MaskedWeight]) -> None:
         if self._config.backend in ("auto", "dense"):
             return
         backend = get_backend(self._config.backend)
-        for weight in self._weights:
+        for weight in weights:
             if self._is_forced(weight) and (reason := _refusal(backend, weight)):
+                if weight.candidate.seems_head:
+                    self._unfit.add(weight.name)
+                    continue
                 raise ValueError(
                     f"backend={backend.name!r} was asked for but cannot compute layer {weight.name!r}: {reason}"
                 )

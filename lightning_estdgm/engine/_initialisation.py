@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_estdgm._words import first_names
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.method._masks import active_units, initial_mask
@@ -20,23 +21,37 @@ from lightning_estdgm.modules._mask_unit import unit_of
 
 
 def masked_weights(
-    candidates: Sequence[Candidate], config: DGMConfig, state: Mapping[str, Any] | None
+    candidates: Sequence[Candidate], config: DGMConfig, state: Mapping[str, Any] | None, *, wait: bool = False
 ) -> list[MaskedWeight]:
     """Return a masked weight, all units active, for each candidate that is masked.
+
+    A layer that only seems to be the output head, and that the unit does not fit, is left out.
 
     Args:
         candidates: linear and convolution layers of the model.
         config: settings.
         state: state of a controller that will be loaded, or None; with ``units.size="auto"`` its units are used.
+        wait: whether the weights stay dense until they are taken in.
 
     Raises:
         ValueError: if a unit does not fit a layer.
 
     """
-    return [_masked_weight(candidate, config, state) for candidate in candidates if candidate.masked]
+    weights = []
+    for candidate in candidates:
+        if not candidate.masked:
+            continue
+        try:
+            weights.append(_masked_weight(candidate, config, state, wait))
+        except ValueError:
+            if not candidate.seems_head:
+                raise
+    return weights
 
 
-def _masked_weight(candidate: Candidate, config: DGMConfig, state: Mapping[str, Any] | None) -> MaskedWeight:
+def _masked_weight(
+    candidate: Candidate, config: DGMConfig, state: Mapping[str, Any] | None, wait: bool
+) -> MaskedWeight:
     size = config.units.size
     block_size, note = unit_of(candidate, size)
     saved = state["layers"].get(candidate.name) if size == "auto" and state else None
@@ -45,7 +60,7 @@ def _masked_weight(candidate: Candidate, config: DGMConfig, state: Mapping[str, 
         block_size, note = saved["block_size"], f"units of {saved['block_size']} as in the checkpoint"
     if candidate.parts > 1:
         note = "; ".join(filter(None, (f"{candidate.parts} fused matrices, each with its own budget", note)))
-    return MaskedWeight(candidate, block_size, note, config.inactive)
+    return MaskedWeight(candidate, block_size, note, config.inactive, waits=wait)
 
 
 @torch.no_grad()
@@ -96,16 +111,39 @@ def _initial(pattern: Pattern | None, norms: Tensor, k: int, generator: torch.Ge
     return draw(pattern, torch.where(norms > 0, norms if largest else noise, noise - 1.0), k)
 
 
-def describe_drawn(weights: Sequence[MaskedWeight], held: Sequence[int]) -> str:
-    """Return a sentence on the weights with an earlier mask's zeros when masks were drawn; empty if none had any."""
-    before = [weight.name for weight, n in zip(weights, held, strict=True) if 0 < n <= weight.active < weight.units]
+@torch.no_grad()
+def keep_zeros(weights: Sequence[MaskedWeight], budgets: Sequence[Sequence[int]]) -> list[MaskedWeight]:
+    """Mask the units that are zero, where an earlier mask has left them; the weights stay as they are.
+
+    Args:
+        weights: weights whose first masks are still to be drawn.
+        budgets: number of units that these will have; weights with more that are not zero hold no earlier mask.
+
+    Returns:
+        The weights with such zeros.
+
+    """
+    found = []
+    for weight, budget in zip(weights, budgets, strict=True):
+        alive = weight.placement.unit_norms(weight.weight) > 0
+        if 0 < active_units(alive) <= sum(budget) < weight.units:
+            weight.set_mask(alive)
+            found.append(weight)
+    return found
+
+
+def describe_zeros(kept: Sequence[MaskedWeight], total: int) -> str:
+    """Return a sentence on the weights with an earlier mask's zeros, of so many in all; empty if there are none."""
+    names = [weight.name for weight in kept]
     return _describe(
-        len(weights), (before, "hold zeros as an earlier mask leaves them: what is not zero stays active, unscaled")
+        total, (names, "hold zeros as an earlier mask leaves them: what is not zero stays active, unscaled")
     )
 
 
 def describe_recovered(weights: Sequence[MaskedWeight], held: Sequence[int]) -> str:
     """Return a sentence that compares masks recovered from weights with the zeros that were found there."""
+    if not weights:
+        return "no layer holds zeros: the largest units stay active, once the next step has shown which layers train"
     pairs = list(zip(weights, held, strict=True))
     exact = [weight.name for weight, n in pairs if n == weight.active]
     fewer = [weight.name for weight, n in pairs if n < weight.active]
@@ -121,7 +159,5 @@ def describe_recovered(weights: Sequence[MaskedWeight], held: Sequence[int]) -> 
 
 def _describe(total: int, *cases: tuple[list[str], str]) -> str:
     return "; ".join(
-        f"{len(names)} of {total} masked layers ({', '.join(names[:3])}{', ...' * (len(names) > 3)}) {what}"
-        for names, what in cases
-        if names
+        f"{len(names)} of {total} masked layers ({first_names(names)}) {what}" for names, what in cases if names
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lightning_estdgm.engine._decisions import LayerDecision, layer_decisions
 from lightning_estdgm.engine._gradient_mask import mask_gradients_
 from lightning_estdgm.engine._initialisation import draw_masks, masked_weights
 from lightning_estdgm.engine._mask_update import update_masks
+from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.modules._candidates import Candidate, clean_name
 from lightning_estdgm.modules._swap import set_observing
 
@@ -32,11 +34,13 @@ class MaskedModel:
         candidates: linear and convolution layers of the model.
         config: settings.
         state: state of a controller that will be loaded, or None.
+        wait: whether weights wait to be taken in, all active.
         group: process group of the ranks that have to hold the same masks; ``None``: no other rank is asked.
 
     Attributes:
         candidates: linear and convolution layers of the model.
-        weights: masked weights.
+        every: all weights that can be masked.
+        weights: those that are masked; the others wait, or stay dense.
         rule: update rule.
 
     Raises:
@@ -50,18 +54,27 @@ class MaskedModel:
         config: DGMConfig,
         state: Mapping[str, Any] | None,
         group: dist.ProcessGroup | None,
+        *,
+        wait: bool = False,
     ) -> None:
         self.candidates = candidates
-        self.weights = masked_weights(candidates, config, state)
+        self.every = masked_weights(candidates, config, state, wait=wait)
+        self.weights = [] if wait else list(self.every)
         self.rule = config.resolved_update_rule
         self._config = config
         self._group = group
+
+    def take_in(self, weights: Sequence[MaskedWeight]) -> None:
+        """Have weights masked that were waiting; they keep their order in the model."""
+        for weight in weights:
+            weight.take_in()
+        self.weights[:] = [weight for weight in self.every if weight in self.weights or weight in weights]
 
     # ------------------------------------------------------------------ densities and budgets
 
     @property
     def density(self) -> float:
-        """Active share of the masked weights."""
+        """Active share of the masked weights; 1 before any is masked."""
         return self._share_of([weight.active for weight in self.weights])
 
     @property
@@ -72,30 +85,51 @@ class MaskedModel:
     @cached_property
     def needs_gradients(self) -> bool:
         """Whether updates need observed gradients."""
-        return any(self.rule.needs_gradients(weight.block_size) for weight in self.weights)
+        return any(self.rule.needs_gradients(weight.block_size) for weight in self.every)
 
     @property
     def observed(self) -> bool:
         """Whether the window of any weight holds a gradient."""
         return any(weight.observed for weight in self.weights)
 
-    def budgets(self, density: float) -> list[list[int]]:
-        """Return the number of active units of each part of each layer for a density of the whole."""
-        return unit_budgets([weight.sizes for weight in self.weights], self._config.units.distribution, density)
+    def budgets(self, density: float, weights: Sequence[MaskedWeight] | None = None) -> list[list[int]]:
+        """Return the number of active units of each part of each layer for a density of the whole.
+
+        Args:
+            density: density of the whole.
+            weights: weights to share it among; ``None``: all masked ones.
+
+        """
+        sizes = [weight.sizes for weight in (self.weights if weights is None else weights)]
+        return unit_budgets(sizes, self._config.units.distribution, density) if sizes else []
 
     def layer_densities_at(self, density: float) -> list[float]:
         """Return each layer's density for a density of the whole."""
         return [sum(k) / weight.units for weight, k in zip(self.weights, self.budgets(density), strict=True)]
 
-    def decisions(self, final_density: float) -> tuple[LayerDecision, ...]:
-        """Return the decision for every layer of a run that ends at a density of the whole."""
-        return layer_decisions(self.candidates, self.weights, self.layer_densities_at(final_density))
+    def density_at(self, density: float) -> float:
+        """Return the nearest density of the whole that whole units allow; before any is masked, of all that can be."""
+        weights = self.weights or self.every
+        units = zip(weights, self.budgets(density, weights), strict=True)
+        return sum(sum(k) * weight.unit_size for weight, k in units) / _size(weights)
+
+    def decisions(
+        self, final_density: float, why_dense: Mapping[str, str] = MappingProxyType({})
+    ) -> tuple[LayerDecision, ...]:
+        """Return the decision for every layer of a run that ends at a density of the whole.
+
+        Args:
+            final_density: density of the whole at the end.
+            why_dense: reasons why layers stay dense, by name.
+
+        """
+        return layer_decisions(self.candidates, self.weights, self.layer_densities_at(final_density), why_dense)
 
     # ------------------------------------------------------------------ masks
 
-    def draw(self, density: float, *, largest: bool = False) -> list[int]:
-        """Draw masks for a density of the whole; return each layer's number of units that were not zero before."""
-        return draw_masks(self.weights, self.budgets(density), self._config, largest=largest)
+    def draw(self, weights: Sequence[MaskedWeight], density: float, *, largest: bool = False) -> list[int]:
+        """Draw masks of weights for a density of them all; return each one's number of units that were not zero."""
+        return draw_masks(weights, self.budgets(density, weights), self._config, largest=largest)
 
     @torch.no_grad()
     def update(
@@ -129,9 +163,11 @@ class MaskedModel:
                     weight.clear_optimizer_state_(state, changed)
         return grown / sum(weight.active * weight.unit_size for weight in self.weights)
 
-    def clear_optimizer_states_(self, states: Sequence[Mapping[Any, Mapping[str, Any]]]) -> None:
-        """Zero the optimizers' state at the inactive units of all weights."""
-        for weight in self.weights:
+    def clear_optimizer_states_(
+        self, weights: Sequence[MaskedWeight], states: Sequence[Mapping[Any, Mapping[str, Any]]]
+    ) -> None:
+        """Zero the optimizers' state at the inactive units of weights."""
+        for weight in weights:
             for state in states:
                 weight.clear_optimizer_state_(state, ~weight.mask)
 
@@ -141,7 +177,7 @@ class MaskedModel:
             return
         whole = [weight for weight in self.weights if not weight.placement.mask_is_local]
         masks = {f"the mask of layer {weight.name!r}": mask_digest(weight.mask) for weight in whole}
-        check_same_on_all_ranks({**words, **masks}, self.weights[0].device, when, self._group)
+        check_same_on_all_ranks({**words, **masks}, self.every[0].device, when, self._group)
 
     # ------------------------------------------------------------------ weights and gradients
 
@@ -179,5 +215,11 @@ class MaskedModel:
 
     def _share_of(self, units: Sequence[int]) -> float:
         """Return the share of the masked weights in a number of units of each layer."""
+        if not self.weights:
+            return 1.0
         held = sum(n * weight.unit_size for n, weight in zip(units, self.weights, strict=True))
-        return held / sum(weight.units * weight.unit_size for weight in self.weights)
+        return held / _size(self.weights)
+
+
+def _size(weights: Sequence[MaskedWeight]) -> int:
+    return sum(weight.units * weight.unit_size for weight in weights)

@@ -35,6 +35,7 @@ class MaskedWeight:
         block_size: side of a mask unit.
         note: remark on the unit, for users.
         inactive: value of `DGMConfig.inactive`.
+        waits: whether the weight stays dense until `take_in`.
 
     Attributes:
         candidate: layer that the weight belongs to.
@@ -66,6 +67,8 @@ class MaskedWeight:
         block_size: int,
         note: str = "",
         inactive: Literal["zero", "frozen"] | BackwardSet = "zero",
+        *,
+        waits: bool = False,
     ) -> None:
         self.candidate = candidate
         self.block_size = block_size
@@ -85,7 +88,8 @@ class MaskedWeight:
         self.set_local_mask(mask, self.units)
         self.explored = torch.zeros_like(self.mask)
         self._explored_units = 0
-        self.inactive = inactive_weights(inactive, self)
+        self._mode = inactive
+        self.inactive = inactive_weights("zero" if waits else inactive, self)
 
     # ------------------------------------------------------------------ the weight
 
@@ -193,6 +197,10 @@ class MaskedWeight:
         for value in (states.get(self.parameter) or {}).values():  # a ZeroRedundancyOptimizer holds None for some
             if isinstance(value, Tensor) and self.shard.holds(value):
                 keep_active_(self.shard.local(value), self.placement.address(~units), self.placement.grain)
+
+    def take_in(self) -> None:
+        """Treat inactive weights as the settings say, from now on."""
+        self.inactive = inactive_weights(self._mode, self)
 
     # ------------------------------------------------------------------ the current step
 

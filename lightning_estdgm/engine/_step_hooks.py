@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_estdgm._words import first_names
 from lightning_estdgm.distributed._collectives import agree, local_tensor
 from lightning_estdgm.engine._hooked_optimizers import parameters_of, with_step_hooks
 from lightning_estdgm.engine._masked_weight import MaskedWeight
@@ -44,6 +45,7 @@ class StepHooks:
         self._hooked = [inner for optimizer in optimizers for inner in with_step_hooks(optimizer)]
         self._mask_gradients = mask_gradients
         self._exponent = exponent
+        self._note_step: Callable[[Sequence[MaskedWeight]], None] = lambda _: None
         self._weights: dict[int, MaskedWeight] = {}  # by the id of its parameter
         self._depth = 0  # number of nested steps that have begun and not ended
         self._idle = False  # whether the current step is not one of training
@@ -65,13 +67,20 @@ class StepHooks:
         weights = (self._weights.get(id(parameter)) for parameter in parameters_of(optimizer))
         return [weight for weight in weights if weight is not None]
 
-    def register(self, weights: Sequence[MaskedWeight]) -> None:
-        """Hook the optimizers that hold masked weights.
+    def register(
+        self, weights: Sequence[MaskedWeight], note_step: Callable[[Sequence[MaskedWeight]], None] = lambda _: None
+    ) -> None:
+        """Hook the optimizers that hold weights.
+
+        Args:
+            weights: weights that are or can be masked.
+            note_step: function that is called with the weights that a step of training has moved.
 
         Raises:
             ValueError: if a weight is held by no optimizer that runs torch's step hooks.
 
         """
+        self._note_step = note_step
         self._weights = {id(weight.parameter): weight for weight in weights}
         unseen = dict(self._weights)
         for optimizer in self._hooked:
@@ -82,13 +91,16 @@ class StepHooks:
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
         if unseen:
             names = [weight.name for weight in unseen.values()]
-            first = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
             kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer in self._optimizers}))
             raise ValueError(
-                f"the optimizer steps of {len(names)} masked layers ({first}) cannot be seen: {kinds} runs no step "
-                "hooks of torch's, and holds no optimizer that does. Have its class call "
+                f"the optimizer steps of {len(names)} masked layers ({first_names(names)}) cannot be seen: {kinds} "
+                "runs no step hooks of torch's, and holds no optimizer that does. Have its class call "
                 "torch.optim.Optimizer.__init__, or keep the optimizer that steps as an attribute"
             )
+
+    def keep(self, weights: Sequence[MaskedWeight]) -> None:
+        """Treat and count the steps of these weights only."""
+        self._weights = {id(weight.parameter): weight for weight in weights}
 
     def begin_step(self) -> None:
         """Reset `stepped`, and the count of nested steps, which an exception may have left above 0."""
@@ -156,6 +168,7 @@ class StepHooks:
                 weight.inactive.withdraw(weight)
             return
         self.stepped = True
+        self._note_step(weights)
         for weight in weights:
             weight.masked_gradient.forget()
             if weight.gradient is not None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_estdgm.distributed._shard import Shard
 from lightning_estdgm.distributed.adapters._protocol import shard_of
@@ -18,9 +20,13 @@ Selector = str | Callable[[str, nn.Module], bool]
 """A glob over module names such as ``"encoder.*"``, or a predicate of a module's name and the module."""
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_FUSED_NAMES = ("qkv", "kv", "c_attn", "in_proj", "to_qkv", "to_kv", "Wqkv", "qkv_proj", "query_key_value")
+# Not query_key_value: Bloom and GPT-NeoX interleave the three by head.
+_FUSED_NAMES = ("qkv", "kv", "c_attn", "in_proj", "to_qkv", "to_kv", "Wqkv", "qkv_proj")
 _FROZEN, _NOT_HELD = "its weight takes no gradient", "no optimizer holds its weight"
 _HEAD_NAMES = ("head", "lm_head", "classifier", "output_head", "output_layer")
+
+HEAD = "output head"
+"""Reason why a layer that seems to be the output head is left dense."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +44,7 @@ class Candidate:
             has its own density and budget, or the one with the largest weights would take the units of the others.
         masked: Whether its weight is masked.
         why: Reason for that, in words.
+        seems_head: Whether it seems to be the output head, by its place and name; never true of included layers.
 
     """
 
@@ -50,6 +57,7 @@ class Candidate:
     parts: int
     masked: bool
     why: str
+    seems_head: bool = False
 
     @property
     def has_operator(self) -> bool:
@@ -107,6 +115,8 @@ def find_candidates(
     include: Sequence[Selector] = (),
     exclude: Sequence[Selector] = (),
     held: Container[int] | None = None,
+    *,
+    mask_heads: bool = False,
 ) -> tuple[Candidate, ...]:
     """List the linear and convolution layers of `model` and decide for each whether its weight is masked.
 
@@ -119,6 +129,7 @@ def find_candidates(
         include: Selectors of layers to mask although they look like the output head.
         exclude: Selectors of layers to leave dense.
         held: Ids of the parameters that an optimizer holds; others are left dense. ``None``: all are held.
+        mask_heads: Whether layers that only seem to be the output head are masked as well, for an audit to decide.
 
     Raises:
         ValueError: A selector matches no layer, no layer at all is left to mask, a weight is not materialised yet
@@ -140,10 +151,10 @@ def find_candidates(
             owners.setdefault(id(parameter), set()).add(id(module))
 
     def verdict(name: str, module: nn.Module, kind: LayerKind, is_last: bool) -> tuple[bool, str]:
-        weight = getattr(module, kind.weight_name, None)
+        weight = _stored_weight(module, kind)
         if isinstance(weight, nn.parameter.UninitializedParameter):
             raise ValueError(f"layer {name!r} is lazy and has no weight yet: run one batch through the model first")
-        if not isinstance(weight, nn.Parameter):
+        if is_parametrized(module, kind.weight_name) or not isinstance(weight, nn.Parameter):
             return False, "its weight is not a plain parameter"
         if any(_matches(selector, name, module) for selector in exclude):
             return False, "excluded"
@@ -156,19 +167,22 @@ def find_candidates(
         if any(_matches(selector, name, module) for selector in include):
             return True, "included"
         if is_last or name.rpartition(".")[2] in _HEAD_NAMES:
-            return False, "output head"
+            return False, HEAD
         return True, ""
 
     candidates = []
     for index, (name, module, kind) in enumerate(found):
         masked, why = verdict(name, module, kind, is_last=index == len(found) - 1)
-        weight = getattr(module, kind.weight_name)
+        seems_head = why == HEAD
+        if seems_head and mask_heads:
+            masked, why = True, ""
+        weight = _stored_weight(module, kind)
         shard = _shard(model, name, module, kind, asked_for=masked or not isinstance(weight, nn.Parameter))
         why_dense = f"no sparse operator: {shard.why_dense}" if shard.why_dense else kind.why_dense(module)
         parts = _fused_parts(name, shard.shape, kind) if masked else 1
-        candidates.append(Candidate(name, module, kind, weight, shard, why_dense, parts, masked, why))
-    if not any(candidate.masked for candidate in candidates):
-        reasons = {candidate.name: candidate.why for candidate in candidates}
+        candidates.append(Candidate(name, module, kind, weight, shard, why_dense, parts, masked, why, seems_head))
+    if not any(candidate.masked and not candidate.seems_head for candidate in candidates):
+        reasons = {candidate.name: candidate.why or HEAD for candidate in candidates}
         thawed_later = any(candidate.why in (_FROZEN, _NOT_HELD) for candidate in candidates)
         raise ValueError(
             "the model has no layer to mask: expected at least one linear or convolution layer besides the output head"
@@ -183,14 +197,26 @@ def find_candidates(
     return tuple(candidates)
 
 
+def _stored_weight(module: nn.Module, kind: LayerKind) -> Any:
+    """Return a layer's weight as stored; of a parametrized one the parameter of its shape that it is made from.
+
+    The attribute of a parametrized weight is not read: that computes it, and spectral_norm's power iteration goes on.
+    """
+    if is_parametrized(module, kind.weight_name):
+        return max(module.parametrizations[kind.weight_name].parameters(recurse=False), key=Tensor.numel)  # type: ignore[index,union-attr]
+    return getattr(module, kind.weight_name)
+
+
 def _shard(model: nn.Module, name: str, module: nn.Module, kind: LayerKind, asked_for: bool) -> Shard:
     """Return the layout of a layer's weight over ranks; for one that is not to be masked, its shape is enough."""
+    if is_parametrized(module, kind.weight_name):
+        return Whole(_stored_weight(module, kind), kind.transposed)
     try:
         return shard_of(model, module, kind.weight_name, kind.transposed)
     except ValueError as error:
         if asked_for:
             raise ValueError(f"layer {name!r}: {error}") from error
-        return Whole(getattr(module, kind.weight_name), kind.transposed)
+        return Whole(_stored_weight(module, kind), kind.transposed)
 
 
 def thawed_layers(candidates: Sequence[Candidate], held: Container[int]) -> list[str]:

@@ -37,9 +37,26 @@ NO_STATE = "holds no state of DGMCallback"
 
 
 class Look(pl.Callback):
-    """Remembers masks and weights as the training starts from them."""
+    """Remembers masks and weights as the training starts from them, or after some steps.
+
+    Args:
+        after: number of steps of this fit after which it looks.
+
+    """
+
+    def __init__(self, after: int = 0) -> None:
+        self.after = after
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.after == 0:
+            self.look(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        self.after -= 1
+        if self.after == 0:
+            self.look(trainer, pl_module)
+
+    def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         dgm = next(c for c in trainer.callbacks if isinstance(c, DGMCallback))  # type: ignore[attr-defined]
         self.masks = dgm.masks()
         self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
@@ -134,21 +151,24 @@ def test_units_that_an_update_has_just_grown_cannot_be_told_and_are_drawn(
 
 def save_dense(run: Run, step: int, path: Path) -> None:
     """Train without the callback, and save after a step."""
+    pl.seed_everything(0, verbose=False)
     trainer = make_trainer(SaveAt("on_train_batch_end", step, path), max_steps=STEPS, max_epochs=-1)
     trainer.fit(run.module(), run.loader())
 
 
 @pytest.mark.parametrize("cls", [TinyMLP, MLP])
 def test_dense_weights_keep_their_largest_units_at_the_density_of_that_step(cls: Any, tmp_path: Path) -> None:
-    run, path = Run(cls), tmp_path / "dense.ckpt"
+    """After one more dense step, which shows the layers that train."""
+    run, path, later = Run(cls), tmp_path / "dense.ckpt", tmp_path / "later.ckpt"
     save_dense(run, 14, path)
-    look = Look()
-    with pytest.warns(UserWarning, match="2 of 2 masked layers .* hold fewer zeros .* the rest is set to zero"):
+    save_dense(run, 15, later)
+    look = Look(after=1)
+    with pytest.warns(UserWarning, match="no layer holds zeros: the largest units stay active, once the next step"):
         module, callback, trainer = run.fit(look, ckpt=path)
     assert callback.controller.steps == STEPS == trainer.global_step
-    assert look.controller == (14, 14)
-    dense = load(path)["state_dict"]
-    density = callback.schedule(14).density
+    assert look.controller == (15, 15)
+    dense = load(later)["state_dict"]
+    density = callback.schedule(15).density
     sizes = [(mask.sum() / mask.numel()).item() for mask in look.kept]
     assert sum(sizes) / 2 == pytest.approx(density, rel=0.02)
     for (name, mask), kept in zip(look.masks.items(), look.kept, strict=True):
@@ -169,10 +189,12 @@ def test_dense_weights_keep_their_largest_units_at_the_density_of_that_step(cls:
 def test_dense_weights_of_a_frozen_run_keep_every_value(tmp_path: Path) -> None:
     run, path = Run(TinyMLP, config={"inactive": "frozen"}), tmp_path / "dense.ckpt"
     save_dense(run, 14, path)
-    look = Look()
-    with pytest.warns(UserWarning, match="the rest is kept as it is, without updates"):
+    save_dense(run, 15, tmp_path / "later.ckpt")
+    look = Look(after=1)
+    with pytest.warns(UserWarning, match=NO_STATE):
         run.fit(look, ckpt=path)
-    assert differences(look.weights, dict(load(path)["state_dict"])) == []
+    assert look.masks.keys() == {"net.0", "net.2"}
+    assert differences(look.weights, dict(load(tmp_path / "later.ckpt")["state_dict"])) == []
 
 
 def test_backends_are_chosen_for_the_tokens_of_the_resumed_run(tmp_path: Path) -> None:
@@ -193,7 +215,7 @@ def test_missing_callback_on_resume_warns_and_its_next_checkpoint_can_be_taken_u
     with pytest.warns(UserWarning, match=r"Please add the following callbacks: \['DGMCallback'\]"):
         trainer.fit(run.module(), run.loader(), ckpt_path=saved[12])
     assert "DGMCallback" not in load(save.path)["callbacks"]
-    with pytest.warns(UserWarning, match="hold fewer zeros than the schedule leaves"):
+    with pytest.warns(UserWarning, match="no layer holds zeros: the largest units stay active"):
         module, callback, _ = run.fit(ckpt=save.path)
     assert_final(module, callback)
 
@@ -228,15 +250,15 @@ def test_weights_only_checkpoint_is_refused_by_lightning_and_its_weights_start_a
 
     module = TinyMLP.load_from_checkpoint(path, weights_only=True)
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    look, callback = Look(), DGMCallback(DGMConfig(schedule=SCHEDULE))
-    trainer = make_trainer(callback, look, max_steps=STEPS, max_epochs=-1)
+    look, drawn, callback = Look(), Look(after=1), DGMCallback(DGMConfig(schedule=SCHEDULE))
+    trainer = make_trainer(callback, look, drawn, max_steps=STEPS, max_epochs=-1)
     caplog.set_level("INFO", logger="lightning.pytorch")
     trainer.fit(module, run.loader())
     assert caplog.text.count("A new run starts from weights with zeros: 2 of 2 masked layers (net.0, net.2)") == 1
     assert differences(look.weights, before) == [], "no trained weight was dropped or scaled"
     for name, mask in dgm.masks().items():
-        assert (look.masks[name] & mask).sum() == mask.sum(), "what was active stays active"
-        assert look.masks[name].sum() > 3 * mask.sum()
+        assert (drawn.masks[name] & mask).sum() == mask.sum(), "what was active stays active"
+        assert drawn.masks[name].sum() > 3 * mask.sum()
     assert_final(module, callback)
     assert type(trained) is TinyMLP
 

@@ -97,6 +97,8 @@ class Recorder(pl.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         masks = list(self.dgm.masks().values())
         before = next(reversed(self.history.values()), None)
+        if not masks:  # the first step is dense
+            return
         if before is None or any(not torch.equal(a, b) for a, b in zip(before, masks, strict=True)):
             self.history[trainer.global_step] = masks
 

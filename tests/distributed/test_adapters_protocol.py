@@ -134,4 +134,4 @@ def test_a_flat_weight_that_no_adapter_knows_is_refused() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
     net[0].weight = nn.Parameter(torch.zeros(24))
     with pytest.raises(ValueError, match=r"layer '0': the weight of a Linear must have at least two .* shape \(24,\)"):
-        DGMController(net, torch.optim.SGD(net.parameters(), 0.1), total_steps=30)
+        DGMController(net, torch.optim.SGD(net.parameters(), 0.1), total_steps=30, audit=False)

@@ -64,7 +64,9 @@ def loop(hook: str, setting: str, block_size: int, inactive: str, accumulate: in
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.0)
     ddp = DistributedDataParallel(model, **SETTINGS[setting])
     config = DGMConfig(schedule=SCHEDULE, units=Units(size=block_size), inactive=inactive)
-    controller = DGMController(model, optimizer, config, total_steps=STEPS, group=torch.distributed.group.WORLD)
+    controller = DGMController(
+        model, optimizer, config, total_steps=STEPS, group=torch.distributed.group.WORLD, audit=False
+    )
     units = None
     if hook == "ours":
         units = ActiveUnits(controller.masked_weights, lambda: controller.observing)

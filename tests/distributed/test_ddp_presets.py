@@ -55,7 +55,7 @@ def test_masks_are_the_same_on_both_ranks_random_growth_included() -> None:
 
 def test_control_another_seed_on_one_rank_is_seen() -> None:
     for ((error, _, _),) in jobs.run(fitted, 2, ("set",), spoil=True):
-        assert re.match(r"MasksDifferError: .* after mask update 1", error)
+        assert re.match(r"MasksDifferError: .* where masks were drawn, at step 1", error)
 
 
 def refused() -> list[str]:

@@ -59,7 +59,7 @@ def test_sparse_operators_really_run(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         run = rank["cpu operators"]
         assert {n: b for n, b in run["backends"].items() if b != "dense"} == dict.fromkeys(BLOCK_LAYERS, "cpu")
-        assert run["calls"] == {"linear": 60, "grad_input": 20, "grad_weight": 28}
+        assert run["calls"] == {"linear": 57, "grad_input": 19, "grad_weight": 26}  # the first step is dense
 
 
 def test_a_nan_that_one_rank_holds_drops_the_sample_on_all(ranks: list[dict[str, Any]]) -> None:
@@ -92,7 +92,7 @@ def train_five_numbers(use_orig_params: bool) -> dict[str, Any]:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     config = DGMConfig(EstDgm(update_every=3, observe_steps=1), units=Units(size=1))
     try:
-        dgm = DGMController(model, optimizer, config, total_steps=12)
+        dgm = DGMController(model, optimizer, config, total_steps=12, audit=False)
     except ValueError as error:
         return {"error": str(error)}
     with dgm:

@@ -56,10 +56,29 @@ class Save(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         if trainer.global_step == STEP:
             trainer.save_checkpoint(self.path)
+        if trainer.global_step == STEP + 1:
+            trainer.save_checkpoint(later(self.path))
+
+
+def later(path: Path) -> Path:
+    return path.with_suffix(".later")
 
 
 class Look(pl.Callback):
+    """Looks at the start, where zeros show the masks, or after the first step, which is dense where there are none."""
+
+    def __init__(self, origin: str) -> None:
+        self.origin = origin
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self.origin == "masked":
+            self.look(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        if self.origin == "dense" and trainer.global_step == STEP + 1:
+            self.look(trainer, pl_module)
+
+    def look(self, trainer: pl.Trainer, pl_module: Any) -> None:
         dgm = trainer.callbacks[0]  # type: ignore[attr-defined]
         (optimizer,) = trainer.optimizers
         self.seen = {
@@ -95,7 +114,7 @@ def recover(kind: str, origin: str, path: Path) -> dict[str, Any]:
         checkpoint["callbacks"].pop("DGMCallback", None)
         torch.save(checkpoint, path)
     torch.distributed.barrier()
-    dgm, look = [DGMCallback(DGMConfig(schedule=SCHEDULE, update_rule=UpdateRule(keep="magnitude")))], Look()
+    dgm, look = [DGMCallback(DGMConfig(schedule=SCHEDULE, update_rule=UpdateRule(keep="magnitude")))], Look(origin)
     told = fit(kind, *dgm, look, ckpt=path)
     return look.seen | {
         "told": sum("holds no state of DGMCallback" in message for message in told),
@@ -126,21 +145,24 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
 def test_recovered_masks_are_the_largest_units_of_the_whole_weights(
     ranks: list[dict[str, Any]], folder: Path, kind: str, origin: str
 ) -> None:
-    saved = torch.load(folder / f"{kind}-{origin}.ckpt", weights_only=True)["state_dict"]
+    path = folder / f"{kind}-{origin}.ckpt"
+    saved = torch.load(path if origin == "masked" else later(path), weights_only=True)["state_dict"]
     for rank, job in enumerate(ranks):
         found = job[f"{kind}, {origin}"]
-        assert found["steps"] == (STEP, STEP)
+        assert found["steps"] == ((STEP, STEP) if origin == "masked" else (STEP + 1, STEP + 1))
         assert found["told"] == (rank == 0)
-        assert ("as many zeros" if origin == "masked" else "fewer zeros") in found["recovered"]
+        assert ("as many zeros" if origin == "masked" else "no layer holds zeros") in found["recovered"]
         assert found["masks"].keys() == {"net.0", "net.2"}
         for name, mask in found["masks"].items():
             weight = saved[f"{name}.weight"]
             block = weight.shape[0] // mask.shape[0]
             assert block == (1 if "single" in kind else 16)
             norms = weight.unflatten(1, (-1, block)).unflatten(0, (-1, block)).square().sum((1, 3))
-            assert norms[mask].min() > norms[~mask].max()
+            near = 0.0 if origin == "masked" else 0.02 * block  # after another batch's step: the loader begins anew
+            assert norms[mask].min() > norms[~mask].max() - near
             kept = mask.repeat_interleave(block, 0).repeat_interleave(block, 1)
-            assert torch.equal(found["weights"][f"{name}.weight"], weight.where(kept, 0.0))
+            assert torch.count_nonzero(found["weights"][f"{name}.weight"][~kept]) == 0
+            torch.testing.assert_close(found["weights"][f"{name}.weight"], weight.where(kept, 0.0), rtol=0, atol=near)
             moment = found["moments"][f"{name}.weight"]
             assert torch.count_nonzero(moment[~kept]) == 0
             assert torch.count_nonzero(moment[kept]) > 0.5 * kept.sum()

@@ -60,7 +60,7 @@ def fitted_weights(mlp, config, steps, closure, widths=WIDTHS):
     optimizer = torch.optim.SGD(model.parameters(), 0.3, momentum=0.9)
     data = torch.Generator().manual_seed(0)
     seen = []
-    with DGMController(model, optimizer, config, total_steps=steps) as dgm:
+    with DGMController(model, optimizer, config, total_steps=steps, audit=False) as dgm:
         for _ in range(steps):
             x = torch.randn(16, widths[0], generator=data)
 

@@ -26,7 +26,9 @@ from lightning_estdgm.method._update_rule import UpdateRule
 def test_a_distribution_must_keep_to_the_budget(mlp, distribution, message):
     model = mlp(32, 64, 64, 4)
     with pytest.raises(ValueError, match=re.escape(message)):
-        DGMController(model, sgd(model), DGMConfig(units=Units(distribution=distribution, size=1)), total_steps=STEPS)
+        DGMController(
+            model, sgd(model), DGMConfig(units=Units(distribution=distribution, size=1)), total_steps=STEPS, audit=False
+        )
 
 
 class Fused(nn.Module):
@@ -48,7 +50,7 @@ def test_parts_of_a_fused_weight_have_budgets_of_their_own(block_size):
         model.qkv.weight[:64].mul_(10.0)  # queries and keys that would win every unit from the values
     optimizer = sgd(model)
     config = DGMConfig(EstDgm(update_every=4, observe_steps=2), units=Units(size=block_size, distribution="uniform"))
-    with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, config, total_steps=STEPS, audit=False) as dgm:
         note = "3 fused matrices, each with its own budget"
         assert [note in d.why for d in dgm.decisions()] == [True, False, False]
         for _ in fit(model, optimizer, dgm):
@@ -69,7 +71,7 @@ def test_without_parts_the_largest_weights_take_all():
     config = DGMConfig(
         schedule, units=Units(size=16, distribution="uniform"), update_rule=UpdateRule(drop_fraction=0.0)
     )
-    with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, config, total_steps=STEPS, audit=False) as dgm:
         run(model, optimizer, dgm)
     assert not dgm.masks()["0"].chunk(3)[2].any()
 

@@ -37,7 +37,7 @@ def test_the_loop_ends_at_the_final_density_with_exact_zeros_elsewhere(mlp, conf
     model = mlp(32, 128, 64, 4)
     optimizer = make(model)
     updates = 0
-    with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, config, total_steps=STEPS, audit=False) as dgm:
         for step, updated in fit(model, optimizer, dgm):
             updates += updated
             assert updated == (dgm.schedule(step + 1).update and step + 1 < STEPS)
@@ -60,7 +60,7 @@ def test_densities_follow_the_schedule_at_every_step(mlp):
     model = mlp(32, 128, 64, 4)
     optimizer = adamw(model)
     total = 128 * 32 + 64 * 128
-    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False) as dgm:
         for step, _ in fit(model, optimizer, dgm):
             plan = dgm.schedule(min(step + 1, STEPS - 1))
             assert dgm.density == round(plan.density * total) / total
@@ -72,7 +72,7 @@ def test_a_dense_warm_up_changes_nothing_until_it_ends(mlp):
     config = DGMConfig(EstDgm(warmup=10, update_every=4, observe_steps=2), units=Units(size=1))
     model, plain = mlp(32, 64, 4), mlp(32, 64, 4)
     optimizer, theirs = adamw(model), adamw(plain)
-    with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, config, total_steps=STEPS, audit=False) as dgm:
         assert (dgm.density, dgm.phase) == (1.0, "warmup")
         for step, _ in fit(model, optimizer, dgm, last=10):
             theirs.zero_grad()
@@ -91,14 +91,14 @@ def test_training_with_masks_learns(mlp):
     model = mlp(32, 128, 64, 4)
     optimizer = adamw(model)
     before = sum(loss_of(model, batch(s, 32)).item() for s in range(5000, 5010))
-    with DGMController(model, optimizer, WEIGHTS, total_steps=200) as dgm:
+    with DGMController(model, optimizer, WEIGHTS, total_steps=200, audit=False) as dgm:
         run(model, optimizer, dgm, last=200)
     assert sum(loss_of(model, batch(s, 32)).item() for s in range(5000, 5010)) < 0.7 * before
 
 
 def test_masks_are_copies(mlp):
     model = mlp(32, 64, 4)
-    with DGMController(model, adamw(model), WEIGHTS, total_steps=STEPS) as dgm:
+    with DGMController(model, adamw(model), WEIGHTS, total_steps=STEPS, audit=False) as dgm:
         dgm.masks()["0"].fill_(False)
         assert dgm.masks()["0"].any()
 
@@ -114,7 +114,7 @@ def test_close_takes_every_hook_and_class_away(mlp, config, steps):
     before = traces(model, optimizer)
     # By gradients, the first layer's inactive blocks are dead.
     config = config.merged(update_rule={"keep": "magnitude"})
-    dgm = DGMController(model, optimizer, config, total_steps=STEPS)
+    dgm = DGMController(model, optimizer, config, total_steps=STEPS, audit=False)
     assert traces(model, optimizer) != before
     run(model, optimizer, dgm, last=steps)
     weights = copy.deepcopy(model.state_dict())
@@ -136,7 +136,7 @@ def test_an_exception_leaves_nothing_behind(mlp):
     before = traces(model, optimizer)
 
     def interrupted():
-        with DGMController(model, optimizer, BLOCKS, total_steps=STEPS) as dgm:
+        with DGMController(model, optimizer, BLOCKS, total_steps=STEPS, audit=False) as dgm:
             run(model, optimizer, dgm, last=5)
             raise KeyboardInterrupt
 
@@ -148,7 +148,7 @@ def test_an_exception_leaves_nothing_behind(mlp):
 @pytest.mark.parametrize("config", [WEIGHTS, BLOCKS], ids=["weights", "blocks"])
 def test_state_dict_keys_are_the_dense_models(mlp, config):
     model = mlp(32, 128, 64, 4)
-    with DGMController(model, adamw(model), config, total_steps=STEPS):
+    with DGMController(model, adamw(model), config, total_steps=STEPS, audit=False):
         twin = mlp(32, 128, 64, 4, seed=1)
         twin.load_state_dict(model.state_dict(), strict=True)
         assert list(model.state_dict()) == list(twin.state_dict())
@@ -161,7 +161,7 @@ def test_state_dict_keys_are_the_dense_models(mlp, config):
 def test_a_model_under_way_can_be_copied_and_pickled(mlp, config, duplicate):
     model = mlp(32, 64, 64, 4)
     optimizer = adamw(model)
-    with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, config, total_steps=STEPS, audit=False) as dgm:
         early = duplicate(model)  # before the first step the model still holds the probes' hooks
         assert list(early.state_dict()) == list(model.state_dict())
         run(model, optimizer, dgm, last=8)
@@ -182,8 +182,8 @@ def test_a_compiled_model_trains_as_the_plain_one(mlp, config):
     compiled = torch.compile(inner, backend="aot_eager")
     one, two = sgd(plain), sgd(compiled)
     with (
-        DGMController(plain, one, config, total_steps=STEPS) as dgm,
-        DGMController(compiled, two, config, total_steps=STEPS) as other,
+        DGMController(plain, one, config, total_steps=STEPS, audit=False) as dgm,
+        DGMController(compiled, two, config, total_steps=STEPS, audit=False) as other,
     ):
         run(plain, one, dgm, last=16)
         run(compiled, two, other, last=16)
@@ -201,7 +201,7 @@ def test_a_compiled_model_trains_as_the_plain_one(mlp, config):
 def test_a_run_limited_by_time_moves_through_the_schedule_by_position(mlp):
     model = mlp(32, 64, 64, 4)
     optimizer = adamw(model)
-    with DGMController(model, optimizer, WEIGHTS, total_steps=1000) as dgm:
+    with DGMController(model, optimizer, WEIGHTS, total_steps=1000, audit=False) as dgm:
         updates = 0
         for step in range(60):
             optimizer.zero_grad()
@@ -216,7 +216,7 @@ def test_a_run_limited_by_time_moves_through_the_schedule_by_position(mlp):
 def test_a_position_does_not_go_backwards(mlp):
     model = mlp(32, 64, 4)
     optimizer = adamw(model)
-    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False) as dgm:
         run(model, optimizer, dgm, last=5)
         loss_of(model, batch(0, 32)).backward()
         optimizer.step()
@@ -230,10 +230,10 @@ def test_a_position_does_not_go_backwards(mlp):
 def test_a_model_has_one_controller_at_a_time(mlp):
     model = mlp(32, 64, 64, 4)
     with (
-        DGMController(model, sgd(model), BLOCKS, total_steps=STEPS),
+        DGMController(model, sgd(model), BLOCKS, total_steps=STEPS, audit=False),
         pytest.raises(ValueError, match="under another DGMController already: close that one first"),
     ):
-        DGMController(model, sgd(model), BLOCKS, total_steps=STEPS)
+        DGMController(model, sgd(model), BLOCKS, total_steps=STEPS, audit=False)
 
 
 def test_no_layer_to_mask_is_refused():
@@ -250,7 +250,7 @@ def test_a_selector_that_matches_nothing_is_refused(mlp):
 
 def test_a_weight_in_no_optimizer_stays_dense(mlp):
     model = mlp(32, 64, 64, 4)
-    with DGMController(model, sgd(model[2]), WEIGHTS, total_steps=STEPS) as dgm:
+    with DGMController(model, sgd(model[2]), WEIGHTS, total_steps=STEPS, audit=False) as dgm:
         first = dgm.decisions()[0]
         assert (first.masked, first.why) == (False, "no optimizer holds its weight")
         assert list(dgm.masks()) == ["2"]

@@ -14,13 +14,15 @@ def resumed(mlp, config, stop, tamper=lambda state: None, load_late=False):
     """Train to `stop`, save all, and go on in new objects."""
     model = mlp(32, 256, 128, 4)
     optimizer = adamw(model)
-    with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, config, total_steps=STEPS, audit=False) as dgm:
         run(model, optimizer, dgm, last=stop)
         state = saved({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "dgm": dgm.state_dict()})
     tamper(state["dgm"])
     model = mlp(32, 256, 128, 4, seed=99)
     optimizer = adamw(model)
-    with DGMController(model, optimizer, config, total_steps=STEPS, state=None if load_late else state["dgm"]) as dgm:
+    with DGMController(
+        model, optimizer, config, total_steps=STEPS, state=None if load_late else state["dgm"], audit=False
+    ) as dgm:
         if load_late:
             dgm.load_state_dict(state["dgm"])
         model.load_state_dict(state["model"])
@@ -38,7 +40,7 @@ def straight():
         if config not in results:
             model = mlp(32, 256, 128, 4)
             optimizer = adamw(model)
-            with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
+            with DGMController(model, optimizer, config, total_steps=STEPS, audit=False) as dgm:
                 run(model, optimizer, dgm)
             results[config] = model, optimizer, dgm
         return results[config]
@@ -112,7 +114,7 @@ def test_a_waiting_update_is_resumed(mlp):
         for first, last in ((0, stop), (stop, 12)):
             with (
                 warnings.catch_warnings(),
-                DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, state=state) as dgm,
+                DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, state=state, audit=False) as dgm,
             ):
                 warnings.simplefilter("ignore")
                 for step in range(first, last):

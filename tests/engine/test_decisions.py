@@ -14,7 +14,7 @@ from lightning_estdgm.engine._decisions import LayerDecision, layer_decisions
 def test_defaults_choose_something_that_works(mlp):
     model = mlp(64, 256, 256, 4)
     optimizer = adamw(model)
-    with DGMController(model, optimizer, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, total_steps=STEPS, audit=False) as dgm:
         run(model, optimizer, dgm, width=64)
         assert dgm.density == pytest.approx(0.1, abs=32 * 32 / (64 * 256 + 256 * 256))
         decisions = {d.name: d for d in dgm.decisions()}

@@ -37,7 +37,7 @@ def test_a_forced_backend_that_cannot_run_is_refused(mlp):
 def test_a_forced_backend_is_used_from_the_first_step_on(mlp):
     model = mlp(32, 64, 64, 4)
     optimizer = adamw(model)
-    with DGMController(model, optimizer, BLOCKS, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, BLOCKS, total_steps=STEPS, audit=False) as dgm:
         for _ in fit(model, optimizer, dgm):
             assert [d.backend for d in dgm.decisions()] == ["cpu", "cpu", "dense"]
         assert [d.why for d in dgm.decisions()] == ["forced", "forced", "output head"]
@@ -46,7 +46,7 @@ def test_a_forced_backend_is_used_from_the_first_step_on(mlp):
 def test_single_weights_of_a_convolution_run_dense_and_say_so_whatever_backend_is_forced():
     model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.Flatten(), nn.Linear(8 * 6, 16), nn.Linear(16, 2))
     config = DGMConfig(units=Units(size=1), backend="reference")
-    with DGMController(model, torch.optim.SGD(model.parameters(), 0.1), config, total_steps=20) as dgm:
+    with DGMController(model, torch.optim.SGD(model.parameters(), 0.1), config, total_steps=20, audit=False) as dgm:
         found = {decision.name: decision for decision in dgm.decisions()}
     assert found["0"].backend == "dense"
     assert "no sparse operator for single weights of a convolution" in found["0"].why
@@ -117,13 +117,13 @@ def test_a_resumed_run_knows_what_its_convolutions_are_given(monkeypatch):
     asked.cases.clear()
     copied = Residual()
     copied.load_state_dict(model.state_dict())
-    with DGMController(copied, sgd(copied), IMAGES, total_steps=STEPS, state=saved(state)) as resumed:
+    with DGMController(copied, sgd(copied), IMAGES, total_steps=STEPS, state=saved(state), audit=False) as resumed:
         resumed._dispatch.apply()
     assert {(c.batch, c.height, c.width) for c in asked.cases} == seen
     # A state from before there were such operators: choices are for an image of no particular size.
     del state["images"]
     asked.cases.clear()
-    with DGMController(copied, sgd(copied), IMAGES, total_steps=STEPS, state=saved(state)) as resumed:
+    with DGMController(copied, sgd(copied), IMAGES, total_steps=STEPS, state=saved(state), audit=False) as resumed:
         resumed._dispatch.apply()
         assert {c.geometry.output_size(c.height, c.width) for c in asked.cases} == {(14, 14), (1, 196)}
 

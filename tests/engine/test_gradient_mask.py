@@ -12,7 +12,7 @@ from lightning_estdgm.engine._gradient_mask import mask_gradients_
 def test_gradients_are_masked_also_where_they_are_infinite_and_without_the_call(mlp):
     model = mlp(32, 64, 4)
     optimizer = sgd(model)
-    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False) as dgm:
         off = ~dgm.masks()["0"]
         loss_of(model, batch(0, 32)).backward()
         model[0].weight.grad[off] = float("inf")
@@ -45,7 +45,7 @@ def replace(model, gradient):
 def test_the_optimizer_gets_masked_gradients_and_untouched_ones_are_not_masked_again(mlp, config, touch):
     model = mlp(32, 128, 64, 4)
     optimizer = sgd(model)
-    with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, config, total_steps=STEPS, audit=False) as dgm:
         seen = []
         optimizer.register_step_pre_hook(lambda *_: seen.append((weight.grad.clone(), weight.grad._version)))
         weight, off = model[0].weight, ~full_masks(dgm)["0"]
@@ -68,7 +68,7 @@ def test_views_of_one_buffer_are_told_to_be_masked(mlp):
     """As DDP and FSDP make gradients: torch counts the writes to all of them together."""
     model = mlp(32, 64, 64, 4)
     optimizer = sgd(model)
-    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False) as dgm:
         loss_of(model, batch(0, 32)).backward()
         buffer = torch.cat([p.grad.flatten() for p in model.parameters()])
         for p, part in zip(model.parameters(), buffer.split([p.numel() for p in model.parameters()]), strict=True):

@@ -102,7 +102,7 @@ def trained(
     model = make_mlp(16, 32, 32, 4, dtype=torch.float64)
     net, optimizer = (model, make(model)) if wrap is None else wrap(model, make(model))
     generator = torch.Generator().manual_seed(0)
-    with DGMController(net, optimizer, WEIGHTS, total_steps=STEPS) as dgm:
+    with DGMController(net, optimizer, WEIGHTS, total_steps=STEPS, audit=False) as dgm:
         for _ in range(STEPS):
             x = torch.randn(8, 16, dtype=torch.float64, generator=generator)
             optimizer.zero_grad()
@@ -137,7 +137,7 @@ def test_fabrics_optimizer_trains_as_the_one_it_wraps(mlp: Any, expected: tuple[
 def test_a_step_that_raises_is_no_longer_under_way(mlp: Any) -> None:
     model = mlp(16, 32, 32, 4)
     optimizer = sgd(model)
-    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False) as dgm:
 
         def closure() -> None:
             raise RuntimeError("no loss today")
@@ -155,4 +155,4 @@ def test_a_step_that_raises_is_no_longer_under_way(mlp: Any) -> None:
 def test_an_optimizer_whose_steps_cannot_be_seen_is_refused_by_name(mlp: Any) -> None:
     model = mlp(16, 32, 32, 4)
     with pytest.raises(ValueError, match=r"steps of 2 masked layers \(0, 2\) cannot be seen: Blind runs no step hooks"):
-        DGMController(model, Blind(model.parameters()), WEIGHTS, total_steps=STEPS)
+        DGMController(model, Blind(model.parameters()), WEIGHTS, total_steps=STEPS, audit=False)

@@ -10,7 +10,7 @@ from helpers.controller_runs import SCHEDULE, STEPS, WEIGHTS, adamw, refuse, sgd
 from helpers.masked_weights import masked_weight, numbered
 from lightning_estdgm.config import DGMConfig, StepSize, Units
 from lightning_estdgm.engine._controller import DGMController
-from lightning_estdgm.engine._initialisation import describe_drawn, describe_recovered, draw_masks
+from lightning_estdgm.engine._initialisation import describe_recovered, describe_zeros, draw_masks, keep_zeros
 from lightning_estdgm.method._patterns import NofM
 from lightning_estdgm.presets import preset
 
@@ -24,7 +24,7 @@ from lightning_estdgm.presets import preset
 )
 def test_initial_weights_are_scaled(mlp, config, factor):
     model, plain = mlp(32, 128, 64, 4), mlp(32, 128, 64, 4)
-    with DGMController(model, adamw(model), config, total_steps=STEPS) as dgm:
+    with DGMController(model, adamw(model), config, total_steps=STEPS, audit=False) as dgm:
         for name, mask in dgm.masks().items():
             scale = dgm.layer_densities()[name] ** -0.5 if factor else 1.0
             expected = plain.get_submodule(name).weight * mask * scale
@@ -37,7 +37,7 @@ def test_the_seed_decides_the_first_masks_and_nothing_else_does(mlp):
         torch.seed()
         model = mlp(32, 64, 4)
         with DGMController(
-            model, adamw(model), DGMConfig(SCHEDULE, units=Units(size=1), seed=seed), total_steps=STEPS
+            model, adamw(model), DGMConfig(SCHEDULE, units=Units(size=1), seed=seed), total_steps=STEPS, audit=False
         ) as dgm:
             return dgm.masks()["0"]
 
@@ -52,7 +52,9 @@ def test_a_forced_block_that_does_not_fit_is_refused_with_the_layers_name(mlp):
 
 def test_an_automatic_block_falls_back_and_says_so(mlp):
     model = mlp(64, 100, 128, 128, 4)
-    with DGMController(model, adamw(model), DGMConfig(SCHEDULE, backend="dense"), total_steps=STEPS) as dgm:
+    with DGMController(
+        model, adamw(model), DGMConfig(SCHEDULE, backend="dense"), total_steps=STEPS, audit=False
+    ) as dgm:
         assert [(d.name, d.block_size) for d in dgm.decisions() if d.masked] == [("0", 1), ("2", 1), ("4", 16)]
         assert "no block of 16, 32, 64, 128 divides both dimensions" in dgm.decisions()[0].why
         assert dgm.decisions()[2].why == ""
@@ -61,14 +63,14 @@ def test_an_automatic_block_falls_back_and_says_so(mlp):
 def test_an_older_run_keeps_its_units_where_automatic_blocks_are_others_now():
     model = nn.Sequential(nn.Conv2d(128, 128, 1), nn.Flatten(), nn.Linear(128, 4))
     config = DGMConfig(SCHEDULE, backend="dense")
-    with DGMController(model, sgd(model), config.merged(units={"size": 1}), total_steps=STEPS) as dgm:
+    with DGMController(model, sgd(model), config.merged(units={"size": 1}), total_steps=STEPS, audit=False) as dgm:
         state = dgm.state_dict()
         masks = dgm.masks()
-    with DGMController(model, sgd(model), config, total_steps=STEPS, state=state) as resumed:
+    with DGMController(model, sgd(model), config, total_steps=STEPS, state=state, audit=False) as resumed:
         assert resumed.decisions()[0].block_size == 1
         assert resumed.decisions()[0].why == "units of 1 as in the checkpoint"
         assert torch.equal(resumed.masks()["0"], masks["0"])
-    with DGMController(model, sgd(model), config, total_steps=STEPS) as new:
+    with DGMController(model, sgd(model), config, total_steps=STEPS, audit=False) as new:
         assert new.decisions()[0].block_size == 16
 
 
@@ -83,21 +85,30 @@ def test_layers_that_do_not_fit_are_named(mlp):
         ),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
-            DGMController(model, optimizer, config, total_steps=8)
+            DGMController(model, optimizer, config, total_steps=8, audit=False)
 
 
 @pytest.mark.parametrize(
-    ("held", "message"),
+    ("values", "budget", "kept"),
     [
-        ((2, 1), ""),
-        ((2, 2), ""),  # all of its units hold weights: the mask is drawn among them
-        ((1, 2), "1 of 2 masked layers (0) hold zeros as an earlier mask leaves them: what is not zero stays active"),
+        ([[5.0, 0.0]], 1, True),
+        ([[5.0, 6.0]], 1, False),  # all of its units hold weights: the mask is drawn among them
+        ([[5.0, 0.0]], 2, False),  # nothing will be inactive
+        ([[0.0, 0.0]], 1, False),  # it starts from zero, as an adapter does
     ],
 )
-def test_zeros_of_an_earlier_mask_are_told(held, message):
-    weights = [numbered([[1, 0]]), numbered([[1, 1]])]
-    assert describe_drawn(weights, held).startswith(message)
-    assert bool(describe_drawn(weights, held)) == bool(message)
+def test_zeros_of_an_earlier_mask_are_kept_and_told(values, budget, kept):
+    weight = masked_weight(torch.tensor(values), torch.ones(1, 2, dtype=torch.bool))
+    found = keep_zeros([weight], [[budget]])
+    assert found == [weight] * kept
+    assert weight.whole_mask().tolist() == ([[True, False]] if kept else [[True, True]])
+    assert weight.weight.tolist() == values
+    message = describe_zeros(found, 2)
+    assert bool(message) == kept
+    if kept:
+        assert message.startswith(
+            "1 of 2 masked layers (0) hold zeros as an earlier mask leaves them: what is not zero"
+        )
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def test_grown_weights_start_at_zero_with_a_clean_state(mlp):
     model = mlp(32, 64, 4)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     grown_any = dropped_any = False
-    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False) as dgm:
         before = dgm.masks()["0"]
         for _, updated in fit(model, optimizer, dgm):
             after = dgm.masks()["0"]
@@ -38,7 +38,7 @@ def test_grown_weights_start_at_zero_with_a_clean_state(mlp):
 def test_explored_and_churn(mlp):
     model = mlp(32, 64, 64, 4)
     optimizer = adamw(model)
-    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False) as dgm:
         seen = dgm.masks()
         before = dgm.masks()
         assert dgm.explored == dgm.density
@@ -61,7 +61,7 @@ def small_model(inactive="zero", density=0.5):
     candidates = candidates_of((8, 4), (16, 8), (2, 2))
     config = DGMConfig(units=Units(size=1, distribution="uniform"), inactive=inactive)
     model = MaskedModel(candidates, config, None, None)
-    model.draw(density)
+    model.draw(model.weights, density)
     return model
 
 
@@ -101,7 +101,7 @@ def test_states_are_cleared_at_the_inactive_units_of_all_layers_or_the_given_one
     first.clear_optimizer_state_(states, torch.ones_like(first.mask))
     assert not states[first.parameter]["exp_avg"].any()
     assert states[second.parameter]["exp_avg"].all()
-    model.clear_optimizer_states_([states])
+    model.clear_optimizer_states_(model.weights, [states])
     assert torch.equal(states[second.parameter]["exp_avg"].bool(), second.mask)
 
 

@@ -12,7 +12,7 @@ from lightning_estdgm.engine._observation import Window, observe
 def test_buffers_exist_only_inside_a_window(mlp):
     model = mlp(32, 64, 4)
     optimizer = adamw(model)
-    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False) as dgm:
         for step, _ in fit(model, optimizer, dgm):
             window = dgm.state_dict()["layers"]["0"]["window"]
             seen = sum(dgm.schedule(s).observe for s in (step - 1, step)) if dgm.schedule(step).observe else 0
@@ -24,7 +24,7 @@ def test_the_first_call_in_a_step_is_the_one_observed(mlp):
     def final(calls):
         model = mlp(32, 64, 4)
         optimizer = sgd(model)
-        with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS) as dgm:
+        with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False) as dgm:
             for step in range(STEPS):
                 optimizer.zero_grad()
                 loss_of(model, batch(step, 32)).backward()
@@ -42,7 +42,7 @@ def test_a_gradient_scale_is_taken_out(mlp):
     def final(scales, told):
         model = mlp(32, 64, 4)
         optimizer = sgd(model)
-        with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS) as dgm:
+        with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False) as dgm:
             for step in range(STEPS):
                 scale = scales[step % 2]
                 optimizer.zero_grad()
@@ -64,7 +64,7 @@ def fit_with_bad_gradients(mlp, bad_steps, value=float("nan")):
     model = mlp(32, 64, 64, 4)
     optimizer = sgd(model)
     updated = []
-    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False) as dgm:
         for step in range(STEPS):
             optimizer.zero_grad()
             loss_of(model, batch(step, 32)).backward()

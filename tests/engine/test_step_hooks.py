@@ -22,7 +22,7 @@ def test_param_groups_stay_as_the_user_made_them(mlp):
         return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
 
     held = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
-    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False) as dgm:
         for step, _ in fit(model, optimizer, dgm):
             before = settings()
             scheduler.step()
@@ -37,8 +37,8 @@ def test_two_optimizers_each_keep_their_own_layers(mlp):
     second = torch.optim.SGD([*model[2].parameters(), *model[4].parameters()], 0.1)
     both = sgd(single)
     with (
-        DGMController(model, [first, second], WEIGHTS, total_steps=STEPS) as dgm,
-        DGMController(single, both, WEIGHTS, total_steps=STEPS) as other,
+        DGMController(model, [first, second], WEIGHTS, total_steps=STEPS, audit=False) as dgm,
+        DGMController(single, both, WEIGHTS, total_steps=STEPS, audit=False) as other,
     ):
         for step in range(STEPS):
             first.zero_grad()
@@ -57,7 +57,7 @@ def test_steps_are_counted_when_only_one_of_two_optimizers_steps(mlp):
     model = mlp(32, 64, 64, 4)
     first = torch.optim.SGD(model[0].parameters(), 0.1)
     second = torch.optim.SGD([*model[2].parameters(), *model[4].parameters()], 0.1)
-    with DGMController(model, [first, second], WEIGHTS, total_steps=STEPS) as dgm:
+    with DGMController(model, [first, second], WEIGHTS, total_steps=STEPS, audit=False) as dgm:
         assert not dgm.advance()
         assert dgm.steps == 0
         for step in range(6):
@@ -76,7 +76,7 @@ def test_lbfgs_with_a_closure(mlp):
     model = mlp(32, 64, 4)
     optimizer = torch.optim.LBFGS(model.parameters(), 0.1, max_iter=3)
     losses = []
-    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False) as dgm:
         for _ in range(STEPS):
 
             def closure():

@@ -19,7 +19,7 @@ def test_a_layer_steps_as_its_density_asks(mlp, make, exponent):
     )
     model = mlp(32, 128, 64, 4, dtype=torch.float64)
     optimizer = make(model)
-    with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, config, total_steps=STEPS, audit=False) as dgm:
         for step in range(5):
             twin = copy.deepcopy(model)
             plain = make(twin)
@@ -45,7 +45,7 @@ def test_a_layer_steps_as_its_density_asks(mlp, make, exponent):
 def test_the_copy_before_a_step_holds_few_active_blocks_alone(mlp):
     model = mlp(64, 128, 64, 4)
     optimizer = adamw(model)
-    with DGMController(model, optimizer, BLOCKS, total_steps=STEPS) as dgm:
+    with DGMController(model, optimizer, BLOCKS, total_steps=STEPS, audit=False) as dgm:
         for _ in fit(model, optimizer, dgm, width=64):
             kept = [layer.snapshot.values for layer in dgm.masked_weights]
             for layer, copied in zip(dgm.masked_weights, kept, strict=True):

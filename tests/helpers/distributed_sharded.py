@@ -183,11 +183,12 @@ class Watch(pl.Callback):
     def on_train_batch_end(self, *args: Any) -> None:
         controller = self.dgm.controller
         assert controller is not None
-        samples = [layer.window.samples if layer.window else 0 for layer in controller.masked_weights]
+        masked = [layer for layer in controller.masked_weights if layer.name in controller.layer_densities()]
+        samples = [layer.window.samples if layer.window else 0 for layer in masked]
         self.steps.append((controller.steps, controller.updates, controller.observing, samples))
         if controller.steps in self.keep_masks_at:
             self.masks[controller.steps] = controller.masks()
-        for layer in controller.masked_weights:
+        for layer in masked:
             self.held[layer.name] = max(self.held.get(layer.name, 0), held_elements(layer))
 
 
@@ -198,8 +199,9 @@ class Forget(pl.Callback):
         self.dgm = dgm
 
     def on_train_start(self, *args: Any) -> None:
-        for layer in self.dgm.controller.masked_weights:  # type: ignore[union-attr]
-            assert layer.window is not None
+        windows = [layer for layer in self.dgm.controller.masked_weights if layer.window]  # type: ignore[union-attr]
+        assert len(windows) == len(self.dgm.masks())
+        for layer in windows:
             layer.window = None
 
 

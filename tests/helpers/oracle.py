@@ -72,7 +72,7 @@ def train(
 ):
     """Train `model` in place, masking the weights `names`; return {step: masks} at each change of the masks.
 
-    A batch is a list of micro-batches, whose mean loss is descended.
+    A batch is a list of micro-batches, whose mean loss is descended. The first step is dense: masks are drawn after it.
     """
     weights = [dict(model.named_parameters())[f"{name}.weight"] for name in names]
     shapes = [tuple(w.shape) for w in weights]
@@ -89,18 +89,23 @@ def train(
 
     plan = changes(phases, every, freeze)
     counts = [math.prod(s) // size for s in shapes]
-    generator, masks, seen, history = torch.Generator().manual_seed(seed), None, None, {}
+    generator, seen, history = torch.Generator().manual_seed(seed), [], {}
+    masks = [torch.ones(norm(w).shape, dtype=torch.bool) for w in weights]
     for step, batch in enumerate(batches):
-        if step in plan:
-            units = erk_units(shapes, counts, [size] * len(counts), plan[step])
+        if step == 1 or (step in plan and step > 0):
+            units = erk_units(shapes, counts, [size] * len(counts), plan.get(step, plan[0]))
             with torch.no_grad():
-                if masks is None:
+                if step == 1:
                     masks = [
                         top(torch.rand(norm(w).shape, generator=generator), k)
                         for w, k in zip(weights, units, strict=True)
                     ]
                     for w, m in zip(weights, masks, strict=True) if inactive == "zero" else ():
                         w.masked_fill_(~full(m), 0.0).mul_(rho(m) ** -0.5 if scale_init else 1.0)
+                    for w, m in zip(weights, masks, strict=True):
+                        for value in optimizer.state[w].values() if clear_state else ():
+                            if torch.is_tensor(value) and value.shape == w.shape:
+                                value.masked_fill_(~full(m), 0.0)
                 else:
                     fraction = drop * 0.5 * (1 + math.cos(math.pi * step / max(plan)))
                     for i, (w, k) in enumerate(zip(weights, units, strict=True)):

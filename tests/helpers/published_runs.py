@@ -32,7 +32,7 @@ def trained(mlp, config, steps=STEPS, widths=WIDTHS, seed=0):
     optimizer = torch.optim.SGD(model.parameters(), 0.3, momentum=0.9)
     data = torch.Generator().manual_seed(seed)
     updates, masks, window = {}, [], []
-    with DGMController(model, optimizer, config, total_steps=steps) as dgm:
+    with DGMController(model, optimizer, config, total_steps=steps, audit=False) as dgm:
         layers = {name: model.get_submodule(name) for name in dgm.masks()}
         for step in range(steps):
             masks.append({name: mask.numpy() for name, mask in dgm.masks().items()})

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +18,7 @@ from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._decisions import LayerDecision
 
 _WATCHED = ("dgm/density", "dgm/phase")  # in trainer.callback_metrics
+_MOSTLY = 5  # times as many frozen weights as masked ones
 _NAMED = 5  # weights named, the rest counted
 
 
@@ -56,6 +58,7 @@ class DGMLog:
         if not self._printed:
             self._printed = True
             self._print(controller.decisions())
+            self._warn_frozen(controller)
         if updated or controller.steps == 1:
             self._log(self._metrics() | self._update_metrics())
         elif controller.steps % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
@@ -104,6 +107,18 @@ class DGMLog:
             return {**plain(*args), "phase": controller.phase, "density": f"{controller.density:.3f}"}
 
         bar.get_metrics = get_metrics  # type: ignore[method-assign, assignment]
+
+    def _warn_frozen(self, controller: DGMController) -> None:
+        """Warn if most of the layers' weights are frozen, as where adapters are trained on a frozen base."""
+        masked = sum(math.prod(d.shape) for d in controller.decisions() if d.masked)
+        frozen = [math.prod(c.shape) for c in controller.candidates if not c.weight.requires_grad]
+        if sum(frozen) > _MOSTLY * masked:
+            rank_zero_warn(
+                f"DGMCallback masks {masked:,} weights, and {len(frozen)} layers with {sum(frozen):,} weights are "
+                "frozen: these are computed dense, so hardly any arithmetic is skipped. To train a sparse network, "
+                "train the layers themselves; to make small updates of a trained one cheap, unfreeze them and use "
+                'DGMConfig(inactive="frozen")'
+            )
 
     def _print(self, decisions: tuple[LayerDecision, ...]) -> None:
         trainer = self._trainer

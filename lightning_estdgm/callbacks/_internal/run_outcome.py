@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_estdgm._words import first_names
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.modules._candidates import thawed_layers
 
@@ -45,7 +46,6 @@ class RunOutcome:
     def __init__(self, trainer: pl.Trainer, controller: DGMController) -> None:
         self._trainer = trainer
         self._controller = controller
-        self._asked = controller.final_density
         self._best: dict[ModelCheckpoint, BestCheckpoint] = {}
         self._thawed: list[str] = []
 
@@ -67,11 +67,10 @@ class RunOutcome:
         new = [name for name in now if name not in self._thawed]
         if new:
             self._thawed += new
-            first = ", ".join(new[:3]) + ", ..." * (len(new) > 3)
             rank_zero_warn(
-                f"DGMCallback: {len(new)} layers ({first}) have begun to train in mid-run and stay dense: masks are "
-                "drawn at the start of a fit, when these took no gradient. To mask them, thaw them before the fit, or "
-                "begin another fit once they train"
+                f"DGMCallback: {len(new)} layers ({first_names(new)}) have begun to train in mid-run and stay dense: "
+                "masks are drawn at the start of a fit, when these took no gradient. To mask them, thaw them before "
+                "the fit, or begin another fit once they train"
             )
 
     def summary(self) -> dict[str, Any]:
@@ -86,13 +85,14 @@ class RunOutcome:
         """Warn if the run, or its best checkpoint, does not have the density that was asked for."""
         self.watch()
         controller, trainer = self._controller, self._trainer
+        asked = controller.final_density
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if not self._is_asked(controller.density):
             rank_zero_warn(
                 f"the run ended at position {controller.position} of {controller.schedule.total_steps} of the "
                 f"schedule, in {controller.phase}, at density {controller.density:.2f}; asked for was "
-                f"{self._asked:.2f} at the end. Resume it to go on. Where a callback such as EarlyStopping ended it, "
+                f"{asked:.2f} at the end. Resume it to go on. Where a callback such as EarlyStopping ended it, "
                 "have that wait for the final density (`dgm/density` is in trainer.callback_metrics), or give the "
                 "length of the run as DGMCallback(total_steps=...)"
             )
@@ -100,9 +100,10 @@ class RunOutcome:
             if not self._is_asked(best.density):
                 rank_zero_warn(
                     f"the best checkpoint by {best.monitor!r}, {best.path}, was saved in {best.phase}, at density "
-                    f"{best.density:.2f}; asked for was {self._asked:.2f} at the end. To keep the best at the final "
+                    f"{best.density:.2f}; asked for was {asked:.2f} at the end. To keep the best at the final "
                     "density, monitor a metric that is logged there only: see docs/checkpoints.md"
                 )
 
     def _is_asked(self, density: float) -> bool:
-        return abs(density - self._asked) <= _TOLERANCE * self._asked
+        asked = self._controller.final_density
+        return abs(density - asked) <= _TOLERANCE * asked

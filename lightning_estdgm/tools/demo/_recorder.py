@@ -39,15 +39,13 @@ class Recorder(Callback):
         self.energy: dict[str, Any] = {}
         self.origin = self.mark = 0.0
         self._validation_j = self._validation_from_j = 0.0
-        self._layer = ""
         self._moments: set[int] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock; draw the first masked layer at the ends of the first, a middle and the last phase."""
+        """Start the clock; note the ends of the first, a middle and the last phase, when masks are drawn."""
         if self.dgm is not None:
             ends = [s.last - 1 for s in self.dgm.schedule.segments if s.phase != "warmup"]
             self._moments = {ends[0], ends[len(ends) // 2], ends[-1]}
-            self._layer = next(d.name for d in self.dgm.decisions() if d.masked)
         self.origin = self.mark = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -63,9 +61,8 @@ class Recorder(Callback):
             is_last = step + 1 >= self.dgm.schedule.total_steps
             now = (self.dgm.density, plan.phase, plan.observe, following.update and not is_last)
             if step in self._moments:
-                mask = self.dgm.masks()[self._layer]
-                cells = _cells(mask)
-                self.moments.append(MaskMoment(self._layer, step, plan.phase, float(mask.float().mean()), cells))
+                layer, mask = next(iter(self.dgm.masks().items()))
+                self.moments.append(MaskMoment(layer, step, plan.phase, float(mask.float().mean()), _cells(mask)))
         for column, value in zip((log.density, log.phase, log.observed, log.updated), now, strict=True):
             column.append(value)  # type: ignore[attr-defined]
         self.mark += time.perf_counter() - entered

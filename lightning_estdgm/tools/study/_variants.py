@@ -161,13 +161,16 @@ class SeedSecondMoment(Callback):
     is_first = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take note of the first masks."""
-        self._masks, self._updates = _controller(trainer).masks(), 0
+        """Begin a run: the first masks come after its first step."""
+        self._masks: dict[str, Tensor] = {}
+        self._updates = 0
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Look for grown weights after an update."""
         controller = _controller(trainer)
+        if not self._masks:
+            self._masks = controller.masks()
         if controller.updates == self._updates:
             return
         before, self._masks, self._updates = self._masks, controller.masks(), controller.updates

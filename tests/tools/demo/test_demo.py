@@ -97,7 +97,7 @@ def test_densities_and_phases_are_those_of_the_schedule(demo):
             continue
         plans = [schedule(step) for step in range(STEPS)]
         assert run.steps.phase == [plan.phase for plan in plans]
-        assert run.steps.density == pytest.approx([plan.density for plan in plans], abs=0.01)
+        assert run.steps.density == pytest.approx([1.0] + [plan.density for plan in plans[1:]], abs=0.01)
         assert run.steps.observed == [plan.observe for plan in plans]
         assert run.steps.updated == [plan.update for plan in plans[1:]] + [False]
         assert [moment.phase for moment in run.masks] == ["exploration", "consolidation", "refinement"]

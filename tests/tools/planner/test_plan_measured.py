@@ -141,7 +141,7 @@ def run(strategy: str, block_size: int | str, compress: bool = False) -> dict[st
         block.gelu.register_forward_hook(look)
     config = DGMConfig(schedule=SCHEDULE, units=Units(size=block_size), backend="dense")
     steps: list[dict[str, Any]] = []
-    with DGMController(model, optimizer, config, total_steps=24, group=dist.group.WORLD) as dgm:
+    with DGMController(model, optimizer, config, total_steps=24, group=dist.group.WORLD, audit=False) as dgm:
         if compress:
             state = ActiveUnits(dgm.masked_weights, lambda: dgm.observing)
             trained.register_comm_hook(state, active_units_hook)

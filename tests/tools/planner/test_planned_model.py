@@ -26,7 +26,9 @@ def test_layers_units_and_densities_are_those_of_a_run(block_size: Any, distribu
     setup = TrainingSetup(density=0.7, block_size=block_size, distribution=distribution)
     planned = inspect_model(model, setup)
     config = DGMConfig(units=Units(size=block_size, distribution=distribution))
-    with DGMController(model, torch.optim.SGD(model.parameters(), lr=0.1), config, total_steps=1000) as dgm:
+    with DGMController(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), config, total_steps=1000, audit=False
+    ) as dgm:
         decided = dgm.decisions()
     assert [x.name for x in planned.layers] == [d.name for d in decided]
     for layer, decision in zip(planned.layers, decided, strict=True):

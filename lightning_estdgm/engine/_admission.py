@@ -1,0 +1,202 @@
+"""`Admission`: weights that wait to be masked until the first steps have shown that they train, and the verdicts.
+
+A weight that could be masked is dense and unscaled until it has got a gradient that is not zero, an optimizer whose
+hooks run has stepped it, and the audit of the forwards (`modules._audit`) has found nothing against it. What fails
+stays dense, with a reason.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from lightning_estdgm._words import first_names
+from lightning_estdgm.engine._masked_weight import MaskedWeight
+from lightning_estdgm.modules._audit import ForwardAudit
+from lightning_estdgm.modules._candidates import Candidate
+
+AUDITED_STEPS = 20
+"""Number of steps after which a weight that no gradient has reached stays dense for good."""
+
+_UNSEEN_STEPS = 5  # in a row, before it is said
+_WAITS = "no gradient has reached it yet: dense until then"
+
+
+class Admission:
+    """Weights that wait to be masked, and the reasons of those that stay dense.
+
+    Args:
+        model: the model.
+        candidates: its linear and convolution layers.
+        waiting: weights that wait.
+        group: process group of the ranks that train this model together; ``None``: no other rank is asked.
+
+    Attributes:
+        waiting: weights that wait.
+        reasons: reasons why layers stay dense, by the layers' names.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        candidates: Sequence[Candidate],
+        waiting: Sequence[MaskedWeight],
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self.waiting = list(waiting)
+        self.reasons: dict[str, str] = {}
+        self._candidates = candidates
+        self._group = group
+        self._saw_gradient: set[MaskedWeight] = set()
+        self._stepped: set[MaskedWeight] = set()
+        self._versions: dict[MaskedWeight, int] = {}  # torch's count of writes, between the last two batches
+        self._unseen_steps = 0
+        self._audit = ForwardAudit(model, candidates if waiting else ())
+
+    def why_dense(self) -> dict[str, str]:
+        """Return the reason of each layer that is not masked, by name, for those that were or are being audited."""
+        return self.reasons | {weight.name: _WAITS for weight in self.waiting}
+
+    def close(self) -> None:
+        """Remove the hooks on the forwards. May be called twice."""
+        self._audit.close()
+
+    def keep_waiting(self, names: Collection[str], reasons: Mapping[str, str]) -> list[MaskedWeight]:
+        """Take over an earlier verdict: return the weights of `names`, leave those with reasons dense, keep the rest.
+
+        Args:
+            names: names of layers that are masked.
+            reasons: reasons why layers stay dense, by name.
+
+        """
+        taken = [weight for weight in self.waiting if weight.name in names]
+        self.reasons = dict(reasons)
+        self._end({weight.name for weight in taken} | reasons.keys())
+        return taken
+
+    # ------------------------------------------------------------------ what the first steps show
+
+    def note_gradients(self, weights: Sequence[MaskedWeight]) -> None:
+        """Note the waiting weights that have got a gradient that is not zero."""
+        if not self.waiting:
+            return
+        for weight in self._unseen(weights, self._saw_gradient):
+            gradient = weight.gradient
+            if gradient is not None and bool(torch.count_nonzero(gradient)):
+                self._saw_gradient.add(weight)
+
+    def used_by_themselves(self) -> dict[str, int]:
+        """Return the positions that weights were applied to in this step without their layers' forwards, by name."""
+        return self._audit.used_by_themselves()
+
+    def note_step(self, weights: Sequence[MaskedWeight]) -> None:
+        """Note the waiting weights that an optimizer has stepped."""
+        self._stepped.update(self._unseen(weights, self._stepped))
+
+    def _unseen(self, weights: Sequence[MaskedWeight], seen: set[MaskedWeight]) -> list[MaskedWeight]:
+        waiting = set(self.waiting)
+        return [weight for weight in weights if weight in waiting and weight not in seen]
+
+    def warn_if_steps_are_not_seen(self) -> None:
+        """Warn once if weights with gradients go on changing and no step of an optimizer was seen."""
+        changed = {weight: weight.parameter._version for weight in self.waiting if weight in self._saw_gradient}
+        moved = sum(self._versions.get(weight, version) != version for weight, version in changed.items())
+        self._versions = changed
+        self._unseen_steps = self._unseen_steps + 1 if moved else 0
+        if self._unseen_steps == _UNSEEN_STEPS:
+            names = [weight.name for weight in changed]
+            warnings.warn(
+                f"the weights of {len(names)} layers ({first_names(names)}) change between the batches, but none of "
+                "their optimizer's steps was seen: its class does not run the step hooks of torch.optim.Optimizer. "
+                "Nothing is masked, and the schedule stands still. Have the class's step be "
+                "called by `step()`, or keep the optimizer that steps as an attribute",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    # ------------------------------------------------------------------ verdicts
+
+    def settle(self, steps: int, *, none_masked: bool) -> list[MaskedWeight]:
+        """Decide after a step; return the weights to be masked from now on.
+
+        If there is a group, its ranks have to call it together, and come to the same verdicts.
+
+        Args:
+            steps: number of steps done.
+            none_masked: whether no weight is masked yet: then one layer at most is the output head.
+
+        """
+        if not self.waiting:
+            return []
+        seen, saw_graph = self._seen_by_any_rank()
+        self._audit.end_step()
+        trained = [weight for weight in self.waiting if seen[weight][0]]
+        passed = []
+        for weight in trained:
+            _, called, changed, *_ = seen[weight]
+            if not called:
+                self.reasons[weight.name] = "its weight is used by itself: its forward was not called"
+            elif changed:
+                self.reasons[weight.name] = self._why_changed(weight)
+            else:
+                passed.append(weight)
+        heads = self._heads(passed, seen, saw_graph, none_masked=none_masked)
+        for weight in heads:
+            self.reasons[weight.name] = "output head: its output goes into no other layer"
+        decided = {weight.name for weight in trained}
+        if steps >= AUDITED_STEPS:
+            for weight in self.waiting:
+                if weight.name not in decided:
+                    self.reasons[weight.name] = f"no gradient reached it in the first {steps} steps"
+            decided |= {weight.name for weight in self.waiting}
+        self._end(decided)
+        return [weight for weight in passed if weight not in heads]
+
+    def _heads(
+        self,
+        weights: Sequence[MaskedWeight],
+        seen: Mapping[MaskedWeight, Sequence[int]],
+        saw_graph: bool,
+        *,
+        none_masked: bool,
+    ) -> list[MaskedWeight]:
+        """Return the output heads: what feeds no other layer; where that is not known, what seems to be one."""
+        asked_for = [weight for weight in weights if weight.candidate.why != "included"]
+        if not saw_graph:
+            return [weight for weight in asked_for if weight.candidate.seems_head]
+        heads = [w for w in asked_for if not seen[w][3] and (w.candidate.seems_head or not seen[w][5])]
+        if none_masked and len(heads) == len(weights) > 1:
+            return [max(heads, key=lambda weight: seen[weight][4])]
+        return heads
+
+    def _why_changed(self, weight: MaskedWeight) -> str:
+        by = self._audit.records[weight.name].changed_by or "something that another rank saw"
+        name = type(weight.candidate.module).__name__
+        return f"{name} does not compute with its weight as it is stored ({by}): masked places would not be zero"
+
+    def _seen_by_any_rank(self) -> tuple[dict[MaskedWeight, list[int]], bool]:
+        """Return what was seen of each waiting weight, and whether there was a graph.
+
+        Of a weight: trained, called, changed, feeds, order of the call, unrecorded; see `ForwardRecord`.
+        """
+        rows = [[int(self._audit.saw_graph)] * 6]
+        for weight in self.waiting:
+            record = self._audit.records[weight.name]
+            trained = weight in self._saw_gradient and weight in self._stepped
+            flags = (trained, record.called, bool(record.changed_by), record.feeds, record.order, record.unrecorded)
+            rows.append([int(flag) for flag in flags])
+        table = torch.tensor(rows, dtype=torch.int64, device=self.waiting[0].device)
+        if self._group is not None:
+            dist.all_reduce(table, dist.ReduceOp.MAX, group=self._group)
+        first, *rest = table.tolist()
+        return dict(zip(self.waiting, rest, strict=True)), bool(first[0])
+
+    def _end(self, decided: Collection[str]) -> None:
+        self.waiting = [weight for weight in self.waiting if weight.name not in decided]
+        if not self.waiting:
+            self.close()

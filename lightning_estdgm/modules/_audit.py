@@ -1,0 +1,352 @@
+"""`ForwardAudit`: what forwards really do with the weights of the layers, seen in the first steps of a run.
+
+Class names, registration order and `requires_grad` do not tell whether a layer's forward is called, whether it uses
+its weight as it is stored, and which layer is the output head. It changes nothing. Gradients and optimizer steps are
+watched by `engine._admission`, which decides.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_estdgm.modules._candidates import Candidate
+
+# Torch's functions by name. Products take a weight; the next keep every zero of one, as views, casts and scalings do;
+# the last yield statistics of it. What any other function makes of a weight is not the weight as it is stored.
+_PRODUCTS = frozenset(
+    (
+        "linear",
+        "bilinear",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "matmul",
+        "__matmul__",
+        "__rmatmul__",
+        "mm",
+        "bmm",
+        "addmm",
+        "addbmm",
+        "baddbmm",
+        "einsum",
+        "tensordot",
+        "multi_head_attention_forward",
+        "_grouped_mm",
+        "grouped_mm",
+    )
+)
+_KEEP_ZEROS = frozenset(
+    (
+        "t",
+        "transpose",
+        "permute",
+        "view",
+        "reshape",
+        "to",
+        "type",
+        "half",
+        "float",
+        "bfloat16",
+        "double",
+        "contiguous",
+        "unsqueeze",
+        "squeeze",
+        "flatten",
+        "unflatten",
+        "expand",
+        "detach",
+        "clone",
+        "__getitem__",
+        "narrow",
+        "chunk",
+        "split",
+        "unbind",
+        "select",
+        "movedim",
+        "swapaxes",
+        "view_as",
+        "type_as",
+        "__get__",
+        "cuda",
+        "cpu",
+        "mul",
+        "__mul__",
+        "__rmul__",
+        "multiply",
+        "div",
+        "__truediv__",
+        "divide",
+        "neg",
+        "__neg__",
+        "dropout",
+        "fake_quantize_per_tensor_affine",
+        "fake_quantize_per_channel_affine",
+        "fused_moving_avg_obs_fake_quant",
+    )
+)
+_STATISTICS = frozenset(
+    (
+        "norm",
+        "linalg_norm",
+        "linalg_vector_norm",
+        "linalg_matrix_norm",
+        "vector_norm",
+        "matrix_norm",
+        "sum",
+        "mean",
+        "std",
+        "var",
+        "std_mean",
+        "var_mean",
+        "amax",
+        "amin",
+        "aminmax",
+        "max",
+        "min",
+        "abs",
+        "square",
+        "pow",
+        "__pow__",
+        "isnan",
+        "isfinite",
+    )
+)
+_FORWARDS = {
+    cls.forward
+    for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+    + (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+}  # torch's own, which use a weight as it is stored
+
+
+@dataclass(eq=False)
+class ForwardRecord:
+    """What was seen of one layer's forwards.
+
+    Attributes:
+        called: whether its forward was called.
+        changed_by: function that the weight went through before a product, or another reason why the forward is not
+            that of the stored weight; empty if it is.
+        feeds: whether its output goes into another layer; False too where autograd recorded nothing.
+        unrecorded: whether it was called without gradients, also if other calls had some: what it feeds is not known
+            then, as where reentrant checkpoints compute a forward again in the backward.
+        order: index of its last call among those of all layers.
+        used_by_parent: number of positions that the forward of the module above applies the weight to, this step.
+
+    """
+
+    called: bool = False
+    changed_by: str = ""
+    feeds: bool = False
+    unrecorded: bool = False
+    order: int = -1
+    used_by_parent: int = 0
+
+
+class ForwardAudit:
+    """Hooks on the forwards of all layers that record how they use their weights, and which feeds which.
+
+    Args:
+        model: the model.
+        candidates: its linear and convolution layers.
+
+    Attributes:
+        records: record of each layer, by its name.
+        saw_graph: whether autograd recorded the output of any layer.
+
+    """
+
+    def __init__(self, model: nn.Module, candidates: Sequence[Candidate]) -> None:
+        self.records = {candidate.name: ForwardRecord() for candidate in candidates}
+        self.saw_graph = False
+        self._gathered = any(_gathers(module) for module in model.modules())
+        self._calls = 0
+        self._producers: dict[Any, list[ForwardRecord]] = {}  # by node of autograd's graph
+        self._visited: set[Any] = set()
+        self._open: list[TorchFunctionMode | None] = []  # of the forwards under way, innermost last
+        self._handles: list[Any] = []
+        for module, group in _by_parent(model, candidates):
+            self._watch_parent(module, group)
+        for module, group in _by_called_module(model, candidates):
+            self._watch(module, group)
+
+    def used_by_themselves(self) -> dict[str, int]:
+        """Return the positions that weights were applied to in this step without their forwards, by layer."""
+        return {name: r.used_by_parent for name, r in self.records.items() if r.used_by_parent and not r.called}
+
+    def end_step(self) -> None:
+        """Forget the graph and the counts of this step."""
+        self._producers.clear()
+        self._visited.clear()
+        for record in self.records.values():
+            record.used_by_parent = 0
+
+    def close(self) -> None:
+        """Remove the hooks. May be called twice."""
+        self.end_step()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _watch_parent(self, module: nn.Module, group: Sequence[Candidate]) -> None:
+        def before(module: nn.Module, args: Any) -> None:
+            if torch.compiler.is_compiling():
+                self._open.append(None)
+                return
+            self._enter(_ProductCount([(_current(c), self.records[c.name], c.shape[0]) for c in group]))
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            self._leave()
+
+        self._handles.append(module.register_forward_pre_hook(before))
+        self._handles.append(module.register_forward_hook(after, prepend=True, always_call=True))
+
+    def _enter(self, mode: TorchFunctionMode) -> None:
+        mode.__enter__()
+        self._open.append(mode)
+
+    def _leave(self) -> None:
+        if self._open and (mode := self._open.pop()) is not None:
+            mode.__exit__(None, None, None)
+
+    def _watch(self, module: nn.Module, group: Sequence[Candidate]) -> None:
+        records = [self.records[candidate.name] for candidate in group]
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if torch.compiler.is_compiling():
+                self._open.append(None)
+                return
+            for candidate, record in zip(group, records, strict=True):
+                if not self._gathered and candidate.masked and _current(candidate) is not candidate.weight:
+                    record.changed_by = record.changed_by or "another tensor in its place"
+            if "forward" in vars(module) or type(module).forward not in _FORWARDS:
+                self._enter(_Changes([(_current(candidate), r) for candidate, r in zip(group, records, strict=True)]))
+            else:
+                self._open.append(None)
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._leave()
+            if torch.compiler.is_compiling():
+                return
+            for record in records:
+                record.called = True
+                record.unrecorded |= not torch.is_grad_enabled()
+                record.order = self._calls
+            self._calls += 1
+            self._follow([x.grad_fn for x in _tensors((args, kwargs))], records)
+            nodes = [x.grad_fn for x in _tensors(output) if x.grad_fn is not None]
+            self.saw_graph |= bool(nodes)
+            for node in nodes:
+                self._producers.setdefault(node, []).extend(records)
+
+        # Last before the forward, and first after it: what other hooks change is not the layer's own work.
+        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(after, with_kwargs=True, prepend=True, always_call=True))
+
+    def _follow(self, nodes: list[Any], own: Sequence[ForwardRecord]) -> None:
+        """Walk back from a layer's inputs, and note the other layers whose outputs are found; a node is met once."""
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in self._visited:
+                continue
+            self._visited.add(node)
+            for record in self._producers.get(node, ()):
+                record.feeds |= record not in own
+            nodes.extend(parent for parent, _ in node.next_functions)
+
+
+class _WeightWatch(TorchFunctionMode):
+    """Watch of torch's functions for those that get one of some weights, or what was derived from it with its zeros."""
+
+    def __init__(self, weights: Sequence[tuple[Any, ...]]) -> None:
+        super().__init__()
+        self._found = {id(weight): tuple(rest) for weight, *rest in weights}
+        self._derived: list[Tensor] = []  # kept, so that ids stay theirs
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        met = {id(x): found for x in _tensors((args, kwargs)) if (found := self._found.get(id(x))) is not None}
+        result = func(*args, **kwargs)
+        if not met or not (results := _tensors(result)):
+            return result
+        name = getattr(func, "__name__", str(func))
+        for found in met.values():
+            if name in _PRODUCTS:
+                self.product(results[0], *found)
+            elif name in _KEEP_ZEROS:
+                self._derived += results
+                self._found |= dict.fromkeys(map(id, results), found)
+            elif name not in _STATISTICS:
+                self.other(name, *found)
+        return result
+
+    def product(self, result: Tensor, *found: Any) -> None:
+        """Note a product of the weight."""
+
+    def other(self, name: str, *found: Any) -> None:
+        """Note a function that does not keep the weight's zeros."""
+
+
+class _Changes(_WeightWatch):
+    """Watch of a layer's own forward: pairs of weight and record, where the first function that is no product goes."""
+
+    def other(self, name: str, *found: Any) -> None:
+        (record,) = found
+        record.changed_by = record.changed_by or f"{name}()"
+
+
+class _ProductCount(_WeightWatch):
+    """Watch of a parent's forward: triples of weight, record and number of outputs."""
+
+    def product(self, result: Tensor, *found: Any) -> None:
+        record, outputs = found
+        record.used_by_parent += max(1, result.numel() // outputs)
+
+
+def _by_called_module(model: nn.Module, candidates: Sequence[Candidate]) -> Iterator[tuple[nn.Module, list[Candidate]]]:
+    """Yield each module whose forward is called, and its layers: MultiheadAttention computes its out_proj by itself."""
+    attention = {id(m.out_proj): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    groups: dict[int, tuple[nn.Module, list[Candidate]]] = {}
+    for candidate in candidates:
+        module = attention.get(id(candidate.module), candidate.module)
+        groups.setdefault(id(module), (module, []))[1].append(candidate)
+    yield from groups.values()
+
+
+def _by_parent(model: nn.Module, candidates: Sequence[Candidate]) -> Iterator[tuple[nn.Module, list[Candidate]]]:
+    """Yield each module that holds layers, and these."""
+    layers: dict[int, list[Candidate]] = {}
+    for candidate in candidates:
+        layers.setdefault(id(candidate.module), []).append(candidate)
+    for module in model.modules():
+        group = [candidate for child in module.children() for candidate in layers.get(id(child), ())]
+        if group and not isinstance(module, nn.MultiheadAttention):
+            yield module, group
+
+
+def _current(candidate: Candidate) -> Any:
+    """Return what the layer holds as its weight in this forward; FSDP1 puts a plain attribute there."""
+    module, name = candidate.module, candidate.kind.weight_name
+    return vars(module).get(name, module._parameters.get(name))
+
+
+def _gathers(module: nn.Module) -> bool:
+    """Whether a module is one of FSDP's, which put gathered weights in the place of stored ones."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

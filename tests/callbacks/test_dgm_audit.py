@@ -1,0 +1,129 @@
+"""The audit in real Trainer runs: two-network models, frozen bases, DDP with layers that only one rank uses."""
+
+import copy
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from helpers import distributed_jobs as jobs
+from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase, Units
+
+SCHEDULE = EstDgm(
+    Phase(0.7, 0.6, 5), Phase(0.3, 0.3, 5), Phase(0.2, 0.1, 10), update_every=5, observe_steps=2, freeze=0.5
+)
+
+
+def mlp(width=32, out=32):
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out))
+
+
+def fit(module, *callbacks, steps=20, **settings):
+    dgm = DGMCallback(DGMConfig(SCHEDULE, units=Units(size=1)), total_steps=20)
+    trainer = pl.Trainer(
+        max_steps=steps,
+        callbacks=[dgm, *callbacks],
+        logger=False,
+        enable_checkpointing=False,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"devices": 1} | settings,
+    )
+    data = torch.randn(320, 32, generator=torch.Generator().manual_seed(0))
+    trainer.fit(module, DataLoader(data, 16))
+    return dgm
+
+
+class Byol(pl.LightningModule):
+    """A target network that the optimizer holds, moved by an average only."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.predictor = mlp(), nn.Linear(32, 32)
+        self.target = copy.deepcopy(self.net)
+
+    def training_step(self, x, batch_idx):
+        with torch.no_grad():
+            t = self.target(x + 0.1 * torch.randn_like(x))
+        return (self.predictor(self.net(x)) - t).square().mean()
+
+    def on_train_batch_end(self, *args):
+        with torch.no_grad():
+            for p, q in zip(self.target.parameters(), self.net.parameters(), strict=True):
+                p.lerp_(q, 0.1)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+def test_a_target_network_follows_its_average_and_is_never_masked():
+    module = Byol()
+    dgm = fit(module)
+    assert dgm.masks().keys() == {"net.0", "net.2", "net.4"}
+    why = {d.name: d.why for d in dgm.decisions()}
+    assert why["predictor"] == "output head: its output goes into no other layer"
+    assert why["target.0"] == "no gradient reached it in the first 20 steps"
+    assert torch.count_nonzero(module.target[0].weight) == 32 * 32
+    assert dgm.density == pytest.approx(0.1, abs=0.002)
+
+
+class Adapted(pl.LightningModule):
+    """Low-rank adapters on a frozen base."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = mlp(128, 128).requires_grad_(False)
+        self.down, self.up, self.head = nn.Linear(128, 4), nn.Linear(4, 128), nn.Linear(128, 1)
+
+    def training_step(self, x, batch_idx):
+        x = x.repeat(1, 4)
+        return self.head(self.base(x) + self.up(self.down(x))).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], 1e-3)
+
+
+def test_a_frozen_base_is_said_with_the_way_out():
+    with pytest.warns(
+        UserWarning, match=r"masks 1,024 weights, and 3 layers with 49,152 weights are frozen.*inactive="
+    ):
+        fit(Adapted())
+
+
+class Sometimes(pl.LightningModule):
+    """Rank 1 uses its own branch in the first step, rank 0 does not."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.branch, self.head = mlp(), nn.Linear(32, 32), nn.Linear(32, 1)
+
+    def training_step(self, x, batch_idx):
+        h = self.body(x)
+        if self.global_rank == 1:
+            h = h + self.branch(h)
+        return self.head(h).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+def ranks_that_differ():
+    module = Sometimes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dgm = fit(module, devices=2, strategy="ddp_find_unused_parameters_true")
+    return dgm.masks(), [(d.name, d.why) for d in dgm.decisions()], dgm.controller.final_density
+
+
+def test_ranks_agree_on_what_only_one_of_them_has_seen():
+    (one, told, density), (two, told_too, _) = jobs.run(ranks_that_differ, 2)
+    assert one.keys() == two.keys() == {"body.0", "body.2", "body.4", "branch"}
+    assert all(torch.equal(mask, two[name]) for name, mask in one.items())
+    assert told == told_too
+    assert density == pytest.approx(0.1, abs=0.002)

@@ -1,0 +1,206 @@
+"""What the audit sees of forwards: calls, changed weights, which layer feeds which, weights used by themselves."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_estdgm.modules._audit import ForwardAudit
+from lightning_estdgm.modules._candidates import find_candidates
+
+
+def audited(model, *inputs, steps=1):
+    audit = ForwardAudit(model, find_candidates(model, include=["*"]))
+    for _ in range(steps):
+        model(*inputs)
+    audit.close()
+    return audit
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+class Scaled(nn.Linear):
+    """Keeps zeros: equalised learning rates, weight normalisation in the forward, weight dropout."""
+
+    def forward(self, x):
+        weight = F.dropout(self.weight * 2.0 / self.weight.norm(), 0.5)
+        return F.linear(x, weight.to(x.dtype), self.bias).relu()
+
+
+class Padded(nn.Conv2d):
+    """Another forward around the stored weight, as of timm's Conv2dSame."""
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, [1, 1, 1, 1]), self.weight, self.bias)
+
+
+class Batched(nn.Conv2d):
+    """The weight as timm's StdConv2d standardises it."""
+
+    def forward(self, x):
+        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "changed_by"),
+    [
+        (nn.Linear(4, 4), (2, 4), ""),
+        (nn.Conv1d(4, 4, 3), (2, 4, 8), ""),
+        (Scaled(4, 4), (2, 4), ""),
+        (Padded(4, 4, 3), (2, 4, 8, 8), ""),
+        (Standardised(4, 4, 3), (2, 4, 8, 8), "sub()"),
+        (Batched(4, 4, 3), (2, 4, 8, 8), "batch_norm()"),
+    ],
+)
+def test_a_forward_that_does_not_keep_the_weights_zeros_is_found(layer, shape, changed_by):
+    record = audited(nn.Sequential(layer), torch.randn(shape)).records["0"]
+    assert (record.called, record.changed_by) == (True, changed_by)
+
+
+def test_the_layers_that_are_right_give_zeros_where_the_stored_weight_has_zeros():
+    for layer, shape in ((Scaled(4, 4), (2, 4)), (Padded(4, 4, 3), (2, 4, 8, 8))):
+        with torch.no_grad():
+            layer.weight[:, 1] = 0
+            other = torch.randn(shape)
+            x = other.clone()
+            x[:, 1] = 7.0  # the input that the zeros belong to
+            torch.manual_seed(0)
+            y = layer(x)
+            torch.manual_seed(0)
+            assert torch.equal(y, layer(other))
+
+
+def test_a_weight_that_is_replaced_for_a_call_is_found():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    audit = ForwardAudit(model, find_candidates(model, include=["*"]))
+    noisy = {"0.weight": model[0].weight + 0.1}
+    torch.func.functional_call(model, noisy, torch.randn(2, 4))
+    assert audit.records["0"].changed_by == "another tensor in its place"
+    assert audit.records["1"].changed_by == ""
+
+
+def test_own_forwards_of_instances_are_watched_too():
+    model = nn.Sequential(nn.Linear(4, 4))
+    layer = model[0]
+    layer.forward = lambda x: F.linear(x, torch.softmax(layer.weight, 1))
+    assert audited(model, torch.randn(2, 4)).records["0"].changed_by == "softmax()"
+
+
+class TwoHeads(nn.Module):
+    """Registered out of the order of use, with a frozen copy behind and a residual."""
+
+    def __init__(self):
+        super().__init__()
+        self.policy, self.value = nn.Linear(8, 3), nn.Linear(8, 1)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.copy = nn.Linear(8, 8).requires_grad_(False)
+
+    def forward(self, x):
+        h = x + self.second(self.first(x).relu())
+        with torch.no_grad():
+            self.copy(x)
+        return self.policy(h), self.value(h)
+
+
+def test_what_feeds_no_other_layer_is_a_head_whatever_the_order_of_registration():
+    audit = audited(TwoHeads(), torch.randn(2, 8))
+    assert audit.saw_graph
+    feeding = {name for name, record in audit.records.items() if record.feeds}
+    assert feeding == {"first", "second"}
+
+
+class Cell(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.Linear(8, 8)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = self.cell(x).tanh()
+        return x
+
+
+def test_a_layer_that_feeds_only_itself_is_a_head():
+    assert not audited(Cell(), torch.randn(2, 8)).records["cell"].feeds
+
+
+class ByItself(nn.Module):
+    """The weights of layers that are never called: whole, transposed, and in slices."""
+
+    def __init__(self):
+        super().__init__()
+        self.whole, self.turned, self.sliced, self.called = (nn.Linear(6, 6, bias=False) for _ in range(4))
+
+    def forward(self, x):
+        x = F.linear(x, self.whole.weight) @ self.turned.weight.t()
+        q, k = self.sliced.weight[:3], self.sliced.weight[3:]
+        return self.called(torch.cat([F.linear(x, q), F.linear(x, k)], -1))
+
+
+def test_weights_that_are_used_by_themselves_are_counted_by_position():
+    model = ByItself()
+    audit = ForwardAudit(model, find_candidates(model, include=["*"]))
+    model(torch.randn(5, 7, 6))
+    assert audit.used_by_themselves() == {"whole": 35, "turned": 35, "sliced": 34}  # halves are rounded down
+    assert [name for name, record in audit.records.items() if record.called] == ["called"]
+    audit.end_step()
+    assert audit.used_by_themselves() == {}
+
+
+def test_multihead_attention_computes_its_output_projection_by_itself():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(8, 2), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.head(self.attention(x, x, x)[0])
+
+    records = audited(Attention(), torch.randn(3, 2, 8)).records
+    assert [(name, r.called, r.changed_by, r.feeds) for name, r in records.items()] == [
+        ("attention", True, "", True),
+        ("attention.out_proj", True, "", True),
+        ("head", True, "", False),
+    ]
+
+
+def test_the_audit_leaves_nothing_behind_also_after_an_error():
+    class Fails(nn.Linear):
+        def forward(self, x):
+            raise RuntimeError("no")
+
+    model = nn.Sequential(nn.Linear(4, 4), Fails(4, 4))
+    before = torch.overrides._get_current_function_mode_stack()
+    audit = ForwardAudit(model, find_candidates(model, include=["*"]))
+    with pytest.raises(RuntimeError, match="no"):
+        model(torch.randn(2, 4))
+    assert torch.overrides._get_current_function_mode_stack() == before
+    audit.close()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputed_forwards_hide_what_the_last_layer_of_a_block_feeds_and_this_is_known(use_reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=use_reentrant))
+
+    model = Checkpointed()
+    audit = ForwardAudit(model, find_candidates(model, include=["*"]))
+    model(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    seen = [(name, record.feeds, record.unrecorded) for name, record in audit.records.items()]
+    assert seen == [
+        ("block.0", True, use_reentrant),
+        ("block.2", not use_reentrant, use_reentrant),
+        ("head", False, False),
+    ]
