@@ -4,7 +4,7 @@ BIN := .venv/bin
 # An exact pin gets a small CPU build where one is served; on a GPU machine: make TORCH=torch demo
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench compatibility versions clean
 .DEFAULT_GOAL := test
 
 .venv/ready: pyproject.toml
@@ -29,6 +29,12 @@ check: .venv/ready  ## style, types, layers
 bench: .venv/ready  ## ratios against dense on this machine: mask overhead, sparse products
 	$(BIN)/estdgm bench overhead
 	$(BIN)/estdgm bench kernels --quick
+
+compatibility: .venv/ready  ## the tables of docs/compatibility.md, printed from the tests' runs
+	ESTDGM_WRITE_COMPATIBILITY=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/compatibility
+
+versions: .venv/ready  ## tests of models with the oldest admitted versions of other libraries; needs the network
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m helpers.versions
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

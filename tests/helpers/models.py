@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
+from lightning_estdgm.modules._candidates import clean_name
 
 MakeOptimizer = Callable[[Any], Optimizer]
 
@@ -376,7 +378,7 @@ def make_trainer(*callbacks: pl.Callback, **settings: Any) -> pl.Trainer:
 
 def weight_masks(module: nn.Module, callback: DGMCallback) -> dict[str, tuple[nn.Parameter, Tensor]]:
     """Each masked weight parameter with its mask, expanded to the weight's shape as stored."""
-    modules = dict(module.named_modules())
+    modules = {clean_name(name): layer for name, layer in module.named_modules()}
     blocks = {d.name: d.block_size for d in callback.decisions()}
     found = {}
     for name, mask in callback.masks().items():
@@ -416,7 +418,7 @@ def assert_final(module: nn.Module, callback: DGMCallback) -> None:
     active = sum(int(mask.sum()) for _, mask in weight_masks(module, callback).values())
     total = sum(weight.numel() for weight, _ in weight_masks(module, callback).values())
     budget = round(callback.schedule(callback.schedule.total_steps - 1).density * total)
-    largest_unit = max(d.block_size**2 for d in masked)
+    largest_unit = max(d.block_size**2 * math.prod(d.shape[2:]) if d.block_size > 1 else 1 for d in masked)
     assert abs(active - budget) < largest_unit if largest_unit > 1 else active == budget
     assert callback.density == active / total
 
