@@ -582,6 +582,7 @@ class Stopped(TinyMLP):
         return Stopping(self.parameters(), 0.1)
 
 
+@pytest.mark.filterwarnings("ignore:could not try Stopping:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:.*was called without a model")
 @pytest.mark.filterwarnings("ignore:.*no last checkpoint available")
 @pytest.mark.parametrize("dgm_first", [True, False])

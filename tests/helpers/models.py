@@ -384,9 +384,12 @@ def weight_masks(module: nn.Module, callback: DGMCallback) -> dict[str, tuple[nn
     for name, mask in callback.masks().items():
         layer = modules[name]
         weight = layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
-        if blocks[name] > 1:
+        if not blocks[name]:  # the first step, which is dense, has not ended
+            assert mask.all()
+            mask = torch.ones_like(weight, dtype=torch.bool)
+        elif blocks[name] > 1:
             mask = mask.repeat_interleave(blocks[name], 0).repeat_interleave(blocks[name], 1)
-        if "Conv1D" in type(layer).__name__:
+        if "Conv1D" in type(layer).__name__ and blocks[name]:
             mask = mask.t()
         if mask.dim() < weight.dim():
             mask = mask[(..., *[None] * (weight.dim() - 2))].expand(weight.shape)

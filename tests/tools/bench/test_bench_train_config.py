@@ -25,7 +25,7 @@ def test_layers_follow_memory_and_time():
     assert fitting_layers(2048, 8192, 80e9, 10.0, 4e14) == (24, "as published models")
     layers, reason = fitting_layers(2048, 8192, 20e9, 10.0, 4e14)
     assert reason == "memory"
-    assert layers * (12 * 2048**2 * 26 + 8192 * 2048 * 68) <= 0.8 * 20e9
+    assert layers * (12 * 2048**2 * 22 + 8192 * 2048 * 68) <= 0.8 * 20e9
     assert fitting_layers(1024, 1024, 8e9, 1.5, 1e11) == (1, "time")
     assert fitting_layers(4096, 1024, 2e9, 100.0, 1e11)[0] == 0
     said = []

@@ -84,10 +84,10 @@ def test_a_table_knows_its_runs_again_and_leaves_out_a_line_that_was_cut_off(tmp
 
 
 def test_a_run_that_fails_ends_the_study_with_its_error(tmp_path):
-    bad = StudyRun("tabular", "n:m", 1e-3, 0, 0.125, 0.02, {"block_size": 1, "m": 8})  # its first layer has 30 inputs
+    bad = StudyRun("tabular", "n:m", 1e-3, 0, 0.1, 0.02, {"block_size": 1, "m": 8})  # not n of 8
     later = [StudyRun("tabular", "dense", 1e-3, seed, length=0.02) for seed in range(8)]
     table = ResultsTable(tmp_path / "t.csv")
-    with pytest.raises(ValueError, match="inputs that are a multiple of 8"):
+    with pytest.raises(ValueError, match="whole number of 8ths"):
         run_study([bad, *later], table, 1, Console(quiet=True))
     assert 0 < len(table.lacks(later)) < len(later)  # what was under way is written, what waited is not trained
 
