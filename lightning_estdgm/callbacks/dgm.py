@@ -304,6 +304,7 @@ class DGMCallback(pl.Callback):
     ) -> None:
         """Run the first step without torch.compile: it records the shapes that backends are measured at."""
         assert self._outcome is not None
+        self._bound().mask_weights()
         self._outcome.watch()
         if batch_idx == 0:
             self._outcome.watch_thawed()
@@ -332,6 +333,15 @@ class DGMCallback(pl.Callback):
         controller, clock = self._bound(), self._clock
         assert clock is not None
         return controller.advance(max(controller.position, clock.position(controller.steps + 1, controller.pace)))
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Zero inactive weights that the user's code has written to since the last step."""
+        if self._clock is not None:
+            self._bound().mask_weights()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Zero inactive weights that the user's code has written to since the last step."""
+        self._bound().mask_weights()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove all hooks; masks and counters stay readable, also in the process that spawned this one."""

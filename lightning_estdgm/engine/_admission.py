@@ -50,6 +50,7 @@ class Admission:
     ) -> None:
         self.waiting = list(waiting)
         self.reasons: dict[str, str] = {}
+        self._given_up: list[MaskedWeight] = []
         self._candidates = candidates
         self._group = group
         self._saw_gradient: set[MaskedWeight] = set()
@@ -89,6 +90,10 @@ class Admission:
             gradient = weight.gradient
             if gradient is not None and bool(torch.count_nonzero(gradient)):
                 self._saw_gradient.add(weight)
+
+    def late(self) -> list[str]:
+        """Return the names of layers that no gradient reached in the first steps, and that have one now."""
+        return [w.name for w in self._given_up if w.gradient is not None and bool(torch.count_nonzero(w.gradient))]
 
     def used_by_themselves(self) -> dict[str, int]:
         """Return the positions that weights were applied to in this step without their layers' forwards, by name."""
@@ -150,9 +155,9 @@ class Admission:
             self.reasons[weight.name] = "output head: its output goes into no other layer"
         decided = {weight.name for weight in trained}
         if steps >= AUDITED_STEPS:
-            for weight in self.waiting:
-                if weight.name not in decided:
-                    self.reasons[weight.name] = f"no gradient reached it in the first {steps} steps"
+            self._given_up = [weight for weight in self.waiting if weight.name not in decided]
+            for weight in self._given_up:
+                self.reasons[weight.name] = f"no gradient reached it in the first {steps} steps"
             decided |= {weight.name for weight in self.waiting}
         self._end(decided)
         return [weight for weight in passed if weight not in heads]
@@ -170,8 +175,10 @@ class Admission:
         if not saw_graph:
             return [weight for weight in asked_for if weight.candidate.seems_head]
         heads = [w for w in asked_for if not seen[w][3] and (w.candidate.seems_head or not seen[w][5])]
-        if none_masked and len(heads) == len(weights) > 1:
+        if none_masked and len(heads) == len(weights) == len(self.waiting) > 1:
             return [max(heads, key=lambda weight: seen[weight][4])]
+        if none_masked and not self._audit.has_end:  # outputs are fed back, and all layers follow each other
+            return [weight for weight in asked_for if weight.candidate.seems_head]
         return heads
 
     def _why_changed(self, weight: MaskedWeight) -> str:

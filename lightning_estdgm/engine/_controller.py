@@ -155,6 +155,16 @@ class DGMController:
         weights = self._masked.every if optimizer is None else self._hooks.weights_of(optimizer)
         self._mask_gradients(weights, 1.0 / grad_scale)
 
+    @torch.no_grad()
+    def mask_weights(self) -> None:
+        """Zero inactive weights that anything but an optimizer's step has written to, such as a hand-made average.
+
+        Call it before a forward that may follow such a write. It costs next to nothing where nothing was written.
+        Sharded weights are left to the next step.
+        """
+        for weight in self._masked.weights:
+            weight.mask_if_written_()
+
     def advance(self, position: int | None = None) -> bool:
         """Go on to the next step if an optimizer has stepped, and update the masks when due.
 
@@ -345,6 +355,10 @@ class DGMController:
     def layer_densities(self) -> dict[str, float]:
         """Return the density of each layer that `masks` returns."""
         return {weight.name: weight.density for weight in self._masked.shown}
+
+    def late_layers(self) -> list[str]:
+        """Return the names of layers that stay dense for want of gradients in the first steps, and have some now."""
+        return self._admission.late()
 
     def decisions(self) -> tuple[LayerDecision, ...]:
         """Return the decision for every linear and convolution layer of the model."""

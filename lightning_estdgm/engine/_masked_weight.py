@@ -81,6 +81,7 @@ class MaskedWeight:
         self.sampled = False
         self.masked_gradient = MaskedGradient()
         self.part_active = [self.units // candidate.parts] * candidate.parts
+        self._written: tuple[int, int] | None = None
         mask = torch.ones(self.placement.mask_shape(self.weight), dtype=torch.bool, device=self.weight.device)
         self.set_local_mask(mask, self.units)
         self.explored = torch.zeros_like(self.mask)
@@ -181,6 +182,22 @@ class MaskedWeight:
         """Zero a local tensor of the weight's shape where the mask is inactive."""
         if not self.is_dense:
             keep_active_(tensor, self.addressed_mask.to(tensor.device), self.placement.grain)
+
+    def note_written(self) -> None:
+        """Note that the weight is in line with its mask now."""
+        self._written = self._version
+
+    def mask_if_written_(self) -> None:
+        """Zero inactive weights if anything has written to the weight since `note_written`; not if it is sharded."""
+        if self.inactive.act_in_forward or self.placement.is_sharded or self._written == self._version:
+            return
+        self.fill_inactive_(self.weight)
+        self.note_written()
+
+    @property
+    def _version(self) -> tuple[int, int]:
+        """Torch's count of writes to the parameter, and its address, which ``weight.data = ...`` changes."""
+        return self.parameter._version, self.parameter.data_ptr()
 
     def take_in(self) -> None:
         """Treat inactive weights as the settings say, from now on."""

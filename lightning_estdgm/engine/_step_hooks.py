@@ -200,6 +200,7 @@ class StepHooks:
             weight.masked_gradient.forget()
         for weight in self._moved or ():
             weight.inactive.after_step(weight)
+            weight.note_written()
 
     # ------------------------------------------------------------------ kinds of steps
 

@@ -170,7 +170,9 @@ class ForwardAudit:
     def __init__(self, model: nn.Module, candidates: Sequence[Candidate]) -> None:
         self.records = {candidate.name: ForwardRecord() for candidate in candidates}
         self.saw_graph = False
+        self._weights = frozenset(id(candidate.weight) for candidate in candidates)
         self._gathered = any(_gathers(module) for module in model.modules())
+        self._feeds_others = False
         self._calls = 0
         self._producers: dict[Any, list[ForwardRecord]] = {}  # by node of autograd's graph
         self._visited: set[Any] = set()
@@ -180,6 +182,14 @@ class ForwardAudit:
             self._watch_parent(module, group)
         for module, group in _by_called_module(model, candidates):
             self._watch(module, group)
+        for module in model.modules() if candidates else ():
+            if any(p.dim() > 1 and id(p) not in self._weights for p in module.parameters(recurse=False)):
+                self._watch_other(module)
+
+    @property
+    def has_end(self) -> bool:
+        """Whether the network ends somewhere: in a layer that feeds no other, or in something that is no layer here."""
+        return self._feeds_others or any(record.called and not record.feeds for record in self.records.values())
 
     def used_by_themselves(self) -> dict[str, int]:
         """Return the positions that weights were applied to in this step without their forwards, by layer."""
@@ -204,13 +214,29 @@ class ForwardAudit:
             if torch.compiler.is_compiling():
                 self._open.append(None)
                 return
-            self._enter(_ProductCount([(_current(c), self.records[c.name], c.shape[0]) for c in group]))
+            weights = [(_current(c), self.records[c.name], c.shape[0]) for c in group]
+            self._enter(_ProductCount(weights, self._weights, self._feed_other))
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
             self._leave()
 
         self._handles.append(module.register_forward_pre_hook(before))
         self._handles.append(module.register_forward_hook(after, prepend=True, always_call=True))
+
+    def _watch_other(self, module: nn.Module) -> None:
+        """Watch a module with weights that is no layer known here, such as an LSTM, for what it is fed with."""
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not torch.compiler.is_compiling() and any(map(_takes_gradients, module.parameters(recurse=False))):
+                self._feed_other(_tensors((args, kwargs)))
+
+        self._handles.append(module.register_forward_hook(after, with_kwargs=True, prepend=True))
+
+    def _feed_other(self, tensors: Sequence[Tensor]) -> None:
+        """Note the layers that feed something with weights that is no layer known here."""
+        nodes = [x.grad_fn for x in tensors if x.grad_fn is not None]
+        self._feeds_others |= bool(nodes)
+        self._follow(nodes, ())
 
     def _enter(self, mode: TorchFunctionMode) -> None:
         mode.__enter__()
@@ -244,7 +270,8 @@ class ForwardAudit:
                 record.unrecorded |= not torch.is_grad_enabled()
                 record.order = self._calls
             self._calls += 1
-            self._follow([x.grad_fn for x in _tensors((args, kwargs))], records)
+            if any(_takes_gradients(_current(candidate)) for candidate in group):  # a frozen loss network ends nothing
+                self._follow([x.grad_fn for x in _tensors((args, kwargs))], records)
             nodes = [x.grad_fn for x in _tensors(output) if x.grad_fn is not None]
             self.saw_graph |= bool(nodes)
             for node in nodes:
@@ -309,7 +336,33 @@ class _Changes(_WeightWatch):
 
 
 class _ProductCount(_WeightWatch):
-    """Watch of a parent's forward: triples of weight, record and number of outputs."""
+    """Watch of a parent's forward for products of its layers' weights, and of other parameters, such as a tied head's.
+
+    Args:
+        weights: triples of weight, record and number of outputs.
+        known: ids of all layers' weights.
+        consume: function that is called with the operands of a product with another parameter.
+
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[tuple[Any, ...]],
+        known: frozenset[int],
+        consume: Callable[[list[Tensor]], None],
+    ) -> None:
+        super().__init__(weights)
+        self._known, self._consume = known, consume
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in _PRODUCTS:
+            operands = _tensors((args, kwargs or {}))
+            others = [x for x in operands if isinstance(x, nn.Parameter) and x.dim() > 1 and id(x) not in self._known]
+            if any(_takes_gradients(x) for x in others):
+                self._consume(operands)
+        return super().__torch_function__(func, types, args, kwargs)
 
     def product(self, result: Tensor, *found: Any) -> None:
         record, outputs = found
@@ -341,6 +394,10 @@ def _current(candidate: Candidate) -> Any:
     """Return what the layer holds as its weight in this forward; FSDP1 puts a plain attribute there."""
     module, name = candidate.module, candidate.kind.weight_name
     return vars(module).get(name, module._parameters.get(name))
+
+
+def _takes_gradients(weight: Any) -> bool:
+    return isinstance(weight, Tensor) and weight.requires_grad
 
 
 def _gathers(module: nn.Module) -> bool:

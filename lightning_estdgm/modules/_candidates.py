@@ -190,6 +190,8 @@ def find_candidates(
             return False, "its weight is not a plain parameter"
         if any(_matches(selector, name, module) for selector in exclude):
             return False, "excluded"
+        if weight.is_complex():
+            return False, "its weight is complex"
         if not weight.requires_grad:
             return False, _FROZEN
         if held is not None and id(weight) not in held:

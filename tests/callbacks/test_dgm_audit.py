@@ -21,8 +21,9 @@ def mlp(width=32, out=32):
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out))
 
 
-def fit(module, *callbacks, steps=20, **settings):
-    dgm = DGMCallback(DGMConfig(SCHEDULE, units=Units(size=1)), total_steps=20)
+def fit(module, *callbacks, steps=20, total=20, **settings):
+    schedule = SCHEDULE if total == 20 else EstDgm(update_every=10, observe_steps=2)
+    dgm = DGMCallback(DGMConfig(schedule, units=Units(size=1)), total_steps=total)
     trainer = pl.Trainer(
         max_steps=steps,
         callbacks=[dgm, *callbacks],
@@ -70,6 +71,66 @@ def test_a_target_network_follows_its_average_and_is_never_masked():
     assert why["target.0"] == "no gradient reached it in the first 20 steps"
     assert torch.count_nonzero(module.target[0].weight) == 32 * 32
     assert dgm.density == pytest.approx(0.1, abs=0.002)
+
+
+class Lookahead(pl.LightningModule):
+    """Writes slow weights into the network between steps, and moves it by ``.data`` in the last one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = mlp(out=1)
+        self.seen = []
+
+    def training_step(self, x, batch_idx):
+        self.seen.append(torch.count_nonzero(self.net[0].weight).item())
+        return self.net(x).square().mean()
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        with torch.no_grad():
+            if batch_idx == 0:
+                self.slow = [p.clone() for p in self.net.parameters()]
+            if batch_idx % 5 == 4:
+                for p, q in zip(self.net.parameters(), self.slow, strict=True):
+                    p.copy_(q.lerp_(p, 0.5))
+            if batch_idx == 19:
+                self.net[0].weight.data = self.net[0].weight.data + 1.0
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+def test_weights_that_the_user_writes_are_masked_again_before_they_are_used():
+    module = Lookahead()
+    dgm = fit(module)
+    assert module.seen[0] == 32 * 32
+    assert module.seen[5] < module.seen[1] < 32 * 32
+    mask = dgm.masks()["net.0"]
+    assert torch.equal(module.net[0].weight != 0, mask)
+    assert torch.count_nonzero(module.net[2].weight[~dgm.masks()["net.2"]]) == 0
+
+
+class Late(pl.LightningModule):
+    """A branch that trains from step 30 on, as a generator with a late start."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.branch, self.head = mlp(), nn.Linear(32, 32), nn.Linear(32, 1)
+
+    def training_step(self, x, batch_idx):
+        h = self.net(x)
+        return self.head(h + self.branch(h) if self.trainer.global_step >= 30 else h).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+def test_a_layer_that_trains_after_the_audit_is_said():
+    with pytest.warns(UserWarning, match=r"1 layers \(branch\) have begun to train in mid-run and stay dense"):
+        dgm = fit(Late(), steps=60, total=60)
+    assert dgm.run_summary()["thawed_and_dense"] == ["branch"]
+    assert "branch" not in dgm.masks()
 
 
 class Adapted(pl.LightningModule):

@@ -300,3 +300,37 @@ def test_accumulated_gradients_are_no_unseen_steps(recwarn):
             dgm.mask_gradients()
             dgm.advance()
     assert [str(w.message) for w in recwarn if "steps was seen" in str(w.message)] == []
+
+
+def test_heads_that_start_at_zero_are_all_heads():
+    """In the first step only they get a gradient: what is behind them trains from the second on."""
+
+    class Zero(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.a, self.b = body(), nn.Linear(16, 1), nn.Linear(16, 1)
+            nn.init.zeros_(self.a.weight)
+            nn.init.zeros_(self.b.weight)
+
+        def forward(self, x):
+            h = self.body(x)
+            return torch.cat([self.a(h), self.b(h)], 1) - 1
+
+    dgm, _ = train(Zero(), steps=4)
+    assert dgm.masks().keys() == {"body.0", "body.2"}
+    assert reasons(dgm).keys() == {"a", "b"}
+
+
+def test_where_outputs_are_fed_back_the_last_registered_layer_is_the_head():
+    class Feedback(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.output = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            for _ in range(3):
+                x = self.output(self.cell(x).tanh())
+            return x
+
+    dgm, _ = train(Feedback())
+    assert dgm.masks().keys() == {"cell"}

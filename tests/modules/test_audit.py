@@ -204,3 +204,58 @@ def test_recomputed_forwards_hide_what_the_last_layer_of_a_block_feeds_and_this_
         ("block.2", not use_reentrant, use_reentrant),
         ("head", False, False),
     ]
+
+
+def test_frozen_networks_behind_the_model_end_nothing():
+    class Perceptual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.output = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.loss = nn.Linear(8, 8).requires_grad_(False)
+
+        def forward(self, x):
+            return self.loss(self.output(self.first(x)))
+
+    records = audited(Perceptual(), torch.randn(2, 8)).records
+    assert (records["first"].feeds, records["output"].feeds) == (True, False)
+
+
+class Tied(nn.Module):
+    """The output is a product with the embedding, whose weight belongs to no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.last = nn.Embedding(10, 8), nn.Linear(8, 8)
+
+    def forward(self, ids):
+        return F.linear(self.last(self.embedding(ids)), self.embedding.weight)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.last, self.lstm = nn.Linear(8, 8), nn.LSTM(8, 8)
+
+    def forward(self, x):
+        return self.lstm(self.last(x))[0]
+
+
+@pytest.mark.parametrize(("model", "x"), [(Tied(), torch.arange(6).view(2, 3)), (Recurrent(), torch.randn(2, 3, 8))])
+def test_what_feeds_a_tied_head_or_a_recurrent_part_is_no_head(model, x):
+    audit = audited(model, x)
+    assert audit.records["last"].feeds
+    assert audit.has_end
+
+
+def test_outputs_that_are_fed_back_leave_no_end():
+    class Feedback(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.output = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            for _ in range(3):
+                x = self.output(self.cell(x).tanh())
+            return x
+
+    assert not audited(Feedback(), torch.randn(2, 8)).has_end

@@ -121,3 +121,8 @@ def test_fused_projections_are_recognised(name, module, parts):
     assert candidate.parts == parts
     out, inner = candidate.shape
     assert candidate.part_shape == (out // parts, inner)
+
+
+def test_complex_weights_stay_dense():
+    model = nn.Sequential(nn.Linear(8, 8, dtype=torch.complex64), nn.Linear(8, 8), nn.Linear(8, 2))
+    assert verdicts(model)["0"] == (False, "its weight is complex")

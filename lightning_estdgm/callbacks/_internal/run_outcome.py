@@ -63,7 +63,7 @@ class RunOutcome:
     def watch_thawed(self) -> None:
         """Warn of layers that have begun to train in mid-run and stay dense. Call it at the start of each epoch."""
         held = {id(p) for o in self._trainer.optimizers for group in o.param_groups for p in group["params"]}
-        now = thawed_layers(self._controller.candidates, held)
+        now = [*thawed_layers(self._controller.candidates, held), *self._controller.late_layers()]
         new = [name for name in now if name not in self._thawed]
         if new:
             self._thawed += new
@@ -84,11 +84,17 @@ class RunOutcome:
     def say(self) -> None:
         """Warn if the run, or its best checkpoint, does not have the density that was asked for."""
         self.watch()
+        self.watch_thawed()
         controller, trainer = self._controller, self._trainer
         asked = controller.final_density
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if not self._is_asked(controller.density):
+        if controller.steps and not controller.masks():
+            rank_zero_warn(
+                "nothing was masked in this run, it trained dense: the first step showed no layer that can be masked. "
+                "The reason of each is in DGMCallback.decisions()"
+            )
+        elif not self._is_asked(controller.density):
             rank_zero_warn(
                 f"the run ended at position {controller.position} of {controller.schedule.total_steps} of the "
                 f"schedule, in {controller.phase}, at density {controller.density:.2f}; asked for was "
