@@ -106,7 +106,8 @@ def test_experts_of_transformers_are_masked_expert_by_expert(name, size):
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
-def test_resumed_experts_equal_straight_ones(name):
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_resumed_experts_equal_straight_ones(name, backend):
     pytest.importorskip("transformers")
 
     def begin():
@@ -114,6 +115,10 @@ def test_resumed_experts_equal_straight_ones(name):
         return model, adamw(model)
 
     config = DGMConfig(SCHEDULE, units=Units(size=1))
+    if backend == "cpu":
+        config = DGMConfig(
+            SCHEDULE, units=Units(size=16), backend=backend, selection=Selection(exclude=[is_linear]), seed=1
+        )
     straight, optimizer = begin()
     with DGMController(straight, optimizer, config, total_steps=STEPS, audit=False) as dgm:
         steps(straight, optimizer, dgm, language_loss, last=7)
@@ -139,7 +144,7 @@ def test_a_forced_backend_computes_experts_and_trains_as_dense(name):
             SCHEDULE, units=Units(size=16), backend=backend, selection=Selection(exclude=[is_linear]), seed=1
         )
         classes = [type(m) for m in model.modules()]
-        with DGMController(model, optimizer, config, total_steps=STEPS, audit=False) as dgm:
+        with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
             steps(model, optimizer, dgm, language_loss)
             decided = [d for d in dgm.decisions() if d.masked]
             check_experts(dgm, budgets_of(dgm))
