@@ -178,7 +178,8 @@ class Dispatch:
         return self._config.backend != "auto" and weight.has_operator and has_unit and weight.name not in self._unfit
 
     def _has_choice(self, weight: MaskedWeight) -> bool:
-        return self._is_forced(weight) or (weight.has_operator and self._config.backend == "auto")
+        timed = weight.has_operator and not weight.candidate.kind.experts
+        return self._is_forced(weight) or (timed and self._config.backend == "auto")
 
     def _forced(self, weight: MaskedWeight) -> str:
         return self._config.backend if self._is_forced(weight) else "dense"
@@ -204,6 +205,8 @@ class Dispatch:
         for index, weight in enumerate(self._weights):
             if not self._has_choice(weight):
                 weight.final_backend = "dense"
+                if weight.candidate.kind.experts and weight.has_operator and weight.block_size > 1:
+                    weight.why = "experts are not timed: only backend= makes them sparse"
                 continue
             weight.final_backend, weight.why = self._choose(weight, final[index])
             for densities_then in others:
@@ -222,6 +225,10 @@ class Dispatch:
         if not weight.candidate.is_convolution:
             tokens = self.positions.get(weight.name, _NOMINAL_TOKENS)
             transposed = weight.candidate.kind.transposed
+            if experts := weight.candidate.kind.experts:  # one of them, with its share of the tokens
+                tokens, out = max(1, tokens // experts), out // experts
+                transposed = not weight.candidate.kind.inputs_last
+                out, inner = (inner, out) if transposed else (out, inner)
             return Case(tokens, out, inner, weight.block_size, density, dtype, weight.device, frozen, transposed)
         geometry = _geometry(weight)
         image = self._images.get(weight.name) or self._nominal_image(weight, geometry)

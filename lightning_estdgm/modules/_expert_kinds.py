@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_estdgm.modules._kinds import LayerKind
+from lightning_estdgm.modules._kinds import LayerKind, own_class
 
 _COUNTS = ("num_experts", "n_experts", "num_local_experts", "n_routed_experts", "num_routed_experts")
 _CHOSEN = ("top_k", "num_experts_per_tok", "num_experts_per_token", "experts_per_token")
@@ -49,15 +49,32 @@ def _hugging_face(module: Any, own: str, experts: int) -> LayerKind:
     rows_are_outputs = not module.is_transposed
     # Gate and up lie one after the other; where they take turns, or lie along the columns, they are one matrix.
     halves = 2 if own == "gate_up_proj" and rows_are_outputs and module.is_concatenated else 1
-    return _kind(own, experts, parts=halves * experts, inputs_last=rows_are_outputs)
+    return _kind(own, experts, parts=halves * experts, inputs_last=rows_are_outputs, why_dense=_why_dense)
 
 
-def _kind(own: str, experts: int, *, parts: int, inputs_last: bool) -> LayerKind:
+def _why_dense(module: nn.Module) -> str:
+    # A class of someone's own may have a forward of its own.
+    own = own_class(module)
+    return "" if own.__module__.partition(".")[0] == "transformers" else f"no sparse operator for {own.__name__}"
+
+
+def _no_operator(module: nn.Module) -> str:
+    return "no sparse operator for stacked experts"
+
+
+def _kind(
+    own: str,
+    experts: int,
+    *,
+    parts: int,
+    inputs_last: bool,
+    why_dense: Callable[[nn.Module], str] = _no_operator,
+) -> LayerKind:
     return LayerKind(
         "experts",
         lambda module: True,
         _routed_tokens,
-        lambda module: "no sparse operator for stacked experts",
+        why_dense,
         weight_name=own,
         experts=experts,
         parts=parts,

@@ -42,7 +42,7 @@ class LayerKind:
     inputs_last: bool = True
 
 
-def _own_class(module: nn.Module) -> type:
+def own_class(module: nn.Module) -> type:
     """Return a module's class, or the one that it had before ``fully_shard`` put its own over it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
@@ -52,7 +52,7 @@ def _own_class(module: nn.Module) -> type:
 
 def _is_named(module: nn.Module, root: str, name: str) -> bool:
     """Recognise a class of a library that need not be installed."""
-    cls = _own_class(module)
+    cls = own_class(module)
     return cls.__name__ == name and cls.__module__.partition(".")[0] == root
 
 
@@ -74,7 +74,7 @@ def _input_pixels(module: Any, args: tuple[Any, ...], output: Any) -> int:
 
 
 def _no_operator(module: nn.Module) -> str:
-    return f"no sparse operator for {_own_class(module).__name__}"
+    return f"no sparse operator for {own_class(module).__name__}"
 
 
 def _has_operator(module: nn.Module) -> str:
@@ -82,13 +82,13 @@ def _has_operator(module: nn.Module) -> str:
 
 
 def _why_linear_is_dense(module: nn.Module) -> str:
-    return "" if _own_class(module) is nn.Linear else _no_operator(module)
+    return "" if own_class(module) is nn.Linear else _no_operator(module)
 
 
 def _why_convolution_is_dense(module: Any) -> str:
     if module.groups > 1:
         return "grouped convolution: no sparse operator"
-    if _own_class(module) not in (nn.Conv1d, nn.Conv2d):
+    if own_class(module) not in (nn.Conv1d, nn.Conv2d):
         return _no_operator(module)
     if module.padding_mode != "zeros":
         return f"no sparse operator for padding_mode={module.padding_mode!r}"

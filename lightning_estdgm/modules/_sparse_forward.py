@@ -33,8 +33,11 @@ class SparseForward:
     _estdgm_frozen: bool
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._estdgm_topology = self._estdgm_topology.apply(fn)
+        self._move_topologies(fn)
         return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def _move_topologies(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self._estdgm_topology = self._estdgm_topology.apply(fn)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy is the plain layer: nobody would tell it of later masks, and inactive weights are zero anyway (or, if
@@ -86,10 +89,16 @@ class _SparseConv(SparseForward):
 _SWAPPED: dict[type, type] = {}
 
 
-def swapped_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """Return the class that puts `SparseForward` over `cls`; always the same one, so that type guards hold."""
+def swapped_class(cls: type[nn.Module], mixin: type[SparseForward] | None = None) -> type[nn.Module]:
+    """Return the class that puts a `SparseForward` over `cls`; always the same one, so that type guards hold.
+
+    Args:
+        cls: Class of a layer.
+        mixin: What is put over it; ``None``: that of a linear layer or a convolution.
+
+    """
     if cls not in _SWAPPED:
-        sparse = _SparseConv if issubclass(cls, CONVOLUTIONS) else _SparseLinear
+        sparse = mixin or (_SparseConv if issubclass(cls, CONVOLUTIONS) else _SparseLinear)
         _SWAPPED[cls] = type(f"Masked{cls.__name__}", (sparse, cls), {"_estdgm_dense_class": cls})
     return _SWAPPED[cls]
 

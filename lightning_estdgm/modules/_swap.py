@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_estdgm.modules._candidates import Candidate
+from lightning_estdgm.modules._sparse_experts import ExpertStack, SparseExperts
 from lightning_estdgm.modules._sparse_forward import STATE_PREFIX, SparseForward, dense_class, swapped_class
 from lightning_estdgm.sparse._topology import BlockTopology
 
@@ -26,6 +27,9 @@ def sparsify_(candidate: Candidate, mask: Tensor, block_size: int, backend: str,
 
     """
     module: Any = candidate.module
+    if candidate.kind.experts:
+        _sparsify_experts_(candidate, mask, block_size, backend, frozen)
+        return
     if isinstance(module, SparseForward):
         module._estdgm_topology.update_(mask)
         module._estdgm_backend = backend
@@ -38,9 +42,24 @@ def sparsify_(candidate: Candidate, mask: Tensor, block_size: int, backend: str,
     module.__class__ = swapped_class(type(module))
 
 
+def _sparsify_experts_(candidate: Candidate, mask: Tensor, block_size: int, backend: str, frozen: bool) -> None:
+    module: Any = candidate.module
+    own = candidate.kind.weight_name
+    if not isinstance(module, SparseExperts):
+        module._estdgm_stacks = {}
+        module.__class__ = swapped_class(type(module), SparseExperts)
+    if own in module._estdgm_stacks:
+        module._estdgm_stacks[own].update_(mask, backend)
+    else:
+        module._estdgm_stacks[own] = ExpertStack.from_mask(mask, candidate.kind.experts, block_size, backend, frozen)
+
+
 def set_observing(candidate: Candidate, observing: bool) -> None:
     """Have a swapped layer's backward yield the whole weight gradient, or the active blocks' only."""
-    if isinstance(candidate.module, SparseForward):
+    if isinstance(candidate.module, SparseExperts):
+        if candidate.kind.weight_name in candidate.module._estdgm_stacks:
+            candidate.module._estdgm_stacks[candidate.kind.weight_name].observing = observing
+    elif isinstance(candidate.module, SparseForward):
         candidate.module._estdgm_observing = observing
 
 

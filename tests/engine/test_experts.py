@@ -32,6 +32,10 @@ def adamw(model):
     return torch.optim.AdamW(model.parameters(), 1e-2)
 
 
+def is_linear(name, module):
+    return isinstance(module, nn.Linear)
+
+
 def steps(model, optimizer, dgm, loss, first=0, last=STEPS):
     for step in range(first, last):
         optimizer.zero_grad()
@@ -102,7 +106,8 @@ def test_experts_of_transformers_are_masked_expert_by_expert(name, size):
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
-def test_resumed_experts_equal_straight_ones(name):
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_resumed_experts_equal_straight_ones(name, backend):
     pytest.importorskip("transformers")
 
     def begin():
@@ -110,6 +115,10 @@ def test_resumed_experts_equal_straight_ones(name):
         return model, adamw(model)
 
     config = DGMConfig(SCHEDULE, units=Units(size=1))
+    if backend == "cpu":
+        config = DGMConfig(
+            SCHEDULE, units=Units(size=16), backend=backend, selection=Selection(exclude=[is_linear]), seed=1
+        )
     straight, optimizer = begin()
     with DGMController(straight, optimizer, config, total_steps=STEPS, audit=False) as dgm:
         steps(straight, optimizer, dgm, language_loss, last=7)
@@ -122,6 +131,49 @@ def test_resumed_experts_equal_straight_ones(name):
         assert not equal(straight, resumed)
         steps(resumed, optimizer, dgm, language_loss, first=7)
     assert equal(straight, resumed)
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_a_forced_backend_computes_experts_and_trains_as_dense(name):
+    pytest.importorskip("transformers")
+
+    def train(backend):
+        model = hugging_face(name)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        config = DGMConfig(
+            SCHEDULE, units=Units(size=16), backend=backend, selection=Selection(exclude=[is_linear]), seed=1
+        )
+        classes = [type(m) for m in model.modules()]
+        with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
+            steps(model, optimizer, dgm, language_loss)
+            decided = [d for d in dgm.decisions() if d.masked]
+            check_experts(dgm, budgets_of(dgm))
+            ratio = dgm.flops["executed"] / dgm.flops["dense"]
+        assert [type(m) for m in model.modules()] == classes
+        return model, decided, ratio
+
+    sparse, decided, ratio = train("cpu")
+    assert len(decided) == 4
+    assert {d.backend for d in decided} == {d.final_backend for d in decided} == {"cpu"}
+    assert ratio < 1
+    dense, decided, ratio = train("dense")
+    assert {d.backend for d in decided} == {"dense"}
+    assert ratio == 1
+    for ours, theirs in zip(sparse.parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_experts_stay_dense_where_no_backend_is_forced():
+    pytest.importorskip("transformers")
+    model = hugging_face("Mixtral")
+    optimizer = adamw(model)
+    config = DGMConfig(SCHEDULE, units=Units(size=16), selection=Selection(exclude=[is_linear]))
+    with DGMController(model, optimizer, config, total_steps=STEPS, audit=False) as dgm:
+        steps(model, optimizer, dgm, language_loss)
+        decided = [d for d in dgm.decisions() if d.masked]
+        assert {(d.backend, d.final_backend) for d in decided} == {("dense", "dense")}
+        assert all("only backend= makes them sparse" in d.why for d in decided)
+        assert dgm.flops["executed"] == dgm.flops["dense"]
 
 
 def test_flops_of_experts_by_hand():
