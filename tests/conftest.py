@@ -8,6 +8,8 @@ import torch
 from hypothesis import settings
 from torch import nn
 
+from helpers.compatibility_rows import pytest_collection_modifyitems, pytest_sessionfinish, record  # noqa: F401
+
 # No deadline: no test depends on how fast a machine is. Derandomised: a failure is the same one everywhere.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("repeatable")

@@ -78,7 +78,12 @@ MODELS = (
         "torch_geometric",
     ),
     Model("LSTM", models.lstm, {"model.head": HEAD}),
-    Model("GAN, manual optimization", models.Adversaries, {"discriminator.2": HEAD}, settings={"steps_per_batch": 2}),
+    Model(  # each network's last layer: while the generator steps, the discriminator behind it is frozen
+        "GAN, manual optimization",
+        models.Adversaries,
+        {"discriminator.2": HEAD, "generator.2": HEAD},
+        settings={"steps_per_batch": 2},
+    ),
     Model("diffusion U-Net with attention", models.ddpm, {"model.leave": HEAD}),
     Model(
         "BYOL, frozen target",

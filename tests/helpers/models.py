@@ -382,6 +382,11 @@ def weight_masks(module: nn.Module, callback: DGMCallback) -> dict[str, tuple[nn
     blocks = {d.name: d.block_size for d in callback.decisions()}
     found = {}
     for name, mask in callback.masks().items():
+        parent, _, last = name.rpartition(".")
+        stacked = getattr(modules.get(parent), last, None)  # experts in one parameter, named by it
+        if isinstance(stacked, nn.Parameter):
+            found[name] = (stacked, _expert_mask(stacked, mask, blocks[name]))
+            continue
         layer = modules[name]
         weight = layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
         if not blocks[name]:  # the first step, which is dense, has not ended
@@ -396,6 +401,12 @@ def weight_masks(module: nn.Module, callback: DGMCallback) -> dict[str, tuple[nn
         assert mask.shape == weight.shape
         found[name] = (weight, mask)
     return found
+
+
+def _expert_mask(stack: nn.Parameter, mask: Tensor, block: int) -> Tensor:
+    """The mask of experts that are stacked in one parameter ``(experts, rows, columns)``."""
+    side = max(block, 1)
+    return mask.repeat_interleave(side, 0).repeat_interleave(side, 1).view(stack.shape)
 
 
 def assert_masked(module: nn.Module, callback: DGMCallback) -> None:

@@ -1,4 +1,4 @@
-"""Rows of docs/compatibility.md: compared by name in every run, and written by ``make compatibility``."""
+"""Hooks and a fixture for the rows of docs/compatibility.md: compared by name, written by ``make compatibility``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     order = config.stash.setdefault(_ORDER, {})
     for item in items:
         module, _, name = item.nodeid.rpartition("/")[2].partition(".py::")
-        if "[" in name:
+        if "[" in name and "/compatibility/" in item.nodeid:
             order.setdefault(module.removeprefix("test_"), []).append(name.partition("[")[2].removesuffix("]"))
 
 
