@@ -8,121 +8,17 @@ watched by `engine._admission`, which decides.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_estdgm.modules._candidates import Candidate
+from lightning_estdgm.modules._weight_watch import Changes, ProductCount, takes_gradients, tensors_of
 
-# Torch's functions by name. Products take a weight; the next keep every zero of one, as views, casts and scalings do;
-# the last yield statistics of it. What any other function makes of a weight is not the weight as it is stored.
-_PRODUCTS = frozenset(
-    (
-        "linear",
-        "bilinear",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "matmul",
-        "__matmul__",
-        "__rmatmul__",
-        "mm",
-        "bmm",
-        "addmm",
-        "addbmm",
-        "baddbmm",
-        "einsum",
-        "tensordot",
-        "multi_head_attention_forward",
-        "_grouped_mm",
-        "grouped_mm",
-        "grouped_mm_fallback",
-    )
-)
-_KEEP_ZEROS = frozenset(
-    (
-        "t",
-        "transpose",
-        "permute",
-        "view",
-        "reshape",
-        "to",
-        "type",
-        "half",
-        "float",
-        "bfloat16",
-        "double",
-        "contiguous",
-        "unsqueeze",
-        "squeeze",
-        "flatten",
-        "unflatten",
-        "expand",
-        "detach",
-        "clone",
-        "__getitem__",
-        "narrow",
-        "chunk",
-        "split",
-        "unbind",
-        "select",
-        "movedim",
-        "swapaxes",
-        "view_as",
-        "type_as",
-        "__get__",
-        "cuda",
-        "cpu",
-        "mul",
-        "__mul__",
-        "__rmul__",
-        "multiply",
-        "div",
-        "__truediv__",
-        "divide",
-        "neg",
-        "__neg__",
-        "dropout",
-        "fake_quantize_per_tensor_affine",
-        "fake_quantize_per_channel_affine",
-        "fused_moving_avg_obs_fake_quant",
-    )
-)
-_STATISTICS = frozenset(
-    (
-        "norm",
-        "linalg_norm",
-        "linalg_vector_norm",
-        "linalg_matrix_norm",
-        "vector_norm",
-        "matrix_norm",
-        "sum",
-        "mean",
-        "std",
-        "var",
-        "std_mean",
-        "var_mean",
-        "amax",
-        "amin",
-        "aminmax",
-        "max",
-        "min",
-        "abs",
-        "square",
-        "pow",
-        "__pow__",
-        "isnan",
-        "isfinite",
-    )
-)
 _FORWARDS = {
     cls.forward
     for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
@@ -215,7 +111,7 @@ class ForwardAudit:
                 self._open.append(None)
                 return
             weights = [(_current(c), self.records[c.name], c.shape[0]) for c in group]
-            self._enter(_ProductCount(weights, self._weights, self._feed_other))
+            self._enter(ProductCount(weights, self._weights, self._feed_other))
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
             self._leave()
@@ -227,8 +123,8 @@ class ForwardAudit:
         """Watch a module with weights that is no layer known here, such as an LSTM, for what it is fed with."""
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if not torch.compiler.is_compiling() and any(map(_takes_gradients, module.parameters(recurse=False))):
-                self._feed_other(_tensors((args, kwargs)))
+            if not torch.compiler.is_compiling() and any(map(takes_gradients, module.parameters(recurse=False))):
+                self._feed_other(tensors_of((args, kwargs)))
 
         self._handles.append(module.register_forward_hook(after, with_kwargs=True, prepend=True))
 
@@ -257,7 +153,7 @@ class ForwardAudit:
                 if not self._gathered and candidate.masked and _current(candidate) is not candidate.weight:
                     record.changed_by = record.changed_by or "another tensor in its place"
             if "forward" in vars(module) or type(module).forward not in _FORWARDS:
-                self._enter(_Changes([(_current(candidate), r) for candidate, r in zip(group, records, strict=True)]))
+                self._enter(Changes([(_current(candidate), r) for candidate, r in zip(group, records, strict=True)]))
             else:
                 self._open.append(None)
 
@@ -270,9 +166,9 @@ class ForwardAudit:
                 record.unrecorded |= not torch.is_grad_enabled()
                 record.order = self._calls
             self._calls += 1
-            if any(_takes_gradients(_current(candidate)) for candidate in group):  # a frozen loss network ends nothing
-                self._follow([x.grad_fn for x in _tensors((args, kwargs))], records)
-            nodes = [x.grad_fn for x in _tensors(output) if x.grad_fn is not None]
+            if any(takes_gradients(_current(candidate)) for candidate in group):  # a frozen loss network ends nothing
+                self._follow([x.grad_fn for x in tensors_of((args, kwargs))], records)
+            nodes = [x.grad_fn for x in tensors_of(output) if x.grad_fn is not None]
             self.saw_graph |= bool(nodes)
             for node in nodes:
                 self._producers.setdefault(node, []).extend(records)
@@ -291,82 +187,6 @@ class ForwardAudit:
             for record in self._producers.get(node, ()):
                 record.feeds |= record not in own
             nodes.extend(parent for parent, _ in node.next_functions)
-
-
-class _WeightWatch(TorchFunctionMode):
-    """Watch of torch's functions for those that get one of some weights, or what was derived from it with its zeros."""
-
-    def __init__(self, weights: Sequence[tuple[Any, ...]]) -> None:
-        super().__init__()
-        self._found = {id(weight): tuple(rest) for weight, *rest in weights}
-        self._derived: list[Tensor] = []  # kept, so that ids stay theirs
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        met = {id(x): found for x in _tensors((args, kwargs)) if (found := self._found.get(id(x))) is not None}
-        result = func(*args, **kwargs)
-        if not met or not (results := _tensors(result)):
-            return result
-        name = getattr(func, "__name__", str(func))
-        for found in met.values():
-            if name in _PRODUCTS:
-                self.product(results[0], *found)
-            elif name in _KEEP_ZEROS:
-                self._derived += results
-                self._found |= dict.fromkeys(map(id, results), found)
-            elif name not in _STATISTICS:
-                self.other(name, *found)
-        return result
-
-    def product(self, result: Tensor, *found: Any) -> None:
-        """Note a product of the weight."""
-
-    def other(self, name: str, *found: Any) -> None:
-        """Note a function that does not keep the weight's zeros."""
-
-
-class _Changes(_WeightWatch):
-    """Watch of a layer's own forward: pairs of weight and record, where the first function that is no product goes."""
-
-    def other(self, name: str, *found: Any) -> None:
-        (record,) = found
-        record.changed_by = record.changed_by or f"{name}()"
-
-
-class _ProductCount(_WeightWatch):
-    """Watch of a parent's forward for products of its layers' weights, and of other parameters, such as a tied head's.
-
-    Args:
-        weights: triples of weight, record and number of outputs.
-        known: ids of all layers' weights.
-        consume: function that is called with the operands of a product with another parameter.
-
-    """
-
-    def __init__(
-        self,
-        weights: Sequence[tuple[Any, ...]],
-        known: frozenset[int],
-        consume: Callable[[list[Tensor]], None],
-    ) -> None:
-        super().__init__(weights)
-        self._known, self._consume = known, consume
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__name__", "") in _PRODUCTS:
-            operands = _tensors((args, kwargs or {}))
-            others = [x for x in operands if isinstance(x, nn.Parameter) and x.dim() > 1 and id(x) not in self._known]
-            if any(_takes_gradients(x) for x in others):
-                self._consume(operands)
-        return super().__torch_function__(func, types, args, kwargs)
-
-    def product(self, result: Tensor, *found: Any) -> None:
-        record, outputs = found
-        record.used_by_parent += max(1, result.numel() // outputs)
 
 
 def _by_called_module(model: nn.Module, candidates: Sequence[Candidate]) -> Iterator[tuple[nn.Module, list[Candidate]]]:
@@ -396,15 +216,7 @@ def _current(candidate: Candidate) -> Any:
     return vars(module).get(name, module._parameters.get(name))
 
 
-def _takes_gradients(weight: Any) -> bool:
-    return isinstance(weight, Tensor) and weight.requires_grad
-
-
 def _gathers(module: nn.Module) -> bool:
     """Whether a module is one of FSDP's, which put gathered weights in the place of stored ones."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule))
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

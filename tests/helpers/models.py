@@ -389,12 +389,11 @@ def weight_masks(module: nn.Module, callback: DGMCallback) -> dict[str, tuple[nn
             continue
         layer = modules[name]
         weight = layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
-        if not blocks[name]:  # the first step, which is dense, has not ended
-            assert mask.all()
-            mask = torch.ones_like(weight, dtype=torch.bool)
-        elif blocks[name] > 1:
-            mask = mask.repeat_interleave(blocks[name], 0).repeat_interleave(blocks[name], 1)
-        if "Conv1D" in type(layer).__name__ and blocks[name]:
+        transposed = "Conv1D" in type(layer).__name__
+        side = blocks[name] or weight.shape[1 if transposed else 0] // mask.shape[0]  # 0: the first step has not ended
+        if side > 1:
+            mask = mask.repeat_interleave(side, 0).repeat_interleave(side, 1)
+        if transposed:
             mask = mask.t()
         if mask.dim() < weight.dim():
             mask = mask[(..., *[None] * (weight.dim() - 2))].expand(weight.shape)
