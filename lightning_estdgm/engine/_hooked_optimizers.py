@@ -14,24 +14,30 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def nested_optimizers(optimizer: Optimizer) -> list[Any]:
+    """Return an optimizer and those that it wraps, outermost first."""
+    found: list[Any] = []
+    waiting: list[Any] = [optimizer]
+    while waiting:
+        candidate = waiting.pop(0)
+        if not any(candidate is known for known in found):
+            found.append(candidate)
+            waiting += [value for value in getattr(candidate, "__dict__", {}).values() if isinstance(value, Optimizer)]
+    return found
+
+
 def with_step_hooks(optimizer: Optimizer) -> list[Optimizer]:
     """Return the optimizers whose steps run torch's step hooks, out of an optimizer and those that it wraps.
 
     The hooks are run by the class's ``step``, which `Optimizer.__init__` patches. A wrapper that does not call it may
     have a dictionary of hooks, its own or its inner optimizer's, and never run them.
     """
-    found: list[Optimizer] = []
-    waiting, seen = [optimizer], set()
-    while waiting:
-        candidate = waiting.pop(0)
-        if id(candidate) in seen:
-            continue
-        seen.add(id(candidate))
-        own = getattr(candidate, "__dict__", {})
-        if getattr(getattr(type(candidate), "step", None), "hooked", False) and "_optimizer_step_pre_hooks" in own:
-            found.append(candidate)
-        waiting += [value for value in own.values() if isinstance(value, Optimizer)]
-    return found
+    return [
+        inner
+        for inner in nested_optimizers(optimizer)
+        if getattr(getattr(type(inner), "step", None), "hooked", False)
+        and "_optimizer_step_pre_hooks" in getattr(inner, "__dict__", {})
+    ]
 
 
 def closure_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_estdgm.distributed._collectives import local_tensor
+from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
 from lightning_estdgm.engine._masked_weight import MaskedWeight
-from lightning_estdgm.engine._optimizer_trial import nested_optimizers
 from lightning_estdgm.engine._state_entries import Path, state_entries
 from lightning_estdgm.engine._state_rules import Constant, CopyOfWeight, StateRule, oriented
 from lightning_estdgm.engine._state_trial import StateUnknownError, TrialFailedError, fresh_state_rules

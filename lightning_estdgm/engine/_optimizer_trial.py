@@ -7,21 +7,25 @@ state is in `_optimizer_state`. No trial touches the optimizer of the run.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
 
 
 def trial_optimizer(optimizer: Optimizer, stand_ins: Mapping[Tensor, Tensor]) -> Optimizer:
     """Return a copy of an optimizer, settings, own attributes and inner optimizers included, with other parameters.
 
     It has no parameter's state and no hooks, and is in training mode where it has modes. Of each group, only the
-    parameters with a stand-in are left; other groups
-    are empty, so that groups keep their indices. (``copy.deepcopy`` would keep what ``Optimizer.__getstate__`` returns:
-    groups and state, without a class's own attributes.)
+    parameters with a stand-in are left; other groups are empty, so that groups keep their indices. (``copy.deepcopy``
+    would keep what ``Optimizer.__getstate__`` returns: groups and state, without a class's own attributes.)
 
     Args:
         optimizer: optimizer of a run, or a wrapper of one.
@@ -59,13 +63,19 @@ def trial_optimizer(optimizer: Optimizer, stand_ins: Mapping[Tensor, Tensor]) ->
     return trial
 
 
-def nested_optimizers(optimizer: Optimizer) -> list[Any]:
-    """Return an optimizer and those that it wraps, outermost first."""
-    found: list[Any] = []
-    waiting: list[Any] = [optimizer]
-    while waiting:
-        candidate = waiting.pop(0)
-        if not any(candidate is known for known in found):
-            found.append(candidate)
-            waiting += [value for value in getattr(candidate, "__dict__", {}).values() if isinstance(value, Optimizer)]
-    return found
+@contextmanager
+def apart_from_the_run(device: torch.device) -> Iterator[None]:
+    """Take steps of a trial without a trace in the run: in its random numbers, compiled code and warnings.
+
+    Args:
+        device: device of the throw-away parameters.
+
+    """
+    on_cpu = device.type == "cpu"
+    with (
+        torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type),
+        torch.compiler.set_stance("force_eager"),  # an optimizer that compiles its step would do so for these shapes
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_estdgm.engine._optimizer_trial import trial_optimizer
+from lightning_estdgm.engine._optimizer_trial import apart_from_the_run, trial_optimizer
 from lightning_estdgm.engine._scaled_groups import Group, ScaledGroups
 
 _STEPS = 8  # of each half of a trial: rectified optimizers rest for the first five
@@ -37,13 +36,7 @@ def why_not_scaled(optimizer: Optimizer, index: int, parameters: Sequence[Tensor
     kind = type(optimizer).__name__
     if not isinstance(optimizer.param_groups[index].get("lr"), int | float | Tensor):
         return f"{kind} has no learning rate of its own in the parameter group"
-    on_cpu = like.device.type == "cpu"
-    with (
-        torch.random.fork_rng([] if on_cpu else [like.device], device_type="cuda" if on_cpu else like.device.type),
-        torch.compiler.set_stance("force_eager"),  # an optimizer that compiles its step would do so for these shapes
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
+    with apart_from_the_run(like.device):
         trial = _Trial(optimizer, index, parameters, like)
         try:
             plain = trial.moves((1.0, 1.0), (1.0, 1.0))
@@ -126,12 +119,11 @@ class _Trial:
             rates.enter(scales)
             return sum(float((self._gradient * p.detach()).sum()) for p in stand_ins)
 
-        step = type(trial).step
         if self._takes_closure:
-            step(trial, closure)
+            trial.step(closure)
         else:
             closure()
-            step(trial)
+            trial.step()
         rates.leave()
         self.evaluations = max(self.evaluations, calls)
 

@@ -12,7 +12,6 @@ every step, as that of inactive weights is. Each tensor of its state is one of
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_estdgm.distributed._collectives import local_tensor
-from lightning_estdgm.engine._optimizer_trial import nested_optimizers, trial_optimizer
+from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
+from lightning_estdgm.engine._optimizer_trial import apart_from_the_run, trial_optimizer
 from lightning_estdgm.engine._state_entries import Path, state_entries
 from lightning_estdgm.engine._state_rules import Constant, CopyOfWeight, Kept, Requantised, StateRule
 
@@ -155,15 +155,9 @@ class _Trials:
         ways = [self._way] if self._way else list(product((_added, _emptied, _remade), (False, True)))
         failure: Exception | None = None
         device = local_tensor(self._parameter).device
-        on_cpu = device.type == "cpu"
         for make, closure in ways:
             try:
-                with (
-                    torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type),
-                    torch.compiler.set_stance("force_eager"),  # an optimizer that compiles its step is not waited for
-                    warnings.catch_warnings(),
-                ):
-                    warnings.simplefilter("ignore")
+                with apart_from_the_run(device):
                     torch.manual_seed(0)
                     entries = self._run(make, closure, steps, quiet_weights, seed)
             except Exception as error:  # whatever an optimizer that is not ours may raise
@@ -211,8 +205,7 @@ def _step(trial: Any, weight: nn.Parameter, gradient: Tensor, closure: bool) -> 
         return total.detach()
 
     loss()
-    step = type(trial).step  # a scheduler puts a function on the instance
-    step(trial, loss) if closure else step(trial)
+    trial.step(loss) if closure else trial.step()
 
 
 def _spread(shape: Sequence[int], generator: torch.Generator) -> Tensor:
