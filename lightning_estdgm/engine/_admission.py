@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import distributed as dist
@@ -24,6 +25,14 @@ AUDITED_STEPS = 20
 
 _UNSEEN_STEPS = 5  # in a row, before it is said
 _WAITS = "no gradient has reached it yet: dense until then"
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """What any rank saw of the graph of the forward: `ForwardAudit.saw_graph` and `ForwardAudit.has_end`."""
+
+    was_seen: bool
+    has_end: bool
 
 
 class Admission:
@@ -51,7 +60,6 @@ class Admission:
         self.waiting = list(waiting)
         self.reasons: dict[str, str] = {}
         self._given_up: list[MaskedWeight] = []
-        self._candidates = candidates
         self._group = group
         self._saw_gradient: set[MaskedWeight] = set()
         self._stepped: set[MaskedWeight] = set()
@@ -133,12 +141,10 @@ class Admission:
 
         Args:
             steps: number of steps done.
-            none_masked: whether no weight is masked yet: then one layer at most is the output head.
+            none_masked: whether no weight is masked yet, so that what is seen now is all that there is.
 
         """
-        if not self.waiting:
-            return []
-        seen, saw_graph = self._seen_by_any_rank()
+        seen, graph = self._seen_by_any_rank()
         self._audit.end_step()
         trained = [weight for weight in self.waiting if seen[weight][0]]
         passed = []
@@ -150,7 +156,7 @@ class Admission:
                 self.reasons[weight.name] = self._why_changed(weight)
             else:
                 passed.append(weight)
-        heads = self._heads(passed, seen, saw_graph, none_masked=none_masked)
+        heads = self._heads(passed, seen, graph, none_masked=none_masked)
         for weight in heads:
             self.reasons[weight.name] = "output head: its output goes into no other layer"
         decided = {weight.name for weight in trained}
@@ -166,18 +172,18 @@ class Admission:
         self,
         weights: Sequence[MaskedWeight],
         seen: Mapping[MaskedWeight, Sequence[int]],
-        saw_graph: bool,
+        graph: _Graph,
         *,
         none_masked: bool,
     ) -> list[MaskedWeight]:
         """Return the output heads: what feeds no other layer; where that is not known, what seems to be one."""
         asked_for = [w for w in weights if w.candidate.why != "included" and not w.candidate.kind.experts]
-        if not saw_graph:
+        if not graph.was_seen:
             return [weight for weight in asked_for if weight.candidate.seems_head]
         heads = [w for w in asked_for if not seen[w][3] and (w.candidate.seems_head or not seen[w][5])]
         if none_masked and len(heads) == len(weights) == len(self.waiting) > 1:
             return [max(heads, key=lambda weight: seen[weight][4])]
-        if none_masked and not self._audit.has_end:  # outputs are fed back, and all layers follow each other
+        if none_masked and not graph.has_end:  # outputs are fed back, and all layers follow each other
             return [weight for weight in asked_for if weight.candidate.seems_head]
         return heads
 
@@ -186,12 +192,12 @@ class Admission:
         name = type(weight.candidate.module).__name__
         return f"{name} does not compute with its weight as it is stored ({by}): masked places would not be zero"
 
-    def _seen_by_any_rank(self) -> tuple[dict[MaskedWeight, list[int]], bool]:
-        """Return what was seen of each waiting weight, and whether there was a graph.
+    def _seen_by_any_rank(self) -> tuple[dict[MaskedWeight, list[int]], _Graph]:
+        """Return what was seen of each waiting weight, and of the whole forward; the same on every rank.
 
         Of a weight: trained, called, changed, feeds, order of the call, unrecorded; see `ForwardRecord`.
         """
-        rows = [[int(self._audit.saw_graph)] * 6]
+        rows = [[int(self._audit.saw_graph), int(self._audit.has_end), 0, 0, 0, 0]]
         for weight in self.waiting:
             record = self._audit.records[weight.name]
             trained = weight in self._saw_gradient and weight in self._stepped
@@ -201,7 +207,7 @@ class Admission:
         if self._group is not None:
             dist.all_reduce(table, dist.ReduceOp.MAX, group=self._group)
         first, *rest = table.tolist()
-        return dict(zip(self.waiting, rest, strict=True)), bool(first[0])
+        return dict(zip(self.waiting, rest, strict=True)), _Graph(was_seen=bool(first[0]), has_end=bool(first[1]))
 
     def _end(self, decided: Collection[str]) -> None:
         self.waiting = [weight for weight in self.waiting if weight.name not in decided]

@@ -182,6 +182,33 @@ def ranks_that_differ():
     return dgm.masks(), [(d.name, d.why) for d in dgm.decisions()], dgm.controller.final_density
 
 
+class EndsOnOneRank(Sometimes):
+    """On rank 0 every output is fed back, so that only rank 1 sees which layer the network ends in."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = self.branch = None
+        self.head, self.cell, self.output = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def training_step(self, x, batch_idx):
+        for _ in range(3):
+            x = self.output(self.cell(x).tanh())
+        return (self.head(x) if self.global_rank == 1 else x).square().mean()
+
+
+def ranks_that_end_differently():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dgm = fit(EndsOnOneRank(), devices=2, strategy="ddp_find_unused_parameters_true")
+    return set(dgm.masks()), [(d.name, d.masked, d.why) for d in dgm.decisions()]
+
+
+def test_ranks_agree_on_the_head_where_only_one_of_them_has_seen_an_end():
+    (one, told), (two, told_too) = jobs.run(ranks_that_end_differently, 2)
+    assert one == two == {"cell", "output"}
+    assert told == told_too
+
+
 def test_ranks_agree_on_what_only_one_of_them_has_seen():
     (one, told, density), (two, told_too, _) = jobs.run(ranks_that_differ, 2)
     assert one.keys() == two.keys() == {"body.0", "body.2", "body.4", "branch"}
