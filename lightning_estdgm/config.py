@@ -36,7 +36,8 @@ class Units:
     """
 
     size: int | Literal["auto"] = "auto"
-    distribution: str | Callable[[Sequence[Sequence[int]], float], list[float]] = "erk"
+    # Functions first: jsonargparse takes the first type that fits, and any path to a function is a string too.
+    distribution: Callable[[Sequence[Sequence[int]], float], list[float]] | str = "erk"
 
     def __post_init__(self) -> None:
         if self.size != "auto" and (type(self.size) is not int or self.size not in (1, *BLOCK_SIZES)):

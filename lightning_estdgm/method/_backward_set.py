@@ -38,9 +38,9 @@ class BackwardSet:
     shadow_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        check_share("density", self.density)
+        check_share("inactive.density", self.density)
         for name in ("active_decay", "shadow_decay"):
-            check_number(name, getattr(self, name), at_least=0)
+            check_number(f"inactive.{name}", getattr(self, name), at_least=0)
 
 
 class ShadowWeights:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -53,13 +54,15 @@ class UpdateRule:
 
     """
 
-    keep: str | Callable[[Evidence], Tensor] = AUTO
-    grow: str | Callable[[Evidence], Tensor] = "consistency"
+    # Functions first: jsonargparse takes the first type that fits, and any path to a function is a string too. They
+    # return a Tensor, which is not said here: jsonargparse takes a Callable that returns a class for its factory.
+    keep: Callable[[Evidence], Any] | str = AUTO
+    grow: Callable[[Evidence], Any] | str = "consistency"
     gamma: float = 1.0
     drop_fraction: float | Callable[[float, float], float] = 0.3
     regrow: bool = False
     pattern: Pattern | None = None
-    redistribute: str | Redistribution | None = None
+    redistribute: Redistribution | str | None = None
 
     def __post_init__(self) -> None:
         for name in ("keep", "grow"):
