@@ -12,7 +12,7 @@ from lightning_estdgm.method._backward_set import BackwardSet
 from lightning_estdgm.method._schedules import EstDgm, ScheduleConfig
 from lightning_estdgm.method._update_rule import AUTO, UpdateRule
 from lightning_estdgm.modules._candidates import Selector
-from lightning_estdgm.modules._mask_unit import BLOCK_SIZES
+from lightning_estdgm.modules._mask_unit import check_unit_size
 from lightning_estdgm.sparse.backends._protocol import get_backend
 
 
@@ -21,8 +21,9 @@ class Units:
     """Mask units, and their distribution over layers.
 
     Attributes:
-        size: side of a unit: 1 (single weights), 16, 32, 64, 128, or ``"auto"``: for each layer the largest block that
-            its sparse operator can use, single weights where there is none.
+        size: side of a unit: 1 (single weights), 4, 8, 16, 32, 64, 128; a pair of outputs that share an input, (2, 1),
+            (4, 1), (8, 1), (16, 1); or ``"auto"``: for each layer the largest block that its sparse operator can use,
+            single weights where there is none.
         distribution: rule for the densities of layers: ``"erk"``, ``"uniform"``, or a function
             ``(shapes, density) -> densities``.
 
@@ -35,13 +36,15 @@ class Units:
 
     """
 
-    size: int | Literal["auto"] = "auto"
+    size: int | tuple[int, int] | Literal["auto"] = "auto"
     # Functions first: jsonargparse takes the first type that fits, and any path to a function is a string too.
     distribution: Callable[[Sequence[Sequence[int]], float], list[float]] | str = "erk"
 
     def __post_init__(self) -> None:
-        if self.size != "auto" and (type(self.size) is not int or self.size not in (1, *BLOCK_SIZES)):
-            raise ValueError(f"units.size must be 'auto', 1 or one of {BLOCK_SIZES}, got {self.size!r}")
+        if isinstance(self.size, list):  # as files give a pair
+            object.__setattr__(self, "size", tuple(self.size))
+        if self.size != "auto":
+            check_unit_size("units.size", self.size)
         if not callable(self.distribution) and self.distribution not in distributions.DISTRIBUTIONS:
             known = sorted(distributions.DISTRIBUTIONS)
             raise ValueError(f"units.distribution must be one of {known} or a function, got {self.distribution!r}")

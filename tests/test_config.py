@@ -19,15 +19,31 @@ from lightning_estdgm.method._update_rule import UpdateRule
     ("settings", "error", "message"),
     [
         ({"schedule": 0.1}, TypeError, "schedule must have resolve() and to_dict(), such as EstDgm(), got 0.1"),
-        ({"units": {"size": 8}}, ValueError, "units.size must be 'auto', 1 or one of (16, 32, 64, 128), got 8"),
-        ({"units": {"size": "big"}}, ValueError, "units.size must be 'auto', 1 or one of (16, 32, 64, 128), got 'big'"),
+        (
+            {"units": {"size": 12}},
+            ValueError,
+            "units.size must be 'auto' or one of (1, (2, 1), (4, 1), (8, 1), (16, 1), 4, 8, 16, 32, 64, 128), got 12",
+        ),
+        (
+            {"units": {"size": "big"}},
+            ValueError,
+            "units.size must be 'auto' or one of (1, (2, 1), (4, 1), (8, 1), (16, 1), 4, 8, 16, 32, 64, 128), got",
+        ),
         (
             {"units": {"distribution": "even"}},
             ValueError,
             "units.distribution must be one of ['erk', 'uniform'] or a function, got 'even'",
         ),
-        ({"units": {"size": 16.0}}, ValueError, "units.size must be 'auto', 1 or one of (16, 32, 64, 128), got 16.0"),
-        ({"units": {"size": True}}, ValueError, "units.size must be 'auto', 1 or one of (16, 32, 64, 128), got True"),
+        (
+            {"units": {"size": 16.0}},
+            ValueError,
+            "units.size must be 'auto' or one of (1, (2, 1), (4, 1), (8, 1), (16, 1), 4, 8, 16, 32, 64, 128), got 16.0",
+        ),
+        (
+            {"units": {"size": True}},
+            ValueError,
+            "units.size must be 'auto' or one of (1, (2, 1), (4, 1), (8, 1), (16, 1), 4, 8, 16, 32, 64, 128), got True",
+        ),
         (
             {"update_rule": {"gamma": -0.1}},
             ValueError,
@@ -182,3 +198,7 @@ def test_every_annotation_of_the_settings_can_be_resolved(cls: type) -> None:
     """Where one cannot, jsonargparse 4.53 checks none of the fields, and says nothing."""
     hints = typing.get_type_hints(cls)
     assert {field.name for field in dataclasses.fields(cls)} <= hints.keys()
+
+
+def test_a_unit_of_several_outputs_may_come_as_a_list():
+    assert Units(size=[4, 1]) == Units(size=(4, 1))  # as files give it

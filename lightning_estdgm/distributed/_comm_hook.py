@@ -21,7 +21,7 @@ from torch import distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from lightning_estdgm.distributed._shard import Shard
-from lightning_estdgm.method._masks import unit_view
+from lightning_estdgm.method._masks import BlockSize, unit_view
 
 WIRE_DTYPES: dict[Callable[..., Any], torch.dtype | None] = {
     default_hooks.allreduce_hook: None,
@@ -46,7 +46,7 @@ class CommunicatedWeight(Protocol):
         """Mask over units, bool; a new tensor whenever it changes."""
 
     @property
-    def block_size(self) -> int:
+    def block_size(self) -> BlockSize:
         """Side of a unit."""
 
     @property
@@ -65,7 +65,7 @@ class _Packer:
         self.mask = weight.mask
         self._weight = weight
         parameter = weight.parameter
-        if weight.block_size > 1:
+        if weight.block_size != 1:
             self._rows, self._columns = weight.mask.nonzero(as_tuple=True)
             self.numel = self._rows.numel() * (parameter.numel() // weight.mask.numel())
         else:

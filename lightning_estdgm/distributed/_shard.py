@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_estdgm.method._masks import BlockSize
+
 
 class Shard(Protocol):
     """Layout of one weight over ranks: the place of this rank's part in the whole weight.
@@ -50,15 +52,15 @@ class Shard(Protocol):
         """Return the position of each local element in the flattened whole weight, int64, in the local shape."""
         ...
 
-    def expand(self, units: Tensor, block_size: int) -> Tensor:
+    def expand(self, units: Tensor, block_size: BlockSize) -> Tensor:
         """Return a mask over units in the form that addresses local tensors, at `grain`; it may broadcast."""
         ...
 
-    def grain(self, block_size: int) -> int:
+    def grain(self, block_size: BlockSize) -> BlockSize:
         """Return the block size at which masks from `expand` address local tensors: 1 unless the weight is whole."""
         ...
 
-    def pool(self, squares: Tensor, block_size: int) -> Tensor:
+    def pool(self, squares: Tensor, block_size: BlockSize) -> Tensor:
         """Return the sum of a local tensor over each unit, of the mask's shape; shares of other ranks are left out."""
         ...
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lightning_estdgm.method import _distributions as distributions
-from lightning_estdgm.method._masks import mask_shape, unit_size
+from lightning_estdgm.method._masks import BlockSize, mask_shape, unit_size
 from lightning_estdgm.modules._candidates import Candidate
 
 Distribution = str | Callable[[Sequence[Sequence[int]], float], list[float]]
@@ -31,7 +31,7 @@ class LayerUnits:
     unit_size: int
 
     @classmethod
-    def of(cls, candidate: Candidate, block_size: int) -> LayerUnits:
+    def of(cls, candidate: Candidate, block_size: BlockSize) -> LayerUnits:
         """Return the sizes for a layer with mask units of `block_size` a side."""
         part = candidate.part_shape
         units = candidate.parts * math.prod(mask_shape(part, block_size))

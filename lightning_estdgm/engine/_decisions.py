@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from lightning_estdgm.engine._masked_weight import MaskedWeight
+from lightning_estdgm.method._masks import BlockSize
 from lightning_estdgm.modules._candidates import HEAD, Candidate
 
 
@@ -30,7 +31,7 @@ class LayerDecision:
     name: str
     shape: tuple[int, ...]
     masked: bool
-    block_size: int
+    block_size: BlockSize
     density: float
     backend: str
     final_density: float

@@ -174,7 +174,7 @@ class Dispatch:
 
     def _is_forced(self, weight: MaskedWeight) -> bool:
         """Whether a forced backend applies to this layer; not if no block of `units.size="auto"` fits it."""
-        has_unit = weight.block_size > 1 or self._config.units.size != "auto"
+        has_unit = weight.block_size != 1 or self._config.units.size != "auto"
         return self._config.backend != "auto" and weight.has_operator and has_unit and weight.name not in self._unfit
 
     def _has_choice(self, weight: MaskedWeight) -> bool:
@@ -205,7 +205,7 @@ class Dispatch:
         for index, weight in enumerate(self._weights):
             if not self._has_choice(weight):
                 weight.final_backend = "dense"
-                if weight.candidate.kind.experts and weight.has_operator and weight.block_size > 1:
+                if weight.candidate.kind.experts and weight.has_operator and weight.block_size != 1:
                     weight.why = "experts are not timed: only backend= makes them sparse"
                 continue
             weight.final_backend, weight.why = self._choose(weight, final[index])
@@ -258,7 +258,7 @@ class Dispatch:
 
     def _use(self, weight: MaskedWeight, backend: str) -> None:
         weight.backend = backend
-        if weight.has_operator and (weight.block_size > 1 or backend != "dense"):
+        if weight.has_operator and (weight.block_size != 1 or backend != "dense"):
             sparsify_(
                 weight.candidate,
                 weight.mask.to(weight.device),

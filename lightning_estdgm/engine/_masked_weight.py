@@ -20,7 +20,7 @@ from lightning_estdgm.engine._inactive import inactive_weights
 from lightning_estdgm.engine._observation import Window
 from lightning_estdgm.engine._placement import placement_of
 from lightning_estdgm.method._backward_set import BackwardSet
-from lightning_estdgm.method._masks import active_units, keep_active_, mask_shape, pack_bits, unpack_bits
+from lightning_estdgm.method._masks import BlockSize, active_units, keep_active_, mask_shape, pack_bits, unpack_bits
 from lightning_estdgm.modules._candidates import Candidate
 
 
@@ -62,7 +62,7 @@ class MaskedWeight:
     def __init__(
         self,
         candidate: Candidate,
-        block_size: int,
+        block_size: BlockSize,
         note: str = "",
         inactive: Literal["zero", "frozen"] | BackwardSet = "zero",
         *,

@@ -21,6 +21,7 @@ from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._state_entries import Path, state_entries
 from lightning_estdgm.engine._state_rules import Constant, CopyOfWeight, StateRule, oriented
 from lightning_estdgm.engine._state_trial import StateUnknownError, TrialFailedError, fresh_state_rules
+from lightning_estdgm.method._masks import expand_mask
 
 Rules = dict[tuple[str, Path], StateRule]
 """Rules by the class of the optimizer that keeps the entry, and the entry's place in it."""
@@ -149,9 +150,8 @@ class OptimizerStates:
         if before is not None and not weight.inactive.act_in_forward and not hasattr(state, "__tensor_flatten__"):
             quiet = weight.placement.address(~before & ~weight.mask)
             local = oriented(state, weight)
-            if weight.placement.grain > 1:
-                side = weight.placement.grain
-                quiet = quiet.repeat_interleave(side, 0).repeat_interleave(side, 1)
+            if weight.placement.grain != 1:
+                quiet = expand_mask(quiet, weight.placement.grain)
             if quiet.dim() < local.dim():
                 quiet = quiet.reshape(*quiet.shape, *[1] * (local.dim() - quiet.dim()))
             values = local[quiet.expand_as(local)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_estdgm.distributed._collectives import all_reduce, gather
 from lightning_estdgm.distributed._shard import Shard
-from lightning_estdgm.method._masks import mask_shape, pool_norm
+from lightning_estdgm.method._masks import BlockSize, mask_shape, pool_norm
 
 
 class Placement(Protocol):
@@ -31,7 +31,7 @@ class Placement(Protocol):
 
     is_sharded: bool
     mask_is_local: bool
-    grain: int
+    grain: BlockSize
 
     def device(self, weight: Tensor) -> torch.device:
         """Return the device that the layer computes on; a sharded weight may be offloaded to another."""
@@ -102,7 +102,7 @@ class WholeWeight:
     is_sharded = False
     mask_is_local = False
 
-    def __init__(self, shard: Shard, block_size: int) -> None:
+    def __init__(self, shard: Shard, block_size: BlockSize) -> None:
         self._shard, self._block_size = shard, block_size
         self.grain = shard.grain(block_size)
 
@@ -171,7 +171,7 @@ class ShardedWeight:
 
     is_sharded = True
 
-    def __init__(self, shard: Shard, block_size: int) -> None:
+    def __init__(self, shard: Shard, block_size: BlockSize) -> None:
         self._shard, self._block_size = shard, block_size
         self.grain = shard.grain(block_size)
         self.mask_is_local = block_size == 1
@@ -264,6 +264,6 @@ class ShardedWeight:
         return squares.sqrt().to(dtype).view(self._mask_shape)
 
 
-def placement_of(shard: Shard, block_size: int) -> Placement:
+def placement_of(shard: Shard, block_size: BlockSize) -> Placement:
     """Return the placement of a weight with the layout `shard`."""
     return ShardedWeight(shard, block_size) if shard.groups else WholeWeight(shard, block_size)

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from lightning_estdgm._checks import check_number, check_share
-from lightning_estdgm.method._masks import active_units, masked_select_units, pack_bits, pool_norm, top_k, unpack_bits
+from lightning_estdgm.method._masks import (
+    BlockSize,
+    active_units,
+    masked_select_units,
+    pack_bits,
+    pool_norm,
+    top_k,
+    unpack_bits,
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class ShadowWeights:
 
     """
 
-    def __init__(self, backward_set: BackwardSet, weight: Tensor, mask: Tensor, block_size: int) -> None:
+    def __init__(self, backward_set: BackwardSet, weight: Tensor, mask: Tensor, block_size: BlockSize) -> None:
         self._backward_set = backward_set
         self._block_size = block_size
         self.weights = torch.zeros_like(weight)

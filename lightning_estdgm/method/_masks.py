@@ -3,62 +3,85 @@
 Scores of units are in `_scores`, rules on where a layer's active units may lie in `_patterns`.
 
 A mask is a bool tensor, true where a unit is active. For ``block_size=1`` it has the shape of the weight; for a block
-size ``b`` it has shape ``(out / b, in / b)`` and each entry stands for ``b x b`` weights (times the kernel of a
-convolution).
+of ``r x c`` weights it has shape ``(out / r, in / c)`` and each entry stands for ``r x c`` weights (times the kernel of
+a convolution). A block size is a side, or a pair ``(r, c)``: ``r`` outputs that share ``c`` inputs.
 """
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
+BlockSize: TypeAlias = int | tuple[int, int]
+"""Side of a square block, or rows and columns of another one."""
 
-def mask_shape(weight_shape: torch.Size | tuple[int, ...], block_size: int) -> tuple[int, ...]:
+
+def sides(block_size: BlockSize) -> tuple[int, int]:
+    """Return the rows and columns of a block, in weights."""
+    return block_size if isinstance(block_size, tuple) else (block_size, block_size)
+
+
+def block_size_of(rows: int, columns: int) -> BlockSize:
+    """Undo `sides`: squares by their side."""
+    return rows if rows == columns else (rows, columns)
+
+
+def size_words(block_size: BlockSize) -> str:
+    """Return a block size as people read it: ``4 x 1``."""
+    return "{} x {}".format(*sides(block_size))
+
+
+def mask_shape(weight_shape: torch.Size | tuple[int, ...], block_size: BlockSize) -> tuple[int, ...]:
     """Return the mask's shape for a weight of shape ``(out, in, ...)``.
 
     Raises:
-        ValueError: if `block_size` is not positive or does not divide both ``out`` and ``in``.
+        ValueError: if a side of `block_size` is not positive or does not divide its dimension.
 
     """
-    if block_size < 1:
+    rows, columns = sides(block_size)
+    if rows < 1 or columns < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     if block_size == 1:
         return tuple(weight_shape)
     out, inner = weight_shape[:2]
-    if out % block_size or inner % block_size:
+    if out % rows or inner % columns:
         raise ValueError(
             f"block_size {block_size} does not divide a weight of shape {tuple(weight_shape)}: "
-            f"{out} x {inner} must both be multiples of it"
+            f"{out} x {inner} must be multiples of {rows} x {columns}"
         )
-    return out // block_size, inner // block_size
+    return out // rows, inner // columns
 
 
-def unit_size(weight_shape: torch.Size | tuple[int, ...], block_size: int) -> int:
+def unit_size(weight_shape: torch.Size | tuple[int, ...], block_size: BlockSize) -> int:
     """Return the number of weights in one unit."""
     if block_size == 1:
         return 1
-    return block_size * block_size * int(torch.Size(weight_shape[2:]).numel())
+    rows, columns = sides(block_size)
+    return rows * columns * int(torch.Size(weight_shape[2:]).numel())
 
 
-def expand_mask(mask: Tensor, block_size: int) -> Tensor:
-    """Return the mask of single weights ``(out, in)`` of a block mask: each flag repeated over its ``b x b`` weights.
+def expand_mask(mask: Tensor, block_size: BlockSize) -> Tensor:
+    """Return the mask of single weights ``(out, in)`` of a block mask: each flag repeated over its ``r x c`` weights.
 
     Args:
-        mask: Block mask, ``(out / b, in / b)``.
-        block_size: Side ``b`` of a block.
+        mask: Block mask, ``(out / r, in / c)``.
+        block_size: Sides of a block.
 
     Example:
         >>> expand_mask(torch.tensor([[True, False]]), 2).tolist()
         [[True, True, False, False], [True, True, False, False]]
 
     """
-    return mask.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
+    rows, columns = sides(block_size)
+    return mask.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
 
 
-def unit_view(weight: Tensor, block_size: int) -> Tensor:
-    """View ``(out, in, ...)`` as ``(out/b, b, in/b, b, ...)``; shares storage whatever the strides."""
-    out, inner = weight.shape[:2]
-    return weight.unflatten(1, (inner // block_size, block_size)).unflatten(0, (out // block_size, block_size))
+def unit_view(weight: Tensor, block_size: BlockSize) -> Tensor:
+    """View ``(out, in, ...)`` as ``(out/r, r, in/c, c, ...)``; shares storage whatever the strides."""
+    (out, inner), (rows, columns) = weight.shape[:2], sides(block_size)
+    return weight.unflatten(1, (inner // columns, columns)).unflatten(0, (out // rows, rows))
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -68,7 +91,7 @@ PIECE = 1 << 18
 """Number of elements that stay in a CPU's cache between reading and writing."""
 
 
-def _aligned(weight: Tensor, mask: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def _aligned(weight: Tensor, mask: Tensor, block_size: BlockSize) -> tuple[Tensor, Tensor]:
     """Return `unit_view` of `weight`, and a block mask shaped to broadcast against it."""
     return unit_view(weight, block_size), _broadcast(mask, weight)
 
@@ -78,7 +101,7 @@ def _broadcast(mask: Tensor, weight: Tensor) -> Tensor:
     return mask[:, None, :, None].reshape(*mask.shape[:1], 1, mask.shape[1], 1, *([1] * (weight.dim() - 2)))
 
 
-def keep_active_(weight: Tensor, active: Tensor, block_size: int) -> Tensor:
+def keep_active_(weight: Tensor, active: Tensor, block_size: BlockSize) -> Tensor:
     """Zero a weight, gradient or optimizer state outside the units in `active`, in place.
 
     Infinities and NaNs become 0 too, and active units keep every bit: the bits of the numbers, read as integers, are
@@ -90,7 +113,7 @@ def keep_active_(weight: Tensor, active: Tensor, block_size: int) -> Tensor:
         view.masked_fill_(~active, 0)
         return weight
     bits = weight.view(integer)
-    if block_size > 1:
+    if block_size != 1:
         view, active = _aligned(bits, active, block_size)
         view.mul_(active)
     elif weight.device.type != "cpu":
@@ -103,7 +126,7 @@ def keep_active_(weight: Tensor, active: Tensor, block_size: int) -> Tensor:
     return weight
 
 
-def masked_select_units(mask: Tensor, active: Tensor, inactive: Tensor, block_size: int) -> Tensor:
+def masked_select_units(mask: Tensor, active: Tensor, inactive: Tensor, block_size: BlockSize) -> Tensor:
     """Return `active` where `mask` is true and `inactive` elsewhere; both have the weight's shape."""
     if block_size == 1:
         return torch.where(mask, active, inactive)
@@ -111,12 +134,12 @@ def masked_select_units(mask: Tensor, active: Tensor, inactive: Tensor, block_si
     return chosen.flatten(2, 3).flatten(0, 1)
 
 
-def pool_norm(weight: Tensor, block_size: int) -> Tensor:
+def pool_norm(weight: Tensor, block_size: BlockSize) -> Tensor:
     r"""Return the Frobenius norm :math:`\lVert w_u \rVert` of each unit, ``|w|`` for single weights.
 
     Args:
         weight: weight or gradient, ``(out, in, ...)``.
-        block_size: side of a unit.
+        block_size: sides of a unit.
 
     Returns:
         Norms of the mask's shape, at least float32.

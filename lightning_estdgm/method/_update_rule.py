@@ -14,12 +14,16 @@ from typing import Any
 from torch import Tensor
 
 from lightning_estdgm._checks import check_fraction, check_number
+from lightning_estdgm.method._masks import BlockSize, sides
 from lightning_estdgm.method._patterns import Pattern
 from lightning_estdgm.method._redistribution import REDISTRIBUTIONS, Redistribution
 from lightning_estdgm.method._scores import SCORES, WITHOUT_GRADIENTS, Evidence
 
 AUTO = "auto"
-"""Keep single weights by magnitude, blocks by weight and gradient: the norms of blocks differ too little alone."""
+"""Keep fine units by magnitude, blocks by weight and gradient: the norms of blocks differ too little alone."""
+
+_COARSE = 16 * 16
+"""Weights of a unit from which it counts as a block."""
 
 _OVER_RANKS = frozenset({"magnitude", "gradient", "momentum", "consistency"})
 """Scores that each rank can compute for its part of a sharded weight: from one unit alone, without random numbers.
@@ -35,8 +39,8 @@ class UpdateRule:
 
     Attributes:
         keep: score by which active units stay: ``"magnitude"``, ``"gradient"``, ``"momentum"``, ``"consistency"``,
-            ``"weight_and_gradient"``, ``"random"``, or a function of an `Evidence`. ``"auto"``: single weights by
-            ``"magnitude"``, blocks by ``"weight_and_gradient"``.
+            ``"weight_and_gradient"``, ``"random"``, or a function of an `Evidence`. ``"auto"``: blocks of 16 and
+            more by ``"weight_and_gradient"``, finer units by ``"magnitude"``.
         grow: score by which units are grown, likewise.
         gamma: exponent of the directional consistency in the score ``"consistency"``, at least 0.
         drop_fraction: share of a layer's active units given up for new ones at an update, in [0, 1); annealed to 0 by a
@@ -107,13 +111,13 @@ class UpdateRule:
             raise ValueError(f"drop_fraction must return a share in [0, 1), got {share!r} from {self.drop_fraction!r}")
         return share
 
-    def keep_by(self, block_size: int) -> str | Callable[[Evidence], Tensor]:
+    def keep_by(self, block_size: BlockSize) -> str | Callable[[Evidence], Tensor]:
         """Return the score by which units of a block size stay, with `AUTO` resolved."""
         if self.keep != AUTO:
             return self.keep
-        return "magnitude" if block_size == 1 else "weight_and_gradient"
+        return "magnitude" if math.prod(sides(block_size)) < _COARSE else "weight_and_gradient"
 
-    def needs_gradients(self, block_size: int) -> bool:
+    def needs_gradients(self, block_size: BlockSize) -> bool:
         """Whether a score of units of a block size needs observed gradients."""
         scores = self.keep_by(block_size), self.grow
         return not all(isinstance(x, str) and x in WITHOUT_GRADIENTS for x in scores)
@@ -123,7 +127,7 @@ class UpdateRule:
         """Whether updates may give layers other densities than the schedule and the distribution do."""
         return self.pattern is not None or self.redistribute is not None
 
-    def check_sharded(self, name: str, block_size: int) -> None:
+    def check_sharded(self, name: str, block_size: BlockSize) -> None:
         """Raise ValueError if this rule cannot update a weight that is sharded over ranks."""
         known = _OVER_RANKS if block_size == 1 else _OVER_RANKS | {"weight_and_gradient"}
         found = [

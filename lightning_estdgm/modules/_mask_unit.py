@@ -1,20 +1,34 @@
-"""Mask unit of a layer: a single weight, or a block of a size that its shape allows."""
+"""Mask unit of a layer: a single weight, a few that share an input, or a block of a size that its shape allows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_estdgm.method._masks import BlockSize, sides
 from lightning_estdgm.modules._candidates import Candidate
 
 BLOCK_SIZES = (16, 32, 64, 128)
-"""Block sizes that a sparse operator may exist for; 1 stands for single weights."""
+"""Block sizes that a sparse operator exists for on every kind of device."""
+
+UNIT_SIZES: tuple[BlockSize, ...] = (1, (2, 1), (4, 1), (8, 1), (16, 1), 4, 8, *BLOCK_SIZES)
+"""Mask units that a sparse operator may exist for: sides of squares (1: single weights), outputs of one input."""
 
 _MIN_BLOCKS_A_SIDE = 8
 
 
+def check_unit_size(name: str, size: object) -> None:
+    """Raise ValueError unless `size` is a mask unit."""
+    if type(size) not in (int, tuple) or size not in UNIT_SIZES:
+        raise ValueError(f"{name} must be 'auto' or one of {UNIT_SIZES}, got {size!r}")
+
+
+def _fitting(sizes: Sequence[BlockSize], shape: Sequence[int]) -> list[BlockSize]:
+    return [size for size in sizes if not any(n % side for n, side in zip(shape[:2], sides(size), strict=True))]
+
+
 def fitting_block_sizes(shape: Sequence[int]) -> tuple[int, ...]:
     """Return the block sizes, smallest first, that divide both dimensions of an ``(out, in)`` matrix."""
-    return tuple(b for b in BLOCK_SIZES if shape[0] % b == 0 and shape[1] % b == 0)
+    return tuple(b for b in BLOCK_SIZES if b in _fitting(BLOCK_SIZES, shape))
 
 
 def auto_block_size(candidate: Candidate) -> tuple[int, str]:
@@ -38,8 +52,8 @@ def auto_block_size(candidate: Candidate) -> tuple[int, str]:
     return 1, f"no block of {', '.join(map(str, BLOCK_SIZES))} divides both dimensions"
 
 
-def unit_of(candidate: Candidate, block_size: int | str) -> tuple[int, str]:
-    """Return the side of a layer's mask unit, as asked for or by `auto_block_size`, and the reason where there is one.
+def unit_of(candidate: Candidate, block_size: BlockSize | str) -> tuple[BlockSize, str]:
+    """Return the sides of a layer's mask unit, as asked for or by `auto_block_size`, and the reason where there is one.
 
     Raises:
         ValueError: The block size that is asked for does not fit the layer.
@@ -48,10 +62,10 @@ def unit_of(candidate: Candidate, block_size: int | str) -> tuple[int, str]:
     if isinstance(block_size, str):
         return auto_block_size(candidate)
     shape = candidate.part_shape
-    if shape[0] % block_size or shape[1] % block_size:
+    if block_size not in _fitting([block_size], shape):
         raise ValueError(
             f"block_size={block_size} does not fit layer {candidate.name!r} with weight {shape}: "
-            f"block sizes that do are {(1, *fitting_block_sizes(shape))}; exclude the layer "
+            f"block sizes that do are {_fitting(UNIT_SIZES, shape)}; exclude the layer "
             '(Selection(exclude=...)), or use Units(size="auto")'
         )
     if candidate.why_dense:

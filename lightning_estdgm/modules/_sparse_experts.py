@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_estdgm.method._masks import BlockSize
 from lightning_estdgm.modules._sparse_forward import SparseForward
 from lightning_estdgm.sparse._linear import masked_linear
 from lightning_estdgm.sparse._topology import BlockTopology
@@ -33,7 +34,7 @@ class ExpertStack:
     observing: bool = False
 
     @classmethod
-    def from_mask(cls, mask: Tensor, experts: int, block_size: int, backend: str, frozen: bool) -> ExpertStack:
+    def from_mask(cls, mask: Tensor, experts: int, block_size: BlockSize, backend: str, frozen: bool) -> ExpertStack:
         """Stack of a mask ``(experts * rows / block_size, columns / block_size)``."""
         return cls([BlockTopology.from_mask(part, block_size) for part in mask.chunk(experts)], backend, frozen)
 

@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_estdgm.method._masks import BlockSize
 from lightning_estdgm.modules._candidates import Candidate
 from lightning_estdgm.modules._sparse_experts import ExpertStack, SparseExperts
 from lightning_estdgm.modules._sparse_forward import STATE_PREFIX, SparseForward, dense_class, swapped_class
 from lightning_estdgm.sparse._topology import BlockTopology
 
 
-def sparsify_(candidate: Candidate, mask: Tensor, block_size: int, backend: str, frozen: bool = False) -> None:
+def sparsify_(candidate: Candidate, mask: Tensor, block_size: BlockSize, backend: str, frozen: bool = False) -> None:
     """Make a layer compute on the active blocks of `mask`; called again, follow a new mask or backend, in place.
 
     Only the module's class changes (and attributes come): parameters, buffers, state-dict keys, hooks and names stay.
@@ -42,7 +43,7 @@ def sparsify_(candidate: Candidate, mask: Tensor, block_size: int, backend: str,
     module.__class__ = swapped_class(type(module))
 
 
-def _sparsify_experts_(candidate: Candidate, mask: Tensor, block_size: int, backend: str, frozen: bool) -> None:
+def _sparsify_experts_(candidate: Candidate, mask: Tensor, block_size: BlockSize, backend: str, frozen: bool) -> None:
     module: Any = candidate.module
     own = candidate.kind.weight_name
     if not isinstance(module, SparseExperts):

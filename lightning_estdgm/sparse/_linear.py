@@ -24,7 +24,7 @@ def _linear(
     col_idx: Tensor,
     col_ptr: Tensor,
     row_idx: Tensor,
-    block_size: int,
+    block_size: list[int],
     backend: str,
     dense_grad: bool,
     frozen: bool,
@@ -42,7 +42,7 @@ def _grad_input(
     col_idx: Tensor,
     col_ptr: Tensor,
     row_idx: Tensor,
-    block_size: int,
+    block_size: list[int],
     backend: str,
     dense: bool,
 ) -> Tensor:
@@ -58,7 +58,7 @@ def _grad_weight(
     col_idx: Tensor,
     col_ptr: Tensor,
     row_idx: Tensor,
-    block_size: int,
+    block_size: list[int],
     backend: str,
     dense: bool,
 ) -> Tensor:
@@ -96,7 +96,7 @@ def _(
     col_idx: Tensor,
     col_ptr: Tensor,
     row_idx: Tensor,
-    block_size: int,
+    block_size: list[int],
     backend: str,
     dense_grad: bool,
     frozen: bool,
@@ -127,7 +127,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, row_ptr, col_idx, col_ptr, row_idx = ctx.saved_tensors
     forward = (row_ptr, col_idx, col_ptr, row_idx, ctx.block_size, ctx.backend)
-    swapped = (col_ptr, row_idx, row_ptr, col_idx, ctx.block_size, ctx.backend)
+    swapped = (col_ptr, row_idx, row_ptr, col_idx, ctx.block_size[::-1], ctx.backend)
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     dx = dw = db = None
     grad_input: Any = _grad_input_op

@@ -9,19 +9,21 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lightning_estdgm.method._masks import block_size_of
 from lightning_estdgm.sparse._topology import BlockTopology
 
-TOPOLOGY_SCHEMA = "Tensor row_ptr, Tensor col_idx, Tensor col_ptr, Tensor row_idx, int block_size, str backend"
+TOPOLOGY_SCHEMA = "Tensor row_ptr, Tensor col_idx, Tensor col_ptr, Tensor row_idx, int[] sides, str backend"
 """A topology and a backend's name in the schema of an operator, since one of torch's cannot take a BlockTopology."""
 
 
-def topology_arguments(topology: BlockTopology) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+def topology_arguments(topology: BlockTopology) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
     """Take a topology apart for an operator: the only place that does."""
-    return topology.row_ptr, topology.col_idx, topology.col_ptr, topology.row_idx, topology.block_size
+    return topology.row_ptr, topology.col_idx, topology.col_ptr, topology.row_idx, list(topology.sides)
 
 
-def topology_of(row_ptr: Tensor, col_idx: Tensor, col_ptr: Tensor, row_idx: Tensor, block_size: int) -> BlockTopology:
+def topology_of(row_ptr: Tensor, col_idx: Tensor, col_ptr: Tensor, row_idx: Tensor, sides: list[int]) -> BlockTopology:
     """Inside an operator, put the topology together again from its `topology_arguments`."""
+    block_size = block_size_of(*sides)
     return BlockTopology(block_size, row_ptr.shape[0] - 1, col_ptr.shape[0] - 1, row_ptr, col_idx, col_ptr, row_idx)
 
 

@@ -8,23 +8,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_estdgm.method._masks import expand_mask
+from lightning_estdgm.method._masks import BlockSize, block_size_of, expand_mask, sides
 
 
 @dataclass(frozen=True, eq=False)
 class BlockTopology:
-    """Active ``b x b`` blocks of an ``(out, in)`` matrix: block CSR and the index lists of its transpose.
+    """Active blocks of an ``(out, in)`` matrix: block CSR and the index lists of its transpose.
 
-    Block ``(r, c)`` covers rows ``r*b .. (r+1)*b`` and columns ``c*b .. (c+1)*b``. Row ``r`` holds the blocks
-    ``col_idx[row_ptr[r] : row_ptr[r+1]]`` and column ``c`` the blocks ``row_idx[col_ptr[c] : col_ptr[c+1]]``,
-    ascending. The index lists have room for every block, so another mask is written in place
-    (:meth:`update_`): the tensors stay the same objects of the same shapes, and a compiled graph that reads
-    them needs no recompilation.
+    Blocks are ``b x b`` weights, or ``h x w``. Block ``(r, c)`` covers rows ``r*h .. (r+1)*h`` and columns
+    ``c*w .. (c+1)*w``. Row ``r`` holds the blocks ``col_idx[row_ptr[r] : row_ptr[r+1]]`` and column ``c`` the blocks
+    ``row_idx[col_ptr[c] : col_ptr[c+1]]``, ascending. The index lists have room for every block, so another mask is
+    written in place (:meth:`update_`): the tensors stay the same objects of the same shapes, and a compiled graph that
+    reads them needs no recompilation.
 
     Args:
-        block_size: Side ``b >= 1`` of a block, in weights.
-        block_rows: Number ``R`` of block rows (``out / b``).
-        block_cols: Number ``C`` of block columns (``in / b``).
+        block_size: Side ``b >= 1`` of a block, in weights, or the pair ``(h, w)`` where it is no square.
+        block_rows: Number ``R`` of block rows (``out / h``).
+        block_cols: Number ``C`` of block columns (``in / w``).
         row_ptr: int32 ``[R+1]``, start of each block row in ``col_idx``.
         col_idx: int32 ``[R*C]``, block columns, row-major; only the first ``nnz`` entries mean anything.
         col_ptr: int32 ``[C+1]``, start of each block column in ``row_idx``.
@@ -41,7 +41,7 @@ class BlockTopology:
         ((32, 32), 3, 0.75)
     """
 
-    block_size: int
+    block_size: BlockSize
     block_rows: int
     block_cols: int
     row_ptr: Tensor
@@ -50,7 +50,9 @@ class BlockTopology:
     row_idx: Tensor
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "block_rows", "block_cols"):
+        if min(self.sides) < 1:
+            raise ValueError(f"block_size must be at least 1, got {self.block_size}")
+        for name in ("block_rows", "block_cols"):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -73,20 +75,21 @@ class BlockTopology:
                 )
 
     @classmethod
-    def from_mask(cls, mask: Tensor, block_size: int) -> BlockTopology:
+    def from_mask(cls, mask: Tensor, block_size: BlockSize) -> BlockTopology:
         """Topology of a block mask, on the mask's device.
 
         Args:
             mask: Bool ``[R, C]``, true where the block is active.
-            block_size: Side ``b`` of a block, in weights.
+            block_size: Side ``b`` of a block, or its rows and columns ``(h, w)``, in weights.
 
         Raises:
-            TypeError: ``mask`` is no bool tensor, or ``block_size`` no int.
+            TypeError: ``mask`` is no bool tensor, or ``block_size`` no int and no pair of them.
             ValueError: ``mask`` is not 2-D or is empty, or ``block_size`` is below 1.
         """
         _check_mask(mask)
-        if isinstance(block_size, bool) or not isinstance(block_size, int):
-            raise TypeError(f"block_size must be an int, got {type(block_size).__name__}")
+        if any(type(side) is not int for side in sides(block_size)):
+            raise TypeError(f"block_size must be an int or a pair of them, got {block_size!r}")
+        block_size = block_size_of(*sides(block_size))
         rows, cols = mask.shape
         if rows < 1 or cols < 1:
             raise ValueError(f"mask must have at least one block in each direction, got shape {tuple(mask.shape)}")
@@ -131,7 +134,7 @@ class BlockTopology:
         return out
 
     def weight_mask(self) -> Tensor:
-        """Mask of the weights, bool ``(out, in)``: each block's flag repeated over its ``b x b`` weights."""
+        """Mask of the weights, bool ``(out, in)``: each block's flag repeated over its weights."""
         return expand_mask(self.mask(), self.block_size)
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> BlockTopology:
@@ -142,7 +145,7 @@ class BlockTopology:
     def transpose(self) -> BlockTopology:
         """Topology of the transposed matrix. It shares this one's tensors, so it follows :meth:`update_`."""
         return BlockTopology(
-            self.block_size,
+            block_size_of(*self.sides[::-1]),
             self.block_cols,
             self.block_rows,
             self.col_ptr,
@@ -152,9 +155,27 @@ class BlockTopology:
         )
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns of a block, in weights."""
+        return sides(self.block_size)
+
+    @property
+    def side(self) -> int:
+        """Side of a square block, in weights: for backends that have no others.
+
+        Raises:
+            ValueError: Blocks are no squares.
+        """
+        rows, columns = self.sides
+        if rows != columns:
+            raise ValueError(f"blocks are {rows} x {columns}, no squares")
+        return rows
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Shape ``(out, in)`` of the weight matrix."""
-        return self.block_rows * self.block_size, self.block_cols * self.block_size
+        rows, columns = self.sides
+        return self.block_rows * rows, self.block_cols * columns
 
     @property
     def nnz(self) -> int:

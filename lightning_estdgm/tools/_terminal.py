@@ -7,6 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lightning_estdgm.method._masks import BlockSize, block_size_of
+
 
 def command_line() -> str:
     """Return the command that runs now, for the record."""
@@ -14,13 +16,16 @@ def command_line() -> str:
     return " ".join(["estdgm" if program == "cli.py" else program, *sys.argv[1:]])
 
 
-def parse_block_size(text: str) -> int | str:
-    """Return a number where the text is one, else the text; whoever takes it says what is wrong with it.
+def parse_block_size(text: str) -> BlockSize | str:
+    """Return a number or a pair where the text is one, else the text; whoever takes it says what is wrong with it.
 
-    >>> parse_block_size("32"), parse_block_size("auto")
-    (32, 'auto')
+    >>> parse_block_size("32"), parse_block_size("4x1"), parse_block_size("auto")
+    (32, (4, 1), 'auto')
     """
-    return int(text) if text.isdecimal() else text
+    sides = text.split("x")
+    if not all(side.isdecimal() for side in sides) or len(sides) > 2:
+        return text
+    return block_size_of(int(sides[0]), int(sides[-1]))
 
 
 def wide_console(columns: int) -> Console:

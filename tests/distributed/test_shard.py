@@ -32,7 +32,7 @@ def test_parts_make_up_the_whole_and_know_where_they_lie(layout: tuple[Any, ...]
 
 @given(layout=layouts(SHAPES), data=st.data())
 def test_units_cut_by_a_border_are_summed_and_masked_as_on_one_device(layout: tuple[Any, ...], data: Any) -> None:
-    shape, block_size = layout[1], 2
+    shape, block_size = layout[1], data.draw(st.sampled_from([2, (2, 1), (1, 2)]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     weight = torch.randn(shape, generator=generator, dtype=torch.float64)
     active = torch.rand(mask_shape(shape, block_size), generator=generator) < 0.5

@@ -1,5 +1,6 @@
 """Backends of the layers of a run: forced ones, and the choice between them."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -18,6 +19,7 @@ from helpers.controller_runs import (
     fit_images,
     full_masks,
     refuse,
+    run,
     saved,
     sgd,
 )
@@ -41,6 +43,29 @@ def test_a_forced_backend_is_used_from_the_first_step_on(mlp):
         for _ in fit(model, optimizer, dgm):
             assert [d.backend for d in dgm.decisions()] == ["cpu", "cpu", "dense"]
         assert [d.why for d in dgm.decisions()] == ["forced", "forced", "output head"]
+
+
+@pytest.mark.parametrize("inactive", ["zero", "frozen"])
+@pytest.mark.parametrize("size", [1, (2, 1), (4, 1), (8, 1), (16, 1), 4, 8], ids=str)
+def test_a_net_of_fine_units_trains_as_with_dense_products(mlp, size, inactive):
+    trained = []
+    start = mlp(32, 64, 48, 4)
+    for backend in ("dense", "native"):
+        model = copy.deepcopy(start)
+        config = DGMConfig(SCHEDULE, units=Units(size=size), backend=backend, inactive=inactive)
+        optimizer = sgd(model)
+        with DGMController(model, optimizer, config, total_steps=STEPS, audit=False) as dgm:
+            run(model, optimizer, dgm)
+            assert [(d.backend, d.block_size) for d in dgm.decisions() if d.masked] == 2 * [(backend, size)]
+            budgets = {name: mask.sum() for name, mask in full_masks(dgm).items()}
+        if inactive == "zero":
+            for name, mask in full_masks(dgm).items():
+                assert not model.get_submodule(name).weight[~mask].any()
+        trained.append((model.state_dict(), budgets))
+    (dense, budgets), (sparse, others) = trained
+    assert budgets == others
+    for name, weight in sparse.items():
+        torch.testing.assert_close(weight, dense[name], rtol=1e-3, atol=1e-4)
 
 
 def test_single_weights_of_a_convolution_run_dense_and_say_so_whatever_backend_is_forced():

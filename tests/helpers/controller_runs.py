@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lightning_estdgm.config import DGMConfig, Selection, Units
 from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.method._masks import expand_mask
 from lightning_estdgm.method._schedules import EstDgm, Phase
 
 STEPS = 40
@@ -56,8 +57,7 @@ def run(*args, **kwargs):
 def full_masks(dgm):
     """Weight masks by layer name."""
     sizes = {d.name: d.block_size for d in dgm.decisions() if d.masked}
-    expand = {n: m.repeat_interleave(sizes[n], 0).repeat_interleave(sizes[n], 1) for n, m in dgm.masks().items()}
-    return {n: dgm.masks()[n] if sizes[n] == 1 else m for n, m in expand.items()}
+    return {n: m if sizes[n] == 1 else expand_mask(m, sizes[n]) for n, m in dgm.masks().items()}
 
 
 def equal(a, b):

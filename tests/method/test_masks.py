@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_estdgm.method._masks import (
+    BlockSize,
     active_units,
     drop_and_grow,
     initial_mask,
@@ -18,6 +19,7 @@ from lightning_estdgm.method._masks import (
     masked_select_units,
     pack_bits,
     pool_norm,
+    sides,
     top_k,
     top_k_in_groups,
     unit_size,
@@ -25,11 +27,12 @@ from lightning_estdgm.method._masks import (
 )
 
 
-def expand(mask: Tensor, weight: Tensor, block_size: int) -> Tensor:
+def expand(mask: Tensor, weight: Tensor, block_size: BlockSize) -> Tensor:
     """Naive weight mask: one entry for each weight."""
     out = torch.zeros(weight.shape, dtype=torch.bool)
     for index in torch.cartesian_prod(*[torch.arange(n) for n in weight.shape]).tolist():
-        unit = tuple(index) if block_size == 1 else (index[0] // block_size, index[1] // block_size)
+        rows, columns = sides(block_size)
+        unit = tuple(index) if block_size == 1 else (index[0] // rows, index[1] // columns)
         out[tuple(index)] = mask[unit]
     return out
 
@@ -226,7 +229,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("block_size", [1, 4, (4, 1), (2, 4)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_filling_selecting_and_pooling_on_any_strides(layout, block_size):
     torch.manual_seed(0)
@@ -267,5 +270,5 @@ def test_shapes_and_sizes_of_units():
 def test_bad_block_sizes_are_refused():
     with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
         mask_shape((8, 12), 0)
-    with pytest.raises(ValueError, match=r"block_size 8 does not divide a weight of shape \(8, 12\): 8 x 12 must both"):
+    with pytest.raises(ValueError, match=r"block_size 8 does not divide a weight .* 8 x 12 must be multiples of 8 x 8"):
         mask_shape((8, 12), 8)

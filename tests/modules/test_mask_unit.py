@@ -45,6 +45,13 @@ def test_a_block_size_that_is_asked_for_does_not_hide_why_a_layer_is_dense():
     assert unit_of(candidate(nn.Conv3d(64, 64, 3)), 16) == (16, "no sparse operator for Conv3d")
 
 
+def test_a_unit_of_several_outputs_and_one_input_fits_where_its_outputs_do():
+    layer = candidate(nn.Linear(7, 12))
+    assert unit_of(layer, (4, 1)) == ((4, 1), "")
+    with pytest.raises(ValueError, match=r"block_size=\(8, 1\) does not fit .* are \[1, \(2, 1\), \(4, 1\)\]"):
+        unit_of(layer, (8, 1))
+
+
 def test_fitting_block_sizes():
     assert fitting_block_sizes((128, 64)) == (16, 32, 64)
     assert fitting_block_sizes((100, 64)) == ()

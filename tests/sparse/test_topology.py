@@ -21,7 +21,7 @@ def grids(draw: st.DrawFn, count: int = 1) -> list[torch.Tensor]:
     return [torch.tensor(draw(cells), dtype=torch.bool).view(rows, cols) for _ in range(count)]
 
 
-block_sizes = st.sampled_from([1, 3, 16, 128])
+block_sizes = st.sampled_from([1, 3, 16, 128, (4, 1), (2, 5)])
 
 
 def lists(ptr: torch.Tensor, idx: torch.Tensor) -> list[list[int]]:
@@ -36,7 +36,7 @@ def test_the_lists_hold_the_active_blocks_of_each_row_and_column(grid, block_siz
     topology = BlockTopology.from_mask(mask, block_size)
     assert lists(topology.row_ptr, topology.col_idx) == [[c for c in range(cols) if mask[r, c]] for r in range(rows)]
     assert lists(topology.col_ptr, topology.row_idx) == [[r for r in range(rows) if mask[r, c]] for c in range(cols)]
-    assert topology.shape == (rows * block_size, cols * block_size)
+    assert topology.shape == (rows * topology.sides[0], cols * topology.sides[1])
     assert topology.nnz == int(mask.sum())
     assert topology.density == int(mask.sum()) / (rows * cols)
 
@@ -114,8 +114,8 @@ def test_an_ambient_device_does_not_matter():
         (torch.ones(0, 3, dtype=torch.bool), 4, ValueError, r"at least one block .* got shape \(0, 3\)"),
         (torch.ones(2, 2, dtype=torch.bool), 0, ValueError, "block_size must be at least 1, got 0"),
         (torch.ones(2, 2, dtype=torch.bool), -16, ValueError, "block_size must be at least 1, got -16"),
-        (torch.ones(2, 2, dtype=torch.bool), 16.0, TypeError, "block_size must be an int, got float"),
-        (torch.ones(2, 2, dtype=torch.bool), True, TypeError, "block_size must be an int, got bool"),
+        (torch.ones(2, 2, dtype=torch.bool), 16.0, TypeError, "block_size must be an int or a pair of them, got 16.0"),
+        (torch.ones(2, 2, dtype=torch.bool), True, TypeError, "block_size must be an int or a pair of them, got True"),
     ],
 )
 def test_bad_masks_and_block_sizes_raise(mask, block_size, error, message):
@@ -146,3 +146,12 @@ def test_constructor_refuses_tensors_that_do_not_fit(change, message):
     good = BlockTopology.from_mask(torch.eye(3, dtype=torch.bool), 4)
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(good, **change)
+
+
+def test_a_square_is_known_by_its_side_and_another_block_has_none():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    assert BlockTopology.from_mask(mask, (8, 8)).block_size == BlockTopology.from_mask(mask, 8).side == 8
+    upright = BlockTopology.from_mask(mask, (4, 1))
+    assert (upright.sides, upright.transpose().block_size) == ((4, 1), (1, 4))
+    with pytest.raises(ValueError, match="blocks are 4 x 1, no squares"):
+        _ = upright.side

@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from lightning_estdgm.distributed._shard import Shard, pool_box
+from lightning_estdgm.method._masks import BlockSize, sides
 
 
 class RangeShard:
@@ -47,9 +48,10 @@ class RangeShard:
         self._first_row, self._before = divmod(start, self._row) if numel else (0, 0)
         self._row_count = -(-(self._before + numel) // self._row)
 
-    def _unit(self, block_size: int) -> tuple[int, int]:
+    def _unit(self, block_size: BlockSize) -> tuple[int, int]:
         """Return the numbers of rows and columns of a unit in the stored matrix."""
-        return block_size, block_size * math.prod(self.shape[2:])
+        rows, columns = sides(block_size)[::-1] if self._transposed else sides(block_size)
+        return rows, columns * math.prod(self.shape[2:])
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether `tensor` is flattened and cut as this weight is; inside ``no_sync`` gradients are not yet."""
@@ -75,7 +77,7 @@ class RangeShard:
         stored = torch.arange(self._start, self._start + self._numel, device=device)
         return stored % self._row * self._rows + stored // self._row if self._transposed else stored
 
-    def expand(self, units: Tensor, block_size: int) -> Tensor:
+    def expand(self, units: Tensor, block_size: BlockSize) -> Tensor:
         """Return a flat mask over the stretch."""
         if block_size == 1:
             return units
@@ -85,11 +87,11 @@ class RangeShard:
         flat = grid[rows].repeat_interleave(width, 1).flatten()
         return flat[self._before : self._before + self._numel].clone()
 
-    def grain(self, block_size: int) -> int:
+    def grain(self, block_size: BlockSize) -> BlockSize:
         """Return 1."""
         return 1
 
-    def pool(self, squares: Tensor, block_size: int) -> Tensor:
+    def pool(self, squares: Tensor, block_size: BlockSize) -> Tensor:
         """Sum the stretch over the units that it reaches into."""
         after = self._row_count * self._row - self._before - self._numel
         rows = F.pad(squares, (self._before, after)).view(self._row_count, self._row)

@@ -13,6 +13,7 @@ from torch import distributed as dist
 
 from lightning_estdgm.distributed._collectives import local_tensor
 from lightning_estdgm.distributed._shard import Shard, pool_box
+from lightning_estdgm.method._masks import BlockSize, sides
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -82,25 +83,25 @@ class BoxShard:
             index = index[..., None] + along
         return index
 
-    def expand(self, units: Tensor, block_size: int) -> Tensor:
+    def expand(self, units: Tensor, block_size: BlockSize) -> Tensor:
         """Return a mask that broadcasts over the box."""
         if block_size == 1:
             return units
         rows, columns = (
-            torch.arange(o, o + n, device=units.device) // block_size
-            for o, n in zip(self._offset[:2], self._size[:2], strict=True)
+            torch.arange(o, o + n, device=units.device) // side
+            for o, n, side in zip(self._offset[:2], self._size[:2], sides(block_size), strict=True)
         )
         return units[rows][:, columns][(...,) + (None,) * (len(self.shape) - 2)]
 
-    def grain(self, block_size: int) -> int:
+    def grain(self, block_size: BlockSize) -> BlockSize:
         """Return 1."""
         return 1
 
-    def pool(self, squares: Tensor, block_size: int) -> Tensor:
+    def pool(self, squares: Tensor, block_size: BlockSize) -> Tensor:
         """Sum the box over the units that it reaches into."""
         if squares.dim() > 2:
             squares = squares.flatten(2).sum(2)
-        return pool_box(squares, self._offset, (block_size, block_size), self.shape)
+        return pool_box(squares, self._offset, sides(block_size), self.shape)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks that hold the other boxes."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_estdgm.distributed._shard import Shard, pool_box
+from lightning_estdgm.method._masks import BlockSize, sides
 
 
 class Whole:
@@ -55,18 +56,18 @@ class Whole:
         """Return all positions."""
         return torch.arange(math.prod(self.shape), device=device).view(self.shape)
 
-    def expand(self, units: Tensor, block_size: int) -> Tensor:
+    def expand(self, units: Tensor, block_size: BlockSize) -> Tensor:
         """Return the mask as it is."""
         return units
 
-    def grain(self, block_size: int) -> int:
+    def grain(self, block_size: BlockSize) -> BlockSize:
         """Return the mask's own block size."""
         return block_size
 
-    def pool(self, squares: Tensor, block_size: int) -> Tensor:
+    def pool(self, squares: Tensor, block_size: BlockSize) -> Tensor:
         """Sum over each unit."""
-        flat = squares.flatten(2).sum(2) if squares.dim() > 2 and block_size > 1 else squares
-        return squares if block_size == 1 else pool_box(flat, (0, 0), (block_size, block_size), self.shape)
+        flat = squares.flatten(2).sum(2) if squares.dim() > 2 and block_size != 1 else squares
+        return squares if block_size == 1 else pool_box(flat, (0, 0), sides(block_size), self.shape)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Return the tensor as it is."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_estdgm.method._masks import BlockSize, mask_shape, sides
 from lightning_estdgm.sparse._conv import masked_conv2d
 from lightning_estdgm.sparse._conv_geometry import ConvGeometry, memory_format
 from lightning_estdgm.sparse._linear import masked_linear
@@ -37,7 +38,7 @@ class Case:
         tokens: Number of rows of the flattened input.
         out_features: Number of rows of the weight.
         in_features: Number of columns of the weight.
-        block_size: Side of a mask block, in weights.
+        block_size: Side of a mask block, or its rows and columns, in weights.
         density: Active share of the blocks, in (0, 1].
         dtype: Dtype of the products (under autocast, autocast's).
         device: Device of the operands.
@@ -51,7 +52,7 @@ class Case:
     tokens: int
     out_features: int
     in_features: int
-    block_size: int
+    block_size: BlockSize
     density: float
     dtype: torch.dtype
     device: torch.device
@@ -59,7 +60,7 @@ class Case:
     transposed: bool = False
 
     def __post_init__(self) -> None:
-        _check(self, ["tokens", "block_size"], ["out_features", "in_features"])
+        _check(self, ["tokens"], ["out_features", "in_features"])
 
     def topology(self) -> BlockTopology:
         """A random topology of this shape and density, always the same one."""
@@ -114,7 +115,7 @@ class ConvCase:
     out_channels: int
     in_channels: int
     geometry: ConvGeometry
-    block_size: int
+    block_size: BlockSize
     density: float
     dtype: torch.dtype
     device: torch.device
@@ -122,7 +123,7 @@ class ConvCase:
     channels_last: bool = True
 
     def __post_init__(self) -> None:
-        _check(self, ["batch", "height", "width", "block_size"], ["out_channels", "in_channels"])
+        _check(self, ["batch", "height", "width"], ["out_channels", "in_channels"])
         if min(self.geometry.output_size(self.height, self.width)) < 1:
             raise ValueError(f"an input of {self.height} x {self.width} is too small for {self.geometry}")
 
@@ -175,16 +176,18 @@ def _check(case: Case | ConvCase, positive: Sequence[str], whole_blocks: Sequenc
     for name in positive:
         if (value := getattr(case, name)) < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    for name in whole_blocks:
+    if min(sides(case.block_size)) < 1:
+        raise ValueError(f"block_size must be at least 1, got {case.block_size}")
+    for name, side in zip(whole_blocks, sides(case.block_size), strict=True):
         value = getattr(case, name)
-        if value < 1 or value % case.block_size:
-            raise ValueError(f"{name} must be a positive multiple of block size {case.block_size}, got {value}")
+        if value < 1 or value % side:
+            raise ValueError(f"{name} must be a positive multiple of block size {side}, got {value}")
     if not 0.0 < case.density <= 1.0:
         raise ValueError(f"density must be in (0, 1], got {case.density}")
 
 
 def _topology(case: Case | ConvCase, out: int, inner: int) -> BlockTopology:
-    rows, cols = out // case.block_size, inner // case.block_size
+    rows, cols = mask_shape((out, inner), case.block_size)
     generator = torch.Generator().manual_seed(0)
     active = max(1, round(case.density * rows * cols))
     mask = torch.zeros(rows * cols, dtype=torch.bool, device="cpu")

@@ -109,8 +109,6 @@ class BackendSelector:
         case = replace(case, density=bucket / BUCKETS)
         if self._forced is not None:
             return self._forced_choice(case)
-        if case.block_size == 1:
-            return Choice(DENSE, None, None, "single-weight masks have no sparse operator")
         layer = layer_of(case)
         key = layer_key(layer)
         if key not in self._choices:

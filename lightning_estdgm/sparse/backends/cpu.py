@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_estdgm.method._masks import size_words
 from lightning_estdgm.sparse._conv_geometry import ConvGeometry, empty_image, library_gradient
 from lightning_estdgm.sparse._topology import BlockTopology
 
@@ -68,16 +69,18 @@ class CPUBackend:
             return f"runs on CPU tensors only, got device {device}"
         if dtype not in _WIDE + _NARROW:
             return f"needs float32, float64, bfloat16 or float16, got {dtype}"
-        if topology.block_size < MIN_BLOCK:
+        if topology.sides[0] != topology.sides[1]:
+            return f"needs square blocks, got {size_words(topology.block_size)}"
+        if topology.side < MIN_BLOCK:
             return (
                 f"needs blocks of at least {MIN_BLOCK} (a GEMM call on less costs more than it saves), "
-                f"got block size {topology.block_size}"
+                f"got block size {topology.side}"
             )
         return None
 
     def linear(self, x2d: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
         """``Y[:, r] = sum over active c of X[:, c] W[r, c]^T + bias[r]``: ``[T, in] -> [T, out]``."""
-        b = topology.block_size
+        b = topology.side
         y = x2d.new_empty(x2d.shape[0], topology.shape[0])
         if y.numel() == 0:
             return y
@@ -108,7 +111,7 @@ class CPUBackend:
 
     def grad_weight(self, dy2d: Tensor, x2d: Tensor, topology: BlockTopology) -> Tensor:
         """``dW[r, c] = dY[:, r]^T X[:, c]`` where active, else 0: ``[T, out], [T, in] -> [out, in]``."""
-        b = topology.block_size
+        b = topology.side
         dw = x2d.new_zeros(topology.shape)
         if x2d.shape[0] == 0:
             return dw
@@ -129,7 +132,7 @@ class CPUBackend:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology, geometry: ConvGeometry
     ) -> Tensor:
         """``Y[:, r] = conv2d(X[:, active], W[r, active]) + bias[r]``."""
-        b = topology.block_size
+        b = topology.side
         y = empty_image(x, x.shape[0], topology.shape[0], *geometry.output_size(x.shape[2], x.shape[3]))
         if y.numel() == 0:
             return y
@@ -148,7 +151,7 @@ class CPUBackend:
         self, dy: Tensor, weight: Tensor, size: tuple[int, int], topology: BlockTopology, geometry: ConvGeometry
     ) -> Tensor:
         """Gradient of the input, from ``dY[:, active]`` and ``W[active, c]`` for each block column."""
-        b = topology.block_size
+        b = topology.side
         dx = empty_image(dy, dy.shape[0], topology.shape[1], *size)
         if dx.numel() == 0:
             return dx
@@ -163,7 +166,7 @@ class CPUBackend:
 
     def conv_grad_weight(self, dy: Tensor, x: Tensor, topology: BlockTopology, geometry: ConvGeometry) -> Tensor:
         """Gradient of the weight from ``dY[:, r]`` and ``X[:, active]``, in channels-last memory."""
-        b = topology.block_size
+        b = topology.side
         dw = empty_image(x, *topology.shape, *geometry.kernel_size).zero_()
         if dy.numel() == 0:
             return dw

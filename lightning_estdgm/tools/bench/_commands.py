@@ -82,7 +82,7 @@ def kernels(
     shape: Annotated[
         list[str] | None, typer.Option(help="Of a linear layer: TOKENSxOUTxIN, such as 8192x4096x4096; repeatable.")
     ] = None,
-    block_size: Annotated[list[int] | None, typer.Option(help="Sides of a block; repeatable.")] = None,
+    block_size: Annotated[list[str] | None, typer.Option(help="Units, such as 64 or 4x1; repeatable.")] = None,
     density: Annotated[list[float] | None, typer.Option(help="Active shares; repeatable.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Data types; repeatable (CPU: float32, bfloat16).")] = None,
     images: Annotated[int | None, typer.Option(help="Batch of the convolutions (CPU: 2, GPU: 64).")] = None,
@@ -107,8 +107,9 @@ def kernels(
     from lightning_estdgm.tools.bench.kernels._timing import METHOD
 
     _check_output(output)
+    sizes = [parse_block_size(text) for text in block_size or ()]
     given: dict[str, Any] = {
-        "kinds": kind, "shapes": shape and [_shape(text) for text in shape], "block_sizes": block_size,
+        "kinds": kind, "shapes": shape and [_shape(text) for text in shape], "block_sizes": sizes,
         "densities": density, "dtypes": dtype, "images": images, "image_size": image_size, "rounds": rounds,
     }  # fmt: skip
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None and v != []}

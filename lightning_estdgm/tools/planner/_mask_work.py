@@ -44,7 +44,7 @@ def update_cost(model: PlannedModel, setup: TrainingSetup, strategy: str) -> dic
         sent_update += around * (ranked if grain == "weight" else 2 * _WORD_BYTES * layer.units)
         idle += layer.weights - layer.active_weights if layer.density < 1.0 else 0.0
     if setup.gpus > 1:
-        compared = sum(layer.block_size > 1 or not layout.is_sharded for layer in model.masked)
+        compared = sum(layer.block_size != 1 or not layout.is_sharded for layer in model.masked)
         sent_update += _WORD_BYTES * (2 + compared) * setup.gpus
     period = setup.update_every
     mean = every + (setup.observe_steps * observed + update) / period

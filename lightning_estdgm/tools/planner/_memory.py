@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_estdgm.method._masks import mask_shape
 from lightning_estdgm.tools.planner._layout import INDEX_BYTES, ShardLayout
 from lightning_estdgm.tools.planner._planned_model import PlannedLayer, PlannedModel
 from lightning_estdgm.tools.planner._setup import TrainingSetup
@@ -60,13 +61,13 @@ def _mask_shards(layer: PlannedLayer, layout: ShardLayout) -> int:
 
 def _mask_bytes(layer: PlannedLayer, layout: ShardLayout) -> float:
     """Two bool tensors, active and ever active; blocks of a part of a weight also laid out by weights."""
-    laid_out = layer.weights / layout.shards if layout.is_sharded and layer.block_size > 1 else 0.0
+    laid_out = layer.weights / layout.shards if layout.is_sharded and layer.block_size != 1 else 0.0
     return 2.0 * layer.units / _mask_shards(layer, layout) + laid_out
 
 
 def _topology_bytes(layer: PlannedLayer) -> int:
     """Two lists with room for every block, and where each row and column starts."""
-    if layer.block_size < 2 or not layer.has_operator:
+    if layer.block_size in (0, 1) or not layer.has_operator:
         return 0
-    rows, columns = (side // layer.block_size for side in layer.shape[:2])
+    rows, columns = mask_shape(layer.shape, layer.block_size)
     return INDEX_BYTES * (2 * rows * columns + rows + columns + 2)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_estdgm.engine._budget import LayerUnits, unit_budgets
+from lightning_estdgm.method._masks import BlockSize
 from lightning_estdgm.modules._candidates import Candidate, find_candidates
 from lightning_estdgm.modules._mask_unit import unit_of
 from lightning_estdgm.tools.planner._setup import TrainingSetup
@@ -38,7 +39,7 @@ class PlannedLayer:
     name: str
     shape: tuple[int, ...]
     weights: int
-    block_size: int
+    block_size: BlockSize
     units: int
     active: int
     parts: int

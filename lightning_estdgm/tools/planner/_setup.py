@@ -7,7 +7,8 @@ from typing import Literal
 
 from lightning_estdgm._checks import check_int
 from lightning_estdgm.method._distributions import DISTRIBUTIONS
-from lightning_estdgm.modules._mask_unit import BLOCK_SIZES
+from lightning_estdgm.method._masks import BlockSize
+from lightning_estdgm.modules._mask_unit import check_unit_size
 
 STRATEGIES = ("ddp", "fsdp2", "2d")
 """DDP; FSDP2 over all GPUs; FSDP2 over groups of GPUs that share each layer by tensor parallelism."""
@@ -45,7 +46,7 @@ class TrainingSetup:
     tensor_parallel: int = 2
     precision: str = "32-true"
     optimizer: str = "adamw"
-    block_size: int | Literal["auto"] = "auto"
+    block_size: BlockSize | Literal["auto"] = "auto"
     distribution: str = "erk"
     tokens: int = 16_384
     update_every: int = 200
@@ -63,8 +64,8 @@ class TrainingSetup:
         for name, known in (("precision", tuple(_PARAMETER_BYTES)), ("optimizer", tuple(OPTIMIZER_STATES))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        if self.block_size != "auto" and (type(self.block_size) is not int or self.block_size not in (1, *BLOCK_SIZES)):
-            raise ValueError(f"block_size must be 'auto', 1 or one of {BLOCK_SIZES}, got {self.block_size!r}")
+        if self.block_size != "auto":
+            check_unit_size("block_size", self.block_size)
         if self.distribution not in DISTRIBUTIONS:
             raise ValueError(f"distribution must be one of {sorted(DISTRIBUTIONS)}, got {self.distribution!r}")
 

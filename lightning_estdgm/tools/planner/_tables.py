@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from lightning_estdgm.method._masks import size_words
 from lightning_estdgm.tools.planner._memory import added_bytes, dense_bytes
 
 
@@ -66,7 +67,7 @@ def _layer_table(numbers: Mapping[str, Any], headings: Sequence[str]) -> Table:
             str(len(names)),
             ", ".join(names) if len(names) < 4 else f"{names[0]} ... {names[-1]}",
             " x ".join(map(str, shape)),
-            "-" if not block_size else "weight" if block_size == 1 else f"{block_size} x {block_size}",
+            "-" if not block_size else "weight" if block_size == 1 else size_words(block_size),
             "dense" if not block_size else lowest if lowest == highest else f"{lowest} to {highest}",
             why,
         )

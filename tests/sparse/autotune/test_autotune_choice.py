@@ -123,13 +123,14 @@ def test_another_convolution_is_measured_by_itself(change):
     assert [case for case, _ in clock.asked] == cases
 
 
-def test_single_weight_masks_run_dense():
-    choice = BackendSelector(measure=never).choose(linear_case(block_size=1, density=0.1))
-    assert choice == Choice("dense", None, None, "single-weight masks have no sparse operator")
+def test_single_weights_are_measured_where_a_backend_computes_them():
+    clock = Clock()
+    BackendSelector(measure=clock).choose(linear_case(block_size=1, density=0.1))
+    assert [names for _, names in clock.asked] == [("dense", "native")]
 
 
 def test_without_a_backend_for_the_case_dense_says_why():
-    choice = BackendSelector(measure=never).choose(linear_case(block_size=4, density=0.1))
+    choice = BackendSelector(measure=never).choose(linear_case(block_size=2, density=0.1))
     assert (choice.backend, choice.dense_s, choice.sparse_s) == ("dense", None, None)
     assert choice.why.startswith("no sparse backend: ")
     assert "cpu needs blocks of at least 8" in choice.why

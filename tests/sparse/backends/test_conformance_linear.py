@@ -23,15 +23,25 @@ from helpers.sparse_linear import (
 from lightning_estdgm.sparse._linear import masked_linear
 
 # tokens, block rows, block columns, block size
-SHAPES = [(7, 3, 5, 16), (33, 2, 16, 8), (1, 1, 1, 32), (0, 2, 3, 8), (50, 4, 2, 64)]
+SHAPES = [
+    (7, 3, 5, 16),
+    (33, 2, 16, 8),
+    (1, 1, 1, 32),
+    (0, 2, 3, 8),
+    (50, 4, 2, 64),
+    (40, 50, 30, 1),
+    (9, 5, 7, (4, 1)),
+    (18, 3, 5, (1, 8)),
+    (3, 10, 6, 4),
+]
 
 
-@pytest.mark.parametrize(("rows", "cols", "block_size"), [(2, 3, 4), (5, 3, 1), (1, 1, 8)])
+@pytest.mark.parametrize(("rows", "cols", "block_size"), [(2, 3, 4), (5, 3, 1), (1, 1, 8), (2, 3, (4, 2))])
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_oracle_is_dense_autograd_on_a_masked_weight(rows, cols, block_size, mask):
     topology = make_topology(rows, cols, block_size, mask)
     x, weight, bias, dy = make_operands(topology, 6, torch.float32)
-    keep = torch.kron(topology.mask().double(), torch.ones(block_size, block_size).double())
+    keep = torch.kron(topology.mask().double(), torch.ones(topology.sides).double())
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     y = F.linear(x, weight * keep, bias)
     expected = [y.detach(), *torch.autograd.grad(y, leaves, dy)]

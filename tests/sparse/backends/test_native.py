@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from lightning_estdgm.method._masks import sides
 from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.backends import native
 from lightning_estdgm.sparse.backends._protocol import get_backend
@@ -21,6 +22,9 @@ TARGETS = {
     "8 floats a vector": ("-mno-avx512f",),
     "4 floats a vector": ("-mno-avx",),
 }
+
+
+UNITS = [1, (2, 1), (4, 1), (8, 1), (16, 1), (1, 2), (1, 4), (1, 8), (1, 16), 4, 8]
 
 
 @pytest.fixture(params=TARGETS)
@@ -44,7 +48,7 @@ def rebuilt(monkeypatch, tmp_path):
 
 
 def _case(tokens, rows, cols, block_size, dtype, density=0.4):
-    generator = torch.Generator().manual_seed(tokens + block_size)
+    generator = torch.Generator().manual_seed(tokens + sum(sides(block_size)))
 
     def normal(*shape):
         return torch.randn(shape, generator=generator).to(dtype)
@@ -52,9 +56,10 @@ def _case(tokens, rows, cols, block_size, dtype, density=0.4):
     mask = torch.rand(rows, cols, generator=generator) < density
     mask[0], mask[:, 0] = False, False  # a block row and a column without anything
     mask[-1] = True
-    out, inner = rows * block_size, cols * block_size
+    topology = BlockTopology.from_mask(mask, block_size)
+    out, inner = topology.shape
     return (
-        BlockTopology.from_mask(mask, block_size),
+        topology,
         normal(tokens, inner),
         normal(out, inner),
         normal(out),
@@ -91,6 +96,62 @@ def test_every_loop_of_every_target(target, block_size, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("unit", UNITS, ids=str)
+def test_every_loop_of_fine_units_of_every_target(target, unit, dtype):
+    # 403 tokens: several tiles and a short last one. 21 x 19 units: columns left over of a vector; 500: many a row.
+    _assert_right(*_case(403, 21, 19, unit, dtype))
+    _assert_right(*_case(150, 6, 500, unit, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("unit", [1, (4, 1), (1, 4), 8], ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 128, 129, 2048])
+def test_any_number_of_tokens_with_fine_units(tokens, unit, dtype):
+    _assert_right(*_case(tokens, 30, 17, unit, dtype))
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=str)
+def test_what_inactive_weights_hold_reaches_nothing(unit):
+    topology, x, weight, bias, dy = _case(50, 9, 11, unit, torch.float32)
+    inactive = ~topology.weight_mask()
+    for got, want in zip(
+        _products(native.BACKEND, topology, x, weight.masked_fill(inactive, torch.nan), bias, dy),
+        _products(native.BACKEND, topology, x, weight.masked_fill(inactive, 0.0), bias, dy),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+    assert not native.BACKEND.grad_weight(dy, x, topology)[inactive].any()
+
+
+@pytest.mark.parametrize("unit", [1, (2, 1)], ids=str)
+def test_an_infinite_input_reaches_only_the_outputs_that_use_it(unit):
+    # Outputs are taken in fours of equal length: what fills up the shorter ones must be no input.
+    topology, x, weight, _, _ = _case(20, 16, 40, unit, torch.float32)
+    x[3, 5] = torch.inf
+    used = topology.weight_mask()[:, 5]
+    assert used.any()
+    assert not used.all()
+    y = native.BACKEND.linear(x, weight, None, topology)
+    assert torch.equal(y[3].isfinite(), ~used)
+    assert y[torch.arange(20) != 3].isfinite().all()
+
+
+def test_a_mask_is_ordered_once_and_again_when_it_changes():
+    topology, x, weight, bias, dy = _case(30, 40, 50, 1, torch.float32)
+    plan = native.BACKEND._plans.of(topology)
+    _assert_right(topology, x, weight, bias, dy)
+    assert native.BACKEND._plans.of(topology) is plan
+    topology.update_(topology.mask().logical_not())
+    _assert_right(topology, x, weight, bias, dy)
+    assert native.BACKEND._plans.of(topology) is not plan
+
+
+def test_masks_made_in_inference_mode_are_ordered_at_each_call():
+    with torch.inference_mode():
+        _assert_right(*_case(30, 40, 50, 1, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 2, 11, 12, 13, 64, 129, 2048])
 def test_any_number_of_tokens(tokens, dtype):
     _assert_right(*_case(tokens, 9, 5, 32, dtype))
@@ -108,7 +169,11 @@ def test_strided_operands(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "cols", "block_size"), [(8, 8, 32), (2, 3, 128)])  # few blocks: several threads each
+@pytest.mark.parametrize(
+    ("rows", "cols", "block_size"),
+    [(8, 8, 32), (2, 3, 128), *[(24, 40, unit) for unit in UNITS]],  # few blocks: several threads each
+    ids=str,
+)
 def test_results_do_not_depend_on_the_number_of_threads(rows, cols, block_size, dtype):
     topology, *operands = _case(500, rows, cols, block_size, dtype)
     _assert_right(topology, *operands)

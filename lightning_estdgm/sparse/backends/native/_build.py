@@ -24,6 +24,8 @@ _P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS = {  # of each function that is compiled for every dtype
     "linear": [_P, _N, _N, _P, _N, _N, _P, _P, _P, _N, _N, _N, _P, _N, _I],
     "grad_weight": [_P, _N, _P, _N, _N, _P, _P, _N, _N, _N, _P, _I],
+    "units_linear": [_P, _N, _N, _P, _N, _N, _P, *[_P] * 4, *[_N] * 4, _P, _P, _N, _I],
+    "units_grad_weight": [_P, _N, _P, _N, _N, *[_P] * 4, *[_N] * 4, _P, _I],
     "conv": [_P, *[_N] * 4, _P, _N, _N, _P, *[_N] * 3, _P, _P, _P, _N, _N, _P, *[_N] * 5, _I],
     "conv_grad_weight": [_P, _N, _N, _P, *[_N] * 4, _P, *[_N] * 3, _P, _P, *[_N] * 3, _P, _N, _I],
 }
@@ -70,6 +72,8 @@ def library() -> ctypes.CDLL | str:
         loaded = ctypes.CDLL(str(_build()))
     except (_CannotBuild, OSError) as e:
         return str(e)
+    loaded.estdgm_units_plan.argtypes, loaded.estdgm_units_plan.restype = [_P, _P, _N, _N, _N], _P
+    loaded.estdgm_units_free.argtypes, loaded.estdgm_units_free.restype = [_P], None
     for dtype in DTYPES.values() if loaded.estdgm_has_bfloat16() else ("float32",):
         for name, arguments in _ARGUMENTS.items():
             getattr(loaded, f"estdgm_{name}_{dtype}").argtypes = arguments

@@ -35,6 +35,7 @@ struct Float {
   static vec mac(vec sum, float a, const float *b) { return mac(sum, a, *(const vec *)b); }
   static vec load(const type *p) { return *(const vec *)p; }
   static void store(type *p, vec v) { *(vec *)p = v; }
+  static float value(type x) { return x; }
 };
 
 #if defined(__AVX512BF16__)
@@ -49,8 +50,17 @@ struct BFloat16 {
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
   }
   static void store(type *p, vec v) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
+  static float value(type x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+  }
 };
 #endif
+
+// Memory for so many floats, or null.
+inline float *floats(i64 count) { return (float *)aligned_alloc(64, (size_t)(count + 16) / 16 * 64); }
 
 // One word of an operand; reads two bfloat16 as the bits of a float, which nothing computes with.
 inline float word(const void *p) {

@@ -14,8 +14,6 @@
 
 namespace {
 
-float *floats(i64 count) { return (float *)aligned_alloc(64, (size_t)(count + 16) / 16 * 64); }
-
 // Columns of the strip of a block of which `left` are left.
 i64 strip_width(i64 left) {
   if (!WIDE) return 2 * VL;

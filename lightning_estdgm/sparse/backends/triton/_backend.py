@@ -202,7 +202,7 @@ class TritonBackend:
         run: Callable[[Tiles], Tensor],
     ) -> Tiles:
         """The cut for a product on ``rows`` tokens or pixels; ``case``: what else its time depends on."""
-        found = _candidates(x.device, topology.block_size, x.element_size(), precision)
+        found = _candidates(x.device, topology.side, x.element_size(), precision)
         if len(found) == 1 or torch.are_deterministic_algorithms_enabled():
             return found[0]
         if self._tuner is None:

@@ -176,7 +176,7 @@ def _correlate(
             *weight.stride(),
             KH=weight.shape[2],
             KW=weight.shape[3],
-            BLOCK=topology.block_size,
+            BLOCK=topology.side,
             ROWS=tiles.rows,
             DEPTH=tiles.depth,
             SWIZZLE=launch.SWIZZLE,

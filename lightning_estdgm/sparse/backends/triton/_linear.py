@@ -114,7 +114,7 @@ def linear(
             topology.block_rows,
             *x2d.stride(),
             *weight.stride(),
-            BLOCK=topology.block_size,
+            BLOCK=topology.side,
             ROWS=tiles.rows,
             DEPTH=tiles.depth,
             SWIZZLE=launch.SWIZZLE,

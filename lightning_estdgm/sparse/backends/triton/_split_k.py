@@ -165,7 +165,7 @@ def deal(length: int, topology: BlockTopology, tiles: Tiles, device: torch.devic
         device: Device that it runs on.
         taps: Number of taps of the kernel.
     """
-    b = topology.block_size
+    b = topology.side
     capacity = topology.block_rows * triton.cdiv(topology.block_cols * b, tiles.rows) * taps
     may_split = triton.cdiv(length, tiles.depth) >= 2 * MIN_STEPS
     programs = launch.multiprocessors(device) * tiles.resident(b)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_estdgm.method._masks import sides
 from lightning_estdgm.recipes.resnet import resnet50
 from lightning_estdgm.sparse._conv_geometry import ConvGeometry
 from lightning_estdgm.sparse.autotune._cases import DENSE, ConvCase, refusals
@@ -43,12 +44,13 @@ def conv_rows(config: KernelsConfig, say: Callable[[str], None] = lambda text: N
         )
     for (out, inner, height, width, geometry), count in layers.items():
         for block_size in config.block_sizes:
-            if out % block_size or inner % block_size:
+            rows, columns = sides(block_size)
+            if out % rows or inner % columns:
                 say_once(
                     f"convolution {inner} to {out} left out at block {block_size}: it does not divide the channels"
                 )
                 continue
-            blocks = (out // block_size) * (inner // block_size)
+            blocks = (out // rows) * (inner // columns)
             for density in config.densities:
                 if density * blocks < 1:
                     say_once(

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from lightning_estdgm._checks import expect_int
-from lightning_estdgm.modules._mask_unit import BLOCK_SIZES
+from lightning_estdgm.method._masks import BlockSize, sides
+from lightning_estdgm.modules._mask_unit import UNIT_SIZES, check_unit_size
 from lightning_estdgm.tools.bench._environment import default_device
 
 KINDS = ("linear", "convolution")
@@ -24,7 +25,7 @@ class KernelsConfig:
 
     Attributes:
         shapes: (tokens, out_features, in_features) of linear layers.
-        block_sizes: sides of a block.
+        block_sizes: sides of a block, or pairs of them.
         densities: active shares, in (0, 1].
         dtypes: names of torch's floating-point dtypes.
         kinds: names of `KINDS`.
@@ -40,7 +41,7 @@ class KernelsConfig:
     """
 
     shapes: Sequence[tuple[int, int, int]] = ()
-    block_sizes: Sequence[int] = BLOCK_SIZES
+    block_sizes: Sequence[BlockSize] = UNIT_SIZES
     densities: Sequence[float] = (0.125, 0.25, 0.5)
     dtypes: Sequence[str] = ()
     kinds: Sequence[str] = KINDS
@@ -78,7 +79,9 @@ class KernelsConfig:
             if len(shape) != 3 or min(shape) < 1:
                 raise ValueError(f"shape: got {shape}, expected tokens, out_features and in_features")
             for block_size in self.block_sizes:
-                if block_size < 1 or shape[1] % block_size or shape[2] % block_size:
+                check_unit_size("block size", block_size)
+                rows, columns = sides(block_size)
+                if shape[1] % rows or shape[2] % columns:
                     raise ValueError(f"shape {shape}: got block size {block_size}, expected a divisor of its features")
 
 
@@ -88,8 +91,8 @@ def quick_kernels(device: str | None = None) -> KernelsConfig:
     if device == "cpu":
         return KernelsConfig(
             shapes=((2048, 1024, 1024),),
-            block_sizes=(32, 64, 128),
-            densities=(0.125, 0.25),
+            block_sizes=(1, (4, 1), 4, 64),
+            densities=(0.1, 0.25),
             dtypes=("float32",),
             images=1,
             most_layers=4,

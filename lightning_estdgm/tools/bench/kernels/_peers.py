@@ -60,8 +60,7 @@ class PeerTimes:
 def torch_bsr(weights: Weights) -> tuple[Tensor, Tensor]:
     """Block compressed rows; on a GPU ``F.linear`` runs them by PyTorch's Triton kernels, on a CPU by MKL."""
     masked = weights.masked()
-    b = weights.topology.block_size
-    return masked.to_sparse_bsr((b, b)), masked
+    return masked.to_sparse_bsr(weights.topology.sides), masked
 
 
 def torch_csr(weights: Weights) -> tuple[Tensor, Tensor]:

@@ -69,7 +69,8 @@ def draw_kernels(rows: Sequence[Row], path: Path, machine: str) -> None:
     drawn = drawable(rows)
     if not drawn:
         raise ValueError("expected rows with an efficiency, or with that of Y, to draw; got none")
-    blocks = sorted({row["block_size"] for row in drawn if row["block_size"] is not None}) or [None]
+    found = {row["block_size"] for row in drawn if row["block_size"] is not None}
+    blocks = sorted(found, key=lambda size: (isinstance(size, str), size)) or [None]
     panels = list(itertools.product(dict.fromkeys(row["dtype"] for row in drawn), blocks))
     columns = min(len(blocks), 4)
     lines = math.ceil(len(panels) / columns)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_estdgm.method._masks import BlockSize, size_words
+
 PRODUCTS = ("Y", "dX", "dW")
 """Output, gradient of the input, gradient of the weight."""
 
@@ -19,7 +21,7 @@ def row(
     kind: str,
     shape: Mapping[str, Any],
     dtype: torch.dtype,
-    block_size: int | None,
+    block_size: BlockSize | None,
     density: float,
     backend: str,
     seconds: tuple[float, float] | None,
@@ -36,7 +38,7 @@ def row(
         kind: "linear" or "convolution".
         shape: the layer's sizes, by name.
         dtype: dtype of the products.
-        block_size: side of a block; None where the layout has none.
+        block_size: side of a block, or a pair, in the row as words; None where the layout has none.
         density: active share.
         backend: name of the backend or peer.
         seconds: dense and sparse seconds of forward and backward together with autograd; None if it cannot do all of
@@ -52,7 +54,7 @@ def row(
         "kind": kind,
         "dtype": str(dtype).removeprefix("torch."),
         **shape,
-        "block_size": block_size,
+        "block_size": size_words(block_size) if isinstance(block_size, tuple) else block_size,
         "density": density,
         "backend": backend,
         "dense_s": dense_s,

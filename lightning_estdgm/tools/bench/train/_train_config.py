@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lightning_estdgm._checks import expect_int
+from lightning_estdgm.method._masks import BlockSize
 from lightning_estdgm.method._schedules import EstDgm, Phase
 from lightning_estdgm.tools.bench._environment import default_device
 
@@ -46,7 +47,7 @@ class TrainConfig:
         ValueError: for counts that leave nothing to time.
     """
 
-    block_size: int | str = "auto"
+    block_size: BlockSize | str = "auto"
     backend: str = "auto"
     compiled: bool = False
     device: str = field(default_factory=default_device)

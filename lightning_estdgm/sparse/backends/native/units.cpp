@@ -1,0 +1,529 @@
+// Products of a linear layer whose mask units are finer than a block: r outputs that share c inputs, down to 1 x 1.
+//
+// Tokens are the vector. A tile of tokens of each operand is laid out as a panel (panels.h), column by column, so that
+// any column that an active unit names is a stretch of memory; sums are in float, whatever the operands are. The order
+// of sums depends on nothing but the shapes and the mask, so results are the same for any number of threads.
+//
+// Source of the tilings: column-vector sparsity with register tiles over the dense side, as in Gale et al., "Sparse GPU
+// Kernels for Deep Learning" (arXiv 2006.10901), section 5, on the CPU.
+#include <omp.h>
+
+#include <algorithm>
+#include <new>
+#include <vector>
+
+#include "panels.h"
+#include "share.h"
+
+namespace {
+
+// Active units of a matrix: unit row o holds columns idx[ptr[o]] .. idx[ptr[o + 1] - 1], r outputs by c inputs each.
+struct Units {
+  const int32_t *ptr, *idx;
+  i64 rows, r, c;
+
+  i64 count(i64 row) const { return ptr[row + 1] - ptr[row]; }
+};
+
+template <class T>
+struct Weight {
+  const T *data;
+  i64 out, in;  // elements from one output to the next, and from one input
+};
+
+template <class T>
+struct Result {
+  T *data;
+  i64 ld, columns;
+};
+
+i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
+// Vectors of tokens in a tile: at most `most`, and so few that `columns` of them stay in the second-level cache.
+i64 tile_vectors(i64 tokens, i64 columns, i64 most) {
+  const i64 cached = 1024 * 1024 / (columns * VL * 4), vectors = ceil_div(tokens, VL);
+  const i64 room = cached < 1 ? 1 : cached < most ? cached : most;
+  return ceil_div(vectors, ceil_div(vectors, room));
+}
+
+// Calls run<N>() for the N of 1 .. MOST that is `vectors`.
+template <int MOST, class Run>
+void with_vectors(i64 vectors, Run run) {
+  if constexpr (MOST > 1)
+    if (vectors < MOST) return with_vectors<MOST - 1>(vectors, run);
+  run(std::integral_constant<int, MOST>{});
+}
+
+// ---- r >= 2 outputs a unit: their sums stay in registers
+
+// Weights in the order of use: R outputs of a unit row at a time, unit by unit, input by input.
+template <class E, int R>
+void pack(Weight<typename E::type> weight, Units units, float *packed, int threads) {
+  const i64 chunks = units.r / R;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (i64 row = 0; row < units.rows; row++) {
+    float *to = packed + units.ptr[row] * units.r * units.c;
+    for (i64 chunk = 0; chunk < chunks; chunk++)
+      for (i64 p = units.ptr[row]; p < units.ptr[row + 1]; p++)
+        for (i64 c = 0; c < units.c; c++) {
+          const typename E::type *from =
+              weight.data + (row * units.r + chunk * R) * weight.out + (units.idx[p] * units.c + c) * weight.in;
+          for (int r = 0; r < R; r++) *to++ = E::value(from[r * weight.out]);
+        }
+  }
+}
+
+// Sums of R outputs for N vectors of tokens, over `count` units.
+template <int R, int N>
+void gather(const float *panel, const float *weights, const int32_t *idx, i64 count, i64 c, float *sums) {
+  constexpr i64 WIDTH = N * VL;
+  vec sum[R][N] = {};
+  for (i64 p = 0; p < count; p++) {
+    const float *x = panel + idx[p] * c * WIDTH, *coming = panel + idx[p + 2 < count ? p + 2 : p] * c * WIDTH;
+    for (i64 k = 0; k < c; k++, x += WIDTH, coming += WIDTH, weights += R) {
+      __builtin_prefetch(coming);
+      vec xs[N];
+      for (int j = 0; j < N; j++) xs[j] = *(const vec *)(x + j * VL);
+      for (int r = 0; r < R; r++)
+        for (int j = 0; j < N; j++) sum[r][j] += weights[r] * xs[j];
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < N; j++) *(vec *)(sums + r * WIDTH + j * VL) = sum[r][j];
+}
+
+template <class E, int R, int N>
+bool gather_tiles(Rows<typename E::type> x, i64 in, const float *packed, const typename E::type *bias, Units units,
+                  Result<typename E::type> y, int threads) {
+  constexpr i64 WIDTH = N * VL;
+  // A thread's task: one tile, and where those are few a share of the outputs, in whole strips.
+  constexpr i64 STRIP = VL < 8 ? 8 : VL;
+  const i64 tiles = ceil_div(x.count, WIDTH), strips = ceil_div(y.columns, STRIP);
+  i64 parts = tiles % threads ? ceil_div(4 * threads, tiles) : 1;
+  parts = parts > strips ? strips : parts;
+  Shares shares(tiles * parts, threads);
+  bool failed = false;
+#pragma omp parallel num_threads(threads)
+  {
+    float *panel = floats((in + STRIP) * WIDTH), *sums = panel + in * WIDTH;
+    i64 loaded = -1;
+    if (!panel)
+#pragma omp atomic write
+      failed = true;
+    else
+      shares.work(omp_get_thread_num(), [&](i64 task) {
+        const i64 tile = task / parts, part = task % parts;
+        if (tile != loaded) load_panel<E>(x, tile * WIDTH, 0, in, WIDTH, panel);
+        loaded = tile;
+        for (i64 s = part * strips / parts; s < (part + 1) * strips / parts; s++) {
+          const i64 first = s * STRIP, end = std::min(first + STRIP, y.columns);
+          for (i64 o = first; o < end; o += R) {
+            const i64 row = o / units.r, count = units.count(row), chunk = o % units.r / R;
+            gather<R, N>(panel, packed + units.ptr[row] * units.r * units.c + chunk * count * R * units.c,
+                         units.idx + units.ptr[row], count, units.c, sums + (o - first) * WIDTH);
+          }
+          store_panel<E>(sums, WIDTH, bias ? bias + first : nullptr, end - first, tile * WIDTH, x.count,
+                         y.data + first, y.ld);
+        }
+      });
+    free(panel);
+  }
+  return failed;
+}
+
+// Y[t, o] = sum over active i of X[t, i] W[o, i] + bias[o], R outputs of a unit at a time.
+template <class E, int R, int MOST>
+bool gather_linear(Rows<typename E::type> x, i64 in, Weight<typename E::type> weight, const typename E::type *bias,
+                   Units units, Result<typename E::type> y, int threads) {
+  float *packed = floats(units.ptr[units.rows] * units.r * units.c);
+  if (!packed) return true;
+  pack<E, R>(weight, units, packed, threads);
+  bool failed = false;
+  with_vectors<MOST>(tile_vectors(x.count, in, MOST), [&](auto n) {
+    failed = gather_tiles<E, R, n.value>(x, in, packed, bias, units, y, threads);
+  });
+  free(packed);
+  return failed;
+}
+
+// ---- units of one output and c >= 4 inputs: the inputs' tokens stay in registers
+
+// Add R inputs to the sums of each output of their unit column.
+template <int R, int N>
+void scatter(const float *x, const float *weights, const int32_t *idx, i64 count, float *sums) {
+  constexpr i64 WIDTH = N * VL;
+  vec xs[R][N];
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < N; j++) xs[r][j] = *(const vec *)(x + r * WIDTH + j * VL);
+  for (i64 p = 0; p < count; p++, weights += R) {
+    float *to = sums + idx[p] * WIDTH, *coming = sums + idx[p + 3 < count ? p + 3 : p] * WIDTH;
+    for (int j = 0; j < N; j++) __builtin_prefetch(coming + j * VL, 1);
+    vec sum[N];
+    for (int j = 0; j < N; j++) sum[j] = *(const vec *)(to + j * VL);
+    for (int r = 0; r < R; r++)
+      for (int j = 0; j < N; j++) sum[j] += weights[r] * xs[r][j];
+    for (int j = 0; j < N; j++) *(vec *)(to + j * VL) = sum[j];
+  }
+}
+
+template <class E, int R, int N>
+bool scatter_tiles(Rows<typename E::type> x, i64 in, const float *packed, const typename E::type *bias, Units columns,
+                   Result<typename E::type> y, int threads) {
+  constexpr i64 WIDTH = N * VL, STRIP = 64;  // inputs that are laid out at a time
+  const i64 tiles = ceil_div(x.count, WIDTH), outputs = ceil_div(y.columns, VL) * VL;
+  Shares shares(tiles, threads);
+  bool failed = false;
+#pragma omp parallel num_threads(threads)
+  {
+    float *sums = floats((outputs + STRIP) * WIDTH), *panel = sums + outputs * WIDTH;
+    if (!sums)
+#pragma omp atomic write
+      failed = true;
+    else
+      shares.work(omp_get_thread_num(), [&](i64 tile) {
+        memset(sums, 0, outputs * WIDTH * sizeof(float));
+        for (i64 i = 0; i < in; i += R) {
+          if (i % STRIP == 0) load_panel<E>(x, tile * WIDTH, i, in - i < STRIP ? in - i : STRIP, WIDTH, panel);
+          const i64 row = i / columns.r, count = columns.count(row), chunk = i % columns.r / R;
+          scatter<R, N>(panel + i % STRIP * WIDTH, packed + columns.ptr[row] * columns.r + chunk * count * R,
+                        columns.idx + columns.ptr[row], count, sums);
+        }
+        store_panel<E>(sums, WIDTH, bias, y.columns, tile * WIDTH, x.count, y.data, y.ld);
+      });
+    free(sums);
+  }
+  return failed;
+}
+
+// As gather_linear, from the unit columns: `columns` are the units of the transposed matrix, R of whose outputs share
+// one input.
+template <class E, int R, int MOST>
+bool scatter_linear(Rows<typename E::type> x, i64 in, Weight<typename E::type> weight, const typename E::type *bias,
+                    Units columns, Result<typename E::type> y, int threads) {
+  float *packed = floats(columns.ptr[columns.rows] * columns.r);
+  if (!packed) return true;
+  pack<E, R>({weight.data, weight.in, weight.out}, columns, packed, threads);
+  bool failed = false;
+  with_vectors<MOST>(tile_vectors(x.count, y.columns, MOST), [&](auto n) {
+    failed = scatter_tiles<E, R, n.value>(x, in, packed, bias, columns, y, threads);
+  });
+  free(packed);
+  return failed;
+}
+
+// ---- single weights: a line of x serves one output only, so it is read from the first-level cache
+
+constexpr int FOUR = 4;                                      // outputs whose sums are in registers at once
+constexpr int SINGLE_VECTORS = WIDE ? 4 : 2;                 // of tokens
+constexpr i64 LINES = 24 * 1024 / (SINGLE_VECTORS * VL * 4); // inputs whose tokens stay in the first-level cache
+
+// Four outputs with as many weights each within the same LINES inputs; what is missing of one is a weight of 0 for
+// line LINES, which holds zeros.
+struct Four {
+  int32_t outputs[FOUR];  // -1: none
+  i64 length, start;      // entries of each, and where their places start
+};
+
+// The order in which single weights are used: made once a mask.
+struct Plan {
+  i64 outputs, inputs;
+  std::vector<i64> stretch;  // first four of each stretch of LINES inputs, and their number at the end
+  std::vector<Four> fours;
+  std::vector<uint16_t> places;  // entry by entry, those of the four outputs side by side: input within the stretch
+
+  Plan(Units units, i64 inputs) : outputs(units.rows), inputs(inputs), stretch{0} {
+    std::vector<i64> at(units.ptr, units.ptr + outputs), length(outputs), order(outputs);
+    std::vector<uint16_t> columns;
+    for (i64 first = 0; first < inputs; first += LINES) {
+      for (i64 o = 0; o < outputs; o++) {
+        length[o] = 0;
+        order[o] = o;
+        while (at[o] + length[o] < units.ptr[o + 1] && units.idx[at[o] + length[o]] * units.c < first + LINES) length[o]++;
+      }
+      std::stable_sort(order.begin(), order.end(), [&](i64 a, i64 b) { return length[a] > length[b]; });
+      for (i64 i = 0; i < outputs && length[order[i]]; i += FOUR) {
+        Four four = {{}, length[order[i]] * units.c, (i64)places.size()};
+        for (int g = 0; g < FOUR; g++) four.outputs[g] = i + g < outputs ? order[i + g] : -1;
+        for (i64 p = 0; p < four.length; p++)
+          for (const i64 o : four.outputs) {
+            const bool there = o >= 0 && p / units.c < length[o];
+            places.push_back(there ? units.idx[at[o] + p / units.c] * units.c + p % units.c - first : LINES);
+          }
+        fours.push_back(four);
+      }
+      for (i64 o = 0; o < outputs; o++) at[o] += length[o];
+      stretch.push_back(fours.size());
+    }
+  }
+};
+
+template <int N>
+void single(const float *panel, const float *weights, const uint16_t *places, i64 length, float *const (&sums)[FOUR]) {
+  vec sum[FOUR][N];
+  for (int g = 0; g < FOUR; g++)
+    for (int j = 0; j < N; j++) sum[g][j] = *(const vec *)(sums[g] + j * VL);
+  for (i64 p = 0; p < length; p++, places += FOUR, weights += FOUR) {
+    uint64_t place;
+    memcpy(&place, places, 8);  // one load for all four
+    for (int g = 0; g < FOUR; g++, place >>= 16) {
+      const float *x = panel + (i64)(place & 0xffff) * N * VL;
+      for (int j = 0; j < N; j++) sum[g][j] += weights[g] * *(const vec *)(x + j * VL);
+    }
+  }
+  for (int g = 0; g < FOUR; g++)
+    for (int j = 0; j < N; j++) *(vec *)(sums[g] + j * VL) = sum[g][j];
+}
+
+template <class E>
+void pack_fours(Weight<typename E::type> weight, const Plan &plan, float *packed, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (i64 i = 0; i < (i64)plan.fours.size(); i++) {
+    const Four &four = plan.fours[i];
+    const i64 stretch = std::upper_bound(plan.stretch.begin(), plan.stretch.end(), i) - plan.stretch.begin() - 1;
+    const uint16_t *places = plan.places.data() + four.start;
+    float *to = packed + four.start;
+    for (i64 p = 0; p < four.length; p++, places += FOUR)
+      for (int g = 0; g < FOUR; g++) {
+        const i64 at = four.outputs[g] * weight.out + (stretch * LINES + places[g]) * weight.in;
+        *to++ = places[g] == LINES ? 0 : E::value(weight.data[at]);
+      }
+  }
+}
+
+template <class E, int N>
+bool single_tiles(Rows<typename E::type> x, const float *packed, const typename E::type *bias, const Plan &plan,
+                  Result<typename E::type> y, int threads) {
+  constexpr i64 WIDTH = N * VL;
+  const i64 tiles = ceil_div(x.count, WIDTH), outputs = ceil_div(plan.outputs, VL) * VL;
+  Shares shares(tiles, threads);
+  bool failed = false;
+#pragma omp parallel num_threads(threads)
+  {
+    // Sums of all outputs, those of no output, and the inputs' lines with one of zeros.
+    float *sums = floats((outputs + 1 + LINES + 1) * WIDTH), *none = sums + outputs * WIDTH, *panel = none + WIDTH;
+    if (!sums)
+#pragma omp atomic write
+      failed = true;
+    else
+      shares.work(omp_get_thread_num(), [&](i64 tile) {
+        memset(sums, 0, (outputs + 1) * WIDTH * sizeof(float));
+        memset(panel + LINES * WIDTH, 0, WIDTH * sizeof(float));
+        for (i64 s = 0; s + 1 < (i64)plan.stretch.size(); s++) {
+          const i64 first = s * LINES, n = plan.inputs - first < LINES ? plan.inputs - first : LINES;
+          load_panel<E>(x, tile * WIDTH, first, n, WIDTH, panel);
+          for (i64 i = plan.stretch[s]; i < plan.stretch[s + 1]; i++) {
+            const Four &four = plan.fours[i];
+            float *to[FOUR];
+            for (int g = 0; g < FOUR; g++) {
+              to[g] = four.outputs[g] < 0 ? none : sums + four.outputs[g] * WIDTH;
+              if (i + 1 < plan.stretch[s + 1])
+                for (int j = 0; j < N; j++) __builtin_prefetch(sums + plan.fours[i + 1].outputs[g] * WIDTH + j * VL, 1);
+            }
+            single<N>(panel, packed + four.start, plan.places.data() + four.start, four.length, to);
+          }
+        }
+        store_panel<E>(sums, WIDTH, bias, plan.outputs, tile * WIDTH, x.count, y.data, y.ld);
+      });
+    free(sums);
+  }
+  return failed;
+}
+
+template <class E>
+bool single_linear(Rows<typename E::type> x, Weight<typename E::type> weight, const typename E::type *bias,
+                   const Plan &plan, Result<typename E::type> y, int threads) {
+  float *packed = floats(plan.places.size());
+  if (!packed) return true;
+  pack_fours<E>(weight, plan, packed, threads);
+  bool failed = false;
+  with_vectors<SINGLE_VECTORS>(tile_vectors(x.count, plan.outputs, SINGLE_VECTORS), [&](auto n) {
+    failed = single_tiles<E, n.value>(x, packed, bias, plan, y, threads);
+  });
+  free(packed);
+  return failed;
+}
+
+template <class E>
+bool units_linear(Rows<typename E::type> x, i64 in, Weight<typename E::type> weight, const typename E::type *bias,
+                  Units units, Units columns, const Plan *plan, Result<typename E::type> y, int threads) {
+  if (units.r % 8 == 0) return gather_linear<E, 8, WIDE ? 3 : 1>(x, in, weight, bias, units, y, threads);
+  if (units.r == 4) return gather_linear<E, 4, WIDE ? 6 : 2>(x, in, weight, bias, units, y, threads);
+  if (units.r == 2) return gather_linear<E, 2, WIDE ? 8 : 4>(x, in, weight, bias, units, y, threads);
+  if (units.c % 8 == 0) return scatter_linear<E, 8, WIDE ? 2 : 1>(x, in, weight, bias, columns, y, threads);
+  if (units.c == 4) return scatter_linear<E, 4, WIDE ? 4 : 2>(x, in, weight, bias, columns, y, threads);
+  return single_linear<E>(x, weight, bias, *plan, y, threads);
+}
+
+// ---- dW[o, i] = sum over t of dY[t, o] X[t, i], for active units: VL sums of RO outputs and VL / RO inputs at a time
+
+constexpr i64 TOKENS = 128;  // in a panel, at most
+
+template <int RO, i64 FIXED>
+vec outer(const float *dy, const float *const (&x)[VL / RO], const float *const (&coming)[VL / RO], i64 runtime) {
+  const i64 width = FIXED ? FIXED : runtime;
+  constexpr int NC = VL / RO;
+  vec sum[VL] = {};
+#pragma GCC unroll 4
+  for (i64 t = 0; t < width; t += VL) {
+    vec xs[NC];
+    for (int c = 0; c < NC; c++) {
+      if (RO > 1) __builtin_prefetch(coming[c] + t);
+      xs[c] = *(const vec *)(x[c] + t);
+    }
+    for (int r = 0; r < RO; r++) {
+      const vec d = *(const vec *)(dy + r * width + t);
+      for (int c = 0; c < NC; c++) sum[c * RO + r] += d * xs[c];
+    }
+  }
+  return lane_sums(sum);
+}
+
+template <class E, int RO>
+struct GradUnits {
+  static constexpr i64 NC = VL / RO;
+  Units units;
+  i64 in, out, width;        // inputs, outputs, tokens of a panel
+  std::vector<i64> start;    // of each unit row in `sums`
+  float *sums, *x, *dy;      // x and dy: panels of several tiles, one after the other
+
+  // Inputs of a unit row in the order of its active units, NC at a time; the last one again where they run out.
+  void lines(const float *panel, const int32_t *idx, i64 total, i64 first, const float *(&to)[VL / RO]) const {
+    if (units.c == 1)
+      for (i64 j = 0; j < NC; j++) to[j] = panel + idx[first + j < total ? first + j : total - 1] * width;
+    else {
+      const float *at = panel + (idx[first / units.c] * units.c + first % units.c) * width;
+      for (i64 j = 0; j < NC; j++) to[j] = at + j * width;
+    }
+  }
+
+  void add(i64 tile, i64 row) const {
+    const float *panel = x + tile * in * width;
+    const int32_t *idx = units.idx + units.ptr[row];
+    const i64 total = units.count(row) * units.c;
+    float *to = sums + start[row];
+    for (i64 o = row * units.r; o < (row + 1) * units.r && total; o += RO) {
+      const float *now[NC], *coming[NC];
+      lines(panel, idx, total, 0, coming);
+      for (i64 k = 0; k < total; k += NC, to += VL) {
+        std::copy(coming, coming + NC, now);
+        lines(panel, idx, total, k + NC < total ? k + NC : 0, coming);
+        *(vec *)to += width == TOKENS ? outer<RO, TOKENS>(dy + (tile * out + o) * width, now, coming, width) : outer<RO, 0>(dy + (tile * out + o) * width, now, coming, width);
+      }
+    }
+  }
+
+  // dW[o, i] is at o * so + i * si; what is inactive was set to 0 before.
+  void store(i64 row, typename E::type *dw, i64 so, i64 si) const {
+    const float *from = sums + start[row];
+    const i64 total = units.count(row) * units.c;
+    for (i64 o = row * units.r; o < (row + 1) * units.r; o += RO)
+      for (i64 k = 0; k < total; k += NC, from += VL) {
+        typename E::type rounded[VL];
+        E::store(rounded, *(const vec *)from);
+        for (i64 j = 0; j < NC && k + j < total; j++) {
+          const i64 i = units.idx[units.ptr[row] + (k + j) / units.c] * units.c + (k + j) % units.c;
+          for (i64 r = 0; r < RO; r++) dw[(o + r) * so + i * si] = rounded[j * RO + r];
+        }
+      }
+  }
+};
+
+template <class E, int RO>
+bool units_grad_weight(Rows<typename E::type> dy, Rows<typename E::type> x, i64 in, Units units,
+                       typename E::type *dw, i64 so, i64 si, int threads) {
+  const i64 out = units.rows * units.r, vectors = ceil_div(x.count, VL);
+  const i64 width = (vectors < TOKENS / VL ? vectors : TOKENS / VL) * VL, tiles = ceil_div(x.count, width);
+  // Tiles whose panels are made at once: few waits for each other, and 8 MB that the next call finds again.
+  const i64 room = 1024 * 1024 / ((in + out) * width), most = room < 1 ? 1 : room < tiles ? room : tiles;
+  GradUnits<E, RO> all = {units, in, out, width, std::vector<i64>(units.rows + 1), nullptr, nullptr, nullptr};
+  for (i64 row = 0; row < units.rows; row++)
+    all.start[row + 1] = all.start[row] + ceil_div(units.count(row) * units.c, all.NC) * VL * (units.r / RO);
+  float *memory = floats(all.start[units.rows] + (in + out) * width * most);
+  if (!memory) return true;
+  all.sums = memory;
+  all.x = memory + all.start[units.rows];
+  all.dy = all.x + in * width * most;
+  constexpr i64 STRIP = 64;
+  const i64 strips_x = ceil_div(in, STRIP), strips = strips_x + ceil_div(out, STRIP);
+  const i64 parts = std::min<i64>(units.rows, 8 * threads);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static) nowait
+    for (i64 o = 0; o < out; o++) memset(dw + o * in, 0, in * sizeof(*dw));  // o and in: of memory, whatever its order
+#pragma omp for schedule(static) nowait
+    for (i64 row = 0; row < units.rows; row++)
+      memset(all.sums + all.start[row], 0, (all.start[row + 1] - all.start[row]) * sizeof(float));
+    for (i64 first = 0; first < tiles; first += most) {
+      const i64 end = std::min(first + most, tiles);
+#pragma omp for schedule(static)
+      for (i64 task = 0; task < (end - first) * strips; task++) {
+        const i64 tile = task / strips, s = task % strips, token = (first + tile) * width;
+        if (s < strips_x)
+          load_panel<E>(x, token, s * STRIP, std::min(STRIP, in - s * STRIP), width,
+                        all.x + (tile * in + s * STRIP) * width);
+        else
+          load_panel<E>(dy, token, (s - strips_x) * STRIP, std::min(STRIP, out - (s - strips_x) * STRIP), width,
+                        all.dy + (tile * out + (s - strips_x) * STRIP) * width);
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (i64 part = 0; part < parts; part++)
+        for (i64 tile = 0; tile < end - first; tile++)
+          for (i64 row = part * units.rows / parts; row < (part + 1) * units.rows / parts; row++) all.add(tile, row);
+    }
+#pragma omp for schedule(static)
+    for (i64 row = 0; row < units.rows; row++) all.store(row, dw, so, si);
+  }
+  free(memory);
+  return false;
+}
+
+template <class E>
+bool units_grad(Rows<typename E::type> dy, Rows<typename E::type> x, i64 in, Units units, Units columns,
+                typename E::type *dw, int threads) {
+  constexpr int RO = VL < 8 ? 2 : 4;
+  const i64 out = units.rows * units.r;
+  // The side with more of a unit's weights takes the part of the outputs.
+  if (units.r < units.c) {
+    if (units.c % RO == 0) return units_grad_weight<E, RO>(x, dy, out, columns, dw, 1, in, threads);
+    return units_grad_weight<E, 2>(x, dy, out, columns, dw, 1, in, threads);
+  }
+  if (units.r % RO == 0) return units_grad_weight<E, RO>(dy, x, in, units, dw, in, 1, threads);
+  if (units.r == 2) return units_grad_weight<E, 2>(dy, x, in, units, dw, in, 1, threads);
+  return units_grad_weight<E, 1>(dy, x, in, units, dw, in, 1, threads);
+}
+
+}  // namespace
+
+// Sizes and strides in elements; a result of 1: no memory. `ptr`, `idx`: the units by row; `tptr`, `tidx`: by column.
+extern "C" {
+
+void *estdgm_units_plan(const int32_t *ptr, const int32_t *idx, i64 rows, i64 c, i64 in) {
+  try {
+    return new Plan({ptr, idx, rows, 1, c}, in);
+  } catch (const std::bad_alloc &) {
+    return nullptr;
+  }
+}
+
+void estdgm_units_free(void *plan) { delete (Plan *)plan; }
+
+#define PRODUCTS(E, T, name)                                                                                          \
+  int estdgm_units_linear_##name(const T *x, i64 ldx, i64 tokens, const T *weight, i64 sn, i64 sk, const T *bias,      \
+                                 const int32_t *ptr, const int32_t *idx, const int32_t *tptr, const int32_t *tidx,    \
+                                 i64 rows, i64 cols, i64 r, i64 c, const void *plan, T *y, i64 ldy, int threads) {    \
+    return units_linear<E>({x, ldx, tokens}, cols * c, {weight, sn, sk}, bias, {ptr, idx, rows, r, c},               \
+                           {tptr, tidx, cols, c, r}, (const Plan *)plan, {y, ldy, rows * r}, threads);                \
+  }                                                                                                                   \
+  int estdgm_units_grad_weight_##name(const T *dy, i64 ldd, const T *x, i64 ldx, i64 tokens, const int32_t *ptr,      \
+                                      const int32_t *idx, const int32_t *tptr, const int32_t *tidx, i64 rows,         \
+                                      i64 cols, i64 r, i64 c, T *dw, int threads) {                                   \
+    return units_grad<E>({dy, ldd, tokens}, {x, ldx, tokens}, cols * c, {ptr, idx, rows, r, c},                      \
+                         {tptr, tidx, cols, c, r}, dw, threads);                                                      \
+  }
+
+PRODUCTS(Float, float, float32)
+#if defined(__AVX512BF16__)
+PRODUCTS(BFloat16, uint16_t, bfloat16)
+#endif
+
+}  // extern "C"
