@@ -35,7 +35,7 @@ class Layer:
     def __init__(self, kind, block_size, dtype=torch.float64):
         self.kind, self.geometry = kind, GEOMETRIES.get(kind)
         if self.geometry:
-            self.topology = sparse_conv.make_topology(2, 2, block_size)
+            self.topology = sparse_conv.make_topology(2, 3, block_size)
             operands = sparse_conv.make_operands(self.topology, 2, 4, 3, self.geometry, torch.bfloat16)
         else:
             self.topology = sparse_linear.make_topology(2, 3, block_size, "density 0.3")
@@ -146,6 +146,17 @@ def test_an_ordinary_backward_saves_nothing_for_a_second_one(kind):
         gradients = torch.autograd.grad(y.sum(), layer.leaves)
     assert not saved
     assert not any(g.requires_grad for g in gradients)
+
+
+@pytest.mark.parametrize("kind", ["linear", "3x3"])
+def test_only_what_a_wanted_gradient_needs_is_saved(kind):
+    layer = Layer(kind, 16, torch.float32)
+    x, weight, bias = layer.leaves
+    for leaves, wanted in (((x.detach(), weight, bias), 1), ((x, weight.detach(), bias), 0)):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=saved: to.append(t) or t, lambda t: t):
+            layer.sparse(*leaves, backend="cpu")
+        assert not any(t.shape == leaves[wanted].shape for t in saved)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
