@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lightning_estdgm.sparse import _conv_products as conv_products
 from lightning_estdgm.sparse._conv_geometry import ConvGeometry, empty_image, library_gradient, memory_format
+from lightning_estdgm.sparse._derivatives import differentiable, is_transforming
 from lightning_estdgm.sparse._operands import TOPOLOGY_SCHEMA, as_given, prepared, topology_arguments, topology_of
 from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.backends._protocol import get_backend, supporting_conv
@@ -27,6 +28,15 @@ def _geometry(
     return ConvGeometry((kh, kw), (sh, sw), (ph, pw), (dh, dw))
 
 
+def _channels_last_memory(image: Tensor) -> Tensor:
+    return image.contiguous(memory_format=torch.channels_last)
+
+
+def _laid_out(image: Tensor) -> Tensor:
+    # Once for all products that read it. vmap takes no memory format: there each operator lays out its own operands.
+    return image if is_transforming() else _channels_last_memory(image)
+
+
 def _conv2d(
     x: Tensor,
     weight: Tensor,
@@ -35,7 +45,7 @@ def _conv2d(
     col_idx: Tensor,
     col_ptr: Tensor,
     row_idx: Tensor,
-    block_size: list[int],
+    sides: list[int],
     backend: str,
     kernel_size: Sequence[int],
     stride: Sequence[int],
@@ -44,15 +54,16 @@ def _conv2d(
     dense_grad: bool,
     frozen: bool,
 ) -> Tensor:
-    topology = topology_of(row_ptr, col_idx, col_ptr, row_idx, block_size)
+    topology = topology_of(row_ptr, col_idx, col_ptr, row_idx, sides)
     geometry = _geometry(kernel_size, stride, padding, dilation)
     chosen = supporting_conv(backend, x.device, x.dtype, topology, geometry)
+    x = _channels_last_memory(x)
     with as_given(x):
         if frozen:
             y = F.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
         else:
             y = conv_products.conv(chosen, x, weight, bias, topology, geometry)
-    return y.contiguous(memory_format=torch.channels_last)
+    return _channels_last_memory(y)
 
 
 def _grad_input(
@@ -62,25 +73,27 @@ def _grad_input(
     col_idx: Tensor,
     col_ptr: Tensor,
     row_idx: Tensor,
-    block_size: list[int],
+    sides: list[int],
     backend: str,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     size: Sequence[int],
+    dense_grad: bool,
     dense: bool,
 ) -> Tensor:
-    topology = topology_of(row_ptr, col_idx, col_ptr, row_idx, block_size)
+    topology = topology_of(row_ptr, col_idx, col_ptr, row_idx, sides)
     geometry = _geometry(kernel_size, stride, padding, dilation)
     height, width = size
+    dy = _channels_last_memory(dy)
     with as_given(dy):
         if dense:
             x = empty_image(dy, dy.shape[0], weight.shape[1], height, width)  # its shape is what counts
             dx = library_gradient(dy, x, weight, geometry, (True, False, False))[0]
         else:
             dx = conv_products.conv_grad_input(get_backend(backend), dy, weight, (height, width), topology, geometry)
-    return dx.contiguous(memory_format=torch.channels_last)
+    return _channels_last_memory(dx)
 
 
 def _grad_weight(
@@ -90,7 +103,7 @@ def _grad_weight(
     col_idx: Tensor,
     col_ptr: Tensor,
     row_idx: Tensor,
-    block_size: list[int],
+    sides: list[int],
     backend: str,
     kernel_size: Sequence[int],
     stride: Sequence[int],
@@ -99,8 +112,9 @@ def _grad_weight(
     channels_last: bool,
     dense: bool,
 ) -> Tensor:
-    topology = topology_of(row_ptr, col_idx, col_ptr, row_idx, block_size)
+    topology = topology_of(row_ptr, col_idx, col_ptr, row_idx, sides)
     geometry = _geometry(kernel_size, stride, padding, dilation)
+    dy, x = _channels_last_memory(dy), _channels_last_memory(x)
     with as_given(dy):
         if dense:
             weight = empty_image(dy, dy.shape[1], x.shape[1], *kernel_size, channels_last=channels_last)
@@ -121,7 +135,8 @@ _grad_input_op = torch.library.custom_op(
     "estdgm::masked_conv2d_grad_input",
     _grad_input,
     mutates_args=(),
-    schema=f"(Tensor dy, Tensor weight, {TOPOLOGY_SCHEMA}, {_GEOMETRY_SCHEMA}, SymInt[] size, bool dense) -> Tensor",
+    schema=f"(Tensor dy, Tensor weight, {TOPOLOGY_SCHEMA}, {_GEOMETRY_SCHEMA}, SymInt[] size, bool dense_grad,"
+    " bool dense) -> Tensor",
 )
 _grad_weight_op = torch.library.custom_op(
     "estdgm::masked_conv2d_grad_weight",
@@ -140,7 +155,7 @@ def _(
     col_idx: Tensor,
     col_ptr: Tensor,
     row_idx: Tensor,
-    block_size: list[int],
+    sides: list[int],
     backend: str,
     kernel_size: Sequence[int],
     stride: Sequence[int],
@@ -150,13 +165,13 @@ def _(
     frozen: bool,
 ) -> Tensor:
     geometry = _geometry(kernel_size, stride, padding, dilation)
-    supporting_conv(backend, x.device, x.dtype, topology_of(row_ptr, col_idx, col_ptr, row_idx, block_size), geometry)
+    supporting_conv(backend, x.device, x.dtype, topology_of(row_ptr, col_idx, col_ptr, row_idx, sides), geometry)
     return empty_image(x, x.shape[0], weight.shape[0], *geometry.output_size(x.shape[2], x.shape[3]))
 
 
 @_grad_input_op.register_fake
 def _(dy: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    *_, size, _dense = others
+    *_, size, _dense_grad, _dense = others
     return empty_image(dy, dy.shape[0], weight.shape[1], *size)
 
 
@@ -171,30 +186,67 @@ def _channels_last(image: Tensor) -> bool:
     return image.stride(1) == 1 and image.stride(3) >= image.shape[1]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, *flat, dense_grad, frozen = inputs
-    need_x, need_weight = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(x if need_weight else None, weight if need_x else None, *flat[:4])
-    ctx.rest, ctx.size = flat[4:], tuple(x.shape[2:])
-    ctx.dense_grad, ctx.frozen, ctx.channels_last = dense_grad, frozen, _channels_last(weight)
+# ---- products: the gradients of each are the other two
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, *lists = ctx.saved_tensors
-    flat = (*lists, *ctx.rest)
-    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    dy = dy.contiguous(memory_format=torch.channels_last)
-    dx = dw = db = None
-    if need_x:
-        dx = _grad_input_op(dy, weight, *flat, ctx.size, ctx.frozen)
-    if need_weight:
-        dw = _grad_weight_op(dy, x, *flat, ctx.channels_last, ctx.dense_grad)
-    if need_bias:
-        db = dy.sum((0, 2, 3))
-    return dx, dw, db, *[None] * 12
+def _size_and_memory(x: Tensor, weight: Tensor) -> tuple[tuple[int, ...], bool]:
+    return tuple(x.shape[2:]), _channels_last(weight)
 
 
-_conv2d_op.register_autograd(_backward, setup_context=_setup_context)
+def _size(dy: Tensor, x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape[2:])
+
+
+def _gradients(
+    needed: tuple[bool, bool],
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rest: tuple[Any, ...],
+    noted: tuple[tuple[int, ...], bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    *case, dense_grad, frozen = rest
+    size, channels_last = noted
+    dy = _laid_out(dy)
+    dx = _grad_input_product(dy, weight, *case, size, dense_grad, frozen) if needed[0] else None
+    dw = _grad_weight_product(dy, x, *case, channels_last, dense_grad) if needed[1] else None
+    return dx, dw
+
+
+def _grad_input_gradients(
+    needed: tuple[bool, bool],
+    ddx: Tensor,
+    dy: Tensor,
+    weight: Tensor,
+    rest: tuple[Any, ...],
+    noted: tuple[tuple[int, ...], bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    *case, _size, dense_grad, dense = rest
+    _, channels_last = noted
+    ddx = _laid_out(ddx)
+    of_dy = _conv2d_product(ddx, weight, None, *case, dense_grad, dense) if needed[0] else None
+    of_weight = _grad_weight_product(dy, ddx, *case, channels_last, dense_grad) if needed[1] else None
+    return of_dy, of_weight
+
+
+def _grad_weight_gradients(
+    needed: tuple[bool, bool],
+    ddw: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    rest: tuple[Any, ...],
+    size: tuple[int, ...],
+) -> tuple[Tensor | None, Tensor | None]:
+    # Where dW is masked, its gradient acts as a masked weight does.
+    *case, _channels_last, dense = rest
+    of_dy = _conv2d_product(x, ddw, None, *case, dense, dense) if needed[0] else None
+    of_x = _grad_input_product(dy, ddw, *case, size, dense, dense) if needed[1] else None
+    return of_dy, of_x
+
+
+_conv2d_product = differentiable(_conv2d_op, _gradients, _size_and_memory, has_bias=True)
+_grad_input_product = differentiable(_grad_input_op, _grad_input_gradients, _size_and_memory)
+_grad_weight_product = differentiable(_grad_weight_op, _grad_weight_gradients, _size)
 
 
 # ---- wrapper
@@ -217,7 +269,7 @@ def masked_conv2d(
     sum over active blocks ``(o, c)`` and taps ``(k, l)`` of ``W[o, c, k, l] X[c, s i + d k - p, s j + d l - p]``, with
     stride ``s``, padding ``p`` and dilation ``d``. Its gradients skip the same blocks. Inactive blocks of ``W`` are
     ignored, whatever they hold. Under autocast floating-point operands are cast as ``torch.nn.functional.conv2d`` does.
-    Gradients of gradients are not defined.
+    Derivatives of any order are products on active blocks as well, in reverse and in forward mode.
 
     Args:
         x: ``[N, in, H, W]`` in any memory format, ``N`` may be 0. Channels-last costs no copy.
@@ -237,7 +289,6 @@ def masked_conv2d(
     Raises:
         TypeError: ``topology`` is no :class:`BlockTopology`, ``geometry`` no :class:`ConvGeometry`, or dtypes differ.
         ValueError: Shapes or devices do not fit, the backend is unknown, or it does not support the case.
-        NotImplementedError: An operand carries a forward-mode tangent.
 
     Example:
         >>> topology = BlockTopology.from_mask(torch.tensor([[True, False]]), block_size=8)
@@ -261,10 +312,10 @@ def masked_conv2d(
         raise ValueError(f"bias must have shape {(out,)}, got {tuple(bias.shape)}")
     if min(x.shape[2:]) < 1 or min(geometry.output_size(x.shape[2], x.shape[3])) < 1:
         raise ValueError(f"x of shape {tuple(x.shape)} is too small for {geometry}")
-    x, weight, bias = prepared("masked_conv2d", x, weight, bias, topology)
+    x, weight, bias = prepared(x, weight, bias, topology)
     channels_last = _channels_last(x) or _channels_last(weight)
-    y: Tensor = _conv2d_op(
-        x.contiguous(memory_format=torch.channels_last),
+    y = _conv2d_product(
+        _laid_out(x),
         weight,
         bias,
         *topology_arguments(topology),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_estdgm.sparse._derivatives import differentiable
 from lightning_estdgm.sparse._operands import TOPOLOGY_SCHEMA, as_given, prepared, topology_arguments, topology_of
 from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.backends._protocol import get_backend, supporting
@@ -24,12 +24,12 @@ def _linear(
     col_idx: Tensor,
     col_ptr: Tensor,
     row_idx: Tensor,
-    block_size: list[int],
+    sides: list[int],
     backend: str,
     dense_grad: bool,
     frozen: bool,
 ) -> Tensor:
-    topology = topology_of(row_ptr, col_idx, col_ptr, row_idx, block_size)
+    topology = topology_of(row_ptr, col_idx, col_ptr, row_idx, sides)
     chosen = supporting(backend, x.device, x.dtype, topology)
     with as_given(x):
         return F.linear(x, weight, bias) if frozen else chosen.linear(x, weight, bias, topology)
@@ -42,11 +42,12 @@ def _grad_input(
     col_idx: Tensor,
     col_ptr: Tensor,
     row_idx: Tensor,
-    block_size: list[int],
+    sides: list[int],
     backend: str,
+    dense_grad: bool,
     dense: bool,
 ) -> Tensor:
-    topology = topology_of(row_ptr, col_idx, col_ptr, row_idx, block_size)
+    topology = topology_of(row_ptr, col_idx, col_ptr, row_idx, sides)
     with as_given(dy):
         return dy @ weight if dense else get_backend(backend).grad_input(dy, weight, topology)
 
@@ -58,11 +59,11 @@ def _grad_weight(
     col_idx: Tensor,
     col_ptr: Tensor,
     row_idx: Tensor,
-    block_size: list[int],
+    sides: list[int],
     backend: str,
     dense: bool,
 ) -> Tensor:
-    topology = topology_of(row_ptr, col_idx, col_ptr, row_idx, block_size)
+    topology = topology_of(row_ptr, col_idx, col_ptr, row_idx, sides)
     with as_given(dy):
         return dy.t() @ x if dense else get_backend(backend).grad_weight(dy, x, topology)
 
@@ -77,7 +78,7 @@ _grad_input_op = torch.library.custom_op(
     "estdgm::masked_linear_grad_input",
     _grad_input,
     mutates_args=(),
-    schema=f"(Tensor dy, Tensor weight, {TOPOLOGY_SCHEMA}, bool dense) -> Tensor",
+    schema=f"(Tensor dy, Tensor weight, {TOPOLOGY_SCHEMA}, bool dense_grad, bool dense) -> Tensor",
 )
 _grad_weight_op = torch.library.custom_op(
     "estdgm::masked_linear_grad_weight",
@@ -96,12 +97,12 @@ def _(
     col_idx: Tensor,
     col_ptr: Tensor,
     row_idx: Tensor,
-    block_size: list[int],
+    sides: list[int],
     backend: str,
     dense_grad: bool,
     frozen: bool,
 ) -> Tensor:
-    supporting(backend, x.device, x.dtype, topology_of(row_ptr, col_idx, col_ptr, row_idx, block_size))
+    supporting(backend, x.device, x.dtype, topology_of(row_ptr, col_idx, col_ptr, row_idx, sides))
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -115,76 +116,52 @@ def _(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
     return dy.new_empty(dy.shape[1], x.shape[1])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, *indices, block_size, backend, dense_grad, frozen = inputs
-    need_x, need_weight = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(x if need_weight else None, weight if need_x else None, *indices)
-    ctx.block_size, ctx.backend, ctx.dense_grad, ctx.frozen = block_size, backend, dense_grad, frozen
+# ---- products: the gradients of each are the other two
+
+
+def _is_transposed(x: Tensor, weight: Tensor) -> bool:
     # The gradient of a transposed view is computed transposed: it reaches the parameter without a copy.
-    ctx.transposed = weight.stride(0) == 1 and weight.stride(1) != 1
+    return weight.stride(0) == 1 and weight.stride(1) != 1
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, row_ptr, col_idx, col_ptr, row_idx = ctx.saved_tensors
-    forward = (row_ptr, col_idx, col_ptr, row_idx, ctx.block_size, ctx.backend)
-    swapped = (col_ptr, row_idx, row_ptr, col_idx, ctx.block_size[::-1], ctx.backend)
-    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    dx = dw = db = None
-    grad_input: Any = _grad_input_op
-    grad_weight: Any = _grad_weight_op
-    if _transforming():
-        grad_input, grad_weight = (
-            functools.partial(_TransformedGradient.apply, op) for op in (grad_input, grad_weight)
-        )
-    if need_x:
-        dx = grad_input(dy, weight, *forward, ctx.frozen)
-    if need_weight and ctx.transposed:
-        dw = grad_weight(x, dy, *swapped, ctx.dense_grad).t()
-    elif need_weight:
-        dw = grad_weight(dy, x, *forward, ctx.dense_grad)
-    if need_bias:
-        db = dy.sum(0)
-    return dx, dw, db, None, None, None, None, None, None, None, None
+def _weight_gradient(dy: Tensor, x: Tensor, topology: list[Any], transposed: bool, dense: bool) -> Tensor:
+    if not transposed:
+        return _grad_weight_product(dy, x, *topology, dense)
+    row_ptr, col_idx, col_ptr, row_idx, sides, backend = topology
+    return _grad_weight_product(x, dy, col_ptr, row_idx, row_ptr, col_idx, sides[::-1], backend, dense).t()
 
 
-_linear_op.register_autograd(_backward, setup_context=_setup_context)
+def _gradients(
+    needed: tuple[bool, bool], dy: Tensor, x: Tensor, weight: Tensor, rest: tuple[Any, ...], transposed: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    *topology, dense_grad, frozen = rest
+    dx = _grad_input_product(dy, weight, *topology, dense_grad, frozen) if needed[0] else None
+    dw = _weight_gradient(dy, x, topology, transposed, dense_grad) if needed[1] else None
+    return dx, dw
 
 
-class _Transformed(torch.autograd.Function):
-    """The operator under the transforms of `torch.func`, which do not take `register_autograd`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        y: Tensor = _linear_op(*args)
-        return y
-
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
+def _grad_input_gradients(
+    needed: tuple[bool, bool], ddx: Tensor, dy: Tensor, weight: Tensor, rest: tuple[Any, ...], transposed: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    *topology, dense_grad, dense = rest
+    of_dy = _linear_product(ddx, weight, None, *topology, dense_grad, dense) if needed[0] else None
+    of_weight = _weight_gradient(dy, ddx, topology, transposed, dense_grad) if needed[1] else None
+    return of_dy, of_weight
 
 
-class _TransformedGradient(torch.autograd.Function):
-    """One of the gradients under the transforms of `torch.func`; its own gradient is not defined."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(operator: Any, *args: Any) -> Tensor:
-        gradient: Tensor = operator(*args)
-        return gradient
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError("masked_linear has no gradients of gradients")
+def _grad_weight_gradients(
+    needed: tuple[bool, bool], ddw: Tensor, dy: Tensor, x: Tensor, rest: tuple[Any, ...], _: None
+) -> tuple[Tensor | None, Tensor | None]:
+    # Where dW is masked, its gradient acts as a masked weight does.
+    *topology, dense = rest
+    of_dy = _linear_product(x, ddw, None, *topology, dense, dense) if needed[0] else None
+    of_x = _grad_input_product(dy, ddw, *topology, dense, dense) if needed[1] else None
+    return of_dy, of_x
 
 
-def _transforming() -> bool:
-    return torch._C._are_functorch_transforms_active()
+_linear_product = differentiable(_linear_op, _gradients, _is_transposed, has_bias=True)
+_grad_input_product = differentiable(_grad_input_op, _grad_input_gradients, _is_transposed)
+_grad_weight_product = differentiable(_grad_weight_op, _grad_weight_gradients)
 
 
 # ---- wrapper
@@ -204,8 +181,8 @@ def masked_linear(
 
     ``Y = X (W * M)^T + bias``, ``dX = dY (W * M)``, ``dW = (dY^T X) * M``, ``dbias = sum of dY over tokens``,
     with ``M`` the topology's mask. Inactive blocks of ``W`` are ignored, whatever they hold. Under autocast
-    floating-point operands are cast as ``torch.nn.functional.linear`` does. Gradients of gradients are not
-    defined.
+    floating-point operands are cast as ``torch.nn.functional.linear`` does. Derivatives
+    of any order are products on active blocks as well, in reverse and in forward mode.
 
     Args:
         x: ``[..., in]``, any number of leading dimensions, zero tokens included.
@@ -222,7 +199,6 @@ def masked_linear(
     Raises:
         TypeError: ``topology`` is no :class:`BlockTopology`, or dtypes differ.
         ValueError: Shapes or devices do not fit, the backend is unknown, or it does not support the case.
-        NotImplementedError: An operand carries a forward-mode tangent.
 
     Example:
         >>> topology = BlockTopology.from_mask(torch.tensor([[True, False]]), block_size=8)
@@ -237,9 +213,8 @@ def masked_linear(
         raise ValueError(f"x must have {topology.shape[1]} features in its last dimension, got shape {tuple(x.shape)}")
     if bias is not None and tuple(bias.shape) != topology.shape[:1]:
         raise ValueError(f"bias must have shape {topology.shape[:1]}, got {tuple(bias.shape)}")
-    x, weight, bias = prepared("masked_linear", x, weight, bias, topology)
-    operator: Any = _Transformed.apply if _transforming() else _linear_op
-    y: Tensor = operator(
+    x, weight, bias = prepared(x, weight, bias, topology)
+    y = _linear_product(
         x.reshape(-1, x.shape[-1]),
         weight,
         bias,

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lightning_estdgm.method._masks import block_size_of
 from lightning_estdgm.sparse._topology import BlockTopology
@@ -46,14 +45,13 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def prepared(
-    operator: str, x: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology
+    x: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the operands in the dtype that autocast asks for.
 
     Raises:
         TypeError: Dtypes differ.
         ValueError: Devices differ.
-        NotImplementedError: An operand carries a forward-mode tangent.
     """
     kind = x.device.type
     if _autocast_on(kind):
@@ -66,9 +64,4 @@ def prepared(
     for name, tensor in (("weight", weight), ("bias", bias), ("topology", topology.row_ptr)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"x and {name} must be on one device, got {x.device} and {tensor.device}")
-    if not torch.compiler.is_compiling() and any(
-        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in (x, weight, bias)
-    ):
-        # Without this, torch would take the tangent of the result for zero.
-        raise NotImplementedError(f"{operator} has no forward-mode derivative: use reverse mode")
     return x, weight, bias

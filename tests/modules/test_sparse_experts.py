@@ -162,3 +162,18 @@ def test_experts_of_other_ranks_add_nothing():
     alone = module(x, index, weights * torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(y, alone)
     assert torch.count_nonzero(module(x, torch.full_like(index, 8), weights)) == 0
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+def test_a_gradient_penalty_is_that_of_the_dense_module(name):
+    module, found, masks = masked_experts(name, torch.float64)
+    x, index, weights = routed(dtype=torch.float64)
+
+    def penalty_gradients():
+        (slope,) = torch.autograd.grad(module(x, index, weights).sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), [x, weights, *module.parameters()], materialize_grads=True)
+
+    gradients = penalty_gradients()
+    assert all(g.norm() > 0 for g in (*gradients[:2], *(g for g in gradients[2:] if g.dim() == 3)))
+    swap(found, masks)
+    torch.testing.assert_close(list(penalty_gradients()), masked_gradients(module, found, masks, gradients))

@@ -16,10 +16,11 @@ TESTS = Path(__file__).parent
     ("what", "at_least"),
     [
         (["test_conformance_linear.py", "../test_linear.py", "-k", "triton"], 42),  # as of every other backend
+        (["../test_derivatives.py", "-k", "triton"], 12),
         (["triton_in_interpreter.py"], 50),
         (["triton_conv_in_interpreter.py"], 48),
     ],
-    ids=["conformance", "kernels", "convolutions"],
+    ids=["conformance", "derivatives", "kernels", "convolutions"],
 )
 def test_kernels_equal_the_reference_in_the_interpreter(what, at_least, tmp_path):
     done = subprocess.run(
