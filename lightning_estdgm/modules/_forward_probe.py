@@ -42,13 +42,14 @@ class ForwardProbe:
 
     Attributes:
         positions: Tokens or pixels of the last forward; 0 before one.
-        dtype: Dtype of its output; ``None`` before one.
+        dtype: Dtype of its output, of experts that of their products; ``None`` before one.
         image: Its input, for a convolution that has an operator.
 
     """
 
     def __init__(self, candidate: Candidate) -> None:
         self._count = candidate.kind.positions
+        self._stack = candidate.kind.weight_name if candidate.kind.experts else ""
         self._sees_images = candidate.is_convolution and candidate.has_operator
         self.positions = 0
         self.dtype: torch.dtype | None = None
@@ -59,7 +60,12 @@ class ForwardProbe:
         if torch.compiler.is_compiling():
             return
         self.positions = max(1, self._count(module, args, output))
-        self.dtype = (output[0] if isinstance(output, tuple) else output).dtype
+        out = output[0] if isinstance(output, tuple) else output
+        self.dtype = out.dtype
+        if self._stack:  # whose outputs are often cast back
+            stack: Any = getattr(module, self._stack)
+            kind = out.device.type
+            self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else stack.dtype
         if self._sees_images and args:  # not where the input was passed by name
             batch, _, height, width = as_images(module, args[0]).shape
             self.image = Image(max(1, batch), height, width, is_channels_last(as_images(module, output)))
