@@ -44,9 +44,7 @@ def sample(name: str, **sizes: int) -> Sample:
     """A LightningModule with a mixture of experts: one of transformers, or one with an adapter."""
     if name not in ADAPTERS:
         pytest.importorskip("transformers")
-        model = hugging_face(
-            name, **({"layer_types": ["full_attention"]} | sizes if sizes and name == "GptOss" else sizes)
-        )
+        model = hugging_face(name, **sizes)
         return Sample(
             model,
             lambda generator: torch.randint(0, 32, (2, 8), generator=generator),
@@ -110,7 +108,7 @@ class Reseed(pl.Callback):
 
 
 class Copies(pl.Callback):
-    """Copies the module in mid-run, by deepcopy, pickle and torch.save; a copy gives the same loss, and trains alone."""
+    """Copies the module in mid-run, by deepcopy, pickle and torch.save; copies give the same loss."""
 
     def __init__(self) -> None:
         self.seen = 0

@@ -56,7 +56,10 @@ def hugging_face(name, **more):
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SIZES | HUGGING_FACE[name] | more)
+    settings = SIZES | HUGGING_FACE[name] | more
+    if "layer_types" in settings:
+        settings["layer_types"] = settings["layer_types"][: settings["num_hidden_layers"]]
+    config = getattr(transformers, f"{name}Config")(**settings)
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
