@@ -83,7 +83,7 @@ class Dispatch:
         """Hook the layers' forwards if the first step is still to come."""
         if self.probing:
             for module, check in self._checks:
-                self._handles.append(module.register_forward_hook(check, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(check, with_kwargs=True, prepend=True))
             for candidate in self._candidates:
                 self._handles.append(candidate.module.register_forward_hook(self._probes[candidate.name]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,8 +51,17 @@ class AdapterCheck:
             return
         copy: Any = _bare(module, {})
         with torch.no_grad():
-            with _forked(module):
-                wanted = copy.forward(*args, **kwargs)
+            try:
+                with _forked(module):
+                    wanted = copy.forward(*args, **kwargs)
+            except Exception as error:  # such as parts of it that are sharded again by now
+                warnings.warn(
+                    f"the experts of {self._owner or 'the model'!r} cannot be computed again beside their forward, so "
+                    f"nothing compares their ExpertAdapter with it ({type(error).__name__}: {error})",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return
             with _forked(module):
                 got = self._forward(copy, module, args, kwargs)
         what = f"the ExpertAdapter of {type(copy).__name__} ({self._owner or 'the model'!r})"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -117,8 +118,19 @@ def _maskable(
             yield clean_name(name), module, kind
             continue
         owner = clean_name(name)
-        for stack in expert_kinds(owner, module, experts, adapters):
+        for stack in expert_kinds(owner, module, partial(_whole_shape, model), experts, adapters):
             yield f"{owner}.{stack.weight_name}" if owner else stack.weight_name, module, stack
+
+
+def _whole_shape(model: nn.Module, module: nn.Module, own: str) -> tuple[int, ...]:
+    """Return the shape of a module's parameter; of one that FSDP1 has flattened, that of the whole."""
+    weight = getattr(module, own)
+    if weight.dim() == 1:
+        try:
+            return shard_of(model, module, own).shape
+        except ValueError:  # it has one dimension
+            pass
+    return tuple(weight.shape)
 
 
 def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
@@ -270,13 +282,31 @@ def _stored_weight(module: nn.Module, kind: LayerKind) -> Any:
 def _why_no_stack(model: nn.Module, module: nn.Module, kind: LayerKind) -> str:
     """Return the reason why stacked experts cannot be masked; empty where they can."""
     try:
-        shard = shard_of(model, module, kind.weight_name)
+        _stack_shard(model, module, kind)
     except ValueError as error:
         return str(error)
-    if shard.groups or not isinstance(shard, Whole):
-        return "stacked experts are not masked where they are sharded over ranks: use DDP"
-    weight = getattr(module, kind.weight_name)
-    return "" if weight.is_contiguous() else "its experts do not lie one after the other in memory: make it contiguous"
+    return ""
+
+
+def _stack_shard(model: nn.Module, module: nn.Module, kind: LayerKind) -> Shard:
+    """Return the layout of stacked experts over ranks, as of one matrix ``(experts * rows, columns)``.
+
+    Raises:
+        ValueError: They are spread in a way that cannot be masked.
+
+    """
+    shard: Any = shard_of(model, module, kind.weight_name)
+    if isinstance(shard, Whole):
+        weight = getattr(module, kind.weight_name)
+        if not weight.is_contiguous():
+            raise ValueError("its experts do not lie one after the other in memory: make it contiguous")
+        return Whole(weight, stacked=True)
+    if not hasattr(shard, "stacked"):
+        raise ValueError(
+            f"stacked experts cannot be masked where a {type(shard).__name__} spreads them: use DDP or FSDP"
+        )
+    stacked: Shard = shard.stacked()
+    return stacked
 
 
 def _shard(model: nn.Module, name: str, module: nn.Module, kind: LayerKind, asked_for: bool) -> Shard:
@@ -284,7 +314,7 @@ def _shard(model: nn.Module, name: str, module: nn.Module, kind: LayerKind, aske
     if is_parametrized(module, kind.weight_name):
         return Whole(_stored_weight(module, kind), kind.transposed)
     if kind.experts and asked_for:
-        return Whole(getattr(module, kind.weight_name), stacked=True)
+        return _stack_shard(model, module, kind)
     try:
         return shard_of(model, module, kind.weight_name, kind.transposed)
     except ValueError as error:

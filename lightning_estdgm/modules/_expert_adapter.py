@@ -88,15 +88,25 @@ class ExpertAdapter:
         if not callable(self.forward):
             raise TypeError(f"ExpertAdapter.forward must be a function, got {self.forward!r}")
 
-    def check(self, name: str, module: nn.Module) -> None:
-        """Raise ValueError if a module of the class, of that name in the model, has not the parameters named here."""
+    def check(self, name: str, module: nn.Module, whole_shape: Callable[[str], tuple[int, ...]]) -> None:
+        """Check that a module of the class has the parameters named here.
+
+        Args:
+            name: Name of the module in the model.
+            module: The module.
+            whole_shape: Function of a parameter's name that returns the shape of the whole parameter.
+
+        Raises:
+            ValueError: One is missing, or has not three dimensions.
+
+        """
         for own in self.layouts:
-            parameter = dict(module.named_parameters(recurse=False)).get(own)
-            if parameter is None or parameter.dim() != 3:
-                found = "none" if parameter is None else f"shape {tuple(parameter.shape)}"
+            shape = None if module._parameters.get(own) is None else whole_shape(own)
+            if shape is None or len(shape) != 3 or min(shape[1:]) < 2:
                 raise ValueError(
                     f"the ExpertAdapter of {self.module.__name__} names the parameter {own!r}, which must have shape "
-                    f"(experts, out, in) or (experts, in, out), got {found} in {name or 'the model'!r}"
+                    f"(experts, out, in) or (experts, in, out), got {f'shape {shape}' if shape else 'none'} in "
+                    f"{name or 'the model'!r}"
                 )
 
 

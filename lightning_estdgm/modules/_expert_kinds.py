@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -23,7 +24,11 @@ _CHOSEN = ("top_k", "num_experts_per_tok", "num_experts_per_token", "experts_per
 
 
 def expert_kinds(
-    name: str, module: nn.Module, named: Sequence[str] = (), adapters: Sequence[ExpertAdapter] = ()
+    name: str,
+    module: nn.Module,
+    whole_shape: Callable[[nn.Module, str], tuple[int, ...]],
+    named: Sequence[str] = (),
+    adapters: Sequence[ExpertAdapter] = (),
 ) -> Iterator[LayerKind]:
     """Yield a kind for each parameter of a module that stacks the matrices of its experts.
 
@@ -35,6 +40,7 @@ def expert_kinds(
     Args:
         name: Name of the module in the model.
         module: The module.
+        whole_shape: Function of a module and a parameter's name that returns the shape of the whole parameter.
         named: Globs over names of parameters.
         adapters: Adapters of classes of modules.
 
@@ -43,20 +49,25 @@ def expert_kinds(
 
     """
     adapter = next((adapter for adapter in adapters if adapter.module is own_class(module)), None)
+    own_shape = functools.partial(whole_shape, module)
     if adapter is not None:
-        adapter.check(name, module)
-    for own, parameter in module.named_parameters(recurse=False):
-        count = next((n for n in map(vars(module).get, _COUNTS) if type(n) is int and n > 0), 0)
-        path = f"{name}.{own}" if name else own
-        is_stack = parameter.dim() == 3 and min(parameter.shape[1:]) > 1
-        if adapter is not None and own in adapter.layouts:
-            yield _adapted(adapter, own, len(parameter))
-        elif is_hugging_face(module) and own in HUGGING_FACE_WEIGHTS and count:
-            # FSDP1 leaves a flat stretch of the parameter, which is no less the experts' weight.
-            if parameter.dim() == 1 or (is_stack and len(parameter) == count):
-                yield _hugging_face(module, own, count)
-        elif is_stack and (len(parameter) == count or any(fnmatchcase(path, glob) for glob in named)):
-            yield _kind(own, len(parameter), inputs_last=False, why_dense=_no_operator)
+        adapter.check(name, module, own_shape)
+    count = next((n for n in map(vars(module).get, _COUNTS) if type(n) is int and n > 0), 0)
+    for own in module._parameters:
+        is_adapted = adapter is not None and own in adapter.layouts
+        is_named = any(fnmatchcase(f"{name}.{own}" if name else own, glob) for glob in named)
+        if module._parameters[own] is None or not (is_adapted or is_named or count):
+            continue
+        shape = own_shape(own)
+        if len(shape) != 3 or min(shape[1:]) < 2:
+            continue
+        if is_adapted:
+            assert adapter is not None
+            yield _adapted(adapter, own, shape[0])
+        elif is_hugging_face(module) and own in HUGGING_FACE_WEIGHTS and shape[0] == count:
+            yield _hugging_face(module, own, count)
+        elif is_named or shape[0] == count:
+            yield _kind(own, shape[0], inputs_last=False, why_dense=_no_operator)
 
 
 def _adapted(adapter: ExpertAdapter, own: str, experts: int) -> LayerKind:

@@ -49,7 +49,7 @@ class ForwardProbe:
 
     def __init__(self, candidate: Candidate) -> None:
         self._count = candidate.kind.positions
-        self._stack = candidate.kind.weight_name if candidate.kind.experts else ""
+        self._is_stack = candidate.kind.experts > 0
         self._sees_images = candidate.is_convolution and candidate.has_operator
         self.positions = 0
         self.dtype: torch.dtype | None = None
@@ -62,10 +62,8 @@ class ForwardProbe:
         self.positions = max(1, self._count(module, args, output))
         out = output[0] if isinstance(output, tuple) else output
         self.dtype = out.dtype
-        if self._stack:  # whose outputs are often cast back
-            stack: Any = getattr(module, self._stack)
-            kind = out.device.type
-            self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else stack.dtype
+        if self._is_stack and torch.is_autocast_enabled(out.device.type):  # whose outputs are cast back
+            self.dtype = torch.get_autocast_dtype(out.device.type)
         if self._sees_images and args:  # not where the input was passed by name
             batch, _, height, width = as_images(module, args[0]).shape
             self.image = Image(max(1, batch), height, width, is_channels_last(as_images(module, output)))

@@ -51,6 +51,11 @@ class RangeShard:
         """Return the numbers of rows and columns of a unit in the stored matrix."""
         return block_size, block_size * math.prod(self.shape[2:])
 
+    def stacked(self) -> RangeShard:
+        """Return the layout of a stack ``(experts, rows, columns)`` taken as ``(experts * rows, columns)``."""
+        shape = (math.prod(self.shape[:-1]), self.shape[-1])
+        return RangeShard(shape, self._start, self._numel, groups=self.groups, device=self.device)
+
     def holds(self, tensor: Tensor) -> bool:
         """Whether `tensor` is flattened and cut as this weight is; inside ``no_sync`` gradients are not yet."""
         return tensor.dim() == 1 and tensor.numel() == self._numel
