@@ -149,6 +149,38 @@ def test_sharded_experts_train_as_on_one_device(strategy: str, size: int, inacti
     assert all(len(set(parts)) > 1 for parts in held)
 
 
+def audited(strategy: str, name: str) -> tuple[dict[str, str], dict[str, int]]:
+    """What the first step shows of sharded experts: how their module computes them, and their rows."""
+    torch.manual_seed(0)
+    model = shard_by(strategy, nn.Sequential(nn.Linear(32, 32), ADAPTERS[name][0](experts=5, width=32, hidden=64)))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    config = DGMConfig(
+        SCHEDULE, Units(size=16), selection=Selection(exclude=[is_linear], experts=[adapter(name)]), backend="cpu"
+    )
+    with DGMController(model, optimizer, config, total_steps=40, group=dist.group.WORLD) as dgm:
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(10, 32)).square().mean().backward()
+            dgm.mask_gradients()
+            optimizer.step()
+            dgm.advance()
+        assert {d.backend for d in dgm.decisions() if d.masked} == {"cpu"}
+        return dgm._dispatch._forms, {n: rows for n, rows in dgm._dispatch.positions.items() if n.startswith("1.")}
+
+
+def is_linear(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+@pytest.mark.parametrize("name", ["bmm", "sorted"])
+@pytest.mark.parametrize("strategy", ["FSDP1", "FSDP2"])
+def test_adapters_of_sharded_experts_are_compared_in_the_first_step(strategy: str, name: str) -> None:
+    form = {"bmm": "batched", "sorted": "grouped"}[name]
+    for forms, positions in jobs.run(audited, 2, strategy, name):
+        assert list(forms.values()) == [form, form]
+        assert {n: positions[n] for n in forms} == dict.fromkeys(forms, 10)
+
+
 def cut() -> dict[str, str]:
     """Reasons of a model whose experts FSDP2 cuts along their rows."""
     from torch.distributed.device_mesh import init_device_mesh
