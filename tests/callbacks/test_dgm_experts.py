@@ -78,7 +78,7 @@ def test_a_run_keeps_every_invariant_and_resumes_exactly(name: str, tmp_path: Pa
     assert outcome.sparse == outcome.layers
 
 
-@pytest.mark.parametrize("inactive", ["frozen", BackwardSet(0.1)], ids=["frozen", "backward set"])
+@pytest.mark.parametrize("inactive", ["frozen", BackwardSet(0.8)], ids=["frozen", "backward set"])
 @pytest.mark.parametrize("name", ["Mixtral", "GptOss", "sorted"])
 def test_other_inactive_weights_train_as_dense_experts_do_and_resume(name: str, inactive: Any, tmp_path: Path) -> None:
     def fit(backend: str, *extra: pl.Callback, ckpt: Path | None = None) -> Any:
