@@ -75,8 +75,14 @@ class ExpertCase(Case):
         return _Problem(leaves, random(sum(counts), out), forward)
 
 
+def _has_grouped_product(x: Tensor) -> bool:
+    """Whether torch has one for such operands: since 2.10, and on NVIDIA GPUs of compute capability 8.0 and later."""
+    old_gpu = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0)
+    return hasattr(F, "grouped_mm") and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and not old_gpu
+
+
 def _grouped(x: Tensor, stack: Tensor, counts: list[int]) -> Tensor:
-    if not hasattr(F, "grouped_mm"):  # before torch 2.10: one after the other, without the detours of `_loop`
+    if not _has_grouped_product(x):  # one after the other, without the detours of `_loop`
         return torch.cat([F.linear(rows, m) for rows, m in zip(x.split(counts), stack.unbind(0), strict=True)])
     ends = torch.tensor(counts, device=x.device).cumsum(0, dtype=torch.int32)
     y: Tensor = F.grouped_mm(x, stack.transpose(1, 2), offs=ends)

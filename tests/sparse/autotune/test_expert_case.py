@@ -28,8 +28,7 @@ def test_every_way_computes_the_same(dense, transposed):
     wanted = problem.forward("reference")
     assert wanted.shape == problem.dy.shape
     torch.testing.assert_close(problem.forward("cpu"), wanted)
-    if dense != "grouped":  # which takes no float64
-        torch.testing.assert_close(problem.forward(DENSE), wanted)
+    torch.testing.assert_close(problem.forward(DENSE), wanted)
     single = expert_case(dense=dense, transposed=transposed).problem()
     torch.testing.assert_close(single.forward(DENSE), single.forward("reference"))
     assert len(x) == (66 if dense == "batched" else 64)  # 22 rows for each of three
