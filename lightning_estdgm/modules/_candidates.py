@@ -17,6 +17,7 @@ from lightning_estdgm.distributed.adapters._protocol import shard_of
 from lightning_estdgm.distributed.adapters.whole import Whole
 from lightning_estdgm.modules._expert_adapter import ExpertAdapter
 from lightning_estdgm.modules._expert_kinds import expert_kinds
+from lightning_estdgm.modules._expert_layout import stack_shard, whole_shape, why_no_stack
 from lightning_estdgm.modules._kinds import LAYER_KINDS, LayerKind, own_class
 from lightning_estdgm.modules._sparse_forward import SparseForward
 
@@ -118,19 +119,8 @@ def _maskable(
             yield clean_name(name), module, kind
             continue
         owner = clean_name(name)
-        for stack in expert_kinds(owner, module, partial(_whole_shape, model), experts, adapters):
+        for stack in expert_kinds(owner, module, partial(whole_shape, model), experts, adapters):
             yield f"{owner}.{stack.weight_name}" if owner else stack.weight_name, module, stack
-
-
-def _whole_shape(model: nn.Module, module: nn.Module, own: str) -> tuple[int, ...]:
-    """Return the shape of a module's parameter; of one that FSDP1 has flattened, that of the whole."""
-    weight = getattr(module, own)
-    if weight.dim() == 1:
-        try:
-            return shard_of(model, module, own).shape
-        except ValueError:  # it has one dimension
-            pass
-    return tuple(weight.shape)
 
 
 def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
@@ -213,7 +203,7 @@ def find_candidates(
             return False, _NOT_HELD
         if len(owners[id(weight)]) > 1:
             return False, "its weight is shared with another module"
-        if kind.experts and (reason := _why_no_stack(model, module, kind)):
+        if kind.experts and (reason := why_no_stack(model, module, kind)):
             return False, reason
         if any(_matches(selector, name, module) for selector in include):
             return True, "included"
@@ -279,42 +269,12 @@ def _stored_weight(module: nn.Module, kind: LayerKind) -> Any:
     return getattr(module, kind.weight_name)
 
 
-def _why_no_stack(model: nn.Module, module: nn.Module, kind: LayerKind) -> str:
-    """Return the reason why stacked experts cannot be masked; empty where they can."""
-    try:
-        _stack_shard(model, module, kind)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def _stack_shard(model: nn.Module, module: nn.Module, kind: LayerKind) -> Shard:
-    """Return the layout of stacked experts over ranks, as of one matrix ``(experts * rows, columns)``.
-
-    Raises:
-        ValueError: They are spread in a way that cannot be masked.
-
-    """
-    shard: Any = shard_of(model, module, kind.weight_name)
-    if isinstance(shard, Whole):
-        weight = getattr(module, kind.weight_name)
-        if not weight.is_contiguous():
-            raise ValueError("its experts do not lie one after the other in memory: make it contiguous")
-        return Whole(weight, stacked=True)
-    if not hasattr(shard, "stacked"):
-        raise ValueError(
-            f"stacked experts cannot be masked where a {type(shard).__name__} spreads them: use DDP or FSDP"
-        )
-    stacked: Shard = shard.stacked()
-    return stacked
-
-
 def _shard(model: nn.Module, name: str, module: nn.Module, kind: LayerKind, asked_for: bool) -> Shard:
     """Return the layout of a layer's weight over ranks; for one that is not to be masked, its shape is enough."""
     if is_parametrized(module, kind.weight_name):
         return Whole(_stored_weight(module, kind), kind.transposed)
     if kind.experts and asked_for:
-        return _stack_shard(model, module, kind)
+        return stack_shard(model, module, kind)
     try:
         return shard_of(model, module, kind.weight_name, kind.transposed)
     except ValueError as error:
