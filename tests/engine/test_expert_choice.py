@@ -57,7 +57,7 @@ def of_experts(dgm):
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_experts_of_transformers_are_timed_as_they_run(clock, name):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", minversion="5")  # experts in one parameter
     model = hugging_face(name, experts_implementation="grouped_mm" if name == "Mixtral" else "eager")
     optimizer = sgd(model)
     with DGMController(model, optimizer, BLOCKS, total_steps=STEPS) as dgm:
@@ -80,7 +80,7 @@ def test_experts_of_transformers_are_timed_as_they_run(clock, name):
 
 
 def test_experts_stay_dense_where_that_is_faster(clock):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", minversion="5")  # experts in one parameter
     clock.sparse_share = lambda density: 2.0
     model = hugging_face("Mixtral")
     optimizer = sgd(model)
@@ -95,7 +95,7 @@ def test_experts_stay_dense_where_that_is_faster(clock):
 
 
 def test_stacks_of_one_module_go_sparse_together_or_not_at_all(clock):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", minversion="5")  # experts in one parameter
 
     def gate_only(case, names):
         return {name: 1.0 if name == "dense" or case.out_features == 32 else 0.5 for name in names}
@@ -112,7 +112,7 @@ def test_stacks_of_one_module_go_sparse_together_or_not_at_all(clock):
 
 
 def test_a_stack_beside_one_that_is_not_masked_stays_dense(clock):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", minversion="5")  # experts in one parameter
     model = hugging_face("Mixtral")
     optimizer = sgd(model)
     config = BLOCKS.merged(selection={"exclude": [is_linear, "model.layers.0.mlp.experts.down_proj"]})
@@ -127,7 +127,7 @@ def test_a_stack_beside_one_that_is_not_masked_stays_dense(clock):
 
 
 def test_what_a_module_runs_otherwise_is_not_timed_and_said(clock):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", minversion="5")  # experts in one parameter
     model = hugging_face("Mixtral", experts_implementation="batched_mm")
     optimizer = sgd(model)
     with DGMController(model, optimizer, BLOCKS, total_steps=STEPS) as dgm:
@@ -137,7 +137,7 @@ def test_what_a_module_runs_otherwise_is_not_timed_and_said(clock):
 
 
 def test_automatic_units_are_blocks_where_they_fit(clock):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", minversion="5")  # experts in one parameter
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_local_experts": 2}
     model = hugging_face("Mixtral", **sizes)
     optimizer = sgd(model)
@@ -214,7 +214,7 @@ def test_a_resumed_run_chooses_what_the_straight_one_did(clock, name):
     def begin():
         torch.manual_seed(0)
         if name not in ADAPTERS:
-            pytest.importorskip("transformers")
+            pytest.importorskip("transformers", minversion="5")  # experts in one parameter
             return hugging_face(name), None, dataclasses.replace(BLOCKS, schedule=SCHEDULE)
         return ADAPTERS[name][0](width=32, hidden=64), 32, dataclasses.replace(adapted(name), schedule=SCHEDULE)
 
