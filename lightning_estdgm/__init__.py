@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_estdgm.method._schedules import EstDgm as EstDgm
     from lightning_estdgm.method._schedules import Phase as Phase
     from lightning_estdgm.method._update_rule import UpdateRule as UpdateRule
+    from lightning_estdgm.modules._expert_adapter import ExpertAdapter as ExpertAdapter
     from lightning_estdgm.plugins.checkpoint_io import SparseCheckpointIO as SparseCheckpointIO
     from lightning_estdgm.presets import preset as preset
 else:
@@ -40,6 +41,7 @@ else:
             "EnergyMeter": "lightning_estdgm.energy._energy_meter",
             "EnergyMonitor": "lightning_estdgm.callbacks.energy",
             "EstDgm": "lightning_estdgm.method._schedules",
+            "ExpertAdapter": "lightning_estdgm.modules._expert_adapter",
             "Footprint": "lightning_estdgm.energy._footprint",
             "LayerDecision": "lightning_estdgm.engine._decisions",
             "Phase": "lightning_estdgm.method._schedules",

@@ -12,6 +12,7 @@ from lightning_estdgm.method._backward_set import BackwardSet
 from lightning_estdgm.method._schedules import EstDgm, ScheduleConfig
 from lightning_estdgm.method._update_rule import AUTO, UpdateRule
 from lightning_estdgm.modules._candidates import Selector
+from lightning_estdgm.modules._expert_adapter import ExpertAdapter
 from lightning_estdgm.modules._mask_unit import check_unit_size
 from lightning_estdgm.sparse.backends._protocol import get_backend
 
@@ -83,17 +84,18 @@ class Selection:
         include: layers to mask although they look like the output head: globs over module names, or predicates of a
             name and a module.
         exclude: layers to leave dense.
-        experts: globs over names of parameters of shape ``(experts, rows, columns)`` that stack one matrix an expert.
-            Those of transformers, and of modules with a number of experts (``num_experts``), are found without.
+        experts: globs over names of parameters of shape ``(experts, rows, columns)`` that stack one matrix an expert;
+            an `ExpertAdapter` says besides how a class of modules computes with them, for sparse products. Those of
+            transformers, and of modules with a number of experts (``num_experts``), are found without.
 
     Raises:
-        TypeError: for anything but sequences of globs and predicates.
+        TypeError: for anything but sequences of globs and predicates, or of globs and adapters.
 
     """
 
     include: Sequence[Selector] = ()
     exclude: Sequence[Selector] = ()
-    experts: Sequence[str] = ()
+    experts: Sequence[str | ExpertAdapter] = ()
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude", "experts"):
@@ -101,9 +103,11 @@ class Selection:
             if isinstance(selectors, str) or not isinstance(selectors, Sequence):
                 raise TypeError(f"selection.{name} must be a sequence of selectors, got {selectors!r}")
             for selector in selectors:
-                if name == "experts" and not isinstance(selector, str):
-                    raise TypeError(f"selection.experts takes globs over names of parameters, got {selector!r}")
-                if not (isinstance(selector, str) or callable(selector)):
+                if name == "experts" and not isinstance(selector, (str, ExpertAdapter)):
+                    raise TypeError(
+                        f"selection.experts takes globs over names of parameters and ExpertAdapters, got {selector!r}"
+                    )
+                if name != "experts" and not (isinstance(selector, str) or callable(selector)):
                     raise TypeError(f"selection.{name} takes globs over names and predicates, got {selector!r}")
 
 

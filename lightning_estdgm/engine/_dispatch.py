@@ -13,7 +13,9 @@ import torch
 from torch import distributed as dist
 
 from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.engine._expert_modules import expert_case, together
 from lightning_estdgm.engine._masked_weight import MaskedWeight
+from lightning_estdgm.modules._adapter_check import adapter_checks
 from lightning_estdgm.modules._candidates import Candidate
 from lightning_estdgm.modules._forward_probe import ForwardProbe, Image, is_channels_last
 from lightning_estdgm.modules._kinds import conv_geometry
@@ -70,6 +72,8 @@ class Dispatch:
         self.positions: dict[str, int] = {}
         self._dtypes: dict[str, torch.dtype] = {}  # dtype that each layer computes in, as probed
         self._images: dict[str, Image] = {}  # input of each convolution, as probed
+        self._forms: dict[str, str] = {}  # how each stack of experts is computed by its module itself
+        self._checks = adapter_checks(candidates)
         self._probes = {candidate.name: ForwardProbe(candidate) for candidate in candidates}
         self._handles: list[Any] = []
 
@@ -78,6 +82,8 @@ class Dispatch:
     def hook_up(self) -> None:
         """Hook the layers' forwards if the first step is still to come."""
         if self.probing:
+            for module, check in self._checks:
+                self._handles.append(module.register_forward_hook(check, with_kwargs=True, prepend=True))
             for candidate in self._candidates:
                 self._handles.append(candidate.module.register_forward_hook(self._probes[candidate.name]))
 
@@ -98,8 +104,12 @@ class Dispatch:
                 self.positions[name], self._dtypes[name] = probe.positions, probe.dtype
             if probe.image is not None:
                 self._images[name] = probe.image
-        seen = self.positions, self._dtypes, self._images
-        self.positions, self._dtypes, self._images = self._from_first_rank(seen)
+        self._forms = {c.name: c.kind.dense_form(c.module) for c in self._candidates if c.kind.experts}
+        for _, check in self._checks:
+            self.positions |= check.rows
+            self._forms |= check.forms
+        seen = self.positions, self._dtypes, self._images, self._forms
+        self.positions, self._dtypes, self._images, self._forms = self._from_first_rank(seen)
 
     # ------------------------------------------------------------------ choosing
 
@@ -121,9 +131,9 @@ class Dispatch:
 
     def apply(self) -> None:
         """Switch every layer to the backend chosen for its current density, on its current mask."""
-        for weight in self._weights:
-            if self._has_choice(weight):
-                self._use(weight, self._choose(weight, weight.density)[0])
+        chosen = {w: self._choose(w, w.density) for w in self._weights if self._has_choice(w)}
+        for weight, (backend, _) in self._settled(chosen).items():
+            self._use(weight, backend)
 
     def begin(self, weight: MaskedWeight) -> None:
         """Switch a layer with its first mask to the forced backend, or to dense until the first choice."""
@@ -151,6 +161,7 @@ class Dispatch:
             "positions": dict(self.positions),
             "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in self._dtypes.items()},
             "images": {name: asdict(image) for name, image in self._images.items()},
+            "expert_forms": dict(self._forms),
             "selector": self._selector.state_dict(),
         }
 
@@ -165,6 +176,7 @@ class Dispatch:
         self.positions = dict(state["positions"])
         self._dtypes = {name: getattr(torch, dtype) for name, dtype in state["dtypes"].items()}
         self._images = {name: Image(**image) for name, image in state.get("images", {}).items()}  # newer than the rest
+        self._forms = dict(state.get("expert_forms", {}))
         self._selector.load_state_dict(state["selector"])
         self.probing = probing
         if not probing:
@@ -178,8 +190,8 @@ class Dispatch:
         return self._config.backend != "auto" and weight.has_operator and has_unit and weight.name not in self._unfit
 
     def _has_choice(self, weight: MaskedWeight) -> bool:
-        timed = weight.has_operator and not weight.candidate.kind.experts
-        return self._is_forced(weight) or (timed and self._config.backend == "auto")
+        timed = weight.has_operator and (not weight.candidate.kind.experts or self._forms.get(weight.name))
+        return self._is_forced(weight) or (bool(timed) and self._config.backend == "auto")
 
     def _forced(self, weight: MaskedWeight) -> str:
         return self._config.backend if self._is_forced(weight) else "dense"
@@ -202,16 +214,23 @@ class Dispatch:
 
     def _choose_for_all(self, densities: Sequence[Sequence[float]]) -> None:
         final, *others = densities
+        at_the_end = {}
         for index, weight in enumerate(self._weights):
             if not self._has_choice(weight):
                 weight.final_backend = "dense"
                 if weight.candidate.kind.experts and weight.has_operator and weight.block_size != 1:
-                    weight.why = "experts are not timed: only backend= makes them sparse"
+                    weight.why = "what its module runs by itself is not timed: only backend= makes it sparse"
                 continue
-            weight.final_backend, weight.why = self._choose(weight, final[index])
+            at_the_end[weight] = self._choose(weight, final[index])
             for densities_then in others:
                 self._choose(weight, densities_then[index])
             self._choose(weight, weight.density)  # the update rule may have moved it from the schedule's
+        for weight, (backend, why) in self._settled(at_the_end).items():
+            weight.final_backend, weight.why = backend, why
+
+    def _settled(self, chosen: Mapping[MaskedWeight, tuple[str, str]]) -> Mapping[MaskedWeight, tuple[str, str]]:
+        """Return backends and reasons, with those of experts that share a forward settled together unless forced."""
+        return together(chosen, self._candidates) if self._config.backend == "auto" else chosen
 
     def _choose(self, weight: MaskedWeight, density: float) -> tuple[str, str]:
         choice = self._selector.choose(self._case(weight, density))
@@ -225,10 +244,8 @@ class Dispatch:
         if not weight.candidate.is_convolution:
             tokens = self.positions.get(weight.name, _NOMINAL_TOKENS)
             transposed = weight.candidate.kind.transposed
-            if experts := weight.candidate.kind.experts:  # one of them, with its share of the tokens
-                tokens, out = max(1, tokens // experts), out // experts
-                transposed = not weight.candidate.kind.inputs_last
-                out, inner = (inner, out) if transposed else (out, inner)
+            if weight.candidate.kind.experts:
+                return expert_case(weight, tokens, density, dtype, self._forms.get(weight.name, "grouped"))
             return Case(tokens, out, inner, weight.block_size, density, dtype, weight.device, frozen, transposed)
         geometry = _geometry(weight)
         image = self._images.get(weight.name) or self._nominal_image(weight, geometry)

@@ -59,8 +59,9 @@ def _masked_weight(
         # "auto" may have had other rules, as when convolutions had no operator.
         block_size, note = saved["block_size"], f"units of {saved['block_size']} as in the checkpoint"
     if candidate.parts > 1:
-        what = f"{candidate.kind.experts} experts in " if candidate.kind.experts else ""
-        note = "; ".join(filter(None, (f"{what}{candidate.parts} fused matrices, each with its own budget", note)))
+        parts, experts = f"{candidate.parts} fused matrices", candidate.kind.experts
+        what = parts if not experts else f"{experts} experts" + f" in {parts}" * (candidate.parts > experts)
+        note = "; ".join(filter(None, (f"{what}, each with its own budget", note)))
     return MaskedWeight(candidate, block_size, note, config.inactive, waits=wait)
 
 

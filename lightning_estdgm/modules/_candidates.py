@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +15,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_estdgm.distributed._shard import Shard
 from lightning_estdgm.distributed.adapters._protocol import shard_of
 from lightning_estdgm.distributed.adapters.whole import Whole
+from lightning_estdgm.modules._expert_adapter import ExpertAdapter
 from lightning_estdgm.modules._expert_kinds import expert_kinds
-from lightning_estdgm.modules._kinds import LAYER_KINDS, LayerKind
+from lightning_estdgm.modules._expert_layout import stack_shard, whole_shape, why_no_stack
+from lightning_estdgm.modules._kinds import LAYER_KINDS, LayerKind, own_class
 from lightning_estdgm.modules._sparse_forward import SparseForward
 
 Selector = str | Callable[[str, nn.Module], bool]
@@ -107,14 +110,16 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _maskable(model: nn.Module, experts: Sequence[str] = ()) -> Iterator[tuple[str, nn.Module, LayerKind]]:
+def _maskable(
+    model: nn.Module, experts: Sequence[str], adapters: Sequence[ExpertAdapter]
+) -> Iterator[tuple[str, nn.Module, LayerKind]]:
     for name, module in model.named_modules():
         kind = next((kind for kind in LAYER_KINDS if kind.matches(module)), None)
         if kind is not None:
             yield clean_name(name), module, kind
             continue
         owner = clean_name(name)
-        for stack in expert_kinds(owner, module, experts):
+        for stack in expert_kinds(owner, module, partial(whole_shape, model), experts, adapters):
             yield f"{owner}.{stack.weight_name}" if owner else stack.weight_name, module, stack
 
 
@@ -137,7 +142,7 @@ def find_candidates(
     include: Sequence[Selector] = (),
     exclude: Sequence[Selector] = (),
     held: Container[int] | None = None,
-    experts: Sequence[str] = (),
+    experts: Sequence[str | ExpertAdapter] = (),
     *,
     mask_heads: bool = False,
 ) -> tuple[Candidate, ...]:
@@ -152,24 +157,24 @@ def find_candidates(
         include: Selectors of layers to mask although they look like the output head.
         exclude: Selectors of layers to leave dense.
         held: Ids of the parameters that an optimizer holds; others are left dense. ``None``: all are held.
-        experts: Globs over names of parameters that stack the experts' matrices; see `expert_kinds`.
+        experts: Globs over names of parameters that stack the experts' matrices, and adapters; see `expert_kinds`.
         mask_heads: Whether layers that only seem to be the output head are masked as well, for an audit to decide.
 
     Raises:
-        ValueError: A selector matches no layer, no layer at all is left to mask, a weight is not materialised yet
-            (lazy modules), or the model is masked by another controller.
+        ValueError: A selector or adapter matches no layer, no layer at all is left to mask, a weight is not
+            materialised yet (lazy modules), or the model is masked by another controller.
 
     """
     if any(isinstance(module, SparseForward) for module in model.modules()):
         raise ValueError("the model is under another DGMController already: close that one first")
-    found = list(_maskable(model, experts))
+    globs = [glob for glob in experts if isinstance(glob, str)]
+    found = list(_maskable(model, globs, _adapters(model, experts)))
     stacks = [name for name, _, kind in found if kind.experts]
-    for glob in experts:
+    for glob in globs:
         if not any(fnmatchcase(name, glob) for name in stacks):
-            shapes = {clean_name(n): tuple(p.shape) for n, p in model.named_parameters() if p.dim() == 3}
             raise ValueError(
                 f"experts={glob!r} matches no parameter of shape (experts, rows, columns); "
-                f"of three dimensions are {shapes}"
+                f"of three dimensions are {_three_dimensional(model)}"
             )
     for label, selectors in (("include", include), ("exclude", exclude)):
         for selector in selectors:
@@ -198,7 +203,7 @@ def find_candidates(
             return False, _NOT_HELD
         if len(owners[id(weight)]) > 1:
             return False, "its weight is shared with another module"
-        if kind.experts and (reason := _why_no_stack(model, module, kind)):
+        if kind.experts and (reason := why_no_stack(model, module, kind)):
             return False, reason
         if any(_matches(selector, name, module) for selector in include):
             return True, "included"
@@ -235,6 +240,25 @@ def find_candidates(
     return tuple(candidates)
 
 
+def _adapters(model: nn.Module, experts: Sequence[str | ExpertAdapter]) -> list[ExpertAdapter]:
+    """Return the adapters among `experts`, one for each class, which the model has a module of."""
+    adapters = {x.module: x for x in experts if isinstance(x, ExpertAdapter)}
+    if len(adapters) < sum(isinstance(x, ExpertAdapter) for x in experts):
+        raise ValueError(f"experts= has two adapters for one class, of {[cls.__name__ for cls in adapters]}")
+    classes = {own_class(module) for module in model.modules()}
+    for cls in adapters:
+        if cls not in classes:
+            raise ValueError(
+                f"experts= has an adapter for {cls.__name__}, and the model has no such module (subclasses do not "
+                f"count); parameters of three dimensions are {_three_dimensional(model)}"
+            )
+    return list(adapters.values())
+
+
+def _three_dimensional(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {clean_name(n): tuple(p.shape) for n, p in model.named_parameters() if p.dim() == 3}
+
+
 def _stored_weight(module: nn.Module, kind: LayerKind) -> Any:
     """Return a layer's weight as stored; of a parametrized one the parameter of its shape that it is made from.
 
@@ -245,24 +269,12 @@ def _stored_weight(module: nn.Module, kind: LayerKind) -> Any:
     return getattr(module, kind.weight_name)
 
 
-def _why_no_stack(model: nn.Module, module: nn.Module, kind: LayerKind) -> str:
-    """Return the reason why stacked experts cannot be masked; empty where they can."""
-    try:
-        shard = shard_of(model, module, kind.weight_name)
-    except ValueError as error:
-        return str(error)
-    if shard.groups or not isinstance(shard, Whole):
-        return "stacked experts are not masked where they are sharded over ranks: use DDP"
-    weight = getattr(module, kind.weight_name)
-    return "" if weight.is_contiguous() else "its experts do not lie one after the other in memory: make it contiguous"
-
-
 def _shard(model: nn.Module, name: str, module: nn.Module, kind: LayerKind, asked_for: bool) -> Shard:
     """Return the layout of a layer's weight over ranks; for one that is not to be masked, its shape is enough."""
     if is_parametrized(module, kind.weight_name):
         return Whole(_stored_weight(module, kind), kind.transposed)
     if kind.experts and asked_for:
-        return Whole(getattr(module, kind.weight_name), stacked=True)
+        return stack_shard(model, module, kind)
     try:
         return shard_of(model, module, kind.weight_name, kind.transposed)
     except ValueError as error:

@@ -42,13 +42,14 @@ class ForwardProbe:
 
     Attributes:
         positions: Tokens or pixels of the last forward; 0 before one.
-        dtype: Dtype of its output; ``None`` before one.
+        dtype: Dtype of its output, of experts that of their products; ``None`` before one.
         image: Its input, for a convolution that has an operator.
 
     """
 
     def __init__(self, candidate: Candidate) -> None:
         self._count = candidate.kind.positions
+        self._is_stack = candidate.kind.experts > 0
         self._sees_images = candidate.is_convolution and candidate.has_operator
         self.positions = 0
         self.dtype: torch.dtype | None = None
@@ -59,7 +60,10 @@ class ForwardProbe:
         if torch.compiler.is_compiling():
             return
         self.positions = max(1, self._count(module, args, output))
-        self.dtype = (output[0] if isinstance(output, tuple) else output).dtype
+        out = output[0] if isinstance(output, tuple) else output
+        self.dtype = out.dtype
+        if self._is_stack and torch.is_autocast_enabled(out.device.type):  # whose outputs are cast back
+            self.dtype = torch.get_autocast_dtype(out.device.type)
         if self._sees_images and args:  # not where the input was passed by name
             batch, _, height, width = as_images(module, args[0]).shape
             self.image = Image(max(1, batch), height, width, is_channels_last(as_images(module, output)))

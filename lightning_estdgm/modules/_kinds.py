@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +28,11 @@ class LayerKind:
         experts: Number of matrices that the parameter stacks in a first dimension of its own; 0: it is one matrix.
         parts: Number of equal parts that each have a budget of their own, along the rows of the stacked matrices.
         inputs_last: Whether the columns of a stacked matrix are known to be its inputs; patterns lie along them.
+        forward: Forward of a module that stacks experts, by `ExpertProduct`; ``None``: it has no operator.
+        layouts: Layout of each stack that this forward asks for, ``"eoi"`` or ``"eio"``, by the parameter's name.
+        is_adapted: Whether that forward is a user's `ExpertAdapter`, which is to be checked.
+        dense_form: How a module computes its experts by itself, as of `ExpertCase`; empty where only its first forward
+            shows it, or nothing does.
 
     """
 
@@ -40,6 +45,10 @@ class LayerKind:
     experts: int = 0
     parts: int = 1
     inputs_last: bool = True
+    forward: Callable[..., Any] | None = None
+    layouts: Mapping[str, str] = field(default_factory=dict)
+    is_adapted: bool = False
+    dense_form: Callable[[Any], str] = lambda module: ""
 
 
 def own_class(module: nn.Module) -> type:

@@ -40,8 +40,6 @@ def auto_block_size(candidate: Candidate) -> tuple[int, str]:
     """
     if candidate.why_dense:
         return 1, candidate.why_dense
-    if candidate.kind.experts:
-        return 1, "experts have blocks only where units.size= asks for them"
     shape = candidate.part_shape
     fitting = fitting_block_sizes(shape)
     roomy = [b for b in fitting if min(shape[:2]) >= _MIN_BLOCKS_A_SIDE * b]

@@ -10,6 +10,7 @@ from lightning_estdgm.method._masks import BlockSize
 from lightning_estdgm.modules._candidates import Candidate
 from lightning_estdgm.modules._sparse_experts import ExpertStack, SparseExperts
 from lightning_estdgm.modules._sparse_forward import STATE_PREFIX, SparseForward, dense_class, swapped_class
+from lightning_estdgm.sparse._expert_topology import ExpertTopology
 from lightning_estdgm.sparse._topology import BlockTopology
 
 
@@ -45,21 +46,23 @@ def sparsify_(candidate: Candidate, mask: Tensor, block_size: BlockSize, backend
 
 def _sparsify_experts_(candidate: Candidate, mask: Tensor, block_size: BlockSize, backend: str, frozen: bool) -> None:
     module: Any = candidate.module
-    own = candidate.kind.weight_name
+    kind = candidate.kind
     if not isinstance(module, SparseExperts):
-        module._estdgm_stacks = {}
+        module._estdgm_stacks = {name: ExpertStack(layout) for name, layout in kind.layouts.items()}
+        module._estdgm_forward = kind.forward
         module.__class__ = swapped_class(type(module), SparseExperts)
-    if own in module._estdgm_stacks:
-        module._estdgm_stacks[own].update_(mask, backend)
+    stack = module._estdgm_stacks[kind.weight_name]
+    stack.backend, stack.frozen = backend, frozen
+    if stack.topology is None:
+        stack.topology = ExpertTopology.from_mask(mask, kind.experts, block_size)
     else:
-        module._estdgm_stacks[own] = ExpertStack.from_mask(mask, candidate.kind.experts, block_size, backend, frozen)
+        stack.topology.update_(mask)
 
 
 def set_observing(candidate: Candidate, observing: bool) -> None:
     """Have a swapped layer's backward yield the whole weight gradient, or the active blocks' only."""
     if isinstance(candidate.module, SparseExperts):
-        if candidate.kind.weight_name in candidate.module._estdgm_stacks:
-            candidate.module._estdgm_stacks[candidate.kind.weight_name].observing = observing
+        candidate.module._estdgm_stacks[candidate.kind.weight_name].observing = observing
     elif isinstance(candidate.module, SparseForward):
         candidate.module._estdgm_observing = observing
 

@@ -159,6 +159,8 @@ def layer_words(layer: Mapping[str, Any]) -> str:
     """Return a layer and its input in words, weight first, from the description by `_cases.layer_of`."""
     if "tokens" in layer:
         words = f"{layer['out_features']} x {layer['in_features']}, {layer['tokens']} tokens"
+        if "experts" in layer:
+            words = f"{layer['experts']} experts of {words} in all, {layer['dense']} if dense"
         return words + ", stored (in, out)" * layer["transposed"] + ", frozen" * layer["frozen"]
     kernel, stride, padding, dilation = (
         "x".join(map(str, layer[name])) for name in ("kernel_size", "stride", "padding", "dilation")

@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
+from helpers.expert_models import adapter
 from lightning_estdgm import DGMConfig, EnergyMonitor, EstDgm, Footprint, Phase
 from lightning_estdgm.config import Selection, StepSize, Units
 from lightning_estdgm.method import Budget, Evidence, Scored, StagedDrop, WeightAndGradient
@@ -49,6 +50,8 @@ CASES = {
         selection=Selection([], ["*.attn.*"]), inactive="frozen", backend="dense", seed=3, method="mine"
     ),
     "selection: {experts: ['*.w1']}": DGMConfig(selection=Selection(experts=["*.w1"])),
+    "selection: {experts: ['*.w3', {module: helpers.expert_models.BmmExperts, layouts: {w1: eio, w2: eio}, "
+    "forward: helpers.expert_models.bmm_forward}]}": DGMConfig(selection=Selection(experts=["*.w3", adapter("bmm")])),
     "inactive: {density: 0.5, shadow_decay: 0.1}": DGMConfig(inactive=BackwardSet(0.5, 0.0, 0.1)),
     "update_rule: {keep: magnitude, grow: random, gamma: 2, drop_fraction: 0.1, regrow: true}": DGMConfig(
         update_rule=UpdateRule("magnitude", "random", 2.0, 0.1, True)

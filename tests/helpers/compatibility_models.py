@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from helpers.compatibility import SCHEDULE
+from helpers.expert_models import ADAPTERS, adapter, hugging_face
 from helpers.models import GAN, Batches
+from lightning_estdgm import DGMConfig, Selection
 
 
 class Sample(pl.LightningModule):
@@ -164,6 +167,30 @@ def mixtral() -> Sample:
 
     config = MixtralConfig(**_small(num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2))
     return Sample(MixtralForCausalLM(config), _tokens(), _language)
+
+
+def mixture(name: str, **settings: int) -> Callable[[], Sample]:
+    """Return a maker of one of transformers' mixtures of experts."""
+    return lambda: Sample(hugging_face(name, **_small(num_key_value_heads=2, **settings)), _tokens(), _language)
+
+
+def own_experts(name: str) -> Callable[[], Sample]:
+    """Return a maker of experts of one's own, see `expert_models.ADAPTERS`, between linear layers."""
+
+    def loss_of(model: Any, x: Tensor) -> Tensor:
+        return (model(x).reshape(x.shape) - x.sin()).square().mean()
+
+    def make() -> Sample:
+        experts = ADAPTERS[name][0](width=128, hidden=128)
+        model = nn.Sequential(nn.Linear(128, 128), experts)
+        return Sample(model, lambda generator: torch.randn(12, 128, generator=generator), loss_of)
+
+    return make
+
+
+def adapted(name: str) -> DGMConfig:
+    """Return the settings of `compatibility.check`, with an adapter of `own_experts`."""
+    return DGMConfig(SCHEDULE, selection=Selection(experts=[adapter(name)]), backend="cpu")
 
 
 # --------------------------------------------------------------------------- timm

@@ -56,7 +56,10 @@ def hugging_face(name, **more):
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SIZES | HUGGING_FACE[name] | more)
+    settings = SIZES | HUGGING_FACE[name] | more
+    if "layer_types" in settings:
+        settings["layer_types"] = settings["layer_types"][: settings["num_hidden_layers"]]
+    config = getattr(transformers, f"{name}Config")(**settings)
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
@@ -91,3 +94,59 @@ class BmmExperts(nn.Module):
     def forward(self, x):
         split = x.view(self.num_experts, -1, x.shape[-1])
         return torch.bmm((torch.bmm(split, self.w1) + self.b1).relu(), self.w2)
+
+
+def einsum_forward(module, product, x):
+    """The forward of `EinsumExperts`, by the products that an adapter is given."""
+    y = product("w2", product("w1", x.expand(len(module.w1), -1, -1)).relu())
+    return torch.einsum("te,etd->td", F.linear(x, module.router).softmax(-1), y)
+
+
+def bmm_forward(module, product, x):
+    """The forward of `BmmExperts`, by the products that an adapter is given."""
+    split = x.view(module.num_experts, -1, x.shape[-1])
+    return product("w2", (product("w1", split) + module.b1).relu())
+
+
+class SortedExperts(nn.Module):
+    """One expert for each token, as many as it happens, ``(experts, out, in)``; a batch norm and dropout beside."""
+
+    def __init__(self, experts=4, width=16, hidden=32):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width)
+        self.router = nn.Linear(width, experts)
+        self.up = nn.Parameter(torch.randn(experts, hidden, width) / 4)
+        self.down = nn.Parameter(torch.randn(experts, width, hidden) / 4)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x):
+        scores, chosen = self.router(self.norm(x)).softmax(-1).max(-1)
+        y = torch.empty_like(x)
+        for expert, (up, down) in enumerate(zip(self.up.unbind(0), self.down.unbind(0), strict=True)):
+            mine = chosen == expert
+            y[mine] = F.linear(F.linear(x[mine], up).relu(), down)
+        return self.dropout(y) * scores.unsqueeze(-1)
+
+
+def sorted_forward(module, product, x):
+    """The forward of `SortedExperts`, by the products that an adapter is given."""
+    scores, chosen = module.router(module.norm(x)).softmax(-1).max(-1)
+    chosen, order = chosen.sort()
+    counts = torch.bincount(chosen, minlength=len(module.up))
+    y = product("down", product("up", x[order], counts).relu(), counts)
+    return module.dropout(torch.empty_like(y).index_copy(0, order, y)) * scores.unsqueeze(-1)
+
+
+ADAPTERS = {
+    "einsum": (EinsumExperts, {"w1": "eio", "w2": "eio"}, einsum_forward),
+    "bmm": (BmmExperts, {"w1": "eio", "w2": "eio"}, bmm_forward),
+    "sorted": (SortedExperts, {"up": "eoi", "down": "eoi"}, sorted_forward),
+}
+"""Class, layouts and forward of adapters for the plain modules, by what they compute with."""
+
+
+def adapter(name, **change):
+    """Return one of `ADAPTERS`, with some fields changed."""
+    from lightning_estdgm import ExpertAdapter
+
+    return ExpertAdapter(**dict(zip(("module", "layouts", "forward"), ADAPTERS[name], strict=True)) | change)

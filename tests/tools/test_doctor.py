@@ -21,7 +21,9 @@ from lightning_estdgm.energy.sources import cpu_estimate, nvml
 from lightning_estdgm.energy.sources._protocol import EnergySource
 from lightning_estdgm.sparse._conv_geometry import ConvGeometry
 from lightning_estdgm.sparse.autotune import _timing_cache as timing_cache
+from lightning_estdgm.sparse.autotune._cases import layer_of
 from lightning_estdgm.sparse.autotune._choice import Case, ConvCase
+from lightning_estdgm.sparse.autotune._expert_case import ExpertCase
 from lightning_estdgm.sparse.autotune._timing_cache import TimingCache
 from lightning_estdgm.tools import _doctor as doctor
 
@@ -225,6 +227,12 @@ def test_the_command_exits_with_0_where_energy_is_measured(sensors: list[Found],
 CPU = torch.device("cpu")
 LINEAR = Case(2048, 1024, 512, 64, 0.125, torch.float32, CPU)
 CONV = ConvCase(32, 28, 14, 256, 128, ConvGeometry((3, 3), (2, 2), (1, 1)), 32, 0.25, torch.bfloat16, CPU)
+
+
+def test_a_stack_of_experts_is_put_in_words() -> None:
+    case = ExpertCase(2048, 1024, 512, 64, 0.125, torch.float32, CPU, transposed=True, experts=8, dense="loop")
+    words = "8 experts of 1024 x 512, 2048 tokens in all, loop if dense, stored (in, out)"
+    assert doctor.layer_words(layer_of(case)) == words
 
 
 @pytest.fixture

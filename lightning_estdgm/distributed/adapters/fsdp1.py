@@ -53,6 +53,11 @@ class RangeShard:
         rows, columns = sides(block_size)[::-1] if self._transposed else sides(block_size)
         return rows, columns * math.prod(self.shape[2:])
 
+    def stacked(self) -> RangeShard:
+        """Return the layout of a stack ``(experts, rows, columns)`` taken as ``(experts * rows, columns)``."""
+        shape = (math.prod(self.shape[:-1]), self.shape[-1])
+        return RangeShard(shape, self._start, self._numel, groups=self.groups, device=self.device)
+
     def holds(self, tensor: Tensor) -> bool:
         """Whether `tensor` is flattened and cut as this weight is; inside ``no_sync`` gradients are not yet."""
         return tensor.dim() == 1 and tensor.numel() == self._numel

@@ -33,6 +33,7 @@ class BoxShard:
         groups: process groups that the weight is spread over.
         device: device that collectives run on.
         why_dense: see `Shard`.
+        stored: shape of the whole weight as stored, where it is none of these: that of a stack.
 
     """
 
@@ -46,23 +47,46 @@ class BoxShard:
         groups: tuple[Any, ...] = (),
         device: torch.device | None = None,
         why_dense: str = "",
+        stored: tuple[int, ...] | None = None,
     ) -> None:
         self.shape, self.groups, self.why_dense = shape, groups, why_dense
+        self._stored = stored or ((shape[1], shape[0]) if transposed else shape)
         self.device = device or torch.device("cpu")
         self._offset, self._size, self._transposed = offset, size, transposed
 
     def _slices(self) -> tuple[slice, ...]:
         return tuple(slice(o, o + n) for o, n in zip(self._offset, self._size, strict=True))
 
+    def stacked(self) -> BoxShard:
+        """Return the layout of a stack ``(experts, rows, columns)`` taken as ``(experts * rows, columns)``.
+
+        Raises:
+            ValueError: if experts themselves are cut.
+
+        """
+        (experts, rows, columns), (first, *offset), (count, *size) = self.shape, self._offset, self._size
+        if any(offset) or size != [rows, columns]:
+            raise ValueError("its experts are cut in themselves: split the parameter along its first dimension")
+        return BoxShard(
+            (experts * rows, columns),
+            (first * rows, 0),
+            (count * rows, columns),
+            groups=self.groups,
+            device=self.device,
+            why_dense=self.why_dense,
+            stored=self.shape,
+        )
+
     def holds(self, tensor: Tensor) -> bool:
         """Whether `tensor` is spread as this weight is."""
-        stored = (self.shape[1], self.shape[0]) if self._transposed else self.shape
-        return _is_dtensor(tensor) and tuple(tensor.shape) == stored
+        return _is_dtensor(tensor) and tuple(tensor.shape) == self._stored
 
     def local(self, tensor: Tensor) -> Tensor:
         """Return the box, sharing storage with the DTensor."""
         with torch.no_grad():
             local = local_tensor(tensor)
+        if len(self._stored) > len(self.shape):
+            return local.view(self._size)
         return local.t() if self._transposed else local
 
     def part(self, whole: Tensor) -> Tensor:

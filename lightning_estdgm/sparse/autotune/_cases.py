@@ -236,7 +236,9 @@ _LAYERS = (_names(Case), _names(ConvCase, ConvGeometry))
 
 def is_layer(layer: Any) -> bool:
     """Whether something has the fields that `layer_of` returns."""
-    return isinstance(layer, Mapping) and frozenset(layer) in _LAYERS
+    from lightning_estdgm.sparse.autotune._expert_case import ExpertCase  # it builds on this module
+
+    return isinstance(layer, Mapping) and frozenset(layer) in (*_LAYERS, _names(ExpertCase))
 
 
 # ---- running a case

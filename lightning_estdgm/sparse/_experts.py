@@ -1,0 +1,223 @@
+"""`masked_experts`: products of stacked experts with their rows on active blocks, as operators of `torch.library`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from lightning_estdgm.method._masks import block_size_of, sides
+from lightning_estdgm.sparse._expert_topology import ExpertTopology
+from lightning_estdgm.sparse._linear import masked_linear
+from lightning_estdgm.sparse._operands import TOPOLOGY_SCHEMA, as_given, prepared
+from lightning_estdgm.sparse._topology import BlockTopology
+from lightning_estdgm.sparse.backends._protocol import get_backend, supporting
+
+
+def _busy(counts: Tensor, topology: ExpertTopology) -> Iterator[tuple[int, slice, BlockTopology]]:
+    """Yield each expert that has rows, these, and its topology. Reads the counts on the host."""
+    start = 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            yield expert, slice(start, start + count), topology.expert(expert)
+        start += count
+
+
+# ---- operators: nobody else calls them
+
+
+def _experts(
+    x: Tensor,
+    weight: Tensor,
+    counts: Tensor,
+    row_ptr: Tensor,
+    col_idx: Tensor,
+    col_ptr: Tensor,
+    row_idx: Tensor,
+    sides: list[int],
+    backend: str,
+    dense_grad: bool,
+    frozen: bool,
+) -> Tensor:
+    stack = ExpertTopology(block_size_of(*sides), row_ptr, col_idx, col_ptr, row_idx)
+    y = x.new_zeros(x.shape[0], weight.shape[1])
+    with as_given(x):
+        for e, rows, topology in _busy(counts, stack):
+            chosen = supporting(backend, x.device, x.dtype, topology)
+            y[rows] = F.linear(x[rows], weight[e]) if frozen else chosen.linear(x[rows], weight[e], None, topology)
+    return y
+
+
+def _grad_input(
+    dy: Tensor,
+    weight: Tensor,
+    counts: Tensor,
+    row_ptr: Tensor,
+    col_idx: Tensor,
+    col_ptr: Tensor,
+    row_idx: Tensor,
+    sides: list[int],
+    backend: str,
+    dense: bool,
+) -> Tensor:
+    stack = ExpertTopology(block_size_of(*sides), row_ptr, col_idx, col_ptr, row_idx)
+    dx = dy.new_zeros(dy.shape[0], weight.shape[2])
+    with as_given(dy):
+        for e, rows, topology in _busy(counts, stack):
+            part = dy[rows]
+            dx[rows] = part @ weight[e] if dense else get_backend(backend).grad_input(part, weight[e], topology)
+    return dx
+
+
+def _grad_weight(
+    dy: Tensor,
+    x: Tensor,
+    counts: Tensor,
+    row_ptr: Tensor,
+    col_idx: Tensor,
+    col_ptr: Tensor,
+    row_idx: Tensor,
+    sides: list[int],
+    backend: str,
+    dense: bool,
+) -> Tensor:
+    stack = ExpertTopology(block_size_of(*sides), row_ptr, col_idx, col_ptr, row_idx)
+    dw = x.new_zeros(counts.shape[0], dy.shape[1], x.shape[1])
+    with as_given(dy):
+        for e, rows, topology in _busy(counts, stack):
+            if dense:
+                torch.mm(dy[rows].t(), x[rows], out=dw[e])
+            else:
+                dw[e] = get_backend(backend).grad_weight(dy[rows], x[rows], topology)
+    return dw
+
+
+_experts_op = torch.library.custom_op(
+    "estdgm::masked_experts",
+    _experts,
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor weight, Tensor counts, {TOPOLOGY_SCHEMA}, bool dense_grad, bool frozen) -> Tensor",
+)
+_grad_input_op = torch.library.custom_op(
+    "estdgm::masked_experts_grad_input",
+    _grad_input,
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor weight, Tensor counts, {TOPOLOGY_SCHEMA}, bool dense) -> Tensor",
+)
+_grad_weight_op = torch.library.custom_op(
+    "estdgm::masked_experts_grad_weight",
+    _grad_weight,
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor x, Tensor counts, {TOPOLOGY_SCHEMA}, bool dense) -> Tensor",
+)
+
+
+@_experts_op.register_fake
+def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@_grad_input_op.register_fake
+def _(dy: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return dy.new_empty(dy.shape[0], weight.shape[2])
+
+
+@_grad_weight_op.register_fake
+def _(dy: Tensor, x: Tensor, counts: Tensor, *_: Any) -> Tensor:
+    return dy.new_empty(counts.shape[0], dy.shape[1], x.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, counts, *indices, sides, backend, dense_grad, frozen = inputs
+    need_x, need_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if need_weight else None, weight if need_x else None, counts, *indices)
+    ctx.sides, ctx.backend, ctx.dense_grad, ctx.frozen = sides, backend, dense_grad, frozen
+    # The gradient of transposed views is computed transposed: it reaches the parameter without a copy.
+    ctx.transposed = weight.stride(1) == 1 and weight.stride(2) != 1
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, counts, row_ptr, col_idx, col_ptr, row_idx = ctx.saved_tensors
+    forward = (counts, row_ptr, col_idx, col_ptr, row_idx, ctx.sides, ctx.backend)
+    swapped = (counts, col_ptr, row_idx, row_ptr, col_idx, ctx.sides[::-1], ctx.backend)
+    need_x, need_weight = ctx.needs_input_grad[:2]
+    dx = dw = None
+    if need_x:
+        dx = _grad_input_op(dy, weight, *forward, ctx.frozen)
+    if need_weight and ctx.transposed:
+        dw = _grad_weight_op(x, dy, *swapped, ctx.dense_grad).transpose(1, 2)
+    elif need_weight:
+        dw = _grad_weight_op(dy, x, *forward, ctx.dense_grad)
+    return dx, dw, *[None] * 9
+
+
+_experts_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ---- wrapper
+
+
+def masked_experts(
+    x: Tensor,
+    weight: Tensor,
+    counts: Tensor,
+    topology: ExpertTopology,
+    *,
+    backend: str,
+    dense_grad: bool = False,
+    frozen: bool = False,
+) -> Tensor:
+    """Products of each expert's matrix with its own rows, on the active blocks only; as `masked_linear` for each.
+
+    Rows lie expert after expert: the first ``counts[0]`` are those of the first. Rows past the last expert's give zero,
+    and an expert without rows costs nothing. How many rows each has is read on the host. Gradients of gradients are not
+    defined.
+
+    Args:
+        x: ``[rows, in]``.
+        weight: ``(experts, out, in)``, any strides (a view ``.transpose(1, 2)`` costs no copy).
+        counts: int64 ``[experts]``, the rows of each expert; on any device.
+        topology: Active blocks; ``topology.shape`` must be that of `weight`.
+        backend: Name of the backend. It is used or refused, never replaced.
+        dense_grad: Whether the gradients of the matrices are whole, to observe inactive blocks; only of experts that
+            have rows, those of others are zero.
+        frozen: Whether inactive weights keep acting: only the gradient of the matrices is masked.
+
+    Returns:
+        ``[rows, out]``, in the dtype of ``x`` (of autocast where it is on).
+
+    Raises:
+        TypeError: Dtypes differ.
+        ValueError: Shapes or devices do not fit, or the backend does not support the case.
+        NotImplementedError: An operand carries a forward-mode tangent.
+
+    Example:
+        >>> topology = ExpertTopology.from_mask(torch.tensor([[True, False], [True, True]]), 2, block_size=8)
+        >>> masked_experts(torch.ones(3, 16), torch.ones(2, 8, 16), torch.tensor([2, 1]), topology, backend="cpu")[:, 0]
+        tensor([ 8.,  8., 16.])
+    """
+    if tuple(weight.shape) != topology.shape:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, but the topology is for {topology.shape}")
+    if x.dim() != 2 or x.shape[1] != weight.shape[2]:
+        raise ValueError(f"x must have shape [rows, {weight.shape[2]}], got {tuple(x.shape)}")
+    if tuple(counts.shape) != (weight.shape[0],):
+        raise ValueError(f"counts must be the rows of {weight.shape[0]} experts, got shape {tuple(counts.shape)}")
+    if torch._C._are_functorch_transforms_active():  # they do not take `register_autograd`
+        settings = {"backend": backend, "dense_grad": dense_grad, "frozen": frozen}
+        rows = x.split([*counts.tolist(), x.shape[0] - int(counts.sum())])
+        products = [
+            masked_linear(rows[e], weight[e], None, matrix, **settings)  # type: ignore[arg-type]
+            for e, matrix in enumerate(topology.experts())
+        ]
+        return torch.cat([*products, products[0].new_zeros(len(rows[-1]), weight.shape[1])])
+    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(t).tangent is not None for t in (x, weight)):
+        # Without this, torch would take the tangent of the result for zero.
+        raise NotImplementedError("masked_experts has no forward-mode derivative: use reverse mode")
+    x, weight, _ = prepared(x, weight, None, topology.expert(0))
+    lists = (topology.row_ptr, topology.col_idx, topology.col_ptr, topology.row_idx)
+    y: Tensor = _experts_op(x, weight, counts, *lists, list(sides(topology.block_size)), backend, dense_grad, frozen)
+    return y
