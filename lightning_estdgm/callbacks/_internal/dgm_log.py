@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_estdgm.engine._controller import DGMController
@@ -44,6 +45,7 @@ class DGMLog:
         self._controller = controller
         self._unlisted = unlisted
         self._printed = False
+        self._timed = ""
         self._bar = trainer.progress_bar_callback
         self._extend_bar()
 
@@ -57,8 +59,12 @@ class DGMLog:
         trainer.callback_metrics.update(watched)
         if not self._printed:
             self._printed = True
+            self._timed = controller.timed
             self._print(controller.decisions())
             self._warn_frozen(controller)
+        elif controller.timed != self._timed:  # a redistribution has moved layers to densities that were not timed yet
+            self._timed = controller.timed
+            say_on(trainer, self._timed)
         if updated or controller.steps == 1:
             self._log(self._metrics() | self._update_metrics())
         elif controller.steps % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
@@ -126,13 +132,24 @@ class DGMLog:
             return
         console = Console(file=io.StringIO(), width=max(100, Console().width))
         console.print(decision_table(decisions))
+        if self._timed:
+            console.print(escape(self._timed), soft_wrap=True)
         if self._unlisted:
             console.print(_unlisted_in_words(self._unlisted, self._trainer.lightning_module), soft_wrap=True)
-        text = console.file.getvalue().rstrip()  # type: ignore[attr-defined]
-        if trainer.progress_bar_callback is not None:
-            trainer.progress_bar_callback.print(text)
-        else:
-            print(text)
+        _print_above_bar(trainer, console.file.getvalue().rstrip())  # type: ignore[attr-defined]
+
+
+def say_on(trainer: pl.Trainer, text: str) -> None:
+    """Print a sentence of the callback on the first rank; nothing if it is empty."""
+    if text and trainer.is_global_zero:
+        _print_above_bar(trainer, f"DGMCallback: {text}")
+
+
+def _print_above_bar(trainer: pl.Trainer, text: str) -> None:
+    if trainer.progress_bar_callback is not None:
+        trainer.progress_bar_callback.print(text)
+    else:
+        print(text)
 
 
 def decision_table(decisions: tuple[LayerDecision, ...]) -> Table:
