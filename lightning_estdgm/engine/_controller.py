@@ -298,9 +298,9 @@ class DGMController:
         return self._waiting or self.schedule(self.position).observe
 
     @property
-    def timed(self) -> str:
-        """What the last choice of backends has timed and how long it took, in words; empty if nothing was timed."""
-        return self._dispatch.timed
+    def timed(self) -> tuple[str, ...]:
+        """What each choice of backends has timed in this process and how long it took, in words."""
+        return tuple(self._dispatch.timed)
 
     @property
     def probing(self) -> bool:

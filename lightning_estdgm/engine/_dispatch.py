@@ -45,7 +45,7 @@ class Dispatch:
             said.
 
     Attributes:
-        timed: what was timed by the last choice, and how long it took, in words; empty if nothing was.
+        timed: what each choice has timed here and how long it took, in words; nothing of those that timed nothing.
         probing: whether the current step records the shapes of the layers' inputs.
         positions: number of positions that each layer's weight is applied to in a forward, by the layer's name; empty
             until probed.
@@ -69,7 +69,7 @@ class Dispatch:
         self._weights = weights
         self._group = group
         self._say = say
-        self.timed = ""
+        self.timed: list[str] = []
         self._selector = BackendSelector(None if config.backend == "auto" else config.backend, kept=TimingCache())
         self._unfit: set[str] = set()
         self._check_forced(can_mask)
@@ -241,7 +241,8 @@ class Dispatch:
             self._say(plan)
         for case in cases:
             self._selector.choose(case)
-        self.timed = self._selector.report()
+        if report := self._selector.report():
+            self.timed.append(report)
 
     def _choose_for_all(self, final: Sequence[float]) -> None:
         """Set what users are shown of each layer: its backend at the final density, and why."""

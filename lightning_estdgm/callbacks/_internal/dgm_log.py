@@ -45,7 +45,7 @@ class DGMLog:
         self._controller = controller
         self._unlisted = unlisted
         self._printed = False
-        self._timed = ""
+        self._reports = 0  # of timings, that were printed
         self._bar = trainer.progress_bar_callback
         self._extend_bar()
 
@@ -59,12 +59,10 @@ class DGMLog:
         trainer.callback_metrics.update(watched)
         if not self._printed:
             self._printed = True
-            self._timed = controller.timed
             self._print(controller.decisions())
             self._warn_frozen(controller)
-        elif controller.timed != self._timed:  # a redistribution has moved layers to densities that were not timed yet
-            self._timed = controller.timed
-            say_on(trainer, self._timed)
+        for report in self._new_reports():  # a redistribution has moved layers to densities that were not timed yet
+            say_on(trainer, report)
         if updated or controller.steps == 1:
             self._log(self._metrics() | self._update_metrics())
         elif controller.steps % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
@@ -126,22 +124,27 @@ class DGMLog:
                 'DGMConfig(inactive="frozen")'
             )
 
+    def _new_reports(self) -> tuple[str, ...]:
+        new = self._controller.timed[self._reports :]
+        self._reports += len(new)
+        return new
+
     def _print(self, decisions: tuple[LayerDecision, ...]) -> None:
         trainer = self._trainer
         if not trainer.is_global_zero:
             return
         console = Console(file=io.StringIO(), width=max(100, Console().width))
         console.print(decision_table(decisions))
-        if self._timed:
-            console.print(escape(self._timed), soft_wrap=True)
+        for report in self._new_reports():
+            console.print(escape(report), soft_wrap=True)
         if self._unlisted:
             console.print(_unlisted_in_words(self._unlisted, self._trainer.lightning_module), soft_wrap=True)
         _print_above_bar(trainer, console.file.getvalue().rstrip())  # type: ignore[attr-defined]
 
 
 def say_on(trainer: pl.Trainer, text: str) -> None:
-    """Print a sentence of the callback on the first rank; nothing if it is empty."""
-    if text and trainer.is_global_zero:
+    """Print a sentence of the callback on the first rank."""
+    if trainer.is_global_zero:
         _print_above_bar(trainer, f"DGMCallback: {text}")
 
 
