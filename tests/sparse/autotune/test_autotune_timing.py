@@ -55,6 +55,11 @@ def test_a_machine_that_slows_down_slows_both():
     assert max(timing.turns["cpu"]) > 1.5 * min(timing.turns["dense"])
 
 
+def test_a_slow_round_does_not_move_the_seconds_that_are_shown():
+    timing = Timing({"dense": [1.0, 1.0, 9.0], "cpu": [0.5, 0.6, 4.5]})
+    assert timing.seconds == {"dense": 1.0, "cpu": 0.5}
+
+
 def test_a_case_whose_rounds_disagree_is_timed_again_a_bounded_number_of_times():
     """One round in five is disturbed: what the middle of all rounds says holds."""
     case, timing = timed(lambda name, call: 1e-2 if name != "cpu" else 2e-2 if call % 5 == 2 else 5e-3)
