@@ -7,6 +7,7 @@ The method itself is in `engine._controller`, helpers are in `_internal`.
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_estdgm._checks import check_int
 from lightning_estdgm.callbacks._internal.averages import mask_averages_
-from lightning_estdgm.callbacks._internal.dgm_log import DGMLog
+from lightning_estdgm.callbacks._internal.dgm_log import DGMLog, say_on
 from lightning_estdgm.callbacks._internal.gradient_compression import GradientCompression
 from lightning_estdgm.callbacks._internal.run_outcome import RunOutcome
 from lightning_estdgm.callbacks._internal.schedule_clock import ScheduleClock, nothing_left
@@ -241,6 +242,7 @@ class DGMCallback(pl.Callback):
             state=state,
             draw_masks=not goes_on,
             group=torch.distributed.group.WORLD if trainer.world_size > 1 else None,
+            say=partial(say_on, trainer),
         )
         # How much is left is known once the Trainer's loops are restored.
         length = self._clock.total_steps, self._clock.epoch_steps

@@ -16,7 +16,7 @@ Longer than other modules: it holds one class, whose methods are what users call
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,8 @@ class DGMController:
             order for the output head, ``requires_grad`` for what trains.
         group: process group of the ranks that train this model together, each with its own controller: masks are
             compared after each update, and the first rank chooses the backends. ``None``: no other rank is asked.
+        say: called before layers are timed, with a sentence on how many and about how long that takes (on the first
+            rank only); ``print`` will do. ``None``: nothing is said.
 
     Attributes:
         config: settings.
@@ -99,6 +101,7 @@ class DGMController:
         draw_masks: bool = True,
         audit: bool = True,
         group: dist.ProcessGroup | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self.config = config or DGMConfig()
         self._run_steps = total_steps
@@ -122,7 +125,7 @@ class DGMController:
         candidates = leave_unfitting_dense(candidates, self.config)
         self._masked = MaskedModel(candidates, self.config, state, group, wait=True)
         can_mask = self._masked.every
-        self._dispatch = Dispatch(self.config, candidates, self._masked.weights, can_mask, group)
+        self._dispatch = Dispatch(self.config, candidates, self._masked.weights, can_mask, group, say)
         changes_masks = len(self.schedule.densities) > 1
         trains_inactive = self.config.trains_inactive_weights
         check_rule(self._masked.rule, can_mask, changes_masks=changes_masks, trains_inactive=trains_inactive)
@@ -293,6 +296,11 @@ class DGMController:
         if past or not self._masked.weights or not self._masked.needs_gradients:
             return False
         return self._waiting or self.schedule(self.position).observe
+
+    @property
+    def timed(self) -> tuple[str, ...]:
+        """What each choice of backends has timed in this process and how long it took, in words."""
+        return tuple(self._dispatch.timed)
 
     @property
     def probing(self) -> bool:

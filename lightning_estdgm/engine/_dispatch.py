@@ -5,7 +5,7 @@ It turns layers into the cases that `sparse.autotune` measures and chooses for, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +20,7 @@ from lightning_estdgm.modules._candidates import Candidate
 from lightning_estdgm.modules._forward_probe import ForwardProbe, Image, is_channels_last
 from lightning_estdgm.modules._kinds import conv_geometry
 from lightning_estdgm.modules._swap import restore_dense_, sparsify_
+from lightning_estdgm.sparse._buckets import search_order
 from lightning_estdgm.sparse._conv_geometry import ConvGeometry
 from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.autotune._cases import Case, ConvCase
@@ -42,8 +43,11 @@ class Dispatch:
         weights: masked weights of the model; others may come in later.
         can_mask: weights that are or can be masked.
         group: process group of the ranks that take over the first rank's choice; ``None``: no other rank is asked.
+        say: called before layers are timed, with what will be timed and about how long that takes; ``None``: nothing is
+            said.
 
     Attributes:
+        timed: what each choice has timed here and how long it took, in words; nothing of those that timed nothing.
         probing: whether the current step records the shapes of the layers' inputs.
         positions: number of positions that each layer's weight is applied to in a forward, by the layer's name; empty
             until probed.
@@ -60,11 +64,14 @@ class Dispatch:
         weights: Sequence[MaskedWeight],
         can_mask: Sequence[MaskedWeight],
         group: dist.ProcessGroup | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self._config = config
         self._candidates = candidates
         self._weights = weights
         self._group = group
+        self._say = say
+        self.timed: list[str] = []
         self._selector = BackendSelector(None if config.backend == "auto" else config.backend, kept=TimingCache())
         self._unfit: set[str] = set()
         self._check_forced(can_mask)
@@ -122,16 +129,26 @@ class Dispatch:
         Args:
             densities: densities of the layers: first for the final density of the whole, then for each of the schedule.
 
+        Raises:
+            RuntimeError: on the other ranks, if the first one raised.
+
         """
-        if self._group is None or dist.get_rank(self._group) == 0:
-            self._choose_for_all(densities)
-        if self._group is not None:
-            self._selector.load_state_dict(self._from_first_rank(self._selector.state_dict()))
-            self._choose_for_all(densities)
+        final, *others = densities
+        asked: list[tuple[MaskedWeight, float]] = []
+        for index, weight in enumerate(self._weights):
+            if self._has_choice(weight):
+                between = [then[index] for then in others]
+                # The update rule may have moved a layer from the schedule's density.
+                asked += [(weight, density) for density in (final[index], *search_order([*between, weight.density]))]
+        self._measure_for_all(asked)
+        self._choose_for_all(final)
 
     def apply(self) -> None:
         """Switch every layer to the backend chosen for its current density, on its current mask."""
-        chosen = {w: self._choose(w, w.density) for w in self._weights if self._has_choice(w)}
+        asked = [(weight, weight.density) for weight in self._weights if self._has_choice(weight)]
+        if not all(self._selector.answers(self._case(*question)) for question in asked):
+            self._measure_for_all(asked)
+        chosen = {weight: self._choose(weight, density) for weight, density in asked}
         for weight, (backend, _) in self._settled(chosen).items():
             self._use(weight, backend)
 
@@ -212,19 +229,43 @@ class Dispatch:
 
     # ------------------------------------------------------------------ cases for the selector
 
-    def _choose_for_all(self, densities: Sequence[Sequence[float]]) -> None:
-        final, *others = densities
+    def _measure_for_all(self, asked: Iterable[tuple[MaskedWeight, float]]) -> None:
+        """Have the selector know its answers, on all ranks those of the first: it alone measures, and says so."""
+        cases, failed = [self._case(weight, density) for weight, density in asked], None
+        if self._group is None or dist.get_rank(self._group) == 0:
+            try:
+                self._measure(cases)
+            except Exception as error:
+                if self._group is None:
+                    raise
+                failed = error  # the other ranks wait for what comes of it
+        if self._group is None:
+            return
+        state, reason = self._from_first_rank((self._selector.state_dict(), repr(failed) if failed else ""))
+        if failed:
+            raise failed
+        if reason:
+            raise RuntimeError(f"the first rank, which chooses the backends of all, failed to: {reason}")
+        self._selector.load_state_dict(state)
+
+    def _measure(self, cases: Sequence[Case | ConvCase]) -> None:
+        if self._say is not None and (plan := self._selector.plan(cases)):
+            self._say(plan)
+        for case in cases:
+            self._selector.choose(case)
+        if report := self._selector.report():
+            self.timed.append(report)
+
+    def _choose_for_all(self, final: Sequence[float]) -> None:
+        """Set what users are shown of each layer: its backend at the final density, and why."""
         at_the_end = {}
-        for index, weight in enumerate(self._weights):
-            if not self._has_choice(weight):
-                weight.final_backend = "dense"
-                if weight.candidate.kind.experts and weight.has_operator and weight.block_size != 1:
-                    weight.why = "what its module runs by itself is not timed: only backend= makes it sparse"
+        for weight, density in zip(self._weights, final, strict=True):
+            if self._has_choice(weight):
+                at_the_end[weight] = self._choose(weight, density)
                 continue
-            at_the_end[weight] = self._choose(weight, final[index])
-            for densities_then in others:
-                self._choose(weight, densities_then[index])
-            self._choose(weight, weight.density)  # the update rule may have moved it from the schedule's
+            weight.final_backend = "dense"
+            if weight.candidate.kind.experts and weight.has_operator and weight.block_size != 1:
+                weight.why = "what its module runs by itself is not timed: only backend= makes it sparse"
         for weight, (backend, why) in self._settled(at_the_end).items():
             weight.final_backend, weight.why = backend, why
 

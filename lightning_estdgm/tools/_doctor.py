@@ -138,7 +138,12 @@ def _choices() -> list[dict[str, Any]]:
                     "machine": there,
                     "of_these_versions": {**there, "threads": None} == here,
                     "choices": [
-                        {**asdict(row), **asdict(choice_of(row.seconds, row.when))}
+                        {
+                            **asdict(row),
+                            "seconds": row.seconds,
+                            "busy": row.timing.busy,
+                            **asdict(choice_of(row.timing, row.when)),
+                        }
                         for row in sorted(
                             rows, key=lambda row: (row.layer["device"], layer_words(row.layer), row.density)
                         )
@@ -235,8 +240,9 @@ def _show_choices(choices: Mapping[str, Any]) -> list[RenderableType]:
         for row in file["choices"]:
             layer, times = row["layer"], (f"{1e3 * row[name]:.3g}" for name in ("dense_s", "sparse_s"))
             block, density = str(layer["block_size"]), f"{row['density']:.3f}"
+            when = row["when"] + ", busy" * row["busy"]
             table.add_row(
-                escape(layer_words(layer)), layer["dtype"], block, density, escape(row["backend"]), *times, row["when"]
+                escape(layer_words(layer)), layer["dtype"], block, density, escape(row["backend"]), *times, when
             )
         parts.append(table)
     if not choices["files"]:

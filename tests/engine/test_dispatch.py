@@ -25,6 +25,8 @@ from helpers.controller_runs import (
 )
 from lightning_estdgm.config import DGMConfig, Selection, Units
 from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.method._schedules import EstDgm, Phase
+from lightning_estdgm.sparse._buckets import bucket_of
 from lightning_estdgm.sparse._conv_geometry import ConvGeometry
 from lightning_estdgm.sparse.autotune._choice import BackendSelector
 
@@ -165,3 +167,65 @@ def test_what_an_earlier_run_has_measured_is_used_and_said(monkeypatch, tmp_path
     assert [d.backend for d in second.decisions()] == [d.backend for d in first.decisions()]
     assert any("measured on 20" in d.why for d in second.decisions())
     assert not any("measured on 20" in d.why for d in first.decisions())
+
+
+class Experts(nn.Module):
+    """Experts in a ModuleList, each with as many tokens as the route sends to it."""
+
+    def __init__(self, n, width=64):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(n))
+        self.out = nn.Linear(width, 4)
+
+    def forward(self, x, route):
+        y = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            at = (route == index).nonzero()[:, 0]
+            y = y.index_add(0, at, expert(x[at]))
+        return self.out(y)
+
+
+def first_step_of_experts(n, tokens, seed, schedule=SCHEDULE, **settings):
+    torch.manual_seed(seed)
+    model = Experts(n)
+    optimizer = sgd(model)
+    with DGMController(model, optimizer, DGMConfig(schedule, **settings), total_steps=STEPS) as dgm:
+        model(torch.randn(tokens, 64), torch.randint(0, n, (tokens,))).square().mean().backward()
+        dgm.mask_gradients()
+        optimizer.step()
+        dgm.advance()
+        return dgm.decisions()
+
+
+def test_experts_of_as_many_token_counts_are_measured_once(monkeypatch, tmp_path):
+    """Tokens scatter over the experts, others with each seed: as one expert with its share of them."""
+    monkeypatch.setenv("ESTDGM_CHOICES", str(tmp_path))
+    asked = measured(monkeypatch)
+    decisions = first_step_of_experts(16, 16 * 256, seed=0, units=Units(size=16))
+    assert {d.backend for d in decisions if d.masked} == {"cpu"}
+    assert {case.tokens for case in asked.cases} == {256}
+    once = len(asked.cases)
+    asked.cases.clear()
+    first_step_of_experts(16, 16 * 256, seed=1, units=Units(size=16))
+    assert asked.cases == []
+    monkeypatch.setenv("ESTDGM_CHOICES", "off")
+    first_step_of_experts(1, 256, seed=0, units=Units(size=16))
+    assert len(asked.cases) == once
+
+
+@pytest.mark.parametrize("pays_below", [0.02, 0.3, 0.45, 2.0])
+def test_the_densities_of_a_schedule_are_searched_and_not_all_measured(monkeypatch, pays_below):
+    asked = []
+
+    def measure(case, names):
+        asked.append(case.density)
+        return {name: 1.0 if name == "dense" else case.density / pays_below for name in names}
+
+    monkeypatch.setitem(BackendSelector.__init__.__kwdefaults__, "measure", measure)
+    phases = Phase(1.0, 0.6, 0.3), Phase(0.6, 0.3, 0.3), Phase(0.3, 0.1, 0.4)
+    schedule = EstDgm(*phases, update_every=1, observe_steps=1)
+    assert len(set(map(bucket_of, schedule.resolve(STEPS).densities))) > 12
+    first_step_of_experts(1, 64, seed=0, schedule=schedule, units=Units(size=16))
+    assert asked[0] == min(asked)  # the final density, which users are shown
+    assert 1 <= len(asked) <= 6
+    assert len(asked) == len(set(asked))

@@ -1,11 +1,13 @@
 """Cases for the never-slower choice, and clocks that time them without running them."""
 
 import io
+from collections import Counter
 
 import torch
 
 from lightning_estdgm.sparse._conv_geometry import ConvGeometry
-from lightning_estdgm.sparse.autotune._cases import Case, ConvCase
+from lightning_estdgm.sparse.autotune._cases import Case, ConvCase, _Problem
+from lightning_estdgm.sparse.autotune._timing import Stopwatch
 
 LAYER = {
     "tokens": 64,
@@ -62,3 +64,36 @@ def saved_and_loaded(state):
     torch.save(state, buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=True)
+
+
+class ScriptedCase:
+    """A case whose forwards take the time that a script says, on clocks of its own.
+
+    Args:
+        spend: Seconds of the n-th call (from 0) of a name.
+        own: Share of the time that the thread computes, or that by the number of calls so far.
+        load: Load average for each core.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, spend, own=1.0, load=None):
+        self.spend, self.load = spend, load
+        self.own = own if callable(own) else lambda calls: own
+        self.now = self.computed = 0.0
+        self.calls = Counter()
+
+    def stopwatch(self):
+        return Stopwatch(lambda: self.now, lambda: self.computed, lambda: self.load)
+
+    def problem(self):
+        leaf = torch.zeros(1)
+
+        def forward(name):
+            seconds = self.spend(name, self.calls[name])
+            self.now += seconds
+            self.computed += seconds * self.own(sum(self.calls.values()))
+            self.calls[name] += 1
+            return 2 * leaf
+
+        return _Problem([leaf], torch.ones(1), forward)

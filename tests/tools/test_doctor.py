@@ -24,6 +24,7 @@ from lightning_estdgm.sparse.autotune import _timing_cache as timing_cache
 from lightning_estdgm.sparse.autotune._cases import layer_of
 from lightning_estdgm.sparse.autotune._choice import Case, ConvCase
 from lightning_estdgm.sparse.autotune._expert_case import ExpertCase
+from lightning_estdgm.sparse.autotune._timing import Timing
 from lightning_estdgm.sparse.autotune._timing_cache import TimingCache
 from lightning_estdgm.tools import _doctor as doctor
 
@@ -244,7 +245,7 @@ def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
             if name:
                 patch.setattr(timing_cache, name, lambda *args, value=value: value)
             TimingCache().add(LINEAR, {"dense": 9e-3, "cpu": 4e-3, "native": 3e-3})
-    TimingCache().add(CONV, {"dense": 2e-3, "cpu": 5e-3})
+    TimingCache().add(CONV, Timing({"dense": [2e-3], "cpu": [5e-3]}, own_share=0.5))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 64)
         TimingCache().add(CONV, {"dense": 1e-3, "cpu": 0.5e-3})
@@ -273,6 +274,7 @@ def test_measured_layers_are_shown(sensors: list[Found], kept: Path) -> None:
         "bfloat16",
         "0.125",
         "64 thread(s)",
+        "Z, busy",
         "Not used: 1 of other versions",
         *(file["path"] for file in used),
     ):

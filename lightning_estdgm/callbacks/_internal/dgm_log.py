@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_estdgm.engine._controller import DGMController
@@ -45,6 +46,7 @@ class DGMLog:
         self._controller = controller
         self._unlisted = unlisted
         self._printed = False
+        self._reports = 0  # of timings, that were printed
         self._bar = trainer.progress_bar_callback
         self._extend_bar()
 
@@ -60,6 +62,8 @@ class DGMLog:
             self._printed = True
             self._print(controller.decisions())
             self._warn_frozen(controller)
+        for report in self._new_reports():  # a redistribution has moved layers to densities that were not timed yet
+            say_on(trainer, report)
         if updated or controller.steps == 1:
             self._log(self._metrics() | self._update_metrics())
         elif controller.steps % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
@@ -121,19 +125,35 @@ class DGMLog:
                 'DGMConfig(inactive="frozen")'
             )
 
+    def _new_reports(self) -> tuple[str, ...]:
+        new = self._controller.timed[self._reports :]
+        self._reports += len(new)
+        return new
+
     def _print(self, decisions: tuple[LayerDecision, ...]) -> None:
         trainer = self._trainer
         if not trainer.is_global_zero:
             return
         console = Console(file=io.StringIO(), width=max(100, Console().width))
         console.print(decision_table(decisions))
+        for report in self._new_reports():
+            console.print(escape(report), soft_wrap=True)
         if self._unlisted:
             console.print(_unlisted_in_words(self._unlisted, self._trainer.lightning_module), soft_wrap=True)
-        text = console.file.getvalue().rstrip()  # type: ignore[attr-defined]
-        if trainer.progress_bar_callback is not None:
-            trainer.progress_bar_callback.print(text)
-        else:
-            print(text)
+        _print_above_bar(trainer, console.file.getvalue().rstrip())  # type: ignore[attr-defined]
+
+
+def say_on(trainer: pl.Trainer, text: str) -> None:
+    """Print a sentence of the callback on the first rank."""
+    if trainer.is_global_zero:
+        _print_above_bar(trainer, f"DGMCallback: {text}")
+
+
+def _print_above_bar(trainer: pl.Trainer, text: str) -> None:
+    if trainer.progress_bar_callback is not None:
+        trainer.progress_bar_callback.print(text)
+    else:
+        print(text)
 
 
 def decision_table(decisions: tuple[LayerDecision, ...]) -> Table:

@@ -1,11 +1,11 @@
-"""Cases of the never-slower rule, one layer's shape, input and density each, and how they are timed."""
+"""Cases of the never-slower rule: one layer's shape, input and density each, with the operands to time."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_estdgm.method._masks import BlockSize, mask_shape, sides
+from lightning_estdgm.sparse._buckets import BUCKETS, bucket_of, count_bucket
 from lightning_estdgm.sparse._conv import masked_conv2d
 from lightning_estdgm.sparse._conv_geometry import ConvGeometry, memory_format
 from lightning_estdgm.sparse._linear import masked_linear
@@ -21,11 +22,6 @@ from lightning_estdgm.sparse.backends._protocol import backends, conv_refusal, g
 
 DENSE = "dense"
 """The layer's own dense forward, with the mask applied to its weight."""
-
-AGREEMENT = 0.1
-"""A timing counts once its two fastest turns are this close to each other, or after `MOST_ROUNDS` turns."""
-
-MOST_ROUNDS = 12
 
 _ORACLE = "reference"  # dense work plus masking: never faster, so never a candidate
 
@@ -61,6 +57,11 @@ class Case:
 
     def __post_init__(self) -> None:
         _check(self, ["tokens"], ["out_features", "in_features"])
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of a dense forward and backward."""
+        return 6.0 * self.tokens * self.out_features * self.in_features
 
     def topology(self) -> BlockTopology:
         """A random topology of this shape and density, always the same one."""
@@ -126,6 +127,12 @@ class ConvCase:
         _check(self, ["batch", "height", "width"], ["out_channels", "in_channels"])
         if min(self.geometry.output_size(self.height, self.width)) < 1:
             raise ValueError(f"an input of {self.height} x {self.width} is too small for {self.geometry}")
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of a dense forward and backward."""
+        taps, pixels = self.geometry.kernel_size, self.geometry.output_size(self.height, self.width)
+        return 6.0 * self.batch * math.prod((*taps, *pixels)) * self.out_channels * self.in_channels
 
     def topology(self) -> BlockTopology:
         """A random topology of these channels and this density, always the same one."""
@@ -218,8 +225,8 @@ def layer_of(case: Case | ConvCase) -> dict[str, Any]:
     layer = asdict(case)
     del layer["density"]
     layer |= {"dtype": str(case.dtype).removeprefix("torch."), "device": case.device.type}
-    layer |= {name: list(pair) for name, pair in layer.pop("geometry", {}).items()}
-    return layer
+    layer |= layer.pop("geometry", {})
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in layer.items()}
 
 
 def layer_key(layer: Mapping[str, Any]) -> str:
@@ -241,60 +248,28 @@ def is_layer(layer: Any) -> bool:
     return isinstance(layer, Mapping) and frozenset(layer) in (*_LAYERS, _names(ExpertCase))
 
 
-# ---- running a case
+# ---- what is timed for a case
+
+
+_COUNTED = ("tokens", "batch")
+
+
+def measured_case(case: Case | ConvCase) -> Case | ConvCase:
+    """Return the case that is timed for a layer: with the density and the number of tokens or images of its bucket."""
+    changes: dict[str, Any] = {name: count_bucket(getattr(case, name)) for name in _COUNTED if hasattr(case, name)}
+    return replace(case, density=bucket_of(case.density) / BUCKETS, **changes)
+
+
+def count_of(case: Case | ConvCase) -> tuple[int, str]:
+    """Return the number of tokens or images of a case, and which of these it is."""
+    return (case.batch, "images") if isinstance(case, ConvCase) else (case.tokens, "tokens")
+
+
+def bucketed(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `layer_of` returned, with the number of tokens or images of its bucket."""
+    return {name: count_bucket(value) if name in _COUNTED else value for name, value in layer.items()}
 
 
 def refusals(case: Case | ConvCase) -> dict[str, str | None]:
     """Return for each backend that could be faster than dense the reason why it cannot run `case`, or None."""
     return {name: case.refusal(name) for name in backends() if name != _ORACLE}
-
-
-def measure_case(case: Case | ConvCase, names: Sequence[str], *, rounds: int = 3) -> dict[str, float]:
-    """Seconds of one forward and backward, per name: the fastest of several rounds, after one to warm up.
-
-    There are at least ``rounds``, and on a busy machine more, until the two fastest of every name agree.
-
-    Dense is ``F.linear`` or ``F.conv2d`` with a masked weight, everything else :func:`masked_linear` or
-    :func:`masked_conv2d`; with gradients of input, weight and bias, on random data of the case's shape, memory format
-    and dtype, autocast off. The names take turns: a slow moment of the machine hits all of them. Neither the
-    global random state nor any ``.grad`` is touched, and ambient ``no_grad``, ``inference_mode`` and autocast do not
-    matter.
-
-    Args:
-        case: Layer, input and density to time.
-        names: Names of backends, ``"dense"`` included where wanted.
-        rounds: Timed repetitions at least, 1 to ``MOST_ROUNDS``.
-    """
-    device = case.device
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        problem = case.problem()
-        for leaf in problem.leaves:
-            leaf.requires_grad_()
-
-        def once(name: str) -> float:
-            _synchronize(device)
-            start = time.perf_counter()
-            torch.autograd.grad(problem.forward(name), problem.leaves, problem.dy)
-            _synchronize(device)
-            return time.perf_counter() - start
-
-        for name in names:
-            once(name)
-        turns: dict[str, list[float]] = {name: [] for name in names}
-        for turn in range(MOST_ROUNDS):
-            if turn >= rounds and all(_settled(seconds) for seconds in turns.values()):
-                break
-            for name in names:
-                turns[name].append(once(name))
-    return {name: min(seconds) for name, seconds in turns.items()}
-
-
-def _settled(seconds: Iterable[float]) -> bool:
-    """Whether the two fastest turns agree: on a busy machine a single fast turn is no evidence yet."""
-    fastest = sorted(seconds)[:2]
-    return fastest[-1] <= (1.0 + AGREEMENT) * fastest[0]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

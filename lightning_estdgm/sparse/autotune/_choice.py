@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -11,17 +12,18 @@ from lightning_estdgm.sparse.autotune._cases import (
     DENSE,
     Case,
     ConvCase,
+    bucketed,
+    count_of,
     is_layer,
     layer_key,
     layer_of,
-    measure_case,
+    measured_case,
     refusals,
 )
+from lightning_estdgm.sparse.autotune._report import TimingReport, plan_words
+from lightning_estdgm.sparse.autotune._timing import CALM, MARGIN, Timing, load_per_core, measure_case
 from lightning_estdgm.sparse.autotune._timing_cache import TimingCache
 from lightning_estdgm.sparse.backends._protocol import backends, get_backend
-
-MARGIN = 0.05
-"""By what share of the dense time a sparse backend must be faster: noise must not choose it."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +43,34 @@ class Choice:
     why: str
 
 
-def choice_of(seconds: Mapping[str, float], when: str = "") -> Choice:
+def choice_of(found: Timing | Mapping[str, float], when: str = "") -> Choice:
     """Return the choice by the rule: the fastest sparse backend, if it takes at least 5 % less time than dense.
 
+    What the turns leave in doubt goes to the one that is named first: dense before sparse, and sparse backends by name.
+    So noise does not choose, and another run on the same machine chooses the same.
+
     Args:
-        seconds: Time of forward and backward, for ``"dense"`` and at least one backend.
+        found: Turns of forward and backward, for ``"dense"`` first and at least one backend; or the seconds of each.
         when: Date of a timing that was kept, ISO 8601; empty for one made now.
     """
-    dense_s = seconds[DENSE]
-    best = min((name for name in seconds if name != DENSE), key=lambda name: seconds[name])
-    sparse_s = seconds[best]
+    timing = Timing.of(found)
+    timing = replace(timing, turns={DENSE: timing.turns[DENSE], **timing.turns})  # what others are compared with
+    seconds = timing.seconds
+    best = fastest = timing.others[0]
+    winners = [name for name in timing.turns if name != DENSE and timing.wins(name)]
+    for name in winners:
+        if name == winners[0] or timing.wins(name, best):
+            best = name
+    dense_s, sparse_s = seconds[DENSE], seconds[best]
     spent = f"({sparse_s * 1e3:.3g} against {dense_s * 1e3:.3g} ms)"
     if when:
-        spent += f", measured on {when.partition('T')[0]}"
-    if sparse_s <= (1.0 - MARGIN) * dense_s:
+        spent += f", measured on {when.partition('T')[0]}" + " while the machine was busy" * timing.busy
+    if winners:
         return Choice(best, dense_s, sparse_s, f"sparse {dense_s / sparse_s:.1f}x faster {spent}")
+    low, high = timing.middle(fastest)
+    if low <= 1.0 - MARGIN:
+        between = f"sparse takes {low:.2f} to {high:.2f}x the time"
+        return Choice(DENSE, dense_s, sparse_s, f"dense: the rounds disagree, {between} {spent}")
     if sparse_s < dense_s:
         return Choice(DENSE, dense_s, sparse_s, f"dense: sparse is less than {MARGIN:.0%} faster {spent}")
     return Choice(DENSE, dense_s, sparse_s, f"dense faster: sparse takes {sparse_s / dense_s:.1f}x the time {spent}")
@@ -64,14 +79,16 @@ def choice_of(seconds: Mapping[str, float], when: str = "") -> Choice:
 class BackendSelector:
     """Chooses dense or a sparse backend per layer shape and density, by measuring once and remembering.
 
-    Densities are rounded up by `bucket_of`. What was measured also answers other densities of the same
-    layer: where sparse won, it wins at any lower density; where dense won, it wins at any higher one.
+    Densities are rounded up by `bucket_of`, numbers of tokens or images to the nearest power of two by `count_bucket`.
+    What was measured also answers other densities of the same layer: where sparse won, it wins at any lower density;
+    where dense won, it wins at any higher one.
 
     Args:
         forced: None to measure; ``"dense"`` or a backend's name to use that everywhere. A forced backend that
             does not support a layer raises, and is never replaced.
-        measure: Timer of a case: seconds of each named implementation.
+        measure: Timer of a case: turns, or just seconds, of each named implementation.
         kept: Timings of earlier runs on this machine, to use and to add to; None: neither.
+        load: Load average for each core now. What was measured on a busy machine is measured again on a calm one.
 
     Raises:
         ValueError: ``forced`` is no known name.
@@ -87,8 +104,9 @@ class BackendSelector:
         self,
         forced: str | None = None,
         *,
-        measure: Callable[[Case | ConvCase, Sequence[str]], Mapping[str, float]] = measure_case,
+        measure: Callable[[Case | ConvCase, Sequence[str]], Timing | Mapping[str, float]] = measure_case,
         kept: TimingCache | None = None,
+        load: Callable[[], float | None] = load_per_core,
     ) -> None:
         if forced is not None and forced != DENSE and forced not in backends():
             known = ", ".join((DENSE, *backends()))
@@ -96,6 +114,8 @@ class BackendSelector:
         self._forced = forced
         self._measure = measure
         self._kept = kept
+        self._load = load
+        self._report = TimingReport()
         self._layers: dict[str, dict[str, Any]] = {}  # key -> layer
         self._choices: dict[str, dict[int, Choice]] = {}  # key -> bucket -> choice
 
@@ -105,21 +125,42 @@ class BackendSelector:
         Raises:
             ValueError: A forced (or restored) backend does not run this layer.
         """
-        bucket = bucket_of(case.density)
-        case = replace(case, density=bucket / BUCKETS)
         if self._forced is not None:
-            return self._forced_choice(case)
-        layer = layer_of(case)
-        key = layer_key(layer)
-        if key not in self._choices:
-            self._layers[key], self._choices[key] = layer, self._measured_earlier(case)
-        known = self._choices[key]
+            return self._forced_choice(measured_case(case))
+        asked, case = case, measured_case(case)
+        known, bucket = self._known(case), bucket_of(case.density)
         if bucket not in known:
             known[bucket] = _inferred(known, bucket) or self._measured(case)
         choice = known[bucket]
         if choice.backend != DENSE:
             get_backend(choice.backend)  # a restored choice may name a backend that is not installed here
+        (count, _), (timed, noun) = count_of(asked), count_of(case)
+        if choice.dense_s is not None and count != timed:
+            return replace(choice, why=f"{choice.why}, timed with {timed} {noun} for {count}")
         return choice
+
+    def answers(self, case: Case | ConvCase) -> bool:
+        """Whether `choose` knows its answer by what was chosen so far: no measurement, and nothing read from disk."""
+        case = measured_case(case)
+        known, bucket = self._choices.get(layer_key(layer_of(case)), {}), bucket_of(case.density)
+        return self._forced is not None or bucket in known or bool(_inferred(known, bucket))
+
+    def plan(self, cases: Iterable[Case | ConvCase]) -> str:
+        """Return in words what `choose` is going to measure for these cases, and about how long; empty if nothing."""
+        pending: dict[tuple[str, int], tuple[Case | ConvCase, int]] = {}
+        for case in map(measured_case, cases):
+            bucket = bucket_of(case.density)
+            key = layer_key(layer_of(case)), bucket
+            if key in pending or self.answers(case) or bucket in (known := self._known(case)):
+                continue
+            if not _inferred(known, bucket) and (names := _able(refusals(case))):
+                pending[key] = case, 1 + len(names)
+        return plan_words(list(pending.values())) if pending else ""
+
+    def report(self) -> str:
+        """Return in words what was measured since the last report, and how long it took; empty if nothing."""
+        report, self._report = self._report, TimingReport()
+        return report.words()
 
     def state_dict(self) -> dict[str, Any]:
         """Every choice so far, as plain types: loads with ``torch.load(weights_only=True)``."""
@@ -142,12 +183,12 @@ class BackendSelector:
         try:
             for row in state["choices"]:
                 chosen = {name: row[name] for name in _CHOICE}
-                layer = {name: value for name, value in row.items() if name not in (*_CHOICE, "bucket")}
+                layer = bucketed({name: value for name, value in row.items() if name not in (*_CHOICE, "bucket")})
                 if not is_layer(layer):
                     raise KeyError("the layer's fields")
                 key = layer_key(layer)
                 layers[key] = layer
-                choices.setdefault(key, {})[row["bucket"]] = Choice(**chosen)
+                choices.setdefault(key, {}).setdefault(row["bucket"], Choice(**chosen))
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"expected a state from BackendSelector.state_dict(), got {state!r:.200}") from error
         self._layers, self._choices = layers, choices
@@ -158,15 +199,24 @@ class BackendSelector:
             raise ValueError(f"backend {self._forced!r} was forced, but cannot run this layer: it {reason}")
         return Choice(self._forced, None, None, "forced")
 
+    def _known(self, case: Case | ConvCase) -> dict[int, Choice]:
+        """Choices for a layer by bucket of density: so far, and before any those by what is kept of it."""
+        layer = layer_of(case)
+        key = layer_key(layer)
+        if key not in self._choices:
+            self._layers[key], self._choices[key] = layer, self._measured_earlier(case)
+        return self._choices[key]
+
     def _measured_earlier(self, case: Case | ConvCase) -> dict[int, Choice]:
         """Choices for a layer by what is kept of it, at any density; of the same backends that would be tried now."""
         if self._kept is None:
             return {}
-        names = {DENSE, *_able(refusals(case))}
+        names, load = {DENSE, *_able(refusals(case))}, self._load()
+        calm = load is not None and load < CALM
         return {
-            round(row.density * BUCKETS): choice_of(row.seconds, row.when)
+            round(row.density * BUCKETS): choice_of(row.timing, row.when)
             for row in self._kept.of(case)
-            if row.seconds.keys() == names
+            if row.timing.turns.keys() == names and not (row.timing.busy and calm)
         }
 
     def _measured(self, case: Case | ConvCase) -> Choice:
@@ -175,10 +225,13 @@ class BackendSelector:
         if not names:
             reasons = "; ".join(f"{name} {reason}" for name, reason in reasons_against.items())
             return Choice(DENSE, None, None, f"no sparse backend: {reasons}")
-        seconds = self._measure(case, [DENSE, *names])
+        start = time.perf_counter()
+        timing = Timing.of(self._measure(case, [DENSE, *names]))
+        self._report.timings.append(timing)
+        self._report.seconds += time.perf_counter() - start
         if self._kept is not None:
-            self._kept.add(case, seconds)
-        return choice_of(seconds)
+            self._kept.add(case, timing)
+        return choice_of(timing)
 
 
 _CHOICE = tuple(field.name for field in fields(Choice))

@@ -1,7 +1,7 @@
 """Timings of layers, kept on disk: what was timed once on a machine is not timed again by its next run.
 
 One JSON file for each device model, number of threads and set of versions, in the user's cache folder. The
-environment variable ``ESTDGM_CHOICES`` names another folder, or says ``off``. What is kept are the seconds; the choice
+environment variable ``ESTDGM_CHOICES`` names another folder, or says ``off``. What is kept are the turns; the choice
 is made from them anew. ``estdgm doctor`` shows them, and ``estdgm doctor --remeasure`` drops them.
 """
 
@@ -19,7 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +30,7 @@ import torch
 from lightning_estdgm import sparse
 from lightning_estdgm._environment import cache_folder, package_version, processor_name
 from lightning_estdgm.sparse.autotune._cases import DENSE, Case, ConvCase, is_layer, layer_key, layer_of
+from lightning_estdgm.sparse.autotune._timing import Timing
 from lightning_estdgm.sparse.backends._protocol import backends
 
 try:
@@ -42,7 +43,7 @@ else:
 
 ENVIRONMENT = "ESTDGM_CHOICES"
 
-_FORMAT = 1
+_FORMAT = 2
 _PATIENCE_S = 10.0  # for another process that writes; then on without a lock
 
 
@@ -53,15 +54,20 @@ class LayerTiming:
     Attributes:
         layer: Plain form of the layer, as `_cases.layer_of` returns it.
         density: Active share of its blocks.
-        seconds: Time of forward and backward, for ``"dense"`` and each backend that was tried.
+        timing: Turns of forward and backward, for ``"dense"`` and each backend that was tried.
         when: Date and time in UTC, as ISO 8601.
 
     """
 
     layer: dict[str, Any]
     density: float
-    seconds: dict[str, float]
+    timing: Timing
     when: str
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time of forward and backward, by name."""
+        return self.timing.seconds
 
 
 def folder() -> Path | None:
@@ -87,12 +93,43 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "cores": _cores() if device.type == "cpu" else None,
+        "instructions": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else None,
         "torch": str(torch.__version__),
+        "libraries": _libraries(device),
+        "precision": _precision(device),
         "triton": package_version("triton"),
         "lightning-estdgm": package_version("lightning-estdgm"),
         "operators": _digest(Path(sparse.__file__)),
         "backends": {name: _build(backend, device) for name, backend in backends().items()},
     }
+
+
+def _cores() -> int | None:
+    """Return the number of cores that this process may use: threads share them where there are fewer."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _libraries(device: torch.device) -> dict[str, Any]:
+    """Return the libraries that compute dense layers, and whether they may be used."""
+    if device.type == "cpu":
+        return {"onednn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled}
+    cudnn = torch.backends.cudnn
+    return {
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "cudnn": cudnn.version() if cudnn.enabled else None,
+        "cudnn_benchmark": cudnn.benchmark,
+    }
+
+
+def _precision(device: torch.device) -> dict[str, Any]:
+    """Return the settings by which the same dtype is computed faster or slower."""
+    found = {
+        "float32": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    return found if device.type == "cpu" else found | {"cudnn_tf32": torch.backends.cudnn.allow_tf32}
 
 
 def _build(backend: object, device: torch.device) -> str | None:
@@ -147,7 +184,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], list[LayerTiming]]:
         content = json.loads(path.read_bytes())
         if content["format"] != _FORMAT:
             raise ValueError(f"expected format {_FORMAT}, got {content['format']!r}")
-        found = [LayerTiming(**row) for row in content["measurements"]]
+        found = [LayerTiming(**{**row, "timing": Timing(**row["timing"])}) for row in content["measurements"]]
         if not isinstance(content["machine"], dict) or not all(map(_is_sane, found)):
             raise ValueError("expected a machine, and seconds of layers")
     except (KeyError, TypeError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
@@ -156,14 +193,18 @@ def read_file(path: Path) -> tuple[dict[str, Any], list[LayerTiming]]:
 
 
 def _is_sane(row: LayerTiming) -> bool:
+    turns, facts = row.timing.turns, (row.timing.own_share, row.timing.load)
     return (
         is_layer(row.layer)
-        and isinstance(row.seconds, dict)
-        and DENSE in row.seconds
-        and len(row.seconds) > 1
+        and isinstance(turns, dict)
+        and DENSE in turns
+        and len(turns) > 1
         and 0.0 < row.density <= 1.0
         and isinstance(row.when, str)
-        and all(isinstance(name, str) and math.isfinite(s) and s > 0 for name, s in row.seconds.items())
+        and all(isinstance(name, str) and isinstance(seconds, list) and seconds for name, seconds in turns.items())
+        and len(set(map(len, turns.values()))) == 1
+        and all(math.isfinite(s) and s > 0 for seconds in turns.values() for s in seconds)
+        and all(fact is None or math.isfinite(fact) for fact in facts)
     )
 
 
@@ -224,13 +265,15 @@ class TimingCache:
         key = layer_key(layer_of(case))
         return [row for (layer, _), row in self._rows[path].items() if layer == key]
 
-    def add(self, case: Case | ConvCase, seconds: Mapping[str, float]) -> None:
+    def add(self, case: Case | ConvCase, found: Timing | Mapping[str, float]) -> None:
         """Keep the timing of a case, beside those that other processes have added."""
         path = self.path(case.device)
         if path is None:
             return
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
-        row = LayerTiming(layer_of(case), case.density, dict(seconds), now)
+        timing = Timing.of(found)
+        turns = {name: list(seconds) for name, seconds in timing.turns.items()}
+        row = LayerTiming(layer_of(case), case.density, replace(timing, turns=turns), now)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _alone(path):

@@ -1,14 +1,18 @@
 """The never-slower choice. Times are injected: no test depends on how fast this machine is."""
 
+import os
+import re
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.autotune_cases import POINTWISE, Clock, conv_case, linear_case, never, saved_and_loaded
-from lightning_estdgm.sparse._buckets import BUCKETS, bucket_of
+from lightning_estdgm.sparse._buckets import BUCKETS, bucket_of, search_order
 from lightning_estdgm.sparse._conv_geometry import ConvGeometry
 from lightning_estdgm.sparse.autotune._choice import BackendSelector, Choice
+from lightning_estdgm.sparse.autotune._timing import Timing
 
 
 def test_sparse_where_it_is_faster():
@@ -61,6 +65,21 @@ def test_a_win_answers_lower_densities_and_a_loss_higher_ones():
     assert len(clock.asked) == 3
 
 
+def test_token_counts_of_one_bucket_are_measured_once_and_it_is_said():
+    """As tokens scatter over experts: 16 counts around 128."""
+    clock = Clock()
+    selector = BackendSelector(measure=clock)
+    counts = (102, 111, 117, 119, 121, 124, 126, 128, 129, 131, 133, 136, 140, 144, 150, 155)
+    choices = {count: selector.choose(linear_case(tokens=count)) for count in counts}
+    assert [case.tokens for case, _ in clock.asked] == [128]
+    assert choices[128].why == "sparse 2.0x faster (4.5 against 9 ms)"
+    assert choices[102].why == "sparse 2.0x faster (4.5 against 9 ms), timed with 128 tokens for 102"
+    image = conv_case(geometry=POINTWISE, batch=33, density=0.25)
+    assert selector.choose(image).why.endswith(", timed with 32 images for 33")
+    # What follows from another density was not timed, so nothing is said of how.
+    assert selector.choose(linear_case(tokens=102, density=0.1)).why == "sparse already faster at density 0.25"
+
+
 @given(st.lists(st.floats(0.001, 1.0), max_size=40), st.floats(0.5, 8.0))
 def test_inference_never_changes_the_answer_and_saves_measurements(densities, slope):
     clock = Clock(lambda density: slope * density)
@@ -81,7 +100,7 @@ def test_inference_never_changes_the_answer_and_saves_measurements(densities, sl
 @pytest.mark.parametrize(
     "change",
     [
-        {"tokens": 65},
+        {"tokens": 128},
         {"out_features": 128},
         {"in_features": 128},
         {"block_size": 8},
@@ -102,7 +121,7 @@ def test_another_layer_is_measured_by_itself(change):
 @pytest.mark.parametrize(
     "change",
     [
-        {"batch": 3},
+        {"batch": 4},
         {"height": 8},
         {"width": 5},
         {"out_channels": 64},
@@ -190,6 +209,17 @@ def test_a_state_from_before_convolutions_is_understood():
     assert selector.choose(linear_case(density=0.25)) == Choice("cpu", 2.0, 1.0, "once measured")
 
 
+def test_a_state_from_before_buckets_of_tokens_answers_for_its_bucket():
+    known = BackendSelector(measure=Clock())
+    known.choose(linear_case(density=0.25))
+    (row,) = known.state_dict()["choices"]
+    rows = [{**row, "tokens": tokens, "why": f"once measured with {tokens}"} for tokens in (60, 70)]
+    selector = BackendSelector(measure=never)
+    selector.load_state_dict({"choices": rows})
+    assert selector.choose(linear_case(density=0.25)).why == "once measured with 60"
+    assert selector.choose(linear_case(tokens=70, density=0.25)).backend == "cpu"
+
+
 def test_restoring_replaces_what_was_known():
     known = BackendSelector(measure=Clock())
     known.choose(linear_case(density=0.1))
@@ -227,3 +257,67 @@ def test_a_real_measurement_has_the_right_structure():
     assert "ms)" in choice.why
     if choice.backend != "dense":
         assert choice.sparse_s < choice.dense_s
+
+
+# ------------------------------------------------------------------ what is going to be measured, and what was
+
+
+def test_what_will_be_measured_is_told_before_and_what_was_after():
+    selector = BackendSelector(measure=Clock())
+    assert selector.report() == ""
+    cases = [linear_case(tokens=tokens, density=d) for tokens in (60, 64, 256) for d in (0.1, 0.25, 0.3, 0.9, 1.0)]
+    plan = selector.plan(cases)
+    assert plan.startswith("dense and sparse products are timed on this machine: up to 8 cases (2 shapes of layer and ")
+    assert re.search(r"about \d+ s$", plan)
+    assert not any(map(selector.answers, cases))
+    for case in cases:
+        selector.choose(case)
+    assert all(map(selector.answers, cases))
+    assert re.fullmatch(r"8 cases timed in 0\.0 s\.", selector.report())
+    assert selector.report() == ""
+    assert selector.plan(cases) == ""
+
+
+@given(st.lists(st.floats(0.001, 1.0), min_size=1, max_size=30), st.floats(0.3, 30.0))
+def test_no_more_is_measured_than_was_planned(densities, slope):
+    """The density that users are shown first, which may be any, then those of the search."""
+    clock = Clock(lambda density: slope * density)
+    selector = BackendSelector(measure=clock)
+    cases = [linear_case(density=density) for density in (densities[0], *search_order(densities))]
+    (most,) = re.findall(r"up to (\d+) case", selector.plan(cases))
+    for case in cases:
+        selector.choose(case)
+    assert 1 <= len(clock.asked) <= int(most)
+    assert all(selector.answers(linear_case(density=density)) for density in densities)
+
+
+@pytest.mark.parametrize(
+    ("selector", "case"),
+    [
+        (BackendSelector("cpu", measure=never), linear_case()),
+        (BackendSelector(measure=never), linear_case(block_size=1)),
+        (BackendSelector(measure=never), linear_case(block_size=4)),
+    ],
+    ids=["forced", "single weights", "no backend"],
+)
+def test_nothing_is_planned_where_nothing_can_be_measured(selector, case):
+    assert selector.plan([case]) == ""
+    selector.choose(case)
+    assert selector.report() == ""
+
+
+def test_a_busy_machine_and_rounds_that_disagree_are_reported():
+    timings = [
+        Timing({"dense": [2.0, 2.0], "cpu": [1.0, 3.0]}, own_share=0.62, load=0.5),
+        Timing({"dense": [2.0, 2.0], "cpu": [1.0, 1.0]}, own_share=0.99, load=0.5),
+    ]
+    left = list(timings)
+    selector = BackendSelector(measure=lambda case, names: left.pop())
+    for tokens in (64, 256):
+        selector.choose(linear_case(tokens=tokens))
+    cores = os.cpu_count()
+    assert selector.report() == (
+        "2 cases timed in 0.0 s; 1 with rounds that did not all say the same, timed again. The machine was busy during "
+        f"1 of them (this process had 62% of its core, load average {cores / 2:.1f} on {cores} core{'s' * (cores > 1)})"
+        ": choices may be others where it is not, and are timed again by the next run that finds it calm."
+    )

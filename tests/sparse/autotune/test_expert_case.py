@@ -8,9 +8,10 @@ import torch
 
 from helpers.autotune_cases import Clock, linear_case, never, saved_and_loaded
 from lightning_estdgm.sparse.autotune import _expert_case
-from lightning_estdgm.sparse.autotune._cases import DENSE, is_layer, layer_of, measure_case
+from lightning_estdgm.sparse.autotune._cases import DENSE, is_layer, layer_of
 from lightning_estdgm.sparse.autotune._choice import BackendSelector
 from lightning_estdgm.sparse.autotune._expert_case import DENSE_FORMS, ExpertCase
+from lightning_estdgm.sparse.autotune._timing import measure_case
 from lightning_estdgm.sparse.autotune._timing_cache import TimingCache
 
 
@@ -49,7 +50,7 @@ def test_of_a_stack_that_is_too_large_a_part_is_timed(monkeypatch):
 
 
 def test_dense_and_sparse_are_timed_forward_and_backward():
-    seconds = measure_case(expert_case(), [DENSE, "cpu"], rounds=1)
+    seconds = measure_case(expert_case(), [DENSE, "cpu"], rounds=1).seconds
     assert set(seconds) == {DENSE, "cpu"}
     assert all(math.isfinite(s) and s > 0 for s in seconds.values())
 

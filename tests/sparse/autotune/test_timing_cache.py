@@ -14,6 +14,7 @@ from lightning_estdgm.sparse.autotune import _choice as choice_module
 from lightning_estdgm.sparse.autotune import _timing_cache as timing_cache
 from lightning_estdgm.sparse.autotune._cases import refusals
 from lightning_estdgm.sparse.autotune._choice import BackendSelector
+from lightning_estdgm.sparse.autotune._timing import Timing
 from lightning_estdgm.sparse.autotune._timing_cache import TimingCache, folder, read_file
 from lightning_estdgm.sparse.backends._protocol import get_backend
 
@@ -88,13 +89,18 @@ def test_the_file_is_for_people_too(kept):
     assert content["machine"]["torch"] == torch.__version__
     (row,) = content["measurements"]
     assert row["layer"] == {**LAYER, "dtype": "float32", "device": "cpu", "frozen": False, "transposed": False}
-    assert set(row["seconds"]) == {"dense", *(n for n, why in refusals(linear_case()).items() if why is None)}
+    assert set(row["timing"]["turns"]) == {"dense", *(n for n, why in refusals(linear_case()).items() if why is None)}
 
 
 CHANGES = {
     "device": lambda m: m.setattr(timing_cache, "processor_name", lambda: "Another CPU"),
     "threads": lambda m: m.setattr(torch, "get_num_threads", lambda: 99),
     "torch": lambda m: m.setattr(torch, "__version__", "9.9"),
+    "cores": lambda m: m.setattr(timing_cache, "_cores", lambda: 99),
+    "instructions": lambda m: m.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER"),
+    "onednn": lambda m: m.setattr(torch.backends.mkldnn, "is_available", lambda: False),
+    "precision": lambda m: m.setattr(torch, "get_float32_matmul_precision", lambda: "medium"),
+    "determinism": lambda m: m.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True),
     "a version": lambda m: m.setattr(timing_cache, "package_version", lambda distribution: f"{distribution} 9.9"),
     "the source": lambda m: m.setattr(timing_cache, "_digest", lambda module: "other"),
     "a build": lambda m: m.setattr(type(get_backend("native")), "build", lambda self, device: "other"),
@@ -128,8 +134,9 @@ def test_backends_that_come_or_go_are_measured_with_the_others(kept, monkeypatch
 
 def _content(change):
     row = {"layer": {**LAYER, "dtype": "float32", "device": "cpu", "frozen": False, "transposed": False}}
-    row |= {"density": 0.25, "seconds": {"dense": 1.0, "cpu": 2.0}, "when": "2026-01-01T00:00Z"}
-    content = {"format": 1, "machine": {}, "measurements": [row]}
+    timing = {"turns": {"dense": [1.0, 1.0], "cpu": [2.0, 2.0]}, "own_share": 0.99, "load": None}
+    row |= {"density": 0.25, "timing": timing, "when": "2026-01-01T00:00Z"}
+    content = {"format": 2, "machine": {}, "measurements": [row]}
     change(content, row)
     return json.dumps(content).encode()
 
@@ -139,12 +146,16 @@ BROKEN = {
     "cut off": _content(lambda content, row: None)[:-30],
     "not text": b"\xff\x00",
     "not a table": b"[1, 2]",
-    "of a later format": _content(lambda content, row: content.update(format=2)),
+    "of a later format": _content(lambda content, row: content.update(format=3)),
+    "of an earlier format": _content(lambda content, row: content.update(format=1)),
     "rows of something else": _content(lambda content, row: row.update(layer={"tokens": 3})),
     "a row too short": _content(lambda content, row: row.pop("when")),
-    "no time": _content(lambda content, row: row["seconds"].update(cpu=float("nan"))),
-    "nothing to compare": _content(lambda content, row: row["seconds"].pop("cpu")),
-    "a list of times": _content(lambda content, row: row.update(seconds=[1.0, 2.0])),
+    "no time": _content(lambda content, row: row["timing"]["turns"].update(cpu=[1.0, float("nan")])),
+    "a turn too few": _content(lambda content, row: row["timing"]["turns"]["cpu"].pop()),
+    "no turns": _content(lambda content, row: row["timing"].update(turns={"dense": [], "cpu": []})),
+    "nothing to compare": _content(lambda content, row: row["timing"]["turns"].pop("cpu")),
+    "a list of times": _content(lambda content, row: row["timing"].update(turns=[1.0, 2.0])),
+    "a load in words": _content(lambda content, row: row["timing"].update(load="high")),
 }
 
 
@@ -213,6 +224,40 @@ def test_two_processes_that_write_at_once_lose_nothing(kept, tmp_path):
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(n), str(tmp_path)]) for n in (1, 2)]
     assert [writer.wait(timeout=300) for writer in writers] == [0, 0]
     assert {row.layer["tokens"]: row.seconds["dense"] for row in _rows(kept)} == {n: float(n) for n in range(1, 81)}
+
+
+@pytest.mark.parametrize(("load", "again"), [(0.2, True), (0.9, False), (None, False)])
+def test_what_a_busy_machine_has_measured_is_measured_again_once_it_is_calm(kept, load, again):
+    busy = Timing({"dense": [2.0], "cpu": [1.0], "native": [1.5]}, own_share=0.6, load=2.0)
+    busy = Timing({name: busy.turns[name] for name in ("dense", *_able())}, busy.own_share, busy.load)
+    BackendSelector(measure=lambda case, names: busy, kept=TimingCache()).choose(linear_case())
+    slow = Clock(lambda density: 3.0)
+    choice = BackendSelector(measure=slow, kept=TimingCache(), load=lambda: load).choose(linear_case())
+    assert len(slow.asked) == again
+    assert choice.backend == ("dense" if again else "cpu")
+    day = _rows(kept)[0].when[:10]
+    if not again:
+        assert (
+            choice.why == f"sparse 2.0x faster (1e+03 against 2e+03 ms), measured on {day} while the machine was busy"
+        )
+    # The next run takes what the calm machine has measured.
+    assert BackendSelector(measure=never, kept=TimingCache(), load=lambda: load).choose(linear_case()).backend == (
+        choice.backend
+    )
+
+
+def test_what_is_kept_makes_the_choice_that_was_made(kept):
+    """Rounds that disagree leave dense, in the run that timed them and in the next."""
+    turns = {name: [1.0, 3.0, 1.0, 3.0] for name in _able()}
+    timing = Timing({"dense": [2.0] * 4, **turns}, own_share=1.0, load=0.1)
+    first = BackendSelector(measure=lambda case, names: timing, kept=TimingCache()).choose(linear_case())
+    second = BackendSelector(measure=never, kept=TimingCache()).choose(linear_case())
+    assert first.backend == second.backend == "dense"
+    assert second.why == first.why + f", measured on {_rows(kept)[0].when[:10]}"
+
+
+def _able():
+    return [name for name, reason in refusals(linear_case()).items() if reason is None]
 
 
 def test_a_restored_choice_counts_for_more_than_the_file(kept):

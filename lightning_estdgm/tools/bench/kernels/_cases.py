@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_estdgm.sparse.autotune._cases import DENSE, Case, ConvCase, measure_case
+from lightning_estdgm.sparse.autotune._cases import DENSE, Case, ConvCase
+from lightning_estdgm.sparse.autotune._timing import measure_case
 from lightning_estdgm.tools.bench.kernels._rows import is_wrong, product_row, relative_error, row
 from lightning_estdgm.tools.bench.kernels._timing import take_turns
 
@@ -25,7 +26,7 @@ def attempt(
     density = case.topology().density
     try:
         found = products()
-        seconds = measure_case(case, [DENSE, name], rounds=rounds)
+        seconds = measure_case(case, [DENSE, name], rounds=rounds).seconds
     except Exception as e:  # a kernel on a new device may fail in any way
         reason = f"{type(e).__name__}: {e}"[:500]
         return row(kind, shape, case.dtype, case.block_size, density, name, None, {}, {"failed": reason})
