@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 from lightning_estdgm._checks import check_int
 from lightning_estdgm.callbacks._internal.averages import mask_averages_
 from lightning_estdgm.callbacks._internal.dgm_log import DGMLog
+from lightning_estdgm.callbacks._internal.fit_result import FitResult, FitResultFile
 from lightning_estdgm.callbacks._internal.gradient_compression import GradientCompression
 from lightning_estdgm.callbacks._internal.run_outcome import RunOutcome
 from lightning_estdgm.callbacks._internal.schedule_clock import ScheduleClock, nothing_left
-from lightning_estdgm.callbacks._internal.spawned_result import SpawnedResult, SpawnedResultFile
 from lightning_estdgm.callbacks._internal.trainer_checks import (
     check_checkpoint_io,
     check_ddp,
@@ -36,6 +36,8 @@ from lightning_estdgm.engine._pace import Pace, saved_pace
 from lightning_estdgm.method._schedules import EstDgm, Schedule
 from lightning_estdgm.modules._candidates import unlisted_weights
 from lightning_estdgm.presets import preset
+
+_BOUND_TO_A_FIT = ("controller", "_earlier", "_compression", "_eagerly", "_restored", "_clock", "_log", "_outcome")
 
 
 class DGMCallback(pl.Callback):
@@ -89,7 +91,8 @@ class DGMCallback(pl.Callback):
         self.compress_gradients = compress_gradients
         self.controller: DGMController | None = None
         self._earlier: DGMController | None = None  # of the fit before, for one with nothing left to do
-        self._spawned = SpawnedResultFile()
+        self._spawned = FitResultFile()
+        self._copied: FitResult | None = None  # of the callback that this one is a copy of
         self._compression: GradientCompression | None = None
         self._eagerly: Any = None  # torch's stance for the first step, whose exit lets torch.compile work again
         self._restored: dict[str, Any] | None = None
@@ -167,21 +170,21 @@ class DGMCallback(pl.Callback):
             "name": self.config.method or ("EST-DGM" if isinstance(config, EstDgm) else type(config).__name__),
             "schedule": config.to_dict(),
         }
-        if self.controller is None:
+        if (known := self._known()) is None:
             unknown = ("final_density", "density", "flops_ratio", "flops_executed_ratio", "phases", "block_sizes")
             more = ("backends", "sparse_operators_ran", "ended_as_asked", "thawed_and_dense", "best_checkpoints")
             return summary | dict.fromkeys((*unknown, *more))
-        flops, masked = self.controller.flops, [d for d in self.decisions() if d.masked]
+        flops, masked = known.flops, [d for d in known.decisions() if d.masked]
         return summary | {
-            "final_density": self.controller.final_density,
-            "density": self.density,
-            "flops_ratio": self.flops_ratio,
-            "flops_executed_ratio": self.controller.flops_executed_ratio,
-            "phases": list(dict.fromkeys(segment.phase for segment in self.schedule.segments)),
+            "final_density": known.final_density,
+            "density": known.density,
+            "flops_ratio": known.flops_ratio,
+            "flops_executed_ratio": known.flops_executed_ratio,
+            "phases": list(dict.fromkeys(segment.phase for segment in known.schedule.segments)),
             "block_sizes": dict(Counter(str(d.block_size) for d in masked)),
             "backends": dict(Counter(d.backend for d in masked)),
             "sparse_operators_ran": flops["executed"] < flops["dense"],
-            **(self._outcome.summary() if self._outcome else {}),
+            **(known.outcome if isinstance(known, FitResult) else self._outcome_so_far()),
         }
 
     def _bound(self) -> DGMController:
@@ -189,11 +192,14 @@ class DGMCallback(pl.Callback):
             raise RuntimeError("DGMCallback knows its model only from the start of trainer.fit on")
         return self.controller
 
-    def _known(self) -> DGMController | SpawnedResult | None:
+    def _known(self) -> DGMController | FitResult | None:
         """Return the controller, or the result of a fit in other processes (``ddp_spawn``, ``ddp_fork``), if any."""
-        return self.controller or self._spawned.result(self.config)
+        return self.controller or self._spawned.result(self.config) or self._copied
 
-    def _known_for_certain(self) -> DGMController | SpawnedResult:
+    def _outcome_so_far(self) -> dict[str, Any]:
+        return self._outcome.summary() if self._outcome else {}
+
+    def _known_for_certain(self) -> DGMController | FitResult:
         return self._known() or self._bound()
 
     # ------------------------------------------------------------------ life of a fit
@@ -208,7 +214,7 @@ class DGMCallback(pl.Callback):
         check_other_maskers(trainer)
         if stage == "fit":
             # Nothing of an earlier fit, or of the checkpoint of a validation, belongs to this fit.
-            self._earlier, self.controller = self.controller, None
+            self._earlier, self.controller, self._copied = self.controller, None, None
             self._restored, self._checkpoint_step = None, 0
             self._max_epochs = trainer.max_epochs
             adapter_for(trainer.strategy).check(trainer.strategy)
@@ -346,9 +352,9 @@ class DGMCallback(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove all hooks; masks and counters stay readable, also in the process that spawned this one."""
         if self._clock is not None:  # not in a fit with nothing left to do
-            self._spawned.leave(self._bound(), trainer)
             assert self._outcome is not None
             self._outcome.say()
+            self._spawned.leave(self._bound(), trainer, self._outcome.summary())
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -377,6 +383,15 @@ class DGMCallback(pl.Callback):
             self._log = None
 
     # ------------------------------------------------------------------ state
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle has the settings and the result so far: the controller, its hooks, the model and the
+        # Trainer stay where they are. Without a result of sharded weights, which all ranks would have to ask for.
+        known = self._known()
+        if isinstance(known, DGMController):
+            sharded = any(weight.placement.is_sharded for weight in known.masked_weights)
+            known = None if sharded else FitResult.of(known, self._outcome_so_far())
+        return {**self.__dict__, **dict.fromkeys(_BOUND_TO_A_FIT), "_copied": known}
 
     @property
     def state_key(self) -> str:

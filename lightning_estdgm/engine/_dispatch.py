@@ -17,6 +17,7 @@ from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.modules._candidates import Candidate
 from lightning_estdgm.modules._forward_probe import ForwardProbe, Image, is_channels_last
 from lightning_estdgm.modules._kinds import conv_geometry
+from lightning_estdgm.modules._own_hook import OwnHook
 from lightning_estdgm.modules._swap import restore_dense_, sparsify_
 from lightning_estdgm.sparse._conv_geometry import ConvGeometry
 from lightning_estdgm.sparse._topology import BlockTopology
@@ -79,7 +80,7 @@ class Dispatch:
         """Hook the layers' forwards if the first step is still to come."""
         if self.probing:
             for candidate in self._candidates:
-                self._handles.append(candidate.module.register_forward_hook(self._probes[candidate.name]))
+                self._handles.append(candidate.module.register_forward_hook(OwnHook(self._probes[candidate.name])))
 
     def read_probes(self, used_by_themselves: Mapping[str, int]) -> None:
         """Take over the shapes and dtypes that the first step's forwards showed.

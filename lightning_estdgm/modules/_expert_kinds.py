@@ -58,6 +58,10 @@ def _why_dense(module: nn.Module) -> str:
     return "" if own.__module__.partition(".")[0] == "transformers" else f"no sparse operator for {own.__name__}"
 
 
+def _found_by_its_parameter(module: nn.Module) -> bool:
+    return True
+
+
 def _no_operator(module: nn.Module) -> str:
     return "no sparse operator for stacked experts"
 
@@ -72,7 +76,7 @@ def _kind(
 ) -> LayerKind:
     return LayerKind(
         "experts",
-        lambda module: True,
+        _found_by_its_parameter,
         _routed_tokens,
         why_dense,
         weight_name=own,
