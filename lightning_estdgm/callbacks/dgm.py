@@ -7,6 +7,7 @@ The method itself is in `engine._controller`, helpers are in `_internal`.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -100,6 +101,7 @@ class DGMCallback(pl.Callback):
         self._max_epochs: int | None = None
         self._resumed = False
         self._clock: ScheduleClock | None = None
+        self._optimizers: list[Optimizer] = []  # the Trainer's, when last seen
         self._log: DGMLog | None = None
         self._outcome: RunOutcome | None = None
 
@@ -234,9 +236,10 @@ class DGMCallback(pl.Callback):
         self._resumed = state is not None
         goes_on = self._resumed or self._checkpoint_step > 0
         self._clock = ScheduleClock(trainer, pl_module, self.total_steps, self._max_epochs, goes_on)
+        self._optimizers = list(trainer.optimizers)
         self.controller = DGMController(
             model,
-            trainer.optimizers,
+            self._optimizers,
             self.config,
             total_steps=self._clock.total_steps,
             state=state,
@@ -308,9 +311,14 @@ class DGMCallback(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Run the first step without torch.compile: it records the shapes that backends are measured at."""
+        """Take over new optimizers; run the first step uncompiled, as it records the shapes that backends see."""
         assert self._outcome is not None
-        self._bound().mask_weights()
+        controller = self._bound()
+        if not _are_same(self._optimizers, trainer.optimizers):
+            self._optimizers = list(trainer.optimizers)
+            controller.use_optimizers(self._optimizers)
+            rank_zero_info("DGMCallback: the Trainer has other optimizers than before; the schedule goes on by them")
+        controller.mask_weights()
         self._outcome.watch()
         if batch_idx == 0:
             self._outcome.watch_thawed()
@@ -378,6 +386,7 @@ class DGMCallback(pl.Callback):
             self._compression.close()
             self._compression = None
         self._clock = None
+        self._optimizers = []
         if self._log is not None:
             self._log.close()
             self._log = None
@@ -391,7 +400,7 @@ class DGMCallback(pl.Callback):
         if isinstance(known, DGMController):
             sharded = any(weight.placement.is_sharded for weight in known.masked_weights)
             known = None if sharded else FitResult.of(known, self._outcome_so_far())
-        return {**self.__dict__, **dict.fromkeys(_BOUND_TO_A_FIT), "_copied": known}
+        return {**self.__dict__, **dict.fromkeys(_BOUND_TO_A_FIT), "_optimizers": [], "_copied": known}
 
     @property
     def state_key(self) -> str:
@@ -411,3 +420,7 @@ class DGMCallback(pl.Callback):
     ) -> None:
         """Note the step of a checkpoint, in case it holds no state of this callback."""
         self._checkpoint_step = max(self._checkpoint_step, checkpoint["global_step"])
+
+
+def _are_same(some: Sequence[Optimizer], others: Sequence[Optimizer]) -> bool:
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))

@@ -24,6 +24,7 @@ AUDITED_STEPS = 20
 """Number of steps after which a weight that no gradient has reached stays dense for good."""
 
 _UNSEEN_STEPS = 5  # in a row, before it is said
+_UNSEEN_STEPS_LATER = 50  # more than micro-batches that a loop accumulates while it writes to weights by itself
 _WAITS = "no gradient has reached it yet: dense until then"
 
 
@@ -115,18 +116,25 @@ class Admission:
         waiting = set(self.waiting)
         return [weight for weight in weights if weight in waiting and weight not in seen]
 
-    def warn_if_steps_are_not_seen(self) -> None:
-        """Warn once if weights with gradients go on changing and no step of an optimizer was seen."""
-        changed = {weight: weight.parameter._version for weight in self.waiting if weight in self._saw_gradient}
+    def warn_if_steps_are_not_seen(self, masked: Sequence[MaskedWeight]) -> None:
+        """Warn once if weights that train go on changing and no step of an optimizer was seen.
+
+        Args:
+            masked: weights that are masked already.
+
+        """
+        train = [*masked, *(weight for weight in self.waiting if weight in self._saw_gradient)]
+        changed = {weight: weight.parameter._version for weight in train}
         moved = sum(self._versions.get(weight, version) != version for weight, version in changed.items())
         self._versions = changed
         self._unseen_steps = self._unseen_steps + 1 if moved else 0
-        if self._unseen_steps == _UNSEEN_STEPS:
+        if self._unseen_steps == (_UNSEEN_STEPS_LATER if masked else _UNSEEN_STEPS):
             names = [weight.name for weight in changed]
+            what = "Masks stay as they are" if masked else "Nothing is masked"
             warnings.warn(
                 f"the weights of {len(names)} layers ({first_names(names)}) change between the batches, but none of "
                 "their optimizer's steps was seen: its class does not run the step hooks of torch.optim.Optimizer. "
-                "Nothing is masked, and the schedule stands still. Have the class's step be "
+                f"{what}, and the schedule stands still. Have the class's step be "
                 "called by `step()`, or keep the optimizer that steps as an attribute",
                 RuntimeWarning,
                 stacklevel=4,

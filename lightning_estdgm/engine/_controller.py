@@ -112,8 +112,8 @@ class DGMController:
         self._waiting = False  # a mask update is due but nothing could be observed yet
         self._warned_nonfinite = False
         self._flops = FlopCounter()
-        every = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-        self._hooks = StepHooks(every, self._mask_if_touched, self.config.step_size.exponent)
+        every = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
+        self._hooks = StepHooks(every, self._mask_if_touched, self.config.step_size.exponent, self._take_over)
         self._states = OptimizerStates(every)
         selection = self.config.selection
         candidates = find_candidates(
@@ -123,10 +123,9 @@ class DGMController:
         self._masked = MaskedModel(candidates, self.config, state, group, wait=True)
         can_mask = self._masked.every
         self._dispatch = Dispatch(self.config, candidates, self._masked.weights, can_mask, group)
-        changes_masks = len(self.schedule.densities) > 1
         trains_inactive = self.config.trains_inactive_weights
-        check_rule(self._masked.rule, can_mask, changes_masks=changes_masks, trains_inactive=trains_inactive)
-        self._states.prepare(can_mask, changes_masks=changes_masks)
+        check_rule(self._masked.rule, can_mask, changes_masks=self._changes_masks, trains_inactive=trains_inactive)
+        self._states.prepare(can_mask, changes_masks=self._changes_masks)
         self._admission = Admission(model, candidates, can_mask, group)
         try:
             if state is not None:
@@ -182,7 +181,7 @@ class DGMController:
             weight.begin_step()
         if not self._hooks.stepped:
             self._hooks.begin_step()
-            self._admission.warn_if_steps_are_not_seen()
+            self._admission.warn_if_steps_are_not_seen(self._masked.weights)
             return False
         before = self.position
         after = self.pace.position_at(self.steps + 1) if position is None else position
@@ -254,6 +253,27 @@ class DGMController:
         names = [weight.name for weight in zeros]
         held = self._take_in(self._admission.keep_waiting(names, {}), largest=True) if zeros else []
         self.recovered = describe_recovered(zeros, held)
+
+    def use_optimizers(self, optimizers: Optimizer | Sequence[Optimizer]) -> None:
+        """Go on with other optimizers than before, such as ones made anew in mid-run.
+
+        An optimizer that holds weights and was not given is met at its first step and added. This call lets go of those
+        that are not used any more.
+
+        Args:
+            optimizers: all optimizers of the run from now on.
+
+        Raises:
+            ValueError: as when a controller is made: if steps cannot be seen, or state cannot be reset.
+
+        """
+        every = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
+        self._states.optimizers = every
+        self._states.prepare(self._masked.every, changes_masks=self._changes_masks)
+        self._hooks.use(every)
+
+    def _take_over(self, optimizer: Optimizer) -> None:
+        self.use_optimizers([*self._hooks.optimizers, optimizer])
 
     def mask_copy_(self, copy: nn.Module) -> None:
         """Zero the inactive weights of a copy of the model, such as an average of its weights over time.
@@ -469,6 +489,10 @@ class DGMController:
     def _check_ranks(self, when: str) -> None:
         words = {"the number of steps": self.steps, "the schedule's position": self.position}
         self._masked.check_ranks(words, when)
+
+    @property
+    def _changes_masks(self) -> bool:
+        return len(self.schedule.densities) > 1
 
     def _final_density(self) -> float:
         return self.schedule(self.schedule.total_steps - 1).density
