@@ -100,6 +100,7 @@ class DGMCallback(pl.Callback):
         self._checkpoint_step = 0  # step of the checkpoint that the fit goes on from
         self._max_epochs: int | None = None
         self._resumed = False
+        self._counted: int | None = None  # steps of the Trainer, at the checkpoint that is resumed or at the fit's end
         self._clock: ScheduleClock | None = None
         self._optimizers: list[Optimizer] = []  # the Trainer's, when last seen
         self._log: DGMLog | None = None
@@ -217,7 +218,7 @@ class DGMCallback(pl.Callback):
         if stage == "fit":
             # Nothing of an earlier fit, or of the checkpoint of a validation, belongs to this fit.
             self._earlier, self.controller, self._copied = self.controller, None, None
-            self._restored, self._checkpoint_step = None, 0
+            self._restored, self._checkpoint_step, self._counted = None, 0, None
             self._max_epochs = trainer.max_epochs
             adapter_for(trainer.strategy).check(trainer.strategy)
             check_ddp(trainer)
@@ -234,6 +235,7 @@ class DGMCallback(pl.Callback):
             return
         state, self._restored = self._restored, None
         self._resumed = state is not None
+        self._counted = None if state is None else state.get("counted")
         goes_on = self._resumed or self._checkpoint_step > 0
         self._clock = ScheduleClock(trainer, pl_module, self.total_steps, self._max_epochs, goes_on)
         self._optimizers = list(trainer.optimizers)
@@ -262,6 +264,7 @@ class DGMCallback(pl.Callback):
         state, self._restored = self._restored, None
         if state is not None:
             self._resumed = True
+            self._counted = state.get("counted")
             controller = self._bound()
             controller.load_state_dict(state)
             controller.pace = saved_pace(state)  # until the loops are restored, and tell what is left
@@ -272,6 +275,7 @@ class DGMCallback(pl.Callback):
         controller = self._bound()
         if self._resumed:
             assert self._clock is not None
+            self._clock.resume(controller, self._counted)
             self._advance()  # a checkpoint taken before our on_train_batch_end holds a step that is not counted yet
             if changed := self._clock.go_on(controller):
                 rank_zero_info(f"DGMCallback: {changed}")
@@ -362,7 +366,8 @@ class DGMCallback(pl.Callback):
         if self._clock is not None:  # not in a fit with nothing left to do
             assert self._outcome is not None
             self._outcome.say()
-            self._spawned.leave(self._bound(), trainer, self._outcome.summary())
+            controller = self._bound()
+            self._spawned.leave(trainer, lambda: FitResult.of(controller, self._state(controller), self._outcome_so_far()))
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -385,6 +390,7 @@ class DGMCallback(pl.Callback):
         if self._compression is not None:
             self._compression.close()
             self._compression = None
+        self._counted = self._steps_counted()
         self._clock = None
         self._optimizers = []
         if self._log is not None:
@@ -399,7 +405,7 @@ class DGMCallback(pl.Callback):
         known = self._known()
         if isinstance(known, DGMController):
             sharded = any(weight.placement.is_sharded for weight in known.masked_weights)
-            known = None if sharded else FitResult.of(known, self._outcome_so_far())
+            known = None if sharded else FitResult.of(known, self._state(known), self._outcome_so_far())
         return {**self.__dict__, **dict.fromkeys(_BOUND_TO_A_FIT), "_optimizers": [], "_copied": known}
 
     @property
@@ -409,7 +415,16 @@ class DGMCallback(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return masks, windows and counters in plain types."""
-        return known.state_dict() if (known := self._known()) else {}
+        if (known := self._known()) is None:
+            return {}
+        return known.state_dict() if isinstance(known, FitResult) else self._state(known)
+
+    def _state(self, controller: DGMController) -> dict[str, Any]:
+        counted = self._steps_counted()
+        return controller.state_dict() | ({} if counted is None else {"counted": counted})
+
+    def _steps_counted(self) -> int | None:
+        return self._counted if self._clock is None else self._clock.counted
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until there is a controller: strategies restore before or after `on_fit_start`."""

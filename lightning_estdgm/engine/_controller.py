@@ -315,6 +315,11 @@ class DGMController:
         return self._waiting or self.schedule(self.position).observe
 
     @property
+    def stepped(self) -> bool:
+        """Whether an optimizer has stepped since the last `advance`."""
+        return self._hooks.stepped
+
+    @property
     def probing(self) -> bool:
         """Whether the current step records the shapes of the layers' inputs; a compiled model has to run it eagerly."""
         return self._dispatch.probing

@@ -198,3 +198,14 @@ def test_nothing_to_mask_but_what_is_thawed_later_names_the_way_out() -> None:
         ValueError, match="what BackboneFinetuning or the like thaws later is not seen: thaw it before the fit"
     ):
         tuned(4)
+
+
+def test_an_old_style_spectral_norm_is_not_taken_for_a_frozen_layer(recwarn: Any) -> None:
+    class Normed(TinyMLP):
+        def __init__(self) -> None:
+            super().__init__()
+            for _ in range(6):
+                self.net.insert(0, nn.utils.spectral_norm(nn.Linear(16, 16)))
+
+    make_trainer(DGMCallback(), max_epochs=1).fit(Normed(), TinyMLP.batches(16))
+    assert not [w for w in recwarn if "are frozen" in str(w.message)]

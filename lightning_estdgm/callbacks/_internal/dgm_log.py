@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._decisions import LayerDecision
@@ -111,7 +112,9 @@ class DGMLog:
     def _warn_frozen(self, controller: DGMController) -> None:
         """Warn if most of the layers' weights are frozen, as where adapters are trained on a frozen base."""
         masked = sum(math.prod(d.shape) for d in controller.decisions() if d.masked)
-        frozen = [math.prod(c.shape) for c in controller.candidates if not c.weight.requires_grad]
+        # The weight of an old-style spectral_norm or weight_norm is no parameter, and trains by others.
+        weights = [(c.weight, math.prod(c.shape)) for c in controller.candidates if isinstance(c.weight, nn.Parameter)]
+        frozen = [size for weight, size in weights if not weight.requires_grad]
         if sum(frozen) > _MOSTLY * masked:
             rank_zero_warn(
                 f"DGMCallback masks {masked:,} weights, and {len(frozen)} layers with {sum(frozen):,} weights are "

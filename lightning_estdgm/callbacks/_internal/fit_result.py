@@ -6,7 +6,7 @@ import os
 import tempfile
 import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -41,17 +41,18 @@ class FitResult:
     _masks: dict[str, Tensor]
 
     @classmethod
-    def of(cls, controller: DGMController, outcome: Mapping[str, Any]) -> FitResult:
+    def of(cls, controller: DGMController, state: dict[str, Any], outcome: Mapping[str, Any]) -> FitResult:
         """Return the result of a controller's run so far; if weights are sharded, call it on every rank.
 
         Args:
             controller: controller of the fit.
+            state: its state, and the callback's own.
             outcome: result of `RunOutcome.summary`.
 
         """
         return cls(
             outcome=dict(outcome),
-            _state=controller.state_dict(),
+            _state=state,
             _decisions=controller.decisions(),
             _masks=controller.masks(),
             **{name: getattr(controller, name) for name in _NUMBERS},
@@ -97,11 +98,11 @@ class FitResultFile:
         self._result: FitResult | None = None
         weakref.finalize(self, _remove_by_maker, self._path, self._made_in)
 
-    def leave(self, controller: DGMController, trainer: pl.Trainer, outcome: Mapping[str, Any]) -> None:
+    def leave(self, trainer: pl.Trainer, result: Callable[[], FitResult]) -> None:
         """Write the result of a fit; call it on every rank. Does nothing in the process that made this object."""
         if os.getpid() == self._made_in or not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             return
-        content = FitResult.of(controller, outcome).plain()  # on every rank
+        content = result().plain()  # on every rank
         if trainer.is_global_zero:
             torch.save(content, self._path)
 
