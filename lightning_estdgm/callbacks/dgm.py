@@ -366,8 +366,7 @@ class DGMCallback(pl.Callback):
         if self._clock is not None:  # not in a fit with nothing left to do
             assert self._outcome is not None
             self._outcome.say()
-            controller = self._bound()
-            self._spawned.leave(trainer, lambda: FitResult.of(controller, self._state(controller), self._outcome_so_far()))
+            self._spawned.leave(trainer, lambda: self._result(self._bound()))
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -405,7 +404,7 @@ class DGMCallback(pl.Callback):
         known = self._known()
         if isinstance(known, DGMController):
             sharded = any(weight.placement.is_sharded for weight in known.masked_weights)
-            known = None if sharded else FitResult.of(known, self._state(known), self._outcome_so_far())
+            known = None if sharded else self._result(known)
         return {**self.__dict__, **dict.fromkeys(_BOUND_TO_A_FIT), "_optimizers": [], "_copied": known}
 
     @property
@@ -422,6 +421,9 @@ class DGMCallback(pl.Callback):
     def _state(self, controller: DGMController) -> dict[str, Any]:
         counted = self._steps_counted()
         return controller.state_dict() | ({} if counted is None else {"counted": counted})
+
+    def _result(self, controller: DGMController) -> FitResult:
+        return FitResult.of(controller, self._state(controller), self._outcome_so_far())
 
     def _steps_counted(self) -> int | None:
         return self._counted if self._clock is None else self._clock.counted

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
+from lightning_estdgm._words import first_names
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.engine._admission import Admission
 from lightning_estdgm.engine._decisions import LayerDecision
@@ -40,7 +41,7 @@ from lightning_estdgm.engine._pattern_fit import leave_unfitting_dense
 from lightning_estdgm.engine._refusals import check_pattern, check_rule, check_state
 from lightning_estdgm.engine._step_hooks import StepHooks
 from lightning_estdgm.method._schedules import Schedule
-from lightning_estdgm.modules._candidates import HEAD, Candidate, find_candidates
+from lightning_estdgm.modules._candidates import HEAD, Candidate, find_candidates, thawed_layers
 
 _STATE_VERSION = 1
 
@@ -117,22 +118,26 @@ class DGMController:
         self._states = OptimizerStates(every)
         selection = self.config.selection
         candidates = find_candidates(
-            model, selection.include, selection.exclude, self._hooks.held, selection.experts, mask_heads=audit
+            model,
+            selection.include,
+            selection.exclude,
+            self._hooks.held,
+            selection.experts,
+            mask_heads=audit,
+            masks_late=audit and group is None,
         )
         candidates = leave_unfitting_dense(candidates, self.config)
         self._masked = MaskedModel(candidates, self.config, state, group, wait=True)
         can_mask = self._masked.every
         self._dispatch = Dispatch(self.config, candidates, self._masked.weights, can_mask, group)
-        trains_inactive = self.config.trains_inactive_weights
-        check_rule(self._masked.rule, can_mask, changes_masks=self._changes_masks, trains_inactive=trains_inactive)
-        self._states.prepare(can_mask, changes_masks=self._changes_masks)
+        self._check(can_mask)
         self._admission = Admission(model, candidates, can_mask, group)
         try:
             if state is not None:
                 self.load_state_dict(state)
             elif draw_masks:
                 self._begin(audit)
-            self._hooks.register(can_mask, self._admission.note_step)
+            self._hooks.register(self._masked.every, self._admission.note_step)
             self._dispatch.hook_up()
         except BaseException:
             self.close()
@@ -195,8 +200,11 @@ class DGMController:
         )
         self.steps += 1
         self.position = after
-        updated = self._update_if_due(before) if self._masked.weights else False
+        due = self._is_due(before)
+        updated = self._update_if_observed(due) if self._masked.weights else False
         taken_in = self._take_in_trained()
+        if due:
+            self._wake_late()
         if taken_in or is_first or (updated and self._masked.rule.moves_budgets):
             every_density = (self._final_density(), *self.schedule.densities)
             self._dispatch.choose_all([self._masked.layer_densities_at(density) for density in every_density])
@@ -210,13 +218,21 @@ class DGMController:
         if not self._admission.waiting:
             return False
         new = self._admission.settle(self.steps, none_masked=not self._masked.weights)
-        if new:
-            self._take_in(new, largest=self._largest)
+        late = [weight for weight in new if weight.name in self._admission.reopened]
+        for weight in late:
+            weight.since = self.steps
+        if late:  # trained already, or loaded: the largest weights matter most
+            self._take_in(late, largest=True)
+        if first := [weight for weight in new if weight not in late]:
+            self._take_in(first, largest=self._largest)
         if not self._masked.weights and not self._admission.waiting:
             self._masked.choose()
+            asleep = list(self._admission.late.asleep)
             warnings.warn(
                 "the run goes on dense: the first step has shown no layer that can be masked. "
-                f"{self._admission.reasons} (name one in include= if it is no output head)",
+                f"{self._admission.reasons} (name one in include= if it is no output head)"
+                + f"; {len(asleep)} layers ({first_names(asleep)}) are masked once they train"
+                * bool(asleep),
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -224,10 +240,35 @@ class DGMController:
         self._hooks.keep([*self._masked.weights, *self._admission.waiting])
         return bool(new)
 
-    def _update_if_due(self, before: int) -> bool:
-        """Update the masks if an update was due since position `before`, and the gradients it needs were observed."""
+    def _wake_late(self) -> None:
+        """Have layers that have begun to train wait for an audit of the next step; what does not fit stays dense."""
+        woken: list[MaskedWeight] = []
+        for candidate in self._admission.late.take_begun():
+            try:
+                leave_unfitting_dense([candidate], self.config)
+                weights = self._masked.wake([candidate])
+                self._check(weights)
+                woken += weights
+            except ValueError as error:
+                self._admission.reasons[candidate.name] = str(error)
+        if woken:
+            self._admission.reopen(woken, self._masked.candidates)
+            self._hooks.keep([*self._masked.weights, *self._admission.waiting])
+
+    def _check(self, weights: Sequence[MaskedWeight]) -> None:
+        """Raise ValueError if weights cannot be masked by this run's settings; find what their fresh state is."""
+        trains_inactive = self.config.trains_inactive_weights
+        check_rule(self._masked.rule, weights, changes_masks=self._changes_masks, trains_inactive=trains_inactive)
+        self._dispatch.check_forced(weights)
+        self._states.prepare(weights, changes_masks=self._changes_masks)
+
+    def _is_due(self, before: int) -> bool:
+        """Whether a mask update was due since position `before`."""
         crossed = range(before + 1, min(self.position, self.schedule.total_steps - 1) + 1)
-        due = self._waiting or any(self.schedule(p).update for p in crossed)
+        return self._waiting or any(self.schedule(p).update for p in crossed)
+
+    def _update_if_observed(self, due: bool) -> bool:
+        """Update the masks if an update is due and the gradients it needs were observed; return whether it was made."""
         self._waiting = due and self._masked.needs_gradients and not self._masked.observed
         if self._waiting:
             self._masked.refuse_nan()
@@ -322,7 +363,7 @@ class DGMController:
     @property
     def probing(self) -> bool:
         """Whether the current step records the shapes of the layers' inputs; a compiled model has to run it eagerly."""
-        return self._dispatch.probing
+        return self._dispatch.probing or self._admission.reopening
 
     @property
     def phase(self) -> str:
@@ -382,8 +423,12 @@ class DGMController:
         return {weight.name: weight.density for weight in self._masked.shown}
 
     def late_layers(self) -> list[str]:
-        """Return the names of layers that stay dense for want of gradients in the first steps, and have some now."""
-        return self._admission.late()
+        """Return the names of layers that have begun to train in mid-run, and that no mask update will take in."""
+        late = self._admission.late
+        begun = dict.fromkeys([*thawed_layers(self._masked.candidates, self._hooks.held), *late.begun()])
+        left = range(self.schedule.total_steps - 1, self.position, -1)
+        are_taken_in = any(name in late.asleep for name in begun) and any(self.schedule(p).update for p in left)
+        return [name for name in begun if name not in late.asleep or not are_taken_in]
 
     def decisions(self) -> tuple[LayerDecision, ...]:
         """Return the decision for every linear and convolution layer of the model."""
@@ -413,8 +458,7 @@ class DGMController:
             "flops": self._flops.state_dict(),
             **self._dispatch.state_dict(),
             "layers": {weight.name: weight.state_dict() for weight in self._masked.weights},
-            "waiting_layers": [weight.name for weight in self._admission.waiting],
-            "dense_layers": dict(self._admission.reasons),
+            **self._admission.state_dict(self._masked.candidates),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -427,7 +471,11 @@ class DGMController:
             ValueError: if `state` belongs to another model, schedule or version; nothing is changed then.
 
         """
+        late = [*state.get("layers", ()), *state.get("waiting_layers", ())]
+        woken = self._masked.wake(self._admission.late.take(late))  # they may be thawed only after this
         check_state(state, _STATE_VERSION, self.config.schedule.to_dict(), self._masked.every)
+        self._check(woken)
+        self._admission.waiting += woken
         self.pace = saved_pace(state)
         self.schedule = self.config.schedule.resolve(self.pace.total_steps)
         for name in ("steps", "position", "updates", "churn"):
@@ -447,6 +495,9 @@ class DGMController:
         for weight in self._masked.weights:
             weight.load_state_dict(state["layers"][weight.name])
             self._dispatch.resume(weight)
+        self._admission.load_state_dict(state, self._masked.candidates)
+        if woken:
+            self._hooks.keep([*self._masked.weights, *self._admission.waiting])
         self._masked.yield_whole_gradients(self.observing)
         self._check_ranks("where the run was resumed")
 

@@ -66,7 +66,7 @@ class Dispatch:
         self._group = group
         self._selector = BackendSelector(None if config.backend == "auto" else config.backend, kept=TimingCache())
         self._unfit: set[str] = set()
-        self._check_forced(can_mask)
+        self.check_forced(can_mask)
         self.probing = True
         self.positions: dict[str, int] = {}
         self._dtypes: dict[str, torch.dtype] = {}  # dtype that each layer computes in, as probed
@@ -185,7 +185,8 @@ class Dispatch:
     def _forced(self, weight: MaskedWeight) -> str:
         return self._config.backend if self._is_forced(weight) else "dense"
 
-    def _check_forced(self, weights: Sequence[MaskedWeight]) -> None:
+    def check_forced(self, weights: Sequence[MaskedWeight]) -> None:
+        """Raise ValueError if a forced backend cannot compute a weight."""
         if self._config.backend in ("auto", "dense"):
             return
         backend = get_backend(self._config.backend)

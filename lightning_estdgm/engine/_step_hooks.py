@@ -136,7 +136,9 @@ class StepHooks:
 
     def keep(self, weights: Sequence[MaskedWeight]) -> None:
         """Treat and count the steps of these weights only."""
-        self._weights = {id(weight.parameter): weight for weight in weights}
+        before, self._weights = self._weights, {id(weight.parameter): weight for weight in weights}
+        if self._global_handle is not None and not self._weights.keys() <= before.keys():
+            self.use(self.optimizers)
 
     def begin_step(self) -> None:
         """Reset `stepped`, and the count of nested steps, which an exception may have left above 0."""

@@ -22,10 +22,10 @@ class ScheduleClock:
 
     The position is the number of optimizer steps that the Trainer counts: also those in which masked weights got no
     gradient, as where ``training_step`` returns None or a layer was dropped, so that the schedule ends with the run.
-    Under ``max_time`` it is the share of the time that has passed, where that is further. In manual optimization only the user's code knows which batches step
-    which optimizers, so the position is a number that the Trainer counts: under ``max_steps`` the steps of all
-    optimizers over the number of optimizers, under ``max_epochs`` the batches. Ranks agree on the position: the length
-    is that of the shortest loader, and the time is rank 0's.
+    Under ``max_time`` it is the share of the time that has passed, where that is further. In manual optimization only
+    the user's code knows which batches step which optimizers, so the position is a number that the Trainer counts:
+    under ``max_steps`` the steps of all optimizers over the number of optimizers, under ``max_epochs`` the batches.
+    Ranks agree on the position: the length is that of the shortest loader, and the time is rank 0's.
 
     A fit that goes on with another length keeps its place in the schedule, and goes through the rest in the steps or in
     the time that is left.
