@@ -28,7 +28,8 @@ def mask_shape(weight_shape: torch.Size | tuple[int, ...], block_size: int) -> t
     if out % block_size or inner % block_size:
         raise ValueError(
             f"block_size {block_size} does not divide a weight of shape {tuple(weight_shape)}: "
-            f"{out} x {inner} must both be multiples of it"
+            f'{out} x {inner} must both be multiples of it; Units(size="auto") takes what fits each layer, and '
+            "Selection(exclude=...) leaves one dense"
         )
     return out // block_size, inner // block_size
 
