@@ -31,17 +31,18 @@ from lightning_estdgm.engine._decisions import LayerDecision
 from lightning_estdgm.engine._dispatch import Dispatch
 from lightning_estdgm.engine._flops import FlopCounter
 from lightning_estdgm.engine._gradient_mask import mask_gradients_
-from lightning_estdgm.engine._initialisation import describe_recovered, describe_zeros, keep_zeros
+from lightning_estdgm.engine._initialisation import describe_recovered
+from lightning_estdgm.engine._intake import Intake
 from lightning_estdgm.engine._masked_model import MaskedModel
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._observation import observe
 from lightning_estdgm.engine._optimizer_state import OptimizerStates
 from lightning_estdgm.engine._pace import Pace, saved_pace
 from lightning_estdgm.engine._pattern_fit import leave_unfitting_dense
-from lightning_estdgm.engine._refusals import check_pattern, check_rule, check_state
+from lightning_estdgm.engine._refusals import check_state
 from lightning_estdgm.engine._step_hooks import StepHooks
 from lightning_estdgm.method._schedules import Schedule
-from lightning_estdgm.modules._candidates import HEAD, Candidate, find_candidates, thawed_layers
+from lightning_estdgm.modules._candidates import Candidate, find_candidates, thawed_layers
 
 _STATE_VERSION = 1
 
@@ -130,8 +131,11 @@ class DGMController:
         self._masked = MaskedModel(candidates, self.config, state, group, wait=True)
         can_mask = self._masked.every
         self._dispatch = Dispatch(self.config, candidates, self._masked.weights, can_mask, group)
-        self._check(can_mask)
         self._admission = Admission(model, candidates, can_mask, group)
+        self._intake = Intake(
+            self.config, self._masked, self._states, self._dispatch, self._admission, self._hooks, self._changes_masks
+        )
+        self._intake.check(can_mask)
         try:
             if state is not None:
                 self.load_state_dict(state)
@@ -204,7 +208,7 @@ class DGMController:
         updated = self._update_if_observed(due) if self._masked.weights else False
         taken_in = self._take_in_trained()
         if due:
-            self._wake_late()
+            self._intake.wake_late()
         if taken_in or is_first or (updated and self._masked.rule.moves_budgets):
             every_density = (self._final_density(), *self.schedule.densities)
             self._dispatch.choose_all([self._masked.layer_densities_at(density) for density in every_density])
@@ -217,16 +221,11 @@ class DGMController:
         """Mask the weights that the steps so far have shown to train by their layers' forwards; return if any."""
         if not self._admission.waiting:
             return False
-        new = self._admission.settle(self.steps, none_masked=not self._masked.weights)
-        late = [weight for weight in new if weight.name in self._admission.reopened]
-        for weight in late:
-            weight.since = self.steps
-        if late:  # trained already, or loaded: the largest weights matter most
-            self._take_in(late, largest=True)
-        if first := [weight for weight in new if weight not in late]:
-            self._take_in(first, largest=self._largest)
-        if not self._masked.weights and not self._admission.waiting:
-            self._masked.choose()
+        density = self.schedule(self.position).density
+        new = self._intake.take_in_trained(self.steps, density, largest=self._largest)
+        if new:
+            self._note_drawn()
+        elif not self._masked.weights and not self._admission.waiting:
             asleep = list(self._admission.late.asleep)
             warnings.warn(
                 "the run goes on dense: the first step has shown no layer that can be masked. "
@@ -236,31 +235,7 @@ class DGMController:
                 RuntimeWarning,
                 stacklevel=3,
             )
-            return False
-        self._hooks.keep([*self._masked.weights, *self._admission.waiting])
-        return bool(new)
-
-    def _wake_late(self) -> None:
-        """Have layers that have begun to train wait for an audit of the next step; what does not fit stays dense."""
-        woken: list[MaskedWeight] = []
-        for candidate in self._admission.late.take_begun():
-            try:
-                leave_unfitting_dense([candidate], self.config)
-                weights = self._masked.wake([candidate])
-                self._check(weights)
-                woken += weights
-            except ValueError as error:
-                self._admission.reasons[candidate.name] = str(error)
-        if woken:
-            self._admission.reopen(woken, self._masked.candidates)
-            self._hooks.keep([*self._masked.weights, *self._admission.waiting])
-
-    def _check(self, weights: Sequence[MaskedWeight]) -> None:
-        """Raise ValueError if weights cannot be masked by this run's settings; find what their fresh state is."""
-        trains_inactive = self.config.trains_inactive_weights
-        check_rule(self._masked.rule, weights, changes_masks=self._changes_masks, trains_inactive=trains_inactive)
-        self._dispatch.check_forced(weights)
-        self._states.prepare(weights, changes_masks=self._changes_masks)
+        return new
 
     def _is_due(self, before: int) -> bool:
         """Whether a mask update was due since position `before`."""
@@ -471,11 +446,9 @@ class DGMController:
             ValueError: if `state` belongs to another model, schedule or version; nothing is changed then.
 
         """
-        late = [*state.get("layers", ()), *state.get("waiting_layers", ())]
-        woken = self._masked.wake(self._admission.late.take(late))  # they may be thawed only after this
+        woken = self._intake.wake_saved(state)  # they may be thawed only after this
         check_state(state, _STATE_VERSION, self.config.schedule.to_dict(), self._masked.every)
-        self._check(woken)
-        self._admission.waiting += woken
+        self._intake.check(woken)
         self.pace = saved_pace(state)
         self.schedule = self.config.schedule.resolve(self.pace.total_steps)
         for name in ("steps", "position", "updates", "churn"):
@@ -488,16 +461,7 @@ class DGMController:
         self._hooks.load_state_dict(state.get("rates", ()))
         self._flops.load_state_dict(state["flops"])
         self._dispatch.load_state_dict(state, probing=self.steps == 0)
-        undecided = {*state["layers"], *state.get("waiting_layers", ())}  # not there: decided before the first step
-        reasons = {weight.name: HEAD for weight in self._masked.every if weight.name not in undecided}
-        reasons |= state.get("dense_layers", {})
-        self._masked.take_in(self._admission.keep_waiting(state["layers"], reasons))
-        for weight in self._masked.weights:
-            weight.load_state_dict(state["layers"][weight.name])
-            self._dispatch.resume(weight)
-        self._admission.load_state_dict(state, self._masked.candidates)
-        if woken:
-            self._hooks.keep([*self._masked.weights, *self._admission.waiting])
+        self._intake.load_state_dict(state, woken)
         self._masked.yield_whole_gradients(self.observing)
         self._check_ranks("where the run was resumed")
 
@@ -516,24 +480,20 @@ class DGMController:
 
     def _begin(self, audit: bool) -> None:
         """Begin a new run: draw masks, or have the weights wait; an earlier mask's zeros are kept."""
-        weights, density = self._masked.every, self.schedule(self.position).density
-        certain = [weight for weight in weights if not weight.candidate.seems_head]
-        check_pattern(self.config.update_rule.pattern, certain, self._masked.budgets(density, certain))
-        zeros = keep_zeros(weights, self._masked.budgets(density, weights))
-        self.recovered = describe_zeros(zeros, len(certain))
+        density = self.schedule(self.position).density
+        self.recovered = self._intake.keep_zeros(density)
         if not audit:
-            self._take_in(self._admission.keep_waiting([weight.name for weight in weights], {}))
+            self._take_in(self._admission.keep_waiting([weight.name for weight in self._masked.every], {}))
 
     def _take_in(self, weights: Sequence[MaskedWeight], *, largest: bool = False) -> list[int]:
         """Draw masks of weights for the current position; return each one's number of units that were not zero."""
-        self._masked.take_in(weights)
-        held = self._masked.draw(weights, self.schedule(self.position).density, largest=largest)
-        for weight in weights:
-            self._states.follow_drawn_(weight)
-            self._dispatch.begin(weight)
+        held = self._intake.take_in(weights, self.schedule(self.position).density, largest=largest)
+        self._note_drawn()
+        return held
+
+    def _note_drawn(self) -> None:
         self._masked.yield_whole_gradients(self.observing)
         self._check_ranks(f"where masks were drawn, at step {self.steps}")
-        return held
 
     def _update_masks(self) -> None:
         density = self.schedule(self.position).density
