@@ -157,8 +157,8 @@ def find_candidates(
         held: Ids of the parameters that an optimizer holds; others are left dense. ``None``: all are held.
         experts: Globs over names of parameters that stack the experts' matrices; see `expert_kinds`.
         mask_heads: Whether layers that only seem to be the output head are masked as well, for an audit to decide.
-        masks_late: Whether layers that do not train yet will be masked once they do; then it is no error if there is
-            nothing else to mask.
+        masks_late: Whether layers that do not train yet will be masked once they do; then it is no error if there are
+            frozen ones and nothing else to mask.
 
     Raises:
         ValueError: A selector matches no layer, no layer at all is left to mask, a weight is not materialised yet
@@ -227,7 +227,7 @@ def find_candidates(
         return Candidate(name, module, kind, weight, shard, why_dense, parts, masked, why, seems_head, later)
 
     candidates = [candidate_of(index) for index in range(len(found))]
-    if any(candidate.later is not None and candidate.later.masked for candidate in candidates):
+    if any(c.why == _FROZEN and c.later is not None and c.later.masked for c in candidates):
         return tuple(candidates)
     if not any(candidate.masked and not candidate.seems_head for candidate in candidates):
         reasons = {candidate.name: candidate.why or HEAD for candidate in candidates}

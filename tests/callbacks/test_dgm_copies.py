@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -124,11 +125,13 @@ def test_a_copy_of_the_model_from_the_first_step_is_not_taken_for_the_model() ->
     assert not dgm.decisions()[-1].masked
 
 
-def test_a_second_fit_in_other_processes_has_its_callbacks_sent_there() -> None:
+def test_a_second_fit_in_other_processes_has_its_callbacks_sent_there(tmp_path: Path) -> None:
     pl.seed_everything(0, verbose=False)
     module, dgm = TinyMLP(), DGMCallback()
     for _ in range(2):  # the second time with a result of the first
-        trainer = make_trainer(dgm, EnergyMonitor(["cpu-estimate"]), strategy="ddp_spawn", devices=1, max_epochs=1)
+        energy = EnergyMonitor(["cpu-estimate"])
+        settings = {"strategy": "ddp_spawn", "max_epochs": 1, "default_root_dir": tmp_path}
+        trainer = make_trainer(dgm, energy, **settings)
         trainer.fit(module, TinyMLP.batches(16))
         assert dgm.state_dict()["steps"] == 16
         summary = dgm.run_summary()
