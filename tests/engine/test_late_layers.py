@@ -30,10 +30,11 @@ class Net(nn.Module):
         self.backbone = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU())
         self.neck, self.top = nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 16), nn.ReLU())
         self.target, self.head = nn.Linear(16, 16), nn.Linear(16, 1)
+        self.necked = range(THAWED, STEPS)
 
     def forward(self, x: torch.Tensor, step: int) -> torch.Tensor:
         h = self.backbone(x)
-        return self.head(self.top(self.neck(h) if step >= THAWED else h))
+        return self.head(self.top(self.neck(h) if step in self.necked else h))
 
 
 def frozen(net: Net, step: int, optimizer: Any) -> None:
@@ -48,6 +49,10 @@ def held_later(net: Net, step: int, optimizer: Any) -> None:
         ]
     if step == THAWED:
         optimizer.add_param_group({"params": list(net.backbone.parameters()), "lr": 1e-3})
+
+
+def once(net: Net, step: int, optimizer: Any) -> None:
+    net.necked = range(23, 24)
 
 
 class Run:
@@ -130,6 +135,17 @@ def test_a_resumed_run_equals_the_straight_one(how: Any, at: int) -> None:
     saved = run.saved()
     straight = run.go().end()
     assert differences(Run(how, saved=saved).go().end(), straight) == []
+
+
+def test_a_layer_that_trains_once_is_looked_at_and_left() -> None:
+    run = Run(once).go(24)
+    saved = run.saved()
+    assert saved["dgm"]["late_layers"] == {"neck": True, "target": False}
+    straight = run.go(27).end()
+    why = {name: reason for name, _, _, reason in straight["decisions"]}
+    assert why["neck"] == "no gradient reached it when it was looked at, at step 26"
+    assert "neck" in straight["dgm"]["late_layers"]
+    assert differences(Run(once, saved=saved).go(27).end(), straight) == []
 
 
 def test_the_choice_of_layers_and_heads_holds_for_late_ones_too() -> None:
