@@ -7,6 +7,7 @@ The method itself is in `engine._controller`, helpers are in `_internal`.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,10 +20,10 @@ from torch.optim import Optimizer
 from lightning_estdgm._checks import check_int
 from lightning_estdgm.callbacks._internal.averages import mask_averages_
 from lightning_estdgm.callbacks._internal.dgm_log import DGMLog, say_on
+from lightning_estdgm.callbacks._internal.fit_result import FitResult, FitResultFile
 from lightning_estdgm.callbacks._internal.gradient_compression import GradientCompression
 from lightning_estdgm.callbacks._internal.run_outcome import RunOutcome
 from lightning_estdgm.callbacks._internal.schedule_clock import ScheduleClock, nothing_left
-from lightning_estdgm.callbacks._internal.spawned_result import SpawnedResult, SpawnedResultFile
 from lightning_estdgm.callbacks._internal.trainer_checks import (
     check_checkpoint_io,
     check_ddp,
@@ -38,6 +39,8 @@ from lightning_estdgm.method._masks import size_words
 from lightning_estdgm.method._schedules import EstDgm, Schedule
 from lightning_estdgm.modules._candidates import unlisted_weights
 from lightning_estdgm.presets import preset
+
+_BOUND_TO_A_FIT = ("controller", "_earlier", "_compression", "_eagerly", "_restored", "_clock", "_log", "_outcome")
 
 
 class DGMCallback(pl.Callback):
@@ -91,14 +94,17 @@ class DGMCallback(pl.Callback):
         self.compress_gradients = compress_gradients
         self.controller: DGMController | None = None
         self._earlier: DGMController | None = None  # of the fit before, for one with nothing left to do
-        self._spawned = SpawnedResultFile()
+        self._spawned = FitResultFile()
+        self._copied: FitResult | None = None  # of the callback that this one is a copy of
         self._compression: GradientCompression | None = None
         self._eagerly: Any = None  # torch's stance for the first step, whose exit lets torch.compile work again
         self._restored: dict[str, Any] | None = None
         self._checkpoint_step = 0  # step of the checkpoint that the fit goes on from
         self._max_epochs: int | None = None
         self._resumed = False
+        self._counted: int | None = None  # steps of the Trainer, at the checkpoint that is resumed or at the fit's end
         self._clock: ScheduleClock | None = None
+        self._optimizers: list[Optimizer] = []  # the Trainer's, when last seen
         self._log: DGMLog | None = None
         self._outcome: RunOutcome | None = None
 
@@ -169,17 +175,17 @@ class DGMCallback(pl.Callback):
             "name": self.config.method or ("EST-DGM" if isinstance(config, EstDgm) else type(config).__name__),
             "schedule": config.to_dict(),
         }
-        if self.controller is None:
+        if (known := self._known()) is None:
             unknown = ("final_density", "density", "flops_ratio", "flops_executed_ratio", "phases", "block_sizes")
             more = ("backends", "sparse_operators_ran", "ended_as_asked", "thawed_and_dense", "best_checkpoints")
             return summary | dict.fromkeys((*unknown, *more))
-        flops, masked = self.controller.flops, [d for d in self.decisions() if d.masked]
+        flops, masked = known.flops, [d for d in known.decisions() if d.masked]
         return summary | {
-            "final_density": self.controller.final_density,
-            "density": self.density,
-            "flops_ratio": self.flops_ratio,
-            "flops_executed_ratio": self.controller.flops_executed_ratio,
-            "phases": list(dict.fromkeys(segment.phase for segment in self.schedule.segments)),
+            "final_density": known.final_density,
+            "density": known.density,
+            "flops_ratio": known.flops_ratio,
+            "flops_executed_ratio": known.flops_executed_ratio,
+            "phases": list(dict.fromkeys(segment.phase for segment in known.schedule.segments)),
             "block_sizes": dict(
                 Counter(
                     size_words(d.block_size) if isinstance(d.block_size, tuple) else str(d.block_size) for d in masked
@@ -187,7 +193,7 @@ class DGMCallback(pl.Callback):
             ),
             "backends": dict(Counter(d.backend for d in masked)),
             "sparse_operators_ran": flops["executed"] < flops["dense"],
-            **(self._outcome.summary() if self._outcome else {}),
+            **(known.outcome if isinstance(known, FitResult) else self._outcome_so_far()),
         }
 
     def _bound(self) -> DGMController:
@@ -195,11 +201,14 @@ class DGMCallback(pl.Callback):
             raise RuntimeError("DGMCallback knows its model only from the start of trainer.fit on")
         return self.controller
 
-    def _known(self) -> DGMController | SpawnedResult | None:
+    def _known(self) -> DGMController | FitResult | None:
         """Return the controller, or the result of a fit in other processes (``ddp_spawn``, ``ddp_fork``), if any."""
-        return self.controller or self._spawned.result(self.config)
+        return self.controller or self._spawned.result(self.config) or self._copied
 
-    def _known_for_certain(self) -> DGMController | SpawnedResult:
+    def _outcome_so_far(self) -> dict[str, Any]:
+        return self._outcome.summary() if self._outcome else {}
+
+    def _known_for_certain(self) -> DGMController | FitResult:
         return self._known() or self._bound()
 
     # ------------------------------------------------------------------ life of a fit
@@ -214,8 +223,8 @@ class DGMCallback(pl.Callback):
         check_other_maskers(trainer)
         if stage == "fit":
             # Nothing of an earlier fit, or of the checkpoint of a validation, belongs to this fit.
-            self._earlier, self.controller = self.controller, None
-            self._restored, self._checkpoint_step = None, 0
+            self._earlier, self.controller, self._copied = self.controller, None, None
+            self._restored, self._checkpoint_step, self._counted = None, 0, None
             self._max_epochs = trainer.max_epochs
             adapter_for(trainer.strategy).check(trainer.strategy)
             check_ddp(trainer)
@@ -232,11 +241,13 @@ class DGMCallback(pl.Callback):
             return
         state, self._restored = self._restored, None
         self._resumed = state is not None
+        self._counted = None if state is None else state.get("counted")
         goes_on = self._resumed or self._checkpoint_step > 0
         self._clock = ScheduleClock(trainer, pl_module, self.total_steps, self._max_epochs, goes_on)
+        self._optimizers = list(trainer.optimizers)
         self.controller = DGMController(
             model,
-            trainer.optimizers,
+            self._optimizers,
             self.config,
             total_steps=self._clock.total_steps,
             state=state,
@@ -260,6 +271,7 @@ class DGMCallback(pl.Callback):
         state, self._restored = self._restored, None
         if state is not None:
             self._resumed = True
+            self._counted = state.get("counted")
             controller = self._bound()
             controller.load_state_dict(state)
             controller.pace = saved_pace(state)  # until the loops are restored, and tell what is left
@@ -270,6 +282,7 @@ class DGMCallback(pl.Callback):
         controller = self._bound()
         if self._resumed:
             assert self._clock is not None
+            self._clock.resume(controller, self._counted)
             self._advance()  # a checkpoint taken before our on_train_batch_end holds a step that is not counted yet
             if changed := self._clock.go_on(controller):
                 rank_zero_info(f"DGMCallback: {changed}")
@@ -309,9 +322,14 @@ class DGMCallback(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Run the first step without torch.compile: it records the shapes that backends are measured at."""
+        """Take over new optimizers; run the first step uncompiled, as it records the shapes that backends see."""
         assert self._outcome is not None
-        self._bound().mask_weights()
+        controller = self._bound()
+        if not _are_same(self._optimizers, trainer.optimizers):
+            self._optimizers = list(trainer.optimizers)
+            controller.use_optimizers(self._optimizers)
+            rank_zero_info("DGMCallback: the Trainer has other optimizers than before; the schedule goes on by them")
+        controller.mask_weights()
         self._outcome.watch()
         if batch_idx == 0:
             self._outcome.watch_thawed()
@@ -353,9 +371,9 @@ class DGMCallback(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove all hooks; masks and counters stay readable, also in the process that spawned this one."""
         if self._clock is not None:  # not in a fit with nothing left to do
-            self._spawned.leave(self._bound(), trainer)
             assert self._outcome is not None
             self._outcome.say()
+            self._spawned.leave(trainer, lambda: self._result(self._bound()))
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -378,12 +396,23 @@ class DGMCallback(pl.Callback):
         if self._compression is not None:
             self._compression.close()
             self._compression = None
+        self._counted = self._steps_counted()
         self._clock = None
+        self._optimizers = []
         if self._log is not None:
             self._log.close()
             self._log = None
 
     # ------------------------------------------------------------------ state
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle has the settings and the result so far: the controller, its hooks, the model and the
+        # Trainer stay where they are. Without a result of sharded weights, which all ranks would have to ask for.
+        known = self._known()
+        if isinstance(known, DGMController):
+            sharded = any(weight.placement.is_sharded for weight in known.masked_weights)
+            known = None if sharded else self._result(known)
+        return {**self.__dict__, **dict.fromkeys(_BOUND_TO_A_FIT), "_optimizers": [], "_copied": known}
 
     @property
     def state_key(self) -> str:
@@ -392,7 +421,19 @@ class DGMCallback(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return masks, windows and counters in plain types."""
-        return known.state_dict() if (known := self._known()) else {}
+        if (known := self._known()) is None:
+            return {}
+        return known.state_dict() if isinstance(known, FitResult) else self._state(known)
+
+    def _state(self, controller: DGMController) -> dict[str, Any]:
+        counted = self._steps_counted()
+        return controller.state_dict() | ({} if counted is None else {"counted": counted})
+
+    def _result(self, controller: DGMController) -> FitResult:
+        return FitResult.of(controller, self._state(controller), self._outcome_so_far())
+
+    def _steps_counted(self) -> int | None:
+        return self._counted if self._clock is None else self._clock.counted
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until there is a controller: strategies restore before or after `on_fit_start`."""
@@ -403,3 +444,7 @@ class DGMCallback(pl.Callback):
     ) -> None:
         """Note the step of a checkpoint, in case it holds no state of this callback."""
         self._checkpoint_step = max(self._checkpoint_step, checkpoint["global_step"])
+
+
+def _are_same(some: Sequence[Optimizer], others: Sequence[Optimizer]) -> bool:
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))

@@ -169,7 +169,10 @@ class Totals:
         """
         if state.get("version") not in _READABLE:
             known = " or ".join(map(str, _READABLE))
-            raise ValueError(f"energy totals of version {known} expected, got {state.get('version')!r}")
+            raise ValueError(
+                f"energy totals of version {known} expected, got {state.get('version')!r}: they were written by "
+                "another lightning_estdgm, which reads them"
+            )
         energy = {
             Cell(source, method, DeviceId(host, kind, uid), label, stage): int(uj)
             for source, method, host, kind, uid, label, stage, uj in state["energy_uj"]

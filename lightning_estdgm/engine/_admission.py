@@ -10,20 +10,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import distributed as dist
 from torch import nn
 
 from lightning_estdgm._words import first_names
+from lightning_estdgm.engine._late_layers import LateLayers
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.modules._audit import ForwardAudit
 from lightning_estdgm.modules._candidates import Candidate
 
 AUDITED_STEPS = 20
-"""Number of steps after which a weight that no gradient has reached stays dense for good."""
+"""Number of steps after which a weight that no gradient has reached stays dense until it begins to train."""
 
 _UNSEEN_STEPS = 5  # in a row, before it is said
+_UNSEEN_STEPS_LATER = 50  # more than micro-batches that a loop accumulates while it writes to weights by itself
 _WAITS = "no gradient has reached it yet: dense until then"
 
 
@@ -47,6 +50,8 @@ class Admission:
     Attributes:
         waiting: weights that wait.
         reasons: reasons why layers stay dense, by the layers' names.
+        late: layers that have not trained so far.
+        reopened: names of layers that were late, wait and are audited, or were taken in.
 
     """
 
@@ -59,7 +64,9 @@ class Admission:
     ) -> None:
         self.waiting = list(waiting)
         self.reasons: dict[str, str] = {}
-        self._given_up: list[MaskedWeight] = []
+        self.late = LateLayers(candidates, group)
+        self.reopened: set[str] = set()
+        self._model = model
         self._group = group
         self._saw_gradient: set[MaskedWeight] = set()
         self._stepped: set[MaskedWeight] = set()
@@ -88,10 +95,46 @@ class Admission:
         self._end({weight.name for weight in taken} | reasons.keys())
         return taken
 
+    def state_dict(self, candidates: Sequence[Candidate]) -> dict[str, Any]:
+        """Return who waits, who stays dense and why, and who may come in late, in plain types.
+
+        Args:
+            candidates: linear and convolution layers of the model, as they are now.
+
+        """
+        asleep = {c.name: c.why for c in candidates if not c.masked and c.name in self.late.asleep}
+        return {
+            "waiting_layers": [weight.name for weight in self.waiting],
+            "dense_layers": asleep | self.reasons,
+            "late_layers": self.late.state_dict(),
+            "reopened_layers": sorted(self.reopened),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], candidates: Sequence[Candidate]) -> None:
+        """Load who may come in late, and go on with the audit of those who wait for one; `keep_waiting` does the rest.
+
+        Args:
+            state: mapping with the entries of `state_dict`, and maybe others.
+            candidates: linear and convolution layers of the model, as they are now.
+
+        """
+        if "late_layers" in state:
+            self.late.load_state_dict(state["late_layers"], candidates)
+        self.reopened = set(state.get("reopened_layers", ()))
+        if self.reopening:
+            self._audit_again(candidates)
+
+    def _audit_again(self, candidates: Sequence[Candidate]) -> None:
+        self._audit.close()
+        self._audit = ForwardAudit(self._model, candidates)
+        order = {candidate.name: i for i, candidate in enumerate(candidates)}
+        self.waiting.sort(key=lambda weight: order[weight.name])  # the model's, on which masks depend
+
     # ------------------------------------------------------------------ what the first steps show
 
     def note_gradients(self, weights: Sequence[MaskedWeight]) -> None:
-        """Note the waiting weights that have got a gradient that is not zero."""
+        """Note the waiting weights, and the late layers, that have got a gradient that is not zero."""
+        self.late.note()
         if not self.waiting:
             return
         for weight in self._unseen(weights, self._saw_gradient):
@@ -99,9 +142,24 @@ class Admission:
             if gradient is not None and bool(torch.count_nonzero(gradient)):
                 self._saw_gradient.add(weight)
 
-    def late(self) -> list[str]:
-        """Return the names of layers that no gradient reached in the first steps, and that have one now."""
-        return [w.name for w in self._given_up if w.gradient is not None and bool(torch.count_nonzero(w.gradient))]
+    def reopen(self, weights: Sequence[MaskedWeight], candidates: Sequence[Candidate]) -> None:
+        """Have weights that begin to train wait for an audit of the next step.
+
+        Args:
+            weights: weights of layers that took no gradient before.
+            candidates: linear and convolution layers of the model, as they are now.
+
+        """
+        self.waiting += weights
+        self.reopened |= {weight.name for weight in weights}
+        self._audit_again(candidates)
+        for weight in weights:
+            self.reasons.pop(weight.name, None)
+
+    @property
+    def reopening(self) -> bool:
+        """Whether the current step is audited for layers that have begun to train in mid-run."""
+        return any(weight.name in self.reopened for weight in self.waiting)
 
     def used_by_themselves(self) -> dict[str, int]:
         """Return the positions that weights were applied to in this step without their layers' forwards, by name."""
@@ -115,18 +173,25 @@ class Admission:
         waiting = set(self.waiting)
         return [weight for weight in weights if weight in waiting and weight not in seen]
 
-    def warn_if_steps_are_not_seen(self) -> None:
-        """Warn once if weights with gradients go on changing and no step of an optimizer was seen."""
-        changed = {weight: weight.parameter._version for weight in self.waiting if weight in self._saw_gradient}
+    def warn_if_steps_are_not_seen(self, masked: Sequence[MaskedWeight]) -> None:
+        """Warn once if weights that train go on changing and no step of an optimizer was seen.
+
+        Args:
+            masked: weights that are masked already.
+
+        """
+        train = [*masked, *(weight for weight in self.waiting if weight in self._saw_gradient)]
+        changed = {weight: weight.parameter._version for weight in train}
         moved = sum(self._versions.get(weight, version) != version for weight, version in changed.items())
         self._versions = changed
         self._unseen_steps = self._unseen_steps + 1 if moved else 0
-        if self._unseen_steps == _UNSEEN_STEPS:
+        if self._unseen_steps == (_UNSEEN_STEPS_LATER if masked else _UNSEEN_STEPS):
             names = [weight.name for weight in changed]
+            what = "Masks stay as they are" if masked else "Nothing is masked"
             warnings.warn(
                 f"the weights of {len(names)} layers ({first_names(names)}) change between the batches, but none of "
                 "their optimizer's steps was seen: its class does not run the step hooks of torch.optim.Optimizer. "
-                "Nothing is masked, and the schedule stands still. Have the class's step be "
+                f"{what}, and the schedule stands still. Have the class's step be "
                 "called by `step()`, or keep the optimizer that steps as an attribute",
                 RuntimeWarning,
                 stacklevel=4,
@@ -161,9 +226,12 @@ class Admission:
             self.reasons[weight.name] = "output head: its output goes into no other layer"
         decided = {weight.name for weight in trained}
         if steps >= AUDITED_STEPS:
-            self._given_up = [weight for weight in self.waiting if weight.name not in decided]
-            for weight in self._given_up:
-                self.reasons[weight.name] = f"no gradient reached it in the first {steps} steps"
+            given_up = [weight for weight in self.waiting if weight.name not in decided]
+            for weight in given_up:
+                when = f"when it was looked at, at step {steps}" if weight.name in self.reopened else ""
+                self.reasons[weight.name] = f"no gradient reached it {when or f'in the first {steps} steps'}"
+            self.late.add(weight.candidate for weight in given_up)
+            self.reopened -= {weight.name for weight in given_up}
             decided |= {weight.name for weight in self.waiting}
         self._end(decided)
         return [weight for weight in passed if weight not in heads]

@@ -24,23 +24,25 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
+from lightning_estdgm._words import first_names
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.engine._admission import Admission
 from lightning_estdgm.engine._decisions import LayerDecision
 from lightning_estdgm.engine._dispatch import Dispatch
 from lightning_estdgm.engine._flops import FlopCounter
 from lightning_estdgm.engine._gradient_mask import mask_gradients_
-from lightning_estdgm.engine._initialisation import describe_recovered, describe_zeros, keep_zeros
+from lightning_estdgm.engine._initialisation import describe_recovered
+from lightning_estdgm.engine._intake import Intake
 from lightning_estdgm.engine._masked_model import MaskedModel
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._observation import observe
 from lightning_estdgm.engine._optimizer_state import OptimizerStates
 from lightning_estdgm.engine._pace import Pace, saved_pace
 from lightning_estdgm.engine._pattern_fit import leave_unfitting_dense
-from lightning_estdgm.engine._refusals import check_pattern, check_rule, check_state
+from lightning_estdgm.engine._refusals import check_state
 from lightning_estdgm.engine._step_hooks import StepHooks
 from lightning_estdgm.method._schedules import Schedule
-from lightning_estdgm.modules._candidates import HEAD, Candidate, find_candidates
+from lightning_estdgm.modules._candidates import Candidate, find_candidates, thawed_layers
 
 _STATE_VERSION = 1
 
@@ -115,28 +117,34 @@ class DGMController:
         self._waiting = False  # a mask update is due but nothing could be observed yet
         self._warned_nonfinite = False
         self._flops = FlopCounter()
-        every = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-        self._hooks = StepHooks(every, self._mask_if_touched, self.config.step_size.exponent)
+        every = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
+        self._hooks = StepHooks(every, self._mask_if_touched, self.config.step_size.exponent, self._take_over)
         self._states = OptimizerStates(every)
         selection = self.config.selection
         candidates = find_candidates(
-            model, selection.include, selection.exclude, self._hooks.held, selection.experts, mask_heads=audit
+            model,
+            selection.include,
+            selection.exclude,
+            self._hooks.held,
+            selection.experts,
+            mask_heads=audit,
+            masks_late=audit and group is None,
         )
         candidates = leave_unfitting_dense(candidates, self.config)
         self._masked = MaskedModel(candidates, self.config, state, group, wait=True)
         can_mask = self._masked.every
         self._dispatch = Dispatch(self.config, candidates, self._masked.weights, can_mask, group, say)
-        changes_masks = len(self.schedule.densities) > 1
-        trains_inactive = self.config.trains_inactive_weights
-        check_rule(self._masked.rule, can_mask, changes_masks=changes_masks, trains_inactive=trains_inactive)
-        self._states.prepare(can_mask, changes_masks=changes_masks)
         self._admission = Admission(model, candidates, can_mask, group)
+        self._intake = Intake(
+            self.config, self._masked, self._states, self._dispatch, self._admission, self._hooks, self._changes_masks
+        )
+        self._intake.check(can_mask)
         try:
             if state is not None:
                 self.load_state_dict(state)
             elif draw_masks:
                 self._begin(audit)
-            self._hooks.register(can_mask, self._admission.note_step)
+            self._hooks.register(self._masked.every, self._admission.note_step)
             self._dispatch.hook_up()
         except BaseException:
             self.close()
@@ -185,7 +193,7 @@ class DGMController:
             weight.begin_step()
         if not self._hooks.stepped:
             self._hooks.begin_step()
-            self._admission.warn_if_steps_are_not_seen()
+            self._admission.warn_if_steps_are_not_seen(self._masked.weights)
             return False
         before = self.position
         after = self.pace.position_at(self.steps + 1) if position is None else position
@@ -199,8 +207,11 @@ class DGMController:
         )
         self.steps += 1
         self.position = after
-        updated = self._update_if_due(before) if self._masked.weights else False
+        due = self._is_due(before)
+        updated = self._update_if_observed(due) if self._masked.weights else False
         taken_in = self._take_in_trained()
+        if due:
+            self._intake.wake_late()
         if taken_in or is_first or (updated and self._masked.rule.moves_budgets):
             every_density = (self._final_density(), *self.schedule.densities)
             self._dispatch.choose_all([self._masked.layer_densities_at(density) for density in every_density])
@@ -213,25 +224,29 @@ class DGMController:
         """Mask the weights that the steps so far have shown to train by their layers' forwards; return if any."""
         if not self._admission.waiting:
             return False
-        new = self._admission.settle(self.steps, none_masked=not self._masked.weights)
+        density = self.schedule(self.position).density
+        new = self._intake.take_in_trained(self.steps, density, largest=self._largest)
         if new:
-            self._take_in(new, largest=self._largest)
-        if not self._masked.weights and not self._admission.waiting:
-            self._masked.choose()
+            self._note_drawn()
+        elif not self._masked.weights and not self._admission.waiting:
+            asleep = list(self._admission.late.asleep)
             warnings.warn(
                 "the run goes on dense: the first step has shown no layer that can be masked. "
-                f"{self._admission.reasons} (name one in include= if it is no output head)",
+                f"{self._admission.reasons} (name one in include= if it is no output head)"
+                + f"; {len(asleep)} layers ({first_names(asleep)}) are masked once they train"
+                * bool(asleep),
                 RuntimeWarning,
                 stacklevel=3,
             )
-            return False
-        self._hooks.keep([*self._masked.weights, *self._admission.waiting])
-        return bool(new)
+        return new
 
-    def _update_if_due(self, before: int) -> bool:
-        """Update the masks if an update was due since position `before`, and the gradients it needs were observed."""
+    def _is_due(self, before: int) -> bool:
+        """Whether a mask update was due since position `before`."""
         crossed = range(before + 1, min(self.position, self.schedule.total_steps - 1) + 1)
-        due = self._waiting or any(self.schedule(p).update for p in crossed)
+        return self._waiting or any(self.schedule(p).update for p in crossed)
+
+    def _update_if_observed(self, due: bool) -> bool:
+        """Update the masks if an update is due and the gradients it needs were observed; return whether it was made."""
         self._waiting = due and self._masked.needs_gradients and not self._masked.observed
         if self._waiting:
             self._masked.refuse_nan()
@@ -257,6 +272,27 @@ class DGMController:
         names = [weight.name for weight in zeros]
         held = self._take_in(self._admission.keep_waiting(names, {}), largest=True) if zeros else []
         self.recovered = describe_recovered(zeros, held)
+
+    def use_optimizers(self, optimizers: Optimizer | Sequence[Optimizer]) -> None:
+        """Go on with other optimizers than before, such as ones made anew in mid-run.
+
+        An optimizer that holds weights and was not given is met at its first step and added. This call lets go of those
+        that are not used any more.
+
+        Args:
+            optimizers: all optimizers of the run from now on.
+
+        Raises:
+            ValueError: as when a controller is made: if steps cannot be seen, or state cannot be reset.
+
+        """
+        every = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
+        self._states.optimizers = every
+        self._states.prepare(self._masked.every, changes_masks=self._changes_masks)
+        self._hooks.use(every)
+
+    def _take_over(self, optimizer: Optimizer) -> None:
+        self.use_optimizers([*self._hooks.optimizers, optimizer])
 
     def mask_copy_(self, copy: nn.Module) -> None:
         """Zero the inactive weights of a copy of the model, such as an average of its weights over time.
@@ -302,10 +338,14 @@ class DGMController:
         """What each choice of backends has timed in this process and how long it took, in words."""
         return tuple(self._dispatch.timed)
 
+    def stepped(self) -> bool:
+        """Whether an optimizer has stepped since the last `advance`."""
+        return self._hooks.stepped
+
     @property
     def probing(self) -> bool:
         """Whether the current step records the shapes of the layers' inputs; a compiled model has to run it eagerly."""
-        return self._dispatch.probing
+        return self._dispatch.probing or self._admission.reopening
 
     @property
     def phase(self) -> str:
@@ -365,8 +405,12 @@ class DGMController:
         return {weight.name: weight.density for weight in self._masked.shown}
 
     def late_layers(self) -> list[str]:
-        """Return the names of layers that stay dense for want of gradients in the first steps, and have some now."""
-        return self._admission.late()
+        """Return the names of layers that have begun to train in mid-run, and that no mask update will take in."""
+        late = self._admission.late
+        begun = dict.fromkeys([*thawed_layers(self._masked.candidates, self._hooks.held), *late.begun()])
+        left = range(self.schedule.total_steps - 1, self.position, -1)
+        are_taken_in = any(name in late.asleep for name in begun) and any(self.schedule(p).update for p in left)
+        return [name for name in begun if name not in late.asleep or not are_taken_in]
 
     def decisions(self) -> tuple[LayerDecision, ...]:
         """Return the decision for every linear and convolution layer of the model."""
@@ -396,8 +440,7 @@ class DGMController:
             "flops": self._flops.state_dict(),
             **self._dispatch.state_dict(),
             "layers": {weight.name: weight.state_dict() for weight in self._masked.weights},
-            "waiting_layers": [weight.name for weight in self._admission.waiting],
-            "dense_layers": dict(self._admission.reasons),
+            **self._admission.state_dict(self._masked.candidates),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -410,7 +453,9 @@ class DGMController:
             ValueError: if `state` belongs to another model, schedule or version; nothing is changed then.
 
         """
+        woken = self._intake.wake_saved(state)  # they may be thawed only after this
         check_state(state, _STATE_VERSION, self.config.schedule.to_dict(), self._masked.every)
+        self._intake.check(woken)
         self.pace = saved_pace(state)
         self.schedule = self.config.schedule.resolve(self.pace.total_steps)
         for name in ("steps", "position", "updates", "churn"):
@@ -423,13 +468,7 @@ class DGMController:
         self._hooks.load_state_dict(state.get("rates", ()))
         self._flops.load_state_dict(state["flops"])
         self._dispatch.load_state_dict(state, probing=self.steps == 0)
-        undecided = {*state["layers"], *state.get("waiting_layers", ())}  # not there: decided before the first step
-        reasons = {weight.name: HEAD for weight in self._masked.every if weight.name not in undecided}
-        reasons |= state.get("dense_layers", {})
-        self._masked.take_in(self._admission.keep_waiting(state["layers"], reasons))
-        for weight in self._masked.weights:
-            weight.load_state_dict(state["layers"][weight.name])
-            self._dispatch.resume(weight)
+        self._intake.load_state_dict(state, woken)
         self._masked.yield_whole_gradients(self.observing)
         self._check_ranks("where the run was resumed")
 
@@ -448,24 +487,20 @@ class DGMController:
 
     def _begin(self, audit: bool) -> None:
         """Begin a new run: draw masks, or have the weights wait; an earlier mask's zeros are kept."""
-        weights, density = self._masked.every, self.schedule(self.position).density
-        certain = [weight for weight in weights if not weight.candidate.seems_head]
-        check_pattern(self.config.update_rule.pattern, certain, self._masked.budgets(density, certain))
-        zeros = keep_zeros(weights, self._masked.budgets(density, weights))
-        self.recovered = describe_zeros(zeros, len(certain))
+        density = self.schedule(self.position).density
+        self.recovered = self._intake.keep_zeros(density)
         if not audit:
-            self._take_in(self._admission.keep_waiting([weight.name for weight in weights], {}))
+            self._take_in(self._admission.keep_waiting([weight.name for weight in self._masked.every], {}))
 
     def _take_in(self, weights: Sequence[MaskedWeight], *, largest: bool = False) -> list[int]:
         """Draw masks of weights for the current position; return each one's number of units that were not zero."""
-        self._masked.take_in(weights)
-        held = self._masked.draw(weights, self.schedule(self.position).density, largest=largest)
-        for weight in weights:
-            self._states.follow_drawn_(weight)
-            self._dispatch.begin(weight)
+        held = self._intake.take_in(weights, self.schedule(self.position).density, largest=largest)
+        self._note_drawn()
+        return held
+
+    def _note_drawn(self) -> None:
         self._masked.yield_whole_gradients(self.observing)
         self._check_ranks(f"where masks were drawn, at step {self.steps}")
-        return held
 
     def _update_masks(self) -> None:
         density = self.schedule(self.position).density
@@ -477,6 +512,10 @@ class DGMController:
     def _check_ranks(self, when: str) -> None:
         words = {"the number of steps": self.steps, "the schedule's position": self.position}
         self._masked.check_ranks(words, when)
+
+    @property
+    def _changes_masks(self) -> bool:
+        return len(self.schedule.densities) > 1
 
     def _final_density(self) -> float:
         return self.schedule(self.schedule.total_steps - 1).density

@@ -63,6 +63,7 @@ def layer_decisions(
             decision = LayerDecision(candidate.name, shape, False, 0, 1.0, "dense", 1.0, "dense", why)
         else:
             weight, final = masked[candidate.name]
+            late = f"masked from step {weight.since} on, as it began to train" if weight.since else ""
             decision = LayerDecision(
                 name=weight.name,
                 shape=shape,
@@ -72,7 +73,7 @@ def layer_decisions(
                 backend=weight.backend,
                 final_density=final,
                 final_backend=weight.final_backend,
-                why="; ".join(filter(None, (candidate.why, weight.note, weight.why))),
+                why="; ".join(filter(None, (candidate.why, late, weight.note, weight.why))),
             )
         decisions.append(decision)
     return tuple(decisions)

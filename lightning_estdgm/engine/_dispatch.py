@@ -19,6 +19,7 @@ from lightning_estdgm.modules._adapter_check import adapter_checks
 from lightning_estdgm.modules._candidates import Candidate
 from lightning_estdgm.modules._forward_probe import ForwardProbe, Image, is_channels_last
 from lightning_estdgm.modules._kinds import conv_geometry
+from lightning_estdgm.modules._own_hook import OwnHook
 from lightning_estdgm.modules._swap import restore_dense_, sparsify_
 from lightning_estdgm.sparse._buckets import search_order
 from lightning_estdgm.sparse._conv_geometry import ConvGeometry
@@ -74,7 +75,7 @@ class Dispatch:
         self.timed: list[str] = []
         self._selector = BackendSelector(None if config.backend == "auto" else config.backend, kept=TimingCache())
         self._unfit: set[str] = set()
-        self._check_forced(can_mask)
+        self.check_forced(can_mask)
         self.probing = True
         self.positions: dict[str, int] = {}
         self._dtypes: dict[str, torch.dtype] = {}  # dtype that each layer computes in, as probed
@@ -92,7 +93,7 @@ class Dispatch:
             for module, check in self._checks:
                 self._handles.append(module.register_forward_hook(check, with_kwargs=True, prepend=True))
             for candidate in self._candidates:
-                self._handles.append(candidate.module.register_forward_hook(self._probes[candidate.name]))
+                self._handles.append(candidate.module.register_forward_hook(OwnHook(self._probes[candidate.name])))
 
     def read_probes(self, used_by_themselves: Mapping[str, int]) -> None:
         """Take over the shapes and dtypes that the first step's forwards showed.
@@ -213,7 +214,8 @@ class Dispatch:
     def _forced(self, weight: MaskedWeight) -> str:
         return self._config.backend if self._is_forced(weight) else "dense"
 
-    def _check_forced(self, weights: Sequence[MaskedWeight]) -> None:
+    def check_forced(self, weights: Sequence[MaskedWeight]) -> None:
+        """Raise ValueError if a forced backend cannot compute a weight."""
         if self._config.backend in ("auto", "dense"):
             return
         backend = get_backend(self._config.backend)

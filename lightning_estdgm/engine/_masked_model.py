@@ -66,6 +66,26 @@ class MaskedModel:
         self._config = config
         self._group = group
 
+    def wake(self, candidates: Sequence[Candidate]) -> list[MaskedWeight]:
+        """Return the weights of layers that begin to train in mid-run, all active; they keep their order in the model.
+
+        Args:
+            candidates: these layers, as candidates that are masked.
+
+        Raises:
+            ValueError: if a unit does not fit a layer; nothing is changed then.
+
+        """
+        known = {weight.name: weight for weight in self.every}
+        new = [c for c in candidates if c.name not in known]
+        made = masked_weights(new, self._config, None, wait=True)
+        as_now = {candidate.name: candidate for candidate in new}
+        self.candidates = [as_now.get(candidate.name, candidate) for candidate in self.candidates]
+        order = {candidate.name: i for i, candidate in enumerate(self.candidates)}
+        self.every = sorted([*self.every, *made], key=lambda weight: order[weight.name])
+        self.__dict__.pop("needs_gradients", None)
+        return [*made, *(known[c.name] for c in candidates if c.name in known)]
+
     def take_in(self, weights: Sequence[MaskedWeight]) -> None:
         """Have weights masked that were waiting; they keep their order in the model."""
         self.choose()

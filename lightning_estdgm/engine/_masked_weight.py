@@ -56,6 +56,7 @@ class MaskedWeight:
         backend: name of the backend that computes the layer now.
         final_backend: name of the backend at the final density; ``"?"`` until measured.
         why: reason for the final backend, in words.
+        since: number of steps done when it was first masked, if it began to train in mid-run; 0 otherwise.
 
     """
 
@@ -77,6 +78,7 @@ class MaskedWeight:
         self.backend = "dense"
         self.final_backend = "?"
         self.why = ""
+        self.since = 0
         self.window: Window | None = None
         self.sampled = False
         self.masked_gradient = MaskedGradient()
@@ -244,6 +246,7 @@ class MaskedWeight:
             "final_backend": self.final_backend,
             "why": self.why,
             "window": self.window and self.window.state_dict(self.placement),
+            "since": self.since,
         } | self.inactive.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -251,6 +254,7 @@ class MaskedWeight:
         shape = mask_shape(self.shape, self.block_size)
         self.set_mask(unpack_bits(state["mask"], shape), unpack_bits(state["explored"], shape))
         self.backend, self.final_backend, self.why = state["backend"], state["final_backend"], state["why"]
+        self.since = state.get("since", 0)
         self.inactive.load_state_dict(state, self.name)
         self.window = None
         if state["window"]:

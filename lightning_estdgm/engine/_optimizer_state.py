@@ -33,10 +33,13 @@ class OptimizerStates:
     Args:
         optimizers: optimizers of the run; those that they wrap are found.
 
+    Attributes:
+        optimizers: optimizers of the run; `prepare` has to be called for others.
+
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        self._optimizers = optimizers
+        self.optimizers = optimizers
         self._rules: dict[int, Rules] = {}  # by the id of the parameter
         self._warned: set[str] = set()
 
@@ -55,7 +58,7 @@ class OptimizerStates:
         """
         known: dict[Any, Rules] = {}
         for weight in weights:
-            for optimizer in self._optimizers:
+            for optimizer in self.optimizers:
                 group = _group_of(optimizer, weight.parameter)
                 if group is None:
                     continue
@@ -100,7 +103,7 @@ class OptimizerStates:
 
     @property
     def _every(self) -> list[Any]:
-        found = [inner for optimizer in self._optimizers for inner in nested_optimizers(optimizer)]
+        found = [inner for optimizer in self.optimizers for inner in nested_optimizers(optimizer)]
         return list({id(optimizer): optimizer for optimizer in found}.values())
 
     def _entries(self, weight: MaskedWeight) -> Iterator[tuple[str, Path, Tensor]]:

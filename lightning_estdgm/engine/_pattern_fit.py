@@ -1,4 +1,4 @@
-"""Layers that a pattern does not fit, such as N:M on a first convolution of 3 channels: they stay dense."""
+"""Fit of a pattern: layers that do not divide into its groups stay dense, a density that it cannot hold is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import replace
 import torch
 
 from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.method._masks import mask_shape
+from lightning_estdgm.method._patterns import Pattern, fitted
 from lightning_estdgm.modules._candidates import Candidate
 from lightning_estdgm.modules._mask_unit import unit_of
 
@@ -46,3 +48,20 @@ def leave_unfitting_dense(candidates: Sequence[Candidate], config: DGMConfig) ->
     if errors and not any(candidate.masked and not candidate.seems_head for candidate in fitting):
         raise ValueError(f"the pattern {pattern} fits no layer: {errors}; pass another UpdateRule(pattern=...)")
     return tuple(fitting)
+
+
+def check_pattern(pattern: Pattern | None, weights: Sequence[MaskedWeight], budgets: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError if a pattern does not fit a weight, or not with its number of active units.
+
+    Args:
+        pattern: pattern of all masks; ``None``: none.
+        weights: weights that will be masked.
+        budgets: number of active units of each part of each weight.
+
+    """
+    if pattern is None:
+        return
+    for weight, budget in zip(weights, budgets, strict=True):
+        with weight.naming_errors():
+            for k in budget:
+                fitted(pattern, torch.Size(mask_shape(weight.candidate.part_shape, weight.block_size)), k)

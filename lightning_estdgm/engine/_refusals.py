@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from lightning_estdgm.engine._masked_weight import MaskedWeight
-from lightning_estdgm.method._masks import mask_shape
-from lightning_estdgm.method._patterns import Pattern, fitted
 from lightning_estdgm.method._update_rule import UpdateRule
 
 
@@ -46,23 +42,6 @@ def check_rule(
             f"redistribute needs units of one size in all layers, got (weights in a unit: layer) {sizes}: give a size "
             "that fits all, such as Units(size=1), or exclude layers"
         )
-
-
-def check_pattern(pattern: Pattern | None, weights: Sequence[MaskedWeight], budgets: Sequence[Sequence[int]]) -> None:
-    """Raise ValueError if a pattern does not fit a weight, or not with its number of active units.
-
-    Args:
-        pattern: pattern of all masks; ``None``: none.
-        weights: weights that will be masked.
-        budgets: number of active units of each part of each weight.
-
-    """
-    if pattern is None:
-        return
-    for weight, budget in zip(weights, budgets, strict=True):
-        with weight.naming_errors():
-            for k in budget:
-                fitted(pattern, torch.Size(mask_shape(weight.candidate.part_shape, weight.block_size)), k)
 
 
 def check_state(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_estdgm._words import first_names
 from lightning_estdgm.distributed._collectives import agree, local_tensor
@@ -23,14 +24,17 @@ class StepHooks:
     """Hooks on the steps of all optimizers of one run.
 
     An optimizer may wrap others (Fabric, EMA and SAM wrappers, ZeRO): all that run torch's step hooks are hooked, and
-    of nested steps only the outermost is treated. The weights that a step moves are those that its optimizer holds.
+    of nested steps only the outermost is treated. The weights that a step moves are those that its optimizer holds. An
+    optimizer that was made since and holds weights is met at its first step, by torch's hooks for all optimizers.
 
     Args:
         optimizers: optimizers of the run.
         mask_gradients: function that masks the gradients of the given weights, unless they are masked already.
         exponent: `StepSize.exponent`.
+        meet: function that is called before the first step of an optimizer that holds weights and is none of these.
 
     Attributes:
+        optimizers: optimizers of the run.
         stepped: whether an optimizer has stepped since `begin_step`.
 
     """
@@ -40,10 +44,12 @@ class StepHooks:
         optimizers: Sequence[Optimizer],
         mask_gradients: Callable[[Sequence[MaskedWeight]], None],
         exponent: float,
+        meet: Callable[[Optimizer], None] = lambda _: None,
     ) -> None:
         self.stepped = False
-        self._optimizers = optimizers
+        self.optimizers = list(optimizers)
         self._hooked = [inner for optimizer in optimizers for inner in with_step_hooks(optimizer)]
+        self._meet = meet
         self._mask_gradients = mask_gradients
         self._note_step: Callable[[Sequence[MaskedWeight]], None] = lambda _: None
         self._scaling = StepScaling(optimizers, exponent)
@@ -55,11 +61,12 @@ class StepHooks:
         self._has_any = False  # whether there is any gradient
         self._unevenly_held: dict[int, bool] = {}  # by optimizer: whether some rank holds no part of any parameter
         self._handles: list[Any] = []
+        self._global_handle: Any = None
 
     @property
     def held(self) -> frozenset[int]:
         """Ids of the parameters that an optimizer holds."""
-        return frozenset(id(p) for optimizer in self._optimizers for p in parameters_of(optimizer))
+        return frozenset(id(p) for optimizer in self.optimizers for p in parameters_of(optimizer))
 
     def weights_of(self, optimizer: Optimizer) -> list[MaskedWeight]:
         """Return the masked weights that an optimizer, or a wrapper of one, holds."""
@@ -81,7 +88,28 @@ class StepHooks:
         """
         self._note_step = note_step
         self._weights = {id(weight.parameter): weight for weight in weights}
-        unseen = dict(self._weights)
+        self._hook()
+        self._scaling.register(self._weights)  # after the hooks above: they see the groups as the user made them
+        self._global_handle = register_optimizer_step_pre_hook(self._meet_if_new)
+
+    def use(self, optimizers: Sequence[Optimizer]) -> None:
+        """Go on with other optimizers; what those that stay keep of their groups stays.
+
+        Raises:
+            ValueError: if an optimizer holds a weight, and none that runs torch's step hooks does.
+
+        """
+        self._abandon()
+        self._unhook()
+        self.optimizers = list(optimizers)
+        self._hooked = [inner for optimizer in optimizers for inner in with_step_hooks(optimizer)]
+        self._unevenly_held.clear()
+        self._hook()
+        self._scaling.use(optimizers, self._weights)
+
+    def _hook(self) -> None:
+        held = self.held
+        unseen = {key: weight for key, weight in self._weights.items() if key in held}
         for optimizer in self._hooked:
             for weight in self.weights_of(optimizer):
                 unseen.pop(id(weight.parameter), None)
@@ -90,17 +118,27 @@ class StepHooks:
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
         if unseen:
             names = [weight.name for weight in unseen.values()]
-            kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer in self._optimizers}))
+            kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer in self.optimizers}))
             raise ValueError(
                 f"the optimizer steps of {len(names)} masked layers ({first_names(names)}) cannot be seen: {kinds} "
                 "runs no step hooks of torch's, and holds no optimizer that does. Have its class call "
                 "torch.optim.Optimizer.__init__, or keep the optimizer that steps as an attribute"
             )
-        self._scaling.register(self._weights)  # after the hooks above: they see the groups as the user made them
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _meet_if_new(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._depth == 0 and not any(optimizer is known for known in self._hooked) and self.weights_of(optimizer):
+            self._meet(optimizer)
 
     def keep(self, weights: Sequence[MaskedWeight]) -> None:
         """Treat and count the steps of these weights only."""
-        self._weights = {id(weight.parameter): weight for weight in weights}
+        before, self._weights = self._weights, {id(weight.parameter): weight for weight in weights}
+        if self._global_handle is not None and not self._weights.keys() <= before.keys():
+            self.use(self.optimizers)
 
     def begin_step(self) -> None:
         """Reset `stepped`, and the count of nested steps, which an exception may have left above 0."""
@@ -119,9 +157,9 @@ class StepHooks:
     def remove(self) -> None:
         """Remove all hooks. May be called twice."""
         self._scaling.remove()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._unhook()
+        if self._global_handle is not None:
+            self._global_handle.remove()
 
     def state_dict(self) -> list[dict[str, dict[str, Any]]]:
         """Return what optimizers keep of their groups beside the user's; see `StepScaling.state_dict`."""

@@ -37,8 +37,7 @@ class StepScaling:
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], exponent: float) -> None:
-        hooked = {id(inner): inner for optimizer in optimizers for inner in with_step_hooks(optimizer)}
-        self._optimizers = list(hooked.values())
+        self._optimizers = _hooked(optimizers)
         self._exponent = exponent
         self._steps: list[_ScaledSteps] = []
         self._resumed: Sequence[dict[str, Group]] = ()  # state for `register`, or from before `remove`
@@ -63,6 +62,15 @@ class StepScaling:
             own = {key: weight for key, weight in weights.items() if key not in elsewhere}
             self._steps.append(_ScaledSteps(optimizer, own, self._exponent))
         self.load_state_dict(self._resumed)
+
+    def use(self, optimizers: Sequence[Optimizer], weights: Mapping[int, MaskedWeight]) -> None:
+        """Go on with other optimizers; the groups of those that stay keep their values."""
+        kept = {id(steps.optimizer): steps.state_dict() for steps in self._steps}
+        self.remove()
+        self._optimizers, self._resumed = _hooked(optimizers), ()
+        self.register(weights)
+        for steps in self._steps:
+            steps.load_state_dict(kept.get(id(steps.optimizer), {}))
 
     def _inside(self, optimizer: Optimizer) -> list[Optimizer]:
         """Return the optimizers that one wraps; of two that hold each other, the one found first wraps the other."""
@@ -97,6 +105,10 @@ class StepScaling:
             steps.load_state_dict(values)
 
 
+def _hooked(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
+    return list({id(inner): inner for optimizer in optimizers for inner in with_step_hooks(optimizer)}.values())
+
+
 class _ScaledSteps:
     """Steps of one optimizer, with the groups that it sees during them.
 
@@ -109,7 +121,7 @@ class _ScaledSteps:
 
     def __init__(self, optimizer: Optimizer, weights: Mapping[int, MaskedWeight], exponent: float) -> None:
         self.groups = ScaledGroups(optimizer)
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._weights = weights
         self._exponent = exponent
         self._depth = 0  # a subclass's step that calls its parent's runs the hooks twice
@@ -132,7 +144,7 @@ class _ScaledSteps:
         self.groups.leave()
         self._depth = 0
         if self._handles:  # hooks that were registered since see the user's groups, too
-            cast(OrderedDict[int, Any], self._optimizer._optimizer_step_pre_hooks).move_to_end(self._pre_hook.id)
+            cast(OrderedDict[int, Any], self.optimizer._optimizer_step_pre_hooks).move_to_end(self._pre_hook.id)
 
     def remove(self) -> None:
         """Give the groups back and remove the hooks."""
@@ -198,7 +210,7 @@ class _ScaledSteps:
     def _scales(self) -> dict[int, float]:
         """Return the factors on learning rates by the ids of parameters, where they are not 1."""
         scales = {}
-        for index, group in enumerate(self._optimizer.param_groups):
+        for index, group in enumerate(self.optimizer.param_groups):
             factors = {}
             for parameter in group["params"]:
                 weight = self._weights.get(id(parameter))
@@ -221,12 +233,14 @@ class _ScaledSteps:
         parameters = [weight.parameter for weight in held if weight.parameter.dim() == dims]
         settings = repr((_settings(group), dims, parameters[0].dtype, parameters[0].device))
         if settings not in self._reasons_by_settings:
-            reason = why_not_scaled(self._optimizer, index, parameters, parameters[0])
+            reason = why_not_scaled(self.optimizer, index, parameters, parameters[0])
             self._reasons_by_settings[settings] = reason
         self._reasons[index] = reason = self._reasons_by_settings[settings]
         if reason:
+            note = f"steps not scaled by density: {reason}"
             for weight in held:
-                weight.note = "; ".join(filter(None, (weight.note, f"steps not scaled by density: {reason}")))
+                if note not in weight.note:
+                    weight.note = "; ".join(filter(None, (weight.note, note)))
         return not reason
 
 

@@ -49,7 +49,8 @@ def mask_shape(weight_shape: torch.Size | tuple[int, ...], block_size: BlockSize
     if out % rows or inner % columns:
         raise ValueError(
             f"block_size {block_size} does not divide a weight of shape {tuple(weight_shape)}: "
-            f"{out} x {inner} must be multiples of {rows} x {columns}"
+            f"{out} x {inner} must be multiples of {rows} x {columns}; "
+            'Units(size="auto") takes what fits each layer, and Selection(exclude=...) leaves one dense'
         )
     return out // rows, inner // columns
 

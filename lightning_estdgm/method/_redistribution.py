@@ -91,7 +91,10 @@ def by_growth(layers: Sequence[Scored], k: int, drop_fraction: float, regrow: bo
     keep = [n - int(drop_fraction * n) for n in active]
     left = k - sum(keep)
     if left < 0:
-        raise ValueError(f"redistribution by growth needs a density that does not fall: {sum(keep)} units stay of {k}")
+        raise ValueError(
+            f"redistribution by growth needs a density that does not fall: {sum(keep)} units stay of {k}; take a "
+            "schedule whose density stays or rises, a larger drop_fraction=, or another redistribute="
+        )
     room = [x.mask.numel() - (n if regrow else a) for x, n, a in zip(layers, keep, active, strict=True)]
     if left > sum(room):
         raise ValueError(f"{left} units are to be grown where {sum(room)} were inactive: set regrow=True or drop less")

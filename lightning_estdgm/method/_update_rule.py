@@ -160,5 +160,9 @@ class UpdateRule:
                 f"{tuple(result.shape)}"
             )
         if result.isnan().any():
-            raise ValueError(f"score {which!r} must not be NaN")
+            nan = int(result.isnan().sum())
+            raise ValueError(
+                f"score {which!r} must not be NaN, got {nan} of {result.numel()} units: return a number for each, "
+                "-inf for one that is to be chosen last"
+            )
         return result

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_estdgm.modules._candidates import Candidate
+from lightning_estdgm.modules._own_hook import OwnHook
 from lightning_estdgm.modules._weight_watch import Changes, ProductCount, takes_gradients, tensors_of
 
 _FORWARDS = {
@@ -116,8 +117,8 @@ class ForwardAudit:
         def after(module: nn.Module, args: Any, output: Any) -> None:
             self._leave()
 
-        self._handles.append(module.register_forward_pre_hook(before))
-        self._handles.append(module.register_forward_hook(after, prepend=True, always_call=True))
+        self._handles.append(module.register_forward_pre_hook(OwnHook(before)))
+        self._handles.append(module.register_forward_hook(OwnHook(after), prepend=True, always_call=True))
 
     def _watch_other(self, module: nn.Module) -> None:
         """Watch a module with weights that is no layer known here, such as an LSTM, for what it is fed with."""
@@ -126,7 +127,7 @@ class ForwardAudit:
             if not torch.compiler.is_compiling() and any(map(takes_gradients, module.parameters(recurse=False))):
                 self._feed_other(tensors_of((args, kwargs)))
 
-        self._handles.append(module.register_forward_hook(after, with_kwargs=True, prepend=True))
+        self._handles.append(module.register_forward_hook(OwnHook(after), with_kwargs=True, prepend=True))
 
     def _feed_other(self, tensors: Sequence[Tensor]) -> None:
         """Note the layers that feed something with weights that is no layer known here."""
@@ -174,8 +175,10 @@ class ForwardAudit:
                 self._producers.setdefault(node, []).extend(records)
 
         # Last before the forward, and first after it: what other hooks change is not the layer's own work.
-        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        self._handles.append(module.register_forward_hook(after, with_kwargs=True, prepend=True, always_call=True))
+        self._handles.append(module.register_forward_pre_hook(OwnHook(before), with_kwargs=True))
+        self._handles.append(
+            module.register_forward_hook(OwnHook(after), with_kwargs=True, prepend=True, always_call=True)
+        )
 
     def _follow(self, nodes: list[Any], own: Sequence[ForwardRecord]) -> None:
         """Walk back from a layer's inputs, and note the other layers whose outputs are found; a node is met once."""

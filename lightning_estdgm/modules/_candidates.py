@@ -50,6 +50,7 @@ class Candidate:
         masked: Whether its weight is masked.
         why: Reason for that, in words.
         seems_head: Whether it seems to be the output head, by its place and name; never true of included layers.
+        later: What it will be once it trains, for a layer that does not train yet; ``None`` for others.
 
     """
 
@@ -63,6 +64,7 @@ class Candidate:
     masked: bool
     why: str
     seems_head: bool = False
+    later: Candidate | None = None
 
     @property
     def has_operator(self) -> bool:
@@ -145,6 +147,7 @@ def find_candidates(
     experts: Sequence[str | ExpertAdapter] = (),
     *,
     mask_heads: bool = False,
+    masks_late: bool = False,
 ) -> tuple[Candidate, ...]:
     """List linear layers, convolutions and stacked experts of `model`, and decide for each whether it is masked.
 
@@ -159,6 +162,8 @@ def find_candidates(
         held: Ids of the parameters that an optimizer holds; others are left dense. ``None``: all are held.
         experts: Globs over names of parameters that stack the experts' matrices, and adapters; see `expert_kinds`.
         mask_heads: Whether layers that only seem to be the output head are masked as well, for an audit to decide.
+        masks_late: Whether layers that do not train yet will be masked once they do; then it is no error if there are
+            frozen ones and nothing else to mask.
 
     Raises:
         ValueError: A selector or adapter matches no layer, no layer at all is left to mask, a weight is not
@@ -187,7 +192,7 @@ def find_candidates(
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(id(module))
 
-    def verdict(name: str, module: nn.Module, kind: LayerKind, is_last: bool) -> tuple[bool, str]:
+    def verdict(name: str, module: nn.Module, kind: LayerKind, is_last: bool, trains: bool) -> tuple[bool, str]:
         weight = _stored_weight(module, kind)
         if isinstance(weight, nn.parameter.UninitializedParameter):
             raise ValueError(f"layer {name!r} is lazy and has no weight yet: run one batch through the model first")
@@ -197,9 +202,9 @@ def find_candidates(
             return False, "excluded"
         if weight.is_complex():
             return False, "its weight is complex"
-        if not weight.requires_grad:
+        if not trains and not weight.requires_grad:
             return False, _FROZEN
-        if held is not None and id(weight) not in held:
+        if not trains and held is not None and id(weight) not in held:
             return False, _NOT_HELD
         if len(owners[id(weight)]) > 1:
             return False, "its weight is shared with another module"
@@ -213,9 +218,9 @@ def find_candidates(
             return False, HEAD
         return True, ""
 
-    candidates = []
-    for index, (name, module, kind) in enumerate(found):
-        masked, why = verdict(name, module, kind, is_last=index == len(found) - 1)
+    def candidate_of(index: int, *, trains: bool = False) -> Candidate:
+        name, module, kind = found[index]
+        masked, why = verdict(name, module, kind, index == len(found) - 1, trains)
         seems_head = why == HEAD
         if seems_head and mask_heads:
             masked, why = True, ""
@@ -223,7 +228,12 @@ def find_candidates(
         shard = _shard(model, name, module, kind, asked_for=masked or not isinstance(weight, nn.Parameter))
         why_dense = f"no sparse operator: {shard.why_dense}" if shard.why_dense else kind.why_dense(module)
         parts = _fused_parts(name, shard.shape, kind) if masked else 1
-        candidates.append(Candidate(name, module, kind, weight, shard, why_dense, parts, masked, why, seems_head))
+        later = candidate_of(index, trains=True) if masks_late and why in (_FROZEN, _NOT_HELD) else None
+        return Candidate(name, module, kind, weight, shard, why_dense, parts, masked, why, seems_head, later)
+
+    candidates = [candidate_of(index) for index in range(len(found))]
+    if any(c.why == _FROZEN and c.later is not None and c.later.masked for c in candidates):
+        return tuple(candidates)
     if not any(candidate.masked and not candidate.seems_head for candidate in candidates):
         reasons = {candidate.name: candidate.why or HEAD for candidate in candidates}
         thawed_later = any(candidate.why in (_FROZEN, _NOT_HELD) for candidate in candidates)

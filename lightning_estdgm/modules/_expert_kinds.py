@@ -98,6 +98,10 @@ def _hugging_face(module: Any, own: str, experts: int) -> LayerKind:
     )
 
 
+def _found_by_its_parameter(module: nn.Module) -> bool:
+    return True
+
+
 def _no_operator(module: nn.Module) -> str:
     return "no sparse operator for stacked experts: an ExpertAdapter in selection.experts gives one"
 
@@ -105,7 +109,7 @@ def _no_operator(module: nn.Module) -> str:
 def _kind(own: str, experts: int, **settings: Any) -> LayerKind:
     return LayerKind(
         "experts",
-        lambda module: True,
+        _found_by_its_parameter,
         _routed_tokens,
         weight_name=own,
         experts=experts,

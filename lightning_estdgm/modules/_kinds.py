@@ -1,10 +1,14 @@
-"""Kinds of layers whose weight can be masked, and how a module's class tells its kind."""
+"""Kinds of layers whose weight can be masked, and how a module's class tells its kind.
+
+A kind is picklable, as a module under way is that holds a probe of it.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,7 +63,11 @@ def own_class(module: nn.Module) -> type:
     return next(cls for cls in type(module).__mro__ if not issubclass(cls, fsdp.FSDPModule))
 
 
-def _is_named(module: nn.Module, root: str, name: str) -> bool:
+def _is_a(cls: type | tuple[type, ...], module: nn.Module) -> bool:
+    return isinstance(module, cls)
+
+
+def _is_named(root: str, name: str, module: nn.Module) -> bool:
     """Recognise a class of a library that need not be installed."""
     cls = own_class(module)
     return cls.__name__ == name and cls.__module__.partition(".")[0] == root
@@ -84,6 +92,10 @@ def _input_pixels(module: Any, args: tuple[Any, ...], output: Any) -> int:
 
 def _no_operator(module: nn.Module) -> str:
     return f"no sparse operator for {own_class(module).__name__}"
+
+
+def _no_operator_for(what: str, module: nn.Module) -> str:
+    return f"no sparse operator for {what}"
 
 
 def _has_operator(module: nn.Module) -> str:
@@ -138,28 +150,28 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 LAYER_KINDS: tuple[LayerKind, ...] = (
-    LayerKind("linear", lambda m: isinstance(m, nn.Linear), _tokens, _why_linear_is_dense),
-    LayerKind("convolution", lambda m: isinstance(m, CONVOLUTIONS), _pixels, _why_convolution_is_dense),
+    LayerKind("linear", partial(_is_a, nn.Linear), _tokens, _why_linear_is_dense),
+    LayerKind("convolution", partial(_is_a, CONVOLUTIONS), _pixels, _why_convolution_is_dense),
     LayerKind(
         "transposed convolution",
-        lambda m: isinstance(m, _TRANSPOSED_CONVOLUTIONS),
+        partial(_is_a, _TRANSPOSED_CONVOLUTIONS),
         _input_pixels,
-        lambda m: "no sparse operator for transposed convolutions",
+        partial(_no_operator_for, "transposed convolutions"),
     ),
     LayerKind(
         "attention projection",
         _is_fused_attention,
         _tokens,
-        lambda m: "no sparse operator for attention projections",
+        partial(_no_operator_for, "attention projections"),
         weight_name="in_proj_weight",
     ),
     LayerKind(
         "Hugging Face Conv1D",
-        lambda m: _is_named(m, "transformers", "Conv1D"),
+        partial(_is_named, "transformers", "Conv1D"),
         _tokens,
         _has_operator,
         transposed=True,
     ),
-    LayerKind("PyG linear", lambda m: _is_named(m, "torch_geometric", "Linear"), _tokens, _has_operator),
+    LayerKind("PyG linear", partial(_is_named, "torch_geometric", "Linear"), _tokens, _has_operator),
 )
 """Kinds of maskable layers, the first match wins."""

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, EarlyStopping, ModelCheckpoint
 from torch import nn
 
-from helpers.models import NO_VALIDATION_LOADER, SCHEDULE, Batches, TinyMLP, make_trainer
+from helpers.models import NO_VALIDATION_LOADER, SCHEDULE, Batches, TinyMLP, assert_final, make_trainer
 from lightning_estdgm import DGMCallback, DGMConfig, EnergyMonitor, EstDgm, Units
 
 pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
@@ -180,21 +180,50 @@ class Tuned(pl.LightningModule):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.01)
 
 
-def tuned(*head: int) -> dict[str, Any]:
-    dgm = callback()
-    thaw = BackboneFinetuning(unfreeze_backbone_at_epoch=2, lambda_func=lambda epoch: 1.0)
-    make_trainer(thaw, dgm, max_epochs=STEPS // EPOCH).fit(Tuned(*head), TinyMLP.batches(EPOCH))
-    return dgm.run_summary()
+def tuned(*head: int, thawed: int = 2) -> tuple[Tuned, DGMCallback]:
+    dgm, module = callback(), Tuned(*head)
+    thaw = BackboneFinetuning(unfreeze_backbone_at_epoch=thawed, lambda_func=lambda epoch: 1.0)
+    make_trainer(thaw, dgm, max_epochs=STEPS // EPOCH).fit(module, TinyMLP.batches(EPOCH))
+    return module, dgm
 
 
-def test_a_backbone_that_is_thawed_in_mid_run_and_stays_dense_is_named() -> None:
+@pytest.mark.filterwarnings("ignore:the run goes on dense")
+@pytest.mark.parametrize("head", [(16, 4), (4,)], ids=["a head of two layers", "a head of one"])
+def test_a_backbone_that_is_thawed_in_mid_run_is_masked_from_the_next_update_on(
+    head: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        module, dgm = tuned(*head)
+    assert "1 layers (backbone.0) have begun to train, and are masked from step" in caplog.text
+    assert_final(module, dgm)
+    assert dgm.masks().keys() == ({"backbone.0", "head.0"} if len(head) > 1 else {"backbone.0"})
+    assert dgm.run_summary()["thawed_and_dense"] == []
+    assert dgm.run_summary()["ended_as_asked"] is True
+
+
+def test_a_backbone_that_is_thawed_after_the_last_update_is_named() -> None:
     with pytest.warns(UserWarning, match=r"1 layers \(backbone\.0\) have begun to train in mid-run and stay dense"):
-        summary = tuned(16, 4)
-    assert summary["thawed_and_dense"] == ["backbone.0"]
+        _, dgm = tuned(16, 4, thawed=4)
+    assert dgm.run_summary()["thawed_and_dense"] == ["backbone.0"]
 
 
-def test_nothing_to_mask_but_what_is_thawed_later_names_the_way_out() -> None:
-    with pytest.raises(
-        ValueError, match="what BackboneFinetuning or the like thaws later is not seen: thaw it before the fit"
+def test_nothing_to_mask_but_what_is_thawed_too_late_is_said_at_both_ends() -> None:
+    with (
+        pytest.warns(UserWarning, match="nothing was masked in this run"),
+        pytest.warns(
+            RuntimeWarning, match=r"the run goes on dense.*1 layers \(backbone.0\) are masked once they train"
+        ),
+        pytest.warns(UserWarning, match="stay dense"),
     ):
-        tuned(4)
+        tuned(4, thawed=4)
+
+
+def test_an_old_style_spectral_norm_is_not_taken_for_a_frozen_layer(recwarn: Any) -> None:
+    class Normed(TinyMLP):
+        def __init__(self) -> None:
+            super().__init__()
+            for _ in range(6):
+                self.net.insert(0, nn.utils.spectral_norm(nn.Linear(16, 16)))
+
+    make_trainer(DGMCallback(), max_epochs=1).fit(Normed(), TinyMLP.batches(16))
+    assert not [w for w in recwarn if "are frozen" in str(w.message)]

@@ -59,7 +59,12 @@ def test_growth_budgets_meet_the_total_and_fit_every_layer(sizes, drop, where, r
 
 
 def test_what_cannot_be_shared_out_is_refused():
-    with pytest.raises(ValueError, match=re.escape("a density that does not fall: 5 units stay of 4")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape(
+            "a density that does not fall: 5 units stay of 4; take a schedule whose density stays or rises"
+        ),
+    ):
         by_growth(LAYERS, 4, 0.0, True)
     with pytest.raises(ValueError, match=re.escape("4 units are to be grown where 3 were inactive")):
         by_growth(LAYERS, 7, 0.5, False)

@@ -18,7 +18,7 @@ from lightning_estdgm.presets import preset
     ("score", "message"),
     [
         (lambda e: e.weight[0], "one number a unit, of shape (24, 12), got (12,)"),
-        (lambda e: e.weight * math.nan, "must not be NaN"),
+        (lambda e: e.weight * math.nan, "units: return a number for each, -inf for one that is to be chosen last"),
     ],
 )
 def test_bad_scores_are_refused(mlp, score, message):

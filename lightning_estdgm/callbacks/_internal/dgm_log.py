@@ -10,11 +10,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import nn
 
+from lightning_estdgm._words import first_names
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._decisions import LayerDecision
 from lightning_estdgm.method._masks import size_words
@@ -64,6 +66,12 @@ class DGMLog:
             self._warn_frozen(controller)
         for report in self._new_reports():  # a redistribution has moved layers to densities that were not timed yet
             say_on(trainer, report)
+        late = [weight.name for weight in controller.masked_weights if updated and weight.since == controller.steps]
+        if late:
+            rank_zero_info(
+                f"DGMCallback: {len(late)} layers ({first_names(late)}) have begun to train, and are masked from step "
+                f"{controller.steps} on"
+            )
         if updated or controller.steps == 1:
             self._log(self._metrics() | self._update_metrics())
         elif controller.steps % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
@@ -116,8 +124,10 @@ class DGMLog:
     def _warn_frozen(self, controller: DGMController) -> None:
         """Warn if most of the layers' weights are frozen, as where adapters are trained on a frozen base."""
         masked = sum(math.prod(d.shape) for d in controller.decisions() if d.masked)
-        frozen = [math.prod(c.shape) for c in controller.candidates if not c.weight.requires_grad]
-        if sum(frozen) > _MOSTLY * masked:
+        # The weight of an old-style spectral_norm or weight_norm is no parameter, and trains by others.
+        weights = [(c.weight, math.prod(c.shape)) for c in controller.candidates if isinstance(c.weight, nn.Parameter)]
+        frozen = [size for weight, size in weights if not weight.requires_grad]
+        if sum(frozen) > _MOSTLY * masked > 0:
             rank_zero_warn(
                 f"DGMCallback masks {masked:,} weights, and {len(frozen)} layers with {sum(frozen):,} weights are "
                 "frozen: these are computed dense, so hardly any arithmetic is skipped. To train a sparse network, "

@@ -11,7 +11,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_estdgm._words import first_names
 from lightning_estdgm.engine._controller import DGMController
-from lightning_estdgm.modules._candidates import thawed_layers
 
 _TOLERANCE = 0.05  # relative: whole units meet a density only nearly
 
@@ -62,15 +61,14 @@ class RunOutcome:
 
     def watch_thawed(self) -> None:
         """Warn of layers that have begun to train in mid-run and stay dense. Call it at the start of each epoch."""
-        held = {id(p) for o in self._trainer.optimizers for group in o.param_groups for p in group["params"]}
-        now = [*thawed_layers(self._controller.candidates, held), *self._controller.late_layers()]
+        now = self._controller.late_layers()
         new = [name for name in now if name not in self._thawed]
         if new:
             self._thawed += new
             rank_zero_warn(
                 f"DGMCallback: {len(new)} layers ({first_names(new)}) have begun to train in mid-run and stay dense: "
-                "masks are drawn at the start of a fit, when these took no gradient. To mask them, thaw them before "
-                "the fit, or begin another fit once they train"
+                "layers are taken in at mask updates, and no more are to come, or several ranks train the model, where "
+                "frozen layers are not taken in. To mask them, thaw them before the fit, or begin another fit"
             )
 
     def summary(self) -> dict[str, Any]:

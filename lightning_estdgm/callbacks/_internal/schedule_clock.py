@@ -20,11 +20,12 @@ _NOMINAL_STEPS = 100  # for fast_dev_run, or a fit with nothing left to do: enou
 class ScheduleClock:
     """Length of one fit, and the schedule's position in it.
 
-    The position is the number of optimizer steps done, with three exceptions. Under ``max_time`` it is the share of the
-    time that has passed, where that is further. In manual optimization only the user's code knows which batches step
-    which optimizers, so the position is a number that the Trainer counts: under ``max_steps`` the steps of all
-    optimizers over the number of optimizers, under ``max_epochs`` the batches. Ranks agree on the position: the length
-    is that of the shortest loader, and the time is rank 0's.
+    The position is the number of optimizer steps that the Trainer counts: also those in which masked weights got no
+    gradient, as where ``training_step`` returns None or a layer was dropped, so that the schedule ends with the run.
+    Under ``max_time`` it is the share of the time that has passed, where that is further. In manual optimization only
+    the user's code knows which batches step which optimizers, so the position is a number that the Trainer counts:
+    under ``max_steps`` the steps of all optimizers over the number of optimizers, under ``max_epochs`` the batches.
+    Ranks agree on the position: the length is that of the shortest loader, and the time is rank 0's.
 
     A fit that goes on with another length keeps its place in the schedule, and goes through the rest in the steps or in
     the time that is left.
@@ -89,6 +90,7 @@ class ScheduleClock:
         self._by_batches = manual and by_epochs is not None and by_steps is None
         self._first_batch = 0 if resumed else self._batches_done()
         self._by_global_step = manual and by_steps is not None
+        self._by_each_step = not manual and not self._only_time
         self._first_step = 0 if resumed else trainer.global_step
         self._together = _steps_together(trainer, pl_module)
 
@@ -102,6 +104,23 @@ class ScheduleClock:
             before, ahead = self._time_from
             share = (share - before) / (1.0 - before)
         return max(position, ahead + int(share * (pace.total_steps - ahead)))
+
+    @property
+    def counted(self) -> int | None:
+        """Number of steps of the Trainer so far, for `resume`; None where the position does not depend on it."""
+        return self._trainer.global_step - self._first_step if self._by_each_step else None
+
+    def resume(self, controller: DGMController, counted: int | None) -> None:
+        """Count on from where a resumed run was. Call it once the Trainer's loops are restored, before a step.
+
+        Args:
+            controller: controller of the resumed run.
+            counted: `counted` when the checkpoint was saved; None: it was not saved.
+
+        """
+        if counted is None:
+            counted = controller.steps + int(controller.stepped)
+        self._first_step = self._trainer.global_step - counted if self._by_each_step else self._first_step
 
     def go_on(self, controller: DGMController) -> str:
         """Let a resumed run go through the rest of its schedule in what is left of this fit, if lengths differ.
@@ -140,7 +159,7 @@ class ScheduleClock:
         """Return the number of steps that the restored loops have left to do."""
         trainer = self._trainer
         if self._asked is not None:
-            return self._asked - steps
+            return self._asked - self._progress(steps)
         by_steps = None if trainer.max_steps == -1 else (trainer.max_steps - trainer.global_step) // self._together
         by_epochs = self._left_by_epochs(trainer, trainer.current_epoch)
         if by_epochs is not None:
@@ -165,6 +184,8 @@ class ScheduleClock:
             return self._batches_done() - self._first_batch
         if self._by_global_step:
             return (self._trainer.global_step - self._first_step) // self._together
+        if self._by_each_step:
+            return max(steps, self._trainer.global_step - self._first_step)
         return steps
 
     def _time_share(self) -> float:

@@ -73,7 +73,9 @@ def check_source(source: object) -> EnergySource:
         ValueError: `name`, `method`, `scope` or `update_period_s` is not valid.
     """
     if isinstance(source, type):
-        raise TypeError(f"expected an instance of an energy source, got the class {source.__name__}")
+        raise TypeError(
+            f"expected an instance of an energy source, got the class {source.__name__}: pass {source.__name__}()"
+        )
     members = (
         "name",
         "method",
@@ -156,14 +158,18 @@ def resolve(
     if sources is None:
         return discover()
     if isinstance(sources, str) or not isinstance(sources, Iterable):
-        raise TypeError(f"sources must be None or a list of names and energy sources, got {sources!r}")
+        hint = f": write [{sources!r}]" if isinstance(sources, str) else ""
+        raise TypeError(f"sources must be None or a list of names and energy sources, got {sources!r}{hint}")
     known: dict[str, EnergySource | SourceUnavailable] | None = None
     chosen: list[tuple[str, EnergySource | SourceUnavailable]] = []
     for item in sources:
         if isinstance(item, str):
             known = dict(discover()) if known is None else known
             if item not in known:
-                raise ValueError(f"unknown energy source {item!r}; known are {', '.join(sorted(known))}")
+                raise ValueError(
+                    f"unknown energy source {item!r}; known are {', '.join(sorted(known))}; None takes all that "
+                    "work here, which `estdgm doctor` shows"
+                )
             chosen.append((item, known[item]))
         else:
             source = check_source(item)
@@ -171,5 +177,5 @@ def resolve(
     names = [name for name, _ in chosen]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"energy sources given twice: {', '.join(twice)}")
+        raise ValueError(f"energy sources given twice: {', '.join(twice)}; name each once, or joules would count twice")
     return chosen

@@ -198,7 +198,8 @@ class EstDgm(ScheduleConfig):
             if covered != cycled:
                 raise ValueError(
                     f"phases must cover the run: warm-up {warmup} + {self.cycles} cycle(s) of {sum(lengths):g} steps "
-                    f"make {warmup + covered:g} steps, but the run has {total_steps}"
+                    f"make {warmup + covered:g} steps, but the run has {total_steps}; lengths given as shares (floats) "
+                    f"fit any run, and total_steps={warmup + covered:g} has this schedule end there"
                 )
             ends = [sum(lengths[: i + 1]) for i in range(3)]
             borders = [warmup + c * sum(lengths) + end for c in range(self.cycles) for end in ends]
@@ -214,7 +215,8 @@ class EstDgm(ScheduleConfig):
             if last <= first:
                 raise ValueError(
                     f"a run of {total_steps} steps is too short for {self.cycles} cycle(s) of {lengths} after "
-                    f"{warmup} warm-up steps: {name} of cycle {index // 3} would have no step"
+                    f"{warmup} warm-up steps: {name} of cycle {index // 3} would have no step: "
+                    "train longer, take fewer cycles or warm-up steps, or give the phase a larger length"
                 )
             segments.append(Segment(name, index // 3, first, last))
             first = last

@@ -159,4 +159,7 @@ def check_intervals(update_every: int | None, observe_steps: int | None) -> None
         if value is not None:
             check_int(name, value, at_least=1)
     if update_every is not None and observe_steps is not None and observe_steps > update_every:
-        raise ValueError(f"observe_steps must not exceed update_every, got {observe_steps} and {update_every}")
+        raise ValueError(
+            f"observe_steps must not exceed update_every, got {observe_steps} and {update_every}: windows lie between "
+            "updates"
+        )

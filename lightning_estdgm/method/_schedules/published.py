@@ -108,7 +108,8 @@ class CubicDensity(ScheduleConfig):
         first, last = round(self.begin * total_steps), min(round(self.end * total_steps), total_steps - 1)
         if last <= first:
             raise ValueError(
-                f"a run of {total_steps} steps is too short to prune from {self.begin} to {self.end} of it"
+                f"a run of {total_steps} steps is too short to prune from {self.begin} to {self.end} of it: train "
+                "longer, or set begin= and end= further apart"
             )
         count = max(1, round((last - first) / every))
         changes = [(0, self.start)]
@@ -157,7 +158,8 @@ class AlternatingDensity(ScheduleConfig):
         if turns < 1 or turns % 2 == 0 or abs(turns * self.period - self._between()) > 1e-6:
             raise ValueError(
                 "between warmup and last_dense there must be an odd number of phases of one period, sparse first and "
-                f"last: got {self._between():g} of the run for periods of {self.period:g}"
+                f"last: got {self._between():g} of the run for periods of {self.period:g}; change "
+                "period=, warmup= or last_dense="
             )
         check_intervals(None, self.observe_steps)
 
@@ -180,7 +182,10 @@ class AlternatingDensity(ScheduleConfig):
         segments, changes = [], []
         for i, (first, last) in enumerate(itertools.pairwise(borders)):
             if last <= first:
-                raise ValueError(f"a run of {total_steps} steps is too short for periods of {self.period:g} of it")
+                raise ValueError(
+                    f"a run of {total_steps} steps is too short for periods of {self.period:g} of it: train longer, or "
+                    "set a longer period="
+                )
             segments.append(Segment("dense" if i % 2 == 0 else "sparse", i // 2, first, last))
             changes.append((first, 1.0 if i % 2 == 0 else self.density))
         _, observe = intervals(None, self.observe_steps, total_steps)

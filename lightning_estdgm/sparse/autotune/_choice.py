@@ -196,7 +196,10 @@ class BackendSelector:
     def _forced_choice(self, case: Case | ConvCase) -> Choice:
         assert self._forced is not None
         if self._forced != DENSE and (reason := case.refusal(self._forced)) is not None:
-            raise ValueError(f"backend {self._forced!r} was forced, but cannot run this layer: it {reason}")
+            raise ValueError(
+                f"backend {self._forced!r} was forced, but cannot run this layer: it {reason}; exclude the layer, "
+                'or use backend="auto"'
+            )
         return Choice(self._forced, None, None, "forced")
 
     def _known(self, case: Case | ConvCase) -> dict[int, Choice]:

@@ -129,7 +129,7 @@ def supporting(name: str, device: torch.device, dtype: torch.dtype, topology: Bl
     backend = get_backend(name)
     reason = backend.unsupported(device, dtype, topology)
     if reason is not None:
-        raise ValueError(f"backend {name!r} cannot run this layer: it {reason}")
+        raise ValueError(f'backend {name!r} cannot run this layer: it {reason}; backend="reference" runs any')
     return backend
 
 
@@ -157,5 +157,5 @@ def supporting_conv(
     """Return the backend of that name, or raise ValueError where it is unknown or cannot run the convolution."""
     reason = conv_refusal(name, device, dtype, topology, geometry)
     if reason is not None:
-        raise ValueError(f"backend {name!r} cannot run this convolution: it {reason}")
+        raise ValueError(f'backend {name!r} cannot run this convolution: it {reason}; backend="reference" runs any')
     return get_backend(name)

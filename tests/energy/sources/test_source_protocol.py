@@ -94,11 +94,11 @@ def test_resolve_takes_names_and_objects() -> None:
     ("given", "error", "message"),
     [
         (["nvlm"], ValueError, "unknown energy source 'nvlm'; known are amdsmi, cpu-estimate, hwmon-amd, .*, nvml"),
-        ("nvml", TypeError, "a list of names and energy sources, got 'nvml'"),
+        ("nvml", TypeError, r"a list of names and energy sources, got 'nvml': write \['nvml'\]"),
         (5, TypeError, "got 5"),
         ([object()], TypeError, "object lacks name, method, scope"),
-        ([CpuEstimate], TypeError, "an instance of an energy source, got the class CpuEstimate"),
-        ([ConstantPower(), ConstantPower()], ValueError, "given twice: constant"),
+        ([CpuEstimate], TypeError, "an instance of an energy source, got the class CpuEstimate: pass CpuEstimate"),
+        ([ConstantPower(), ConstantPower()], ValueError, "given twice: constant; name each once"),
         ([ConstantPower(method="guess")], ValueError, "method must be one of .* got 'guess'"),  # type: ignore[arg-type]
         ([ConstantPower(scope="rack")], ValueError, "scope must be 'host' or 'process', got 'rack'"),  # type: ignore[arg-type]
         ([ConstantPower(name="")], ValueError, "non-empty string"),

@@ -279,7 +279,7 @@ def test_to_dict_is_plain():
         (lambda: EstDgm(freeze=-0.1), "freeze must lie in [0, 1), got -0.1"),
         (lambda: EstDgm().resolve(0), "total_steps must be at least 1, got 0"),
         (lambda: EstDgm(warmup=float("nan")), "warmup given as a share must lie in [0, 1), got nan"),
-        (lambda: EstDgm().resolve(2), "a run of 2 steps is too short for 1 cycle(s)"),
+        (lambda: EstDgm().resolve(2), "would have no step: train longer, take fewer cycles or warm-up steps"),
         (lambda: EstDgm(warmup=100).resolve(100), "a run of 100 steps is too short for 1 cycle(s)"),
         (lambda: EstDgm().resolve(100)(-1), "step must not be negative, got -1"),
     ],
@@ -316,5 +316,8 @@ def test_a_length_is_a_number(length):
 def test_phases_in_steps_must_cover_the_run(total):
     config = EstDgm(Phase(0.7, 0.6, 15), Phase(0.3, 0.2, 35), Phase(0.15, 0.1, 50))
     config.resolve(100)
-    with pytest.raises(ValueError, match=f"phases must cover the run: .* make 100 steps, but the run has {total}"):
+    with pytest.raises(
+        ValueError,
+        match=f"phases must cover the run: .* make 100 steps, but the run has {total}; lengths given as shares",
+    ):
         config.resolve(total)

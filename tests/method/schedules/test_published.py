@@ -29,7 +29,10 @@ def test_the_cubic_by_hand():
         (lambda: CubicDensity(0.5, stop=0.5), "stop must lie in [end, 1], got 0.5 and 0.75"),
         (lambda: CubicDensity(0.5, begin=0.7).resolve(3), "a run of 3 steps is too short to prune from 0.7 to 0.75"),
         (lambda: AlternatingDensity(0.1, period=0.1), "an odd number of phases of one period"),
-        (lambda: AlternatingDensity(0.1).resolve(12), "a run of 12 steps is too short for periods of 0.05"),
+        (
+            lambda: AlternatingDensity(0.1).resolve(12),
+            "a run of 12 steps is too short for periods of 0.05 of it: train longer, or set a longer period=",
+        ),
     ],
 )
 def test_published_schedules_refuse_what_makes_no_sense(call, message):

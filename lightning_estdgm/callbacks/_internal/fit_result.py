@@ -1,4 +1,4 @@
-"""`SpawnedResult`: the result of a fit in spawned or forked processes, in the process that called ``trainer.fit``."""
+"""`FitResult`: the result of a fit without its controller, in copies of a callback and across processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import os
 import tempfile
 import uuid
 import weakref
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,57 @@ from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._decisions import LayerDecision
 from lightning_estdgm.method._schedules import Schedule
 
+_NUMBERS = ("phase", "density", "final_density", "flops_ratio", "flops_executed_ratio", "flops", "schedule")
+
 
 @dataclass(frozen=True)
-class SpawnedResult:
-    """Result of a fit that ran in other processes, with some of `DGMController`'s properties and methods."""
+class FitResult:
+    """Result of a fit, with some of `DGMController`'s properties and methods, and without its model and optimizers."""
 
     phase: str
     density: float
+    final_density: float
     flops_ratio: float
+    flops_executed_ratio: float
+    flops: dict[str, float]
     schedule: Schedule
+    outcome: dict[str, Any]
     _state: dict[str, Any]
     _decisions: tuple[LayerDecision, ...]
     _masks: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, controller: DGMController, state: dict[str, Any], outcome: Mapping[str, Any]) -> FitResult:
+        """Return the result of a controller's run so far; if weights are sharded, call it on every rank.
+
+        Args:
+            controller: controller of the fit.
+            state: its state, and the callback's own.
+            outcome: result of `RunOutcome.summary`.
+
+        """
+        return cls(
+            outcome=dict(outcome),
+            _state=state,
+            _decisions=controller.decisions(),
+            _masks=controller.masks(),
+            **{name: getattr(controller, name) for name in _NUMBERS},
+        )
+
+    @classmethod
+    def from_plain(cls, content: Mapping[str, Any], config: DGMConfig) -> FitResult:
+        """Return the result that `plain` was called of."""
+        own = dict(content)
+        return cls(
+            schedule=config.schedule.resolve(own["_state"]["total_steps"]),
+            _decisions=tuple(LayerDecision(**decision) for decision in own.pop("_decisions")),
+            **own,
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """Return the content in plain types and tensors, which load with ``weights_only=True``."""
+        content = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "schedule"}
+        return content | {"_decisions": [asdict(decision) for decision in self._decisions]}
 
     def decisions(self) -> tuple[LayerDecision, ...]:
         """Return the decision for every linear and convolution layer."""
@@ -46,7 +86,7 @@ class SpawnedResult:
         return self._state
 
 
-class SpawnedResultFile:
+class FitResultFile:
     """Temporary file that brings the result of a fit back to the process that called ``trainer.fit``.
 
     Lightning brings back the weights in the same way, but nothing of a callback.
@@ -55,36 +95,23 @@ class SpawnedResultFile:
     def __init__(self) -> None:
         self._made_in = os.getpid()
         self._path = Path(tempfile.gettempdir()) / f"lightning_estdgm-{uuid.uuid4().hex}.pt"
-        self._result: SpawnedResult | None = None
+        self._result: FitResult | None = None
         weakref.finalize(self, _remove_by_maker, self._path, self._made_in)
 
-    def leave(self, controller: DGMController, trainer: pl.Trainer) -> None:
+    def leave(self, trainer: pl.Trainer, result: Callable[[], FitResult]) -> None:
         """Write the result of a fit; call it on every rank. Does nothing in the process that made this object."""
         if os.getpid() == self._made_in or not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             return
-        content = {
-            "state": controller.state_dict(),
-            "decisions": [asdict(decision) for decision in controller.decisions()],
-            "masks": controller.masks(),
-            **{name: getattr(controller, name) for name in ("phase", "density", "flops_ratio")},
-        }
+        content = result().plain()  # on every rank
         if trainer.is_global_zero:
             torch.save(content, self._path)
 
-    def result(self, config: DGMConfig) -> SpawnedResult | None:
+    def result(self, config: DGMConfig) -> FitResult | None:
         """Return the result of the last fit in other processes, or None."""
         if os.getpid() == self._made_in and self._path.exists():
             content = torch.load(self._path, weights_only=True)
             self._path.unlink()
-            self._result = SpawnedResult(
-                phase=content["phase"],
-                density=content["density"],
-                flops_ratio=content["flops_ratio"],
-                schedule=config.schedule.resolve(content["state"]["total_steps"]),
-                _state=content["state"],
-                _decisions=tuple(LayerDecision(**decision) for decision in content["decisions"]),
-                _masks=content["masks"],
-            )
+            self._result = FitResult.from_plain(content, config)
         return self._result
 
 

@@ -1,0 +1,86 @@
+"""`LateLayers`: layers that do not train in the first steps, and that are masked once they do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from lightning_estdgm.modules._candidates import Candidate
+
+
+class LateLayers:
+    """Layers that took no gradient so far, and which of them have begun to.
+
+    What is thawed or given to an optimizer in mid-run, or is left out of the first forwards, is taken in at the mask
+    update after it has got a gradient. Frozen layers are not where several ranks train a model: what a wrapper such as
+    DDP has not been made with, it does not average.
+
+    Args:
+        candidates: linear and convolution layers of the model.
+        group: process group of the ranks that train the model together; ``None``: no other rank is asked.
+
+    Attributes:
+        asleep: layers that took no gradient so far, as they will be once they train, by name.
+
+    """
+
+    def __init__(self, candidates: Sequence[Candidate], group: dist.ProcessGroup | None) -> None:
+        late = [candidate.later for candidate in candidates if candidate.later is not None and group is None]
+        self.asleep = {candidate.name: candidate for candidate in late if candidate.masked}
+        self._begun: set[str] = set()
+        self._group = group
+
+    def add(self, candidates: Iterable[Candidate]) -> None:
+        """Have layers looked at in whose first steps no gradient was seen."""
+        self.asleep |= {candidate.name: candidate for candidate in candidates}
+
+    def note(self) -> None:
+        """Note the layers that have a gradient which is not zero. Call it before a step."""
+        for name, candidate in self.asleep.items():
+            gradient = candidate.weight.grad
+            if gradient is not None and name not in self._begun and _is_nonzero(candidate):
+                self._begun.add(name)
+
+    def begun(self) -> list[str]:
+        """Return the names of the layers that have begun to train."""
+        return [name for name in self.asleep if name in self._begun]
+
+    def take_begun(self) -> list[Candidate]:
+        """Return the layers that have begun to train, on any rank, and let go of them; ranks call it together."""
+        if not self.asleep:
+            return []
+        names = list(self.asleep)
+        flags = [int(name in self._begun) for name in names]
+        if self._group is not None:
+            table = torch.tensor(flags, device=self.asleep[names[0]].weight.device)
+            dist.all_reduce(table, dist.ReduceOp.MAX, group=self._group)
+            flags = table.tolist()
+        return self.take([name for name, flag in zip(names, flags, strict=True) if flag])
+
+    def take(self, names: Iterable[str]) -> list[Candidate]:
+        """Return the layers of these names, and let go of them."""
+        taken = [self.asleep.pop(name) for name in names if name in self.asleep]
+        self._begun -= {candidate.name for candidate in taken}
+        return taken
+
+    def state_dict(self) -> dict[str, bool]:
+        """Return for each layer whether it has begun to train."""
+        return {name: name in self._begun for name in self.asleep}
+
+    def load_state_dict(self, state: Mapping[str, bool], candidates: Sequence[Candidate]) -> None:
+        """Load what `state_dict` returned, for the layers of this run."""
+        known = {candidate.name: candidate.later or candidate for candidate in candidates}
+        self.asleep = {name: known[name] for name in state if name in known and known[name].masked}
+        self._begun = {name for name in self.asleep if state[name]}
+
+
+def _is_nonzero(candidate: Candidate) -> bool:
+    weight = candidate.weight
+    assert isinstance(weight, nn.Parameter)
+    gradient = weight.grad
+    if gradient is None or not candidate.shard.holds(gradient):
+        return False
+    return bool(torch.count_nonzero(candidate.shard.local(gradient)))

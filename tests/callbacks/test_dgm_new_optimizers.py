@@ -1,0 +1,57 @@
+"""Optimizers that are made in mid-run under a Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from helpers.models import NO_VALIDATION_LOADER, TinyMLP, assert_final, leftovers, make_trainer
+from helpers.runs import SCHEDULE, STEPS
+from lightning_estdgm import DGMCallback, DGMConfig
+
+pytestmark = [pytest.mark.filterwarnings(NO_VALIDATION_LOADER)]
+
+
+class NewOptimizer(pl.Callback):
+    """Has the Trainer make its optimizers anew before a step, or steps by one that the Trainer does not know."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 13:
+            trainer.strategy.setup_optimizers(trainer)
+
+
+def test_a_trainers_new_optimizer_is_taken_over(caplog: Any) -> None:
+    pl.seed_everything(0, verbose=False)
+    module, callback = TinyMLP(), DGMCallback(DGMConfig(schedule=SCHEDULE))
+    trainer = make_trainer(NewOptimizer(), callback, max_epochs=5)
+    with caplog.at_level("INFO"):
+        trainer.fit(module, TinyMLP.batches(8))
+    assert callback.controller.steps == STEPS
+    assert_final(module, callback)
+    assert "has other optimizers than before" in caplog.text
+    assert len(callback.controller._hooks.optimizers) == 1
+    assert leftovers(module, trainer) == []
+
+
+def test_an_optimizer_that_the_trainer_does_not_know_is_taken_over() -> None:
+    class Own(TinyMLP):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.own: Any = None
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            if self.own is None or (self.trainer.current_epoch == 2 and batch_idx == 3):
+                self.own = torch.optim.AdamW(self.parameters(), 1e-2)
+            self.own.zero_grad()
+            self.manual_backward(self.loss(batch))
+            self.own.step()
+
+    pl.seed_everything(0, verbose=False)
+    module, callback = Own(), DGMCallback(DGMConfig(schedule=SCHEDULE))
+    make_trainer(callback, max_epochs=5).fit(module, TinyMLP.batches(8))
+    assert callback.controller.steps == STEPS
+    assert_final(module, callback)

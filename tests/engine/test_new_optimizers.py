@@ -1,0 +1,158 @@
+"""Optimizers that are made in mid-run: met at their first step, and treated as those that were given."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_pre_hooks
+
+from helpers.runs import differences
+from lightning_estdgm import DGMConfig, DGMController, EstDgm, Phase, Units
+
+SCHEDULE = EstDgm(
+    Phase(0.7, 0.6, 15), Phase(0.3, 0.3, 15), Phase(0.2, 0.1, 30), update_every=5, observe_steps=2, freeze=0.5
+)
+CONFIG = DGMConfig(SCHEDULE, units=Units(size=1))
+STEPS = 60
+X = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1))
+
+
+def run(make: Callable[[nn.Module], Optimizer], change: Callable[[DGMController, nn.Module, Optimizer], Any]) -> Any:
+    """Train; before step 23 `change` returns the optimizer that goes on. Return the model and the controller."""
+    net = model()
+    optimizer = make(net)
+    with DGMController(net, optimizer, CONFIG, total_steps=STEPS) as dgm:
+        for step in range(STEPS):
+            if step == 23:
+                optimizer = change(dgm, net, optimizer)
+            optimizer.zero_grad()
+            net(X).square().mean().backward()
+            dgm.mask_gradients()
+            optimizer.step()
+            outside = sum(int(net.get_submodule(n).weight[~m].count_nonzero()) for n, m in dgm.masks().items())
+            assert outside == 0 or step == 0
+            dgm.advance()
+    return net, dgm
+
+
+def adam(net: nn.Module) -> Optimizer:
+    return torch.optim.AdamW(net.parameters(), 1e-2)
+
+
+def cleared(dgm: DGMController, net: nn.Module, optimizer: Optimizer) -> Optimizer:
+    optimizer.state.clear()
+    return optimizer
+
+
+NEW: dict[str, Callable[[DGMController, nn.Module, Optimizer], Optimizer]] = {
+    "made anew": lambda dgm, net, _: adam(net),
+    "copied": lambda dgm, net, optimizer: _cleared_copy(optimizer, net),
+    "told": lambda dgm, net, _: _told(dgm, adam(net)),
+}
+
+
+def _cleared_copy(optimizer: Optimizer, net: nn.Module) -> Optimizer:
+    twin = adam(net)
+    state = copy.deepcopy(optimizer.state_dict())
+    twin.load_state_dict(state)
+    twin.state.clear()
+    return twin
+
+
+def _told(dgm: DGMController, optimizer: Optimizer) -> Optimizer:
+    dgm.use_optimizers(optimizer)
+    return optimizer
+
+
+@pytest.mark.parametrize("how", NEW)
+def test_a_new_optimizer_goes_on_as_one_whose_state_was_cleared(how: str) -> None:
+    net, dgm = run(adam, NEW[how])
+    expected, plain = run(adam, cleared)
+    assert dgm.steps == dgm.position == STEPS
+    assert dgm.density == dgm.final_density
+    assert differences(net.state_dict(), expected.state_dict()) == []
+    assert differences(dgm.masks(), plain.masks()) == []
+    assert [d.why for d in dgm.decisions()] == [d.why for d in plain.decisions()]
+
+
+def test_a_new_optimizer_of_another_class_resets_its_own_state_and_scales_its_steps() -> None:
+    _, dgm = run(adam, lambda dgm, net, _: torch.optim.SGD(net.parameters(), 1e-2, momentum=0.9))
+    assert dgm.density == dgm.final_density
+    control = model()
+    optimizer = torch.optim.SGD(control.parameters(), 0.1)
+    with DGMController(control, torch.optim.SGD(control.parameters(), 0.1), CONFIG, total_steps=STEPS) as dgm:
+        control(X).square().mean().backward()
+        optimizer.step()  # not the one that was given
+        assert dgm.advance()
+        before = control[0].weight.detach().clone()
+        optimizer.zero_grad()
+        control(X).square().mean().backward()
+        dgm.mask_gradients()
+        gradient, density = control[0].weight.grad.clone(), dgm.layer_densities()["0"]
+        optimizer.step()
+        torch.testing.assert_close(control[0].weight, before - 0.1 / density * gradient)
+    assert not [hook for hook in _global_optimizer_pre_hooks.values() if "StepHooks" in repr(hook)]
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_optimizers_of_other_models_are_left_alone() -> None:
+    net, other = model(), model()
+    stranger = adam(other)
+    with DGMController(net, adam(net), CONFIG, total_steps=STEPS) as dgm:
+        other(X).square().mean().backward()
+        stranger.step()
+        assert not dgm.advance()
+        assert not stranger._optimizer_step_pre_hooks
+        assert dgm.steps == 0
+
+
+class Unseen:
+    """Has what loops use of an optimizer, and runs none of torch's hooks."""
+
+    def __init__(self, params: Any) -> None:
+        self.param_groups = [{"params": list(params), "lr": 0.1}]
+        self.state: dict[Any, Any] = {}
+
+    def zero_grad(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            p -= 0.01 * p.grad
+
+
+def test_steps_that_cannot_be_seen_are_said_also_in_mid_run() -> None:
+    net = model()
+    optimizer: Any = adam(net)
+    with DGMController(net, optimizer, CONFIG, total_steps=STEPS) as dgm:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for step in range(56):
+                if step == 5:
+                    optimizer = Unseen(net.parameters())
+                optimizer.zero_grad()
+                net(X).square().mean().backward()
+                dgm.mask_gradients()
+                optimizer.step()
+                if step < 55:
+                    dgm.advance()
+        with pytest.warns(RuntimeWarning, match="none of their optimizer's steps was seen.*the schedule stands still"):
+            dgm.advance()
+        assert dgm.steps == 5
+        with pytest.raises(ValueError, match=r"cannot be seen: Unseen runs no step hooks"):
+            dgm.use_optimizers(optimizer)
