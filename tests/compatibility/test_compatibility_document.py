@@ -6,10 +6,15 @@ import pytest
 from test_models import MODELS
 
 from helpers import compatibility_document as document
+from helpers.compatibility_loggers import LOGGERS
 
 
 def test_the_table_of_models_has_the_models_that_are_tested() -> None:
     assert list(document.committed("models")) == [model.name for model in MODELS]
+
+
+def test_the_table_of_loggers_has_the_loggers_that_are_tested() -> None:
+    assert list(document.committed("loggers")) == [case.name for case in LOGGERS]
 
 
 def test_the_document_lists_what_is_checked() -> None:
