@@ -104,7 +104,7 @@ def main() -> None:
             environment = Environment(Path(folder, name), name, given.python)
             columns = {"": name, **environment.versions(), "tests": environment.test(arguments)}
         print(
-            "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, "-" * len(columns), columns.values())),
+            "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, ["---"] * len(columns), columns.values())),
             flush=True,
         )
 
