@@ -33,7 +33,7 @@ bench: .venv/ready  ## ratios against dense on this machine: mask overhead, spar
 compatibility: .venv/ready  ## the tables of docs/compatibility.md, printed from the tests' runs
 	ESTDGM_WRITE_COMPATIBILITY=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/compatibility
 
-versions: .venv/ready  ## tests of models with the oldest admitted versions of other libraries; needs the network
+versions: .venv/ready  ## the suite with the oldest admitted versions and with the newest; needs the network and an hour or more
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m helpers.versions
 
 clean:

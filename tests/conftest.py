@@ -8,7 +8,12 @@ import torch
 from hypothesis import settings
 from torch import nn
 
+from helpers import triton_installed
 from helpers.compatibility_rows import pytest_collection_modifyitems, pytest_sessionfinish, record  # noqa: F401
+
+if not triton_installed.is_installed():  # they cannot even be imported
+    _KERNELS = ("triton_in_interpreter.py", "triton_conv_in_interpreter.py")
+    collect_ignore = [f"sparse/backends/{name}" for name in _KERNELS]
 
 # No deadline: no test depends on how fast a machine is. Derandomised: a failure is the same one everywhere.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=40)

@@ -338,6 +338,7 @@ class DGMController:
         """What each choice of backends has timed in this process and how long it took, in words."""
         return tuple(self._dispatch.timed)
 
+    @property
     def stepped(self) -> bool:
         """Whether an optimizer has stepped since the last `advance`."""
         return self._hooks.stepped

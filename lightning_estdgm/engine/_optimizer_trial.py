@@ -7,9 +7,10 @@ state is in `_optimizer_state`. No trial touches the optimizer of the run.
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,6 +62,21 @@ def trial_optimizer(optimizer: Optimizer, stand_ins: Mapping[Tensor, Tensor]) ->
     if callable(train):  # schedule-free optimizers step in this mode only
         train()
     return trial
+
+
+def remade(trial: Optimizer) -> Optimizer:
+    """Return an optimizer of the class of a trial's, made anew of its groups: one that makes its state in ``__init__``.
+
+    What ``__init__`` takes and the defaults of the groups hold is given to it, too: Adagrad of torch 2.6 takes the
+    value that its sums start from as an argument only.
+
+    Args:
+        trial: copy of an optimizer, see `trial_optimizer`.
+
+    """
+    kind: Callable[..., Optimizer] = type(trial)
+    taken = inspect.signature(kind).parameters
+    return kind(trial.param_groups, **{name: value for name, value in trial.defaults.items() if name in taken})
 
 
 @contextmanager

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_estdgm.engine._optimizer_trial import apart_from_the_run, trial_optimizer
+from lightning_estdgm.engine._optimizer_trial import apart_from_the_run, remade, trial_optimizer
 from lightning_estdgm.engine._scaled_groups import Group, ScaledGroups
 
 _STEPS = 8  # of each half of a trial: rectified optimizers rest for the first five
@@ -73,7 +74,7 @@ class _Trial:
             (torch.randn(shape, generator=generator, device="cpu") * size).to(like.device, like.dtype)
             for size in (2.0**-7, 1.0)
         )
-        self._takes_closure: bool | None = None
+        self._way: tuple[bool, bool] | None = None  # whether it is made anew, and takes a closure: the first that works
 
     def moves(self, *halves: tuple[float, float], split: bool = False) -> list[Tensor]:
         """Return how far both parameters move in each half of a trial, ``[2, ...]``.
@@ -83,17 +84,29 @@ class _Trial:
             split: whether the rates are scaled by `ScaledGroups`, rather than set in the groups.
 
         """
-        if self._takes_closure is None:
+        if self._way is not None:
+            return self._moves(*self._way, halves, split=split)
+        failures = []
+        for way in product((False, True), (False, True)):
             try:
-                self._takes_closure = False
-                return self.moves(*halves, split=split)
-            except Exception:  # maybe for want of a closure
-                self._takes_closure = True
+                moved = self._moves(*way, halves, split=split)
+            except Exception as error:  # maybe for want of a closure, or of the state that ``__init__`` makes
+                failures.append(error)
+            else:
+                self._way = way
+                return moved
+        raise failures[1]  # with a closure
+
+    def _moves(
+        self, makes_anew: bool, takes_closure: bool, halves: Sequence[tuple[float, float]], *, split: bool
+    ) -> list[Tensor]:
         torch.manual_seed(0)  # rounding and updates may be random
         stand_ins = [nn.Parameter(self._values.clone()) for _ in range(2)]
         trial = trial_optimizer(self._optimizer, dict(zip(self._parameters, stand_ins, strict=False)))
         held: list[Tensor] = trial.param_groups[self._index]["params"]
         held[:] = stand_ins
+        if makes_anew:
+            trial = remade(trial)
         rates = ScaledGroups(trial)
         moved = []
         for factors in halves:
@@ -101,12 +114,18 @@ class _Trial:
             before = torch.stack([parameter.detach().clone() for parameter in stand_ins])
             scales = dict(zip(map(id, stand_ins), factors, strict=True)) if split else {}
             for _ in range(_STEPS):
-                self._step(trial, stand_ins, rates, scales)
+                self._step(trial, stand_ins, rates, scales, takes_closure=takes_closure)
             moved.append((torch.stack([p.detach() for p in stand_ins]) - before).double().cpu())
         return moved
 
     def _step(
-        self, trial: Optimizer, stand_ins: Sequence[Tensor], rates: ScaledGroups, scales: Mapping[int, float]
+        self,
+        trial: Optimizer,
+        stand_ins: Sequence[Tensor],
+        rates: ScaledGroups,
+        scales: Mapping[int, float],
+        *,
+        takes_closure: bool,
     ) -> None:
         calls = 0
 
@@ -119,7 +138,7 @@ class _Trial:
             rates.enter(scales)
             return sum(float((self._gradient * p.detach()).sum()) for p in stand_ins)
 
-        if self._takes_closure:
+        if takes_closure:
             trial.step(closure)
         else:
             closure()

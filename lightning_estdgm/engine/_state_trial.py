@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from lightning_estdgm.distributed._collectives import local_tensor
 from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
-from lightning_estdgm.engine._optimizer_trial import apart_from_the_run, trial_optimizer
+from lightning_estdgm.engine._optimizer_trial import apart_from_the_run, remade, trial_optimizer
 from lightning_estdgm.engine._state_entries import Path, state_entries
 from lightning_estdgm.engine._state_rules import Constant, CopyOfWeight, Kept, Requantised, StateRule
 
@@ -239,10 +239,7 @@ def _added(optimizer: Optimizer, parameter: Any, weight: nn.Parameter) -> Any:
 
 def _remade(optimizer: Optimizer, parameter: Any, weight: nn.Parameter) -> Any:
     """Return an optimizer of the same class made anew with the group's settings: state is made in ``__init__``."""
-    trial = trial_optimizer(optimizer, {parameter: weight})
-    groups = [{**group, "params": group["params"] or [_small(weight)]} for group in trial.param_groups]
-    kind: Callable[..., Any] = type(trial)
-    return kind(groups)
+    return remade(_emptied(optimizer, parameter, weight))
 
 
 def _small(like: Tensor) -> nn.Parameter:

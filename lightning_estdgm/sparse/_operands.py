@@ -27,8 +27,10 @@ def topology_of(row_ptr: Tensor, col_idx: Tensor, col_ptr: Tensor, row_idx: Tens
 
 
 def _autocast_on(kind: str) -> bool:
-    # Asking about a device that knows no autocast ("meta") raises.
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # Asking about a device that knows no autocast ("meta") raises. Dynamo of torch 2.6 has to break its graph for
+    # `is_autocast_available`; what is compiled for is a device that knows autocast.
+    known = kind != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind))
+    return known and torch.is_autocast_enabled(kind)
 
 
 def as_given(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from helpers.default_device import set_default_device
 from helpers.models import NO_VALIDATION_LOADER, TinyMLP
 from helpers.runs import Run, SaveAt, differences, end_of, load
 from lightning_estdgm import DGMCallback
@@ -56,10 +57,10 @@ class Elsewhere(Callback):
     """New tensors are made on a device without values for as long as the fit lasts."""
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
-        torch.set_default_device("meta")
+        set_default_device("meta")
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
-        torch.set_default_device(None)
+        set_default_device(None)
 
     on_exception = teardown
 

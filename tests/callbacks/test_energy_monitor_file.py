@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def test_it_describes_the_run_and_what_it_used(tmp_path: Path, monkeypatch: pyte
     assert run.pop("host")
     assert run.pop("versions") == {
         "python": ".".join(map(str, __import__("sys").version_info[:3])),
-        "torch": torch.__version__,
+        "torch": metadata.version("torch"),  # builds with CUDA name it in `torch.__version__` alone
         "lightning": lightning.__version__,
         "lightning_estdgm": lightning_estdgm.__version__,
         "cuda": torch.version.cuda,

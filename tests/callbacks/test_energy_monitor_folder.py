@@ -78,6 +78,22 @@ def test_the_folder_of_a_logger_that_has_one_is_also_that_of_the_checkpoints(tmp
     assert next(tmp_path.rglob("*.ckpt")).parents[1] == tmp_path / "name" / "version_0"
 
 
+class Shared(Remote):
+    """A logger whose `log_dir` is that of all its runs, as SwanLab's."""
+
+    @property
+    def log_dir(self) -> Any:
+        return str(self.save_dir)
+
+
+def test_a_folder_that_all_runs_share_is_not_taken_for_that_of_one(tmp_path: Path) -> None:
+    for version in ("a", "b"):
+        logger = Shared(tmp_path, "project", version)
+        trainer(tmp_path, monitor(), logger=logger, enable_checkpointing=True).fit(Net(), data())
+    assert list(files(tmp_path)) == ["project/a/energy.json", "project/b/energy.json"]
+    assert sorted(path.parents[1].name for path in tmp_path.rglob("*.ckpt")) == ["a", "b"]
+
+
 def test_it_lies_beside_the_curves_where_a_logger_puts_them_elsewhere(tmp_path: Path) -> None:
     trainer(tmp_path, monitor(), logger=TensorBoardLogger(tmp_path, "name", sub_dir="events")).fit(Net(), data())
     assert list(files(tmp_path)) == ["name/version_0/events/energy.json"]

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
+from helpers.default_device import set_default_device
 from helpers.energy_runs import Net, data, monitor, trainer
 from lightning_estdgm.callbacks._internal.work_counters import StepCounter
 
@@ -277,11 +278,11 @@ def test_another_default_device_changes_nothing(tmp_path: Path, how: str) -> Non
         with torch.device("meta"):
             run.fit(model, batches)
     else:
-        torch.set_default_device("meta")
+        set_default_device("meta")
         try:
             run.fit(model, batches)
         finally:
-            torch.set_default_device(None)
+            set_default_device(None)
     summary = meter.summary()
     assert (summary["steps"], summary["samples"]) == (STEPS, 32)
     assert summary["total_joules"] > 0

@@ -6,14 +6,25 @@ import pytest
 from test_models import MODELS
 
 from helpers import compatibility_document as document
+from helpers.compatibility_loggers import LOGGERS
+from helpers.lightning_callbacks import CHECKED, REFUSED, ROWS
 
 
 def test_the_table_of_models_has_the_models_that_are_tested() -> None:
     assert list(document.committed("models")) == [model.name for model in MODELS]
 
 
+def test_the_table_of_callbacks_has_the_callbacks_that_are_tested() -> None:
+    assert list(document.committed("callbacks")) == [*ROWS, *REFUSED]
+
+
+def test_the_table_of_loggers_has_the_loggers_that_are_tested() -> None:
+    assert list(document.committed("loggers")) == [case.name for case in LOGGERS]
+
+
 def test_the_document_lists_what_is_checked() -> None:
     assert document.invariants() in document.DOCUMENT.read_text()
+    assert "".join(f"- {one}\n" for one in CHECKED) in document.DOCUMENT.read_text()
 
 
 def test_a_row_that_was_not_run_stays_and_one_without_a_test_goes() -> None:

@@ -72,7 +72,7 @@ def budgets_of(dgm):
 @pytest.mark.parametrize("name", HUGGING_FACE)
 @pytest.mark.parametrize("size", [1, 16])
 def test_experts_of_transformers_are_masked_expert_by_expert(name, size):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", minversion="5")  # experts in one parameter
     model = hugging_face(name)
     keys, trainable = list(model.state_dict()), sum(p.numel() for p in model.parameters())
     optimizer = adamw(model)
@@ -108,7 +108,7 @@ def test_experts_of_transformers_are_masked_expert_by_expert(name, size):
 @pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
 @pytest.mark.parametrize("backend", ["auto", "cpu"])
 def test_resumed_experts_equal_straight_ones(name, backend):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", minversion="5")  # experts in one parameter
 
     def begin():
         model = hugging_face(name)
@@ -135,7 +135,7 @@ def test_resumed_experts_equal_straight_ones(name, backend):
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_a_forced_backend_computes_experts_and_trains_as_dense(name):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", minversion="5")  # experts in one parameter
 
     def train(backend):
         model = hugging_face(name)
@@ -164,7 +164,7 @@ def test_a_forced_backend_computes_experts_and_trains_as_dense(name):
 
 
 def test_flops_of_experts_by_hand():
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", minversion="5")  # experts in one parameter
     model = hugging_face("Mixtral")
     optimizer = adamw(model)
     config = DGMConfig(constant(0.25), units=Units(size=1, distribution="uniform"))
@@ -223,7 +223,7 @@ def test_experts_take_names_only():
 
 
 def test_experts_without_tokens_keep_exact_budgets():
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", minversion="5")  # experts in one parameter
     model = hugging_face("Mixtral")
     for layer in model.model.layers:
         with torch.no_grad():  # ties: the same two experts are chosen for every token

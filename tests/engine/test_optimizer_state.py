@@ -102,6 +102,19 @@ class Look(Custom):
             p.copy_(self.state[p]["slow"].lerp_(p, 0.5))
 
 
+class MadeAtOnce(Custom):
+    """Makes its state in ``__init__`` alone, from an argument, as Adagrad of torch 2.6."""
+
+    def __init__(self, params, lr=0.01, start=0.0):
+        super().__init__(params, lr)
+        self.defaults["start"] = start
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["sum"] = torch.full_like(p, start)
+
+    def update(self, p, state):
+        state["sum"].addcmul_(p.grad, p.grad)
+
+
 def rules(optimizer):
     found = fresh_state_rules(optimizer, optimizer.param_groups[0]["params"][0])
     return {".".join(path): rule for (_, path), rule in found.items()}
@@ -117,6 +130,7 @@ def weight_of(shape=(16, 16), dtype=torch.float32):
         (torch.optim.AdamW, {"state.exp_avg": Constant(0.0), "state.exp_avg_sq": Constant(0.0)}),
         (torch.optim.Rprop, {"state.prev": Constant(0.0), "state.step_size": Constant(pytest.approx(0.01))}),
         (lambda p: torch.optim.Adagrad(p, initial_accumulator_value=0.5), {"state.sum": Constant(0.5)}),
+        (lambda p: MadeAtOnce(p, start=0.5), {"state.sum": Constant(0.5)}),
         (torch.optim.ASGD, {"state.ax": CopyOfWeight()}),
         (torch.optim.Adafactor, {}),
         (Codes, {"state.codes": Constant(127)}),

@@ -47,6 +47,26 @@ def test_optimizers_of_torch_that_step_by_the_rate_of_the_group(make, dtype):
     assert reason(make, dtype) == ""
 
 
+class MadeAtOnce(torch.optim.SGD):
+    """Makes its state in ``__init__`` alone, as Adagrad of torch 2.6."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["steps"] = torch.zeros(())
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["steps"] += 1
+                p.sub_(group["lr"] * p.grad)
+
+
+def test_state_that_only_the_constructor_makes_is_there_in_the_trial():
+    assert reason(lambda p: MadeAtOnce(p, 0.1)) == ""
+
+
 class FirstGroup(torch.optim.SGD):
     """Reads the rate of its first group alone."""
 

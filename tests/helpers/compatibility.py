@@ -182,10 +182,11 @@ def check(
         resumed = fit(ckpt=stopped)
         different = differences(end_of(*straight), end_of(*resumed))
         assert not different, f"the resumed run ends differently: {different[:5]}"
-    return _outcome(module, callback)
+    return outcome_of(module, callback)
 
 
-def _outcome(module: Any, callback: DGMCallback) -> Outcome:
+def outcome_of(module: Any, callback: DGMCallback) -> Outcome:
+    """Return what a finished run has masked, and what not."""
     assert callback.controller is not None
     masked = {c.name: c for c in callback.controller.candidates if c.name in callback.masks()}
     decisions = callback.decisions()

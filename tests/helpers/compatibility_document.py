@@ -10,7 +10,16 @@ from pathlib import Path
 from helpers.compatibility import CHECKED, Outcome
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
-HEADERS = {"models": ("model", "masked share", "layers masked", "of them sparse", "what stays dense, and why")}
+HEADERS = {
+    "models": ("model", "masked share", "layers masked", "of them sparse", "what stays dense, and why"),
+    "callbacks": (
+        "beside `DGMCallback`",
+        "masked share",
+        "checked",
+        "what stays dense, differs or is refused",
+    ),
+    "loggers": ("logger", "version", "curves of ours that arrived", "read from", "`energy.json` of the run"),
+}
 
 
 def _section(table: str, text: str) -> re.Match[str]:

@@ -1,62 +1,113 @@
-"""Tests that touch a library, run with other versions of it: ``make versions`` prints them for docs/compatibility.md.
+"""The test suite with the oldest versions that pyproject.toml admits, and with the newest: ``make versions``.
 
-Each version goes into a folder of its own, in front of what is installed, so that nothing installed changes. It takes
-minutes and the network, and is no part of the test suite.
+Each set of versions goes into an environment of its own, so nothing installed changes. Printed are the versions and how
+the tests ended, for docs/compatibility.md. It takes the network, some 6 GB a set where torch comes with CUDA, and as
+long as the suite does, and is no part of it. To run a part, or on another Python:
+
+    PYTHONPATH=.:tests python -m helpers.versions oldest --python 3.10 tests/engine -n 2
 """
 
 from __future__ import annotations
 
-import os
+import argparse
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 _ROOT = Path(__file__).parents[2]
+RESOLUTIONS = {"oldest": "lowest-direct", "newest": "highest"}
+"""What `uv` calls the oldest versions of what pyproject.toml names, and the newest."""
 
-
-@dataclass(frozen=True)
-class Version:
-    """One version to try.
-
-    Attributes:
-        packages: what pip installs, without dependencies: the library first, then what it needs in other versions too.
-        tests: arguments of pytest.
-
-    """
-
-    packages: tuple[str, ...]
-    tests: tuple[str, ...]
-
-
-_MODELS = "tests/compatibility/test_models.py"
-VERSIONS = (
-    Version(("numpy==1.26.4",), (_MODELS, "-k", "LSTM or GAN or DLRM or PyG")),
-    Version(
-        ("transformers==4.48.0", "tokenizers==0.21.4", "huggingface-hub==0.36.0"),
-        (_MODELS, "-k", "Hugging"),
-    ),
-    Version(("torch-geometric==2.6.0",), (_MODELS, "-k", "PyG and not hetero")),
+LIBRARIES = ("torch", "lightning", "torchmetrics", "numpy", "transformers", "torch-geometric", "jsonargparse", "triton")
+_TORCH_BRINGS = ("triton",)  # the version that it was built with
+_OF_OTHERS = (  # what libraries say of each other, and torch of itself
+    "default::DeprecationWarning",
+    "default::PendingDeprecationWarning",
+    "default::FutureWarning",
+    "default:Guards may run slower:RuntimeWarning",  # on Python 3.13.0
+    "default:The .grad attribute:UserWarning",  # in opcheck of torch 2.15
 )
 
 
-def run(version: Version) -> str:
-    """Install one version beside the others, run its tests, and return pytest's last line."""
-    with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
-        subprocess.run([*pip, *version.packages], check=True)
-        path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
-        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *version.tests]
-        done = subprocess.run(
-            pytest, cwd=_ROOT, env=os.environ | {"PYTHONPATH": path}, text=True, stdout=subprocess.PIPE
+def test_tools() -> list[str]:
+    """Return what the ``dev`` extra asks for, but for what torch brings."""
+    asked = [Requirement(text) for text in metadata.requires("lightning-estdgm") or ()]
+    dev = [
+        r for r in asked if r.marker and r.marker.evaluate({"extra": "dev"}) and not r.marker.evaluate({"extra": ""})
+    ]
+    return [f"{r.name}{r.specifier}" for r in dev if r.name not in _TORCH_BRINGS]
+
+
+class Environment:
+    """An environment with one set of versions.
+
+    Args:
+        folder: folder that is made.
+        resolution: key of `RESOLUTIONS`.
+        python: interpreter, or its version.
+
+    Attributes:
+        python: its interpreter.
+
+    """
+
+    def __init__(self, folder: Path, resolution: str, python: str) -> None:
+        self.python = folder / "bin" / "python"
+        tools = folder.with_name("uv")
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--target", tools, "uv"], check=True)
+        self._uv = tools / "bin" / "uv"
+        subprocess.run([self._uv, "venv", "-q", "--clear", "--python", python, folder], check=True)
+        self._install("--resolution", RESOLUTIONS[resolution], "-r", "pyproject.toml", "--extra", "recipes")
+        kept = folder.with_suffix(".txt")  # the tools must not move the versions that are tried
+        kept.write_text(self._pip("freeze"))
+        self._install("-c", str(kept), *test_tools())
+        self._install("--no-deps", "-e", ".")
+
+    def _pip(self, command: str, *arguments: str) -> str:
+        call = [self._uv, "pip", command, "-q", "--python", self.python, *arguments]
+        return subprocess.run(call, cwd=_ROOT, check=True, text=True, stdout=subprocess.PIPE).stdout
+
+    def _install(self, *arguments: str) -> None:
+        self._pip("install", *arguments)
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of `LIBRARIES` that are installed, and of Python."""
+        pairs = (line.partition("==")[::2] for line in self._pip("freeze").splitlines())
+        found = {name: version for name, version in pairs if name in LIBRARIES}
+        code = "import platform; print(platform.python_version())"
+        python = subprocess.run([self.python, "-c", code], check=True, text=True, stdout=subprocess.PIPE)
+        return {"python": python.stdout.strip(), **{name: found.get(name, "none") for name in LIBRARIES}}
+
+    def test(self, arguments: list[str]) -> str:
+        """Run the tests and return pytest's last line; what failed goes to stderr."""
+        lenient = [word for name in _OF_OTHERS for word in ("-W", name)]
+        call = [self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *lenient, *arguments]
+        done = subprocess.run(call, cwd=_ROOT, text=True, stdout=subprocess.PIPE)
+        if done.returncode:
+            print(done.stdout, file=sys.stderr)
+        lines = [line for line in done.stdout.splitlines() if " in " in line and ("passed" in line or "failed" in line)]
+        return lines[-1].strip("= ") if lines else f"ended with {done.returncode}"
+
+
+def main() -> None:
+    """Print a table of the sets that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", nargs="?", choices=[*RESOLUTIONS, "both"], default="both")
+    parser.add_argument("--python", default=sys.executable, help="interpreter, or its version; default: this one")
+    given, arguments = parser.parse_known_args()
+    for name in RESOLUTIONS if given.which == "both" else (given.which,):
+        with tempfile.TemporaryDirectory() as folder:
+            environment = Environment(Path(folder, name), name, given.python)
+            columns = {"": name, **environment.versions(), "tests": environment.test(arguments)}
+        print(
+            "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, ["---"] * len(columns), columns.values())),
+            flush=True,
         )
-    if done.returncode:
-        print(done.stdout, file=sys.stderr)
-    return done.stdout.strip().splitlines()[-1].strip("= ")
 
 
 if __name__ == "__main__":
-    print("| version | outcome |\n|---|---|")
-    for version in VERSIONS:
-        print(f"| {version.packages[0].replace('==', ' ')} | {run(version)} |", flush=True)
+    main()

@@ -86,15 +86,17 @@ def _phase(callback: Callback) -> str | None:
 def run_folder(trainer: Trainer) -> Path:
     """Return the folder of a run: the first logger's own, else the one in which its checkpoints lie.
 
-    A logger without a `log_dir` (W&B, MLflow, Comet, Neptune) has checkpoints in ``save_dir/name/version``, as
-    Lightning's `ModelCheckpoint` resolves its `dirpath`. Without a logger it is the Trainer's root.
+    A logger without a `log_dir` of its own for each run (W&B, MLflow, Comet, Neptune, SwanLab) has checkpoints in
+    ``save_dir/name/version``, as Lightning's `ModelCheckpoint` resolves its `dirpath`. Without a logger it is the
+    Trainer's root.
     """
     # Not trainer.log_dir: it broadcasts, and after an exception the other ranks may be gone.
     logger = trainer.logger
     if logger is None:
         return Path(trainer.default_root_dir)
     folder = getattr(logger, "log_dir", None)
-    if isinstance(folder, str) and folder:
+    # Where it is `save_dir` itself (SwanLab), all runs share it.
+    if isinstance(folder, str) and folder and Path(folder) != Path(logger.save_dir or ""):
         return Path(folder)
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from helpers import triton_installed
 from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.autotune._cases import Case, refusals
 from lightning_estdgm.sparse.autotune._choice import BackendSelector
@@ -16,7 +17,7 @@ from lightning_estdgm.sparse.backends.triton._requirements import BLOCK_SIZES, D
 from lightning_estdgm.sparse.backends.triton._tiles import Tiles, Tuner, candidates
 
 CUDA = torch.device("cuda", 0)
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is built for Linux only")
+needs_triton = pytest.mark.skipif(not triton_installed.is_installed(), reason=triton_installed.REASON)
 
 
 def _topology(block_size=16):

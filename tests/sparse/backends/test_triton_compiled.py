@@ -7,20 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import triton_installed
 from lightning_estdgm.sparse._conv_geometry import ConvGeometry
 from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.backends.triton._requirements import BLOCK_SIZES
 from lightning_estdgm.sparse.backends.triton._tiles import Tiles, candidates
 
-triton = pytest.importorskip("triton", reason="triton is built for Linux only")
+if not triton_installed.is_installed():
+    pytest.skip(triton_installed.REASON, allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import driver  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from lightning_estdgm.sparse.backends.triton import _conv as conv  # noqa: E402
-from lightning_estdgm.sparse.backends.triton import _linear as linear  # noqa: E402
-from lightning_estdgm.sparse.backends.triton._conv_grad_weight import conv_grad_weight  # noqa: E402
+from lightning_estdgm.sparse.backends.triton import _conv as conv
+from lightning_estdgm.sparse.backends.triton import _linear as linear
+from lightning_estdgm.sparse.backends.triton._conv_grad_weight import conv_grad_weight
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # target, shared memory of one program in bytes, products on matrix units

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from helpers import triton_installed
+
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="triton is built for Linux only")
+@pytest.mark.skipif(not triton_installed.is_installed(), reason=triton_installed.REASON)
 @pytest.mark.parametrize(
     ("what", "at_least"),
     [
