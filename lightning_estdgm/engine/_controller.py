@@ -113,7 +113,11 @@ class DGMController:
         self._warned_nonfinite = False
         self._flops = FlopCounter()
         every = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-        self._hooks = StepHooks(every, self._mask_if_touched, self.config.step_size.exponent)
+        changes_masks = len(self.schedule.densities) > 1
+        trains_inactive = self.config.trains_inactive_weights
+        self._hooks = StepHooks(
+            every, self._mask_if_touched, self.config.step_size.exponent, grows=changes_masks and not trains_inactive
+        )
         self._states = OptimizerStates(every)
         selection = self.config.selection
         candidates = find_candidates(
@@ -123,8 +127,6 @@ class DGMController:
         self._masked = MaskedModel(candidates, self.config, state, group, wait=True)
         can_mask = self._masked.every
         self._dispatch = Dispatch(self.config, candidates, self._masked.weights, can_mask, group)
-        changes_masks = len(self.schedule.densities) > 1
-        trains_inactive = self.config.trains_inactive_weights
         check_rule(self._masked.rule, can_mask, changes_masks=changes_masks, trains_inactive=trains_inactive)
         self._states.prepare(can_mask, changes_masks=changes_masks)
         self._admission = Admission(model, candidates, can_mask, group)

@@ -29,6 +29,7 @@ class StepHooks:
         optimizers: optimizers of the run.
         mask_gradients: function that masks the gradients of the given weights, unless they are masked already.
         exponent: `StepSize.exponent`.
+        grows: whether units are grown whose state is reset.
 
     Attributes:
         stepped: whether an optimizer has stepped since `begin_step`.
@@ -40,13 +41,15 @@ class StepHooks:
         optimizers: Sequence[Optimizer],
         mask_gradients: Callable[[Sequence[MaskedWeight]], None],
         exponent: float,
+        *,
+        grows: bool = False,
     ) -> None:
         self.stepped = False
         self._optimizers = optimizers
         self._hooked = [inner for optimizer in optimizers for inner in with_step_hooks(optimizer)]
         self._mask_gradients = mask_gradients
         self._note_step: Callable[[Sequence[MaskedWeight]], None] = lambda _: None
-        self._scaling = StepScaling(optimizers, exponent)
+        self._scaling = StepScaling(optimizers, exponent, grows=grows)
         self._weights: dict[int, MaskedWeight] = {}  # by the id of its parameter
         self._depth = 0  # number of nested steps that have begun and not ended
         self._idle = False  # whether the current step is not one of training
@@ -198,6 +201,8 @@ class StepHooks:
         self._note_step(weights)
         for weight in weights:
             weight.masked_gradient.forget()
+            if weight in (self._moved or ()) or weight.placement.is_sharded:  # ranks without a part count, too
+                weight.young.after_step()
         for weight in self._moved or ():
             weight.inactive.after_step(weight)
             weight.note_written()
