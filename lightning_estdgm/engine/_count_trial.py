@@ -25,7 +25,7 @@ from lightning_estdgm.engine._young_steps import YoungSteps
 from lightning_estdgm.engine._young_units import Cohort, YoungUnits
 
 SETTLED = 1e-3
-"""Difference of two steps, as a share, from which on a unit is young no more."""
+"""Difference of two steps, as a share, from which on a unit is young no more; four roundings if that is more."""
 
 _RATE = 2.0**-10  # of every trial: the run's own may be 0, as where it is warmed up
 _SIDE = 8  # of a throw-away parameter; half of its rows begin late
@@ -98,10 +98,10 @@ def _tried(optimizer: Optimizer, index: int, like: Tensor) -> UnitCounts:
             return UnitCounts(0, f"a step of {kind} is made of the whole weight")
         counted = [trial.run(rest, by_unit=True) for rest in _RESTS]
         if not all(_alike(fresh.young, run.young, max(1e-5, 4 * coarse)) for run in counted):
-            return UnitCounts(0, f"{kind} keeps it elsewhere than in the weight's own state")
+            return UnitCounts(0, f"{kind} keeps it outside a parameter's state, or mixes parameters")
         if not all(_alike(one.old, run.old, coarse) for one, run in zip(late, counted, strict=True)):
-            return UnitCounts(0, f"the parameters of {kind} do not step independently of each other")
-        lifetime = trial.lifetime()
+            return UnitCounts(0, f"{kind} mixes parameters")
+        lifetime = trial.lifetime(max(SETTLED, 4 * coarse))
     except Exception as error:  # whatever an optimizer that is not ours may raise
         return UnitCounts(0, f"{kind} could not be tried ({type(error).__name__}: {' '.join(str(error).split())[:120]})")
     if lifetime == 0:
@@ -171,6 +171,7 @@ class _Trial:
             quiet[_SIDE // 2 :] = 0
             weight.grad = quiet
             trial.step()
+        weight.data.view(self._shape)[_SIDE // 2 :] = 0  # as masks do, and there may be 0 / 0
         young = YoungUnits()
         if by_unit:
             half = torch.arange(weight.numel() // 2, weight.numel(), device=weight.device, dtype=torch.int32)
@@ -195,10 +196,10 @@ class _Trial:
             return False
         return _alike(self.run(0).young, flat.young, tolerance)
 
-    def lifetime(self) -> int:
+    def lifetime(self, tolerance: float) -> int:
         """Return the number of steps after which those of two counts have settled; 0: they have not.
 
-        Gradients are of the same size in all steps: what is compared is the size of the steps.
+        Gradients are of the same size in all steps: what is compared is the size of the steps, up to `tolerance`.
         """
         fresh, late = (nn.Parameter(torch.zeros_like(self._values)) for _ in range(2))
         trial = self._copy(late)
@@ -213,7 +214,7 @@ class _Trial:
         end = 0
         for n in range(1, _LONGEST + 1):
             one, other = self._step(trial, [fresh, late], 2.0**-3)
-            if not abs(one - other) <= SETTLED * abs(one):
+            if not abs(one - other) <= tolerance * abs(one):
                 end = n
             elif n - end >= _AGREE:
                 return max(end, 1)

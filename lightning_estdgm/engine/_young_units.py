@@ -7,14 +7,14 @@ young, which the optimizer steps as a parameter of its own; see `_young_steps`.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lightning_estdgm.distributed._collectives import from_any_rank
 from lightning_estdgm.method._masks import keep_active_
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Cohort:
         elements: indices into the local weight, oriented ``(out, in, ...)``; `units` themselves for single weights.
         age: number of steps since.
         numbers: what the optimizer keeps for them beside tensors of their size, such as the count of steps; empty
-            before the first step.
+            before the first step, and on a rank that does not step the weight.
 
     """
 
@@ -100,11 +100,11 @@ class YoungUnits:
     def state_dict(self, weight: MaskedWeight) -> list[dict[str, Any]]:
         """Return age, numbers and indices into the whole mask of each cohort; every rank has to call it if sharded."""
         found = []
-        for cohort in self.cohorts:
+        all_numbers = from_any_rank(weight.shard, [_on_cpu(cohort.numbers) for cohort in self.cohorts])
+        for cohort, numbers in zip(self.cohorts, all_numbers, strict=True):
             local = torch.zeros(weight.mask.numel(), dtype=torch.bool, device=weight.mask.device)
             local[cohort.units.long()] = True
             units = _indices(weight.placement.to_whole(local.view(weight.mask.shape)))
-            numbers = {k: v.clone() if isinstance(v, Tensor) else v for k, v in cohort.numbers.items()}
             found.append({"age": cohort.age, "units": units, "numbers": numbers})
         return found
 
@@ -119,23 +119,17 @@ class YoungUnits:
             mask_shape: shape of the whole mask.
 
         """
-        if any(saved["age"] and not saved["numbers"] for saved in state):
-            warnings.warn(
-                f"layer {weight.name!r}: this state was saved on a rank whose optimizer does not step the layer (as "
-                "under ZeroRedundancyOptimizer), so how often its grown weights have been stepped is lost: they share "
-                "the layer's count of steps from here on",
-                RuntimeWarning,
-                stacklevel=2,
-            )
         cohorts = []
         for saved in state:
-            if saved["age"] and not saved["numbers"]:
-                continue
             whole = torch.zeros(mask_shape, dtype=torch.bool)
             whole.view(-1)[saved["units"].long().cpu()] = True
-            numbers = {k: v.clone() if isinstance(v, Tensor) else v for k, v in saved["numbers"].items()}
+            numbers = _on_cpu(saved["numbers"])
             cohorts.append(_cohort(weight, weight.placement.to_local(whole), saved["age"], numbers))
         self._keep(cohorts)
+
+
+def _on_cpu(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value.cpu().clone() if isinstance(value, Tensor) else value for key, value in numbers.items()}
 
 
 def _cohort(weight: MaskedWeight, units: Tensor, age: int, numbers: dict[str, Any]) -> Cohort:
