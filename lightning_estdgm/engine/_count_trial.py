@@ -103,7 +103,9 @@ def _tried(optimizer: Optimizer, index: int, like: Tensor) -> UnitCounts:
             return UnitCounts(0, f"{kind} mixes parameters")
         lifetime = trial.lifetime(max(SETTLED, 4 * coarse))
     except Exception as error:  # whatever an optimizer that is not ours may raise
-        return UnitCounts(0, f"{kind} could not be tried ({type(error).__name__}: {' '.join(str(error).split())[:120]})")
+        return UnitCounts(
+            0, f"{kind} could not be tried ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+        )
     if lifetime == 0:
         return UnitCounts(0, f"{kind} has a schedule by it")
     return UnitCounts(lifetime)

@@ -67,7 +67,11 @@ class StepScaling:
                 continue
             elsewhere = {id(parameter) for other in inner for parameter in parameters_of(other)}
             own = {key: weight for key, weight in weights.items() if key not in elsewhere}
-            self._steps.append(_ScaledSteps(optimizer, own, self._exponent, grows=self._grows))
+            grows = self._grows and not any(_holds_part(outer, optimizer) for outer in self._optimizers)
+            if self._grows and not grows:
+                for key in own.keys() & {id(p) for outer in self._optimizers for p in parameters_of(outer)}:
+                    _add_note(own[key], "grown weights share its count of steps: its optimizer's state is on one rank")
+            self._steps.append(_ScaledSteps(optimizer, own, self._exponent, grows=grows))
         self.load_state_dict(self._resumed)
 
     def _inside(self, optimizer: Optimizer) -> list[Optimizer]:
@@ -282,6 +286,13 @@ def _settings(group: Group) -> list[tuple[str, str]]:
     rate = group.get("lr")
     kept = {"lr": type(rate).__name__, **{key: repr(value) for key, value in group.items() if "lr" not in key}}
     return sorted((key, value) for key, value in kept.items() if key not in ("params", "param_names"))
+
+
+def _holds_part(outer: Optimizer, optimizer: Optimizer) -> bool:
+    """Whether an optimizer steps this rank's part of what an outer one holds, as in a ZeroRedundancyOptimizer."""
+    if optimizer is outer or all(optimizer is not inner for inner in with_step_hooks(outer)):
+        return False
+    return _delegates(outer, optimizer) and len(parameters_of(optimizer)) < len(parameters_of(outer))
 
 
 def _delegates(optimizer: Optimizer, inner: Optimizer) -> bool:

@@ -9,7 +9,6 @@ have. Which optimizers can be treated so is found out in `_count_trial`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_estdgm.distributed._shard import Shard
-from lightning_estdgm.engine._optimizer_trial import apart_from_the_run, trial_optimizer
 from lightning_estdgm.engine._state_rules import oriented
 from lightning_estdgm.engine._young_units import YoungUnits
 
@@ -75,10 +73,8 @@ class YoungSteps:
 
         """
         self.discard()
-        for index, group in enumerate(self._optimizer.param_groups):
-            stepped = list(self._stepped(group, weights))
-            self._count_again(index, stepped)
-            parts = [_Part(self._optimizer, weight) for weight in stepped]
+        for group in self._optimizer.param_groups:
+            parts = [_Part(self._optimizer, weight) for weight in self._stepped(group, weights)]
             if parts:
                 own = {key: value for key, value in group.items() if key != "param_names"}
                 self._groups.append(own | {"params": [p for part in parts for p in part.parameters]})
@@ -108,26 +104,6 @@ class YoungSteps:
                 continue
             if weight.gradient is not None and self._optimizer.state.get(parameter):
                 yield weight
-
-    def _count_again(self, index: int, weights: Sequence[SteppedWeight]) -> None:
-        """Find the numbers of units whose steps were made by another rank, by as many steps of a throw-away parameter.
-
-        So it is where a run goes on that was saved under ZeroRedundancyOptimizer: each rank has numbers of the weights
-        that it steps. What an optimizer counts does not depend on gradients.
-        """
-        uncounted = [cohort for w in weights for cohort in w.young.cohorts if cohort.age and not cohort.numbers]
-        if not uncounted:
-            return
-        weight = nn.Parameter(torch.zeros_like(weights[0].weight.flatten()[:1]))
-        with apart_from_the_run(weight.device):
-            trial = trial_optimizer(self._optimizer, {})
-            trial.param_groups[index]["params"][:] = [weight]
-            for age in range(1, 1 + max(cohort.age for cohort in uncounted)):
-                weight.grad = torch.zeros_like(weight)
-                trial.step()
-                for cohort in uncounted:
-                    if cohort.age == age:
-                        cohort.numbers = copy.deepcopy(_numbers(trial.state[weight]))
 
 
 class _Part:

@@ -1,7 +1,7 @@
 """`YoungUnits`: units of one weight that were grown not long ago, each with the optimizer's count of its own steps.
 
-Optimizers that count steps correct their moments by that count, and keep one for a whole tensor. A unit that begins anew
-late would take steps of another size than a fresh parameter. So the units of one update are a *cohort* while they are
+Optimizers that count steps correct their moments by that count, and keep one for a whole tensor. A unit that begins
+anew late would take steps of another size than a fresh parameter. So the units of one update are a *cohort* while they are
 young, which the optimizer steps as a parameter of its own; see `_young_steps`.
 """
 
@@ -83,7 +83,9 @@ class YoungUnits:
             if len(stay) < len(cohort.units):
                 cohort.units, cohort.elements = stay, _elements(weight, stay)
         self.cohorts.append(_cohort(weight, grown, 0, {}))
-        self._keep([c for c in self.cohorts if len(c.units) or weight.placement.is_sharded])  # other ranks may have some
+        self._keep(
+            [c for c in self.cohorts if len(c.units) or weight.placement.is_sharded]
+        )  # other ranks may have some
 
     def after_step(self) -> None:
         """Count a step of the weight."""
