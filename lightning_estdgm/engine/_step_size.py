@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_estdgm.distributed._collectives import agree
-from lightning_estdgm.engine._count_trial import unit_counts
+from lightning_estdgm.engine._count_trial import UnitCounts, unit_counts
 from lightning_estdgm.engine._hooked_optimizers import closure_of, parameters_of, with_closure, with_step_hooks
 from lightning_estdgm.engine._rate_trial import why_not_scaled
 from lightning_estdgm.engine._scaled_groups import Group, ScaledGroups
@@ -68,7 +68,7 @@ class StepScaling:
             elsewhere = {id(parameter) for other in inner for parameter in parameters_of(other)}
             own = {key: weight for key, weight in weights.items() if key not in elsewhere}
             grows = self._grows and not any(_holds_part(outer, optimizer) for outer in self._optimizers)
-            if self._grows and not grows:
+            if self._grows and not grows and _needs_counts(optimizer):
                 for key in own.keys() & {id(p) for outer in self._optimizers for p in parameters_of(outer)}:
                     _add_note(own[key], "grown weights share its count of steps: its optimizer's state is on one rank")
             self._steps.append(_ScaledSteps(optimizer, own, self._exponent, grows=grows))
@@ -286,6 +286,11 @@ def _settings(group: Group) -> list[tuple[str, str]]:
     rate = group.get("lr")
     kept = {"lr": type(rate).__name__, **{key: repr(value) for key, value in group.items() if "lr" not in key}}
     return sorted((key, value) for key, value in kept.items() if key not in ("params", "param_names"))
+
+
+def _needs_counts(optimizer: Optimizer) -> bool:
+    groups = [(index, group["params"]) for index, group in enumerate(optimizer.param_groups) if group["params"]]
+    return any(unit_counts(optimizer, index, held[0]) != UnitCounts() for index, held in groups)
 
 
 def _holds_part(outer: Optimizer, optimizer: Optimizer) -> bool:

@@ -1,8 +1,8 @@
 """`YoungUnits`: units of one weight that were grown not long ago, each with the optimizer's count of its own steps.
 
 Optimizers that count steps correct their moments by that count, and keep one for a whole tensor. A unit that begins
-anew late would take steps of another size than a fresh parameter. So the units of one update are a *cohort* while they are
-young, which the optimizer steps as a parameter of its own; see `_young_steps`.
+anew late would take steps of another size than a fresh parameter. So the units of one update are a *cohort* while they
+are young, which the optimizer steps as a parameter of its own; see `_young_steps`.
 """
 
 from __future__ import annotations
