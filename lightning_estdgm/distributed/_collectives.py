@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from lightning_estdgm.distributed._shard import Shard
 
@@ -41,6 +42,15 @@ def agree(shards: Sequence[Shard], flag: bool) -> bool:
             seen.add(key)
             flag = bool(shard.sum_(torch.tensor(float(flag), device=shard.device)).item() > 0)
     return flag
+
+
+def from_any_rank(shard: Shard, values: list[Any]) -> list[Any]:
+    """Return each value from the first rank that holds a part of the weight and has one that is not empty."""
+    for group in shard.groups:
+        found: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(found, values, group)
+        values = [next(filter(None, of_all), of_all[0]) for of_all in zip(*found, strict=True)]
+    return values
 
 
 def gather(shard: Shard, local: Tensor) -> Tensor:

@@ -118,7 +118,9 @@ class DGMController:
         self._warned_nonfinite = False
         self._flops = FlopCounter()
         every = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
-        self._hooks = StepHooks(every, self._mask_if_touched, self.config.step_size.exponent, self._take_over)
+        grows = len(self.schedule.densities) > 1 and not self.config.trains_inactive_weights
+        exponent = self.config.step_size.exponent
+        self._hooks = StepHooks(every, self._mask_if_touched, exponent, self._take_over, grows=grows)
         self._states = OptimizerStates(every)
         selection = self.config.selection
         candidates = find_candidates(

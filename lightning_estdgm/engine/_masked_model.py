@@ -190,6 +190,7 @@ class MaskedModel:
             mask_gradients_([weight])
             if not weight.inactive.learn:
                 states.reset_(weight, changed, before=before[weight.name])
+                weight.young.grow(weight, weight.mask & ~before[weight.name])
         states.forget_curvature()
         return grown / sum(weight.active * weight.unit_size for weight in self.weights)
 

@@ -19,6 +19,7 @@ from lightning_estdgm.engine._gradient_mask import MaskedGradient
 from lightning_estdgm.engine._inactive import inactive_weights
 from lightning_estdgm.engine._observation import Window
 from lightning_estdgm.engine._placement import placement_of
+from lightning_estdgm.engine._young_units import YoungUnits
 from lightning_estdgm.method._backward_set import BackwardSet
 from lightning_estdgm.method._masks import BlockSize, active_units, keep_active_, mask_shape, pack_bits, unpack_bits
 from lightning_estdgm.modules._candidates import Candidate
@@ -53,6 +54,7 @@ class MaskedWeight:
         window: sums over observed gradients; ``None`` outside an observation window.
         sampled: whether the current step's gradient was observed.
         masked_gradient: identity of the gradient that was masked last.
+        young: units that were grown not long ago.
         backend: name of the backend that computes the layer now.
         final_backend: name of the backend at the final density; ``"?"`` until measured.
         why: reason for the final backend, in words.
@@ -82,6 +84,7 @@ class MaskedWeight:
         self.window: Window | None = None
         self.sampled = False
         self.masked_gradient = MaskedGradient()
+        self.young = YoungUnits()
         self.part_active = [self.units // candidate.parts] * candidate.parts
         self._written: tuple[int, int] | None = None
         mask = torch.ones(self.placement.mask_shape(self.weight), dtype=torch.bool, device=self.weight.device)
@@ -245,6 +248,7 @@ class MaskedWeight:
             "backend": self.backend,
             "final_backend": self.final_backend,
             "why": self.why,
+            "young": self.young.state_dict(self),
             "window": self.window and self.window.state_dict(self.placement),
             "since": self.since,
         } | self.inactive.state_dict()
@@ -255,6 +259,7 @@ class MaskedWeight:
         self.set_mask(unpack_bits(state["mask"], shape), unpack_bits(state["explored"], shape))
         self.backend, self.final_backend, self.why = state["backend"], state["final_backend"], state["why"]
         self.since = state.get("since", 0)
+        self.young.load_state_dict(state.get("young", ()), self, shape)
         self.inactive.load_state_dict(state, self.name)
         self.window = None
         if state["window"]:

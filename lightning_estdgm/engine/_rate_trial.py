@@ -110,7 +110,7 @@ class _Trial:
         rates = ScaledGroups(trial)
         moved = []
         for factors in halves:
-            _set_rate(trial.param_groups[self._index], _RATE * (1.0 if split else factors[0]))
+            set_rate(trial.param_groups[self._index], _RATE * (1.0 if split else factors[0]))
             before = torch.stack([parameter.detach().clone() for parameter in stand_ins])
             scales = dict(zip(map(id, stand_ins), factors, strict=True)) if split else {}
             for _ in range(_STEPS):
@@ -147,7 +147,7 @@ class _Trial:
         self.evaluations = max(self.evaluations, calls)
 
 
-def _set_rate(group: Group, rate: float) -> None:
+def set_rate(group: Group, rate: float) -> None:
     """Set a group's learning rate, in place where it is a tensor, as schedulers do."""
     if isinstance(group["lr"], Tensor):
         group["lr"].fill_(rate)

@@ -12,6 +12,7 @@ from lightning_estdgm.method._masks import keep_active_, masked_select_units
 
 if TYPE_CHECKING:
     from lightning_estdgm.engine._masked_weight import MaskedWeight
+    from lightning_estdgm.engine._young_steps import SteppedWeight
 
 
 class StateRule(Protocol):
@@ -106,7 +107,7 @@ class Requantised:
         state.copy_(dense)
 
 
-def oriented(state: Tensor, weight: MaskedWeight) -> Tensor:
+def oriented(state: Tensor, weight: SteppedWeight) -> Tensor:
     """Return the local part of a state entry, oriented ``(out, in, ...)``; it shares storage."""
     if weight.shard.holds(state):
         return weight.shard.local(state)

@@ -32,6 +32,7 @@ class StepHooks:
         mask_gradients: function that masks the gradients of the given weights, unless they are masked already.
         exponent: `StepSize.exponent`.
         meet: function that is called before the first step of an optimizer that holds weights and is none of these.
+        grows: whether units are grown whose state is reset.
 
     Attributes:
         optimizers: optimizers of the run.
@@ -45,6 +46,8 @@ class StepHooks:
         mask_gradients: Callable[[Sequence[MaskedWeight]], None],
         exponent: float,
         meet: Callable[[Optimizer], None] = lambda _: None,
+        *,
+        grows: bool = False,
     ) -> None:
         self.stepped = False
         self.optimizers = list(optimizers)
@@ -52,7 +55,7 @@ class StepHooks:
         self._meet = meet
         self._mask_gradients = mask_gradients
         self._note_step: Callable[[Sequence[MaskedWeight]], None] = lambda _: None
-        self._scaling = StepScaling(optimizers, exponent)
+        self._scaling = StepScaling(optimizers, exponent, grows=grows)
         self._weights: dict[int, MaskedWeight] = {}  # by the id of its parameter
         self._depth = 0  # number of nested steps that have begun and not ended
         self._idle = False  # whether the current step is not one of training
@@ -236,6 +239,8 @@ class StepHooks:
         self._note_step(weights)
         for weight in weights:
             weight.masked_gradient.forget()
+            if weight in (self._moved or ()) or weight.placement.is_sharded:  # ranks without a part count, too
+                weight.young.after_step()
         for weight in self._moved or ():
             weight.inactive.after_step(weight)
             weight.note_written()

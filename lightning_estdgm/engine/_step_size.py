@@ -1,7 +1,8 @@
 """`StepScaling`: hooks by which the optimizers see the learning rates of masked weights scaled by their density.
 
-See `config.StepSize`. How groups are split is in `_scaled_groups`, how it is found out whether that works in
-`_rate_trial`.
+They see young units as parameters of their own as well. See `config.StepSize`. How groups are split is in
+`_scaled_groups`, how young units are shown in `_young_steps`; how it is found out whether that works in `_rate_trial`
+and `_count_trial`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_estdgm.distributed._collectives import agree
+from lightning_estdgm.engine._count_trial import UnitCounts, unit_counts
 from lightning_estdgm.engine._hooked_optimizers import closure_of, parameters_of, with_closure, with_step_hooks
 from lightning_estdgm.engine._rate_trial import why_not_scaled
 from lightning_estdgm.engine._scaled_groups import Group, ScaledGroups
+from lightning_estdgm.engine._young_steps import YoungSteps
 
 if TYPE_CHECKING:
     from lightning_estdgm.engine._masked_weight import MaskedWeight
@@ -33,26 +37,28 @@ class StepScaling:
     Args:
         optimizers: optimizers of the run.
         exponent: `StepSize.exponent`.
+        grows: whether units are grown whose state is reset.
 
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], exponent: float) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer], exponent: float, *, grows: bool = False) -> None:
         self._optimizers = _hooked(optimizers)
         self._exponent = exponent
+        self._grows = grows
         self._steps: list[_ScaledSteps] = []
         self._resumed: Sequence[dict[str, Group]] = ()  # state for `register`, or from before `remove`
 
     @property
     def entered(self) -> bool:
-        """Whether an optimizer sees its groups split."""
-        return any(steps.groups.entered for steps in self._steps)
+        """Whether an optimizer sees its groups split, or young units."""
+        return any(steps.groups.entered or steps.young.entered for steps in self._steps)
 
     def register(self, weights: Mapping[int, MaskedWeight]) -> None:
         """Hook the optimizers that step the masked weights, given by the id of their parameters.
 
         Weights whose optimizer fails the trial are not scaled; their `note` says why.
         """
-        if self._exponent == 0.0:
+        if self._exponent == 0.0 and not self._grows:
             return
         for optimizer in self._optimizers:
             inner = self._inside(optimizer)
@@ -60,7 +66,11 @@ class StepScaling:
                 continue
             elsewhere = {id(parameter) for other in inner for parameter in parameters_of(other)}
             own = {key: weight for key, weight in weights.items() if key not in elsewhere}
-            self._steps.append(_ScaledSteps(optimizer, own, self._exponent))
+            grows = self._grows and not any(_holds_part(outer, optimizer) for outer in self._optimizers)
+            if self._grows and not grows and _needs_counts(optimizer):
+                for key in own.keys() & {id(p) for outer in self._optimizers for p in parameters_of(outer)}:
+                    _add_note(own[key], "grown weights share its count of steps: its optimizer's state is on one rank")
+            self._steps.append(_ScaledSteps(optimizer, own, self._exponent, grows=grows))
         self.load_state_dict(self._resumed)
 
     def use(self, optimizers: Sequence[Optimizer], weights: Mapping[int, MaskedWeight]) -> None:
@@ -116,19 +126,24 @@ class _ScaledSteps:
         optimizer: optimizer whose own step moves weights.
         weights: masked weights that it may hold, now or later, by the id of their parameters.
         exponent: `StepSize.exponent`.
+        grows: whether units are grown whose state is reset.
 
     """
 
-    def __init__(self, optimizer: Optimizer, weights: Mapping[int, MaskedWeight], exponent: float) -> None:
-        self.groups = ScaledGroups(optimizer)
+    def __init__(
+        self, optimizer: Optimizer, weights: Mapping[int, MaskedWeight], exponent: float, *, grows: bool
+    ) -> None:
+        self.groups, self.young = ScaledGroups(optimizer), YoungSteps(optimizer)
         self.optimizer = optimizer
         self._weights = weights
         self._exponent = exponent
         self._depth = 0  # a subclass's step that calls its parent's runs the hooks twice
         self._reasons: dict[int, str] = {}  # against scaling, by the group's index; empty if it can be scaled
         self._reasons_by_settings: dict[str, str] = {}  # for groups that differ in their rate and parameters only
+        self._uncounted = dict(weights) if grows else {}  # of which it is not known how the optimizer counts
         for index, group in enumerate(optimizer.param_groups):
             self._can_scale(index, group)
+        self._count_units()
         self._pre_hook = optimizer.register_step_pre_hook(self._before_step)
         post_hook = optimizer.register_step_post_hook(self._after_step)
         cast(OrderedDict[int, Any], optimizer._optimizer_step_post_hooks).move_to_end(post_hook.id, last=False)
@@ -141,14 +156,14 @@ class _ScaledSteps:
 
     def give_back(self) -> None:
         """Give the groups back; the next step is not within one that began before."""
-        self.groups.leave()
+        self._leave()
         self._depth = 0
         if self._handles:  # hooks that were registered since see the user's groups, too
             cast(OrderedDict[int, Any], self.optimizer._optimizer_step_pre_hooks).move_to_end(self._pre_hook.id)
 
     def remove(self) -> None:
         """Give the groups back and remove the hooks."""
-        self.groups.leave()
+        self._leave()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -174,23 +189,33 @@ class _ScaledSteps:
         closure = closure_of(args, kwargs)
         if closure is not None:
             return with_closure(args, kwargs, self._around(closure))
-        if not self.groups.entered:
-            self.groups.enter(self._scales())
+        if not (self.groups.entered or self.young.entered):
+            self._enter()
         return None
+
+    def _enter(self) -> None:
+        self._count_units()
+        self.groups.enter(self._scales())
+        self.young.enter(self._weights)
+
+    def _leave(self) -> None:
+        """Give the groups back as they were; what the optimizer made of young units by themselves is lost."""
+        self.young.discard()
+        self.groups.leave()
 
     def _around(self, closure: Any) -> Any:
         """Return a closure that sees the user's groups, and leaves the optimizer with the split ones."""
 
         def around() -> Any:
             with torch.no_grad():
-                self.groups.leave()  # a closure that is called again
+                self._leave()  # a closure that is called again
             try:
                 result = closure()
             except BaseException:
                 self._depth = 0  # the step ends here, and no hook will be told
                 raise
             with torch.no_grad():
-                self.groups.enter(self._scales())
+                self._enter()
             return result
 
         return around
@@ -199,11 +224,12 @@ class _ScaledSteps:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._depth = max(0, self._depth - 1)
         if self._depth == 0:
+            self.young.commit()
             self.groups.leave()
 
     @torch.no_grad()
     def _give_back_first(self, *_: Any) -> None:
-        self.groups.leave()
+        self._leave()
 
     # ------------------------------------------------------------------ factors
 
@@ -223,6 +249,8 @@ class _ScaledSteps:
 
     def _can_scale(self, index: int, group: Group) -> bool:
         """Whether the weights of a group can be scaled; a new group is tried, and noted if they cannot."""
+        if self._exponent == 0.0:
+            return False
         if index in self._reasons:
             return not self._reasons[index]
         held = [self._weights[id(p)] for p in group["params"] if id(p) in self._weights]
@@ -237,11 +265,33 @@ class _ScaledSteps:
             self._reasons_by_settings[settings] = reason
         self._reasons[index] = reason = self._reasons_by_settings[settings]
         if reason:
-            note = f"steps not scaled by density: {reason}"
             for weight in held:
-                if note not in weight.note:
-                    weight.note = "; ".join(filter(None, (weight.note, note)))
+                _add_note(weight, f"steps not scaled by density: {reason}")
         return not reason
+
+    # ------------------------------------------------------------------ counts of steps
+
+    def _count_units(self) -> None:
+        """Find for how long grown units need a count of their own, of weights that the optimizer holds since the last.
+
+        If that cannot be given to them, their weight's `note` says why.
+        """
+        if not self._uncounted:
+            return
+        for index, group in enumerate(self.optimizer.param_groups):
+            for parameter in group["params"]:
+                weight = self._uncounted.pop(id(parameter), None)
+                if weight is None:
+                    continue
+                counts = unit_counts(self.optimizer, index, parameter)
+                weight.young.live(0 if agree([weight.shard], not counts.lifetime) else counts.lifetime)
+                if counts.why_not:
+                    _add_note(weight, f"grown weights share its count of steps: {counts.why_not}")
+
+
+def _add_note(weight: MaskedWeight, note: str) -> None:
+    if note not in weight.note:
+        weight.note = "; ".join(filter(None, (weight.note, note)))
 
 
 def _settings(group: Group) -> list[tuple[str, str]]:
@@ -249,6 +299,18 @@ def _settings(group: Group) -> list[tuple[str, str]]:
     rate = group.get("lr")
     kept = {"lr": type(rate).__name__, **{key: repr(value) for key, value in group.items() if "lr" not in key}}
     return sorted((key, value) for key, value in kept.items() if key not in ("params", "param_names"))
+
+
+def _needs_counts(optimizer: Optimizer) -> bool:
+    groups = [(index, group["params"]) for index, group in enumerate(optimizer.param_groups) if group["params"]]
+    return any(unit_counts(optimizer, index, held[0]) != UnitCounts() for index, held in groups)
+
+
+def _holds_part(outer: Optimizer, optimizer: Optimizer) -> bool:
+    """Whether an optimizer steps this rank's part of what an outer one holds, as in a ZeroRedundancyOptimizer."""
+    if optimizer is outer or all(optimizer is not inner for inner in with_step_hooks(outer)):
+        return False
+    return _delegates(outer, optimizer) and len(parameters_of(optimizer)) < len(parameters_of(outer))
 
 
 def _delegates(optimizer: Optimizer, inner: Optimizer) -> bool:

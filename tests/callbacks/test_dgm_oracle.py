@@ -235,6 +235,12 @@ def test_a_broken_rule_is_seen(trained, name, broken):
     assert worst > 1e-4
 
 
+@pytest.mark.parametrize("name", ["weights, adamw, accumulated, clipped", "blocks, frozen"])
+def test_a_count_of_steps_that_grown_weights_share_is_seen(trained, name):
+    worst, _ = difference(trained[name], by_oracle(EXACT[name], own_counts=False))
+    assert worst > 1e-4
+
+
 def test_a_broken_frozen_rule_is_seen(trained):
     worst, _ = difference(trained["blocks, frozen"], by_oracle(EXACT["blocks, frozen"], inactive="zero"))
     assert worst > 1e-4

@@ -115,26 +115,39 @@ def test_a_layer_steps_as_its_density_asks(mlp, make, exponent):
     model = mlp(32, 128, 64, 4, dtype=torch.float64)
     optimizer = make(model)
     with DGMController(model, optimizer, config, total_steps=STEPS, audit=False) as dgm:
+        masks = full_masks(dgm)
+        born = {name: torch.zeros(mask.shape) for name, mask in masks.items()}  # steps done when a unit was grown
         for step in range(5):
-            twin = copy.deepcopy(model)
-            plain = make(twin)
-            plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
             before = {name: p.clone() for name, p in model.named_parameters()}
-            for net, stepper in ((model, optimizer), (twin, plain)):
-                stepper.zero_grad()
-                loss_of(net, batch(step, 32).double()).backward()
-            masks = full_masks(dgm)
-            for name, mask in masks.items():
-                twin.get_submodule(name).weight.grad.mul_(mask)
+            twins = {at: copy.deepcopy(model) for at in {0, *torch.cat([b.flatten() for b in born.values()]).tolist()}}
+            for at, twin in twins.items():  # optimizers that have counted the steps since then
+                plain = make(twin)
+                plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+                for state in plain.state.values():
+                    state |= {"step": state["step"] - at} if "step" in state else {}
+                plain.zero_grad()
+                loss_of(twin, batch(step, 32).double()).backward()
+                for name, mask in masks.items():
+                    twin.get_submodule(name).weight.grad.mul_(mask)
+                plain.step()
+            optimizer.zero_grad()
+            loss_of(model, batch(step, 32).double()).backward()
             dgm.mask_gradients()
             optimizer.step()
-            plain.step()
-            for name, p in twin.named_parameters():
-                scale = 0.25**-exponent if name in ("0.weight", "2.weight") else 1.0
-                expected = before[name] + scale * (p - before[name])
-                torch.testing.assert_close(model.get_parameter(name), expected, rtol=1e-12, atol=1e-14)
-                assert (p - before[name]).abs().max() > 1e-6
+            for name in before:
+                layer, ours = name.removesuffix(".weight"), model.get_parameter(name)
+                scale = 0.25**-exponent if layer in masks else 1.0
+                for at, twin in twins.items():
+                    there = born[layer] == at if layer in masks else torch.full(ours.shape, at == 0)
+                    moved = (twin.get_parameter(name) - before[name])[there]
+                    expected = before[name][there] + scale * moved
+                    torch.testing.assert_close(ours[there], expected, rtol=1e-12, atol=1e-14)
+                    assert at or moved.abs().max() > 1e-6
             dgm.advance()
+            for name, mask in full_masks(dgm).items():
+                born[name][mask.bool() & ~masks[name].bool()] = step + 1
+            masks = full_masks(dgm)
+        assert len(twins) > 1
 
 
 def test_a_rate_in_the_momentum_keeps_the_density_of_its_step(mlp):

@@ -67,6 +67,7 @@ def train(
     scale_init=True,
     inactive="zero",
     clear_state=True,
+    own_counts=True,
     consistent=True,
     clip=None,
     seed=0,
@@ -88,6 +89,7 @@ def train(
     def rho(mask):
         return int(mask.sum()) / mask.numel()
 
+    grown = []  # index of the weight, units grown at once, a fresh copy of the weight and an optimizer of its own
     plan = changes(phases, every, freeze)
     counts = [math.prod(s) // size for s in shapes]
     generator, seen, history = torch.Generator().manual_seed(seed), [], {}
@@ -125,6 +127,12 @@ def train(
                         for value in optimizer.state[w].values() if clear_state else ():
                             if torch.is_tensor(value) and value.shape == w.shape:
                                 value.masked_fill_(full(new ^ masks[i]), 0.0)
+                        for older in grown:
+                            older[1] &= new if older[0] == i else True
+                        copy = torch.nn.Parameter(w.clone())
+                        settings = next(g for g in optimizer.param_groups if any(p is w for p in g["params"]))
+                        own = type(optimizer)([settings | {"params": [copy]}])
+                        grown.append([i, new & ~masks[i], copy, own])
                         masks[i] = new
             seen = []
             history[step] = [m.clone() for m in masks]
@@ -148,6 +156,14 @@ def train(
         ]
         optimizer.step()
         optimizer.param_groups = groups
+        for i, units, copy, own in grown if own_counts else ():  # they step as fresh weights do
+            with torch.no_grad():
+                copy.copy_(before[i])
+            copy.grad = weights[i].grad
+            own.param_groups[0]["lr"] = groups[0]["lr"] * rates.get(id(weights[i]), 1.0)
+            own.step()
+            with torch.no_grad():
+                weights[i][full(units & masks[i])] = copy[full(units & masks[i])]
         with torch.no_grad():
             for w, m, old in zip(weights, masks, before, strict=True):
                 if inactive == "frozen":

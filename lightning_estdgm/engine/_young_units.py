@@ -1,0 +1,154 @@
+"""`YoungUnits`: units of one weight that were grown not long ago, each with the optimizer's count of its own steps.
+
+Optimizers that count steps correct their moments by that count, and keep one for a whole tensor. A unit that begins
+anew late would take steps of another size than a fresh parameter. So the units of one update are a *cohort* while they
+are young, which the optimizer steps as a parameter of its own; see `_young_steps`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_estdgm.distributed._collectives import from_any_rank
+from lightning_estdgm.method._masks import keep_active_
+
+if TYPE_CHECKING:
+    from lightning_estdgm.engine._masked_weight import MaskedWeight
+
+
+@dataclass
+class Cohort:
+    """Units of one weight that were grown at one mask update. Indices are 32 bits wide, into flattened tensors.
+
+    Attributes:
+        units: indices into the local mask.
+        elements: indices into the local weight, oriented ``(out, in, ...)``; `units` themselves for single weights.
+        age: number of steps since.
+        numbers: what the optimizer keeps for them beside tensors of their size, such as the count of steps; empty
+            before the first step, and on a rank that does not step the weight.
+
+    """
+
+    units: Tensor
+    elements: Tensor
+    age: int
+    numbers: dict[str, Any]
+
+
+class YoungUnits:
+    """The young units of one weight.
+
+    Attributes:
+        lifetime: number of steps after which a unit is young no more; 0: no unit ever is.
+        cohorts: the young units, by the update that grew them.
+
+    """
+
+    def __init__(self) -> None:
+        self.lifetime = 0
+        self.cohorts: list[Cohort] = []
+        self._elements: Tensor | None = None
+
+    @property
+    def elements(self) -> Tensor:
+        """Indices of the elements of all cohorts, one cohort after the other, int64."""
+        if self._elements is None:
+            self._elements = torch.cat([cohort.elements for cohort in self.cohorts])
+        return self._elements.long()
+
+    def live(self, lifetime: int) -> None:
+        """Set `lifetime`; with 0, units are young no more."""
+        self.lifetime = lifetime
+        if not lifetime:
+            self._keep([])
+
+    def grow(self, weight: MaskedWeight, grown: Tensor) -> None:
+        """Add the units that an update has grown, and let go of those that it dropped.
+
+        Args:
+            weight: weight, with its new mask.
+            grown: bool of the local mask's shape.
+
+        """
+        if not self.lifetime:
+            return
+        active = weight.mask.reshape(-1)
+        for cohort in self.cohorts:
+            stay = cohort.units[active[cohort.units.long()]]
+            if len(stay) < len(cohort.units):
+                cohort.units, cohort.elements = stay, _elements(weight, stay)
+        self.cohorts.append(_cohort(weight, grown, 0, {}))
+        self._keep(
+            [c for c in self.cohorts if len(c.units) or weight.placement.is_sharded]
+        )  # other ranks may have some
+
+    def after_step(self) -> None:
+        """Count a step of the weight."""
+        for cohort in self.cohorts:
+            cohort.age += 1
+        if any(cohort.age >= self.lifetime for cohort in self.cohorts):
+            self._keep([cohort for cohort in self.cohorts if cohort.age < self.lifetime])
+
+    def _keep(self, cohorts: list[Cohort]) -> None:
+        self.cohorts, self._elements = cohorts, None
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self, weight: MaskedWeight) -> list[dict[str, Any]]:
+        """Return age, numbers and indices into the whole mask of each cohort; every rank has to call it if sharded."""
+        found = []
+        all_numbers = from_any_rank(weight.shard, [_on_cpu(cohort.numbers) for cohort in self.cohorts])
+        for cohort, numbers in zip(self.cohorts, all_numbers, strict=True):
+            local = torch.zeros(weight.mask.numel(), dtype=torch.bool, device=weight.mask.device)
+            local[cohort.units.long()] = True
+            units = _indices(weight.placement.to_whole(local.view(weight.mask.shape)))
+            found.append({"age": cohort.age, "units": units, "numbers": numbers})
+        return found
+
+    def load_state_dict(
+        self, state: Sequence[dict[str, Any]], weight: MaskedWeight, mask_shape: tuple[int, ...]
+    ) -> None:
+        """Load what `state_dict` returned.
+
+        Args:
+            state: state.
+            weight: weight.
+            mask_shape: shape of the whole mask.
+
+        """
+        cohorts = []
+        for saved in state:
+            whole = torch.zeros(mask_shape, dtype=torch.bool)
+            whole.view(-1)[saved["units"].long().cpu()] = True
+            numbers = _on_cpu(saved["numbers"])
+            cohorts.append(_cohort(weight, weight.placement.to_local(whole), saved["age"], numbers))
+        self._keep(cohorts)
+
+
+def _on_cpu(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value.cpu().clone() if isinstance(value, Tensor) else value for key, value in numbers.items()}
+
+
+def _cohort(weight: MaskedWeight, units: Tensor, age: int, numbers: dict[str, Any]) -> Cohort:
+    indices = _indices(units.to(weight.weight.device))
+    return Cohort(indices, _elements(weight, indices), age, numbers)
+
+
+def _indices(mask: Tensor) -> Tensor:
+    return mask.reshape(-1).nonzero().squeeze(1).int()
+
+
+def _elements(weight: MaskedWeight, units: Tensor) -> Tensor:
+    """Return indices into the local weight of units of the local mask."""
+    if weight.mask.shape == weight.weight.shape:
+        return units
+    mask = torch.zeros(weight.mask.numel(), dtype=torch.bool, device=weight.mask.device)
+    mask[units.long()] = True
+    elements = torch.ones(weight.weight.shape, dtype=torch.bool, device=weight.weight.device)
+    keep_active_(elements, weight.placement.address(mask.view(weight.mask.shape)), weight.placement.grain)
+    return _indices(elements)

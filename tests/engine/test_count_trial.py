@@ -1,0 +1,149 @@
+"""Trial of an optimizer: whether units that begin anew need a count of steps of their own, and for how long."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_estdgm.engine._count_trial import SETTLED, UnitCounts, unit_counts
+
+
+def counts(make, dtype=torch.float32, side=16):
+    parameter = nn.Parameter(torch.ones(side, side, dtype=dtype))
+    return unit_counts(make([parameter]), 0, parameter)
+
+
+def adam_lifetime(b1, b2):
+    ratios = [math.sqrt(1 - b2**n) / (1 - b1**n) for n in range(1, 20_000)]
+    return max(n for n, ratio in enumerate(ratios, 1) if abs(ratio - 1) > SETTLED * ratio)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.95), (0.8, 0.99)])
+def test_adam_needs_them_until_its_corrections_are_over(betas):
+    found = counts(lambda p: torch.optim.AdamW(p, 0.0, betas=betas, eps=0.0), torch.float64)
+    assert found == UnitCounts(adam_lifetime(*betas))
+
+
+NEEDED = {
+    "Adam, fused": lambda p: torch.optim.Adam(p, 1e-3, betas=(0.9, 0.99), fused=True),
+    "Adam, foreach": lambda p: torch.optim.Adam(p, 1e-3, betas=(0.9, 0.99), foreach=True, weight_decay=0.1),
+    "AdamW, amsgrad": lambda p: torch.optim.AdamW(p, torch.tensor(1e-3), betas=(0.9, 0.99), amsgrad=True),
+    "Adamax": lambda p: torch.optim.Adamax(p, 1e-3, betas=(0.9, 0.99)),
+    "NAdam": lambda p: torch.optim.NAdam(p, 1e-3, betas=(0.9, 0.99)),
+    "RAdam": lambda p: torch.optim.RAdam(p, 1e-3, betas=(0.9, 0.99)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", NEEDED.values(), ids=NEEDED)
+def test_optimizers_that_correct_by_their_count_need_them(make, dtype):
+    found = counts(make, dtype)
+    assert 20 < found.lifetime < 1_500
+    assert found.why_not == ""
+
+
+NOT_NEEDED = {
+    "SGD": lambda p: torch.optim.SGD(p, 1e-3, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, 1e-3, momentum=0.9, centered=True),
+    "Rprop": lambda p: torch.optim.Rprop(p, 1e-3),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, 1e-3),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, 1e-3),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, 1e-3),
+}
+
+
+@pytest.mark.parametrize("make", NOT_NEEDED.values(), ids=NOT_NEEDED)
+def test_optimizers_whose_count_changes_nothing_do_not(make):
+    assert counts(make) == UnitCounts()
+
+
+class CountInGroup(torch.optim.SGD):
+    """Corrects a momentum by a count that its group keeps."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                p.sub_(m.lerp_(p.grad, 0.01) / (1 - 0.99 ** group["k"]), alpha=group["lr"])
+
+
+class NormOfAll(torch.optim.Adam):
+    """Divides gradients by the norm of them all."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norm = sum(gradient.square().sum() for gradient in gradients).sqrt()
+        for gradient in gradients:
+            gradient.copy_(torch.sign(gradient) * norm)
+        return super().step(closure)
+
+
+class Eager(torch.optim.Adam):
+    """Makes its state when it is made."""
+
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, lr)
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = {"step": torch.tensor(0.0), **{k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}}
+
+    def step(self, closure=None):
+        if any(p not in self.state for group in self.param_groups for p in group["params"]):
+            raise KeyError("a parameter without state")
+        return super().step(closure)
+
+
+class Codes(torch.optim.SGD):
+    """Corrects a momentum, which it keeps in 8 bits if the parameter is large."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                step = state["step"] = state.get("step", 0) + 1
+                m = state["m"].float() * state.get("largest", 1.0) if "m" in state else torch.zeros_like(p)
+                m.lerp_(p.grad, 0.01)
+                p.sub_(m / (1 - 0.99**step), alpha=group["lr"])
+                state["m"] = m
+                if p.numel() >= 4_096:
+                    state["largest"] = m.abs().max() / 127
+                    state["m"] = (m / state["largest"]).round().to(torch.int8)
+
+
+NOT_BY_UNIT = {
+    "Adafactor": (torch.optim.Adafactor, "a step of Adafactor is made of the whole weight"),
+    "a schedule": (lambda p: torch.optim.Adagrad(p, 1e-3, lr_decay=0.01), "Adagrad has a schedule by it"),
+    "CountInGroup": (CountInGroup, "CountInGroup keeps it outside a parameter's state, or mixes parameters"),
+    "NormOfAll": (NormOfAll, "NormOfAll keeps it outside a parameter's state, or mixes parameters"),
+    "Eager": (Eager, "Eager could not be tried (KeyError: 'a parameter without state')"),
+}
+if hasattr(torch.optim, "Muon"):
+    NOT_BY_UNIT["Muon"] = (torch.optim.Muon, "a step of Muon is made of the whole weight")
+
+
+@pytest.mark.parametrize(("make", "why"), NOT_BY_UNIT.values(), ids=NOT_BY_UNIT)
+def test_where_units_cannot_have_them_the_reason_is_said(make, why):
+    assert counts(lambda p: make(p)) == UnitCounts(0, why)
+
+
+def test_state_that_is_quantised_for_large_weights_is_found_at_their_size():
+    assert counts(Codes).lifetime > 500
+    assert counts(Codes, side=64) == UnitCounts(0, "Codes does not keep its state element by element")
+
+
+def test_a_trial_leaves_the_optimizer_and_the_random_numbers_of_the_run():
+    parameter = nn.Parameter(torch.ones(8, 8))
+    optimizer = torch.optim.AdamW([parameter], 1e-3, betas=(0.9, 0.91))
+    parameter.grad = torch.ones(8, 8)
+    optimizer.step()
+    before = copy.deepcopy((optimizer.state_dict(), parameter.detach(), torch.get_rng_state()))
+    assert unit_counts(optimizer, 0, parameter).lifetime
+    after = (optimizer.state_dict(), parameter.detach(), torch.get_rng_state())
+    assert str(before[0]) == str(after[0])
+    assert torch.equal(before[1], after[1])
+    assert torch.equal(before[2], after[2])
