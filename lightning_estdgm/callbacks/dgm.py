@@ -22,6 +22,7 @@ from lightning_estdgm.callbacks._internal.averages import mask_averages_
 from lightning_estdgm.callbacks._internal.dgm_log import DGMLog, say_on
 from lightning_estdgm.callbacks._internal.fit_result import FitResult, FitResultFile
 from lightning_estdgm.callbacks._internal.gradient_compression import GradientCompression
+from lightning_estdgm.callbacks._internal.graph_limit import GraphLimit
 from lightning_estdgm.callbacks._internal.run_outcome import RunOutcome
 from lightning_estdgm.callbacks._internal.schedule_clock import ScheduleClock, nothing_left
 from lightning_estdgm.callbacks._internal.trainer_checks import (
@@ -40,7 +41,17 @@ from lightning_estdgm.method._schedules import EstDgm, Schedule
 from lightning_estdgm.modules._candidates import unlisted_weights
 from lightning_estdgm.presets import preset
 
-_BOUND_TO_A_FIT = ("controller", "_earlier", "_compression", "_eagerly", "_restored", "_clock", "_log", "_outcome")
+_BOUND_TO_A_FIT = (
+    "controller",
+    "_earlier",
+    "_compression",
+    "_eagerly",
+    "_restored",
+    "_clock",
+    "_log",
+    "_outcome",
+    "_graph_limit",
+)
 
 
 class DGMCallback(pl.Callback):
@@ -97,6 +108,7 @@ class DGMCallback(pl.Callback):
         self._spawned = FitResultFile()
         self._copied: FitResult | None = None  # of the callback that this one is a copy of
         self._compression: GradientCompression | None = None
+        self._graph_limit: GraphLimit | None = None
         self._eagerly: Any = None  # torch's stance for the first step, whose exit lets torch.compile work again
         self._restored: dict[str, Any] | None = None
         self._checkpoint_step = 0  # step of the checkpoint that the fit goes on from
@@ -262,6 +274,7 @@ class DGMCallback(pl.Callback):
             self._compression.register(self.controller)
         self._log = DGMLog(trainer, self.controller, unlisted_weights(pl_module, self.controller.candidates))
         self._outcome = RunOutcome(trainer, self.controller)
+        self._graph_limit = GraphLimit(sum(candidate.masked for candidate in self.controller.candidates))
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Load state that a strategy restores only now: it belongs to the weights that are checked."""
@@ -396,6 +409,9 @@ class DGMCallback(pl.Callback):
         if self._compression is not None:
             self._compression.close()
             self._compression = None
+        if self._graph_limit is not None:
+            self._graph_limit.restore()
+            self._graph_limit = None
         self._counted = self._steps_counted()
         self._clock = None
         self._optimizers = []
