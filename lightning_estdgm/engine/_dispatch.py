@@ -203,12 +203,15 @@ class Dispatch:
     # ------------------------------------------------------------------ layers that have a choice
 
     def _is_forced(self, weight: MaskedWeight) -> bool:
-        """Whether a forced backend applies to this layer; not if no block of `units.size="auto"` fits it."""
-        has_unit = weight.block_size != 1 or self._config.units.size != "auto"
-        return self._config.backend != "auto" and weight.has_operator and has_unit and weight.name not in self._unfit
+        """Whether a forced backend applies to this layer."""
+        return self._config.backend != "auto" and self._has_unit(weight) and weight.name not in self._unfit
+
+    def _has_unit(self, weight: MaskedWeight) -> bool:
+        """Whether a layer has an operator and a unit for it; not if no block of `units.size="auto"` fits it."""
+        return weight.has_operator and (weight.block_size != 1 or self._config.units.size != "auto")
 
     def _has_choice(self, weight: MaskedWeight) -> bool:
-        timed = weight.has_operator and (not weight.candidate.kind.experts or self._forms.get(weight.name))
+        timed = self._has_unit(weight) and (not weight.candidate.kind.experts or self._forms.get(weight.name))
         return self._is_forced(weight) or (bool(timed) and self._config.backend == "auto")
 
     def _forced(self, weight: MaskedWeight) -> str:

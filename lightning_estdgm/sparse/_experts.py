@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -131,10 +131,22 @@ def _(dy: Tensor, x: Tensor, counts: Tensor, *_: Any) -> Tensor:
     return dy.new_empty(counts.shape[0], dy.shape[1], x.shape[1])
 
 
+def _one_by_one(
+    x: Tensor, weight: Tensor, counts: Tensor, topology: ExpertTopology, settings: Mapping[str, Any]
+) -> Tensor:
+    """Return the products by an operator for each expert, which has gradients of any order."""
+    rows = x.split([*counts.tolist(), x.shape[0] - int(counts.sum())])
+    products = [
+        masked_linear(rows[e], weight[e], None, matrix, **settings) for e, matrix in enumerate(topology.experts())
+    ]
+    return torch.cat([*products, products[0].new_zeros(len(rows[-1]), weight.shape[1])])
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, counts, *indices, sides, backend, dense_grad, frozen = inputs
     need_x, need_weight = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(x if need_weight else None, weight if need_x else None, counts, *indices)
+    # Both: a gradient's gradient needs the other one, too.
+    ctx.save_for_backward(*((x, weight) if need_x or need_weight else (None, None)), counts, *indices)
     ctx.sides, ctx.backend, ctx.dense_grad, ctx.frozen = sides, backend, dense_grad, frozen
     # The gradient of transposed views is computed transposed: it reaches the parameter without a copy.
     ctx.transposed = weight.stride(1) == 1 and weight.stride(2) != 1
@@ -146,6 +158,14 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     swapped = (counts, col_ptr, row_idx, row_ptr, col_idx, ctx.sides[::-1], ctx.backend)
     need_x, need_weight = ctx.needs_input_grad[:2]
     dx = dw = None
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: through products that have more
+        topology = ExpertTopology(block_size_of(*ctx.sides), row_ptr, col_idx, col_ptr, row_idx)
+        settings = {"backend": ctx.backend, "dense_grad": ctx.dense_grad, "frozen": ctx.frozen}
+        leaves = [leaf for leaf, needed in ((x, need_x), (weight, need_weight)) if needed]
+        found = list(
+            torch.autograd.grad(_one_by_one(x, weight, counts, topology, settings), leaves, dy, create_graph=True)
+        )
+        return found.pop(0) if need_x else None, found.pop(0) if need_weight else None, *[None] * 9
     if need_x:
         dx = _grad_input_op(dy, weight, *forward, ctx.frozen)
     if need_weight and ctx.transposed:
@@ -174,8 +194,8 @@ def masked_experts(
     """Products of each expert's matrix with its own rows, on the active blocks only; as `masked_linear` for each.
 
     Rows lie expert after expert: the first ``counts[0]`` are those of the first. Rows past the last expert's give zero,
-    and an expert without rows costs nothing. How many rows each has is read on the host. Gradients of gradients are not
-    defined.
+    and an expert without rows costs nothing. How many rows each has is read on the host. Gradients of gradients
+    go through an operator for each expert.
 
     Args:
         x: ``[rows, in]``.
@@ -208,12 +228,7 @@ def masked_experts(
         raise ValueError(f"counts must be the rows of {weight.shape[0]} experts, got shape {tuple(counts.shape)}")
     if torch._C._are_functorch_transforms_active():  # they do not take `register_autograd`
         settings = {"backend": backend, "dense_grad": dense_grad, "frozen": frozen}
-        rows = x.split([*counts.tolist(), x.shape[0] - int(counts.sum())])
-        products = [
-            masked_linear(rows[e], weight[e], None, matrix, **settings)  # type: ignore[arg-type]
-            for e, matrix in enumerate(topology.experts())
-        ]
-        return torch.cat([*products, products[0].new_zeros(len(rows[-1]), weight.shape[1])])
+        return _one_by_one(x, weight, counts, topology, settings)
     if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(t).tangent is not None for t in (x, weight)):
         # Without this, torch would take the tangent of the result for zero.
         raise NotImplementedError("masked_experts has no forward-mode derivative: use reverse mode")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from lightning_estdgm.method._masks import BlockSize, block_size_of
+if TYPE_CHECKING:
+    from lightning_estdgm.method._masks import BlockSize
 
 
 def command_line() -> str:
@@ -25,7 +27,8 @@ def parse_block_size(text: str) -> BlockSize | str:
     sides = text.split("x")
     if not all(side.isdecimal() for side in sides) or len(sides) > 2:
         return text
-    return block_size_of(int(sides[0]), int(sides[-1]))
+    rows, columns = int(sides[0]), int(sides[-1])
+    return rows if rows == columns else (rows, columns)
 
 
 def wide_console(columns: int) -> Console:

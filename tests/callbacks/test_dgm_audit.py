@@ -23,7 +23,7 @@ def mlp(width=32, out=32):
 
 def fit(module, *callbacks, steps=20, total=20, **settings):
     schedule = SCHEDULE if total == 20 else EstDgm(update_every=10, observe_steps=2)
-    dgm = DGMCallback(DGMConfig(schedule, units=Units(size=1)), total_steps=total)
+    dgm = DGMCallback(DGMConfig(schedule, units=Units(size=1), backend="dense"), total_steps=total)
     trainer = pl.Trainer(
         max_steps=steps,
         callbacks=[dgm, *callbacks],

@@ -32,7 +32,7 @@ class Scored(TinyMLP):
 
 
 def callback(**settings: Any) -> DGMCallback:
-    return DGMCallback(DGMConfig(SCHEDULE, Units(size=1), **settings))
+    return DGMCallback(DGMConfig(SCHEDULE, Units(size=1), backend="dense", **settings))
 
 
 def fit(score: Any, *callbacks: pl.Callback, **trainer: Any) -> pl.Trainer:
@@ -137,7 +137,7 @@ class Critic(pl.LightningModule):
 
 
 def test_with_a_critic_that_steps_more_often_the_schedule_spans_the_run() -> None:
-    dgm, module = DGMCallback(DGMConfig(EstDgm(), Units(size=1))), Critic()
+    dgm, module = DGMCallback(DGMConfig(EstDgm(), Units(size=1), backend="dense")), Critic()
     trainer = make_trainer(dgm, max_steps=600, max_epochs=-1)
     trainer.fit(module, Batches(torch.randn(4, 16) for _ in range(1000)))
     batches = len(module.densities)

@@ -90,7 +90,7 @@ def train_five_numbers(use_orig_params: bool) -> dict[str, Any]:
     net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Tanh(), nn.Linear(2, 1))
     model: Any = FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    config = DGMConfig(EstDgm(update_every=3, observe_steps=1), units=Units(size=1))
+    config = DGMConfig(EstDgm(update_every=3, observe_steps=1), units=Units(size=1), backend="dense")
     try:
         dgm = DGMController(model, optimizer, config, total_steps=12, audit=False)
     except ValueError as error:

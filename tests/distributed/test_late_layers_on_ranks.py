@@ -38,7 +38,7 @@ def train(_: str) -> dict[str, Any]:
     ddp = DistributedDataParallel(net, find_unused_parameters=True)
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)
     x = torch.randn(16, 16, generator=torch.Generator().manual_seed(rank))
-    config = DGMConfig(SCHEDULE, units=Units(size=1))
+    config = DGMConfig(SCHEDULE, units=Units(size=1), backend="dense")
     with DGMController(ddp, optimizer, config, total_steps=STEPS, group=dist.group.WORLD) as dgm:
         for step in range(STEPS):
             optimizer.zero_grad()

@@ -13,7 +13,7 @@ from lightning_estdgm.engine._admission import AUDITED_STEPS
 SCHEDULE = EstDgm(
     Phase(0.7, 0.6, 15), Phase(0.3, 0.3, 15), Phase(0.2, 0.1, 30), update_every=5, observe_steps=2, freeze=0.5
 )
-CONFIG = DGMConfig(SCHEDULE, units=Units(size=1))
+CONFIG = DGMConfig(SCHEDULE, units=Units(size=1), backend="dense")
 
 
 def body(width=16):

@@ -16,7 +16,7 @@ from lightning_estdgm import DGMConfig, DGMController, EstDgm, Phase, Selection,
 SCHEDULE = EstDgm(
     Phase(0.7, 0.6, 15), Phase(0.3, 0.3, 15), Phase(0.2, 0.1, 30), update_every=5, observe_steps=2, freeze=0.5
 )
-CONFIG = DGMConfig(SCHEDULE, units=Units(size=1))
+CONFIG = DGMConfig(SCHEDULE, units=Units(size=1), backend="dense")
 STEPS, THAWED = 60, 22
 X = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
 
@@ -149,7 +149,7 @@ def test_a_layer_that_trains_once_is_looked_at_and_left() -> None:
 
 
 def test_the_choice_of_layers_and_heads_holds_for_late_ones_too() -> None:
-    config = DGMConfig(SCHEDULE, Units(size=1), selection=Selection(exclude=["backbone.0"]))
+    config = DGMConfig(SCHEDULE, Units(size=1), backend="dense", selection=Selection(exclude=["backbone.0"]))
     run = Run(frozen, config).go()
     assert run.dgm.masks().keys() == {"top.0", "backbone.2", "neck"}
     run.dgm.close()

@@ -19,7 +19,7 @@ from lightning_estdgm import DGMConfig, DGMController, EstDgm, Phase, Units
 SCHEDULE = EstDgm(
     Phase(0.7, 0.6, 15), Phase(0.3, 0.3, 15), Phase(0.2, 0.1, 30), update_every=5, observe_steps=2, freeze=0.5
 )
-CONFIG = DGMConfig(SCHEDULE, units=Units(size=1))
+CONFIG = DGMConfig(SCHEDULE, units=Units(size=1), backend="dense")
 STEPS = 60
 X = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
 

@@ -15,7 +15,7 @@ from lightning_estdgm.method._schedules import EstDgm, Phase
 
 STEPS = 40
 SCHEDULE = EstDgm(update_every=4, observe_steps=2)  # updates before steps 3, 6, 10, 13, ...
-WEIGHTS = DGMConfig(SCHEDULE, units=Units(size=1))
+WEIGHTS = DGMConfig(SCHEDULE, units=Units(size=1), backend="dense")
 BLOCKS = DGMConfig(SCHEDULE, units=Units(size=16), backend="cpu")
 
 

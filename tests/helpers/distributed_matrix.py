@@ -50,7 +50,7 @@ ROWS = {
         Row("DDP, static graph", "DDPStrategy(static_graph=True)", {"accumulation": _STATIC}, like="DDP"),
         Row("DDP, bucket views", "DDPStrategy(gradient_as_bucket_view=True)", like="DDP"),
         Row("DDP, unused parameters", 'strategy="ddp_find_unused_parameters_true"', like="DDP"),
-        Row("DDP, ZeRO", 'strategy="ddp", optimizer: ZeroRedundancyOptimizer', like="DDP"),
+        Row("DDP, ZeRO", 'strategy="ddp", optimizer: ZeroRedundancyOptimizer'),
         Row("DDP, active units only", 'strategy="ddp", DGMCallback(compress_gradients=True)', like="DDP"),
         Row(
             "DDP, active units only, static graph, bucket views",
@@ -114,6 +114,8 @@ Each cell is a real run on the CPU, in gloo processes: 20 optimizer steps with t
 - *yes*: all ranks end with the same masks, with exactly the units that the budget gives, with weights that are zero
   elsewhere, and with the same weights. A row *like DDP* ends with DDP's weights, to the bit. At 64-true DDP ends with
   the weights of one device that is given the whole batch; at 32-true FSDP and FSDP2 end with DDP's, but for rounding.
+  ZeRO does not end as DDP does: there, grown weights share their parameter's count of steps
+  ([optimizers](optimizers.md)).
 - *no (1)*: the run stops before its first step, with the error of that number.
 
 16-mixed runs on the CPU through `MixedPrecision(..., GradScaler())`, and FSDP by a subclass, as Lightning refuses the

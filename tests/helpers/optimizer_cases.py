@@ -135,7 +135,7 @@ def run_case(tried: OptimizerCase, *, exponent: float = 1.0, resume_at: int | No
         resume_at: step after which everything is saved, and gone on with from the saved state in new objects.
 
     """
-    config = DGMConfig(SCHEDULE, units=Units(size=1), step_size=StepSize(exponent=exponent))
+    config = DGMConfig(SCHEDULE, units=Units(size=1), step_size=StepSize(exponent=exponent), backend="dense")
     torch.manual_seed(0)
     model = _model()
     optimizer = tried.make(model)

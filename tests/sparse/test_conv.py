@@ -201,7 +201,7 @@ def test_operators_are_registered_properly(geometry, memory):
     operands = (t.float() for t in make_operands(topology, 2, 6, 5, geometry, torch.float32))
     x, weight, bias, dy = (t.contiguous(memory_format=LAST) if t.dim() == 4 else t for t in operands)
     weight = weight.contiguous(memory_format=memory)
-    flat = (topology.row_ptr, topology.col_idx, topology.col_ptr, topology.row_idx, 8, "reference")
+    flat = (topology.row_ptr, topology.col_idx, topology.col_ptr, topology.row_idx, [8, 8], "reference")
     flat = (*flat, geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation)
     for with_bias, dense_grad, frozen in [(True, False, False), (False, True, False), (True, False, True)]:
         leaves = [t.clone().requires_grad_() for t in (x, weight)]

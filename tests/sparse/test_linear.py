@@ -193,7 +193,7 @@ def test_operators_are_registered_properly(transposed):
     topology = make_topology(2, 3, 8)
     x, weight, bias, dy = (t.float() for t in make_operands(topology, 4, torch.float32))
     weight = weight.t().contiguous().t() if transposed else weight
-    flat = (topology.row_ptr, topology.col_idx, topology.col_ptr, topology.row_idx, 8, "cpu")
+    flat = (topology.row_ptr, topology.col_idx, topology.col_ptr, topology.row_idx, [8, 8], "cpu")
     for with_bias, dense_grad, frozen in [(True, False, False), (False, True, False), (True, False, True)]:
         leaves = [t.clone().requires_grad_() for t in (x, weight)]
         args = (*leaves, bias.clone().requires_grad_() if with_bias else None, *flat, dense_grad, frozen)

@@ -80,7 +80,7 @@ def test_new_masks_are_followed_in_place():
 def test_torch_accepts_the_operator():
     topology = stack_topology()
     x, stack, rows, _ = operands(COUNTS["some without rows"])
-    lists = (topology.row_ptr, topology.col_idx, topology.col_ptr, topology.row_idx, BLOCK)
+    lists = (topology.row_ptr, topology.col_idx, topology.col_ptr, topology.row_idx, [BLOCK, BLOCK])
     torch.library.opcheck(torch.ops.estdgm.masked_experts.default, (x, stack, rows, *lists, "cpu", False, False))
 
 
@@ -123,13 +123,20 @@ def test_autocast_casts_as_linear_does():
     assert x.grad.dtype == stack.grad.dtype == torch.float32
 
 
-def test_second_derivatives_raise():
+def test_gradients_of_gradients_are_those_of_masked_products():
     topology = stack_topology()
     x, stack, rows, dy = operands(COUNTS["even"])
-    y = masked_experts(x, stack, rows, topology, backend="cpu")
-    (dx,) = torch.autograd.grad(y.sin(), x, dy, create_graph=True)
-    with pytest.raises(RuntimeError, match="masked_experts"):
-        torch.autograd.grad(dx.square().sum(), stack)
+    active = torch.stack([matrix.weight_mask() for matrix in topology.experts()])
+    found = []
+    for product in (
+        lambda: masked_experts(x, stack, rows, topology, backend="cpu"),
+        lambda: torch.cat([a @ (w * m).t() for a, w, m in zip(x.split(rows.tolist()), stack, active, strict=True)]),
+    ):
+        first = torch.autograd.grad(product().sin(), (x, stack), dy, create_graph=True)
+        second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), (x, stack))
+        found.append((*first, *second))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(
