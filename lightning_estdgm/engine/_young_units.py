@@ -123,7 +123,7 @@ class YoungUnits:
         """
         cohorts = []
         for saved in state:
-            whole = torch.zeros(mask_shape, dtype=torch.bool)
+            whole = torch.zeros(mask_shape, dtype=torch.bool, device="cpu")
             whole.view(-1)[saved["units"].long().cpu()] = True
             numbers = _on_cpu(saved["numbers"])
             cohorts.append(_cohort(weight, weight.placement.to_local(whole), saved["age"], numbers))

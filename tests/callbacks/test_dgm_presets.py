@@ -32,7 +32,7 @@ class PresetRun(Run):
 
     def callback(self) -> DGMCallback:
         every = {} if self.name in ("static", "ac/dc") else {"update_every": 4}
-        return DGMCallback.from_preset(self.name, DENSITY, **every)
+        return DGMCallback.from_preset(self.name, DENSITY, backend="dense", **every)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

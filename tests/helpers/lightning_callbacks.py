@@ -42,7 +42,6 @@ class Row:
         leaves: globs over files that the run has to leave in its folder.
         logs: names that have to be in ``metrics.csv``.
         fails_at: step after which a run breaks off; the file that `leaves` names has to be the checkpoint of that step.
-        says: pattern of a warning that the run has to give.
 
     """
 
@@ -53,7 +52,6 @@ class Row:
     leaves: tuple[str, ...] = ()
     logs: tuple[str, ...] = ()
     fails_at: int | None = None
-    says: str | None = None
 
 
 class Transfer(Task):
@@ -73,7 +71,6 @@ class Transfer(Task):
 
 
 _BROKEN_OFF = "the file is that of step 21 to the bit, but its loader has passed the batch that failed by"
-_THAWED = r"layers \(backbone.* have begun to train in mid-run and stay dense"
 
 
 def _thaws(epoch: int) -> Callable[[Path], list[pl.Callback]]:
@@ -127,10 +124,9 @@ ROWS: dict[str, Row] = {
     "BackboneFinetuning, thawed after 8 steps": Row(
         _thaws(1),
         module=Transfer,
-        says=_THAWED,
         not_checked={CHECKED[3]: "once thawed, lightning's own resumed run differs, with or without masks"},
     ),
-    "BackboneFinetuning, thawed after 24 steps": Row(_thaws(3), module=Transfer, says=_THAWED),
+    "BackboneFinetuning, thawed after 24 steps": Row(_thaws(3), module=Transfer),
     "LearningRateMonitor": Row(
         lambda _: [ours.LearningRateMonitor("step")],
         lambda folder: {"logger": CSVLogger(folder, version="rates")},
@@ -157,7 +153,5 @@ def cells(row: Row, outcome: Outcome) -> tuple[str, ...]:
     reasons = Counter(outcome.dense.values())
     notes = [f"{reason} ({count} layer{'s' if count > 1 else ''})" for reason, count in reasons.items()]
     notes += [f"{_SHORT[what]}: {why}" for what, why in row.not_checked.items()]
-    if row.says:
-        notes.append("said in a warning when they are thawed, and in `run_summary`")
     checked = "all" if not row.not_checked else f"{len(CHECKED) - len(row.not_checked)} of {len(CHECKED)}"
     return f"{outcome.share:.1%}", checked, "; ".join(notes)

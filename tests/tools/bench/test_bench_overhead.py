@@ -34,7 +34,8 @@ def test_peak_memory_of_a_step_is_what_it_allocates():
     peaks = peak_memory(config)
     assert peaks["dense"] > 4 * 4 * weights  # weights, gradients, and two moments
     added = peaks["masked"] - peaks["dense"]
-    assert 2 * matrices <= added < 4 * matrices  # two masks of a byte a weight, and no copy of the weights
+    # Two masks of a byte a weight and indices of the grown weights, no copy of the weights.
+    assert 2 * matrices <= added < 4.5 * matrices
     assert peaks["observed"] - peaks["masked"] >= 8 * matrices  # two sums of four bytes
 
 
