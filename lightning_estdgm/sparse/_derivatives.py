@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ def differentiable(
     note: Callable[[Tensor, Tensor], Any] = lambda a, b: None,
     *,
     has_bias: bool = False,
+    lists: int = _LISTS,
 ) -> Callable[..., Tensor]:
     """Give an operator its derivatives, and return the product: what to call the operator by.
 
@@ -26,13 +27,14 @@ def differentiable(
     derivatives as well. A product that nobody differentiates, as those of an ordinary backward, saves nothing.
 
     Args:
-        operator: Operator of `torch.library` of the arguments ``a``, ``b``, a bias if `has_bias`, then ``rest``: the
-            index lists of a topology, and plain values.
+        operator: Operator of `torch.library` of the arguments ``a``, ``b``, a bias if `has_bias`, then ``rest``:
+            integer tensors, such as the index lists of a topology, and plain values.
         gradients: Function of which of ``a`` and ``b`` need a gradient, the output's gradient, ``a`` (or None, if ``b``
             needs none), ``b`` (or None, if ``a`` needs none), ``rest``, and what was noted. It returns the two
             gradients, None where not needed.
         note: Function of ``a`` and ``b`` whose value `gradients` is given, where it needs more of them than numbers.
         has_bias: Whether the third argument, unless None, is added along the output's second dimension.
+        lists: Number of the integer tensors.
 
     Returns:
         Function of the operator's arguments. Under transforms, which do not take `register_autograd`, and in forward
@@ -41,7 +43,7 @@ def differentiable(
     """
 
     operands = 3 if has_bias else 2
-    split = operands + _LISTS
+    split = operands + lists
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         a, b = inputs[:2]
@@ -93,6 +95,64 @@ def differentiable(
         transformed: Any = Transformed.apply
         return cast("Tensor", transformed(*args[:split], _Plain(args[split:])))
 
+    return product
+
+
+def matrix_products(
+    forward: Any, grad_input: Any, grad_weight: Any, *, has_bias: bool = False, before: int = 0
+) -> Callable[..., Tensor]:
+    """Give the three operators of a product with one matrix or a stack of them their derivatives; return the product.
+
+    The gradients of each are the other two.
+
+    Args:
+        forward: Operator ``Y`` of the rows, the weight ``(..., out, in)``, a bias if `has_bias`, integer tensors, a
+            topology's lists and sides, a backend, and of whether dW is whole and the others are dense.
+        grad_input: Operator ``dX`` of dY, the weight, and the same without a bias.
+        grad_weight: Operator ``dW`` of dY, the rows, and the same without the last flag.
+        has_bias: Whether `forward` takes a bias, or None for it.
+        before: Number of integer tensors before the lists.
+    """
+    no_bias = (None,) if has_bias else ()
+    lists = before + _LISTS
+
+    def is_transposed(rows: Tensor, weight: Tensor) -> bool:
+        # The gradient of a transposed view is computed transposed: it reaches the parameter without a copy.
+        return weight.stride(-2) == 1 and weight.stride(-1) != 1
+
+    def of_weight(dy: Tensor, x: Tensor, topology: Sequence[Any], transposed: bool, dense: bool) -> Tensor:
+        if not transposed:
+            return dw_product(dy, x, *topology, dense)
+        *first, row_ptr, col_idx, col_ptr, row_idx, sides, backend = topology
+        swapped = (col_ptr, row_idx, row_ptr, col_idx, sides[::-1], backend)
+        return dw_product(x, dy, *first, *swapped, dense).transpose(-2, -1)
+
+    def gradients(
+        needed: tuple[bool, bool], dy: Tensor, x: Tensor, weight: Tensor, rest: tuple[Any, ...], transposed: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        *topology, dense_grad, frozen = rest
+        dx = dx_product(dy, weight, *topology, dense_grad, frozen) if needed[0] else None
+        dw = of_weight(dy, x, topology, transposed, dense_grad) if needed[1] else None
+        return dx, dw
+
+    def dx_gradients(
+        needed: tuple[bool, bool], ddx: Tensor, dy: Tensor, weight: Tensor, rest: tuple[Any, ...], transposed: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        *topology, dense_grad, dense = rest
+        of_dy = product(ddx, weight, *no_bias, *topology, dense_grad, dense) if needed[0] else None
+        return of_dy, of_weight(dy, ddx, topology, transposed, dense_grad) if needed[1] else None
+
+    def dw_gradients(
+        needed: tuple[bool, bool], ddw: Tensor, dy: Tensor, x: Tensor, rest: tuple[Any, ...], _: None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        # Where dW is masked, its gradient acts as a masked weight does.
+        *topology, dense = rest
+        of_dy = product(x, ddw, *no_bias, *topology, dense, dense) if needed[0] else None
+        return of_dy, dx_product(dy, ddw, *topology, dense, dense) if needed[1] else None
+
+    product = differentiable(forward, gradients, is_transposed, has_bias=has_bias, lists=lists)
+    dx_product = differentiable(grad_input, dx_gradients, is_transposed, lists=lists)
+    dw_product = differentiable(grad_weight, dw_gradients, lists=lists)
     return product
 
 

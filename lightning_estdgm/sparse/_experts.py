@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from lightning_estdgm.method._masks import block_size_of, sides
+from lightning_estdgm.sparse._derivatives import matrix_products
 from lightning_estdgm.sparse._expert_topology import ExpertTopology
-from lightning_estdgm.sparse._linear import masked_linear
 from lightning_estdgm.sparse._operands import TOPOLOGY_SCHEMA, as_given, prepared
 from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.backends._protocol import get_backend, supporting
@@ -62,6 +61,7 @@ def _grad_input(
     row_idx: Tensor,
     sides: list[int],
     backend: str,
+    dense_grad: bool,
     dense: bool,
 ) -> Tensor:
     stack = ExpertTopology(block_size_of(*sides), row_ptr, col_idx, col_ptr, row_idx)
@@ -106,7 +106,7 @@ _grad_input_op = torch.library.custom_op(
     "estdgm::masked_experts_grad_input",
     _grad_input,
     mutates_args=(),
-    schema=f"(Tensor dy, Tensor weight, Tensor counts, {TOPOLOGY_SCHEMA}, bool dense) -> Tensor",
+    schema=f"(Tensor dy, Tensor weight, Tensor counts, {TOPOLOGY_SCHEMA}, bool dense_grad, bool dense) -> Tensor",
 )
 _grad_weight_op = torch.library.custom_op(
     "estdgm::masked_experts_grad_weight",
@@ -131,51 +131,7 @@ def _(dy: Tensor, x: Tensor, counts: Tensor, *_: Any) -> Tensor:
     return dy.new_empty(counts.shape[0], dy.shape[1], x.shape[1])
 
 
-def _one_by_one(
-    x: Tensor, weight: Tensor, counts: Tensor, topology: ExpertTopology, settings: Mapping[str, Any]
-) -> Tensor:
-    """Return the products by an operator for each expert, which has gradients of any order."""
-    rows = x.split([*counts.tolist(), x.shape[0] - int(counts.sum())])
-    products = [
-        masked_linear(rows[e], weight[e], None, matrix, **settings) for e, matrix in enumerate(topology.experts())
-    ]
-    return torch.cat([*products, products[0].new_zeros(len(rows[-1]), weight.shape[1])])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, counts, *indices, sides, backend, dense_grad, frozen = inputs
-    need_x, need_weight = ctx.needs_input_grad[:2]
-    # Both: a gradient's gradient needs the other one, too.
-    ctx.save_for_backward(*((x, weight) if need_x or need_weight else (None, None)), counts, *indices)
-    ctx.sides, ctx.backend, ctx.dense_grad, ctx.frozen = sides, backend, dense_grad, frozen
-    # The gradient of transposed views is computed transposed: it reaches the parameter without a copy.
-    ctx.transposed = weight.stride(1) == 1 and weight.stride(2) != 1
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, counts, row_ptr, col_idx, col_ptr, row_idx = ctx.saved_tensors
-    forward = (counts, row_ptr, col_idx, col_ptr, row_idx, ctx.sides, ctx.backend)
-    swapped = (counts, col_ptr, row_idx, row_ptr, col_idx, ctx.sides[::-1], ctx.backend)
-    need_x, need_weight = ctx.needs_input_grad[:2]
-    dx = dw = None
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: through products that have more
-        topology = ExpertTopology(block_size_of(*ctx.sides), row_ptr, col_idx, col_ptr, row_idx)
-        settings = {"backend": ctx.backend, "dense_grad": ctx.dense_grad, "frozen": ctx.frozen}
-        leaves = [leaf for leaf, needed in ((x, need_x), (weight, need_weight)) if needed]
-        found = list(
-            torch.autograd.grad(_one_by_one(x, weight, counts, topology, settings), leaves, dy, create_graph=True)
-        )
-        return found.pop(0) if need_x else None, found.pop(0) if need_weight else None, *[None] * 9
-    if need_x:
-        dx = _grad_input_op(dy, weight, *forward, ctx.frozen)
-    if need_weight and ctx.transposed:
-        dw = _grad_weight_op(x, dy, *swapped, ctx.dense_grad).transpose(1, 2)
-    elif need_weight:
-        dw = _grad_weight_op(dy, x, *forward, ctx.dense_grad)
-    return dx, dw, *[None] * 9
-
-
-_experts_op.register_autograd(_backward, setup_context=_setup_context)
+_experts_product = matrix_products(_experts_op, _grad_input_op, _grad_weight_op, before=1)
 
 
 # ---- wrapper
@@ -194,8 +150,8 @@ def masked_experts(
     """Products of each expert's matrix with its own rows, on the active blocks only; as `masked_linear` for each.
 
     Rows lie expert after expert: the first ``counts[0]`` are those of the first. Rows past the last expert's give zero,
-    and an expert without rows costs nothing. How many rows each has is read on the host. Gradients of gradients
-    go through an operator for each expert.
+    and an expert without rows costs nothing. How many rows each has is read on the host. Derivatives of any order
+    are such products as well, in reverse and in forward mode.
 
     Args:
         x: ``[rows, in]``.
@@ -213,7 +169,6 @@ def masked_experts(
     Raises:
         TypeError: Dtypes differ.
         ValueError: Shapes or devices do not fit, or the backend does not support the case.
-        NotImplementedError: An operand carries a forward-mode tangent.
 
     Example:
         >>> topology = ExpertTopology.from_mask(torch.tensor([[True, False], [True, True]]), 2, block_size=8)
@@ -226,13 +181,6 @@ def masked_experts(
         raise ValueError(f"x must have shape [rows, {weight.shape[2]}], got {tuple(x.shape)}")
     if tuple(counts.shape) != (weight.shape[0],):
         raise ValueError(f"counts must be the rows of {weight.shape[0]} experts, got shape {tuple(counts.shape)}")
-    if torch._C._are_functorch_transforms_active():  # they do not take `register_autograd`
-        settings = {"backend": backend, "dense_grad": dense_grad, "frozen": frozen}
-        return _one_by_one(x, weight, counts, topology, settings)
-    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(t).tangent is not None for t in (x, weight)):
-        # Without this, torch would take the tangent of the result for zero.
-        raise NotImplementedError("masked_experts has no forward-mode derivative: use reverse mode")
     x, weight, _ = prepared(x, weight, None, topology.expert(0))
     lists = (topology.row_ptr, topology.col_idx, topology.col_ptr, topology.row_idx)
-    y: Tensor = _experts_op(x, weight, counts, *lists, list(sides(topology.block_size)), backend, dense_grad, frozen)
-    return y
+    return _experts_product(x, weight, counts, *lists, list(sides(topology.block_size)), backend, dense_grad, frozen)

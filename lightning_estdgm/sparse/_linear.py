@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_estdgm.sparse._derivatives import differentiable
+from lightning_estdgm.sparse._derivatives import matrix_products
 from lightning_estdgm.sparse._operands import TOPOLOGY_SCHEMA, as_given, prepared, topology_arguments, topology_of
 from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.backends._protocol import get_backend, supporting
@@ -116,52 +116,7 @@ def _(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
     return dy.new_empty(dy.shape[1], x.shape[1])
 
 
-# ---- products: the gradients of each are the other two
-
-
-def _is_transposed(x: Tensor, weight: Tensor) -> bool:
-    # The gradient of a transposed view is computed transposed: it reaches the parameter without a copy.
-    return weight.stride(0) == 1 and weight.stride(1) != 1
-
-
-def _weight_gradient(dy: Tensor, x: Tensor, topology: list[Any], transposed: bool, dense: bool) -> Tensor:
-    if not transposed:
-        return _grad_weight_product(dy, x, *topology, dense)
-    row_ptr, col_idx, col_ptr, row_idx, sides, backend = topology
-    return _grad_weight_product(x, dy, col_ptr, row_idx, row_ptr, col_idx, sides[::-1], backend, dense).t()
-
-
-def _gradients(
-    needed: tuple[bool, bool], dy: Tensor, x: Tensor, weight: Tensor, rest: tuple[Any, ...], transposed: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    *topology, dense_grad, frozen = rest
-    dx = _grad_input_product(dy, weight, *topology, dense_grad, frozen) if needed[0] else None
-    dw = _weight_gradient(dy, x, topology, transposed, dense_grad) if needed[1] else None
-    return dx, dw
-
-
-def _grad_input_gradients(
-    needed: tuple[bool, bool], ddx: Tensor, dy: Tensor, weight: Tensor, rest: tuple[Any, ...], transposed: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    *topology, dense_grad, dense = rest
-    of_dy = _linear_product(ddx, weight, None, *topology, dense_grad, dense) if needed[0] else None
-    of_weight = _weight_gradient(dy, ddx, topology, transposed, dense_grad) if needed[1] else None
-    return of_dy, of_weight
-
-
-def _grad_weight_gradients(
-    needed: tuple[bool, bool], ddw: Tensor, dy: Tensor, x: Tensor, rest: tuple[Any, ...], _: None
-) -> tuple[Tensor | None, Tensor | None]:
-    # Where dW is masked, its gradient acts as a masked weight does.
-    *topology, dense = rest
-    of_dy = _linear_product(x, ddw, None, *topology, dense, dense) if needed[0] else None
-    of_x = _grad_input_product(dy, ddw, *topology, dense, dense) if needed[1] else None
-    return of_dy, of_x
-
-
-_linear_product = differentiable(_linear_op, _gradients, _is_transposed, has_bias=True)
-_grad_input_product = differentiable(_grad_input_op, _grad_input_gradients, _is_transposed)
-_grad_weight_product = differentiable(_grad_weight_op, _grad_weight_gradients)
+_linear_product = matrix_products(_linear_op, _grad_input_op, _grad_weight_op, has_bias=True)
 
 
 # ---- wrapper

@@ -113,6 +113,17 @@ def test_gradients_by_torch_func():
     )
 
 
+def test_tangents_go_forward():
+    topology = stack_topology()
+    x, stack, rows, _ = (t.detach() for t in operands(COUNTS["rows left over"]))
+
+    def product(x, stack):
+        return masked_experts(x, stack, rows, topology, backend="cpu")
+
+    _, tangent = torch.func.jvp(product, (x, stack), (x.cos(), stack.cos()))
+    torch.testing.assert_close(tangent, product(x.cos(), stack) + product(x, stack.cos()))
+
+
 def test_autocast_casts_as_linear_does():
     topology = stack_topology()
     x, stack, rows, _ = operands(COUNTS["even"], dtype=torch.float32)
