@@ -36,7 +36,7 @@ from lightning_estdgm.distributed.adapters._protocol import adapter_for
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._decisions import LayerDecision
 from lightning_estdgm.engine._pace import Pace, saved_pace
-from lightning_estdgm.method._masks import size_words
+from lightning_estdgm.method._masks import size_entry
 from lightning_estdgm.method._schedules import EstDgm, Schedule
 from lightning_estdgm.modules._candidates import unlisted_weights
 from lightning_estdgm.presets import preset
@@ -198,11 +198,7 @@ class DGMCallback(pl.Callback):
             "flops_ratio": known.flops_ratio,
             "flops_executed_ratio": known.flops_executed_ratio,
             "phases": list(dict.fromkeys(segment.phase for segment in known.schedule.segments)),
-            "block_sizes": dict(
-                Counter(
-                    size_words(d.block_size) if isinstance(d.block_size, tuple) else str(d.block_size) for d in masked
-                )
-            ),
+            "block_sizes": dict(Counter(str(size_entry(d.block_size)) for d in masked)),
             "backends": dict(Counter(d.backend for d in masked)),
             "sparse_operators_ran": flops["executed"] < flops["dense"],
             **(known.outcome if isinstance(known, FitResult) else self._outcome_so_far()),

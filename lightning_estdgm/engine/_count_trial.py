@@ -18,7 +18,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_estdgm.distributed._collectives import local_tensor
 from lightning_estdgm.distributed.adapters.whole import Whole
 from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
-from lightning_estdgm.engine._optimizer_trial import apart_from_the_run, trial_optimizer
+from lightning_estdgm.engine._optimizer_trial import apart_from_the_run, not_tried, trial_optimizer
 from lightning_estdgm.engine._rate_trial import set_rate
 from lightning_estdgm.engine._state_entries import state_entries
 from lightning_estdgm.engine._young_steps import YoungSteps
@@ -103,9 +103,7 @@ def _tried(optimizer: Optimizer, index: int, like: Tensor) -> UnitCounts:
             return UnitCounts(0, f"{kind} mixes parameters")
         lifetime = trial.lifetime(max(SETTLED, 4 * coarse))
     except Exception as error:  # whatever an optimizer that is not ours may raise
-        return UnitCounts(
-            0, f"{kind} could not be tried ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
-        )
+        return UnitCounts(0, not_tried(optimizer, error))
     if lifetime == 0:
         return UnitCounts(0, f"{kind} has a schedule by it")
     return UnitCounts(lifetime)
@@ -148,7 +146,6 @@ class _Trial:
     def __init__(self, optimizer: Optimizer, index: int, like: Tensor) -> None:
         self._optimizer, self._index = optimizer, index
         self._shape = [_SIDE] * max(1, like.dim())
-        self._like = like
         generator = torch.Generator().manual_seed(0)
         sizes = 2.0 ** torch.linspace(-3, 3, _STEPS)[torch.randperm(_STEPS, generator=generator)]
         noise = [torch.randn(self._shape, generator=generator) for _ in range(_STEPS + 1)]

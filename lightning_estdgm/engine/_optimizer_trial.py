@@ -79,6 +79,12 @@ def remade(trial: Optimizer) -> Optimizer:
     return kind(trial.param_groups, **{name: value for name, value in trial.defaults.items() if name in taken})
 
 
+def not_tried(optimizer: Optimizer, error: Exception) -> str:
+    """Return in words that an optimizer could not be tried, and what it raised."""
+    raised = " ".join(str(error).split())[:120]
+    return f"{type(optimizer).__name__} could not be tried ({type(error).__name__}: {raised})"
+
+
 @contextmanager
 def apart_from_the_run(device: torch.device) -> Iterator[None]:
     """Take steps of a trial without a trace in the run: in its random numbers, compiled code and warnings.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_estdgm.engine._optimizer_trial import apart_from_the_run, remade, trial_optimizer
+from lightning_estdgm.engine._optimizer_trial import apart_from_the_run, not_tried, remade, trial_optimizer
 from lightning_estdgm.engine._scaled_groups import Group, ScaledGroups
 
 _STEPS = 8  # of each half of a trial: rectified optimizers rest for the first five
@@ -46,7 +46,7 @@ def why_not_scaled(optimizer: Optimizer, index: int, parameters: Sequence[Tensor
             kept, raised = trial.moves((2.0, 2.0), (2.0, 2.0)), trial.moves((2.0, 2.0), (4.0, 4.0))
             split = trial.moves((1.0, 2.0), (1.0, 4.0), split=True)
         except Exception as error:  # whatever an optimizer raises, it is left unscaled
-            return f"{kind} could not be tried ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+            return not_tried(optimizer, error)
     if not all(bool(move.isfinite().all()) and bool(move.any()) for move in plain):
         return f"{kind} did not move a parameter in {2 * _STEPS} steps of a trial"
     if not (_further(kept[0], plain[0]) and _further(raised[1], kept[1])):

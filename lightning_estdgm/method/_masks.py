@@ -33,6 +33,11 @@ def size_words(block_size: BlockSize) -> str:
     return "{} x {}".format(*sides(block_size))
 
 
+def size_entry(block_size: BlockSize) -> int | str:
+    """Return a block size as results hold it: squares by their side, others in words."""
+    return size_words(block_size) if isinstance(block_size, tuple) else block_size
+
+
 def mask_shape(weight_shape: torch.Size | tuple[int, ...], block_size: BlockSize) -> tuple[int, ...]:
     """Return the mask's shape for a weight of shape ``(out, in, ...)``.
 

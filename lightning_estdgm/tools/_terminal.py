@@ -27,8 +27,9 @@ def parse_block_size(text: str) -> BlockSize | str:
     sides = text.split("x")
     if not all(side.isdecimal() for side in sides) or len(sides) > 2:
         return text
-    rows, columns = int(sides[0]), int(sides[-1])
-    return rows if rows == columns else (rows, columns)
+    from lightning_estdgm.method._masks import block_size_of  # loads torch, which --help does without
+
+    return block_size_of(int(sides[0]), int(sides[-1]))
 
 
 def wide_console(columns: int) -> Console:

@@ -113,6 +113,7 @@ def test_gradients_by_torch_func():
     )
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, on its first dual number
 def test_tangents_go_forward():
     topology = stack_topology()
     x, stack, rows, _ = (t.detach() for t in operands(COUNTS["rows left over"]))

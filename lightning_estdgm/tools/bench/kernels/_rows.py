@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_estdgm.method._masks import BlockSize, size_words
+from lightning_estdgm.method._masks import BlockSize, size_entry
 
 PRODUCTS = ("Y", "dX", "dW")
 """Output, gradient of the input, gradient of the weight."""
@@ -54,7 +54,7 @@ def row(
         "kind": kind,
         "dtype": str(dtype).removeprefix("torch."),
         **shape,
-        "block_size": size_words(block_size) if isinstance(block_size, tuple) else block_size,
+        "block_size": None if block_size is None else size_entry(block_size),
         "density": density,
         "backend": backend,
         "dense_s": dense_s,
