@@ -147,8 +147,9 @@ class _Trial:
         self._optimizer, self._index = optimizer, index
         self._shape = [_SIDE] * max(1, like.dim())
         generator = torch.Generator().manual_seed(0)
-        sizes = 2.0 ** torch.linspace(-3, 3, _STEPS)[torch.randperm(_STEPS, generator=generator)]
-        noise = [torch.randn(self._shape, generator=generator) for _ in range(_STEPS + 1)]
+        order = torch.randperm(_STEPS, generator=generator, device="cpu")
+        sizes = 2.0 ** torch.linspace(-3, 3, _STEPS, device="cpu")[order]
+        noise = [torch.randn(self._shape, generator=generator, device="cpu") for _ in range(_STEPS + 1)]
         self._values = (noise.pop() * 2.0**-7).to(like.device, like.dtype)
         self._values[_SIDE // 2 :] = 0
         self._gradients = [(n * size).to(like.device, like.dtype) for n, size in zip(noise, sizes, strict=True)]

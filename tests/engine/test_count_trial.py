@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.default_device import set_default_device
 from lightning_estdgm.engine._count_trial import SETTLED, UnitCounts, unit_counts
 
 
@@ -24,6 +25,20 @@ def adam_lifetime(b1, b2):
 def test_adam_needs_them_until_its_corrections_are_over(betas):
     found = counts(lambda p: torch.optim.AdamW(p, 0.0, betas=betas, eps=0.0), torch.float64)
     assert found == UnitCounts(adam_lifetime(*betas))
+
+
+def test_another_default_device_of_torch_changes_nothing():
+    def adam(parameters):
+        return torch.optim.AdamW(parameters, betas=(0.9, 0.91))  # which no other test has tried
+
+    parameter = nn.Parameter(torch.ones(16, 16))
+    optimizer = adam([parameter])
+    set_default_device("meta")
+    try:
+        found = unit_counts(optimizer, 0, parameter)
+    finally:
+        set_default_device(None)
+    assert (found.lifetime > 0, found.why_not) == (True, "")
 
 
 NEEDED = {
