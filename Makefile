@@ -30,7 +30,7 @@ bench: .venv/ready  ## ratios against dense on this machine: mask overhead, spar
 	$(BIN)/estdgm bench overhead
 	$(BIN)/estdgm bench kernels --quick
 
-compatibility: .venv/ready  ## the tables of docs/compatibility.md, printed from the tests' runs
+compatibility: .venv/ready  ## the tables of docs/guides/compatibility.md, printed from the tests' runs
 	ESTDGM_WRITE_COMPATIBILITY=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/compatibility
 
 versions: .venv/ready  ## the suite with the oldest admitted versions and with the newest; needs the network and an hour or more

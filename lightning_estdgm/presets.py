@@ -1,7 +1,7 @@
 """Presets: settings of published methods, each a schedule, two scores, a distribution, a pattern.
 
-`preset` returns the `DGMConfig` of a method by name, `DGMCallback.from_preset` its callback. docs/methods.md lists the
-methods side by side. All mask single weights (``Units(size=1)``) and take the optimizer's own steps
+`preset` returns the `DGMConfig` of a method by name, `DGMCallback.from_preset` its callback. docs/methods/published.md
+lists the methods side by side. All mask single weights (``Units(size=1)``) and take the optimizer's own steps
 (``StepSize(exponent=0.0, scale_initial_weights=False)``), as their papers do; both can be overridden, as can any other
 setting.
 

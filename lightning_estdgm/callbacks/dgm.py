@@ -130,7 +130,7 @@ class DGMCallback(pl.Callback):
         compress_gradients: bool = False,
         **overrides: Any,
     ) -> DGMCallback:
-        """Return the callback of a published method, such as ``"rigl"``; see `presets.preset` and docs/methods.md.
+        """Return the callback of a published method, such as ``"rigl"``; see `presets.preset`.
 
         Args:
             name: name of the method, a key of `presets.PRESETS`.

@@ -43,7 +43,7 @@ from lightning_estdgm.energy.sources._protocol import EnergySource, resolve
 class EnergyMonitor(Callback):
     """Measures the energy of `Trainer.fit` and logs it to every logger at Lightning's own cadence.
 
-    Logged (docs/energy.md has the whole list): ``energy/total_joules``, ``energy/{gpu,cpu,dram}_joules``,
+    Logged (docs/guides/energy.md has the whole list): ``energy/total_joules``, ``energy/{gpu,cpu,dram}_joules``,
     ``energy/{train,val}_joules``, ``energy/phase/<phase>_joules``, ``energy/joules_per_step``,
     ``energy/joules_per_sample``, ``power/*_watts``, ``power/gpu/<node>/<local>_watts``,
     ``energy/coverage_ratio``, ``energy/gaps``, ``energy/seconds``. A figure with any estimated part ends in

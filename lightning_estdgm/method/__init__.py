@@ -1,6 +1,6 @@
 """The method's mathematics: tensors in, tensors out; no state, no Lightning.
 
-What is public here is for schedules, scores, patterns and redistributions of one's own; see docs/methods.md.
+What is public here is for schedules, scores, patterns and redistributions of one's own; see docs/methods/published.md.
 """
 
 from typing import TYPE_CHECKING

@@ -195,7 +195,7 @@ def test_frozen_weights_are_averaged_as_they_are() -> None:
 
 
 def test_an_average_of_torch_is_masked_by_the_controller() -> None:
-    """As docs/resume.md shows it."""
+    """As docs/guides/resume.md shows it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -97,7 +97,7 @@ def test_density_and_phase_can_be_monitored_and_name_files(tmp_path: Path) -> No
 
 
 def test_the_best_at_the_final_density_by_the_documented_pattern(tmp_path: Path) -> None:
-    """As docs/checkpoints.md has it: a loss that only counts once the density is the final one."""
+    """As docs/guides/checkpoints.md has it: a loss that only counts once the density is the final one."""
 
     def final_loss(trainer: pl.Trainer) -> float:
         density = float(trainer.callback_metrics.get("dgm/density", 1.0))

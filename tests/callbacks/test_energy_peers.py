@@ -1,7 +1,7 @@
 """Zeus 0.16.0 and CodeCarbon 3.3.2 beside this package, on the same GPUs, in one process.
 
 Where the counters are sound all three give the same joules. Each difference has its test here, and its line in
-docs/energy.md.
+docs/guides/energy.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Optimizers of torch and of other libraries, each through a whole small schedule with moving masks.
 
-Run as a program, it prints the table of docs/optimizers.md; libraries that are not installed are left out:
+Run as a program, it prints the table of docs/guides/optimizers.md; libraries that are not installed are left out:
 
     PYTHONPATH=.:tests python tests/compatibility/test_optimizers.py
 """

@@ -286,7 +286,7 @@ def test_unknown_strategy_is_refused_by_the_fit() -> None:
 
 
 def test_document_shows_the_table_as_it_is() -> None:
-    path = Path(__file__).parents[2] / "docs" / "strategies.md"
+    path = Path(__file__).parents[2] / "docs" / "guides" / "strategies.md"
     assert path.read_text(encoding="utf-8") == matrix.markdown(), (
-        "python -m tests.distributed.matrix > docs/strategies.md"
+        "python -m tests.distributed.matrix > docs/guides/strategies.md"
     )

@@ -1,4 +1,4 @@
-"""Tables of docs/compatibility.md: rows between markers, each of which a test of tests/compatibility/ has printed."""
+"""Tables of docs/guides/compatibility.md: rows between markers, each printed by a test of tests/compatibility/."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from helpers.compatibility import CHECKED, Outcome
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "guides" / "compatibility.md"
 HEADERS = {
     "models": ("model", "masked share", "layers masked", "of them sparse", "what stays dense, and why"),
     "callbacks": (
@@ -24,7 +24,7 @@ HEADERS = {
 
 def _section(table: str, text: str) -> re.Match[str]:
     found = re.search(rf"(<!-- {table} -->\n)(.*?)(<!-- end of {table} -->)", text, re.DOTALL)
-    assert found, f"docs/compatibility.md has no markers of a table {table!r}"
+    assert found, f"docs/guides/compatibility.md has no markers of a table {table!r}"
     return found
 
 

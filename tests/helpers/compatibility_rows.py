@@ -1,4 +1,4 @@
-"""Hooks and a fixture for the rows of docs/compatibility.md: compared by name, written by ``make compatibility``."""
+"""Hooks and a fixture for the rows of docs/guides/compatibility.md: compared by name, written by a make target."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def record(request: pytest.FixtureRequest) -> Callable[[str, str, Sequence[str]]
         if WRITES:
             request.config.stash.setdefault(_ROWS, {}).setdefault(table, {})[name] = cells
         else:
-            assert name in document.committed(table), f"docs/compatibility.md has no row {name!r}: make compatibility"
+            assert name in document.committed(table), (
+                f"docs/guides/compatibility.md has no row {name!r}: make compatibility"
+            )
 
     return row
 

@@ -1,6 +1,6 @@
 """Which strategies work with which precisions and with gradient accumulation: the table that the tests run.
 
-``PYTHONPATH=tests python -m helpers.distributed_matrix > docs/strategies.md`` prints it for people.
+``PYTHONPATH=tests python -m helpers.distributed_matrix > docs/guides/strategies.md`` prints it for people.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ Each cell is a real run on the CPU, in gloo processes: 20 optimizer steps with t
 
 16-mixed runs on the CPU through `MixedPrecision(..., GradScaler())`, and FSDP by a subclass, as Lightning refuses the
 CPU for `FSDPStrategy` itself. None of these cells was run on a GPU. How to use each strategy:
-[distributed.md](distributed.md).
+[many ranks](distributed.md).
 """
 
 
@@ -130,7 +130,7 @@ def cells() -> Iterator[tuple[str, str, int]]:
 
 
 def markdown() -> str:
-    """Lay the table out for docs/strategies.md."""
+    """Lay the table out for docs/guides/strategies.md."""
     errors: dict[str, int] = {}
     lines = [
         *_PREFACE.splitlines(),

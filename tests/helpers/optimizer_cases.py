@@ -195,7 +195,7 @@ def _through_file(states: list[Any]) -> list[Any]:
 
 
 def table(cases: Sequence[OptimizerCase]) -> str:
-    """Return the table of docs/optimizers.md for optimizers."""
+    """Return the table of docs/guides/optimizers.md for optimizers."""
     head = "| optimizer | settings | loss before | after, exponent 0 | after, exponent 1 | resumed = straight | state |"
     return "\n".join([head, "|---|---|---|---|---|---|---|", *map(_row, cases)])
 

@@ -1,8 +1,8 @@
 """The test suite with the oldest versions that pyproject.toml admits, and with the newest: ``make versions``.
 
 Each set of versions goes into an environment of its own, so nothing installed changes. Printed are the versions and how
-the tests ended, for docs/compatibility.md. It takes the network, some 6 GB a set where torch comes with CUDA, and as
-long as the suite does, and is no part of it. To run a part, or on another Python:
+the tests ended, for docs/guides/compatibility.md. It takes the network, some 6 GB a set where torch comes with CUDA,
+and as long as the suite does, and is no part of it. To run a part, or on another Python:
 
     PYTHONPATH=.:tests python -m helpers.versions oldest --python 3.10 tests/engine -n 2
 """

@@ -105,7 +105,7 @@ class RunOutcome:
                 rank_zero_warn(
                     f"the best checkpoint by {best.monitor!r}, {best.path}, was saved in {best.phase}, at density "
                     f"{best.density:.2f}; asked for was {asked:.2f} at the end. To keep the best at the final "
-                    "density, monitor a metric that is logged there only: see docs/checkpoints.md"
+                    "density, monitor a metric that is logged there only: see docs/guides/checkpoints.md"
                 )
 
     def _is_asked(self, density: float) -> bool:

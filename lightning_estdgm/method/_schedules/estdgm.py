@@ -118,7 +118,8 @@ class EstDgm(ScheduleConfig):
         """Return a schedule of about the FLOPs of a constant density: its first phases are hardly denser than its last.
 
         Exploration goes from 1.5 to 1.2 times `density` for 0.05 of the run, consolidation on to `density` for 0.15,
-        refinement stays there; the mean is 1.04 times `density`. docs/study.md says where this is worth its accuracy.
+        refinement stays there; the mean is 1.04 times `density`. docs/results/study.md says where this is worth
+        its accuracy.
 
         Args:
             density: density of refinement, in (0, 1].
@@ -142,7 +143,7 @@ class EstDgm(ScheduleConfig):
         """Return a schedule cheaper than a constant density: it explores at half of the density that it ends with.
 
         Exploration has half of `density` for 0.40 of the run, consolidation and refinement have `density`; the mean is
-        0.8 times `density`. For single weights; docs/study.md says what it reaches at equal FLOPs.
+        0.8 times `density`. For single weights; docs/results/study.md says what it reaches at equal FLOPs.
 
         Args:
             density: density of consolidation and refinement, in (0, 1].

@@ -36,7 +36,7 @@ def plan(
     observe_steps: Annotated[int | None, typer.Option(help="Of them observed (default: 8).")] = None,
     json: Annotated[Path | None, typer.Option(help="Where a JSON of all the numbers goes.")] = None,
     scaling: Annotated[
-        bool, typer.Option("--scaling", help="Print the tables of docs/scaling.md instead, as Markdown.")
+        bool, typer.Option("--scaling", help="Print the tables of docs/guides/scaling.md instead, as Markdown.")
     ] = False,
 ) -> None:
     """Calculate what each GPU would hold and send, and list the layers that would be masked; nothing is trained."""
@@ -68,7 +68,7 @@ def plan(
     console = wide_console(120)
     for table in plan_tables(result):
         console.print(table)
-    console.print("calculated, not measured; docs/scaling.md has the formulas", style="dim", soft_wrap=True)
+    console.print("calculated, not measured; docs/guides/scaling.md has the formulas", style="dim", soft_wrap=True)
     if json is not None:
         write_json({"command": command_line(), **result}, json)
         console.print(str(json), style="dim", soft_wrap=True)

@@ -1,7 +1,7 @@
 """Plan of one model: what it costs a GPU under each way of sharding it; calculated, not measured.
 
 Pure functions of sizes: `memory`, `traffic` and `mask_work` hold the formulas. ``estdgm plan`` prints them,
-docs/scaling.md explains them, and tests/tools/planner checks them against small jobs of two processes.
+docs/guides/scaling.md explains them, and tests/tools/planner checks them against small jobs of two processes.
 
 Units: bytes a GPU, FLOPs a GPU; 1 GB is 10^9 bytes.
 """

@@ -1,4 +1,4 @@
-"""Tables of docs/scaling.md."""
+"""Tables of docs/guides/scaling.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SCALING_SETUPS = (
 
 
 def scaling_tables() -> str:
-    """Return the tables of docs/scaling.md: every published size under four set-ups, as Markdown."""
+    """Return the tables of docs/guides/scaling.md: every published size under four set-ups, as Markdown."""
     modules = {name: CountedGpt.on_meta(*shape) for name, shape in GPT_SIZES.items()}
     plans = {
         name: [plan_model(module, setup, [s])["strategies"][s] for _, s, setup in _SCALING_SETUPS]

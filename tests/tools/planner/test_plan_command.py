@@ -16,7 +16,7 @@ from lightning_estdgm.tools.planner._model_plan import plan_model
 from lightning_estdgm.tools.planner._planned_model import load_model
 from lightning_estdgm.tools.planner._setup import TrainingSetup
 
-DOC = Path(__file__).parents[3] / "docs" / "scaling.md"
+DOC = Path(__file__).parents[3] / "docs" / "guides" / "scaling.md"
 
 
 def run(*arguments: str) -> Any:
