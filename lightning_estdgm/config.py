@@ -23,8 +23,10 @@ class Units:
 
     Attributes:
         size: side of a unit: 1 (single weights), 4, 8, 16, 32, 64, 128; a pair of outputs that share an input, (2, 1),
-            (4, 1), (8, 1), (16, 1); or ``"auto"``: for each layer the largest block that its sparse operator can use,
-            single weights where there is none.
+            (4, 1), (8, 1), (16, 1); or chosen for each layer by timing it: ``"auto"``, the unit of the least cost to
+            a loss, which is the time of a step times the steps that the unit needs; ``"finest"``, the finest unit that
+            is computed faster than dense; ``"fastest"``, that of the fastest step. With a pattern or a forced backend
+            nothing is timed, and these are the largest block that fits; single weights where there is none.
         distribution: rule for the densities of layers: ``"erk"``, ``"uniform"``, or a function
             ``(shapes, density) -> densities``.
 
@@ -37,15 +39,14 @@ class Units:
 
     """
 
-    size: int | tuple[int, int] | Literal["auto"] = "auto"
+    size: int | tuple[int, int] | Literal["auto", "finest", "fastest"] = "auto"
     # Functions first: jsonargparse takes the first type that fits, and any path to a function is a string too.
     distribution: Callable[[Sequence[Sequence[int]], float], list[float]] | str = "erk"
 
     def __post_init__(self) -> None:
         if isinstance(self.size, list):  # as files give a pair
             object.__setattr__(self, "size", tuple(self.size))
-        if self.size != "auto":
-            check_unit_size("units.size", self.size)
+        check_unit_size("units.size", self.size)
         if not callable(self.distribution) and self.distribution not in distributions.DISTRIBUTIONS:
             known = sorted(distributions.DISTRIBUTIONS)
             raise ValueError(f"units.distribution must be one of {known} or a function, got {self.distribution!r}")
@@ -155,10 +156,10 @@ class DGMConfig:
         for name, kind in _PARTS.items():
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
-        if self.update_rule.redistribute is not None and self.units.size == "auto":
+        if self.update_rule.redistribute is not None and isinstance(self.units.size, str):
             raise ValueError(
                 f"update_rule.redistribute={self.update_rule.redistribute!r} needs units of one size in all layers, "
-                "got units.size='auto'"
+                f"got units.size={self.units.size!r}"
             )
         if not isinstance(self.inactive, BackwardSet) and self.inactive not in ("zero", "frozen"):
             raise ValueError(f"inactive must be 'zero', 'frozen' or a BackwardSet, got {self.inactive!r}")

@@ -22,12 +22,12 @@ from lightning_estdgm.method._update_rule import UpdateRule
         (
             {"units": {"size": 12}},
             ValueError,
-            "units.size must be 'auto' or one of (1, (2, 1), (4, 1), (8, 1), (16, 1), 4, 8, 16, 32, 64, 128), got 12",
+            "'finest', 'fastest' or one of (1, (2, 1), (4, 1), (8, 1), (16, 1), 4, 8, 16, 32, 64, 128), got 12",
         ),
         (
             {"units": {"size": "big"}},
             ValueError,
-            "units.size must be 'auto' or one of (1, (2, 1), (4, 1), (8, 1), (16, 1), 4, 8, 16, 32, 64, 128), got",
+            "'finest', 'fastest' or one of (1, (2, 1), (4, 1), (8, 1), (16, 1), 4, 8, 16, 32, 64, 128), got",
         ),
         (
             {"units": {"distribution": "even"}},
@@ -37,12 +37,12 @@ from lightning_estdgm.method._update_rule import UpdateRule
         (
             {"units": {"size": 16.0}},
             ValueError,
-            "units.size must be 'auto' or one of (1, (2, 1), (4, 1), (8, 1), (16, 1), 4, 8, 16, 32, 64, 128), got 16.0",
+            "'finest', 'fastest' or one of (1, (2, 1), (4, 1), (8, 1), (16, 1), 4, 8, 16, 32, 64, 128), got 16.0",
         ),
         (
             {"units": {"size": True}},
             ValueError,
-            "units.size must be 'auto' or one of (1, (2, 1), (4, 1), (8, 1), (16, 1), 4, 8, 16, 32, 64, 128), got True",
+            "'finest', 'fastest' or one of (1, (2, 1), (4, 1), (8, 1), (16, 1), 4, 8, 16, 32, 64, 128), got True",
         ),
         (
             {"update_rule": {"gamma": -0.1}},

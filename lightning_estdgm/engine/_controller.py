@@ -227,7 +227,7 @@ class DGMController:
         if not self._admission.waiting:
             return False
         density = self.schedule(self.position).density
-        new = self._intake.take_in_trained(self.steps, density, largest=self._largest)
+        new = self._intake.take_in_trained(self.steps, density, self._final_density(), largest=self._largest)
         if new:
             self._note_drawn()
         elif not self._masked.weights and not self._admission.waiting:

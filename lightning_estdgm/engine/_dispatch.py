@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
 
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.engine._expert_modules import expert_case, together
+from lightning_estdgm.engine._initialisation import unit_note
 from lightning_estdgm.engine._masked_weight import MaskedWeight
+from lightning_estdgm.engine._unit_choice import choose_units, times_units
 from lightning_estdgm.modules._adapter_check import adapter_checks
 from lightning_estdgm.modules._candidates import Candidate
 from lightning_estdgm.modules._forward_probe import ForwardProbe, Image, is_channels_last
@@ -28,6 +30,8 @@ from lightning_estdgm.sparse.autotune._cases import Case, ConvCase
 from lightning_estdgm.sparse.autotune._choice import BackendSelector
 from lightning_estdgm.sparse.autotune._timing_cache import TimingCache
 from lightning_estdgm.sparse.backends._protocol import Backend, backends, conv_refusal, get_backend
+
+_T = TypeVar("_T")
 
 _NOMINAL_TOKENS, _NOMINAL_BATCH = 2048, 32  # for choosing a backend where no forward could be seen
 
@@ -121,6 +125,28 @@ class Dispatch:
 
     # ------------------------------------------------------------------ choosing
 
+    def choose_units(self, weights: Sequence[MaskedWeight], densities: Sequence[float]) -> None:
+        """Choose the mask units of layers that are about to be masked, if the settings leave it to a timing.
+
+        Args:
+            weights: weights of layers.
+            densities: density of each at the end of the run.
+
+        Raises:
+            RuntimeError: on the other ranks, if the first one, which alone measures, raised.
+
+        """
+        aim = self._config.units.size
+        if not times_units(self._config) or not isinstance(aim, str):
+            return
+        at_the_end = zip(weights, densities, strict=True)
+        asked = [(weight, self._case(weight, density)) for weight, density in at_the_end if self._is_timed(weight)]
+        found, words = self._on_first_rank(lambda: choose_units(asked, self._selector, aim, self._say))
+        self.timed += [words] * bool(words)
+        for weight, _ in asked:
+            if weight.name in found:
+                weight.use_unit(found[weight.name], unit_note(weight.candidate, ""))
+
     def choose_all(self, densities: Sequence[Sequence[float]]) -> None:
         """Choose the backend of each layer at every density of the schedule, for the whole run.
 
@@ -204,15 +230,15 @@ class Dispatch:
 
     def _is_forced(self, weight: MaskedWeight) -> bool:
         """Whether a forced backend applies to this layer."""
-        return self._config.backend != "auto" and self._has_unit(weight) and weight.name not in self._unfit
-
-    def _has_unit(self, weight: MaskedWeight) -> bool:
-        """Whether a layer has an operator and a unit for it; not if no block of `units.size="auto"` fits it."""
-        return weight.has_operator and (weight.block_size != 1 or self._config.units.size != "auto")
+        return self._config.backend != "auto" and weight.has_operator and weight.name not in self._unfit
 
     def _has_choice(self, weight: MaskedWeight) -> bool:
-        timed = self._has_unit(weight) and (not weight.candidate.kind.experts or self._forms.get(weight.name))
-        return self._is_forced(weight) or (bool(timed) and self._config.backend == "auto")
+        timed = weight.has_operator and self._is_timed(weight)
+        return self._is_forced(weight) or (timed and self._config.backend == "auto")
+
+    def _is_timed(self, weight: MaskedWeight) -> bool:
+        """Whether a layer can be timed: not a stack of experts whose module computes it in an unknown way."""
+        return not weight.candidate.kind.experts or bool(self._forms.get(weight.name))
 
     def _forced(self, weight: MaskedWeight) -> str:
         return self._config.backend if self._is_forced(weight) else "dense"
@@ -236,30 +262,42 @@ class Dispatch:
 
     def _measure_for_all(self, asked: Iterable[tuple[MaskedWeight, float]]) -> None:
         """Have the selector know its answers, on all ranks those of the first: it alone measures, and says so."""
-        cases, failed = [self._case(weight, density) for weight, density in asked], None
-        if self._group is None or dist.get_rank(self._group) == 0:
-            try:
-                self._measure(cases)
-            except Exception as error:
-                if self._group is None:
-                    raise
-                failed = error  # the other ranks wait for what comes of it
+        cases = [self._case(weight, density) for weight, density in asked]
+        state = self._on_first_rank(lambda: self._measure(cases))
+        if self._group is not None:
+            self._selector.load_state_dict(state)
+
+    def _on_first_rank(self, measure: Callable[[], _T]) -> _T:
+        """Return the result of what measures, on all ranks that of the first.
+
+        Raises:
+            RuntimeError: on the other ranks, if the first one raised.
+
+        """
         if self._group is None:
-            return
-        state, reason = self._from_first_rank((self._selector.state_dict(), repr(failed) if failed else ""))
+            return measure()
+        found, failed = None, None
+        if dist.get_rank(self._group) == 0:
+            try:
+                found = measure()
+            except Exception as error:
+                failed = error  # the other ranks wait for what comes of it
+        found, reason = self._from_first_rank((found, repr(failed) if failed else ""))
         if failed:
             raise failed
         if reason:
             raise RuntimeError(f"the first rank, which chooses the backends of all, failed to: {reason}")
-        self._selector.load_state_dict(state)
+        return found
 
-    def _measure(self, cases: Sequence[Case | ConvCase]) -> None:
+    def _measure(self, cases: Sequence[Case | ConvCase]) -> dict[str, Any]:
+        """Time what the selector does not know of some cases; return its state."""
         if self._say is not None and (plan := self._selector.plan(cases)):
             self._say(plan)
         for case in cases:
             self._selector.choose(case)
         if report := self._selector.report():
             self.timed.append(report)
+        return self._selector.state_dict()
 
     def _choose_for_all(self, final: Sequence[float]) -> None:
         """Set what users are shown of each layer: its backend at the final density, and why."""

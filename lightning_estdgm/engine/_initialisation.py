@@ -14,10 +14,12 @@ from torch import Tensor
 from lightning_estdgm._words import first_names
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.engine._masked_weight import MaskedWeight
-from lightning_estdgm.method._masks import active_units, initial_mask
+from lightning_estdgm.method._masks import BlockSize, active_units, initial_mask, pool_norm, size_words, unit_size
 from lightning_estdgm.method._patterns import Pattern, draw
 from lightning_estdgm.modules._candidates import Candidate
-from lightning_estdgm.modules._mask_unit import unit_of
+from lightning_estdgm.modules._mask_unit import UNIT_SIZES, fitting_units, unit_of
+
+_FEWEST_ZEROS = 0.01  # of the weights: fewer are no mask's
 
 
 def masked_weights(
@@ -30,7 +32,7 @@ def masked_weights(
     Args:
         candidates: linear and convolution layers of the model.
         config: settings.
-        state: state of a controller that will be loaded, or None; with ``units.size="auto"`` its units are used.
+        state: state of a controller that will be loaded, or None; its units are used where they are chosen by timing.
         wait: whether the weights stay dense until they are taken in.
 
     Raises:
@@ -54,15 +56,42 @@ def _masked_weight(
 ) -> MaskedWeight:
     size = config.units.size
     block_size, note = unit_of(candidate, size)
-    saved = state["layers"].get(candidate.name) if size == "auto" and state else None
-    if saved and tuple(saved["shape"]) == candidate.shape and saved["block_size"] != block_size:
-        # "auto" may have had other rules, as when convolutions had no operator.
-        block_size, note = saved["block_size"], f"units of {saved['block_size']} as in the checkpoint"
-    if candidate.parts > 1:
-        parts, experts = f"{candidate.parts} fused matrices", candidate.kind.experts
-        what = parts if not experts else f"{experts} experts" + f" in {parts}" * (candidate.parts > experts)
-        note = "; ".join(filter(None, (f"{what}, each with its own budget", note)))
-    return MaskedWeight(candidate, block_size, note, config.inactive, waits=wait)
+    if isinstance(size, str):
+        saved = state["layers"].get(candidate.name) if state else None
+        if saved and tuple(saved["shape"]) == candidate.shape:
+            before, where = saved["block_size"], "as in the checkpoint"
+        else:
+            before, where = unit_of_zeros(candidate) if state is None else None, "as its zeros lie"
+        if before and before != block_size:
+            what = "single weights" if before == 1 else f"units of {size_words(before)}"
+            block_size, note = before, f"{what} {where}"
+    return MaskedWeight(candidate, block_size, unit_note(candidate, note), config.inactive, waits=wait)
+
+
+def unit_note(candidate: Candidate, note: str) -> str:
+    """Return a remark on a layer's unit, with the matrices that the layer stacks before it."""
+    if candidate.parts == 1:
+        return note
+    parts, experts = f"{candidate.parts} fused matrices", candidate.kind.experts
+    what = parts if not experts else f"{experts} experts" + f" in {parts}" * (candidate.parts > experts)
+    return "; ".join(filter(None, (f"{what}, each with its own budget", note)))
+
+
+def unit_of_zeros(candidate: Candidate) -> BlockSize | None:
+    """Return the coarsest unit that all zeros of a weight fill, as an earlier mask leaves them; None without zeros.
+
+    A weight that is sharded, or all zero, or has next to no zeros, tells of no mask.
+    """
+    if candidate.shard.groups:
+        return None
+    weight = candidate.shard.local(candidate.weight).detach()
+    zeros = weight.numel() - int(torch.count_nonzero(weight))
+    if not _FEWEST_ZEROS * weight.numel() <= zeros < weight.numel():
+        return None
+    for size in reversed(fitting_units(UNIT_SIZES, candidate)):
+        if int((pool_norm(weight, size) == 0).sum()) * unit_size(weight.shape, size) == zeros:
+            return size
+    return 1
 
 
 @torch.no_grad()

@@ -87,12 +87,13 @@ class Intake:
             self._dispatch.begin(weight)
         return held
 
-    def take_in_trained(self, steps: int, density: float, *, largest: bool) -> bool:
+    def take_in_trained(self, steps: int, density: float, final_density: float, *, largest: bool) -> bool:
         """Mask the weights that the steps so far have shown to train by their layers' forwards; return if any.
 
         Args:
             steps: number of steps done.
             density: density of the whole now.
+            final_density: density of the whole at the end of the run.
             largest: whether their largest units stay, as where masks are recovered from weights.
 
         """
@@ -100,6 +101,8 @@ class Intake:
         late = [weight for weight in new if weight.name in self._admission.reopened]
         for weight in late:
             weight.since = steps
+        self._dispatch.choose_units(new, self._masked.densities_with(new, final_density))
+        self._masked.__dict__.pop("needs_gradients", None)
         if late:  # trained already, or loaded: what is largest matters most
             self.take_in(late, density, largest=True)
         if first := [weight for weight in new if weight not in late]:

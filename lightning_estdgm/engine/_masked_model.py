@@ -139,6 +139,12 @@ class MaskedModel:
         """Return each layer's density for a density of the whole."""
         return [sum(k) / weight.units for weight, k in zip(self.weights, self.budgets(density), strict=True)]
 
+    def densities_with(self, new: Sequence[MaskedWeight], density: float) -> list[float]:
+        """Return the density of each of some weights that are about to be masked, for a density of the whole then."""
+        weights = [weight for weight in self.every if weight in self.weights or weight in new]
+        share = {w: sum(k) / w.units for w, k in zip(weights, self.budgets(density, weights), strict=True)}
+        return [share[weight] for weight in new]
+
     def density_at(self, density: float) -> float:
         """Return the nearest density of the whole that whole units allow; before any is masked, of all that can be."""
         weights = self.weights or self.every

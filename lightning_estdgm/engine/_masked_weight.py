@@ -72,11 +72,7 @@ class MaskedWeight:
         waits: bool = False,
     ) -> None:
         self.candidate = candidate
-        self.block_size = block_size
-        self.note = note
         self.shape = candidate.shape
-        self.sizes = LayerUnits.of(candidate, block_size)
-        self.placement = placement_of(candidate.shard, block_size)
         self.backend = "dense"
         self.final_backend = "?"
         self.why = ""
@@ -85,14 +81,27 @@ class MaskedWeight:
         self.sampled = False
         self.masked_gradient = MaskedGradient()
         self.young = YoungUnits()
-        self.part_active = [self.units // candidate.parts] * candidate.parts
         self._written: tuple[int, int] | None = None
+        self.use_unit(block_size, note)
+        self._mode = inactive
+        self.inactive = inactive_weights("zero" if waits else inactive, self)
+
+    def use_unit(self, block_size: BlockSize, note: str) -> None:
+        """Mask by units of another size from now on, all active; only before the weight is masked.
+
+        Args:
+            block_size: side of a mask unit.
+            note: remark on the unit, for users.
+
+        """
+        self.block_size, self.note = block_size, note
+        self.sizes = LayerUnits.of(self.candidate, block_size)
+        self.placement = placement_of(self.candidate.shard, block_size)
+        self.part_active = [self.units // self.candidate.parts] * self.candidate.parts
         mask = torch.ones(self.placement.mask_shape(self.weight), dtype=torch.bool, device=self.weight.device)
         self.set_local_mask(mask, self.units)
         self.explored = torch.zeros_like(self.mask)
         self._explored_units = 0
-        self._mode = inactive
-        self.inactive = inactive_weights("zero" if waits else inactive, self)
 
     # ------------------------------------------------------------------ the weight
 
@@ -129,9 +138,14 @@ class MaskedWeight:
 
     @property
     def has_operator(self) -> bool:
+        """Whether a sparse operator can replace the forward, by its unit."""
+        return self.has_operator_for(self.block_size)
+
+    def has_operator_for(self, block_size: BlockSize) -> bool:
         """Whether a sparse operator can replace the forward: it needs a whole mask, and blocks in convolutions."""
-        taps = self.block_size == 1 and self.candidate.is_convolution
-        return self.candidate.has_operator and not self.placement.mask_is_local and not taps
+        taps = block_size == 1 and self.candidate.is_convolution
+        is_local = block_size == 1 and self.placement.is_sharded
+        return self.candidate.has_operator and not is_local and not taps
 
     # ------------------------------------------------------------------ the mask
 

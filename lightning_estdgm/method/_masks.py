@@ -33,6 +33,11 @@ def size_words(block_size: BlockSize) -> str:
     return "{} x {}".format(*sides(block_size))
 
 
+def unit_words(block_size: BlockSize) -> str:
+    """Return a mask unit as people read it: ``weight`` for single ones, else its sides."""
+    return "weight" if block_size == 1 else size_words(block_size)
+
+
 def size_entry(block_size: BlockSize) -> int | str:
     """Return a block size as results hold it: squares by their side, others in words."""
     return size_words(block_size) if isinstance(block_size, tuple) else block_size

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lightning_estdgm.method._masks import BlockSize, sides
 from lightning_estdgm.modules._candidates import Candidate
+from lightning_estdgm.sparse.autotune._unit_cost import AIMS
 
 BLOCK_SIZES = (16, 32, 64, 128)
 """Block sizes that a sparse operator exists for on every kind of device."""
@@ -17,9 +18,22 @@ _MIN_BLOCKS_A_SIDE = 8
 
 
 def check_unit_size(name: str, size: object) -> None:
-    """Raise ValueError unless `size` is a mask unit."""
+    """Raise ValueError unless `size` is a mask unit, or a way to choose one."""
+    if size in AIMS:
+        return
     if type(size) not in (int, tuple) or size not in UNIT_SIZES:
-        raise ValueError(f"{name} must be 'auto' or one of {UNIT_SIZES}, got {size!r}")
+        raise ValueError(f"{name} must be 'auto', 'finest', 'fastest' or one of {UNIT_SIZES}, got {size!r}")
+
+
+def fitting_units(sizes: Sequence[BlockSize], candidate: Candidate) -> list[BlockSize]:
+    """Return those of some mask units that divide a layer's matrices."""
+    return _fitting(sizes, candidate.part_shape)
+
+
+def roomy_units(sizes: Sequence[BlockSize], candidate: Candidate) -> list[BlockSize]:
+    """Return those of some mask units that divide a layer's matrices, blocks only where they leave 8 a side."""
+    least = min(candidate.part_shape[:2]) / _MIN_BLOCKS_A_SIDE
+    return [size for size in fitting_units(sizes, candidate) if size not in BLOCK_SIZES or sides(size)[0] <= least]
 
 
 def _fitting(sizes: Sequence[BlockSize], shape: Sequence[int]) -> list[BlockSize]:
@@ -31,8 +45,8 @@ def fitting_block_sizes(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(b for b in BLOCK_SIZES if b in _fitting(BLOCK_SIZES, shape))
 
 
-def auto_block_size(candidate: Candidate) -> tuple[int, str]:
-    """Choose a layer's unit: the largest block that fits and leaves 8 blocks a side; single weights otherwise.
+def largest_block(candidate: Candidate) -> tuple[int, str]:
+    """Return the largest block that fits a layer and leaves 8 blocks a side; single weights where there is none.
 
     Returns:
         The block size and, where it is 1, the reason.
@@ -51,14 +65,16 @@ def auto_block_size(candidate: Candidate) -> tuple[int, str]:
 
 
 def unit_of(candidate: Candidate, block_size: BlockSize | str) -> tuple[BlockSize, str]:
-    """Return the sides of a layer's mask unit, as asked for or by `auto_block_size`, and the reason where there is one.
+    """Return the sides of a layer's mask unit, as asked for or by `largest_block`, and the reason where there is one.
+
+    What `largest_block` gives may change once the first step has shown the layer's input (`engine._unit_choice`).
 
     Raises:
         ValueError: The block size that is asked for does not fit the layer.
 
     """
     if isinstance(block_size, str):
-        return auto_block_size(candidate)
+        return largest_block(candidate)
     shape = candidate.part_shape
     if block_size not in _fitting([block_size], shape):
         raise ValueError(

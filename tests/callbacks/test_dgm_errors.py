@@ -44,7 +44,11 @@ pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
         (lambda: DGMCallback(total_steps=True), TypeError, "total_steps must be an int or None, got True"),
         (lambda: DGMConfig(schedule="est-dgm"), TypeError, "such as EstDgm(), got 'est-dgm'"),
         (lambda: DGMConfig(schedule=EstDgm), TypeError, "such as EstDgm(), got"),
-        (lambda: DGMConfig(units=Units(size=24)), ValueError, "units.size must be 'auto' or one of"),
+        (
+            lambda: DGMConfig(units=Units(size=24)),
+            ValueError,
+            "'finest', 'fastest' or one of",
+        ),
         (lambda: DGMConfig(units=Units(size="big")), ValueError, "got 'big'"),
         (lambda: DGMConfig(units=Units(distribution="er")), ValueError, "['erk', 'uniform'] or a function, got 'er'"),
         (

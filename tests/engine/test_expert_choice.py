@@ -136,7 +136,7 @@ def test_what_a_module_runs_otherwise_is_not_timed_and_said(clock):
         assert all("not timed: only backend= makes it sparse" in d.why for d in of_experts(dgm).values())
 
 
-def test_automatic_units_are_blocks_where_they_fit(clock):
+def test_automatic_units_of_experts_are_timed_and_the_finest_taken_where_all_are_as_fast(clock):
     pytest.importorskip("transformers", minversion="5")  # experts in one parameter
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_local_experts": 2}
     model = hugging_face("Mixtral", **sizes)
@@ -144,7 +144,7 @@ def test_automatic_units_are_blocks_where_they_fit(clock):
     config = DGMConfig(constant(0.25), selection=Selection(exclude=[is_linear]))
     with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
         train(model, dgm, optimizer)
-        assert [(d.block_size, d.backend) for d in of_experts(dgm).values()] == [(16, "cpu")] * 2
+        assert [(d.block_size, d.backend) for d in of_experts(dgm).values()] == [(1, "native")] * 2
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

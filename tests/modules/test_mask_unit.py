@@ -5,7 +5,7 @@ from torch import nn
 
 from helpers.swapped_layers import candidate
 from lightning_estdgm.modules._candidates import find_candidates
-from lightning_estdgm.modules._mask_unit import auto_block_size, fitting_block_sizes, unit_of
+from lightning_estdgm.modules._mask_unit import fitting_block_sizes, largest_block, unit_of
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ from lightning_estdgm.modules._mask_unit import auto_block_size, fitting_block_s
     ],
 )
 def test_automatic_blocks_are_the_largest_that_fit_and_say_why_not(module, size, why):
-    got, said = auto_block_size(candidate(module))
+    got, said = largest_block(candidate(module))
     assert got == size
     assert said.startswith(why)
     assert bool(said) == (got == 1)
@@ -61,6 +61,6 @@ def test_blocks_of_a_fused_projection_fit_its_parts():
     # 216 x 72: no block divides 72. 240 x 80: blocks of 16 divide the whole, and leave only 5 x 5 in each of the parts.
     for width in (72, 80):
         model = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "last": nn.Linear(8, 4)})
-        assert auto_block_size(find_candidates(model)[0])[0] == 1
+        assert largest_block(find_candidates(model)[0])[0] == 1
     model = nn.ModuleDict({"qkv": nn.Linear(128, 384), "last": nn.Linear(8, 4)})
-    assert auto_block_size(find_candidates(model)[0]) == (16, "")
+    assert largest_block(find_candidates(model)[0]) == (16, "")

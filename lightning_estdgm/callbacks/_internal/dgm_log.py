@@ -19,7 +19,7 @@ from torch import nn
 from lightning_estdgm._words import first_names
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._decisions import LayerDecision
-from lightning_estdgm.method._masks import size_words
+from lightning_estdgm.method._masks import unit_words
 
 _WATCHED = ("dgm/density", "dgm/phase")  # in trainer.callback_metrics
 _MOSTLY = 5  # times as many frozen weights as masked ones
@@ -174,7 +174,7 @@ def decision_table(decisions: tuple[LayerDecision, ...]) -> Table:
     for column in ("layer", "shape", "unit", "density", "backend", "why"):
         table.add_column(column, overflow="fold", justify="right" if column == "density" else "left")
     for d in decisions:
-        unit = "-" if not d.masked else "weight" if d.block_size == 1 else size_words(d.block_size)
+        unit = unit_words(d.block_size) if d.masked else "-"
         density = f"{d.density:.2f} → {d.final_density:.2f}" if d.masked else "dense"
         backend = d.backend if d.backend == d.final_backend else f"{d.backend} → {d.final_backend}"
         table.add_row(d.name, " x ".join(map(str, d.shape)), unit, density, backend, d.why)

@@ -139,6 +139,20 @@ class BackendSelector:
             return replace(choice, why=f"{choice.why}, timed with {timed} {noun} for {count}")
         return choice
 
+    def timed(self, case: Case | ConvCase) -> Choice:
+        """The choice for one layer at one density, with the seconds of dense and sparse; measured if none are known.
+
+        Raises:
+            ValueError: No sparse backend runs this layer.
+        """
+        case = measured_case(case)
+        known, bucket = self._known(case), bucket_of(case.density)
+        if bucket not in known or known[bucket].dense_s is None:
+            known[bucket] = self._measured(case)
+        if known[bucket].dense_s is None:
+            raise ValueError(known[bucket].why)
+        return known[bucket]
+
     def answers(self, case: Case | ConvCase) -> bool:
         """Whether `choose` knows its answer by what was chosen so far: no measurement, and nothing read from disk."""
         case = measured_case(case)

@@ -26,8 +26,8 @@ SEEDS = (0, 1, 2)
 MORE_SEEDS = (3, 4, 5, 6, 7)
 DENSITY = 0.1
 RIVALS = ("static", "set", "rigl")
-WIDE = task_named("wide")
-SMALL = tuple(task for task in TASKS if task is not WIDE)
+WIDE, MEDIUM = task_named("wide"), task_named("medium")
+SMALL = tuple(task for task in TASKS if task not in (WIDE, MEDIUM))
 
 
 def _best_rate(task: Task, method: str) -> float:
@@ -87,7 +87,7 @@ def rates() -> Iterator[StudyRun]:
 
     On the graph and the GPTs all steps: there half a run favours rates too high for a whole one.
     """
-    for task in TASKS:
+    for task in (*SMALL, WIDE):
         length = 1.0 if task.name in ("graph", "gpt", "wide") else 0.5
         for lr in task.rates:
             yield StudyRun(task.name, DENSE, lr, 0, length=length)
@@ -255,6 +255,26 @@ def blocks() -> Iterator[StudyRun]:
             yield arm(seed=seed, length=3.0)
 
 
+UNITS = ([4, 1], 4, 16, 64)
+"""Mask units other than single weights that `units` compares: those that a layer's unit is chosen from."""
+
+
+def units() -> Iterator[StudyRun]:
+    """Loss by mask unit at equal steps, one seed, and single weights in fewer steps: what a unit costs in steps.
+
+    All are kept by magnitude; blocks of 16 and 64 also by weight and gradient.
+    """
+    (lr,) = MEDIUM.rates
+    sparse = partial(_sparse, MEDIUM, "est-dgm", seed=0, lr=lr)
+    yield StudyRun(MEDIUM.name, DENSE, lr, 0)
+    for length in (1.0, 0.5, 0.75):
+        yield sparse(length=length)
+    for unit in UNITS:
+        yield sparse(block_size=unit, **MAGNITUDE)
+    for block in (16, 64):
+        yield sparse(block_size=block)
+
+
 def quick() -> Iterator[StudyRun]:
     """Two tiny runs, to see that the study works."""
     task = task_named("tabular")
@@ -263,7 +283,7 @@ def quick() -> Iterator[StudyRun]:
 
 
 PLANS: dict[str, Callable[[], Iterator[StudyRun]]] = {
-    plan.__name__: plan for plan in (headline, rates, methods, ablations, blocks, quick)
+    plan.__name__: plan for plan in (headline, rates, methods, ablations, blocks, units, quick)
 }
 """Plans by name."""
 

@@ -122,6 +122,15 @@ TASKS: tuple[Task, ...] = (
         partial(_gpt, width=512, layers=2, heads=8),
         lambda seed: StdlibText(context=128, batch_size=4, seed=seed),
     ),
+    Task(
+        "medium",
+        "byte-level GPT of width 256 (2 layers, 1.6 M masked weights), for mask units, one pass over the same text",
+        "loss",
+        1000,
+        (2e-3,),
+        partial(_gpt, width=256, layers=2, heads=4),
+        lambda seed: StdlibText(context=128, batch_size=16, seed=seed),
+    ),
 )
 """All tasks of the study."""
 

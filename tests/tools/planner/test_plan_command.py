@@ -97,7 +97,7 @@ def make_by_argument(width: int) -> nn.Module:
         (["--params", "1e9", "--distribution", "even"], "distribution must be one of"),
         (
             ["--params", "1e9", "--block-size", "48"],
-            "block_size must be 'auto' or one of (1, (2, 1),",
+            "block_size must be 'auto', 'finest', 'fastest' or one of (1, (2, 1),",
         ),
         (["--params", "1e9", "--observe-steps", "300"], "observe_steps must not exceed update_every, got 300 and 200"),
         (["--model", "test_plan_command:make_small", "--block-size", "128"], "block_size=128 does not fit layer '0'"),

@@ -48,12 +48,13 @@ def test_every_plan_names_runs_that_can_be_made(plan):
         callback = run.callback()
         assert (callback is None) == (run.method == "dense")
         if callback is not None and "block_size" in run.settings:
-            assert callback.config.units.size == run.settings["block_size"]
+            size = run.settings["block_size"]
+            assert callback.config.units.size == (tuple(size) if isinstance(size, list) else size)
 
 
 def test_the_headline_compares_at_equal_steps_on_every_task():
     runs = plan_named("headline")
-    for task in [task for task in TASKS if task.name != "wide"]:
+    for task in [task for task in TASKS if task.name not in ("wide", "medium")]:
         for method in ("dense", "est-dgm", "rigl", "set", "static"):
             seeds = {r.seed for r in runs if (r.task, r.method, r.length) == (task.name, method, 1.0)}
             assert len(seeds) >= 3, (task.name, method)

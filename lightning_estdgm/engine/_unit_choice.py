@@ -1,0 +1,84 @@
+"""Mask units of layers that are chosen by timing, for `Units(size="auto")` and its like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from lightning_estdgm._words import first_names
+from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.engine._masked_weight import MaskedWeight
+from lightning_estdgm.method._masks import BlockSize, unit_words
+from lightning_estdgm.modules._mask_unit import roomy_units
+from lightning_estdgm.sparse.autotune._cases import Case, ConvCase, layer_key, layer_of, measured_case, refusals
+from lightning_estdgm.sparse.autotune._choice import BackendSelector, Choice
+from lightning_estdgm.sparse.autotune._unit_cost import STEPS_TO_A_LOSS, Aim, choose_unit
+
+
+def times_units(config: DGMConfig) -> bool:
+    """Whether units are chosen by timing: not with a forced backend, nor with a pattern, which is over given units."""
+    return isinstance(config.units.size, str) and config.backend == "auto" and config.update_rule.pattern is None
+
+
+def unit_cases(weight: MaskedWeight, case: Case | ConvCase) -> dict[BlockSize, Case | ConvCase]:
+    """Return the units that a layer may have and that a backend computes, the finest first, each with its case.
+
+    Args:
+        weight: weight of the layer; one with zeros of an earlier mask has no other unit than its own.
+        case: case of the layer with any unit.
+
+    """
+    if not weight.is_dense:
+        return {}
+    sizes = [size for size in roomy_units(tuple(STEPS_TO_A_LOSS), weight.candidate) if weight.has_operator_for(size)]
+    cases = {size: replace(case, block_size=size) for size in sizes}
+    return {size: case for size, case in cases.items() if not all(refusals(case).values())}
+
+
+_AIMS = {
+    "auto": "least time to a loss",
+    "finest": "the finest that is computed faster than dense",
+    "fastest": "least time of a step",
+}
+
+
+def choose_units(
+    weights: Sequence[tuple[MaskedWeight, Case | ConvCase]],
+    selector: BackendSelector,
+    aim: Aim,
+    say: Callable[[str], None] | None,
+) -> tuple[dict[str, BlockSize], str]:
+    """Return the unit of each layer that one can be chosen for, by the layer's name, and what decided in words.
+
+    Layers that differ in nothing but some density, as budgets of whole units do, are timed once and get one unit.
+
+    Args:
+        weights: weights, each with a case of its layer at the density that its run ends with.
+        selector: times the cases.
+        aim: what is chosen.
+        say: called with what will be timed; ``None``: nothing is said.
+
+    """
+    groups: dict[str, list[str]] = {}
+    asked: dict[str, dict[BlockSize, Case | ConvCase]] = {}
+    for weight, case in weights:
+        if cases := unit_cases(weight, case):
+            key = layer_key(layer_of(measured_case(case)))
+            groups.setdefault(key, []).append(weight.name)
+            asked.setdefault(key, cases)
+    if say is not None and (plan := selector.plan(case for cases in asked.values() for case in cases.values())):
+        say(f"mask units: {plan}")
+    found: dict[str, BlockSize] = {}
+    told = []
+    for key, cases in asked.items():
+        density = next(iter(cases.values())).density
+        unit, costs = choose_unit(list(cases), partial(_timed, selector, cases), density, aim)
+        found |= dict.fromkeys(groups[key], unit)
+        spent = ", ".join(f"{unit_words(size)} {cost * 1e3:.3g}" for size, cost in costs.items())
+        told.append(f"{first_names(groups[key])}: {unit_words(unit)} ({spent} ms)")
+    return found, f"Units by {_AIMS[aim]}. {'; '.join(told)}." if told else ""
+
+
+def _timed(selector: BackendSelector, cases: Mapping[BlockSize, Case | ConvCase], size: BlockSize) -> Choice:
+    return selector.timed(cases[size])
