@@ -4,7 +4,7 @@ BIN := .venv/bin
 # An exact pin gets a small CPU build where one is served; on a GPU machine: make TORCH=torch demo
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check bench compatibility versions clean
+.PHONY: demo test check docs pictures bench compatibility versions clean
 .DEFAULT_GOAL := test
 
 .venv/ready: pyproject.toml
@@ -25,6 +25,13 @@ check: .venv/ready  ## style, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	PYTHONPATH=tests $(BIN)/python -m helpers.prose
+
+docs: .venv/ready  ## the site, into build/site: warnings are errors, links are checked
+	$(BIN)/python docs/_site/build.py
+
+pictures: .venv/ready  ## the pictures of docs/pictures, from the package and from committed results
+	$(BIN)/python docs/_site/pictures.py
 
 bench: .venv/ready  ## ratios against dense on this machine: mask overhead, sparse products
 	$(BIN)/estdgm bench overhead

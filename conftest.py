@@ -14,8 +14,9 @@ os.environ["ESTDGM_CHOICES"] = "off"
 _PATHS = [str(Path(__file__).parent), str(Path(__file__).parent / "tests")]
 os.environ["PYTHONPATH"] = os.pathsep.join([*_PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
-pytest_plugins = ["helpers.vendor_libraries"]
-collect_ignore = ["tests/helpers/peers_job.py"]  # a program of its own: importing it loads other meters here
+pytest_plugins = ["helpers.browser", "helpers.vendor_libraries"]
+# Programs of their own: importing them loads other meters here, or Sphinx.
+collect_ignore = ["tests/helpers/peers_job.py", "docs/_site"]
 
 
 def _enter_folder(namespace: dict[str, Any]) -> None:

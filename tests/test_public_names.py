@@ -12,22 +12,11 @@ from types import ModuleType
 
 import pytest
 
+from helpers.public_names import NAMES, PUBLIC
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_estdgm"
 PAGE = ROOT / "docs" / "api" / "README.md"
-
-PUBLIC = {
-    "lightning_estdgm",
-    "lightning_estdgm.distributed",
-    "lightning_estdgm.energy",
-    "lightning_estdgm.export",
-    "lightning_estdgm.method",
-    "lightning_estdgm.presets",
-    "lightning_estdgm.recipes",
-    "lightning_estdgm.sparse",
-    "lightning_estdgm.tools.report",
-}
-"""Packages and modules whose names are public."""
 
 COLLECTING = {"lightning_estdgm.method._schedules"}
 """Private packages that say what their modules offer the rest of the package."""
@@ -56,7 +45,6 @@ PLAIN = {
 }
 """Modules of plain names whose public names a public package offers, and the command line."""
 
-NAMES = [(package, name) for package in sorted(PUBLIC) for name in importlib.import_module(package).__all__]
 AT_MOST_AT_THE_ROOT = 22
 
 

@@ -112,9 +112,10 @@ Each cell is a real run on the CPU, in gloo processes: 20 optimizer steps with t
 `accumulate_grad_batches=1` and once with 2 (`tests/distributed/`). *yes / no*: with 1 / with 2.
 
 - *yes*: all ranks end with the same masks, with exactly the units that the budget gives, with weights that are zero
-  elsewhere, and with the same weights. A row *like DDP* ends with DDP's weights, to the bit. At 64-true DDP ends with
-  the weights of one device that is given the whole batch; at 32-true FSDP and FSDP2 end with DDP's, but for rounding.
-  ZeRO does not end as DDP does: there, grown weights share their parameter's count of steps
+  elsewhere, and with the same weights.
+- A row *like DDP* ends with DDP's weights, to the bit. At 64-true DDP ends with the weights of one device that is given
+  the whole batch; at 32-true FSDP and FSDP2 end with DDP's, but for rounding.
+- ZeRO does not end as DDP does: there, grown weights share their parameter's count of steps
   ([optimizers](optimizers.md)).
 - *no (1)*: the run stops before its first step, with the error of that number.
 

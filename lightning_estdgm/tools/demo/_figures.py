@@ -12,7 +12,7 @@ import numpy as np
 from lightning_estdgm.tools._plotting import COLOURS, GRID, INK, PHASE_COLOURS, legend, new_figure, save, style_axes
 from lightning_estdgm.tools.demo._measures import watts
 from lightning_estdgm.tools.demo._records import DENSE, DGM, TITLES, MaskMoment, RunRecord
-from lightning_estdgm.tools.report._finished_run import energy_label
+from lightning_estdgm.tools.report._finished_run import energy_label, kind_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,18 +22,23 @@ _COLOURS = {DENSE: COLOURS[0], DGM: COLOURS[1]}
 
 
 def draw_demo(runs: Sequence[RunRecord], path: Path) -> None:
-    """Write a PNG: loss over joules, watts over time, density over time by phase, masks of one layer."""
+    """Write a PNG: loss over joules, density over time by phase, masks of one layer; watts over time if measured.
+
+    Joules that were estimated from CPU time have nothing to say about watts: as many as cores were busy.
+    """
+    is_measured = all(kind_of(run.energy) == "measured" for run in runs)
     figure = new_figure(13, 8.6, pad_in=0.12)
     grid = figure.add_gridspec(2, 2)
     has_joules = all(run.steps.train_j[-1] is not None for run in runs)
     label = energy_label(runs[0].energy)
     _draw_loss(figure.add_subplot(grid[0, 0]), runs, has_joules, label)
-    _draw_watts(figure.add_subplot(grid[0, 1]), runs, label)
-    _draw_density(figure.add_subplot(grid[1, 0]), runs)
     moments = next((run.masks for run in runs if run.masks), [])
-    masks = grid[1, 1].subgridspec(1, max(1, len(moments)))
+    if is_measured:
+        _draw_watts(figure.add_subplot(grid[1, 0]), runs, label)
+    _draw_density(figure.add_subplot(grid[0, 1]), runs)
+    masks = grid[1, int(is_measured) :].subgridspec(1, max(1, len(moments)))
     for i, moment in enumerate(moments):
-        _draw_mask(figure.add_subplot(masks[0, i]), moment, i == 0)
+        _draw_mask(figure.add_subplot(masks[0, i]), moment, "(d)" if is_measured else "(c)", i == 0)
     save(figure, path)
 
 
@@ -78,12 +83,10 @@ def _draw_watts(axes: Axes, runs: Sequence[RunRecord], label: str) -> None:
                 alpha=0.9 if first else 0.3,
                 label=TITLES[run.mode] if first else None,
             )
-    _style(axes, "time since training began, s", f"watts ({label})", "(b) Power over time")
+    _style(axes, "time since training began, s", f"watts ({label})", "(c) Power over time")
     if drawn:
         axes.set_ylim(0, 1.2 * max(drawn))
         legend(axes)
-    else:
-        axes.text(0.5, 0.5, label, ha="center", va="center", transform=axes.transAxes, color=INK)
 
 
 def _draw_density(axes: Axes, runs: Sequence[RunRecord]) -> None:
@@ -93,10 +96,12 @@ def _draw_density(axes: Axes, runs: Sequence[RunRecord]) -> None:
     starts = [0.0, *log.clock_s[:-1]]
     changes = [i for i in range(len(log)) if i == 0 or log.phase[i] != log.phase[i - 1]]
     phases = list(dict.fromkeys(log.phase))
+    longest = max(dense.steps.clock_s[-1], log.clock_s[-1])
     for i, j in zip(changes, [*changes[1:], len(log)], strict=True):
         end = log.clock_s[j - 1]
         axes.axvspan(starts[i], end, color=PHASE_COLOURS[phases.index(log.phase[i]) % 4], lw=0)
-        axes.text((starts[i] + end) / 2, 1.04, log.phase[i], ha="center", va="bottom", fontsize=8, color=INK)
+        # Turned, so that names of short phases do not run into each other.
+        axes.text(starts[i] + 0.01 * longest, 0.98, log.phase[i], va="top", fontsize=9, color=INK, rotation=90)
     axes.plot([0, dense.steps.clock_s[-1]], [1, 1], color=_COLOURS[DENSE], lw=1.8, label="Dense")
     axes.step(
         [*starts, log.clock_s[-1]],
@@ -114,12 +119,12 @@ def _draw_density(axes: Axes, runs: Sequence[RunRecord]) -> None:
         va="center",
         color=_COLOURS[DGM],
     )
-    _style(axes, "time since training began, s", "active share of the masked weights", "(c) Density over time")
-    axes.set_ylim(0, 1.14)
+    _style(axes, "time since training began, s", "active share of the masked weights", "(b) Density over time")
+    axes.set_ylim(0, 1.06)
     legend(axes, "center right")
 
 
-def _draw_mask(axes: Axes, moment: MaskMoment, first: bool) -> None:
+def _draw_mask(axes: Axes, moment: MaskMoment, letter: str, first: bool) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
     colours = LinearSegmentedColormap.from_list("share", ["#fdf1e7", _COLOURS[DGM]])
@@ -136,7 +141,7 @@ def _draw_mask(axes: Axes, moment: MaskMoment, first: bool) -> None:
         spine.set_color(GRID)
     axes.set_xlabel(f"step {moment.step}, {moment.phase}\nlayer density {moment.density:.2f}", fontsize=9, color=INK)
     if first:
-        axes.set_title(f"(d) Mask of {moment.layer}", loc="left", fontsize=11, fontweight="bold", color=INK)
+        axes.set_title(f"{letter} Mask of {moment.layer}", loc="left", fontsize=11, fontweight="bold", color=INK)
         axes.set_ylabel("outputs (rows), inputs (columns)", fontsize=9, color=INK)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lightning_estdgm.tools.planner._gpt_sizes import GPT_SIZES, CountedGpt
@@ -19,6 +20,19 @@ _SCALING_SETUPS = (
 )
 
 
+_Tables = Mapping[str, Callable[[Mapping[str, Any]], str]]
+"""What makes a cell of each table out of the numbers of a set-up, by the table's title."""
+
+
+def _laid_out(tables: _Tables, headings: Sequence[str], plans: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Lines of the tables: one size a row, one set-up a column, one number a cell."""
+    lines = []
+    for title, cell in tables.items():
+        lines += ["", f"**{title}**", "", f"| size | {' | '.join(headings)} |", "|---|" + "---|" * len(headings)]
+        lines += [f"| {name} | {' | '.join(map(cell, columns))} |" for name, columns in plans.items()]
+    return lines
+
+
 def scaling_tables() -> str:
     """Return the tables of docs/guides/scaling.md: every published size under four set-ups, as Markdown."""
     modules = {name: CountedGpt.on_meta(*shape) for name, shape in GPT_SIZES.items()}
@@ -27,24 +41,30 @@ def scaling_tables() -> str:
         for name, module in modules.items()
     }
 
-    def held(numbers: Mapping[str, Any]) -> str:
-        kinds = numbers["memory_bytes"]
-        added = (added_bytes(kinds, in_window=False), added_bytes(kinds))
-        return f"{amount('', dense_bytes(kinds))} + {amount('', added[0])}, + {amount('', added[1])}"
+    def memory(numbers: Mapping[str, Any]) -> str:
+        return amount("", dense_bytes(numbers["memory_bytes"]))
 
-    def sent(numbers: Mapping[str, Any]) -> str:
-        ring = numbers["traffic_bytes_per_step"]
-        return " / ".join(amount("", ring[kind]) for kind in ("ring, dense", "ring, EST-DGM"))
+    def added(numbers: Mapping[str, Any], in_window: bool) -> str:
+        return amount("", added_bytes(numbers["memory_bytes"], in_window=in_window))
 
-    def work(numbers: Mapping[str, Any]) -> str:
-        cost = numbers["mask_work"]
-        moved, ratio, given = (cost[k] for k in ("mean a step", "against the optimizer", "sent, mean a step"))
-        return f"{amount('', moved)} ({ratio:.2f}), {amount('', given)}"
+    def traffic(numbers: Mapping[str, Any], kind: str) -> str:
+        return amount("", numbers["traffic_bytes_per_step"][f"ring, {kind}"])
 
-    cells: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "Memory: dense, + between windows, + in a window": held,
-        "Traffic of a step: dense / EST-DGM": sent,
-        "Mask work of a step: moved (against AdamW), sent": work,
+    def work(numbers: Mapping[str, Any], kind: str) -> str:
+        cost = numbers["mask_work"][kind]
+        return f"{cost:.2f}" if kind == "against the optimizer" else amount("", cost)
+
+    answers: _Tables = {
+        "Memory of a dense step": memory,
+        "Memory that EST-DGM adds in an observation window": partial(added, in_window=True),
+        "Traffic of a dense step": partial(traffic, kind="dense"),
+        "Traffic of a step of EST-DGM": partial(traffic, kind="EST-DGM"),
+    }
+    details: _Tables = {
+        "Memory that EST-DGM adds between windows": partial(added, in_window=False),
+        "Memory traffic of masks in a step": partial(work, kind="mean a step"),
+        "The same, over that of AdamW": partial(work, kind="against the optimizer"),
+        "What masks send in a step": partial(work, kind="sent, mean a step"),
     }
     headings = [name for name, _, _ in _SCALING_SETUPS]
     lines = ["| size | blocks x width | parameters | masked |", "|---|---|---|---|"]
@@ -52,7 +72,7 @@ def scaling_tables() -> str:
         numbers = plans[name][0]
         share = numbers["masked_weights"] / numbers["parameters"]
         lines.append(f"| {name} | {layers} x {width} | {numbers['parameters']:,} | {share:.1%} |")
-    for title, cell in cells.items():
-        lines += ["", f"**{title}**", "", f"| size | {' | '.join(headings)} |", "|---|" + "---|" * len(headings)]
-        lines += [f"| {name} | {' | '.join(map(cell, columns))} |" for name, columns in plans.items()]
+    lines += _laid_out(answers, headings, plans)
+    lines += ["", "<details>", "<summary>Between windows, and the work on masks</summary>"]
+    lines += [*_laid_out(details, headings, plans), "", "</details>"]
     return "\n".join(lines)
