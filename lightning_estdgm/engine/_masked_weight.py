@@ -129,9 +129,8 @@ class MaskedWeight:
 
     @property
     def has_operator(self) -> bool:
-        """Whether a sparse operator can replace the forward: it needs a whole mask, and blocks in convolutions."""
-        taps = self.block_size == 1 and self.candidate.is_convolution
-        return self.candidate.has_operator and not self.placement.mask_is_local and not taps
+        """Whether a sparse operator can replace the forward: it needs a whole mask."""
+        return self.candidate.has_operator and not self.placement.mask_is_local
 
     # ------------------------------------------------------------------ the mask
 
