@@ -384,7 +384,7 @@ class Dispatch:
 
 def _refusal(backend: Backend, weight: MaskedWeight) -> str | None:
     """Return the reason why a backend cannot compute a layer with its current mask, or None."""
-    topology = BlockTopology.from_mask(weight.mask, weight.block_size)
+    topology = BlockTopology.from_mask(weight.mask.flatten(1), weight.block_size)
     if not weight.candidate.is_convolution:
         return backend.unsupported(weight.device, weight.parameter.dtype, topology)
     return conv_refusal(backend.name, weight.device, weight.parameter.dtype, topology, _geometry(weight))

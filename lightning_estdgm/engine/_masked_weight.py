@@ -142,10 +142,9 @@ class MaskedWeight:
         return self.has_operator_for(self.block_size)
 
     def has_operator_for(self, block_size: BlockSize) -> bool:
-        """Whether a sparse operator can replace the forward: it needs a whole mask, and blocks in convolutions."""
-        taps = block_size == 1 and self.candidate.is_convolution
+        """Whether a sparse operator can replace the forward, which needs a whole mask, for a mask unit."""
         is_local = block_size == 1 and self.placement.is_sharded
-        return self.candidate.has_operator and not is_local and not taps
+        return self.candidate.has_operator and not is_local
 
     # ------------------------------------------------------------------ the mask
 

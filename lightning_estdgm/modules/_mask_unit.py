@@ -86,6 +86,4 @@ def unit_of(candidate: Candidate, block_size: BlockSize | str) -> tuple[BlockSiz
         return block_size, candidate.why_dense
     if block_size == 1 and candidate.has_operator and candidate.shard.groups:
         return block_size, "no sparse operator for single weights of a sharded weight"
-    if block_size == 1 and candidate.has_operator and candidate.is_convolution:
-        return block_size, "no sparse operator for single weights of a convolution"
     return block_size, ""

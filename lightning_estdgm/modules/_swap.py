@@ -22,8 +22,8 @@ def sparsify_(candidate: Candidate, mask: Tensor, block_size: BlockSize, backend
 
     Args:
         candidate: Layer with an operator.
-        mask: Bool, ``(out / block_size, in / block_size)``.
-        block_size: Side of a block.
+        mask: Bool, of the shape of `method._masks.mask_shape`: single weights of a convolution have taps.
+        block_size: Side of a block, or its rows and columns.
         backend: Name of a backend, or ``"dense"`` for the layer's own forward.
         frozen: Whether inactive weights keep their value: only the weight gradient is sparse.
 
@@ -33,10 +33,10 @@ def sparsify_(candidate: Candidate, mask: Tensor, block_size: BlockSize, backend
         _sparsify_experts_(candidate, mask, block_size, backend, frozen)
         return
     if isinstance(module, SparseForward):
-        module._estdgm_topology.update_(mask)
+        module._estdgm_topology.update_(mask.flatten(1))
         module._estdgm_backend = backend
         return
-    module._estdgm_topology = BlockTopology.from_mask(mask, block_size)
+    module._estdgm_topology = BlockTopology.from_mask(mask.flatten(1), block_size)
     module._estdgm_backend = backend
     module._estdgm_transposed = candidate.kind.transposed
     module._estdgm_observing = False

@@ -267,7 +267,8 @@ def masked_conv2d(
 
     ``Y = conv2d(X, W * M) + bias`` with ``M`` the topology's mask, repeated over all taps: each pixel of ``Y`` is the
     sum over active blocks ``(o, c)`` and taps ``(k, l)`` of ``W[o, c, k, l] X[c, s i + d k - p, s j + d l - p]``, with
-    stride ``s``, padding ``p`` and dilation ``d``. Its gradients skip the same blocks. Inactive blocks of ``W`` are
+    stride ``s``, padding ``p`` and dilation ``d``. Single weights may have a flag for each tap. Its gradients skip the same
+    blocks. Inactive blocks of ``W`` are
     ignored, whatever they hold. Under autocast floating-point operands are cast as ``torch.nn.functional.conv2d`` does.
     Derivatives of any order are products on active blocks as well, in reverse and in forward mode.
 
@@ -275,7 +276,8 @@ def masked_conv2d(
         x: ``[N, in, H, W]`` in any memory format, ``N`` may be 0. Channels-last costs no copy.
         weight: ``(out, in, kh, kw)``, dense storage, any strides.
         bias: ``[out]`` or None.
-        topology: Active blocks; ``topology.shape`` must be ``(out, in)``.
+        topology: Active blocks; ``topology.shape`` must be ``(out, in)``, or, for single weights (block size 1),
+            ``(out, in * kh * kw)``: a flag for each element of ``weight.flatten(1)``.
         geometry: Kernel size, stride, padding, dilation.
         backend: Name of the backend, see `backends._protocol.backends`. It is used or refused, never replaced:
             :func:`conv_refusal` says which.
@@ -300,7 +302,10 @@ def masked_conv2d(
         raise TypeError(f"topology must be a BlockTopology, got {type(topology).__name__}")
     if not isinstance(geometry, ConvGeometry):
         raise TypeError(f"geometry must be a ConvGeometry, got {type(geometry).__name__}")
-    out, features = topology.shape
+    out, columns = topology.shape
+    taps = geometry.kernel_size[0] * geometry.kernel_size[1]
+    by_tap = topology.block_size == 1 and tuple(weight.shape[:1]) == (out,) and weight.dim() == 4 and columns == weight.shape[1] * taps
+    features = columns // taps if by_tap else columns
     if tuple(weight.shape) != (out, features, *geometry.kernel_size):
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}, but the topology and the geometry are for "

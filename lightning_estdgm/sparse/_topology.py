@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,6 +136,13 @@ class BlockTopology:
     def weight_mask(self) -> Tensor:
         """Mask of the weights, bool ``(out, in)``: each block's flag repeated over its weights."""
         return expand_mask(self.mask(), self.block_size)
+
+    def mask_over(self, shape: Sequence[int]) -> Tensor:
+        """Mask that broadcasts over a weight ``(out, in, ...)``, also where this is that of ``(out, in * taps)``."""
+        mask = self.weight_mask()
+        if mask.shape[1] != shape[1]:
+            return mask.view(*shape)
+        return mask.view(*mask.shape, *[1] * (len(shape) - 2))
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> BlockTopology:
         """Topology of the same blocks on what `fn` makes of each index list, such as a copy on another device."""

@@ -99,7 +99,8 @@ class ConvCase:
         out_channels: Number of output channels: block rows times the block size.
         in_channels: Number of input channels: block columns times the block size.
         geometry: Kernel, stride, padding, dilation.
-        block_size: Side of a mask block, in channels; it holds all taps of the kernel.
+        block_size: Side of a mask block, or its rows and columns, in channels; it holds all taps of the kernel, but for
+            single weights (1), which are one tap each.
         density: Active share of the blocks, in (0, 1].
         dtype: Dtype of the products (under autocast, autocast's).
         device: Device of the operands.
@@ -135,8 +136,9 @@ class ConvCase:
         return 6.0 * self.batch * math.prod((*taps, *pixels)) * self.out_channels * self.in_channels
 
     def topology(self) -> BlockTopology:
-        """A random topology of these channels and this density, always the same one."""
-        return _topology(self, self.out_channels, self.in_channels)
+        """A random topology of these channels and this density, always the same one; single weights have taps."""
+        taps = math.prod(self.geometry.kernel_size) if self.block_size == 1 else 1
+        return _topology(self, self.out_channels, self.in_channels * taps)
 
     def refusal(self, backend: str) -> str | None:
         """Reason why that backend cannot run this case, or None."""
@@ -146,7 +148,7 @@ class ConvCase:
         """Random operands, and the layer's forward on them."""
         random, topology, g = _random(self), self.topology(), self.geometry
         memory = memory_format(self.channels_last)
-        weight = random(self.out_channels, self.in_channels, *g.kernel_size) * topology.weight_mask()[:, :, None, None]
+        weight = random(self.out_channels, self.in_channels, *g.kernel_size) * topology.mask_over((self.out_channels, self.in_channels, *g.kernel_size))
         x = random(self.batch, self.in_channels, self.height, self.width)
         dy = random(self.batch, self.out_channels, *g.output_size(self.height, self.width))
         leaves = [

@@ -12,10 +12,8 @@ from lightning_estdgm.sparse._topology import BlockTopology
 
 def _active(dense: Tensor, topology: BlockTopology) -> Tensor:
     # Selecting, not multiplying: 0 * nan is nan, and inactive blocks may hold anything.
-    mask = topology.weight_mask()
-    return torch.where(
-        mask.view(*mask.shape, *[1] * (dense.dim() - 2)), dense, torch.zeros((), dtype=dense.dtype, device=dense.device)
-    )
+    mask = topology.mask_over(dense.shape)
+    return torch.where(mask, dense, torch.zeros((), dtype=dense.dtype, device=dense.device))
 
 
 class ReferenceBackend:
@@ -60,7 +58,7 @@ class ReferenceBackend:
 
     def conv_grad_weight(self, dy: Tensor, x: Tensor, topology: BlockTopology, geometry: ConvGeometry) -> Tensor:
         """Gradient of the weight by the library, then masked."""
-        weight = x.new_empty(*topology.shape, *geometry.kernel_size)
+        weight = x.new_empty(dy.shape[1], x.shape[1], *geometry.kernel_size)
         return _active(library_gradient(dy, x, weight, geometry, (False, True, False))[1], topology)
 
 

@@ -138,12 +138,12 @@ def test_an_infinite_input_reaches_only_the_outputs_that_use_it(unit):
 
 def test_a_mask_is_ordered_once_and_again_when_it_changes():
     topology, x, weight, bias, dy = _case(30, 40, 50, 1, torch.float32)
-    plan = native.BACKEND._plans.of(topology)
+    plan = native.BACKEND._plans.linear(topology)
     _assert_right(topology, x, weight, bias, dy)
-    assert native.BACKEND._plans.of(topology) is plan
+    assert native.BACKEND._plans.linear(topology) is plan
     topology.update_(topology.mask().logical_not())
     _assert_right(topology, x, weight, bias, dy)
-    assert native.BACKEND._plans.of(topology) is not plan
+    assert native.BACKEND._plans.linear(topology) is not plan
 
 
 def test_masks_made_in_inference_mode_are_ordered_at_each_call():

@@ -12,11 +12,12 @@ from lightning_estdgm.sparse._conv_geometry import ConvGeometry
 from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.backends.native import _conv as conv
 from lightning_estdgm.sparse.backends.native._build import DTYPES, check, function, library
-from lightning_estdgm.sparse.backends.native._plans import Plans
+from lightning_estdgm.sparse.backends.native._conv import BLOCK
+from lightning_estdgm.sparse.backends.native._conv_units import SCATTERED
+from lightning_estdgm.sparse.backends.native._plans import Plans, index_lists
 
-_BLOCK = 16  # the widest vector register; larger blocks are whole vectors
 _UNITS = ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (4, 4), (8, 8))
-_SCATTERED = 4  # inputs of a unit of one output from which no plan is needed
+_AREA = 20_000  # from the first to the last tap of a convolution
 _UNIT_WORDS = "1, 2 x 1, 4 x 1, 8 x 1, 16 x 1, 4, 8 or a multiple of 16"
 
 
@@ -25,22 +26,13 @@ def _rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
-def _lists(topology: BlockTopology) -> tuple[int, int, int, int]:
-    return (
-        topology.row_ptr.data_ptr(),
-        topology.col_idx.data_ptr(),
-        topology.col_ptr.data_ptr(),
-        topology.row_idx.data_ptr(),
-    )
-
-
 def _in_units(dtype: torch.dtype, topology: BlockTopology) -> bool:
     """Whether forward and input gradient are computed with tokens as the vector.
 
     For float32 blocks of 16 that is faster than outputs as the vector: a block row of 16 is one vector wide.
     """
     least = min(topology.sides)
-    return least < _BLOCK or (least == _BLOCK and dtype is torch.float32)
+    return least < BLOCK or (least == BLOCK and dtype is torch.float32)
 
 
 class NativeBackend:
@@ -63,7 +55,7 @@ class NativeBackend:
         if dtype not in DTYPES:
             return f"needs float32 or bfloat16, got {dtype}"
         rows, columns = topology.sides
-        is_block = rows == columns and rows % _BLOCK == 0
+        is_block = rows == columns and rows % BLOCK == 0
         if not is_block and (max(rows, columns), min(rows, columns)) not in _UNITS:
             return f"needs units of {_UNIT_WORDS}, got {size_words(topology.block_size)}"
         compiled = library()
@@ -82,9 +74,10 @@ class NativeBackend:
         self, device: torch.device, dtype: torch.dtype, topology: BlockTopology, geometry: ConvGeometry
     ) -> str | None:
         """Reason why a case cannot be run, or None."""
-        rows, columns = topology.sides
-        if rows != columns or rows % _BLOCK:
-            return f"needs blocks of a multiple of {_BLOCK}, got {size_words(topology.block_size)}"
+        (height, width), (down, across) = geometry.kernel_size, geometry.dilation
+        area = (down * (height - 1) + 1) * (across * (width - 1) + 1)
+        if area > _AREA and min(topology.sides) < BLOCK:
+            return f"needs taps within {_AREA} pixels for units finer than {BLOCK}, got {area}"
         return self.unsupported(device, dtype, topology)
 
     def linear(self, x2d: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
@@ -126,7 +119,7 @@ class NativeBackend:
             return x2d.new_zeros(topology.shape)
         dw = x2d.new_empty(topology.shape)
         dy2d, x2d = _rows(dy2d), _rows(x2d)
-        if min(topology.sides) < _BLOCK:
+        if min(topology.sides) < BLOCK:
             self._units_grad_weight(dy2d, x2d, topology, dw)
             return dw
         failed = function("grad_weight", x2d.dtype)(
@@ -150,7 +143,7 @@ class NativeBackend:
         self, x2d: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology, y: Tensor
     ) -> None:
         rows, columns = topology.sides
-        plan = self._plans.of(topology) if rows == 1 and columns < _SCATTERED else None
+        plan = self._plans.linear(topology) if rows == 1 and columns < SCATTERED else None
         failed = function("units_linear", x2d.dtype)(
             x2d.data_ptr(),
             x2d.stride(0),
@@ -158,7 +151,7 @@ class NativeBackend:
             weight.data_ptr(),
             *weight.stride(),
             None if bias is None else bias.data_ptr(),
-            *_lists(topology),
+            *index_lists(topology),
             topology.block_rows,
             topology.block_cols,
             rows,
@@ -177,7 +170,7 @@ class NativeBackend:
             x2d.data_ptr(),
             x2d.stride(0),
             x2d.shape[0],
-            *_lists(topology),
+            *index_lists(topology),
             topology.block_rows,
             topology.block_cols,
             *topology.sides,
@@ -190,13 +183,13 @@ class NativeBackend:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology, geometry: ConvGeometry
     ) -> Tensor:
         """``Y = conv2d(X, W * M) + bias``: ``[N, in, H, W] -> [N, out, H', W']``."""
-        return conv.conv(x, weight, bias, topology, geometry)
+        return conv.conv(self._plans, x, weight, bias, topology, geometry)
 
     def conv_grad_input(
         self, dy: Tensor, weight: Tensor, size: tuple[int, int], topology: BlockTopology, geometry: ConvGeometry
     ) -> Tensor:
         """Gradient of the input: ``[N, out, H', W'] -> [N, in, *size]``."""
-        return conv.conv_grad_input(dy, weight, size, topology, geometry)
+        return conv.conv_grad_input(self._plans, dy, weight, size, topology, geometry)
 
     def conv_grad_weight(self, dy: Tensor, x: Tensor, topology: BlockTopology, geometry: ConvGeometry) -> Tensor:
         """Gradient of the weight, ``(out, in, kh, kw)``, 0 in inactive blocks."""

@@ -4,25 +4,9 @@
 // its taps see, its window, is copied with zeros around it into the cache, and a pixel of the output is then one
 // address in it, and a tap one distance from there. The order of sums depends on nothing but the shapes and the mask, so
 // results are the same for any number of threads.
-#include "elements.h"
+#include "images.h"
 
 namespace {
-
-struct Tap {
-  i64 row, col;  // from the first pixel of the image, where the tap of output pixel (0, 0) is
-  i64 weight;    // of its weights from those of the first tap, in elements
-};
-
-template <class T>
-struct Image {
-  const T *data;
-  i64 batch, height, width, channels;
-
-  const T *pixel(i64 n, i64 row, i64 col) const {
-    const bool inside = row >= 0 && row < height && col >= 0 && col < width;
-    return inside ? data + ((n * height + row) * width + col) * channels : nullptr;
-  }
-};
 
 // How output pixel (u, v) and a tap find their pixel of the image: (u * step_row + tap.row, v * step_col + tap.col).
 struct Walk {

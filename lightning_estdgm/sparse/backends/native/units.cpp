@@ -14,30 +14,15 @@
 
 #include "panels.h"
 #include "share.h"
+#include "units.h"
 
 namespace {
-
-// Active units of a matrix: unit row o holds columns idx[ptr[o]] .. idx[ptr[o + 1] - 1], r outputs by c inputs each.
-struct Units {
-  const int32_t *ptr, *idx;
-  i64 rows, r, c;
-
-  i64 count(i64 row) const { return ptr[row + 1] - ptr[row]; }
-};
-
-template <class T>
-struct Weight {
-  const T *data;
-  i64 out, in;  // elements from one output to the next, and from one input
-};
 
 template <class T>
 struct Result {
   T *data;
   i64 ld, columns;
 };
-
-i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
 // Vectors of tokens in a tile: at most `most`, and so few that `columns` of them stay in the second-level cache.
 i64 tile_vectors(i64 tokens, i64 columns, i64 most) {
@@ -46,51 +31,7 @@ i64 tile_vectors(i64 tokens, i64 columns, i64 most) {
   return ceil_div(vectors, ceil_div(vectors, room));
 }
 
-// Calls run<N>() for the N of 1 .. MOST that is `vectors`.
-template <int MOST, class Run>
-void with_vectors(i64 vectors, Run run) {
-  if constexpr (MOST > 1)
-    if (vectors < MOST) return with_vectors<MOST - 1>(vectors, run);
-  run(std::integral_constant<int, MOST>{});
-}
-
 // ---- r >= 2 outputs a unit: their sums stay in registers
-
-// Weights in the order of use: R outputs of a unit row at a time, unit by unit, input by input.
-template <class E, int R>
-void pack(Weight<typename E::type> weight, Units units, float *packed, int threads) {
-  const i64 chunks = units.r / R;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (i64 row = 0; row < units.rows; row++) {
-    float *to = packed + units.ptr[row] * units.r * units.c;
-    for (i64 chunk = 0; chunk < chunks; chunk++)
-      for (i64 p = units.ptr[row]; p < units.ptr[row + 1]; p++)
-        for (i64 c = 0; c < units.c; c++) {
-          const typename E::type *from =
-              weight.data + (row * units.r + chunk * R) * weight.out + (units.idx[p] * units.c + c) * weight.in;
-          for (int r = 0; r < R; r++) *to++ = E::value(from[r * weight.out]);
-        }
-  }
-}
-
-// Sums of R outputs for N vectors of tokens, over `count` units.
-template <int R, int N>
-void gather(const float *panel, const float *weights, const int32_t *idx, i64 count, i64 c, float *sums) {
-  constexpr i64 WIDTH = N * VL;
-  vec sum[R][N] = {};
-  for (i64 p = 0; p < count; p++) {
-    const float *x = panel + idx[p] * c * WIDTH, *coming = panel + idx[p + 2 < count ? p + 2 : p] * c * WIDTH;
-    for (i64 k = 0; k < c; k++, x += WIDTH, coming += WIDTH, weights += R) {
-      __builtin_prefetch(coming);
-      vec xs[N];
-      for (int j = 0; j < N; j++) xs[j] = *(const vec *)(x + j * VL);
-      for (int r = 0; r < R; r++)
-        for (int j = 0; j < N; j++) sum[r][j] += weights[r] * xs[j];
-    }
-  }
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < N; j++) *(vec *)(sums + r * WIDTH + j * VL) = sum[r][j];
-}
 
 template <class E, int R, int N>
 bool gather_tiles(Rows<typename E::type> x, i64 in, const float *packed, const typename E::type *bias, Units units,
@@ -119,7 +60,8 @@ bool gather_tiles(Rows<typename E::type> x, i64 in, const float *packed, const t
           const i64 first = s * STRIP, end = std::min(first + STRIP, y.columns);
           for (i64 o = first; o < end; o += R) {
             const i64 row = o / units.r, count = units.count(row), chunk = o % units.r / R;
-            gather<R, N>(panel, packed + units.ptr[row] * units.r * units.c + chunk * count * R * units.c,
+            gather<R, N>(panel, units.c * WIDTH, Adjacent<WIDTH>{},
+                         packed + units.ptr[row] * units.r * units.c + chunk * count * R * units.c,
                          units.idx + units.ptr[row], count, units.c, sums + (o - first) * WIDTH);
           }
           store_panel<E>(sums, WIDTH, bias ? bias + first : nullptr, end - first, tile * WIDTH, x.count,
@@ -148,24 +90,6 @@ bool gather_linear(Rows<typename E::type> x, i64 in, Weight<typename E::type> we
 
 // ---- units of one output and c >= 4 inputs: the inputs' tokens stay in registers
 
-// Add R inputs to the sums of each output of their unit column.
-template <int R, int N>
-void scatter(const float *x, const float *weights, const int32_t *idx, i64 count, float *sums) {
-  constexpr i64 WIDTH = N * VL;
-  vec xs[R][N];
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < N; j++) xs[r][j] = *(const vec *)(x + r * WIDTH + j * VL);
-  for (i64 p = 0; p < count; p++, weights += R) {
-    float *to = sums + idx[p] * WIDTH, *coming = sums + idx[p + 3 < count ? p + 3 : p] * WIDTH;
-    for (int j = 0; j < N; j++) __builtin_prefetch(coming + j * VL, 1);
-    vec sum[N];
-    for (int j = 0; j < N; j++) sum[j] = *(const vec *)(to + j * VL);
-    for (int r = 0; r < R; r++)
-      for (int j = 0; j < N; j++) sum[j] += weights[r] * xs[r][j];
-    for (int j = 0; j < N; j++) *(vec *)(to + j * VL) = sum[j];
-  }
-}
-
 template <class E, int R, int N>
 bool scatter_tiles(Rows<typename E::type> x, i64 in, const float *packed, const typename E::type *bias, Units columns,
                    Result<typename E::type> y, int threads) {
@@ -185,7 +109,7 @@ bool scatter_tiles(Rows<typename E::type> x, i64 in, const float *packed, const 
         for (i64 i = 0; i < in; i += R) {
           if (i % STRIP == 0) load_panel<E>(x, tile * WIDTH, i, in - i < STRIP ? in - i : STRIP, WIDTH, panel);
           const i64 row = i / columns.r, count = columns.count(row), chunk = i % columns.r / R;
-          scatter<R, N>(panel + i % STRIP * WIDTH, packed + columns.ptr[row] * columns.r + chunk * count * R,
+          scatter<R, N>(panel + i % STRIP * WIDTH, WIDTH, packed + columns.ptr[row] * columns.r + chunk * count * R,
                         columns.idx + columns.ptr[row], count, sums);
         }
         store_panel<E>(sums, WIDTH, bias, y.columns, tile * WIDTH, x.count, y.data, y.ld);
@@ -211,84 +135,10 @@ bool scatter_linear(Rows<typename E::type> x, i64 in, Weight<typename E::type> w
   return failed;
 }
 
-// ---- single weights: a line of x serves one output only, so it is read from the first-level cache
+// ---- single weights
 
-constexpr int FOUR = 4;                                      // outputs whose sums are in registers at once
 constexpr int SINGLE_VECTORS = WIDE ? 4 : 2;                 // of tokens
 constexpr i64 LINES = 24 * 1024 / (SINGLE_VECTORS * VL * 4); // inputs whose tokens stay in the first-level cache
-
-// Four outputs with as many weights each within the same LINES inputs; what is missing of one is a weight of 0 for
-// line LINES, which holds zeros.
-struct Four {
-  int32_t outputs[FOUR];  // -1: none
-  i64 length, start;      // entries of each, and where their places start
-};
-
-// The order in which single weights are used: made once a mask.
-struct Plan {
-  i64 outputs, inputs;
-  std::vector<i64> stretch;  // first four of each stretch of LINES inputs, and their number at the end
-  std::vector<Four> fours;
-  std::vector<uint16_t> places;  // entry by entry, those of the four outputs side by side: input within the stretch
-
-  Plan(Units units, i64 inputs) : outputs(units.rows), inputs(inputs), stretch{0} {
-    std::vector<i64> at(units.ptr, units.ptr + outputs), length(outputs), order(outputs);
-    std::vector<uint16_t> columns;
-    for (i64 first = 0; first < inputs; first += LINES) {
-      for (i64 o = 0; o < outputs; o++) {
-        length[o] = 0;
-        order[o] = o;
-        while (at[o] + length[o] < units.ptr[o + 1] && units.idx[at[o] + length[o]] * units.c < first + LINES) length[o]++;
-      }
-      std::stable_sort(order.begin(), order.end(), [&](i64 a, i64 b) { return length[a] > length[b]; });
-      for (i64 i = 0; i < outputs && length[order[i]]; i += FOUR) {
-        Four four = {{}, length[order[i]] * units.c, (i64)places.size()};
-        for (int g = 0; g < FOUR; g++) four.outputs[g] = i + g < outputs ? order[i + g] : -1;
-        for (i64 p = 0; p < four.length; p++)
-          for (const i64 o : four.outputs) {
-            const bool there = o >= 0 && p / units.c < length[o];
-            places.push_back(there ? units.idx[at[o] + p / units.c] * units.c + p % units.c - first : LINES);
-          }
-        fours.push_back(four);
-      }
-      for (i64 o = 0; o < outputs; o++) at[o] += length[o];
-      stretch.push_back(fours.size());
-    }
-  }
-};
-
-template <int N>
-void single(const float *panel, const float *weights, const uint16_t *places, i64 length, float *const (&sums)[FOUR]) {
-  vec sum[FOUR][N];
-  for (int g = 0; g < FOUR; g++)
-    for (int j = 0; j < N; j++) sum[g][j] = *(const vec *)(sums[g] + j * VL);
-  for (i64 p = 0; p < length; p++, places += FOUR, weights += FOUR) {
-    uint64_t place;
-    memcpy(&place, places, 8);  // one load for all four
-    for (int g = 0; g < FOUR; g++, place >>= 16) {
-      const float *x = panel + (i64)(place & 0xffff) * N * VL;
-      for (int j = 0; j < N; j++) sum[g][j] += weights[g] * *(const vec *)(x + j * VL);
-    }
-  }
-  for (int g = 0; g < FOUR; g++)
-    for (int j = 0; j < N; j++) *(vec *)(sums[g] + j * VL) = sum[g][j];
-}
-
-template <class E>
-void pack_fours(Weight<typename E::type> weight, const Plan &plan, float *packed, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (i64 i = 0; i < (i64)plan.fours.size(); i++) {
-    const Four &four = plan.fours[i];
-    const i64 stretch = std::upper_bound(plan.stretch.begin(), plan.stretch.end(), i) - plan.stretch.begin() - 1;
-    const uint16_t *places = plan.places.data() + four.start;
-    float *to = packed + four.start;
-    for (i64 p = 0; p < four.length; p++, places += FOUR)
-      for (int g = 0; g < FOUR; g++) {
-        const i64 at = four.outputs[g] * weight.out + (stretch * LINES + places[g]) * weight.in;
-        *to++ = places[g] == LINES ? 0 : E::value(weight.data[at]);
-      }
-  }
-}
 
 template <class E, int N>
 bool single_tiles(Rows<typename E::type> x, const float *packed, const typename E::type *bias, const Plan &plan,
@@ -311,16 +161,7 @@ bool single_tiles(Rows<typename E::type> x, const float *packed, const typename 
         for (i64 s = 0; s + 1 < (i64)plan.stretch.size(); s++) {
           const i64 first = s * LINES, n = plan.inputs - first < LINES ? plan.inputs - first : LINES;
           load_panel<E>(x, tile * WIDTH, first, n, WIDTH, panel);
-          for (i64 i = plan.stretch[s]; i < plan.stretch[s + 1]; i++) {
-            const Four &four = plan.fours[i];
-            float *to[FOUR];
-            for (int g = 0; g < FOUR; g++) {
-              to[g] = four.outputs[g] < 0 ? none : sums + four.outputs[g] * WIDTH;
-              if (i + 1 < plan.stretch[s + 1])
-                for (int j = 0; j < N; j++) __builtin_prefetch(sums + plan.fours[i + 1].outputs[g] * WIDTH + j * VL, 1);
-            }
-            single<N>(panel, packed + four.start, plan.places.data() + four.start, four.length, to);
-          }
+          stretch_of_fours<N, N>(plan, s, panel, packed, plan.places.data(), sums, none);
         }
         store_panel<E>(sums, WIDTH, bias, plan.outputs, tile * WIDTH, x.count, y.data, y.ld);
       });
@@ -380,11 +221,26 @@ vec outer(const float *dy, const float *const (&x)[VL / RO], const float *const 
 
 template <class E, int RO>
 struct GradUnits {
-  static constexpr i64 NC = VL / RO;
+  using T = typename E::type;
+  static constexpr i64 NC = VL / RO, STRIP = 64;
   Units units;
-  i64 in, out, width;        // inputs, outputs, tokens of a panel
-  std::vector<i64> start;    // of each unit row in `sums`
-  float *sums, *x, *dy;      // x and dy: panels of several tiles, one after the other
+  Rows<T> dy, x;
+  i64 in, out, width;  // inputs, outputs, tokens of a tile
+  T *dw;
+  i64 so, si;          // dW[o, i] is at o * so + i * si
+
+  i64 tiles() const { return ceil_div(x.count, width); }
+  i64 panel() const { return (in + out) * width; }
+  i64 sums(i64 row) const { return ceil_div(units.count(row) * units.c, NC) * VL * (units.r / RO); }
+  i64 parts() const { return ceil_div(in, STRIP) + ceil_div(out, STRIP); }
+
+  void load(i64 tile, i64 part, float *panel) const {
+    const i64 of_x = ceil_div(in, STRIP), first = (part < of_x ? part : part - of_x) * STRIP;
+    if (part < of_x)
+      load_panel<E>(x, tile * width, first, std::min(STRIP, in - first), width, panel + first * width);
+    else
+      load_panel<E>(dy, tile * width, first, std::min(STRIP, out - first), width, panel + (in + first) * width);
+  }
 
   // Inputs of a unit row in the order of its active units, NC at a time; the last one again where they run out.
   void lines(const float *panel, const int32_t *idx, i64 total, i64 first, const float *(&to)[VL / RO]) const {
@@ -396,29 +252,25 @@ struct GradUnits {
     }
   }
 
-  void add(i64 tile, i64 row) const {
-    const float *panel = x + tile * in * width;
+  void add(i64 row, const float *panel, float *to) const {
     const int32_t *idx = units.idx + units.ptr[row];
     const i64 total = units.count(row) * units.c;
-    float *to = sums + start[row];
     for (i64 o = row * units.r; o < (row + 1) * units.r && total; o += RO) {
-      const float *now[NC], *coming[NC];
+      const float *now[NC], *coming[NC], *dy = panel + (in + o) * width;
       lines(panel, idx, total, 0, coming);
       for (i64 k = 0; k < total; k += NC, to += VL) {
         std::copy(coming, coming + NC, now);
         lines(panel, idx, total, k + NC < total ? k + NC : 0, coming);
-        *(vec *)to += width == TOKENS ? outer<RO, TOKENS>(dy + (tile * out + o) * width, now, coming, width) : outer<RO, 0>(dy + (tile * out + o) * width, now, coming, width);
+        *(vec *)to += width == TOKENS ? outer<RO, TOKENS>(dy, now, coming, width) : outer<RO, 0>(dy, now, coming, width);
       }
     }
   }
 
-  // dW[o, i] is at o * so + i * si; what is inactive was set to 0 before.
-  void store(i64 row, typename E::type *dw, i64 so, i64 si) const {
-    const float *from = sums + start[row];
+  void store(i64 row, const float *from) const {
     const i64 total = units.count(row) * units.c;
     for (i64 o = row * units.r; o < (row + 1) * units.r; o += RO)
       for (i64 k = 0; k < total; k += NC, from += VL) {
-        typename E::type rounded[VL];
+        T rounded[VL];
         E::store(rounded, *(const vec *)from);
         for (i64 j = 0; j < NC && k + j < total; j++) {
           const i64 i = units.idx[units.ptr[row] + (k + j) / units.c] * units.c + (k + j) % units.c;
@@ -431,50 +283,8 @@ struct GradUnits {
 template <class E, int RO>
 bool units_grad_weight(Rows<typename E::type> dy, Rows<typename E::type> x, i64 in, Units units,
                        typename E::type *dw, i64 so, i64 si, int threads) {
-  const i64 out = units.rows * units.r, vectors = ceil_div(x.count, VL);
-  const i64 width = (vectors < TOKENS / VL ? vectors : TOKENS / VL) * VL, tiles = ceil_div(x.count, width);
-  // Tiles whose panels are made at once: few waits for each other, and 8 MB that the next call finds again.
-  const i64 room = 1024 * 1024 / ((in + out) * width), most = room < 1 ? 1 : room < tiles ? room : tiles;
-  GradUnits<E, RO> all = {units, in, out, width, std::vector<i64>(units.rows + 1), nullptr, nullptr, nullptr};
-  for (i64 row = 0; row < units.rows; row++)
-    all.start[row + 1] = all.start[row] + ceil_div(units.count(row) * units.c, all.NC) * VL * (units.r / RO);
-  float *memory = floats(all.start[units.rows] + (in + out) * width * most);
-  if (!memory) return true;
-  all.sums = memory;
-  all.x = memory + all.start[units.rows];
-  all.dy = all.x + in * width * most;
-  constexpr i64 STRIP = 64;
-  const i64 strips_x = ceil_div(in, STRIP), strips = strips_x + ceil_div(out, STRIP);
-  const i64 parts = std::min<i64>(units.rows, 8 * threads);
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for schedule(static) nowait
-    for (i64 o = 0; o < out; o++) memset(dw + o * in, 0, in * sizeof(*dw));  // o and in: of memory, whatever its order
-#pragma omp for schedule(static) nowait
-    for (i64 row = 0; row < units.rows; row++)
-      memset(all.sums + all.start[row], 0, (all.start[row + 1] - all.start[row]) * sizeof(float));
-    for (i64 first = 0; first < tiles; first += most) {
-      const i64 end = std::min(first + most, tiles);
-#pragma omp for schedule(static)
-      for (i64 task = 0; task < (end - first) * strips; task++) {
-        const i64 tile = task / strips, s = task % strips, token = (first + tile) * width;
-        if (s < strips_x)
-          load_panel<E>(x, token, s * STRIP, std::min(STRIP, in - s * STRIP), width,
-                        all.x + (tile * in + s * STRIP) * width);
-        else
-          load_panel<E>(dy, token, (s - strips_x) * STRIP, std::min(STRIP, out - (s - strips_x) * STRIP), width,
-                        all.dy + (tile * out + (s - strips_x) * STRIP) * width);
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (i64 part = 0; part < parts; part++)
-        for (i64 tile = 0; tile < end - first; tile++)
-          for (i64 row = part * units.rows / parts; row < (part + 1) * units.rows / parts; row++) all.add(tile, row);
-    }
-#pragma omp for schedule(static)
-    for (i64 row = 0; row < units.rows; row++) all.store(row, dw, so, si);
-  }
-  free(memory);
-  return false;
+  const i64 out = units.rows * units.r, width = std::min(ceil_div(x.count, VL) * VL, TOKENS);
+  return sum_over_tiles(GradUnits<E, RO>{units, dy, x, in, out, width, dw, so, si}, dw, in, threads);
 }
 
 template <class E>
@@ -499,7 +309,7 @@ extern "C" {
 
 void *estdgm_units_plan(const int32_t *ptr, const int32_t *idx, i64 rows, i64 c, i64 in) {
   try {
-    return new Plan({ptr, idx, rows, 1, c}, in);
+    return new Plan({ptr, idx, rows, 1, c}, in, LINES);
   } catch (const std::bad_alloc &) {
     return nullptr;
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -50,7 +51,8 @@ def conv_rows(config: KernelsConfig, say: Callable[[str], None] = lambda text: N
                     f"convolution {inner} to {out} left out at block {block_size}: it does not divide the channels"
                 )
                 continue
-            blocks = (out // rows) * (inner // columns)
+            taps = math.prod(geometry.kernel_size) if block_size == 1 else 1
+            blocks = (out // rows) * (inner // columns) * taps
             for density in config.densities:
                 if density * blocks < 1:
                     say_once(
@@ -103,7 +105,8 @@ def conv_products(case: ConvCase, name: str, rounds: int) -> dict[str, dict[str,
     Returns:
         Rows by product, as `product_row` makes them.
     """
-    problem, mask = case.problem(), case.topology().weight_mask()[:, :, None, None]
+    problem = case.problem()
+    mask = case.topology().mask_over(problem.leaves[1].shape)
     flops = _flops(case.batch, case.out_channels, case.in_channels, case.height, case.width, case.geometry)
 
     def call_of(product: str, name: str) -> Callable[[], Tensor]:

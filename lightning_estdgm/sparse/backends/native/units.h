@@ -1,0 +1,257 @@
+// Loops over active units that are finer than a block, for linear layers and convolutions.
+//
+// Tokens (or pixels) are the vector: a column of a panel is what a tile of them holds of one input. A convolution sees
+// its weight as a matrix of which each pair of an input and a tap is a column. Sums are in float.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "images.h"
+
+namespace estdgm {
+
+// Active units of a matrix: unit row o holds columns idx[ptr[o]] .. idx[ptr[o + 1] - 1], r outputs by c inputs each.
+struct Units {
+  const int32_t *ptr, *idx;
+  i64 rows, r, c;
+
+  i64 count(i64 row) const { return ptr[row + 1] - ptr[row]; }
+};
+
+constexpr int FOUR = 4;  // outputs of single weights whose sums are in registers at once
+
+// Four outputs with as many weights each within one stretch of inputs; what is missing of one is a weight of 0 for a
+// line of zeros, which follows those of the stretch.
+struct Four {
+  int32_t outputs[FOUR];  // -1: none
+  i64 length, start;      // entries of each, and where their places start
+};
+
+// The order in which single weights are used: made once a mask.
+struct Plan {
+  i64 outputs, inputs, lines;    // lines: inputs of a stretch
+  std::vector<i64> stretch;      // first four of each stretch of inputs, and their number at the end
+  std::vector<Four> fours;
+  std::vector<uint16_t> places;  // entry by entry, those of the four outputs side by side: input within the stretch
+
+  // No unit of one output and c inputs may lie in two stretches.
+  Plan(Units units, i64 inputs, i64 lines) : outputs(units.rows), inputs(inputs), lines(lines), stretch{0} {
+    std::vector<i64> at(units.ptr, units.ptr + outputs), length(outputs), order(outputs);
+    for (i64 first = 0; first < inputs; first += lines) {
+      for (i64 o = 0; o < outputs; o++) {
+        length[o] = 0;
+        order[o] = o;
+        while (at[o] + length[o] < units.ptr[o + 1] && units.idx[at[o] + length[o]] * units.c < first + lines) length[o]++;
+      }
+      std::stable_sort(order.begin(), order.end(), [&](i64 a, i64 b) { return length[a] > length[b]; });
+      for (i64 i = 0; i < outputs && length[order[i]]; i += FOUR) {
+        Four four = {{}, length[order[i]] * units.c, (i64)places.size()};
+        for (int g = 0; g < FOUR; g++) four.outputs[g] = i + g < outputs ? order[i + g] : -1;
+        for (i64 p = 0; p < four.length; p++)
+          for (const i64 o : four.outputs) {
+            const bool there = o >= 0 && p / units.c < length[o];
+            places.push_back(there ? units.idx[at[o] + p / units.c] * units.c + p % units.c - first : lines);
+          }
+        fours.push_back(four);
+      }
+      for (i64 o = 0; o < outputs; o++) at[o] += length[o];
+      stretch.push_back(fours.size());
+    }
+  }
+
+  // Calls run(index of a four, its stretch) for all fours, in parallel.
+  template <class Run>
+  void each_four(int threads, Run run) const {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (i64 i = 0; i < (i64)fours.size(); i++)
+      run(i, std::upper_bound(stretch.begin(), stretch.end(), i) - stretch.begin() - 1);
+  }
+};
+
+}  // namespace estdgm
+
+namespace {
+
+using estdgm::Four;
+using estdgm::FOUR;
+using estdgm::Plan;
+using estdgm::Units;
+
+inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
+// Calls run<N>() for the N of 1 .. MOST that is `vectors`.
+template <int MOST, class Run>
+void with_vectors(i64 vectors, Run run) {
+  if constexpr (MOST > 1)
+    if (vectors < MOST) return with_vectors<MOST - 1>(vectors, run);
+  run(std::integral_constant<int, MOST>{});
+}
+
+constexpr Tap ONE_TAP = {0, 0, 0};  // of a linear layer
+
+template <class T>
+struct Weight {
+  const T *data;
+  i64 out, in;  // elements from one output to the next, and from one input
+  const Tap *taps = &ONE_TAP;
+  i64 count = 1;
+
+  // From output o; column k is tap k % count of input k / count.
+  T at(i64 o, i64 k) const { return data[o * out + k / count * in + taps[k % count].weight]; }
+};
+
+// Weights in the order of use: R outputs of a unit row at a time; then unit by unit, input by input and tap by tap, or
+// taps first.
+template <class E, int R, bool TAPS_FIRST = false>
+void pack(Weight<typename E::type> weight, Units units, float *packed, int threads) {
+  const i64 chunks = units.r / R, outer = TAPS_FIRST ? weight.count : 1, inner = TAPS_FIRST ? 1 : weight.count;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (i64 row = 0; row < units.rows; row++) {
+    float *to = packed + units.ptr[row] * units.r * units.c * weight.count;
+    for (i64 chunk = 0; chunk < chunks; chunk++)
+      for (i64 a = 0; a < outer; a++)
+        for (i64 p = units.ptr[row]; p < units.ptr[row + 1]; p++)
+          for (i64 c = 0; c < units.c; c++) {
+            const typename E::type *from =
+                weight.data + (row * units.r + chunk * R) * weight.out + (units.idx[p] * units.c + c) * weight.in;
+            for (i64 b = 0; b < inner; b++)
+              for (int r = 0; r < R; r++) *to++ = E::value(from[r * weight.out + weight.taps[a + b].weight]);
+          }
+  }
+}
+
+// Where the columns of a unit lie, from the first one of a linear layer's unit: side by side.
+template <int WIDTH>
+struct Adjacent {
+  i64 operator()(i64 column) const { return column * WIDTH; }
+  i64 line(i64 column) const { return column * WIDTH; }  // to fetch while that column of the unit before is used
+};
+
+// Sums of R outputs for N vectors, over `count` units of c columns. A unit's columns start at idx[p] * unit.
+template <int R, int N, class Places>
+void gather(const float *panel, i64 unit, Places places, const float *weights, const int32_t *idx, i64 count, i64 c,
+            float *sums) {
+  vec sum[R][N] = {};
+  for (i64 p = 0; p < count; p++) {
+    const float *x = panel + idx[p] * unit, *coming = panel + idx[p + 2 < count ? p + 2 : p] * unit;
+    for (i64 k = 0; k < c; k++, weights += R) {
+      __builtin_prefetch(coming + places.line(k));
+      const float *at = x + places(k);
+      vec xs[N];
+      for (int j = 0; j < N; j++) xs[j] = *(const vec *)(at + j * VL);
+      for (int r = 0; r < R; r++)
+        for (int j = 0; j < N; j++) sum[r][j] += weights[r] * xs[j];
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < N; j++) *(vec *)(sums + (r * N + j) * VL) = sum[r][j];
+}
+
+// Add R inputs, `line` apart, to the sums of each output of their unit column.
+template <int R, int N>
+void scatter(const float *x, i64 line, const float *weights, const int32_t *idx, i64 count, float *sums) {
+  constexpr i64 WIDTH = N * VL;
+  vec xs[R][N];
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < N; j++) xs[r][j] = *(const vec *)(x + r * line + j * VL);
+  for (i64 p = 0; p < count; p++, weights += R) {
+    float *to = sums + idx[p] * WIDTH, *coming = sums + idx[p + 3 < count ? p + 3 : p] * WIDTH;
+    for (int j = 0; j < N; j++) __builtin_prefetch(coming + j * VL, 1);
+    vec sum[N];
+    for (int j = 0; j < N; j++) sum[j] = *(const vec *)(to + j * VL);
+    for (int r = 0; r < R; r++)
+      for (int j = 0; j < N; j++) sum[j] += weights[r] * xs[r][j];
+    for (int j = 0; j < N; j++) *(vec *)(to + j * VL) = sum[j];
+  }
+}
+
+// ---- single weights: a line of x serves one output only, so it is read from the first-level cache
+
+// Add to the sums of four outputs; a place counts in STEP vectors.
+template <int N, int STEP>
+void single(const float *panel, const float *weights, const uint16_t *places, i64 length, float *const (&sums)[FOUR]) {
+  vec sum[FOUR][N];
+  for (int g = 0; g < FOUR; g++)
+    for (int j = 0; j < N; j++) sum[g][j] = *(const vec *)(sums[g] + j * VL);
+  for (i64 p = 0; p < length; p++, places += FOUR, weights += FOUR) {
+    uint64_t place;
+    memcpy(&place, places, 8);  // one load for all four
+    for (int g = 0; g < FOUR; g++, place >>= 16) {
+      const float *x = panel + (i64)(place & 0xffff) * STEP * VL;
+      for (int j = 0; j < N; j++) sum[g][j] += weights[g] * *(const vec *)(x + j * VL);
+    }
+  }
+  for (int g = 0; g < FOUR; g++)
+    for (int j = 0; j < N; j++) *(vec *)(sums[g] + j * VL) = sum[g][j];
+}
+
+template <class E>
+void pack_fours(Weight<typename E::type> weight, const Plan &plan, float *packed, int threads) {
+  plan.each_four(threads, [&](i64 i, i64 stretch) {
+    const Four &four = plan.fours[i];
+    const uint16_t *places = plan.places.data() + four.start;
+    float *to = packed + four.start;
+    for (i64 p = 0; p < four.length; p++, places += FOUR)
+      for (int g = 0; g < FOUR; g++)
+        *to++ = places[g] == plan.lines ? 0 : E::value(weight.at(four.outputs[g], stretch * plan.lines + places[g]));
+  });
+}
+
+// All fours of one stretch, of whose outputs `sums` holds N vectors each, and `none` those of no output.
+template <int N, int STEP>
+void stretch_of_fours(const Plan &plan, i64 stretch, const float *panel, const float *packed, const uint16_t *places,
+                      float *sums, float *none) {
+  constexpr i64 WIDTH = N * VL;
+  for (i64 i = plan.stretch[stretch]; i < plan.stretch[stretch + 1]; i++) {
+    const Four &four = plan.fours[i];
+    float *to[FOUR];
+    for (int g = 0; g < FOUR; g++) {
+      to[g] = four.outputs[g] < 0 ? none : sums + four.outputs[g] * WIDTH;
+      if (i + 1 < plan.stretch[stretch + 1])
+        for (int j = 0; j < N; j++) __builtin_prefetch(sums + plan.fours[i + 1].outputs[g] * WIDTH + j * VL, 1);
+    }
+    single<N, STEP>(panel, packed + four.start, places + four.start, four.length, to);
+  }
+}
+
+// ---- gradients of the weight: sums over tiles of tokens, in order, unit row by unit row
+
+// `all` has `units`, `tiles()` with panels of `panel()` floats that are loaded in `parts()`, and for each unit row
+// `sums(row)` floats that `add` adds a tile to and that `store` writes to `dw`, which has `columns` for each output.
+template <class All, class T>
+bool sum_over_tiles(const All &all, T *dw, i64 columns, int threads) {
+  const i64 rows = all.units.rows, tiles = all.tiles(), parts = all.parts(), panel = all.panel();
+  // Tiles whose panels are made at once: few waits for each other, and 4 MB that the next call finds again.
+  const i64 room = 1024 * 1024 / panel, most = room < 1 ? 1 : room < tiles ? room : tiles;
+  std::vector<i64> start(rows + 1);
+  for (i64 row = 0; row < rows; row++) start[row + 1] = start[row] + all.sums(row);
+  float *sums = floats(start[rows] + panel * most), *panels = sums + start[rows];
+  if (!sums) return true;
+  const i64 shares = std::min<i64>(rows, 8 * threads);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static) nowait
+    for (i64 o = 0; o < rows * all.units.r; o++) memset(dw + o * columns, 0, columns * sizeof(T));  // memory, in any order
+#pragma omp for schedule(static) nowait
+    for (i64 row = 0; row < rows; row++) memset(sums + start[row], 0, (start[row + 1] - start[row]) * sizeof(float));
+    for (i64 first = 0; first < tiles; first += most) {
+      const i64 count = std::min(most, tiles - first);
+#pragma omp for schedule(static)
+      for (i64 task = 0; task < count * parts; task++)
+        all.load(first + task / parts, task % parts, panels + task / parts * panel);
+#pragma omp for schedule(dynamic, 1)
+      for (i64 share = 0; share < shares; share++)
+        for (i64 tile = 0; tile < count; tile++)
+          for (i64 row = share * rows / shares; row < (share + 1) * rows / shares; row++)
+            all.add(row, panels + tile * panel, sums + start[row]);
+    }
+#pragma omp for schedule(static)
+    for (i64 row = 0; row < rows; row++) all.store(row, sums + start[row]);
+  }
+  free(sums);
+  return false;
+}
+
+}  // namespace

@@ -1,0 +1,398 @@
+// Products of a convolution whose mask units are finer than a block: r outputs that share c inputs with all taps, down
+// to one tap of one pair.
+//
+// The loops are those of linear layers (units.h). A vector holds one pixel of several images or bands (lanes.h): a tile's
+// window, channel by channel, stays in the second-level cache while all units pass over it, and a column of the weight's
+// matrix, which is a tap of an input, is an address in it. The order of sums depends on nothing but the shapes and the
+// mask, so results are the same for any number of threads.
+#include <omp.h>
+
+#include <new>
+
+#include "lanes.h"
+#include "share.h"
+#include "units.h"
+
+namespace {
+
+constexpr i64 CACHED = 448 * 1024 / 4;  // floats of a panel
+constexpr int SINGLE_VECTORS = WIDE ? 4 : 2;
+
+// An output in any order of images, rows and pixels; channels are adjacent.
+template <class T>
+struct Output {
+  T *data;
+  i64 rows, cols, image, row, pixel, channels;
+};
+
+// Calls make<N>(tile, u, v, load) for each strip of N <= MOST pixels side by side, whose window starts at panel +
+// u * row_step + v * VL; `scratch` floats of a thread are for make. A task is one tile, and where those are few a share
+// of the outputs: make is given the share and the number of shares.
+template <int MOST, class Load, class Make>
+bool each_strip(const Lanes &lanes, i64 panel_floats, i64 scratch, i64 most_shares, int threads, Load load, Make make) {
+  const i64 tiles = lanes.tiles();
+  const i64 parts = tiles % threads ? std::min(ceil_div(4 * threads, tiles), most_shares) : 1;
+  Shares shares(tiles * parts, threads);
+  bool failed = false;
+#pragma omp parallel num_threads(threads)
+  {
+    float *panel = floats(panel_floats + scratch);
+    i64 loaded = -1;
+    Lanes::Tile tile;
+    if (!panel)
+#pragma omp atomic write
+      failed = true;
+    else
+      shares.work(omp_get_thread_num(), [&](i64 task) {
+        if (task / parts != loaded) {
+          tile = lanes.tile(loaded = task / parts);
+          load(tile, panel);
+        }
+        const i64 strips = ceil_div(tile.cols, MOST);
+        for (i64 u = 0; u < tile.rows; u++)
+          for (i64 s = 0; s < strips; s++) {
+            const i64 v = s * tile.cols / strips, n = (s + 1) * tile.cols / strips - v;
+            with_vectors<MOST>(n, [&](auto N) {
+              make(N, tile, u, v, panel + u * lanes.row_step + v * VL, panel + panel_floats, task % parts, parts);
+            });
+          }
+      });
+    free(panel);
+  }
+  return failed;
+}
+
+// Where the lanes' pixels of a strip are in the output.
+template <int N>
+struct Pixels {
+  i64 at[N][VL];
+
+  template <class T>
+  Pixels(const Lanes::Tile &tile, i64 u, i64 v, const Output<T> &y) {
+    for (int j = 0; j < N; j++) tile.find(u, v + j, y.image, y.row, y.pixel, at[j]);
+  }
+
+  // Channels [first, end) from sums[channel - first][pixel][lane], plus their bias; whole vectors of channels are there.
+  template <class E>
+  void store(const float *sums, const typename E::type *bias, i64 first, i64 end, typename E::type *y) const {
+    using T = typename E::type;
+    for (i64 c = first; c < end; c += VL, sums += N * VL * VL) {
+      const i64 n = std::min<i64>(end - c, VL);
+      T part[VL] = {};
+      if (bias) memcpy(part, bias + c, n * sizeof(T));
+      const vec b = E::load(part);
+      for (int j = 0; j < N; j++) {
+        vec r[VL];
+        for (int i = 0; i < VL; i++) r[i] = *(const vec *)(sums + (i * N + j) * VL);
+        transpose(r);
+        for (int l = 0; l < VL; l++) {
+          if (at[j][l] < 0) continue;
+          if (n == VL)
+            E::store(y + at[j][l] + c, r[l] + b);
+          else {
+            E::store(part, r[l] + b);
+            memcpy(y + at[j][l] + c, part, n * sizeof(T));
+          }
+        }
+      }
+    }
+  }
+};
+
+// Columns of a unit, taps of one input after those of another.
+struct Taps {
+  const int32_t *at;
+  i64 operator()(i64 column) const { return at[column]; }
+  i64 line(i64 column) const { return column * VL; }
+};
+
+// ---- several outputs a unit: their sums stay in registers
+
+template <class E, int R, int MOST>
+bool gather_conv(const Image<typename E::type> &x, Weight<typename E::type> weight, Walk walk,
+                 const typename E::type *bias, Units units, const Output<typename E::type> &y, int threads) {
+  constexpr i64 STRIP = VL < 8 ? 8 : VL;  // outputs whose sums are stored at once
+  const i64 taps = walk.count, c = units.c * taps, all = units.ptr[units.rows] * units.r * c;
+  const Lanes lanes(walk, x.channels, 0, CACHED, (double)all / x.channels, MOST, 2 * threads);
+  float *packed = floats(all);
+  if (!packed) return true;
+  pack<E, R>(weight, units, packed, threads);
+  std::vector<int32_t> places;
+  for (i64 k = 0; k < c; k++) places.push_back(k / taps * lanes.line + lanes.offsets[k % taps]);
+  const i64 strips = ceil_div(y.channels, STRIP);
+  const bool failed = each_strip<MOST>(
+      lanes, x.channels * lanes.line, STRIP * MOST * VL, strips, threads,
+      [&](const Lanes::Tile &tile, float *panel) { lanes.load<E>(x, tile, 0, x.channels, panel); },
+      [&](auto n, const Lanes::Tile &tile, i64 u, i64 v, const float *panel, float *sums, i64 part, i64 parts) {
+        constexpr int N = n.value;
+        const Pixels<N> pixels(tile, u, v, y);
+        for (i64 s = part * strips / parts; s < (part + 1) * strips / parts; s++) {
+          const i64 first = s * STRIP, end = std::min(first + STRIP, y.channels);
+          for (i64 o = first; o < end; o += R) {
+            const i64 row = o / units.r, count = units.count(row), chunk = o % units.r / R;
+            gather<R, N>(panel, units.c * lanes.line, Taps{places.data()},
+                         packed + units.ptr[row] * units.r * c + chunk * count * R * c, units.idx + units.ptr[row],
+                         count, c, sums + (o - first) * N * VL);
+          }
+          pixels.template store<E>(sums, bias, first, end, y.data);
+        }
+      });
+  free(packed);
+  return failed;
+}
+
+// ---- units of one output and c >= 4 inputs: the inputs' pixels stay in registers, tap by tap
+
+template <class E, int R, int MOST>
+bool scatter_conv(const Image<typename E::type> &x, Weight<typename E::type> weight, Walk walk,
+                  const typename E::type *bias, Units columns, const Output<typename E::type> &y, int threads) {
+  const i64 taps = walk.count, all = columns.ptr[columns.rows] * columns.r * taps;
+  const i64 outputs = ceil_div(y.channels, VL) * VL;
+  const Lanes lanes(walk, x.channels, 0, CACHED, (double)all / x.channels, MOST, 2 * threads);
+  float *packed = floats(all);
+  if (!packed) return true;
+  weight = {weight.data, weight.in, weight.out, weight.taps, weight.count};
+  pack<E, R, true>(weight, columns, packed, threads);
+  const bool failed = each_strip<MOST>(
+      lanes, x.channels * lanes.line, outputs * MOST * VL, 1, threads,
+      [&](const Lanes::Tile &tile, float *panel) { lanes.load<E>(x, tile, 0, x.channels, panel); },
+      [&](auto n, const Lanes::Tile &tile, i64 u, i64 v, const float *panel, float *sums, i64, i64) {
+        constexpr int N = n.value;
+        const Pixels<N> pixels(tile, u, v, y);
+        memset(sums, 0, outputs * N * VL * sizeof(float));
+        for (i64 i = 0; i < x.channels; i += R) {
+          const i64 row = i / columns.r, count = columns.count(row), chunk = i % columns.r / R;
+          const float *weights = packed + (columns.ptr[row] * columns.r + chunk * count * R) * taps;
+          for (i64 t = 0; t < taps; t++, weights += count * R)
+            scatter<R, N>(panel + i * lanes.line + lanes.offsets[t], lanes.line, weights,
+                          columns.idx + columns.ptr[row], count, sums);
+        }
+        pixels.template store<E>(sums, bias, 0, y.channels, y.data);
+      });
+  free(packed);
+  return failed;
+}
+
+// ---- single weights
+
+constexpr i64 PLACES = 60000;  // vectors that 16 bits reach, with some to spare
+
+// Inputs of a stretch, a multiple of c: of a strip of so many, windows stay in the first-level cache.
+i64 stretch_inputs(const Tap *taps, i64 count, i64 c) {
+  i64 top = taps[0].row, bottom = top, left = taps[0].col, right = left;
+  for (i64 t = 1; t < count; t++) {
+    top = std::min(top, taps[t].row);
+    bottom = std::max(bottom, taps[t].row);
+    left = std::min(left, taps[t].col);
+    right = std::max(right, taps[t].col);
+  }
+  const i64 least = (bottom - top + 1) * (right - left + 1);  // of a window
+  return std::max<i64>(std::min(192 / count, PLACES / least - 1) / c, 1) * c;
+}
+
+template <class E>
+bool single_conv(const Image<typename E::type> &x, Weight<typename E::type> weight, Walk walk,
+                 const typename E::type *bias, const Plan &plan, const Output<typename E::type> &y, int threads) {
+  const i64 taps = walk.count, inputs = plan.lines / taps, outputs = ceil_div(y.channels, VL) * VL;
+  const i64 entries = plan.places.size(), stretches = plan.stretch.size() - 1;
+  const i64 room = std::min(CACHED, PLACES / (inputs + 1) * x.channels * VL);
+  const Lanes lanes(walk, x.channels, 0, room, (double)entries / x.channels, SINGLE_VECTORS, 2 * threads);
+  const i64 stretch = (inputs + 1) * lanes.line;  // a window of zeros ends each stretch
+  float *packed = stretch > 65535 * VL ? nullptr : floats(entries + entries / 2 + 4);
+  if (!packed) return true;
+  uint16_t *places = (uint16_t *)(packed + entries);
+  pack_fours<E>(weight, plan, packed, threads);
+  plan.each_four(threads, [&](i64 i, i64) {
+    const Four &four = plan.fours[i];
+    for (i64 p = four.start; p < four.start + four.length * FOUR; p++) {
+      const i64 k = plan.places[p];
+      places[p] = (k / taps * lanes.line + (k == plan.lines ? 0 : lanes.offsets[k % taps])) / VL;
+    }
+  });
+  const bool failed = each_strip<SINGLE_VECTORS>(
+      lanes, stretches * stretch, (outputs + 1) * SINGLE_VECTORS * VL, 1, threads,
+      [&](const Lanes::Tile &tile, float *panel) {
+        for (i64 s = 0; s < stretches; s++) {
+          lanes.load<E>(x, tile, s * inputs, std::min((s + 1) * inputs, x.channels), panel + s * lanes.line);
+          memset(panel + (s * (inputs + 1) + inputs) * lanes.line, 0, lanes.line * sizeof(float));
+        }
+      },
+      [&](auto n, const Lanes::Tile &tile, i64 u, i64 v, const float *panel, float *sums, i64, i64) {
+        constexpr int N = n.value;
+        const Pixels<N> pixels(tile, u, v, y);
+        memset(sums, 0, (outputs + 1) * N * VL * sizeof(float));
+        for (i64 s = 0; s < stretches; s++)
+          stretch_of_fours<N, 1>(plan, s, panel + s * stretch, packed, places, sums, sums + outputs * N * VL);
+        pixels.template store<E>(sums, bias, 0, y.channels, y.data);
+      });
+  free(packed);
+  return failed;
+}
+
+template <class E>
+bool units_conv(const Image<typename E::type> &x, Weight<typename E::type> weight, Walk walk,
+                const typename E::type *bias, Units units, Units columns, const Plan *plan,
+                const Output<typename E::type> &y, int threads) {
+  if (units.r % 8 == 0) return gather_conv<E, 8, WIDE ? 3 : 1>(x, weight, walk, bias, units, y, threads);
+  if (units.r == 4) return gather_conv<E, 4, WIDE ? 6 : 2>(x, weight, walk, bias, units, y, threads);
+  if (units.r == 2) return gather_conv<E, 2, WIDE ? 8 : 4>(x, weight, walk, bias, units, y, threads);
+  if (units.c % 8 == 0) return scatter_conv<E, 8, WIDE ? 2 : 1>(x, weight, walk, bias, columns, y, threads);
+  if (units.c == 4) return scatter_conv<E, 4, WIDE ? 4 : 2>(x, weight, walk, bias, columns, y, threads);
+  return single_conv<E>(x, weight, walk, bias, *plan, y, threads);
+}
+
+// The order of single weights, as `estdgm_units_conv_plan` says.
+Plan *conv_plan(const int32_t *ptr, const int32_t *idx, i64 rows, i64 in, i64 c, const Tap *taps, i64 count, i64 depth,
+                const i64 *which) {
+  const i64 lines = stretch_inputs(taps, count, c) * count;
+  if (!which) return new Plan({ptr, idx, rows, 1, depth == 1 ? c * count : c}, in * count, lines);
+  std::vector<i64> slot(depth, -1);
+  for (i64 t = 0; t < count; t++) slot[which[t]] = t;
+  // Row by row of the transposed matrix: of input i, the taps of each output.
+  std::vector<int32_t> starts(in + 1), columns(ptr[rows]);
+  for (i64 p = 0; p < ptr[rows]; p++) starts[idx[p] / depth + 1] += slot[idx[p] % depth] >= 0;
+  for (i64 i = 0; i < in; i++) starts[i + 1] += starts[i];
+  std::vector<int32_t> at(starts.begin(), starts.end() - 1);
+  for (i64 o = 0; o < rows; o++)
+    for (i64 p = ptr[o]; p < ptr[o + 1]; p++)
+      if (const i64 t = slot[idx[p] % depth]; t >= 0) columns[at[idx[p] / depth]++] = o * count + t;
+  return new Plan({starts.data(), columns.data(), in, 1, 1}, rows * count, lines);
+}
+
+// ---- dW[o, i, tap] = sum over pixels of dY[pixel, o] X[pixel at tap, i], for active units
+
+// VL sums over a tile's pixels: of RO lines `line` apart from `a`, and of the VL / RO lines x.
+template <int RO>
+vec outer(const float *a, i64 line, i64 a_step, const float *x, const int32_t *at, i64 x_step, i64 rows, i64 cols) {
+  constexpr int NC = VL / RO;
+  vec sum[VL] = {};
+  const float *xs[NC];
+  for (int c = 0; c < NC; c++) xs[c] = x + at[c];
+  for (i64 u = 0; u < rows; u++)
+    for (i64 v = 0; v < cols; v++) {
+      vec b[NC];
+      for (int c = 0; c < NC; c++) b[c] = *(const vec *)(xs[c] + u * x_step + v * VL);
+      for (int r = 0; r < RO; r++) {
+        const vec d = *(const vec *)(a + r * line + u * a_step + v * VL);
+        for (int c = 0; c < NC; c++) sum[c * RO + r] += d * b[c];
+      }
+    }
+  return lane_sums(sum);
+}
+
+// Units with at least as many outputs as inputs, by row: RO outputs by VL / RO taps of inputs. Or, if SWAPPED, those
+// with more inputs, by column: RO inputs at one tap by VL / RO outputs.
+template <class E, int RO, bool SWAPPED>
+struct GradConvUnits {
+  using T = typename E::type;
+  static constexpr i64 NC = VL / RO, STRIP = 64;
+  const Lanes &lanes;
+  Image<T> dy, x;
+  Units units;  // of one row; c columns, which are taps of inputs if not SWAPPED
+  i64 taps;
+  const Tap *tap;
+  T *dw;
+  i64 dw_out, dw_in;  // elements from one output or input to the next
+
+  i64 tiles() const { return lanes.tiles(); }
+  i64 panel() const { return x.channels * lanes.line + dy.channels * lanes.pixels() * VL; }
+  i64 repeats() const { return SWAPPED ? taps : 1; }
+  i64 sums(i64 row) const { return ceil_div(units.count(row) * units.c, NC) * VL * (units.r / RO) * repeats(); }
+  i64 parts() const { return ceil_div(x.channels, STRIP) + ceil_div(dy.channels, STRIP); }
+
+  void load(i64 index, i64 part, float *panel) const {
+    const i64 of_x = ceil_div(x.channels, STRIP), first = (part < of_x ? part : part - of_x) * STRIP;
+    const Lanes::Tile tile = lanes.tile(index);
+    if (part < of_x)
+      lanes.load<E>(x, tile, first, std::min(first + STRIP, x.channels), panel);
+    else
+      lanes.load_output<E>(dy, tile, first, std::min(first + STRIP, dy.channels), panel + x.channels * lanes.line);
+  }
+
+  // Column of a unit row in the order of its active units.
+  i64 column(i64 row, i64 k) const { return units.idx[units.ptr[row] + k / units.c] * units.c + k % units.c; }
+
+  void add(i64 row, const float *panel, float *to) const {
+    const i64 total = units.count(row) * units.c, dy_line = lanes.pixels() * VL, dy_step = lanes.tile_cols * VL;
+    const float *of_dy = panel + x.channels * lanes.line;
+    std::vector<int32_t> at(ceil_div(total, NC) * NC);
+    for (i64 k = 0; k < (i64)at.size(); k++) {
+      const i64 i = column(row, k < total ? k : total - 1);
+      at[k] = SWAPPED ? i * dy_line : i / taps * lanes.line + lanes.offsets[i % taps];
+    }
+    for (i64 o = row * units.r; o < (row + 1) * units.r; o += RO)
+      for (i64 t = 0; t < repeats(); t++)
+        for (i64 k = 0; k < total; k += NC, to += VL)
+          *(vec *)to += SWAPPED ? outer<RO>(panel + o * lanes.line + lanes.offsets[t], lanes.line, lanes.row_step, of_dy,
+                                            &at[k], dy_step, lanes.tile_rows, lanes.tile_cols)
+                                : outer<RO>(of_dy + o * dy_line, dy_line, dy_step, panel, &at[k], lanes.row_step,
+                                            lanes.tile_rows, lanes.tile_cols);
+  }
+
+  void store(i64 row, const float *from) const {
+    const i64 total = units.count(row) * units.c;
+    for (i64 o = row * units.r; o < (row + 1) * units.r; o += RO)
+      for (i64 t = 0; t < repeats(); t++)
+        for (i64 k = 0; k < total; k += NC, from += VL) {
+          T rounded[VL];
+          E::store(rounded, *(const vec *)from);
+          for (i64 j = 0; j < NC && k + j < total; j++) {
+            const i64 i = column(row, k + j);
+            T *to = SWAPPED ? dw + i * dw_out + o * dw_in + tap[t].weight
+                            : dw + o * dw_out + i / taps * dw_in + tap[i % taps].weight;
+            for (i64 r = 0; r < RO; r++) to[r * (SWAPPED ? dw_in : dw_out)] = rounded[j * RO + r];
+          }
+        }
+  }
+};
+
+template <class E, int RO, bool SWAPPED>
+bool units_conv_grad_weight(const Image<typename E::type> &dy, const Image<typename E::type> &x, Walk walk, Units units,
+                            typename E::type *dw, i64 dw_out, i64 dw_in, int threads) {
+  // Whole tiles are summed, so their number decides the order of sums: no matter how many threads there are.
+  const Lanes lanes(walk, x.channels, dy.channels, 640 * 1024 / 4,
+                    (double)units.ptr[units.rows] * units.r * units.c * (SWAPPED ? walk.count : 1) / x.channels, 1, 1);
+  const i64 columns = (SWAPPED ? dy : x).channels * walk.count;
+  return sum_over_tiles(
+      GradConvUnits<E, RO, SWAPPED>{lanes, dy, x, units, walk.count, walk.taps, dw, dw_out, dw_in}, dw, columns, threads);
+}
+
+template <class E>
+bool units_conv_grad(const Image<typename E::type> &dy, const Image<typename E::type> &x, Walk walk, Units units,
+                     Units columns, typename E::type *dw, i64 dw_out, i64 dw_in, int threads) {
+  constexpr int RO = VL < 8 ? 2 : 4;
+  if (units.r < columns.r) {
+    if (columns.r % RO == 0)
+      return units_conv_grad_weight<E, RO, true>(dy, x, walk, columns, dw, dw_out, dw_in, threads);
+    return units_conv_grad_weight<E, 2, true>(dy, x, walk, columns, dw, dw_out, dw_in, threads);
+  }
+  if (units.r % RO == 0) return units_conv_grad_weight<E, RO, false>(dy, x, walk, units, dw, dw_out, dw_in, threads);
+  if (units.r == 2) return units_conv_grad_weight<E, 2, false>(dy, x, walk, units, dw, dw_out, dw_in, threads);
+  return units_conv_grad_weight<E, 1, false>(dy, x, walk, units, dw, dw_out, dw_in, threads);
+}
+
+}  // namespace
+
+// Strides and sizes in elements; `taps` holds three numbers a tap; a result of 1: no memory.
+extern "C" {
+
+// The order of single weights, for `count` taps. Units are one output by c inputs of depth 1, or, where depth is the
+// number of all taps, single columns: the taps of the first input, then those of the next. For the latter, `which` says
+// that the order is that of the input's gradient, by those of all taps; null: that of the output.
+void *estdgm_units_conv_plan(const int32_t *ptr, const int32_t *idx, i64 rows, i64 in, i64 c, const i64 *taps, i64 count,
+                             i64 depth, const i64 *which) {
+  try {
+    return conv_plan(ptr, idx, rows, in, c, (const Tap *)taps, count, depth, which);
+  } catch (const std::bad_alloc &) {
+    return nullptr;
+  }
+}
+
+#define PRODUCTS(E, T, name)                                                                                            int estdgm_units_conv_##name(const T *x, i64 batch, i64 height, i64 width, i64 channels, const T *weight, i64 sn,                                   i64 sk, const i64 *taps, i64 count, i64 step_row, i64 step_col, const T *bias,                                         const int32_t *ptr, const int32_t *idx, const int32_t *tptr, const int32_t *tidx,                                     i64 rows, i64 cols, i64 r, i64 c, const void *plan, T *y, i64 y_rows, i64 y_cols,                                     i64 y_image, i64 y_row, i64 y_pixel, int threads) {                                        return units_conv<E>({x, batch, height, width, channels}, {weight, sn, sk, (const Tap *)taps, count},                                      {(const Tap *)taps, count, step_row, step_col, batch, y_rows, y_cols}, bias,                                           {ptr, idx, rows, r, c}, {tptr, tidx, cols, c, r}, (const Plan *)plan,                                                  {y, y_rows, y_cols, y_image, y_row, y_pixel, rows * r}, threads);                              }                                                                                                                     int estdgm_units_conv_grad_weight_##name(const T *dy, i64 y_rows, i64 y_cols, const T *x, i64 batch, i64 height,                                                i64 width, i64 channels, const i64 *taps, i64 count, i64 step_row,                                                    i64 step_col, const int32_t *ptr, const int32_t *idx, const int32_t *tptr,                                            const int32_t *tidx, i64 rows, i64 cols, i64 r, i64 c, i64 columns,                                                   T *dw, i64 dw_out, i64 dw_in, int threads) {                                   return units_conv_grad<E>({dy, batch, y_rows, y_cols, rows * r}, {x, batch, height, width, channels},                                            {(const Tap *)taps, count, step_row, step_col, batch, y_rows, y_cols},                                                {ptr, idx, rows, r, columns}, {tptr, tidx, cols, c, r}, dw, dw_out, dw_in, threads);       }
+
+PRODUCTS(Float, float, float32)
+#if defined(__AVX512BF16__)
+PRODUCTS(BFloat16, uint16_t, bfloat16)
+#endif
+
+}  // extern "C"
