@@ -75,9 +75,9 @@ def choose_units(
         density = next(iter(cases.values())).density
         unit, costs = choose_unit(list(cases), partial(_timed, selector, cases), density, aim)
         found |= dict.fromkeys(groups[key], unit)
-        spent = ", ".join(f"{unit_words(size)} {cost * 1e3:.3g}" for size, cost in costs.items())
-        told.append(f"{first_names(groups[key])}: {unit_words(unit)} ({spent} ms)")
-    return found, f"Units by {_AIMS[aim]}. {'; '.join(told)}." if told else ""
+        spent = ", ".join(f"{unit_words(size)} {cost:.2f}" for size, cost in costs.items())
+        told.append(f"{first_names(groups[key])}: {unit_words(unit)} ({spent})")
+    return found, f"Units by {_AIMS[aim]}, dense in as many steps = 1. {'; '.join(told)}." if told else ""
 
 
 def _timed(selector: BackendSelector, cases: Mapping[BlockSize, Case | ConvCase], size: BlockSize) -> Choice:

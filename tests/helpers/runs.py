@@ -67,18 +67,22 @@ def end_of(module: Any, callback: DGMCallback, trainer: pl.Trainer) -> dict[str,
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "dgm": callback.state_dict(),
         "masks": callback.masks(),
-        "decisions": [(d.name, d.density, d.backend, d.final_backend, d.why) for d in callback.decisions()],
+        "decisions": [(d.name, d.density, d.backend, d.final_backend) for d in callback.decisions()],
         "numbers": (callback.phase, callback.density, callback.flops_ratio, callback.controller.explored),
         "global_step": trainer.global_step,
     }
 
 
+_TIMES = {"dense_s", "sparse_s", "why"}
+"""Entries of a state that hold measured times, which no two runs share."""
+
+
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Where two nested structures differ, tensors compared to the bit."""
+    """Where two nested structures differ, but for measured times; tensors compared to the bit."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
     if isinstance(a, dict) and isinstance(b, dict):
-        keys = [k for k in a if k in b]
+        keys = [k for k in a if k in b and k not in _TIMES]
         return [f"{path}.{k}" for k in a.keys() ^ b.keys()] + [
             d for k in keys for d in differences(a[k], b[k], f"{path}.{k}")
         ]

@@ -35,7 +35,9 @@ _MOST = 0.9
 def choose_unit(
     sizes: Sequence[BlockSize], timed: Callable[[BlockSize], Choice], density: float, aim: Aim
 ) -> tuple[BlockSize, dict[BlockSize, float]]:
-    """Return the mask unit of a layer, and the costs in seconds that decided, of the units that were timed.
+    """Return the mask unit of a layer, and the costs that decided, of the units that were timed.
+
+    A cost is a time over that of dense within the same rounds, times the steps that the unit needs.
 
     Units are timed from the finest to the coarsest; one that could not cost less if nothing but its active weights took
     time is not timed. Where none is computed faster than dense, the finest is as fast as the others, and learns best.
@@ -48,17 +50,16 @@ def choose_unit(
 
     """
     costs: dict[BlockSize, float] = {}
-    ideal_s, best = 0.0, sizes[0]
+    best = sizes[0]
     for size in sizes:
         steps = STEPS_TO_A_LOSS[size] if aim == "auto" else 1.0
-        if costs and steps * ideal_s >= _FINER * costs[best]:
+        if costs and steps * _MOST * density >= _FINER * costs[best]:
             continue
         choice = timed(size)
         assert choice.dense_s is not None
         assert choice.sparse_s is not None
         is_faster = choice.backend != DENSE
-        ideal_s = _MOST * density * choice.dense_s
-        costs[size] = steps * (choice.sparse_s if is_faster else choice.dense_s)
+        costs[size] = steps * (choice.sparse_s / choice.dense_s if is_faster else 1.0)
         if aim == "finest":
             if is_faster:
                 return size, costs
