@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -267,10 +268,10 @@ def masked_conv2d(
 
     ``Y = conv2d(X, W * M) + bias`` with ``M`` the topology's mask, repeated over all taps: each pixel of ``Y`` is the
     sum over active blocks ``(o, c)`` and taps ``(k, l)`` of ``W[o, c, k, l] X[c, s i + d k - p, s j + d l - p]``, with
-    stride ``s``, padding ``p`` and dilation ``d``. Single weights may have a flag for each tap. Its gradients skip the same
-    blocks. Inactive blocks of ``W`` are
-    ignored, whatever they hold. Under autocast floating-point operands are cast as ``torch.nn.functional.conv2d`` does.
-    Derivatives of any order are products on active blocks as well, in reverse and in forward mode.
+    stride ``s``, padding ``p`` and dilation ``d``. Its gradients skip the same blocks. Single weights may have a flag
+    for each tap. Inactive blocks of ``W`` are ignored, whatever they hold. Under autocast floating-point operands are
+    cast as ``torch.nn.functional.conv2d`` does. Derivatives of any order are products on active blocks as well, in
+    reverse and in forward mode.
 
     Args:
         x: ``[N, in, H, W]`` in any memory format, ``N`` may be 0. Channels-last costs no copy.
@@ -302,15 +303,14 @@ def masked_conv2d(
         raise TypeError(f"topology must be a BlockTopology, got {type(topology).__name__}")
     if not isinstance(geometry, ConvGeometry):
         raise TypeError(f"geometry must be a ConvGeometry, got {type(geometry).__name__}")
-    out, columns = topology.shape
-    taps = geometry.kernel_size[0] * geometry.kernel_size[1]
-    by_tap = topology.block_size == 1 and tuple(weight.shape[:1]) == (out,) and weight.dim() == 4 and columns == weight.shape[1] * taps
-    features = columns // taps if by_tap else columns
-    if tuple(weight.shape) != (out, features, *geometry.kernel_size):
+    expected = (*topology.shape, *geometry.kernel_size)
+    if topology.block_size == 1 and (*weight.shape[:1], math.prod(weight.shape[1:])) == topology.shape:
+        expected = (*weight.shape[:2], *geometry.kernel_size)  # a flag for each tap
+    if tuple(weight.shape) != expected:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, but the topology and the geometry are for "
-            f"{(out, features, *geometry.kernel_size)}"
+            f"weight has shape {tuple(weight.shape)}, but the topology and the geometry are for {expected}"
         )
+    out, features = expected[:2]
     if x.dim() != 4 or x.shape[1] != features:
         raise ValueError(f"x must have shape [N, {features}, H, W], got {tuple(x.shape)}")
     if bias is not None and tuple(bias.shape) != (out,):

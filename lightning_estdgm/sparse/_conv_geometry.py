@@ -1,8 +1,8 @@
 """2-D convolutions as backends see them: their geometry, channels-last images, and gradients by the library.
 
 A unit is ``h x w`` over output and input channels, all taps of the kernel together: the topology's matrix is
-``(out_channels, in_channels)``. Or it is a single weight, a tap: the matrix is ``(out_channels, in_channels * taps)``, as
-the weight is flattened, all taps of one input before those of the next.
+``(out_channels, in_channels)``. Or it is a single weight, a tap: the matrix is ``(out_channels, in_channels * taps)``,
+as the weight is flattened, all taps of one input before those of the next.
 """
 
 from __future__ import annotations

@@ -82,11 +82,11 @@ class Poisson(_Task):
         return u[batch[:, 0] > 1].square().mean(), F.mse_loss(curvature, at.prod(1).sin())
 
 
-def fit(task, backend, precision, **config):
+def fit(task, backend, precision, size=16, **config):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = task()
-    callback = callback_for(backend=backend, units={"size": 16}, selection={"exclude": task.excluded}, **config)
+    callback = callback_for(backend=backend, units={"size": size}, selection={"exclude": task.excluded}, **config)
     generator = torch.Generator().manual_seed(1)
     batches = Batches(torch.randn(16, 512, generator=generator) for _ in range(STEPS))
     make_trainer(callback, max_epochs=1, precision=precision).fit(module, batches)
@@ -115,6 +115,19 @@ def test_a_run_equals_that_of_dense_layers_with_masks(task, backend, precision, 
     assert largest_difference(module, right) < tolerance
     assert module.penalties == pytest.approx(right.penalties, rel=tolerance)
     assert min(right.penalties) > 0
+
+
+@pytest.mark.parametrize("size", [1, (4, 1)], ids=str)
+def test_a_run_of_fine_units_equals_that_of_dense_layers_with_masks(size):
+    right, its = fit(Critic, "dense", "64-true", size)
+    module, callback = fit(Critic, "native", "32-true", size)
+    assert [(d.backend, d.block_size) for d in callback.decisions() if d.masked] == 3 * [("native", size)]
+    assert callback.density < 0.25
+    assert_masked(module, callback)
+    for name, mask in its.masks().items():
+        assert torch.equal(callback.masks()[name], mask), name
+    assert largest_difference(module, right) < 1e-4
+    assert module.penalties == pytest.approx(right.penalties, rel=1e-4)
 
 
 def test_a_weaker_penalty_makes_another_run(monkeypatch):

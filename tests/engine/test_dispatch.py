@@ -70,14 +70,41 @@ def test_a_net_of_fine_units_trains_as_with_dense_products(mlp, size, inactive):
         torch.testing.assert_close(weight, dense[name], rtol=1e-3, atol=1e-4)
 
 
-def test_single_weights_of_a_convolution_run_dense_and_say_so_whatever_backend_is_forced():
-    model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.Flatten(), nn.Linear(8 * 6, 16), nn.Linear(16, 2))
-    config = DGMConfig(units=Units(size=1), backend="reference")
-    with DGMController(model, torch.optim.SGD(model.parameters(), 0.1), config, total_steps=20, audit=False) as dgm:
-        found = {decision.name: decision for decision in dgm.decisions()}
-    assert found["0"].backend == "dense"
-    assert "no sparse operator for single weights of a convolution" in found["0"].why
-    assert found["2"].backend == "reference"
+@pytest.mark.parametrize("inactive", ["zero", "frozen"])
+@pytest.mark.parametrize("size", [1, (2, 1), (4, 1), (8, 1), (16, 1), 4, 8], ids=str)
+def test_a_convolutional_net_of_fine_units_trains_as_with_dense_products(size, inactive):
+    trained = []
+    images = torch.randn(12, 16, 9, 7, generator=torch.Generator().manual_seed(0))
+    for backend in ("dense", "native"):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 16, (3, 2), stride=2),
+            nn.Flatten(2),
+            nn.Conv1d(16, 16, 5, padding="same"),
+            nn.Flatten(),
+            nn.Linear(16 * 12, 4),
+        )
+        config = DGMConfig(SCHEDULE, units=Units(size=size), backend=backend, inactive=inactive)
+        optimizer = sgd(model)
+        with DGMController(model, optimizer, config, total_steps=STEPS, audit=False) as dgm:
+            for _ in range(STEPS):
+                optimizer.zero_grad()
+                model(images).square().mean().backward()
+                dgm.mask_gradients()
+                optimizer.step()
+                dgm.advance()
+            assert [(d.backend, d.block_size) for d in dgm.decisions() if d.masked] == 3 * [(backend, size)]
+            masks = full_masks(dgm)
+        assert not all(mask.all() for mask in masks.values())
+        if inactive == "zero":
+            assert not any(model.get_submodule(name).weight[~mask].any() for name, mask in masks.items())
+        trained.append((model.state_dict(), {name: mask.sum() for name, mask in masks.items()}))
+    (dense, budgets), (sparse, others) = trained
+    assert budgets == others
+    for name, weight in sparse.items():
+        torch.testing.assert_close(weight, dense[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("inactive", ["zero", "frozen"])

@@ -25,8 +25,12 @@ def refusal(backend, device="cpu", dtype=torch.float32, block_size=16, geometry=
     return conv_refusal(backend, torch.device(device), dtype, make_topology(1, 1, block_size, device), geometry)
 
 
-def make_topology(rows=2, cols=3, block_size=16, device="cpu", empty=False) -> BlockTopology:
-    """About half of the blocks, with a block row and a block column without any where `empty`."""
+def make_topology(rows=2, cols=3, block_size=16, device="cpu", empty=False, taps=1) -> BlockTopology:
+    """About half of the blocks, with a block row and a block column without any where `empty`.
+
+    With `taps`, single weights that have a flag for each of so many taps.
+    """
+    cols *= taps
     mask = torch.rand(rows, cols, generator=torch.Generator().manual_seed(rows + cols)) < 0.6
     mask[0, 0] = True
     if empty:
@@ -34,10 +38,10 @@ def make_topology(rows=2, cols=3, block_size=16, device="cpu", empty=False) -> B
     return BlockTopology.from_mask(mask.to(device), block_size)
 
 
-def make_operands(topology, batch, height, width, geometry, dtype, seed=0):
+def make_operands(topology, batch, height, width, geometry, dtype, seed=0, taps=1):
     """x, weight, bias, dy: values that the dtype holds exactly, in float64."""
     generator = torch.Generator().manual_seed(seed)
-    out, features = topology.shape
+    out, features = topology.shape[0], topology.shape[1] // taps
     shapes = (
         (batch, features, height, width),
         (out, features, *geometry.kernel_size),
@@ -47,17 +51,19 @@ def make_operands(topology, batch, height, width, geometry, dtype, seed=0):
     return [torch.randn(*s, generator=generator).to(dtype).double().to(topology.device) for s in shapes]
 
 
-def kernel_mask(topology):
-    return topology.weight_mask()[:, :, None, None]
+def kernel_mask(topology, weight=None):
+    """Mask of the weights; of those of a `weight` that is given, where single weights have taps."""
+    return topology.mask_over(topology.shape + (1, 1) if weight is None else weight.shape)
 
 
 def by_torch(x, weight, bias, dy, topology, geometry, dense_grad=False, frozen=False):
     """y, dx, dw, dbias of torch's own convolution with a masked weight."""
-    used = weight if frozen else weight * kernel_mask(topology)
+    mask = kernel_mask(topology, weight)
+    used = weight if frozen else weight * mask
     leaves = [t.detach().requires_grad_() for t in (x, used, bias)]
     y = F.conv2d(*leaves, geometry.stride, geometry.padding, geometry.dilation)
     dx, dw, db = torch.autograd.grad(y, leaves, dy)
-    return [y.detach(), dx, dw if dense_grad else dw * kernel_mask(topology), db]
+    return [y.detach(), dx, dw if dense_grad else dw * mask, db]
 
 
 def run(x, weight, bias, dy, topology, geometry, **kwargs):

@@ -1,6 +1,7 @@
 """Derivatives of any order of the sparse products: autograd, torch.func, forward mode, compilation, checkpointing."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -32,11 +33,12 @@ quiet = pytest.mark.filterwarnings(
 class Layer:
     """A layer of one kind: its operands, by the sparse operator, and by torch with what acts of the weight."""
 
-    def __init__(self, kind, block_size, dtype=torch.float64):
+    def __init__(self, kind, block_size, dtype=torch.float64, by_tap=False):
         self.kind, self.geometry = kind, GEOMETRIES.get(kind)
         if self.geometry:
-            self.topology = sparse_conv.make_topology(2, 3, block_size)
-            operands = sparse_conv.make_operands(self.topology, 2, 4, 3, self.geometry, torch.bfloat16)
+            taps = math.prod(self.geometry.kernel_size) if by_tap else 1
+            self.topology = sparse_conv.make_topology(2, 3, block_size, taps=taps)
+            operands = sparse_conv.make_operands(self.topology, 2, 4, 3, self.geometry, torch.bfloat16, taps=taps)
         else:
             self.topology = sparse_linear.make_topology(2, 3, block_size, "density 0.3")
             operands = sparse_linear.make_operands(self.topology, 3, torch.bfloat16)
@@ -50,8 +52,7 @@ class Layer:
 
     @property
     def mask(self):
-        mask = self.topology.weight_mask()
-        return mask[:, :, None, None] if self.geometry else mask
+        return self.topology.mask_over(self.leaves[1].shape) if self.geometry else self.topology.weight_mask()
 
     def sparse(self, x, weight, bias, **kwargs):
         if self.geometry:
@@ -89,6 +90,24 @@ def test_derivatives_are_those_of_finite_differences(kind):
     call = functools.partial(layer.sparse, backend="reference")
     assert gradcheck(call, layer.leaves)
     assert gradgradcheck(call, layer.leaves)
+
+
+@pytest.mark.parametrize("kind", ["3x3", "3x2, stride 2x1"])
+def test_derivatives_of_single_taps_are_those_of_finite_differences(kind):
+    layer = Layer(kind, 1, by_tap=True)
+    call = functools.partial(layer.sparse, backend="reference")
+    assert gradcheck(call, layer.leaves)
+    assert gradgradcheck(call, layer.leaves)
+
+
+@pytest.mark.parametrize("kind", ["3x3", "3x2, stride 2x1"])
+@pytest.mark.parametrize("unit", ["1 tap", 1, (2, 1), (4, 1), (8, 1), (16, 1), 4, 8], ids=str)
+def test_three_orders_of_fine_units_of_convolutions(unit, kind):
+    size, by_tap = (1, True) if unit == "1 tap" else (unit, False)
+    layer, right = Layer(kind, size, torch.float32, by_tap), Layer(kind, size, by_tap=by_tap)
+    got = _up_to_third(functools.partial(layer.sparse, backend="native"), layer.leaves)
+    _assert_near(got, _up_to_third(right.dense, right.leaves))
+    assert not any(gradient[~layer.mask.expand_as(gradient)].any() for gradient in got[1::3])
 
 
 @quiet

@@ -148,7 +148,9 @@ class ConvCase:
         """Random operands, and the layer's forward on them."""
         random, topology, g = _random(self), self.topology(), self.geometry
         memory = memory_format(self.channels_last)
-        weight = random(self.out_channels, self.in_channels, *g.kernel_size) * topology.mask_over((self.out_channels, self.in_channels, *g.kernel_size))
+        weight = random(self.out_channels, self.in_channels, *g.kernel_size) * topology.mask_over(
+            (self.out_channels, self.in_channels, *g.kernel_size)
+        )
         x = random(self.batch, self.in_channels, self.height, self.width)
         dy = random(self.batch, self.out_channels, *g.output_size(self.height, self.width))
         leaves = [

@@ -17,6 +17,7 @@ from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.backends.native._build import check, function
 from lightning_estdgm.sparse.backends.native._conv_units import correlate_units, units_grad_weight
 from lightning_estdgm.sparse.backends.native._plans import Plans, Tap, tap_array
+
 BLOCK = 16
 """Side of the smallest blocks that have outputs as the vector: the widest vector register."""
 

@@ -67,7 +67,7 @@ class Plans:
             topology: Units, whose columns are inputs, or taps of inputs.
             taps: Taps that are used.
             depth: Columns of the topology that an input has: 1, or all taps of the kernel.
-            which: Where that is more than 1, indices of the taps that the gradient of the input uses; none: the output's.
+            which: Where that is more than 1, indices of these taps for the gradient of the input; none: for the output.
 
         """
         (_, columns), (_, inner) = topology.sides, topology.shape

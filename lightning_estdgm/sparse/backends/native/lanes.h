@@ -20,6 +20,15 @@ struct Walk {
   i64 batch, rows, cols;  // of the output
 };
 
+// What a tile is cut for.
+struct Needs {
+  double work;                  // vectors that are multiplied for one of a channel
+  i64 strip;                    // pixels side by side that are computed at once
+  i64 least;                    // tiles, if there can be as many
+  i64 channels, outputs, room;  // so many of its window and of its pixels are to fit into `room` floats
+  i64 near_outputs = 0;         // if not 0: a channel's window and so many outputs' pixels fit into the first-level cache
+};
+
 class Lanes {
   Walk walk;
   i64 top, left, span_rows, span_cols;  // of all taps
@@ -68,9 +77,7 @@ class Lanes {
   i64 row_step;                  // floats from an output row to the next, in a window
   std::vector<int32_t> offsets;  // of the taps of output pixel (0, 0), in floats
 
-  // `channels` of a window, and `outputs` of a tile, are to fit into `room` floats. `work`: vectors that are multiplied
-  // for one of a channel. `least`: tiles, if there can be as many.
-  Lanes(Walk walk, i64 channels, i64 outputs, i64 room, double work, i64 strip, i64 least) : walk(walk) {
+  Lanes(Walk walk, Needs needs) : walk(walk) {
     i64 bottom = top = walk.taps[0].row, right = left = walk.taps[0].col;
     for (i64 t = 1; t < walk.count; t++) {
       top = std::min(top, walk.taps[t].row);
@@ -89,11 +96,13 @@ class Lanes {
       before = rows;
       for (i64 a = 1, last = 0; a <= band_cols; a++) {
         const i64 cols = (band_cols + a - 1) / a, window = windows_rows(rows) * windows_cols(cols);
-        const bool smallest = rows == 1 && cols == 1;
-        if (cols == last || (window * channels + rows * cols * outputs) * VL > room || groups * d * a < least)
-          if (!(smallest && best < 0)) continue;
+        const bool fits = (window * needs.channels + rows * cols * needs.outputs) * VL <= needs.room &&
+                          (window + rows * cols * needs.near_outputs) * VL * 4 <= (needs.near_outputs ? 26 : 4096) * 1024;
+        const bool smallest = rows == 1 && cols == 1 && best < 0;
+        if (!smallest && (cols == last || !fits || groups * d * a < needs.least)) continue;
         last = cols;
-        const double cost = d * a * (6.0 * window + work * rows * (cols + (cols + strip - 1) / strip));
+        const i64 strips = (cols + needs.strip - 1) / needs.strip;
+        const double cost = d * a * (6.0 * window + needs.work * rows * (cols + strips));
         if (best >= 0 && cost >= best) continue;
         best = cost;
         down_best = d;
@@ -172,7 +181,7 @@ class Lanes {
  private:
   // to[c - first][lane] = from[lane][c]; `line` floats from one channel to the next; null: zeros.
   template <class E>
-  static void turn(const typename E::type *const (&from)[VL], i64 first, i64 end, i64 line, float *to) {
+  [[gnu::noinline]] static void turn(const typename E::type *const (&from)[VL], i64 first, i64 end, i64 line, float *to) {
     using T = typename E::type;
     for (i64 c = first; c < end; c += VL, to += line * VL) {
       const i64 n = std::min<i64>(end - c, VL);

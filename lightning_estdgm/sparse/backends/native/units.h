@@ -43,7 +43,8 @@ struct Plan {
       for (i64 o = 0; o < outputs; o++) {
         length[o] = 0;
         order[o] = o;
-        while (at[o] + length[o] < units.ptr[o + 1] && units.idx[at[o] + length[o]] * units.c < first + lines) length[o]++;
+        const i64 end = units.ptr[o + 1];
+        while (at[o] + length[o] < end && units.idx[at[o] + length[o]] * units.c < first + lines) length[o]++;
       }
       std::stable_sort(order.begin(), order.end(), [&](i64 a, i64 b) { return length[a] > length[b]; });
       for (i64 i = 0; i < outputs && length[order[i]]; i += FOUR) {
@@ -201,8 +202,8 @@ void pack_fours(Weight<typename E::type> weight, const Plan &plan, float *packed
 
 // All fours of one stretch, of whose outputs `sums` holds N vectors each, and `none` those of no output.
 template <int N, int STEP>
-void stretch_of_fours(const Plan &plan, i64 stretch, const float *panel, const float *packed, const uint16_t *places,
-                      float *sums, float *none) {
+[[gnu::noinline]] void stretch_of_fours(const Plan &plan, i64 stretch, const float *panel, const float *packed,
+                                        const uint16_t *places, float *sums, float *none) {
   constexpr i64 WIDTH = N * VL;
   for (i64 i = plan.stretch[stretch]; i < plan.stretch[stretch + 1]; i++) {
     const Four &four = plan.fours[i];
@@ -233,7 +234,7 @@ bool sum_over_tiles(const All &all, T *dw, i64 columns, int threads) {
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static) nowait
-    for (i64 o = 0; o < rows * all.units.r; o++) memset(dw + o * columns, 0, columns * sizeof(T));  // memory, in any order
+    for (i64 o = 0; o < rows * all.units.r; o++) memset(dw + o * columns, 0, columns * sizeof(T));  // any order
 #pragma omp for schedule(static) nowait
     for (i64 row = 0; row < rows; row++) memset(sums + start[row], 0, (start[row + 1] - start[row]) * sizeof(float));
     for (i64 first = 0; first < tiles; first += most) {

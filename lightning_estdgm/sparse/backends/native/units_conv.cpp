@@ -18,11 +18,11 @@ namespace {
 constexpr i64 CACHED = 448 * 1024 / 4;  // floats of a panel
 constexpr int SINGLE_VECTORS = WIDE ? 4 : 2;
 
-// An output in any order of images, rows and pixels; channels are adjacent.
+// An output, with the elements from one image, row and pixel to the next; channels are adjacent.
 template <class T>
 struct Output {
   T *data;
-  i64 rows, cols, image, row, pixel, channels;
+  i64 image, row, pixel, channels;
 };
 
 // Calls make<N>(tile, u, v, load) for each strip of N <= MOST pixels side by side, whose window starts at panel +
@@ -62,28 +62,28 @@ bool each_strip(const Lanes &lanes, i64 panel_floats, i64 scratch, i64 most_shar
   return failed;
 }
 
-// Where the lanes' pixels of a strip are in the output.
-template <int N>
+// Where the lanes' pixels of a strip of `count` are in the output.
+template <class T>
 struct Pixels {
-  i64 at[N][VL];
+  static constexpr int MOST = 8;
+  int count;
+  i64 at[MOST][VL];
 
-  template <class T>
-  Pixels(const Lanes::Tile &tile, i64 u, i64 v, const Output<T> &y) {
-    for (int j = 0; j < N; j++) tile.find(u, v + j, y.image, y.row, y.pixel, at[j]);
+  Pixels(int count, const Lanes::Tile &tile, i64 u, i64 v, const Output<T> &y) : count(count) {
+    for (int j = 0; j < count; j++) tile.find(u, v + j, y.image, y.row, y.pixel, at[j]);
   }
 
   // Channels [first, end) from sums[channel - first][pixel][lane], plus their bias; whole vectors of channels are there.
   template <class E>
-  void store(const float *sums, const typename E::type *bias, i64 first, i64 end, typename E::type *y) const {
-    using T = typename E::type;
-    for (i64 c = first; c < end; c += VL, sums += N * VL * VL) {
+  [[gnu::noinline]] void store(const float *sums, const T *bias, i64 first, i64 end, T *y) const {
+    for (i64 c = first; c < end; c += VL, sums += count * VL * VL) {
       const i64 n = std::min<i64>(end - c, VL);
       T part[VL] = {};
       if (bias) memcpy(part, bias + c, n * sizeof(T));
       const vec b = E::load(part);
-      for (int j = 0; j < N; j++) {
+      for (int j = 0; j < count; j++) {
         vec r[VL];
-        for (int i = 0; i < VL; i++) r[i] = *(const vec *)(sums + (i * N + j) * VL);
+        for (int i = 0; i < VL; i++) r[i] = *(const vec *)(sums + (i * count + j) * VL);
         transpose(r);
         for (int l = 0; l < VL; l++) {
           if (at[j][l] < 0) continue;
@@ -106,6 +106,13 @@ struct Taps {
   i64 line(i64 column) const { return column * VL; }
 };
 
+// As `gather`, for operands of every type.
+template <int R, int N>
+[[gnu::noinline]] void gather_taps(const float *panel, i64 unit, Taps places, const float *weights, const int32_t *idx,
+                                   i64 count, i64 c, float *sums) {
+  gather<R, N>(panel, unit, places, weights, idx, count, c, sums);
+}
+
 // ---- several outputs a unit: their sums stay in registers
 
 template <class E, int R, int MOST>
@@ -113,7 +120,7 @@ bool gather_conv(const Image<typename E::type> &x, Weight<typename E::type> weig
                  const typename E::type *bias, Units units, const Output<typename E::type> &y, int threads) {
   constexpr i64 STRIP = VL < 8 ? 8 : VL;  // outputs whose sums are stored at once
   const i64 taps = walk.count, c = units.c * taps, all = units.ptr[units.rows] * units.r * c;
-  const Lanes lanes(walk, x.channels, 0, CACHED, (double)all / x.channels, MOST, 2 * threads);
+  const Lanes lanes(walk, {(double)all / x.channels, MOST, 2 * threads, x.channels, 0, CACHED});
   float *packed = floats(all);
   if (!packed) return true;
   pack<E, R>(weight, units, packed, threads);
@@ -125,14 +132,14 @@ bool gather_conv(const Image<typename E::type> &x, Weight<typename E::type> weig
       [&](const Lanes::Tile &tile, float *panel) { lanes.load<E>(x, tile, 0, x.channels, panel); },
       [&](auto n, const Lanes::Tile &tile, i64 u, i64 v, const float *panel, float *sums, i64 part, i64 parts) {
         constexpr int N = n.value;
-        const Pixels<N> pixels(tile, u, v, y);
+        const Pixels<typename E::type> pixels(N, tile, u, v, y);
         for (i64 s = part * strips / parts; s < (part + 1) * strips / parts; s++) {
           const i64 first = s * STRIP, end = std::min(first + STRIP, y.channels);
           for (i64 o = first; o < end; o += R) {
             const i64 row = o / units.r, count = units.count(row), chunk = o % units.r / R;
-            gather<R, N>(panel, units.c * lanes.line, Taps{places.data()},
-                         packed + units.ptr[row] * units.r * c + chunk * count * R * c, units.idx + units.ptr[row],
-                         count, c, sums + (o - first) * N * VL);
+            gather_taps<R, N>(panel, units.c * lanes.line, Taps{places.data()},
+                              packed + units.ptr[row] * units.r * c + chunk * count * R * c, units.idx + units.ptr[row],
+                              count, c, sums + (o - first) * N * VL);
           }
           pixels.template store<E>(sums, bias, first, end, y.data);
         }
@@ -148,7 +155,7 @@ bool scatter_conv(const Image<typename E::type> &x, Weight<typename E::type> wei
                   const typename E::type *bias, Units columns, const Output<typename E::type> &y, int threads) {
   const i64 taps = walk.count, all = columns.ptr[columns.rows] * columns.r * taps;
   const i64 outputs = ceil_div(y.channels, VL) * VL;
-  const Lanes lanes(walk, x.channels, 0, CACHED, (double)all / x.channels, MOST, 2 * threads);
+  const Lanes lanes(walk, {(double)all / x.channels, MOST, 2 * threads, x.channels, 0, CACHED});
   float *packed = floats(all);
   if (!packed) return true;
   weight = {weight.data, weight.in, weight.out, weight.taps, weight.count};
@@ -158,7 +165,7 @@ bool scatter_conv(const Image<typename E::type> &x, Weight<typename E::type> wei
       [&](const Lanes::Tile &tile, float *panel) { lanes.load<E>(x, tile, 0, x.channels, panel); },
       [&](auto n, const Lanes::Tile &tile, i64 u, i64 v, const float *panel, float *sums, i64, i64) {
         constexpr int N = n.value;
-        const Pixels<N> pixels(tile, u, v, y);
+        const Pixels<typename E::type> pixels(N, tile, u, v, y);
         memset(sums, 0, outputs * N * VL * sizeof(float));
         for (i64 i = 0; i < x.channels; i += R) {
           const i64 row = i / columns.r, count = columns.count(row), chunk = i % columns.r / R;
@@ -196,7 +203,7 @@ bool single_conv(const Image<typename E::type> &x, Weight<typename E::type> weig
   const i64 taps = walk.count, inputs = plan.lines / taps, outputs = ceil_div(y.channels, VL) * VL;
   const i64 entries = plan.places.size(), stretches = plan.stretch.size() - 1;
   const i64 room = std::min(CACHED, PLACES / (inputs + 1) * x.channels * VL);
-  const Lanes lanes(walk, x.channels, 0, room, (double)entries / x.channels, SINGLE_VECTORS, 2 * threads);
+  const Lanes lanes(walk, {(double)entries / x.channels, SINGLE_VECTORS, 2 * threads, x.channels, 0, room});
   const i64 stretch = (inputs + 1) * lanes.line;  // a window of zeros ends each stretch
   float *packed = stretch > 65535 * VL ? nullptr : floats(entries + entries / 2 + 4);
   if (!packed) return true;
@@ -219,7 +226,7 @@ bool single_conv(const Image<typename E::type> &x, Weight<typename E::type> weig
       },
       [&](auto n, const Lanes::Tile &tile, i64 u, i64 v, const float *panel, float *sums, i64, i64) {
         constexpr int N = n.value;
-        const Pixels<N> pixels(tile, u, v, y);
+        const Pixels<typename E::type> pixels(N, tile, u, v, y);
         memset(sums, 0, (outputs + 1) * N * VL * sizeof(float));
         for (i64 s = 0; s < stretches; s++)
           stretch_of_fours<N, 1>(plan, s, panel + s * stretch, packed, places, sums, sums + outputs * N * VL);
@@ -259,118 +266,6 @@ Plan *conv_plan(const int32_t *ptr, const int32_t *idx, i64 rows, i64 in, i64 c,
   return new Plan({starts.data(), columns.data(), in, 1, 1}, rows * count, lines);
 }
 
-// ---- dW[o, i, tap] = sum over pixels of dY[pixel, o] X[pixel at tap, i], for active units
-
-// VL sums over a tile's pixels: of RO lines `line` apart from `a`, and of the VL / RO lines x.
-template <int RO>
-vec outer(const float *a, i64 line, i64 a_step, const float *x, const int32_t *at, i64 x_step, i64 rows, i64 cols) {
-  constexpr int NC = VL / RO;
-  vec sum[VL] = {};
-  const float *xs[NC];
-  for (int c = 0; c < NC; c++) xs[c] = x + at[c];
-  for (i64 u = 0; u < rows; u++)
-    for (i64 v = 0; v < cols; v++) {
-      vec b[NC];
-      for (int c = 0; c < NC; c++) b[c] = *(const vec *)(xs[c] + u * x_step + v * VL);
-      for (int r = 0; r < RO; r++) {
-        const vec d = *(const vec *)(a + r * line + u * a_step + v * VL);
-        for (int c = 0; c < NC; c++) sum[c * RO + r] += d * b[c];
-      }
-    }
-  return lane_sums(sum);
-}
-
-// Units with at least as many outputs as inputs, by row: RO outputs by VL / RO taps of inputs. Or, if SWAPPED, those
-// with more inputs, by column: RO inputs at one tap by VL / RO outputs.
-template <class E, int RO, bool SWAPPED>
-struct GradConvUnits {
-  using T = typename E::type;
-  static constexpr i64 NC = VL / RO, STRIP = 64;
-  const Lanes &lanes;
-  Image<T> dy, x;
-  Units units;  // of one row; c columns, which are taps of inputs if not SWAPPED
-  i64 taps;
-  const Tap *tap;
-  T *dw;
-  i64 dw_out, dw_in;  // elements from one output or input to the next
-
-  i64 tiles() const { return lanes.tiles(); }
-  i64 panel() const { return x.channels * lanes.line + dy.channels * lanes.pixels() * VL; }
-  i64 repeats() const { return SWAPPED ? taps : 1; }
-  i64 sums(i64 row) const { return ceil_div(units.count(row) * units.c, NC) * VL * (units.r / RO) * repeats(); }
-  i64 parts() const { return ceil_div(x.channels, STRIP) + ceil_div(dy.channels, STRIP); }
-
-  void load(i64 index, i64 part, float *panel) const {
-    const i64 of_x = ceil_div(x.channels, STRIP), first = (part < of_x ? part : part - of_x) * STRIP;
-    const Lanes::Tile tile = lanes.tile(index);
-    if (part < of_x)
-      lanes.load<E>(x, tile, first, std::min(first + STRIP, x.channels), panel);
-    else
-      lanes.load_output<E>(dy, tile, first, std::min(first + STRIP, dy.channels), panel + x.channels * lanes.line);
-  }
-
-  // Column of a unit row in the order of its active units.
-  i64 column(i64 row, i64 k) const { return units.idx[units.ptr[row] + k / units.c] * units.c + k % units.c; }
-
-  void add(i64 row, const float *panel, float *to) const {
-    const i64 total = units.count(row) * units.c, dy_line = lanes.pixels() * VL, dy_step = lanes.tile_cols * VL;
-    const float *of_dy = panel + x.channels * lanes.line;
-    std::vector<int32_t> at(ceil_div(total, NC) * NC);
-    for (i64 k = 0; k < (i64)at.size(); k++) {
-      const i64 i = column(row, k < total ? k : total - 1);
-      at[k] = SWAPPED ? i * dy_line : i / taps * lanes.line + lanes.offsets[i % taps];
-    }
-    for (i64 o = row * units.r; o < (row + 1) * units.r; o += RO)
-      for (i64 t = 0; t < repeats(); t++)
-        for (i64 k = 0; k < total; k += NC, to += VL)
-          *(vec *)to += SWAPPED ? outer<RO>(panel + o * lanes.line + lanes.offsets[t], lanes.line, lanes.row_step, of_dy,
-                                            &at[k], dy_step, lanes.tile_rows, lanes.tile_cols)
-                                : outer<RO>(of_dy + o * dy_line, dy_line, dy_step, panel, &at[k], lanes.row_step,
-                                            lanes.tile_rows, lanes.tile_cols);
-  }
-
-  void store(i64 row, const float *from) const {
-    const i64 total = units.count(row) * units.c;
-    for (i64 o = row * units.r; o < (row + 1) * units.r; o += RO)
-      for (i64 t = 0; t < repeats(); t++)
-        for (i64 k = 0; k < total; k += NC, from += VL) {
-          T rounded[VL];
-          E::store(rounded, *(const vec *)from);
-          for (i64 j = 0; j < NC && k + j < total; j++) {
-            const i64 i = column(row, k + j);
-            T *to = SWAPPED ? dw + i * dw_out + o * dw_in + tap[t].weight
-                            : dw + o * dw_out + i / taps * dw_in + tap[i % taps].weight;
-            for (i64 r = 0; r < RO; r++) to[r * (SWAPPED ? dw_in : dw_out)] = rounded[j * RO + r];
-          }
-        }
-  }
-};
-
-template <class E, int RO, bool SWAPPED>
-bool units_conv_grad_weight(const Image<typename E::type> &dy, const Image<typename E::type> &x, Walk walk, Units units,
-                            typename E::type *dw, i64 dw_out, i64 dw_in, int threads) {
-  // Whole tiles are summed, so their number decides the order of sums: no matter how many threads there are.
-  const Lanes lanes(walk, x.channels, dy.channels, 640 * 1024 / 4,
-                    (double)units.ptr[units.rows] * units.r * units.c * (SWAPPED ? walk.count : 1) / x.channels, 1, 1);
-  const i64 columns = (SWAPPED ? dy : x).channels * walk.count;
-  return sum_over_tiles(
-      GradConvUnits<E, RO, SWAPPED>{lanes, dy, x, units, walk.count, walk.taps, dw, dw_out, dw_in}, dw, columns, threads);
-}
-
-template <class E>
-bool units_conv_grad(const Image<typename E::type> &dy, const Image<typename E::type> &x, Walk walk, Units units,
-                     Units columns, typename E::type *dw, i64 dw_out, i64 dw_in, int threads) {
-  constexpr int RO = VL < 8 ? 2 : 4;
-  if (units.r < columns.r) {
-    if (columns.r % RO == 0)
-      return units_conv_grad_weight<E, RO, true>(dy, x, walk, columns, dw, dw_out, dw_in, threads);
-    return units_conv_grad_weight<E, 2, true>(dy, x, walk, columns, dw, dw_out, dw_in, threads);
-  }
-  if (units.r % RO == 0) return units_conv_grad_weight<E, RO, false>(dy, x, walk, units, dw, dw_out, dw_in, threads);
-  if (units.r == 2) return units_conv_grad_weight<E, 2, false>(dy, x, walk, units, dw, dw_out, dw_in, threads);
-  return units_conv_grad_weight<E, 1, false>(dy, x, walk, units, dw, dw_out, dw_in, threads);
-}
-
 }  // namespace
 
 // Strides and sizes in elements; `taps` holds three numbers a tap; a result of 1: no memory.
@@ -388,7 +283,17 @@ void *estdgm_units_conv_plan(const int32_t *ptr, const int32_t *idx, i64 rows, i
   }
 }
 
-#define PRODUCTS(E, T, name)                                                                                            int estdgm_units_conv_##name(const T *x, i64 batch, i64 height, i64 width, i64 channels, const T *weight, i64 sn,                                   i64 sk, const i64 *taps, i64 count, i64 step_row, i64 step_col, const T *bias,                                         const int32_t *ptr, const int32_t *idx, const int32_t *tptr, const int32_t *tidx,                                     i64 rows, i64 cols, i64 r, i64 c, const void *plan, T *y, i64 y_rows, i64 y_cols,                                     i64 y_image, i64 y_row, i64 y_pixel, int threads) {                                        return units_conv<E>({x, batch, height, width, channels}, {weight, sn, sk, (const Tap *)taps, count},                                      {(const Tap *)taps, count, step_row, step_col, batch, y_rows, y_cols}, bias,                                           {ptr, idx, rows, r, c}, {tptr, tidx, cols, c, r}, (const Plan *)plan,                                                  {y, y_rows, y_cols, y_image, y_row, y_pixel, rows * r}, threads);                              }                                                                                                                     int estdgm_units_conv_grad_weight_##name(const T *dy, i64 y_rows, i64 y_cols, const T *x, i64 batch, i64 height,                                                i64 width, i64 channels, const i64 *taps, i64 count, i64 step_row,                                                    i64 step_col, const int32_t *ptr, const int32_t *idx, const int32_t *tptr,                                            const int32_t *tidx, i64 rows, i64 cols, i64 r, i64 c, i64 columns,                                                   T *dw, i64 dw_out, i64 dw_in, int threads) {                                   return units_conv_grad<E>({dy, batch, y_rows, y_cols, rows * r}, {x, batch, height, width, channels},                                            {(const Tap *)taps, count, step_row, step_col, batch, y_rows, y_cols},                                                {ptr, idx, rows, r, columns}, {tptr, tidx, cols, c, r}, dw, dw_out, dw_in, threads);       }
+#define PRODUCTS(E, T, name)                                                                                          \
+  int estdgm_units_conv_##name(const T *x, i64 batch, i64 height, i64 width, i64 channels, const T *weight, i64 sn,    \
+                               i64 sk, const i64 *taps, i64 count, i64 step_row, i64 step_col, const T *bias,          \
+                               const int32_t *ptr, const int32_t *idx, const int32_t *tptr, const int32_t *tidx,      \
+                               i64 rows, i64 cols, i64 r, i64 c, const void *plan, T *y, i64 y_rows, i64 y_cols,      \
+                               i64 y_image, i64 y_row, i64 y_pixel, int threads) {                                    \
+    return units_conv<E>({x, batch, height, width, channels}, {weight, sn, sk, (const Tap *)taps, count},             \
+                         {(const Tap *)taps, count, step_row, step_col, batch, y_rows, y_cols}, bias,                  \
+                         {ptr, idx, rows, r, c}, {tptr, tidx, cols, c, r}, (const Plan *)plan,                         \
+                         {y, y_image, y_row, y_pixel, rows * r}, threads);                                            \
+  }
 
 PRODUCTS(Float, float, float32)
 #if defined(__AVX512BF16__)
