@@ -19,12 +19,12 @@ def test_the_readme_is_short() -> None:
 
 
 def test_what_is_too_long_is_named() -> None:
-    long = Page("docs/x.md", longest=81, paragraph="It is said", mean_sentence=25.1)
+    long = Page("page.md", longest=81, paragraph="It is said", mean_sentence=25.1)
     assert long.faults == [
-        "docs/x.md: a paragraph of 81 words, at most 80: 'It is said'",
-        "docs/x.md: 25.1 words a sentence on average, at most 25",
+        "page.md: a paragraph of 81 words, at most 80: 'It is said'",
+        "page.md: 25.1 words a sentence on average, at most 25",
     ]
-    assert Page("docs/x.md", longest=80, paragraph="It is said", mean_sentence=25.0).faults == []
+    assert Page("page.md", longest=80, paragraph="It is said", mean_sentence=25.0).faults == []
 
 
 def test_only_prose_is_counted() -> None:
@@ -53,7 +53,7 @@ $$
 """
     found = paragraphs(text)
     assert found == [
-        "Three short words. And a link of code!",
+        "Three short words. And a link of Code!",
         "one item that goes on",
         "another, after e.g. this",
         "a quotation",

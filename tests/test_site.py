@@ -88,6 +88,7 @@ class Visit:
 
     def __init__(self, browser: Browser, address: str, width: int, scheme: str = "light") -> None:
         self.page: Page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        self.page.set_default_timeout(120_000)  # a busy machine is no fault of the site
         self.address = address
         self.said: list[str] = []
         self.asked: list[str] = []
@@ -174,7 +175,7 @@ def test_formulas_are_drawn_by_the_browser(visit: Visit) -> None:
 def test_search_finds_a_public_name_and_a_word(visit: Visit) -> None:
     for words, expected in (("DGMConfig", "lightning_estdgm.DGMConfig"), ("SIGTERM", "checkpoints")):
         visit.open(f"search.html?q={words}")
-        visit.page.wait_for_selector("ul.search li a", timeout=20_000)
+        visit.page.wait_for_selector("ul.search li a")
         visit.page.wait_for_load_state("networkidle")
         links = visit.page.eval_on_selector_all("ul.search li a", "all => all.map(e => e.href)")
         assert any(expected in link for link in links), words

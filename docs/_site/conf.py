@@ -45,6 +45,8 @@ nb_execution_raise_on_error = True
 default_role = "py:obj"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
 autodoc_typehints_description_target = "documented"
 autodoc_default_options = {"members": True, "inherited-members": False}
 autodoc_preserve_defaults = True
@@ -71,6 +73,7 @@ html_css_files = ["site.css"]
 html_math_renderer = "mathml"  # the browser's own: no script, no font, no request
 html_copy_source = False
 html_show_sourcelink = False
+html_show_copyright = False
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#a34a06", "color-brand-content": "#a34a06"},
     "dark_css_variables": {"color-brand-primary": "#f0a468", "color-brand-content": "#f0a468"},

@@ -247,9 +247,14 @@ def loss_over_joules(path: Path) -> None:
     _finish(figure, path)
 
 
-def _speeds(file: Path) -> tuple[str, dict[str, dict[float, float]]]:
-    """Return the shape that most rows have, and of that the best speed-up of any backend by unit and density."""
-    rows = [row for row in json.loads(file.read_text())["rows"] if row["speedup"] and row["block_size"]]
+def _speeds(folder: Path) -> tuple[str, dict[str, dict[float, float]]]:
+    """Return the shape that most rows of a machine have, and of that the best speed-up of any backend.
+
+    The speed-ups are by unit and density. Read are all files that `estdgm bench kernels` wrote of linear layers.
+    """
+    files = sorted(folder.glob("kernels-linear*.json"))
+    rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
+    rows = [row for row in rows if row["kind"] == "linear" and row["speedup"] and row["block_size"]]
     shapes = [tuple(row[key] for key in ("tokens", "out_features", "in_features", "dtype")) for row in rows]
     if not shapes:
         return "", {}
@@ -265,8 +270,8 @@ def _speeds(file: Path) -> tuple[str, dict[str, dict[float, float]]]:
 
 def layer_speed(path: Path) -> None:
     """Draw how many times as fast as dense a linear layer is, over density by unit: a panel for each machine."""
-    files = sorted(DOCS.glob("benchmarks/*/kernels-linear.json"))
-    found = [(file.parent.name, *_speeds(file)) for file in files]
+    folders = sorted({file.parent for file in DOCS.glob("benchmarks/*/kernels-linear*.json")})
+    found = [(folder.name, *_speeds(folder)) for folder in folders]
     found = [each for each in found if each[2]]
     figure = new_figure(9, 4.4 * len(found))
     for i, (machine, shape, by_unit) in enumerate(found):

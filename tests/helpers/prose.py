@@ -74,8 +74,8 @@ def paragraphs(text: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    text = re.sub(r"`+[^`]+`+", "code", text)
-    text = re.sub(r"\$[^$]+\$", "formula", text)
+    text = re.sub(r"`+[^`]+`+", "Code", text)
+    text = re.sub(r"\$[^$]+\$", "Formula", text)
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
     return re.sub(r"</?\w+[^>]*>|\*\*", "", text)
 

@@ -38,7 +38,10 @@ _MAX_POINTS = 300
 
 
 def draw(comparison: Comparison) -> list[Plot]:
-    """Draw metric over joules, watts over time with the phases shaded, joules by phase; each where there is data."""
+    """Draw metric over joules, watts over time with the phases shaded, joules by phase; each where there is data.
+
+    Watts are drawn of arms that were measured.
+    """
     import matplotlib as mpl
 
     units = comparison.units
@@ -115,8 +118,14 @@ def _metric_over_joules(comparison: Comparison, units: Units) -> Plot | None:
 def _watts_over_time(comparison: Comparison, units: Units) -> Plot | None:
     from matplotlib.patches import Patch
 
+    # Estimated watts are the number of busy cores times a constant: a line that says nothing.
+    measured = {arm.name for arm in comparison.arms if arm.kind == "measured"}
     arms = comparison.members
-    series = {arm: next((s for run in runs if len((s := _power(run))[0]) > 1), None) for arm, runs in arms.items()}
+    series = {
+        arm: next((s for run in runs if len((s := _power(run))[0]) > 1), None)
+        for arm, runs in arms.items()
+        if arm in measured
+    }
     shown = {arm: s for arm, s in series.items() if s is not None}
     if not shown:
         return None
@@ -125,7 +134,6 @@ def _watts_over_time(comparison: Comparison, units: Units) -> Plot | None:
     panels = figure.subplots(len(shown), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     phases: list[str] = []
     words = []
-    how = _kind_note(comparison)
     for axes, (arm, (clock, watts)) in zip(panels, shown.items(), strict=True):
         i = list(arms).index(arm)
         run = next(run for run in arms[arm] if len(_power(run)[0]) > 1)
@@ -145,7 +153,7 @@ def _watts_over_time(comparison: Comparison, units: Units) -> Plot | None:
         words.append(f"{arm}: {mean_w} W on average over {long} {units.time.name}")
     top = max(float(np.max(watts)) for _, watts in shown.values())
     panels[0].set_ylim(0, 1.25 * top or 1.0)
-    panels[-1].set_xlabel(f"time since the start, {units.time.name}{how}", color=INK)
+    panels[-1].set_xlabel(f"time since the start, {units.time.name}", color=INK)
     if phases:
         figure.legend(
             handles=[Patch(color=phase_colour(n)) for n in range(len(phases))],
@@ -153,10 +161,9 @@ def _watts_over_time(comparison: Comparison, units: Units) -> Plot | None:
             loc="outside lower left", ncols=2, frameon=False, handlelength=1.2, fontsize=8.5,
             labelcolor=INK,
         )  # fmt: skip
-    title = f"Watts over time{how}"
     caption = "The first run of each arm: mean watts between one log entry and the next"
     caption += ", with the phases shaded and numbered." if phases else "."
-    return plot_of(figure, "watts", title, caption, words)
+    return plot_of(figure, "watts", "Watts over time", caption, words)
 
 
 def _joules_by_phase(comparison: Comparison, units: Units) -> Plot | None:

@@ -121,7 +121,7 @@ def test_no_text_is_too_small_or_too_faint(visits):
 def test_plots_use_the_width_there_is(visits):
     for (name, width, _), seen in visits.items():
         shares = [drawn / inner for drawn, inner in seen["plots"]]
-        assert len(shares) == 3, name
+        assert len(shares) == {"plain": 3, "hard": 2}[name]  # no watts where they are estimated
         assert min(shares) > (0.8 if width == 400 else 0.2)
 
 

@@ -1,7 +1,6 @@
 """From two real Trainer runs to a report: what EnergyMonitor and the loggers leave is what the report reads."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -95,8 +94,7 @@ def test_the_command_makes_the_whole_report(runs, tmp_path):
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     page, content = files[0].read_text(), json.loads(files[1].read_text())
-    assert page.count("<svg ") == 3
-    watts = page.partition('aria-label="Watts over time')[2].partition("</svg>")[0]
-    assert len(re.findall(r"var\(--phase-\d", watts)) >= 6  # three phases, shaded and in the legend
+    assert page.count("<svg ") == 2
+    assert "Watts over time" not in page  # its joules are estimated
     assert content["runs"][1]["energy"]["total_joules"] == pytest.approx(said["dgm"]["total_joules"], rel=1e-6)
     assert content["runs"][1]["method"]["phases"] == ["exploration", "consolidation", "refinement"]

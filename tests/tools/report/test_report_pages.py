@@ -150,6 +150,7 @@ def test_every_figure_made_from_estimated_joules_says_so(estimated, measured):
         assert re.search(r"51\.8 ± 0\.2 % less \(estimated\)", page)
         assert "ESTIMATED, not measured" in page
     assert FROM_JOULES.search(text_of(html(measured)))  # the control
+    assert not any("atts" in plot.title for plot in draw(estimated))
     for plot in draw(estimated):
         assert "(estimated)" in plot.title
         assert "(estimated)" in plot.svg.partition(">")[2]
