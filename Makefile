@@ -4,18 +4,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 # An exact pin gets a small CPU build where one is served; on a GPU machine: make TORCH=torch demo
 TORCH ?= torch==2.13.0
+SET_UP = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python >= 3.10 is needed, this is {sys.version}")' \
+	&& $(PYTHON) scripts/set_up.py
 
 .PHONY: demo test check bench compatibility versions clean
 .DEFAULT_GOAL := test
 
 .venv/demo-ready: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python >= 3.10 is needed, this is {sys.version}")'
-	@$(PYTHON) scripts/set_up.py demo '$(TORCH)'
+	@$(SET_UP) demo '$(TORCH)'
 	@touch $@
 
 .venv/ready: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python >= 3.10 is needed, this is {sys.version}")'
-	@$(PYTHON) scripts/set_up.py test '$(TORCH)' dev recipes
+	@$(SET_UP) test '$(TORCH)' dev recipes
 	@touch .venv/demo-ready $@
 
 demo: .venv/demo-ready  ## dense against EST-DGM on real text: loss, seconds, joules, pictures

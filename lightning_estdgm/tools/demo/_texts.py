@@ -30,7 +30,7 @@ def announcement(config: DemoConfig, content: Mapping[str, Any]) -> str:
 def result_line(run: RunRecord) -> str:
     """Return the outcome of a run in a line."""
     joules = run.energy.get("train_joules")
-    energy = "" if joules is None else f", {joules:,.0f} J ({energy_label(run.energy).split(',')[0]})"
+    energy = "" if joules is None else f", {joules:,.0f} J ({kind_of(run.energy)})"
     return (
         f"{TITLES[run.mode]}, seed {run.seed}: {len(run.steps)} steps in {math.fsum(run.steps.wall_s):.1f} s{energy}, "
         f"validation loss {run.validation[-1].loss:.4f}"
