@@ -42,5 +42,5 @@ def package_version(distribution: str) -> str | None:
 
 
 def dynamo_settings(config: object, **values: int) -> dict[str, int]:
-    """Return values of ``torch._dynamo.config`` by their names in the installed torch: 2.6 calls its limits otherwise."""
+    """Return values of ``torch._dynamo.config`` by their names in the installed torch: 2.6 has others for limits."""
     return {name if hasattr(config, name) else _DYNAMO_IN_TORCH_2_6[name]: value for name, value in values.items()}
