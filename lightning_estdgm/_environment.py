@@ -1,4 +1,4 @@
-"""Environment of a run on this machine: cache folder, processor, versions of packages."""
+"""Environment of a run on this machine: cache folder, processor, versions of packages, names that depend on them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+_DYNAMO_IN_TORCH_2_6 = {
+    "recompile_limit": "cache_size_limit",
+    "accumulated_recompile_limit": "accumulated_cache_size_limit",
+    "fail_on_recompile_limit_hit": "fail_on_cache_limit_hit",
+}
 
 
 def cache_folder() -> Path:
@@ -33,3 +39,8 @@ def package_version(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
+
+
+def dynamo_settings(config: object, **values: int) -> dict[str, int]:
+    """Return values of ``torch._dynamo.config`` by their names in the installed torch: 2.6 has others for limits."""
+    return {name if hasattr(config, name) else _DYNAMO_IN_TORCH_2_6[name]: value for name, value in values.items()}

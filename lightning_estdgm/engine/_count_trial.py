@@ -6,6 +6,7 @@ mends that, is seen on throw-away parameters, too, so that no optimizer is known
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_estdgm.distributed._collectives import local_tensor
 from lightning_estdgm.distributed.adapters.whole import Whole
 from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
-from lightning_estdgm.engine._optimizer_trial import apart_from_the_run, not_tried, trial_optimizer
+from lightning_estdgm.engine._optimizer_trial import apart_from_the_run, not_tried, remade, trial_optimizer
 from lightning_estdgm.engine._rate_trial import set_rate
 from lightning_estdgm.engine._state_entries import state_entries
 from lightning_estdgm.engine._young_steps import YoungSteps
@@ -90,7 +91,7 @@ def _tried(optimizer: Optimizer, index: int, like: Tensor) -> UnitCounts:
     coarse = torch.finfo(like.dtype).eps if like.is_floating_point() else 0.0
     try:
         trial = _Trial(optimizer, index, like)
-        fresh = trial.run(0)
+        fresh = trial.first()
         late = [trial.run(rest) for rest in _RESTS]
         if all(_alike(fresh.young, run.young, max(SETTLED, 4 * coarse)) for run in late):
             return UnitCounts()
@@ -145,6 +146,7 @@ class _Trial:
 
     def __init__(self, optimizer: Optimizer, index: int, like: Tensor) -> None:
         self._optimizer, self._index = optimizer, index
+        self._makes_anew = False
         self._shape = [_SIDE] * max(1, like.dim())
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(_STEPS, generator=generator, device="cpu")
@@ -153,6 +155,16 @@ class _Trial:
         self._values = (noise.pop() * 2.0**-7).to(like.device, like.dtype)
         self._values[_SIDE // 2 :] = 0
         self._gradients = [(n * size).to(like.device, like.dtype) for n, size in zip(noise, sizes, strict=True)]
+
+    def first(self) -> _Run:
+        """Return the moves of a parameter that begins at once; see too whether ``__init__`` alone makes its state."""
+        try:
+            return self.run(0)
+        except Exception:
+            self._makes_anew = True
+            with contextlib.suppress(Exception):
+                return self.run(0)
+            raise
 
     def run(self, rest: int, *, by_unit: bool = False, flat: bool = False) -> _Run:
         """Return the moves after some steps in which half of the rows have no gradient.
@@ -235,6 +247,8 @@ class _Trial:
         for group in trial.param_groups:
             group["params"][:] = []
         trial.param_groups[self._index]["params"][:] = [weight]
+        if self._makes_anew:
+            trial = remade(trial)
         set_rate(trial.param_groups[self._index], _RATE)
         return trial
 

@@ -260,8 +260,12 @@ def sage() -> Sample:
 def hetero() -> Sample:
     from torch_geometric.nn import SAGEConv, to_hetero
 
+    class Net(_GraphNet):
+        def forward(self, x, edges):  # without hints: torch.fx of torch 2.6 cannot name types that are strings
+            return super().forward(x, edges)
+
     kinds = (["paper", "author"], [("author", "writes", "paper"), ("paper", "by", "author")])
-    model = to_hetero(_GraphNet(SAGEConv((32, 32), 32), SAGEConv((32, 32), 32), 32), kinds, aggr="sum")
+    model = to_hetero(Net(SAGEConv((32, 32), 32), SAGEConv((32, 32), 32), 32), kinds, aggr="sum")
 
     def batch_of(generator: torch.Generator) -> Any:
         x = {node: torch.randn(10, 32, generator=generator) for node in kinds[0]}

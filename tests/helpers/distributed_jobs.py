@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 TIMEOUT_S = 300.0
@@ -46,6 +47,7 @@ def run(job: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = TIME
 
     Raises:
         JobError: if a rank raised or died, or time ran out.
+        pytest.skip.Exception: if torch itself cannot do what was asked, see `skip_where_fsdp2_fails`.
 
     """
     context = multiprocessing.get_context("forkserver")
@@ -72,8 +74,15 @@ def run(job: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = TIME
         shutil.rmtree(folder, ignore_errors=True)
     if any(error for _, error in answers):
         parts = [f"--- rank {rank}: {error or 'fine'}\n{outputs[rank]}" for rank, (_, error) in enumerate(answers)]
+        skip_where_fsdp2_fails("\n".join(parts))
         raise JobError("\n".join(parts))
     return [result for result, _ in answers]
+
+
+def skip_where_fsdp2_fails(error: str) -> None:
+    """Skip a test that met a fault of FSDP2 on CPUs in torch 2.6: it asks streams for events, which have none there."""
+    if not hasattr(torch.cpu.Stream, "record_event") and "'Stream' object has no attribute 'record_event'" in error:
+        pytest.skip("FSDP2 of torch 2.6 itself fails on CPUs: its Stream has no record_event")
 
 
 def _collect(pipes: list[Connection], timeout_s: float) -> list[tuple[Any, str]]:

@@ -10,6 +10,8 @@ and as long as the suite does, and is no part of it. To run a part, or on anothe
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -84,9 +86,10 @@ class Environment:
 
     def test(self, arguments: list[str]) -> str:
         """Run the tests and return pytest's last line; what failed goes to stderr."""
-        lenient = [word for name in _OF_OTHERS for word in ("-W", name)]
-        call = [self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *lenient, *arguments]
-        done = subprocess.run(call, cwd=_ROOT, text=True, stdout=subprocess.PIPE)
+        lenient = shlex.join(word for name in _OF_OTHERS for word in ("-W", name))
+        environment = {**os.environ, "PYTEST_ADDOPTS": lenient}  # for what tests start, too
+        call = [self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+        done = subprocess.run(call, cwd=_ROOT, env=environment, text=True, stdout=subprocess.PIPE)
         if done.returncode:
             print(done.stdout, file=sys.stderr)
         lines = [line for line in done.stdout.splitlines() if " in " in line and ("passed" in line or "failed" in line)]

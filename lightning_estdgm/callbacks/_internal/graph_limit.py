@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from lightning_estdgm._environment import dynamo_settings
+
 _OF_EACH = 4
 """Graphs for one set of backends: in an observation window, outside it, in validation, and for a smaller last batch."""
 
@@ -26,7 +28,8 @@ class GraphLimit:
         if dynamo is None:
             return
         wanted = _OF_EACH * (1 + layers)
-        for name in ("recompile_limit", "accumulated_recompile_limit"):
+        limits = dynamo_settings(dynamo.config, recompile_limit=wanted, accumulated_recompile_limit=wanted)
+        for name in limits:
             if (limit := getattr(dynamo.config, name)) < wanted:
                 self._before[name] = limit
                 setattr(dynamo.config, name, wanted)

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_estdgm._environment import dynamo_settings
 from lightning_estdgm.config import DGMConfig, Selection, Units
 from lightning_estdgm.method._schedules import EstDgm
 from lightning_estdgm.tools._quiet import QUIET_TRAINER, quiet_lightning
@@ -83,7 +84,9 @@ def _dynamo(config: TrainConfig) -> Iterator[None]:
         return
     import torch._dynamo
 
-    with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+    dynamo = torch._dynamo.config
+    limits = dynamo_settings(dynamo, recompile_limit=64, fail_on_recompile_limit_hit=True)
+    with warnings.catch_warnings(), dynamo.patch(limits):
         warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor")  # torch's own look at it
         yield
 
