@@ -72,7 +72,7 @@ def test_one_from_the_middle_and_one_without_masks_are_told(saved: dict[str, Any
         (["--to", "tflite", *NAMED], 2, "to: got 'tflite', expected"),
         (["--to", "torch-csr", "--model", "helpers.models:MLP"], 2, "MLP has no example_input_array"),
         (["--to", "torch-csr", "--model", "MLP"], 2, "--model must be given as package.module:name, got 'MLP'"),
-        (["--to", "torch-csr", "--model", "helpers.models:GCN", *NAMED[2:]], 2, "does not load into GCN"),
+        (["--to", "torch-csr", "--model", "helpers.models:ConvNet", *NAMED[2:]], 2, "does not load into ConvNet"),
         (["--to", "torch-csr", *NAMED[:2], "--example", "helpers.exported:nothing"], 2, "--example 'helpers.exported:"),
         (["--to", "torch-csr", *NAMED, "--values", "int8"], 2, "values: got 'int8', expected fp32"),
     ],
