@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,37 +31,54 @@ _ARGUMENTS = {  # of each function that is compiled for every dtype
 }
 
 
-class _CannotBuild(Exception):
+class CannotBuild(Exception):
     """There can be no compiled operator here; the message says why."""
 
 
 def _run(command: list[str]) -> str:
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=900).stdout
     except subprocess.CalledProcessError as e:
-        raise _CannotBuild(f"{command[0]} failed: {e.stderr.strip()[-500:] or e}") from None
+        raise CannotBuild(f"{command[0]} failed: {e.stderr.strip()[-500:] or e}") from None
     except (OSError, subprocess.TimeoutExpired) as e:
-        raise _CannotBuild(f"{command[0]} failed: {e}") from None
+        raise CannotBuild(f"{command[0]} failed: {e}") from None
 
 
-def _build() -> Path:
-    """Return the compiled library, from the cache if this source was built there for this CPU by this compiler."""
+def _compiler() -> str:
     named = os.environ.get("CXX")
     compiler = shutil.which(named) if named else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
-        raise _CannotBuild(f"no C++ compiler was found ({f'CXX={named}' if named else 'c++, g++, clang++'})")
+        raise CannotBuild(f"no C++ compiler was found ({f'CXX={named}' if named else 'c++, g++, clang++'})")
+    return compiler
+
+
+def built(name: str, folders: Sequence[Path], flags: Sequence[str] = (), key: str = "") -> Path:
+    """Return a compiled library, from the cache if this source was built there for this CPU by this compiler.
+
+    Args:
+        name: start of its file's name.
+        folders: where its source is: the ``.cpp`` files of the first, the headers of all.
+        flags: what the compiler is told beside this module's flags.
+        key: what decides the code beside source, compiler and CPU.
+
+    Raises:
+        CannotBuild: if it cannot be compiled; the message says why.
+
+    """
+    compiler = _compiler()
     # What the compiler knows about this CPU decides the code: one cache may serve several machines.
     target = _run([compiler, *_FLAGS, "-x", "c++", "-E", "-dM", os.devnull])
-    sources = sorted(_FOLDER.glob("*.cpp"))
-    text = [path.read_text() for path in (*sources, *sorted(_FOLDER.glob("*.h")))]
-    key = hashlib.sha256("\0".join([*text, compiler, target]).encode()).hexdigest()[:16]
-    path = cache_folder() / f"native-{key}.so"
+    sources = sorted(folders[0].glob("*.cpp"))
+    headers = [path for folder in folders for path in sorted(folder.glob("*.h"))]
+    text = [path.read_text() for path in (*sources, *headers)]
+    digest = hashlib.sha256("\0".join([*text, compiler, target, key]).encode()).hexdigest()[:16]
+    path = cache_folder() / f"{name}-{digest}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # several ranks may build at once
-            built = Path(folder) / path.name
-            _run([compiler, *_FLAGS, *map(str, sources), "-o", str(built)])
-            built.replace(path)
+            made = Path(folder) / path.name
+            _run([compiler, *_FLAGS, *map(str, sources), "-o", str(made), *flags])
+            made.replace(path)
     return path
 
 
@@ -69,8 +86,8 @@ def _build() -> Path:
 def library() -> ctypes.CDLL | str:
     """Return the compiled operator, or the reason why there is none."""
     try:
-        loaded = ctypes.CDLL(str(_build()))
-    except (_CannotBuild, OSError) as e:
+        loaded = ctypes.CDLL(str(built("native", (_FOLDER,))))
+    except (CannotBuild, OSError) as e:
         return str(e)
     loaded.estdgm_units_plan.argtypes, loaded.estdgm_units_plan.restype = [_P, _P, _N, _N, _N], _P
     loaded.estdgm_units_free.argtypes, loaded.estdgm_units_free.restype = [_P], None

@@ -11,6 +11,7 @@
 
 #include "elements.h"
 #include "share.h"
+#include "tile.h"
 
 namespace {
 
@@ -20,48 +21,7 @@ i64 strip_width(i64 left) {
   return left >= 4 * VL ? 4 * VL : left >= 2 * VL ? 2 * VL : VL;
 }
 
-// Part of some rows that a later tile reads, fetched into the cache a line of each at a time.
-struct Ahead {
-  const char *next, *end;  // in the first row
-  i64 ld;                  // bytes from one row to the next
-
-  template <int ROWS>
-  void fetch() {
-    if (next >= end) return;
-    for (int i = 0; i < ROWS; i++) __builtin_prefetch(next + i * ld);
-    next += 64;
-  }
-};
-
 // ---- Y[t, r] = sum over active c of A[t, c] B[c, r]: forward and input gradient
-
-template <class E, int MR, int NV>
-void linear_tile(const typename E::type *a, i64 lda, const float *packed, const int32_t *cols, i64 blocks, i64 b,
-                 const typename E::type *bias, typename E::type *y, i64 ldy, Ahead ahead) {
-  vec sum[MR][NV];
-  for (int i = 0; i < MR; i++)
-    for (int j = 0; j < NV; j++) {
-      __builtin_prefetch(y + i * ldy + j * VL, 1);
-      sum[i][j] = bias ? E::load(bias + j * VL) : vec{};
-    }
-  for (i64 p = 0; p < blocks; p++) {
-    const typename E::type *ap = a + cols[p] * b;
-    const float *bp = packed + p * b * b / E::PAIR;
-    for (i64 k = 0; k < b; k += 16) {
-      ahead.fetch<MR>();
-      for (i64 kk = k; kk < k + 16; kk += E::PAIR, bp += NV * VL) {
-        vec bv[NV];
-        for (int j = 0; j < NV; j++) bv[j] = ((const vec *)bp)[j];
-        for (int i = 0; i < MR; i++) {
-          const float s = word(ap + i * lda + kk);
-          for (int j = 0; j < NV; j++) sum[i][j] = E::mac(sum[i][j], s, bv[j]);
-        }
-      }
-    }
-  }
-  for (int i = 0; i < MR; i++)
-    for (int j = 0; j < NV; j++) E::store(y + i * ldy + j * VL, sum[i][j]);
-}
 
 // What all tiles of one call of `linear` share.
 template <class E>
@@ -80,17 +40,11 @@ struct Linear {
   // come `tile` later, this strip's share of x comes into the cache.
   template <int MR, int NV>
   void strip(i64 r, i64 n, i64 t, i64 end, i64 tile) const {
-    const T *bias_n = bias ? bias + n : nullptr;
-    const float *packed_n = packed + (ptr[r] * b + n - r * b) * b / E::PAIR;
-    const i64 width = rows * b / (NV * VL), first = n / (NV * VL) * in / width, last = (n / (NV * VL) + 1) * in / width;
-    for (; t + MR <= end; t += MR) {
-      const T *coming = x + (t + tile < tokens ? t + tile : t) * ldx;
-      Ahead ahead = {(const char *)(coming + first), (const char *)(coming + last), ldx * (i64)sizeof(T)};
-      linear_tile<E, MR, NV>(x + t * ldx, ldx, packed_n, idx + ptr[r], ptr[r + 1] - ptr[r], b, bias_n, y + t * ldy + n,
-                             ldy, ahead);
-    }
-    if constexpr (MR > 1)
-      if (t < end) strip<MR / 2, NV>(r, n, t, end, tile);
+    const i64 width = rows * b / (NV * VL), place = n / (NV * VL);
+    const Strip<E> all = {x, ldx, tokens, packed + (ptr[r] * b + n - r * b) * b / E::PAIR, b * b / E::PAIR, NV * VL,
+                          idx + ptr[r], ptr[r + 1] - ptr[r], b, bias ? bias + n : nullptr, y + n, ldy,
+                          place * in / width, (place + 1) * in / width};
+    all.template compute<MR, NV>(t, end, tile);
   }
 
   void block_row(i64 r, i64 t, i64 end) const {
@@ -137,21 +91,14 @@ int linear(const typename E::type *x, i64 ldx, i64 tokens, const typename E::typ
   float *packed = floats(ptr[rows] * b * b / E::PAIR);
   if (!packed) return 1;
   pack<E>(weight, sn, sk, ptr, idx, rows, b, packed, threads);
-  // Tokens are counted in twelves, whole tiles of sums. So many of them that x stays in the second-level cache for all
-  // block rows, beside that of the tile that comes next.
-  const i64 units = (tokens + 11) / 12, cached = 256 * 1024 / (12 * in * (i64)sizeof(typename E::type));
-  const i64 most = cached < 2 ? 2 : cached > 16 ? 16 : cached;
-  i64 tiles = (units + most - 1) / most;
-  tiles = (tiles + threads - 1) / threads * threads;  // equally many for each thread
-  tiles = tiles > units ? units : tiles;
-  i64 groups = (4 * threads + tiles - 1) / tiles;  // few tokens: share the block rows as well
-  groups = groups > rows ? rows : groups;
+  const Division parts(tokens, in * (i64)sizeof(typename E::type), rows, threads);
   const Linear<E> all = {x, ldx, tokens, packed, bias, ptr, idx, rows, in, b, y, ldy};
-  Shares shares(tiles * groups, threads);
+  Shares shares(parts.tiles * parts.groups, threads);
 #pragma omp parallel num_threads(threads)
   shares.work(omp_get_thread_num(), [&](i64 task) {
-    const i64 i = task / groups, g = task % groups, t = i * units / tiles * 12, end = (i + 1) * units / tiles * 12;
-    for (i64 r = g * rows / groups; r < (g + 1) * rows / groups; r++) all.block_row(r, t, end < tokens ? end : tokens);
+    const i64 i = task / parts.groups, g = task % parts.groups, t = parts.token(i), end = parts.token(i + 1);
+    for (i64 r = g * rows / parts.groups; r < (g + 1) * rows / parts.groups; r++)
+      all.block_row(r, t, end < tokens ? end : tokens);
   });
   free(packed);
   return 0;

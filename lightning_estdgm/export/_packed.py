@@ -1,0 +1,202 @@
+"""Models whose masked layers hold their active weights only, in memory and in files."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_estdgm.export._packed_layers import PackedConv2d, PackedLinear
+from lightning_estdgm.modules._kinds import LAYER_KINDS, LayerKind, conv_geometry
+from lightning_estdgm.modules._sparse_forward import SparseForward, dense_class
+from lightning_estdgm.plugins._whole_file import write_whole
+from lightning_estdgm.sparse._conv_geometry import ConvGeometry
+from lightning_estdgm.sparse._packed_weight import PackedWeight, pack_weight
+
+_FORMAT = "lightning_estdgm packed model"
+_VERSION = 1
+_PAYS = 0.9  # of the dense bytes: what a layer may take to be packed
+
+
+class _Found(NamedTuple):
+    """A layer whose weight could be packed: as a matrix, or the reason why not."""
+
+    name: str
+    module: Any
+    matrix: Tensor
+    taps: int
+    why_not: str
+
+
+def packed(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Return a copy of a model for inference, with layers that hold their active weights only.
+
+    What is zero decides, as training leaves it: no masks are asked for. A linear layer or convolution with zeros enough
+    becomes a `PackedLinear` or `PackedConv2d` under its name, by the coarsest unit that its zeros come in; the others
+    stay as they are. The copy is on the CPU, in evaluation mode, and takes no gradients; the model is left alone.
+
+    Args:
+        model: trained model, or one with the state of a checkpoint.
+        dtype: of the stored values: float32, bfloat16, or int8 with one scale an output. Sums are in float32.
+
+    Raises:
+        RuntimeError: if the operator cannot be built here, such as without a C++ compiler.
+        ValueError: for another dtype, or weights on the meta device.
+
+    Warns:
+        UserWarning: if no layer has zeros enough, or layers that have them cannot be packed; they are named.
+
+    Example:
+        >>> layer = torch.nn.Linear(64, 64)
+        >>> _ = torch.nn.init.sparse_(layer.weight, sparsity=0.9)
+        >>> packed(layer)(torch.ones(2, 64)).shape
+        torch.Size([2, 64])
+    """
+    replaced: dict[int, nn.Module] = {}
+    refused: list[str] = []
+    for found in _layers(model):
+        if found.matrix.is_meta:
+            raise ValueError(f"{found.name or 'the weight'} is on the meta device: load the model's weights first")
+        share = float(torch.count_nonzero(found.matrix)) / max(1, found.matrix.numel())
+        if share > _PAYS:
+            continue
+        if found.why_not:
+            refused.append(f"{found.name} ({found.why_not}, density {share:.2f})")
+            continue
+        weight = pack_weight(found.matrix, dtype=dtype, taps=found.taps)
+        if weight.nbytes < _PAYS * found.matrix.nbytes:
+            replaced[id(found.module)] = _packed_layer(found, weight)
+    if refused:
+        warnings.warn(
+            f"these layers have zeros but cannot be packed, and stay dense: {', '.join(refused)}", stacklevel=2
+        )
+    if not replaced:
+        warnings.warn(
+            "no layer was packed: none has zeros enough; expected a model that was trained with masks", stacklevel=2
+        )
+    return _copied(model, replaced)
+
+
+def save_packed(model: nn.Module, path: str | Path) -> None:
+    """Write a packed model: its values and lists, and what else is in its state dict; no code.
+
+    Args:
+        model: what `packed` has returned.
+        path: the file; `load_packed` reads it.
+
+    Raises:
+        ValueError: if the model has no packed layer.
+
+    """
+    layers = {
+        name: {"sides": module.sides, "shape": [module.out_features, module.in_features]}
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, (PackedLinear, PackedConv2d))
+    }
+    if not layers:
+        raise ValueError(f"expected a model that export.packed has returned, got a {type(model).__name__} without any")
+    content = {"format": _FORMAT, "version": _VERSION, "layers": layers, "state_dict": model.state_dict()}
+    write_whole(path, lambda file: torch.save(content, file))
+
+
+def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
+    """Read a packed model.
+
+    Args:
+        path: what `save_packed` has written.
+        model: the model's architecture with any weights, such as of the class that was trained, made under
+            ``torch.device("meta")``; its layers are replaced in place.
+
+    Returns:
+        The model, packed, in evaluation mode.
+
+    Raises:
+        ValueError: if the file holds no packed model, or one of another architecture.
+
+    """
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not (isinstance(content, Mapping) and content.get("format") == _FORMAT):
+        raise ValueError(f"{path} holds no packed model: expected a file that export.save_packed has written")
+    if content["version"] != _VERSION:
+        raise ValueError(f"expected a packed model of version {_VERSION}, got {content['version']} in {path}")
+    state, made = content["state_dict"], {}
+    layers = {found.name: found for found in _layers(model)}
+    for name, layer in content["layers"].items():
+        found = layers.get(name)
+        if found is None or list(found.matrix.shape) != layer["shape"]:
+            got = "none" if found is None else f"one of shape {list(found.matrix.shape)}"
+            raise ValueError(f"{path}: expected a layer {name!r} of shape {layer['shape']} in the model, got {got}")
+        prefix = f"{name}." if name else ""
+        tensors = {key: state.get(f"{prefix}{key}") for key in ("values", "ptr", "idx", "outputs", "ends", "scale")}
+        weight = PackedWeight(tuple(layer["shape"]), tuple(layer["sides"]), **tensors)  # type: ignore[arg-type]
+        made[name] = _packed_layer(found, weight, state.get(f"{prefix}bias"))
+    for name, module in made.items():
+        if not name:
+            model = module
+        else:
+            model.set_submodule(name, module)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as e:
+        raise ValueError(f"{path} is of another model: {e}") from None
+    return _for_inference(model)
+
+
+def _layers(model: nn.Module) -> list[_Found]:
+    found = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        kind = next((kind for kind in LAYER_KINDS if kind.matches(module)), None)
+        if kind is not None and isinstance(getattr(module, kind.weight_name), Tensor):
+            found.append(_found(name, module, kind))
+    return found
+
+
+def _found(name: str, module: Any, kind: LayerKind) -> _Found:
+    weight = getattr(module, kind.weight_name).detach()
+    matrix = weight.t() if kind.transposed else weight.flatten(1)
+    taps = weight[0, 0].numel() if weight.dim() > 2 else 1
+    if isinstance(module, SparseForward):
+        why = "" if dense_class(type(module)) in (nn.Linear, nn.Conv2d) or kind.transposed else "a layer of its own"
+    else:
+        why = kind.why_dense(module)
+    if not why and weight.dim() == 3:
+        why = "1-D convolution"
+    return _Found(name, module, matrix, taps, why)
+
+
+def _packed_layer(found: _Found, weight: PackedWeight, bias: Tensor | None = None) -> nn.Module:
+    bias = found.module.bias if bias is None else bias
+    if found.matrix.shape[1] == found.module.weight.shape[1] * found.taps and isinstance(found.module, nn.Conv2d):
+        geometry = conv_geometry(found.module)
+        assert isinstance(geometry, ConvGeometry)
+        return PackedConv2d(weight, bias, geometry)
+    return PackedLinear(weight, bias)
+
+
+def _copied(model: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
+    """Copy a model, with other modules in the place of some: their weights are not copied."""
+    trainer, holder = getattr(model, "_trainer", None), model
+    if trainer is not None:  # a LightningModule's Trainer holds loaders and loggers, which no copy needs
+        holder._trainer = None  # type: ignore[assignment]
+    try:
+        made: nn.Module = copy.deepcopy(model, dict(replaced))
+    finally:
+        if trainer is not None:
+            holder._trainer = trainer
+    return _for_inference(made.cpu())
+
+
+def _for_inference(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # else its fast path reads the weights of its layers
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.add_(0.0)  # no -0.0
+    return model.eval().requires_grad_(False)

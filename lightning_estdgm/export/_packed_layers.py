@@ -1,0 +1,128 @@
+"""Layers for inference that hold their active weights only, in the order of use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_estdgm.sparse._conv_geometry import ConvGeometry
+from lightning_estdgm.sparse._packed_weight import PackedWeight
+from lightning_estdgm.sparse.backends.native._operator import operator_library
+
+_OPTIONAL = ("outputs", "ends", "scale", "bias")
+
+
+class _PackedLayer(nn.Module):
+    """A packed weight and a bias, as buffers."""
+
+    values: Tensor
+    ptr: Tensor
+    idx: Tensor
+    outputs: Tensor | None
+    ends: Tensor | None
+    scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        operator_library()
+        self.out_features, self.in_features = weight.shape
+        self.sides = list(weight.sides)
+        bias = None if bias is None else bias.detach().to(device="cpu", dtype=torch.float32) + 0.0
+        tensors: dict[str, Tensor | None] = {**dict.fromkeys(_OPTIONAL), **weight.tensors, "bias": bias}
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        operator_library()
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Return ``x W^T + bias``, ``[..., in] -> [..., out]``, in x's dtype; it is computed in float32."""
+        y: Tensor = torch.ops.estdgm.packed_linear(
+            x.to(torch.float32),
+            self.values,
+            self.ptr,
+            self.idx,
+            self.outputs,
+            self.ends,
+            self.scale,
+            self.bias,
+            self.sides,
+            self.in_features,
+            self.out_features,
+        )
+        return y.to(x.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that it holds."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def extra_repr(self) -> str:
+        """Sizes, unit, stored values and their type."""
+        rows, columns = self.sides
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"units={rows}x{columns}, values={self.values.numel()}, dtype={self.values.dtype}"
+        )
+
+
+class PackedLinear(_PackedLayer):
+    """Linear layer for inference on the active units of its weight; it holds nothing else of it.
+
+    Input: ``[..., in_features]``. Output: ``[..., out_features]``, in the input's dtype; sums are in float32. It runs on
+    the CPU, in ``at::get_num_threads()`` threads, whose number does not change a bit of the result. Its buffers are
+    those of `PackedWeight` and ``bias``. Forward is one call of the operator ``estdgm::packed_linear``, which
+    torch.export and AOTInductor keep as it is. There is no gradient: a backward through it raises RuntimeError.
+
+    Args:
+        weight: the packed weight.
+        bias: ``[out_features]``, or None.
+
+    Raises:
+        RuntimeError: if the operator cannot be built here, such as without a C++ compiler.
+
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it to the last dimension of x."""
+        return self.multiply(x)
+
+
+class PackedConv2d(_PackedLayer):
+    """Convolution for inference on the active units of its weight, ``(out, in * kh * kw)``, as a product with patches.
+
+    Input: ``[N, in, H, W]`` or ``[in, H, W]``. Output: ``[N, out, H', W']``, as that of ``torch.nn.Conv2d``.
+
+    Args:
+        weight: the packed matrix, with the taps of an input side by side.
+        bias: ``[out]``, or None.
+        geometry: kernel, stride, padding and dilation.
+
+    """
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None, geometry: ConvGeometry) -> None:
+        super().__init__(weight, bias)
+        self.geometry = geometry
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it to an image or a batch of images."""
+        images = x if x.dim() == 4 else x.unsqueeze(0)
+        g = self.geometry
+        height, width = g.output_size(*images.shape[2:])
+        if g.pointwise:
+            (rows, columns) = g.stride
+            patches = images[:, :, ::rows, ::columns].permute(0, 2, 3, 1)
+        else:
+            patches = F.unfold(images, g.kernel_size, g.dilation, g.padding, g.stride).transpose(1, 2)
+        y = self.multiply(patches.contiguous())
+        y = y.reshape(images.shape[0], height, width, self.out_features).permute(0, 3, 1, 2)
+        return y if x.dim() == 4 else y.squeeze(0)
+
+    def extra_repr(self) -> str:
+        """Sizes and geometry."""
+        return f"{super().extra_repr()}, {self.geometry}"

@@ -1,0 +1,181 @@
+// Packed single weights: each serves one output and one input.
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#define ESTDGM_GATHER 1
+#endif
+
+#include "../panels.h"
+#include "../share.h"
+#include "packed.h"
+#include "values.h"
+
+namespace {
+
+using estdgm::LINES;
+using estdgm::PackedSingles;
+using estdgm::Values;
+
+constexpr i64 FEW = 3;            // tokens of the matrix-vector loop
+constexpr i64 SMALL = 16 * 1024;  // values that one thread multiplies sooner than two
+constexpr int FOUR = 4;
+constexpr int VECTORS = WIDE ? 4 : 2;  // of tokens
+
+// ---- up to three tokens: entries are the vector
+
+#if defined(ESTDGM_GATHER)
+inline __m512 entries(const float *p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
+inline __m512 entries(const uint16_t *p, __mmask16 mask) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
+}
+inline __m512 entries(const int8_t *p, __mmask16 mask) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, p)));
+}
+#endif
+
+// Sums of four outputs over `n` values with their places in a stretch of x.
+template <class V>
+lanes<4> few_four(const float *x, const V *values, const uint8_t *places, i64 n) {
+#if defined(ESTDGM_GATHER)
+  __m512 sum = _mm512_setzero_ps();
+  for (i64 e = 0; e < n; e += 16) {
+    const __mmask16 mask = n - e >= 16 ? 0xffff : (1u << (n - e)) - 1;
+    const __m512i at = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, places + e));
+    sum = _mm512_fmadd_ps(entries(values + e, mask), _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, at, x, 4), sum);
+  }
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1));
+  return (lanes<4>)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#else
+  lanes<4> sum = {};
+  for (i64 e = 0; e < n; e += 4) {
+    const lanes<4> xs = {x[places[e]], x[places[e + 1]], x[places[e + 2]], x[places[e + 3]]};
+    sum += values_at<4>(values + e) * xs;
+  }
+  return sum;
+#endif
+}
+
+template <class V>
+bool few_tokens(const PackedSingles &m, const V *values, const float *x, i64 ldx, i64 tokens, float *y, i64 ldy, int threads) {
+  const i64 fours = m.stretch[m.stretches], width = m.out + 1;  // a sum for what is no output
+  if (!fours || m.ends[fours - 1] * FOUR < SMALL) threads = 1;
+  float *sums = floats(tokens * width);
+  if (!sums) return false;
+  memset(sums, 0, tokens * width * sizeof(float));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    float line[FEW][LINES + 1] = {};
+    for (i64 s = 0; s < m.stretches; s++) {
+      const i64 first = s * LINES, n = std::min(LINES, m.in - first);
+      for (i64 t = 0; t < tokens; t++) memcpy(line[t], x + t * ldx + first, n * sizeof(float));
+#pragma omp for schedule(static)
+      for (i64 i = m.stretch[s]; i < m.stretch[s + 1]; i++) {
+        const i64 start = i ? m.ends[i - 1] : 0, count = (m.ends[i] - start) * FOUR;
+        for (i64 t = 0; t < tokens; t++) {
+          const lanes<4> sum = few_four(line[t], values + start * FOUR, m.places + start * FOUR, count);
+          for (int g = 0; g < FOUR; g++) sums[t * width + m.outputs[i * FOUR + g]] += sum[g];
+        }
+      }
+    }
+  }
+  for (i64 t = 0; t < tokens; t++)
+    for (i64 o = 0; o < m.out; o++)
+      y[t * ldy + o] = sums[t * width + o] * (m.scale ? m.scale[o] : 1) + (m.bias ? m.bias[o] : 0);
+  free(sums);
+  return true;
+}
+
+// ---- tokens as the vector
+
+template <int N>
+void single(const float *panel, const float *weights, const uint8_t *places, i64 length, float *const (&sums)[FOUR]) {
+  vec sum[FOUR][N];
+  for (int g = 0; g < FOUR; g++)
+    for (int j = 0; j < N; j++) sum[g][j] = *(const vec *)(sums[g] + j * VL);
+  for (i64 p = 0; p < length; p++, places += FOUR, weights += FOUR) {
+    uint32_t place;
+    memcpy(&place, places, 4);  // one load for all four
+    for (int g = 0; g < FOUR; g++, place >>= 8) {
+      const float *x = panel + (i64)(place & 0xff) * N * VL;
+      for (int j = 0; j < N; j++) sum[g][j] += weights[g] * *(const vec *)(x + j * VL);
+    }
+  }
+  for (int g = 0; g < FOUR; g++)
+    for (int j = 0; j < N; j++) *(vec *)(sums[g] + j * VL) = sum[g][j];
+}
+
+// n values from one on as floats, in room where they are none.
+const float *as_floats(const PackedSingles &m, i64 start, i64 n, float *room) {
+  if (m.type == Values::float32) return (const float *)m.values + start;
+  with_values(m.values, m.type, [&](auto values) {
+    for (i64 e = 0; e < n; e += 4) *(lanes<4> *)(room + e) = values_at<4>(values + start + e);
+  });
+  return room;
+}
+
+template <int N>
+bool single_tiles(const PackedSingles &m, Rows<float> x, float *y, i64 ldy, int threads) {
+  constexpr i64 WIDTH = N * VL;
+  const i64 tiles = (x.count + WIDTH - 1) / WIDTH, outputs = (m.out + VL) / VL * VL;  // one more than there are
+  Shares shares(tiles, threads);
+  bool failed = false;
+#pragma omp parallel num_threads(threads)
+  {
+    float *sums = floats((outputs + LINES + 1) * WIDTH), *panel = sums + outputs * WIDTH;
+    float room[LINES * FOUR];
+    if (!sums)
+#pragma omp atomic write
+      failed = true;
+    else
+      shares.work(omp_get_thread_num(), [&](i64 tile) {
+        memset(sums, 0, outputs * WIDTH * sizeof(float));
+        memset(panel + LINES * WIDTH, 0, WIDTH * sizeof(float));
+        for (i64 s = 0; s < m.stretches; s++) {
+          const i64 first = s * LINES;
+          load_panel<Float>(x, tile * WIDTH, first, std::min(LINES, m.in - first), WIDTH, panel);
+          for (i64 i = m.stretch[s]; i < m.stretch[s + 1]; i++) {
+            const i64 start = i ? m.ends[i - 1] : 0, length = m.ends[i] - start;
+            float *to[FOUR];
+            for (int g = 0; g < FOUR; g++) {
+              to[g] = sums + (i64)m.outputs[i * FOUR + g] * WIDTH;
+              if (i + 1 < m.stretch[s + 1])
+                for (int j = 0; j < N; j++)
+                  __builtin_prefetch(sums + (i64)m.outputs[(i + 1) * FOUR + g] * WIDTH + j * VL, 1);
+            }
+            single<N>(panel, as_floats(m, start * FOUR, length * FOUR, room), m.places + start * FOUR, length,
+                      to);
+          }
+        }
+        if (m.scale)
+          for (i64 o = 0; o < m.out; o++)
+            for (i64 t = 0; t < WIDTH; t++) sums[o * WIDTH + t] *= m.scale[o];
+        store_panel<Float>(sums, WIDTH, m.bias, m.out, tile * WIDTH, x.count, y, ldy);
+      });
+    free(sums);
+  }
+  return !failed;
+}
+
+template <int N>
+bool by_tokens(const PackedSingles &m, Rows<float> x, float *y, i64 ldy, int threads, i64 vectors) {
+  if constexpr (N > 1)
+    if (vectors < N) return by_tokens<N - 1>(m, x, y, ldy, threads, vectors);
+  return single_tiles<N>(m, x, y, ldy, threads);
+}
+
+}  // namespace
+
+namespace estdgm {
+
+bool multiply(const PackedSingles &m, const float *x, i64 ldx, i64 tokens, float *y, i64 ldy, int threads) {
+  if (tokens <= FEW) 
+    return with_values(m.values, m.type,
+                       [&](auto values) { return few_tokens(m, values, x, ldx, tokens, y, ldy, threads); });
+  const i64 vectors = (tokens + VL - 1) / VL, tiles = (vectors + VECTORS - 1) / VECTORS;
+  return by_tokens<VECTORS>(m, {x, ldx, tokens}, y, ldy, threads, (vectors + tiles - 1) / tiles);
+}
+
+}  // namespace estdgm

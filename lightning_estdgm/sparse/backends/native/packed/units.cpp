@@ -1,0 +1,273 @@
+// Packed units of two and more outputs: a matrix-vector loop for up to three tokens, else outputs as the vector (r of 32
+// and more, or few tokens) or tokens as the vector. Values that are no floats become floats a unit row at a time.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("ira-region=all")  // as in linear.cpp
+#endif
+
+#include <omp.h>
+
+#include <algorithm>
+
+#include "../panels.h"
+#include "../share.h"
+#include "../tile.h"
+#include "packed.h"
+#include "values.h"
+
+namespace {
+
+using estdgm::PackedUnits;
+using estdgm::Values;
+
+constexpr i64 FEW = 3;                 // tokens of the matrix-vector loop
+constexpr i64 SMALL = 16 * 1024;       // values that one thread multiplies sooner than two
+
+i64 longest_row(const int32_t *ptr, i64 rows) {
+  i64 most = 0;
+  for (i64 row = 0; row < rows; row++) most = std::max<i64>(most, ptr[row + 1] - ptr[row]);
+  return most;
+}
+
+// ---- up to three tokens: outputs are the vector, values pass by once
+
+template <class V, int W, int NV, int T>
+void few_strip(const PackedUnits &m, const V *values, i64 row, i64 first, const float *x, i64 ldx, float *y, i64 ldy) {
+  constexpr int U = NV * T >= 8 ? 1 : NV * T >= 4 ? 2 : 4;  // chains of sums, else each addition waits for the last
+  lanes<W> sum[U][T][NV] = {};
+  const V *w = values + m.ptr[row] * m.c * m.r + first;
+  const auto add = [&](int u, i64 column) {
+    for (int j = 0; j < NV; j++) {
+      const lanes<W> v = values_at<W>(w + j * W);
+      for (int t = 0; t < T; t++) sum[u][t][j] += x[t * ldx + column] * v;
+    }
+    w += m.r;
+  };
+  i64 p = m.ptr[row];
+  const i64 end = m.ptr[row + 1];
+  if (m.c % U == 0)
+    for (; p < end; p++)
+      for (i64 k = m.idx[p] * m.c, last = k + m.c; k < last; k += U)
+        for (int u = 0; u < U; u++) add(u, k + u);
+  else if (m.c == 1)
+    for (; p + U <= end; p += U)
+      for (int u = 0; u < U; u++) add(u, m.idx[p + u]);
+  for (; p < end; p++)
+    for (i64 k = 0; k < m.c; k++) add(0, m.idx[p] * m.c + k);
+  const i64 o = row * m.r + first;
+  for (int t = 0; t < T; t++)
+    for (int j = 0; j < NV; j++) {
+      lanes<W> total = sum[0][t][j];
+      for (int u = 1; u < U; u++) total += sum[u][t][j];
+      if (m.scale) total *= values_at<W>(m.scale + o + j * W);
+      if (m.bias) total += values_at<W>(m.bias + o + j * W);
+      *(lanes<W> *)(y + t * ldy + o + j * W) = total;
+    }
+}
+
+template <class V, int R, int T>
+void few_rows(const PackedUnits &m, const V *values, const float *x, i64 ldx, float *y, i64 ldy, int threads) {
+  constexpr int W = R < VL ? R : VL, NV = R / W < 4 ? R / W : 4;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (i64 row = 0; row < m.rows; row++)
+    for (i64 first = 0; first < R; first += W * NV) few_strip<V, W, NV, T>(m, values, row, first, x, ldx, y, ldy);
+}
+
+template <class V, int R = 64>
+void few_tokens(const PackedUnits &m, const V *values, const float *x, i64 ldx, i64 tokens, float *y, i64 ldy, int threads) {
+  if constexpr (R > 2)
+    if (m.r < R) return few_tokens<V, R / 2>(m, values, x, ldx, tokens, y, ldy, threads);
+  if (m.ptr[m.rows] * m.r * m.c < SMALL) threads = 1;
+  if (tokens == 1)
+    few_rows<V, R, 1>(m, values, x, ldx, y, ldy, threads);
+  else if (tokens == 2)
+    few_rows<V, R, 2>(m, values, x, ldx, y, ldy, threads);
+  else
+    few_rows<V, R, 3>(m, values, x, ldx, y, ldy, threads);
+}
+
+// ---- values of a unit row as floats
+
+// A thread's memory for one row; none is needed where they are floats.
+struct RowValues {
+  const PackedUnits &m;
+  float *room;
+  i64 held = -1;
+
+  static i64 floats_needed(const PackedUnits &m, i64 longest) {
+    return m.type == Values::float32 ? 0 : longest * m.r * m.c;
+  }
+
+  const float *of(i64 row) {
+    const i64 start = m.ptr[row] * m.r * m.c;
+    if (m.type == Values::float32) return (const float *)m.values + start;
+    if (row != held) {
+      const i64 n = (m.ptr[row + 1] - m.ptr[row]) * m.c;
+      with_values(m.values, m.type, [&](auto values) {
+        if (m.r % 8 == 0)
+          convert<8>(values + start, n, row * m.r);
+        else
+          convert<2>(values + start, n, row * m.r);
+      });
+    }
+    held = row;
+    return room;
+  }
+
+ private:
+  template <int W, class V>
+  void convert(const V *from, i64 n, i64 output) {
+    for (i64 k = 0; k < n; k++)
+      for (i64 o = 0; o < m.r; o += W) {
+        lanes<W> v = values_at<W>(from + k * m.r + o);
+        if (m.scale) v *= values_at<W>(m.scale + output + o);
+        *(lanes<W> *)(room + k * m.r + o) = v;
+      }
+  }
+};
+
+// ---- outputs as the vector
+
+template <int CHUNK>
+void block_row(const Strip<Float> &row, i64 r, i64 t, i64 end) {
+  Strip<Float> strip = row;
+  const i64 tile = end - t;
+  for (i64 j = 0, width; j < r; j += width, strip.packed += width, strip.y += width) {
+    width = !WIDE ? 2 * VL : r - j < 4 * VL ? r - j : 4 * VL;
+    strip.bias = row.bias ? row.bias + j : nullptr;
+    if (!WIDE)
+      strip.compute<6, 2, CHUNK>(t, end, tile);
+    else if (width == 4 * VL)
+      strip.compute<6, 4, CHUNK>(t, end, tile);
+    else if (width == 2 * VL)
+      strip.compute<12, 2, CHUNK>(t, end, tile);
+    else
+      strip.compute<12, 1, CHUNK>(t, end, tile);
+  }
+}
+
+bool by_outputs(const PackedUnits &m, const float *x, i64 ldx, i64 tokens, float *y, i64 ldy, int threads) {
+  const Division parts(tokens, m.in * 4, m.rows, threads);
+  const i64 longest = longest_row(m.ptr, m.rows);
+  Shares shares(parts.tiles * parts.groups, threads);
+  bool failed = false;
+#pragma omp parallel num_threads(threads)
+  {
+    float *room = floats(RowValues::floats_needed(m, longest));
+    if (!room)
+#pragma omp atomic write
+      failed = true;
+    else {
+      RowValues values{m, room};
+      shares.work(omp_get_thread_num(), [&](i64 task) {
+        const i64 i = task / parts.groups, g = task % parts.groups, t = parts.token(i);
+        const i64 end = std::min(parts.token(i + 1), tokens);
+        for (i64 row = g * m.rows / parts.groups; row < (g + 1) * m.rows / parts.groups; row++) {
+          const i64 o = row * m.r;
+          const Strip<Float> strip = {x, ldx, tokens, values.of(row), m.r * m.c, m.r, m.idx + m.ptr[row],
+                                      m.ptr[row + 1] - m.ptr[row], m.c, m.bias ? m.bias + o : nullptr, y + o, ldy,
+                                      row * m.in / m.rows, (row + 1) * m.in / m.rows};
+          if (m.c % 16 == 0)
+            block_row<16>(strip, m.r, t, end);
+          else
+            block_row<1>(strip, m.r, t, end);
+        }
+      });
+    }
+    free(room);
+  }
+  return !failed;
+}
+
+// ---- tokens as the vector
+
+// Sums of R outputs for N vectors of tokens, over `count` units; weights of one input are `pitch` after the last one's.
+template <int R, int N>
+void gather(const float *panel, const float *weights, i64 pitch, const int32_t *idx, i64 count, i64 c, float *sums) {
+  constexpr i64 WIDTH = N * VL;
+  vec sum[R][N] = {};
+  for (i64 p = 0; p < count; p++) {
+    const float *x = panel + idx[p] * c * WIDTH, *coming = panel + idx[p + 2 < count ? p + 2 : p] * c * WIDTH;
+    for (i64 k = 0; k < c; k++, x += WIDTH, coming += WIDTH, weights += pitch) {
+      __builtin_prefetch(coming);
+      vec xs[N];
+      for (int j = 0; j < N; j++) xs[j] = *(const vec *)(x + j * VL);
+      for (int r = 0; r < R; r++)
+        for (int j = 0; j < N; j++) sum[r][j] += weights[r] * xs[j];
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < N; j++) *(vec *)(sums + r * WIDTH + j * VL) = sum[r][j];
+}
+
+template <int R, int N>
+bool gather_tiles(const PackedUnits &m, Rows<float> x, float *y, i64 ldy, int threads) {
+  constexpr i64 WIDTH = N * VL, STRIP = VL < 16 ? 16 : VL;  // outputs of a strip: whole unit rows and whole vectors
+  const i64 outputs = m.rows * m.r, tiles = (x.count + WIDTH - 1) / WIDTH, strips = (outputs + STRIP - 1) / STRIP;
+  const i64 longest = longest_row(m.ptr, m.rows);
+  i64 parts = tiles % threads ? (4 * threads + tiles - 1) / tiles : 1;
+  parts = std::min(parts, strips);
+  Shares shares(tiles * parts, threads);
+  bool failed = false;
+#pragma omp parallel num_threads(threads)
+  {
+    float *panel = floats((m.in + STRIP) * WIDTH + RowValues::floats_needed(m, longest));
+    float *sums = panel + m.in * WIDTH;
+    i64 loaded = -1;
+    if (!panel)
+#pragma omp atomic write
+      failed = true;
+    else {
+      RowValues values{m, sums + STRIP * WIDTH};
+      shares.work(omp_get_thread_num(), [&](i64 task) {
+        const i64 tile = task / parts, part = task % parts;
+        if (tile != loaded) load_panel<Float>(x, tile * WIDTH, 0, m.in, WIDTH, panel);
+        loaded = tile;
+        for (i64 s = part * strips / parts; s < (part + 1) * strips / parts; s++) {
+          const i64 first = s * STRIP, end = std::min(first + STRIP, outputs);
+          for (i64 o = first; o < end; o += R) {
+            const i64 row = o / m.r, count = m.ptr[row + 1] - m.ptr[row];
+            gather<R, N>(panel, values.of(row) + o % m.r, m.r, m.idx + m.ptr[row], count, m.c,
+                         sums + (o - first) * WIDTH);
+          }
+          store_panel<Float>(sums, WIDTH, m.bias ? m.bias + first : nullptr, end - first, tile * WIDTH, x.count,
+                             y + first, ldy);
+        }
+      });
+    }
+    free(panel);
+  }
+  return !failed;
+}
+
+template <int R, int N>
+bool by_tokens(const PackedUnits &m, Rows<float> x, float *y, i64 ldy, int threads, i64 vectors) {
+  if constexpr (N > 1)
+    if (vectors < N) return by_tokens<R, N - 1>(m, x, y, ldy, threads, vectors);
+  return gather_tiles<R, N>(m, x, y, ldy, threads);
+}
+
+// Vectors of tokens in a tile: at most `most`, and so few that the inputs' stay in the second-level cache.
+i64 tile_vectors(i64 tokens, i64 in, i64 most) {
+  const i64 vectors = (tokens + VL - 1) / VL, room = std::clamp<i64>(1024 * 1024 / (in * VL * 4), 1, most);
+  const i64 tiles = (vectors + room - 1) / room;
+  return (vectors + tiles - 1) / tiles;
+}
+
+}  // namespace
+
+namespace estdgm {
+
+bool multiply(const PackedUnits &m, const float *x, i64 ldx, i64 tokens, float *y, i64 ldy, int threads) {
+  if (tokens <= FEW) {
+    with_values(m.values, m.type, [&](auto values) { few_tokens(m, values, x, ldx, tokens, y, ldy, threads); });
+    return true;
+  }
+  if (m.r > 16 || (m.r == 16 && tokens < 2 * VL)) return by_outputs(m, x, ldx, tokens, y, ldy, threads);
+  const Rows<float> rows = {x, ldx, tokens};
+  const auto vectors = [&](i64 most) { return tile_vectors(tokens, m.in, most); };
+  if (m.r >= 8) return by_tokens<8, WIDE ? 3 : 1>(m, rows, y, ldy, threads, vectors(WIDE ? 3 : 1));
+  if (m.r == 4) return by_tokens<4, WIDE ? 6 : 2>(m, rows, y, ldy, threads, vectors(WIDE ? 6 : 2));
+  return by_tokens<2, WIDE ? 8 : 4>(m, rows, y, ldy, threads, vectors(WIDE ? 8 : 4));
+}
+
+}  // namespace estdgm
