@@ -11,6 +11,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from lightning_estdgm.tools._export_command import export
 from lightning_estdgm.tools._terminal import wide_console
 from lightning_estdgm.tools.bench._commands import app as bench_commands
 from lightning_estdgm.tools.demo._command import demo
@@ -190,6 +191,9 @@ def densify(
         message = f"{checkpoint} holds objects of other classes; if you trust it: --no-weights-only. {e}"
         raise typer.BadParameter(message, param_hint="CKPT") from e
     typer.echo(f"{dense}: {dense.stat().st_size:,} bytes, from {checkpoint.stat().st_size:,}")
+
+
+app.command()(export)
 
 
 app.command()(plan)

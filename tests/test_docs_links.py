@@ -22,7 +22,12 @@ PAGES = [
 OF_TODAY = [page for page in PAGES if page.name != "CHANGELOG.md"]
 """The changelog names what was there before."""
 
-ENTRY_POINT_GROUPS = {"lightning_estdgm.backends", "lightning_estdgm.energy_sources", "lightning_estdgm.strategies"}
+ENTRY_POINT_GROUPS = {
+    "lightning_estdgm.backends",
+    "lightning_estdgm.energy_sources",
+    "lightning_estdgm.export_targets",
+    "lightning_estdgm.strategies",
+}
 FORMATS = {"lightning_estdgm.energy"}
 """Names that are no modules, or not only."""
 

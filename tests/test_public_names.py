@@ -24,6 +24,7 @@ COLLECTING = {"lightning_estdgm.method._schedules"}
 DISCOVERED = {
     "lightning_estdgm.distributed.adapters": "ADAPTER",
     "lightning_estdgm.energy.sources": "SOURCE",
+    "lightning_estdgm.export.targets": "TARGET",
     "lightning_estdgm.sparse.backends": "BACKEND",
 }
 """Discovery folders, and the name that each of their modules offers."""

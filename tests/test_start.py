@@ -53,7 +53,11 @@ def test_import_loads_nothing_heavy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], *([name, "--help"] for name in ("demo", "train", "study", "plan", "bench", "report"))],
+    [
+        ["--help"],
+        ["--version"],
+        *([name, "--help"] for name in ("demo", "train", "study", "plan", "bench", "report", "export")),
+    ],
     ids=" ".join,
 )
 def test_help_and_version_load_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:

@@ -17,12 +17,18 @@ from typing import TYPE_CHECKING
 from lightning_estdgm._lazy import attach
 
 if TYPE_CHECKING:
+    from lightning_estdgm.export._checkpoint import export_checkpoint as export_checkpoint
     from lightning_estdgm.export._densify import densify_checkpoint as densify_checkpoint
+    from lightning_estdgm.export._export import ExportReport as ExportReport
+    from lightning_estdgm.export._export import export_model as export_model
     from lightning_estdgm.export._packed import load_packed as load_packed
     from lightning_estdgm.export._packed import packed as packed
     from lightning_estdgm.export._packed import save_packed as save_packed
     from lightning_estdgm.export._packed_layers import PackedConv2d as PackedConv2d
     from lightning_estdgm.export._packed_layers import PackedLinear as PackedLinear
+    from lightning_estdgm.export.targets._protocol import ExportError as ExportError
+    from lightning_estdgm.export.targets._protocol import ExportInput as ExportInput
+    from lightning_estdgm.export.targets._protocol import ExportTarget as ExportTarget
     from lightning_estdgm.sparse.backends.native._operator import operator_library as operator_library
 else:
     __getattr__, __dir__, __all__ = attach(
@@ -31,6 +37,12 @@ else:
             "PackedConv2d": "lightning_estdgm.export._packed_layers",
             "PackedLinear": "lightning_estdgm.export._packed_layers",
             "densify_checkpoint": "lightning_estdgm.export._densify",
+            "export_checkpoint": "lightning_estdgm.export._checkpoint",
+            "export_model": "lightning_estdgm.export._export",
+            "ExportError": "lightning_estdgm.export.targets._protocol",
+            "ExportInput": "lightning_estdgm.export.targets._protocol",
+            "ExportReport": "lightning_estdgm.export._export",
+            "ExportTarget": "lightning_estdgm.export.targets._protocol",
             "load_packed": "lightning_estdgm.export._packed",
             "operator_library": "lightning_estdgm.sparse.backends.native._operator",
             "packed": "lightning_estdgm.export._packed",

@@ -9,6 +9,7 @@ bit an entry. The rest stays as it is. "Zero" means zero bits: ``-0.0`` is a val
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import cached_property
@@ -55,6 +56,13 @@ def unpack(content: Mapping[str, Any]) -> Any:
             node = node[key]
         node[last] = _unpack_tensor(entry, masks)
     return checkpoint
+
+
+def active_share(checkpoint: Any) -> float:
+    """Return the active share of the masked weights of a checkpoint; 1 if it has no masks."""
+    masks = _masks(checkpoint).values()
+    weights = sum(math.prod(mask.shape) for mask in masks)
+    return sum(mask.active for mask in masks) / weights if weights else 1.0
 
 
 class _Mask:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -55,4 +57,33 @@ def _remove_stale(folder: Path) -> None:
     for file in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
         with contextlib.suppress(OSError):
             if time.time() - file.stat().st_mtime > _STALE_S:
-                file.unlink()
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+@contextlib.contextmanager
+def whole_folder(parent: Path) -> Iterator[tuple[Path, Callable[[str], tuple[Path, ...]]]]:
+    """Yield an empty local folder beside files to come, and a function that moves what was written there to `parent`.
+
+    It takes the name of the main file, which is moved last and returned first: once that is there, all are. What is not
+    moved in the end is removed.
+
+    Raises:
+        FileExistsError: by that function, if `parent` has a file of one of the names; nothing was moved then.
+
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, suffix=_SUFFIX, dir=parent))
+
+    def publish(main: str) -> tuple[Path, ...]:
+        names = [main, *sorted(file.name for file in folder.iterdir() if file.name != main)]
+        if there := [name for name in names if (parent / name).exists()]:
+            raise FileExistsError(f"{parent / there[0]} is there already; expected a new file name")
+        for name in reversed(names):
+            os.replace(folder / name, parent / name)
+        _sync_folder(parent)
+        return tuple(parent / name for name in names)
+
+    try:
+        yield folder, publish
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from lightning_estdgm.engine._budget import LayerUnits, unit_budgets
 from lightning_estdgm.method._masks import BlockSize
 from lightning_estdgm.modules._candidates import Candidate, find_candidates
 from lightning_estdgm.modules._mask_unit import unit_of
+from lightning_estdgm.tools._named_object import named_object
 from lightning_estdgm.tools.planner._setup import TrainingSetup
 
 _SPLIT = "no sparse operator under tensor parallelism"
@@ -94,13 +94,7 @@ def load_model(path: str) -> nn.Module:
         ValueError: if there is no such factory, it fails, or it makes no module.
 
     """
-    module_name, colon, name = path.partition(":")
-    if not (module_name and colon and name):
-        raise ValueError(f"model must be given as package.module:factory, got {path!r}")
-    try:
-        factory = getattr(import_module(module_name), name)
-    except (ImportError, AttributeError) as e:
-        raise ValueError(f"model {path!r} cannot be found: {e}") from e
+    factory = named_object("model", path, "factory")
     try:
         with torch.device("meta"):
             model = factory()

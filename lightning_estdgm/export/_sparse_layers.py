@@ -1,0 +1,100 @@
+"""Layers of a model that are linear and hold zeros enough for a sparse form, and the reasons why others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_estdgm.method._masks import active_units
+from lightning_estdgm.modules._kinds import CONVOLUTIONS, LAYER_KINDS, LayerKind
+
+DENSE_ABOVE = 0.5
+"""Share of active weights above which a layer counts as dense."""
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """One linear layer under one of its names.
+
+    Attributes:
+        name: name in the model.
+        module: the layer.
+        weight: its weight as ``(out, in)``.
+        bias: its bias, or None.
+        density: share of its weights that are not zero.
+
+    """
+
+    name: str
+    module: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+    density: float
+
+
+def sparse_linear_layers(model: nn.Module) -> tuple[list[SparseLayer], list[str]]:
+    """Return the linear layers with at most half of their weights active, and why other sparse layers stay dense.
+
+    A layer with several names is returned under each.
+    """
+    found: list[SparseLayer] = []
+    kept: dict[str, list[str]] = {}
+    inside_encoder = _inside_encoder_layers(model)
+    for name, module in model.named_modules(remove_duplicate=False):
+        kind = next((kind for kind in LAYER_KINDS if kind.matches(module)), None)
+        if kind is None or (density := _density(module, kind)) > DENSE_ABOVE:
+            continue
+        if reason := _why_dense(name, module, kind, inside_encoder):
+            kept.setdefault(reason, []).append(f"{name} ({type(module).__name__})")
+            continue
+        weight = cast(Tensor, module.weight).detach()
+        oriented = weight.t() if kind.transposed else weight
+        bias = cast("Tensor | None", getattr(module, "bias", None))
+        found.append(SparseLayer(name, module, oriented, None if bias is None else bias.detach(), density))
+    return found, [f"stays dense, {reason}: {', '.join(names)}" for reason, names in kept.items()]
+
+
+def replace_layers(model: nn.Module, layers: list[SparseLayer], make: Callable[[SparseLayer], nn.Module]) -> None:
+    """Put a new module in the place of each layer; one with several names gets one new module."""
+    made: dict[int, nn.Module] = {}
+    for layer in layers:
+        if id(layer.module) not in made:
+            made[id(layer.module)] = make(layer)
+        model.set_submodule(layer.name, made[id(layer.module)])
+
+
+def clean_zeros_(model: nn.Module) -> nn.Module:
+    """Turn every ``-0.0`` of parameters and buffers into ``+0.0``; products with a mask leave them. Returns `model`."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point() and tensor.layout is torch.strided:
+                tensor += 0.0
+    return model
+
+
+def _density(module: Any, kind: LayerKind) -> float:
+    weight = getattr(module, kind.weight_name, None)
+    if not isinstance(weight, Tensor) or not weight.numel():
+        return 1.0
+    return active_units(weight.detach() != 0) / weight.numel()
+
+
+def _why_dense(name: str, module: nn.Module, kind: LayerKind, inside_encoder: set[int]) -> str:
+    if isinstance(module, CONVOLUTIONS) or "convolution" in kind.name:
+        return "as this form holds linear layers only"
+    if why := kind.why_dense(module):
+        return why
+    if id(module) in inside_encoder:
+        return "nn.TransformerEncoderLayer reads the weights of its layers itself"
+    if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "parametrizations"):
+        return "it has hooks or parametrizations"
+    return "" if name else "the model itself is this layer: put it into an nn.Sequential"
+
+
+def _inside_encoder_layers(model: nn.Module) -> set[int]:
+    layers = (m for m in model.modules() if isinstance(m, (nn.TransformerEncoderLayer, nn.MultiheadAttention)))
+    return {id(inner) for layer in layers for inner in layer.modules()}
