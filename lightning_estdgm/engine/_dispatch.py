@@ -250,7 +250,8 @@ class Dispatch:
         backend = get_backend(self._config.backend)
         for weight in weights:
             if self._is_forced(weight) and (reason := _refusal(backend, weight)):
-                if weight.candidate.seems_head:
+                no_block = weight.block_size == 1 and isinstance(self._config.units.size, str)
+                if weight.candidate.seems_head or no_block:  # what nobody asked for does not end a run
                     self._unfit.add(weight.name)
                     continue
                 raise ValueError(

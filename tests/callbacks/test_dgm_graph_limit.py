@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from helpers.models import Batches, make_trainer
-from lightning_estdgm import DGMCallback, DGMConfig, EstDgm
+from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Units
 from lightning_estdgm._environment import dynamo_settings
 from lightning_estdgm.sparse.autotune._choice import BackendSelector
 
@@ -52,7 +52,7 @@ def test_crossings_of_four_shapes_stay_within_the_limit_of_graphs(monkeypatch, b
     monkeypatch.setitem(BackendSelector.__init__.__kwdefaults__, "measure", _turns_sparse_by_width)
     torch._dynamo.reset()
     before = [getattr(torch._dynamo.config, name) for name in LIMITS]
-    model, callback = FourShapes(), DGMCallback(DGMConfig(EstDgm(update_every=4, observe_steps=2)))
+    model, callback = FourShapes(), DGMCallback(DGMConfig(EstDgm(update_every=4, observe_steps=2), Units(size=16)))
     with torch._dynamo.config.patch(dynamo_settings(torch._dynamo.config, fail_on_recompile_limit_hit=True)):
         make_trainer(callback, max_epochs=8).fit(model, batches, batches)
     assert {d.final_backend for d in callback.decisions() if d.masked} == {"cpu"}

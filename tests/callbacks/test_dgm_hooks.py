@@ -38,7 +38,7 @@ from helpers.models import (
     make_trainer,
     weight_masks,
 )
-from lightning_estdgm import DGMCallback
+from lightning_estdgm import DGMCallback, Units
 
 pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
 
@@ -270,7 +270,9 @@ def test_hooks_are_there_during_the_run() -> None:
         def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
             found.append(leftovers(pl_module, trainer))
 
-    trainer = make_trainer(callback_for(), TQDMProgressBar(), Look(), max_epochs=1, enable_progress_bar=True)
+    trainer = make_trainer(
+        callback_for(units=Units(size=16)), TQDMProgressBar(), Look(), max_epochs=1, enable_progress_bar=True
+    )
     trainer.fit(module, MLP.batches(20))
     text = " ".join(found[0])
     assert all(
@@ -366,7 +368,7 @@ def test_tqdm_bar_really_renders_phase_and_density(capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("bar", [None, TQDMProgressBar, RichProgressBar])
 def test_table_is_printed_once_and_is_data_too(capsys: pytest.CaptureFixture[str], bar: Any) -> None:
-    callback = callback_for()
+    callback = callback_for(units=Units(size=16))
     bars = [bar()] if bar else []
     trainer = make_trainer(callback, *bars, max_epochs=2, enable_progress_bar=bool(bars))
     trainer.fit(MLP(), MLP.batches(10), MLP.batches(1))

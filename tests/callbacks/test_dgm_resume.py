@@ -41,7 +41,7 @@ RUNS = {
     "single weights": Run(TinyMLP),
     "accumulation and clipping": Run(TinyMLP, accumulate=2, gradient_clip_val=0.5),
     "blocks, forced cpu backend": Run(MLP, config={"backend": "cpu"}),
-    "blocks, auto backend, accumulation": Run(MLP, accumulate=2),
+    "blocks, auto backend, accumulation": Run(MLP, accumulate=2, config={"units": {"size": 16}}),
     "frozen": Run(MLP, config={"inactive": "frozen", "backend": "cpu"}),
     "bf16-mixed": Run(TinyMLP, precision="bf16-mixed"),
     "two manual optimizers": Run(GAN),

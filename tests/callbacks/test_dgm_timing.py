@@ -21,6 +21,7 @@ PLAN = re.compile(
     r"DGMCallback: dense and sparse products are timed on this machine: up to (\d+) cases? "
     r"\(1 shape of layer and input\), about \d+ s"
 )
+BLOCKS = Units(size=16)
 RESULT = re.compile(r"(\d+) cases? timed in \d+\.\d s")
 
 
@@ -48,7 +49,7 @@ def measure_as(monkeypatch: pytest.MonkeyPatch, timing: Timing) -> list[Any]:
 
 @pytest.mark.parametrize("bar", [None, TQDMProgressBar, RichProgressBar])
 def test_a_run_says_what_it_will_time_and_how_long_it_took(capsys: pytest.CaptureFixture[str], bar: Any) -> None:
-    text = fit(capsys, callback_for(), *([bar()] if bar else []))
+    text = fit(capsys, callback_for(units=BLOCKS), *([bar()] if bar else []))
     plan, result = PLAN.search(text), RESULT.search(text)
     assert plan is not None
     assert result is not None
@@ -63,11 +64,20 @@ def test_a_run_that_times_nothing_says_nothing(
     assert not re.search("timed", fit(capsys, callback_for(backend="cpu")))
     monkeypatch.setenv("ESTDGM_CHOICES", str(tmp_path))
     monkeypatch.setitem(BackendSelector.__init__.__kwdefaults__, "load", lambda: 1.0)  # no calm moment to time it again
-    assert PLAN.search(fit(capsys, callback_for()))
-    second = fit(capsys, callback_for())
+    assert PLAN.search(fit(capsys, callback_for(units=BLOCKS)))
+    second = fit(capsys, callback_for(units=BLOCKS))
     assert not PLAN.search(second)
     assert not RESULT.search(second)
     assert "are masked" in second
+
+
+def test_a_run_says_which_units_it_times_and_what_decided(capsys: pytest.CaptureFixture[str]) -> None:
+    text = fit(capsys, callback_for())
+    plan = re.search(r"DGMCallback: mask units: dense and sparse products are timed on this machine", text)
+    decided = re.search(r"Units by least time to a loss, dense in as many steps = 1. net.0, net.2: .* \(weight", text)
+    assert plan is not None
+    assert decided is not None
+    assert plan.start() < text.index("are masked") < decided.start()
 
 
 def test_a_busy_machine_is_said_once_below_the_table(

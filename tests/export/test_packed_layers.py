@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.packed_layers import TOKENS, UNITS, masked_weight, stored
 from torch import nn
 
+from helpers.packed_layers import TOKENS, UNITS, masked_weight, stored
 from lightning_estdgm.export import PackedLinear, operator_library, packed
 from lightning_estdgm.sparse._packed_weight import DTYPES, pack_weight
 
