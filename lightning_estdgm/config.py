@@ -23,8 +23,8 @@ class Units:
 
     Attributes:
         size: side of a unit: 1 (single weights), 4, 8, 16, 32, 64, 128; a pair of outputs that share an input, (2, 1),
-            (4, 1), (8, 1), (16, 1); or ``"auto"``: for each layer the largest block that its sparse operator can use,
-            single weights where there is none.
+            (4, 1), (8, 1), (16, 1), (32, 1); or ``"auto"``: for each layer the largest block that its sparse operator
+            can use, single weights where there is none.
         distribution: rule for the densities of layers: ``"erk"``, ``"uniform"``, or a function
             ``(shapes, density) -> densities``.
 
