@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent
         (["../test_derivatives.py", "-k", "triton"], 12),
         (["triton_in_interpreter.py"], 50),
         (["triton_conv_in_interpreter.py"], 48),
-        (["triton_units_in_interpreter.py"], 62),
+        (["triton_units_in_interpreter.py"], 59),
     ],
     ids=["conformance", "derivatives", "kernels", "convolutions", "units"],
 )
