@@ -23,10 +23,10 @@ class Units:
 
     Attributes:
         size: side of a unit: 1 (single weights), 4, 8, 16, 32, 64, 128; a pair of outputs that share an input, (2, 1),
-            (4, 1), (8, 1), (16, 1); or chosen for each layer by timing it: ``"auto"``, the unit of the least cost to
-            a loss, which is the time of a step times the steps that the unit needs; ``"finest"``, the finest unit that
-            is computed faster than dense; ``"fastest"``, that of the fastest step. With a pattern or a forced backend
-            nothing is timed, and these are the largest block that fits; single weights where there is none.
+            (4, 1), (8, 1), (16, 1), (32, 1); or chosen for each layer by timing it: ``"auto"``, the unit of the least
+            cost to a loss, which is the time of a step times the steps that the unit needs; ``"finest"``, the finest
+            that is computed faster than dense; ``"fastest"``, that of the fastest step. With a pattern or a forced
+            backend nothing is timed, and these are the largest block that fits; single weights where there is none.
         distribution: rule for the densities of layers: ``"erk"``, ``"uniform"``, or a function
             ``(shapes, density) -> densities``.
 

@@ -14,6 +14,8 @@ from lightning_estdgm.method._patterns import NofM
 from lightning_estdgm.method._schedules import EstDgm, Phase
 from lightning_estdgm.method._update_rule import UpdateRule
 
+SIZES = "units.size must be 'auto', 'finest', 'fastest' or one of (1, (2, 1), (4, 1), (8, 1), (16, 1), (32, 1), 4, 8, 16, 32, 64, 128)"
+
 
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
@@ -22,12 +24,12 @@ from lightning_estdgm.method._update_rule import UpdateRule
         (
             {"units": {"size": 12}},
             ValueError,
-            "'finest', 'fastest' or one of (1, (2, 1), (4, 1), (8, 1), (16, 1), 4, 8, 16, 32, 64, 128), got 12",
+            f"{SIZES}, got 12",
         ),
         (
             {"units": {"size": "big"}},
             ValueError,
-            "'finest', 'fastest' or one of (1, (2, 1), (4, 1), (8, 1), (16, 1), 4, 8, 16, 32, 64, 128), got",
+            f"{SIZES}, got",
         ),
         (
             {"units": {"distribution": "even"}},
@@ -37,12 +39,12 @@ from lightning_estdgm.method._update_rule import UpdateRule
         (
             {"units": {"size": 16.0}},
             ValueError,
-            "'finest', 'fastest' or one of (1, (2, 1), (4, 1), (8, 1), (16, 1), 4, 8, 16, 32, 64, 128), got 16.0",
+            f"{SIZES}, got 16.0",
         ),
         (
             {"units": {"size": True}},
             ValueError,
-            "'finest', 'fastest' or one of (1, (2, 1), (4, 1), (8, 1), (16, 1), 4, 8, 16, 32, 64, 128), got True",
+            f"{SIZES}, got True",
         ),
         (
             {"update_rule": {"gamma": -0.1}},

@@ -11,7 +11,7 @@ from lightning_estdgm.sparse.autotune._unit_cost import AIMS
 BLOCK_SIZES = (16, 32, 64, 128)
 """Block sizes that a sparse operator exists for on every kind of device."""
 
-UNIT_SIZES: tuple[BlockSize, ...] = (1, (2, 1), (4, 1), (8, 1), (16, 1), 4, 8, *BLOCK_SIZES)
+UNIT_SIZES: tuple[BlockSize, ...] = (1, (2, 1), (4, 1), (8, 1), (16, 1), (32, 1), 4, 8, *BLOCK_SIZES)
 """Mask units that a sparse operator may exist for: sides of squares (1: single weights), outputs of one input."""
 
 _MIN_BLOCKS_A_SIDE = 8

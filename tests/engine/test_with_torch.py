@@ -160,7 +160,7 @@ def test_what_a_captured_graph_reads_stays_in_its_place():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("block_size", [32, 64])
+@pytest.mark.parametrize("block_size", [32, 64, (8, 1), (32, 1)], ids=str)
 def test_a_cuda_graph_follows_masks_that_change_in_place(block_size):
     torch.manual_seed(0)
     topology = BlockTopology.from_mask(torch.rand(8, 4, device="cuda") < 0.5, block_size)

@@ -126,18 +126,16 @@ class BackendSelector:
             ValueError: A forced (or restored) backend does not run this layer.
         """
         if self._forced is not None:
-            return self._forced_choice(measured_case(case))
+            return _remarked(self._forced_choice(measured_case(case)))
         asked, case = case, measured_case(case)
         known, bucket = self._known(case), bucket_of(case.density)
         if bucket not in known:
             known[bucket] = _inferred(known, bucket) or self._measured(case)
         choice = known[bucket]
-        if choice.backend != DENSE:
-            get_backend(choice.backend)  # a restored choice may name a backend that is not installed here
         (count, _), (timed, noun) = count_of(asked), count_of(case)
         if choice.dense_s is not None and count != timed:
-            return replace(choice, why=f"{choice.why}, timed with {timed} {noun} for {count}")
-        return choice
+            choice = replace(choice, why=f"{choice.why}, timed with {timed} {noun} for {count}")
+        return _remarked(choice)
 
     def timed(self, case: Case | ConvCase) -> Choice:
         """The choice for one layer at one density, with the seconds of dense and sparse; measured if none are known.
@@ -252,6 +250,16 @@ class BackendSelector:
 
 
 _CHOICE = tuple(field.name for field in fields(Choice))
+
+
+def _remarked(choice: Choice) -> Choice:
+    """The choice with what its backend has to say of itself.
+
+    Raises:
+        ValueError: A restored choice names a backend that is not installed here.
+    """
+    remark = None if choice.backend == DENSE else getattr(get_backend(choice.backend), "remark", None)
+    return choice if remark is None else replace(choice, why=f"{choice.why}; {remark}")
 
 
 def _able(reasons_against: Mapping[str, str | None]) -> list[str]:

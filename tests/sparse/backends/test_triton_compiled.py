@@ -10,8 +10,8 @@ import torch
 from helpers import triton_installed
 from lightning_estdgm.sparse._conv_geometry import ConvGeometry
 from lightning_estdgm.sparse._topology import BlockTopology
-from lightning_estdgm.sparse.backends.triton._requirements import BLOCK_SIZES
-from lightning_estdgm.sparse.backends.triton._tiles import Tiles, candidates
+from lightning_estdgm.sparse.backends.triton._requirements import BLOCK_SIZES, UNIT_LENGTHS
+from lightning_estdgm.sparse.backends.triton._tiles import Tiles, candidates, unit_candidates
 
 if not triton_installed.is_installed():
     pytest.skip(triton_installed.REASON, allow_module_level=True)
@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from lightning_estdgm.sparse.backends.triton import _conv as conv
 from lightning_estdgm.sparse.backends.triton import _linear as linear
+from lightning_estdgm.sparse.backends.triton import _units as units
 from lightning_estdgm.sparse.backends.triton._conv_grad_weight import conv_grad_weight
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -130,6 +131,41 @@ def _launch_conv(product, dtype, precision, block_size, tiles):
         conv_grad_weight(dy, x, topology, geometry, tiles, precision=precision)
 
 
+def _unit_cases(name):
+    """As above, for units of several outputs: not every cut in every dtype, and other dtypes on the next target."""
+    _, shared, _ = TARGETS[name]
+    at_target = list(TARGETS).index(name)
+    for i, length in enumerate(UNIT_LENGTHS):
+        narrow = (torch.float16, torch.bfloat16)[(i + at_target) % 2]
+        wide = "tf32" if name != "gfx90a" and (i + at_target) % 2 else "ieee"
+        for dtype, precision in ((narrow, "ieee"), (torch.float32, wide)):
+            exact = dtype == torch.float32 and precision == "ieee"
+            for in_groups, products in ((False, {"linear", "grad_weight"}), (True, {"grad_input"})):
+                found = unit_candidates(
+                    length,
+                    dtype.itemsize,
+                    in_groups=in_groups,
+                    amd=name.startswith("gfx"),
+                    exact_float32=exact,
+                    shared_bytes=shared,
+                )
+                for tiles in found if dtype == narrow else found[:1]:
+                    yield dtype, precision, length, tiles, products
+
+
+def _launch_units(product, dtype, precision, length, tiles):
+    topology = BlockTopology.from_mask(torch.ones(128 // length, 150, dtype=torch.bool), (length, 1))
+    out, features = topology.shape
+    tokens = 1000  # no whole number of tiles, and enough that the weight gradient may be split
+    x, dy, weight = (torch.empty(shape, dtype=dtype) for shape in ((tokens, features), (tokens, out), (out, features)))
+    if product == "linear":
+        units.linear(x, weight, x.new_empty(out), topology, tiles, precision=precision)
+    elif product == "grad_input":
+        units.linear(dy, weight.t(), None, topology.transpose(), tiles, precision=precision)
+    else:
+        units.grad_weight(dy, x, topology, tiles, precision=precision)
+
+
 def _spilled_bytes(kernel, folder):
     """Bytes of registers kept in memory, per thread."""
     if "amdgcn" in kernel.asm:
@@ -147,7 +183,17 @@ def _text(kernel):
     return kernel.asm["amdgcn"] if "amdgcn" in kernel.asm else kernel.asm["ptx"]
 
 
-LAYERS = {"linear": (_cases, _launch, ""), "conv": (_conv_cases, _launch_conv, "_conv")}
+# cases, their launch, kernels that multiply, and others
+LAYERS = {
+    "linear": (_cases, _launch, {"_linear_kernel", "_grad_weight_kernel"}, set()),
+    "conv": (_conv_cases, _launch_conv, {"_conv_kernel", "_conv_grad_weight_kernel"}, set()),
+    "units": (
+        _unit_cases,
+        _launch_units,
+        {"_gather_kernel", "_linear_kernel", "_grad_weight_kernel"},
+        {"_pack_kernel", "_mark_kernel"},
+    ),
+}
 # Exact float32 has no matrix units on NVIDIA. ptxas holds its registers down so that more programs fit: that may cost
 # an address or two.
 SPILL_OF_EXACT_CONV = 32
@@ -157,7 +203,7 @@ SPILL_OF_EXACT_CONV = 32
 @pytest.mark.parametrize("name", TARGETS)
 def test_kernels_compile_use_matrix_units_and_do_not_spill(name, layer, compile_for, tmp_path):
     compiled = compile_for(name)
-    cases, launch, prefix = LAYERS[layer]
+    cases, launch, multiplying, others = LAYERS[layer]
     _, shared, matrix_units = TARGETS[name]
     seen = set()
     for dtype, precision, block_size, tiles, products in cases(name):
@@ -171,10 +217,9 @@ def test_kernels_compile_use_matrix_units_and_do_not_spill(name, layer, compile_
                 allowed = SPILL_OF_EXACT_CONV if exact_on_nvidia and layer == "conv" else 0
                 assert _spilled_bytes(kernel, tmp_path) <= allowed, case
                 assert kernel.metadata.shared <= shared, case
-                multiplies = function != "_sum_parts_kernel"
+                multiplies = function in multiplying
                 assert bool(re.search(matrix_units, _text(kernel))) == (multiplies and not exact_on_nvidia), case
-    product = "_linear_kernel" if layer == "linear" else "_conv_kernel"
-    assert seen == {product, f"{prefix}_grad_weight_kernel", "_sum_parts_kernel"}
+    assert seen == multiplying | others | {"_sum_parts_kernel"}
 
 
 @pytest.mark.parametrize("name", ["sm_80", "gfx942"])

@@ -21,8 +21,9 @@ TESTS = Path(__file__).parent
         (["../test_derivatives.py", "-k", "triton"], 12),
         (["triton_in_interpreter.py"], 50),
         (["triton_conv_in_interpreter.py"], 48),
+        (["triton_units_in_interpreter.py"], 59),
     ],
-    ids=["conformance", "derivatives", "kernels", "convolutions"],
+    ids=["conformance", "derivatives", "kernels", "convolutions", "units"],
 )
 def test_kernels_equal_the_reference_in_the_interpreter(what, at_least, tmp_path):
     done = subprocess.run(

@@ -11,11 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_estdgm.method._masks import size_words
 from lightning_estdgm.sparse._buckets import bucket_of
 from lightning_estdgm.sparse._conv_geometry import ConvGeometry
 from lightning_estdgm.sparse._topology import BlockTopology
-from lightning_estdgm.sparse.backends.triton._requirements import BLOCK_SIZES, DTYPES, MAX_TAPS, device_refusal
-from lightning_estdgm.sparse.backends.triton._tiles import Tiles, Tuner, candidates
+from lightning_estdgm.sparse.backends.triton._requirements import (
+    BLOCK_SIZES,
+    DTYPES,
+    MAX_TAPS,
+    UNIT_LENGTHS,
+    device_refusal,
+)
+from lightning_estdgm.sparse.backends.triton._tiles import Tiles, Tuner, candidates, unit_candidates
 
 Seconds = Callable[[Callable[[], object]], float]
 
@@ -39,7 +46,9 @@ def _is_gfx942(device: torch.device) -> bool:
 
 
 @functools.cache
-def _candidates(device: torch.device, block_size: int, itemsize: int, precision: str) -> tuple[Tiles, ...]:
+def _candidates(
+    device: torch.device, sides: tuple[int, int], itemsize: int, precision: str, in_groups: bool
+) -> tuple[Tiles, ...]:
     amd = torch.version.hip is not None
     shared = 2**16  # of every AMD GPU up to the MI300
     if device.type == "cpu":
@@ -47,7 +56,9 @@ def _candidates(device: torch.device, block_size: int, itemsize: int, precision:
     elif not amd:
         shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", shared)
     exact = itemsize == 4 and precision == "ieee"
-    return candidates(block_size, itemsize, amd=amd, exact_float32=exact, shared_bytes=shared)
+    if min(sides) > 1:
+        return candidates(sides[0], itemsize, amd=amd, exact_float32=exact, shared_bytes=shared)
+    return unit_candidates(max(sides), itemsize, in_groups=in_groups, amd=amd, exact_float32=exact, shared_bytes=shared)
 
 
 def _device_seconds(run: Callable[[], object], calls: int = 5, rounds: int = 3) -> float:
@@ -70,6 +81,8 @@ class TritonBackend:
 
     So for linear layers and for convolutions, whose pixels are read where they lie in channels-last memory.
 
+    Units of 8 to 32 outputs of one input have the same products in linear layers, over copies of what they gather.
+
     Sums are in float32, in an order that depends on the shapes and the cut of the work alone. Which cut is fastest is
     timed on the first call of a shape, dtype, block size and density (rounded up by `bucket_of`, so that a moving
     density is timed a few times); never while a CUDA graph is captured and never under
@@ -81,6 +94,7 @@ class TritonBackend:
     """
 
     name = "triton"
+    remark = "triton's kernels were never timed on a GPU before their release"
 
     def __init__(self, seconds: Seconds | None = None) -> None:
         self._seconds = seconds
@@ -92,8 +106,11 @@ class TritonBackend:
         """Reason why a case cannot be run, or None."""
         if dtype not in DTYPES:
             return f"needs float16, bfloat16 or float32, got {dtype}"
-        if topology.block_size not in BLOCK_SIZES:
-            return f"needs blocks of 16, 32, 64 or 128, got block size {topology.block_size}"
+        if topology.block_size not in BLOCK_SIZES and not _is_fine(topology):
+            return (
+                "needs blocks of 16, 32, 64 or 128, or units of 8, 16 or 32 outputs that share an input, "
+                f"got {size_words(topology.block_size)}"
+            )
         return device_refusal(device)
 
     def linear(self, x2d: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
@@ -113,7 +130,7 @@ class TritonBackend:
         precision = _precision(x2d.device)
 
         def run(tiles: Tiles) -> Tensor:
-            return _of("linear").grad_weight(dy2d, x2d, topology, tiles, precision=precision)
+            return _kernels(topology).grad_weight(dy2d, x2d, topology, tiles, precision=precision)
 
         layout = (dy2d.stride(1) == 1, x2d.stride(1) == 1)
         return run(self._tiles("grad_weight", x2d.shape[0], x2d, topology, precision, layout, run))
@@ -124,6 +141,8 @@ class TritonBackend:
         """Reason why a convolution cannot be run, or None."""
         if max(geometry.kernel_size) > MAX_TAPS:
             return f"needs kernels of at most {MAX_TAPS} taps a side, got {geometry.kernel_size}"
+        if topology.block_size not in BLOCK_SIZES:
+            return f"needs blocks of 16, 32, 64 or 128, got {size_words(topology.block_size)}"
         return self.unsupported(device, dtype, topology)
 
     def conv(
@@ -186,7 +205,7 @@ class TritonBackend:
         precision = _precision(x2d.device)
 
         def run(tiles: Tiles) -> Tensor:
-            return _of("linear").linear(x2d, weight, bias, topology, tiles, precision=precision)
+            return _kernels(topology).linear(x2d, weight, bias, topology, tiles, precision=precision)
 
         layout = (x2d.stride(1) == 1, weight.stride(1) == 1)
         return run(self._tiles(product, x2d.shape[0], x2d, topology, precision, layout, run))
@@ -202,7 +221,8 @@ class TritonBackend:
         run: Callable[[Tiles], Tensor],
     ) -> Tiles:
         """The cut for a product on ``rows`` tokens or pixels; ``case``: what else its time depends on."""
-        found = _candidates(x.device, topology.side, x.element_size(), precision)
+        in_groups = product != "grad_weight" and topology.sides[0] == 1
+        found = _candidates(x.device, topology.sides, x.element_size(), precision, in_groups)
         if len(found) == 1 or torch.are_deterministic_algorithms_enabled():
             return found[0]
         if self._tuner is None:
@@ -230,6 +250,15 @@ class TritonBackend:
             bucket = bucket_of(topology.density)
             self._buckets[lists] = (lists._version, bucket)
         return bucket
+
+
+def _is_fine(topology: BlockTopology) -> bool:
+    length, single = sorted(topology.sides, reverse=True)
+    return single == 1 and length in UNIT_LENGTHS
+
+
+def _kernels(topology: BlockTopology) -> ModuleType:
+    return _of("units" if _is_fine(topology) else "linear")
 
 
 def _as_float32(operand: Tensor) -> bool:

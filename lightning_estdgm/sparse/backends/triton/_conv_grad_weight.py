@@ -40,6 +40,7 @@ def _conv_grad_weight_kernel(
     KH: tl.constexpr,
     KW: tl.constexpr,
     BLOCK: tl.constexpr,
+    INNER: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -54,7 +55,7 @@ def _conv_grad_weight_kernel(
     tile is the gradient's transpose: its long side is the one that matrix units want long. Gradient: ``[features, KH,
     KW, channels]``.
     """
-    JOIN: tl.constexpr = ROWS // BLOCK
+    JOIN: tl.constexpr = ROWS // INNER
     TAPS: tl.constexpr = KH * KW
     pixels = images * out_h * out_w
     programs = tl.num_programs(0)
@@ -75,7 +76,7 @@ def _conv_grad_weight_kernel(
         item = work % items
         tap = item % TAPS
         row, first, stop = unit_blocks(row_ptr, block_rows, item // TAPS, JOIN, CHUNK)
-        cols, exists = unit_columns(col_idx, first, stop, tl.arange(0, ROWS), BLOCK)
+        cols, exists = unit_columns(col_idx, first, stop, tl.arange(0, ROWS), INNER)
         n = row * BLOCK + tl.arange(0, BLOCK)
         x_cols = x_ptr + cols.to(tl.int64)[:, None]
         dy_cols = dy_ptr + n.to(tl.int64)[None, :]
@@ -153,5 +154,5 @@ def conv_grad_weight(
             **dealt.cut,
             **launch.options(tiles, x.dtype, precision),
         )
-        dealt.add_parts(dw, pixels, topology)
+        dealt.add_parts(dw, dw.stride()[2:], pixels, topology)
     return dw.permute(0, 3, 1, 2)

@@ -11,6 +11,9 @@ import torch
 
 MIN_TRITON = (3, 6)
 BLOCK_SIZES = (16, 32, 64, 128)
+UNIT_LENGTHS = (8, 16, 32)
+"""Outputs of a unit that share one input, in linear layers; units of one output have as many inputs."""
+
 MAX_TAPS = 15
 """Most taps of a convolution's kernel, a side: which of them meet the image is a bit each, both sides in one int32."""
 

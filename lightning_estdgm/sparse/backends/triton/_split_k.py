@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-def"
 """Dealing of a weight gradient's active blocks to programs, and the second stage of split sums.
 
-A unit is up to ROWS / BLOCK active blocks of one block row; units are numbered row by row. An item is one tap of one
-unit (a linear layer has one tap). Where items are few, the sum over tokens or pixels is split into parts.
+A unit is up to ROWS / INNER active blocks (of BLOCK outputs x INNER inputs) of one block row; units are numbered row by
+row. An item is one tap of one unit (a linear layer has one tap). Where items are few, the sum over tokens or pixels is
+split into parts.
 Importing this module imports Triton.
 """
 
@@ -60,12 +61,12 @@ def unit_blocks(row_ptr, block_rows, unit, JOIN: tl.constexpr, CHUNK: tl.constex
 
 
 @triton.jit
-def unit_columns(col_idx, first, stop, i, BLOCK: tl.constexpr):
+def unit_columns(col_idx, first, stop, i, INNER: tl.constexpr):
     """Columns of the weight (in elements) that rows `i` of a unit's tile stand for, and which of them exist."""
-    slot = first + i // BLOCK
+    slot = first + i // INNER
     exists = slot < stop
-    cols = tl.load(col_idx + slot, mask=exists, other=0) * BLOCK + i % BLOCK
-    return tl.max_contiguous(tl.multiple_of(cols, BLOCK), BLOCK), exists
+    cols = tl.load(col_idx + slot, mask=exists, other=0) * INNER + i % INNER
+    return tl.max_contiguous(tl.multiple_of(cols, INNER), INNER), exists
 
 
 @triton.jit
@@ -90,8 +91,10 @@ def _sum_parts_kernel(
     col_idx,
     length,
     block_rows,
-    stride_dw,
+    stride_dwn,
+    stride_dwk,
     BLOCK: tl.constexpr,
+    INNER: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
     TAPS: tl.constexpr,
@@ -101,8 +104,8 @@ def _sum_parts_kernel(
     WAVES: tl.constexpr,
 ):
     """Each item's partial sums, added in order; nothing where the sum was not split. ``dw [out, TAPS, in]``."""
-    JOIN: tl.constexpr = ROWS // BLOCK
-    PIECE: tl.constexpr = 2048
+    JOIN: tl.constexpr = ROWS // INNER
+    PIECE: tl.constexpr = 2048 if ROWS * BLOCK > 2048 else ROWS * BLOCK
     PIECES: tl.constexpr = ROWS * BLOCK // PIECE
     programs = tl.num_programs(0)
     _, _, units = units_before(row_ptr, block_rows, 0, JOIN, CHUNK)
@@ -116,9 +119,9 @@ def _sum_parts_kernel(
             acc = tl.zeros((PIECE,), tl.float32)
             for part in range(splits):
                 acc += tl.load(partial_ptr + (part * items + item) * (ROWS * BLOCK) + i)
-            cols, exists = unit_columns(col_idx, first, stop, i % ROWS, BLOCK)
+            cols, exists = unit_columns(col_idx, first, stop, i % ROWS, INNER)
             n = row * BLOCK + i // ROWS
-            dw = dw_ptr + (n.to(tl.int64) * TAPS + item % TAPS) * stride_dw + cols
+            dw = dw_ptr + (n.to(tl.int64) * TAPS + item % TAPS) * stride_dwn + cols.to(tl.int64) * stride_dwk
             tl.store(dw, acc.to(dw_ptr.dtype.element_ty), mask=exists)
 
 
@@ -138,8 +141,15 @@ class Deal:
     taps: int
     cut: dict[str, Any]
 
-    def add_parts(self, dw: Tensor, length: int, topology: BlockTopology) -> None:
-        """Second stage: write the sums of the parts into ``dw [out, taps, in]`` (contiguous)."""
+    def add_parts(self, dw: Tensor, strides: tuple[int, ...], length: int, topology: BlockTopology) -> None:
+        """Second stage: write the sums of the parts into ``dw``.
+
+        Args:
+            dw: Gradient, ``[out, taps, in]``.
+            strides: Steps in memory from a tap of an output to the next one, and from an input to the next.
+            length: Number of tokens or pixels that were summed over.
+            topology: Active blocks of the weight.
+        """
         if self.partial.shape[0]:
             _sum_parts_kernel[(self.programs,)](
                 dw,
@@ -148,7 +158,7 @@ class Deal:
                 topology.col_idx,
                 length,
                 topology.block_rows,
-                topology.shape[1],
+                *strides,
                 TAPS=self.taps,
                 enable_fp_fusion=True,
                 **self.cut,
@@ -165,13 +175,14 @@ def deal(length: int, topology: BlockTopology, tiles: Tiles, device: torch.devic
         device: Device that it runs on.
         taps: Number of taps of the kernel.
     """
-    b = topology.side
-    capacity = topology.block_rows * triton.cdiv(topology.block_cols * b, tiles.rows) * taps
+    b, inner = topology.sides
+    capacity = topology.block_rows * triton.cdiv(topology.block_cols * inner, tiles.rows) * taps
     may_split = triton.cdiv(length, tiles.depth) >= 2 * MIN_STEPS
     programs = launch.multiprocessors(device) * tiles.resident(b)
     parts = min(WAVES * programs, MAX_SPLITS * capacity) if may_split else 0
     cut = {
         "BLOCK": b,
+        "INNER": inner,
         "ROWS": tiles.rows,
         "DEPTH": tiles.depth,
         "CHUNK": min(CHUNK, triton.next_power_of_2(topology.block_rows)),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+GROUPS = (128, 16)
+"""Inputs that are taken together in the input gradient of units of one input: wide tiles, or few panels a tile."""
 
 HOPPER_SHARED = 227 * 1024
 """Shared memory that one program may use on NVIDIA's compute capability 9.0, in bytes."""
@@ -20,12 +23,14 @@ class Tiles:
         depth: Length of one step of the sum.
         warps: Warps (on AMD: wavefronts) of a program.
         stages: Steps in flight.
+        columns: Columns of the tile where they are not those of one block, see `unit_candidates`; else 0.
     """
 
     rows: int
     depth: int
     warps: int
     stages: int
+    columns: int = 0
 
     def shared_bytes(self, block_size: int, itemsize: int) -> int:
         """Shared memory of a program, in bytes, at most."""
@@ -62,6 +67,29 @@ def candidates(
             found = found[:1]  # the tall tile spills registers there
     fitting = tuple(tiles for tiles in found if tiles.shared_bytes(block_size, itemsize) <= shared_bytes)
     return fitting or (Tiles(128, depth // 2, warps, 2),)
+
+
+def unit_candidates(
+    length: int, itemsize: int, *, in_groups: bool, amd: bool, exact_float32: bool, shared_bytes: int
+) -> tuple[Tiles, ...]:
+    """Return the cuts worth trying for units of several outputs and one input, as `candidates` does for blocks.
+
+    Args:
+        length: Outputs of a unit: 8, 16 or 32.
+        itemsize: Bytes per value: 2 or 4.
+        in_groups: Whether a tile has the inputs of a group, one cut for each of `GROUPS`, else the outputs of a unit.
+        amd: Whether the GPU is AMD's, else NVIDIA's.
+        exact_float32: Whether float32 products are in float32, not in tf32.
+        shared_bytes: Shared memory that one program may use.
+    """
+
+    def cuts(columns: int) -> tuple[Tiles, ...]:
+        found = candidates(columns, itemsize, amd=amd, exact_float32=exact_float32, shared_bytes=shared_bytes)
+        return tuple(replace(tiles, columns=columns) for tiles in found)
+
+    if in_groups:
+        return tuple(cuts(group)[0] for group in GROUPS)
+    return cuts(max(length, 16) if amd else length)  # what AMD's matrix units have for 8 columns is slow, or nothing
 
 
 class Tuner:
