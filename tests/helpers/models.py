@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase
+from lightning_estdgm.method._masks import expand_mask
 from lightning_estdgm.modules._candidates import clean_name
 
 MakeOptimizer = Callable[[Any], Optimizer]
@@ -391,8 +392,8 @@ def weight_masks(module: nn.Module, callback: DGMCallback) -> dict[str, tuple[nn
         weight = layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
         transposed = "Conv1D" in type(layer).__name__
         side = blocks[name] or weight.shape[1 if transposed else 0] // mask.shape[0]  # 0: the first step has not ended
-        if side > 1:
-            mask = mask.repeat_interleave(side, 0).repeat_interleave(side, 1)
+        if side != 1:
+            mask = expand_mask(mask, side)
         if transposed:
             mask = mask.t()
         if mask.dim() < weight.dim():

@@ -153,3 +153,13 @@ def test_units_of_two_sides_are_layers_of_their_own():
         linear_case(block_size=(1, 7))
     with pytest.raises(ValueError, match=r"block_size must be at least 1, got \(4, 0\)"):
         linear_case(block_size=(4, 0))
+
+
+def test_single_weights_of_a_convolution_have_a_flag_for_each_tap():
+    case = conv_case(block_size=1, density=0.25)
+    taps = case.geometry.kernel_size[0] * case.geometry.kernel_size[1]
+    assert taps > 1
+    assert case.topology().shape == (case.out_channels, case.in_channels * taps)
+    weight = case.problem().leaves[1]
+    assert torch.count_nonzero(weight) == case.topology().nnz
+    assert refusals(case)["native"] is None

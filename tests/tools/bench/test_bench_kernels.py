@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from helpers.bench_cases import TINY_KERNELS
 from lightning_estdgm.cli import app
+from lightning_estdgm.method._masks import size_entry
 from lightning_estdgm.sparse.backends.cpu import CPUBackend
 from lightning_estdgm.tools.bench.kernels import _timing as timing
 from lightning_estdgm.tools.bench.kernels._convolution import conv_layers, conv_rows
@@ -91,6 +92,15 @@ def test_convolution_rows_have_their_geometry_and_ratios():
         check_ratios(found, 2 * pixels * taps * found["out_channels"] * found["in_channels"])
         assert not found["wrong"]
         assert found["count"] >= 1
+
+
+def test_convolutions_are_measured_on_fine_units_and_single_weights():
+    units = (1, (4, 1), 4)
+    rows = list(conv_rows(replace(TINY_KERNELS, block_sizes=units, densities=(0.1,), most_layers=1)))
+    assert {row["backend"] for row in rows} == {"native"}
+    assert [row["block_size"] for row in rows] == [size_entry(unit) for unit in units]
+    assert not any(row["wrong"] for row in rows)
+    assert all(row["density"] == pytest.approx(0.1, rel=0.02) for row in rows)  # of single weights, taps are drawn
 
 
 def test_a_density_of_less_than_one_block_is_left_out():
