@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import importlib.util
 import re
 import subprocess
 import sys
@@ -187,3 +188,16 @@ def test_the_front_page_has_three_doors(visit: Visit) -> None:
     visit.open("index.html")
     doors = visit.page.eval_on_selector_all(".sd-card a", "all => all.map(e => e.getAttribute('href'))")
     assert doors == ["getting-started.html", "guides/energy.html", "guides/report.html"]
+
+
+def test_other_projects_that_do_not_answer_are_left_out(site: Path, address: str, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("inventories", ROOT / "docs" / "_site" / "inventories.py")
+    assert spec is not None
+    assert spec.loader is not None
+    inventories = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(inventories)
+    sites = {"here": address, "no-page": f"{address}/missing", "no-answer": "http://127.0.0.1:9"}
+    expected = {"here": (address, (str(tmp_path / "here.inv"),))}
+    assert inventories.reachable(sites, tmp_path) == expected
+    assert (tmp_path / "here.inv").read_bytes() == (site / "objects.inv").read_bytes()
+    assert inventories.reachable({"here": "http://127.0.0.1:9"}, tmp_path)["here"][1] == expected["here"][1]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
+
+from sphinx.application import Sphinx
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -78,3 +81,13 @@ html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#a34a06", "color-brand-content": "#a34a06"},
     "dark_css_variables": {"color-brand-primary": "#f0a468", "color-brand-content": "#f0a468"},
 }
+
+
+def link_pages(app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
+    """Let a docstring that names a page of docs/ lead there."""
+    lines[:] = [re.sub(r"\bdocs/([\w/-]+)\.md", r":doc:`/\1`", line) for line in lines]
+
+
+def setup(app: Sphinx) -> None:
+    """Take part in the reading of docstrings."""
+    app.connect("autodoc-process-docstring", link_pages)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import api_pages
@@ -17,6 +17,9 @@ LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(((?!\w+:)[^)\s#]+)(#[\w-]+)?\)")
 """A link to a file: text, path, anchor."""
 
 TEXTS = {".md", ".ipynb"}
+
+FRONT = {"index.md", "README.md"}
+"""Names of a folder's front page."""
 
 _AT_THE_ROOT = {"CHANGELOG.md": "changelog.md", "README.md": "readme.md"}
 
@@ -62,6 +65,20 @@ def _with_links_of_the_site(text: str, source: Path, place: Path, root: Path, li
     return LINK.sub(mended, text)
 
 
+def _with_contents(text: str, place: Path, places: Iterable[Path]) -> str:
+    """Return the front page of a folder with a hidden table of its pages, in the order of its links to them."""
+    below = [other for other in places if other.suffix in TEXTS and other != place and place.parent in other.parents]
+    fronts = {other.parent for other in below if other.name in FRONT}
+    pages = [other for other in below if other.name in FRONT or other.parent not in fronts]
+    if not pages:
+        return text
+    links = [os.path.normpath(place.parent / path) for _, path, _ in LINK.findall(text)]
+    order = {link: i for i, link in reversed(list(enumerate(links)))}
+    pages.sort(key=lambda other: (order.get(str(other), len(links)), str(other)))
+    entries = "\n".join(str(other.relative_to(place.parent).with_suffix("")) for other in pages)
+    return f"{text.rstrip()}\n\n```{{toctree}}\n:hidden:\n\n{entries}\n```\n"
+
+
 def _listing(path: Path, root: Path) -> str:
     """Return the page that shows a source file."""
     name = path.relative_to(root)
@@ -83,7 +100,9 @@ def stage(root: Path, folder: Path) -> None:
     root = root.resolve()
     kept: set[Path] = set()
     listings: set[Path] = set()
-    for source, place in _sources(root):
+    sources = list(_sources(root))
+    places = [place for _, place in sources]
+    for source, place in sources:
         content = source.read_bytes()
         if source.suffix in TEXTS:
             text = _with_links_of_the_site(content.decode(), source, place, root, listings)
@@ -91,6 +110,10 @@ def stage(root: Path, folder: Path) -> None:
                 for name, page in api_pages.pages(text).items():
                     _write(folder / place.parent / name, page.encode(), kept)
                 text = api_pages.with_links(text)
+            elif place.name in FRONT and place.parent != Path():
+                text = _with_contents(text, place, places)
+            if source.suffix == ".md" and not text.startswith("# "):  # tables that are part of another page
+                text = f"# {place.parent.name}: {place.stem}\n\n{text}"
             content = text.encode()
         # Pages that are no sources of Sphinx are copied beside its own.
         _write(folder / ("_extra" if source.suffix == ".html" else "") / place, content, kept)
