@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 SET_UP = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python >= 3.10 is needed, this is {sys.version}")' \
 	&& $(PYTHON) scripts/set_up.py
 
-.PHONY: demo test check bench compatibility versions clean
+.PHONY: demo test check package bench compatibility versions clean
 .DEFAULT_GOAL := test
 
 .venv/demo-ready: pyproject.toml
@@ -29,6 +29,9 @@ check: .venv/ready  ## style, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+package: .venv/ready  ## sdist and wheel, used from an environment of its own
+	$(BIN)/python scripts/check_package.py '$(TORCH)'
 
 bench: .venv/ready  ## ratios against dense on this machine: mask overhead, sparse products
 	$(BIN)/estdgm bench overhead
