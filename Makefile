@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 SET_UP = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python >= 3.10 is needed, this is {sys.version}")' \
 	&& $(PYTHON) scripts/set_up.py
 
-.PHONY: demo test check docs pictures bench compatibility versions clean
+.PHONY: demo test check docs pictures package bench compatibility versions clean
 .DEFAULT_GOAL := test
 
 .venv/demo-ready: pyproject.toml
@@ -36,6 +36,9 @@ docs: .venv/ready  ## the site, into build/site: warnings are errors, links are 
 
 pictures: .venv/ready  ## the pictures of docs/pictures, from the package and from committed results
 	$(BIN)/python docs/_site/pictures.py
+
+package: .venv/ready  ## sdist and wheel, used from an environment of its own
+	$(BIN)/python scripts/check_package.py '$(TORCH)'
 
 bench: .venv/ready  ## ratios against dense on this machine: mask overhead, sparse products
 	$(BIN)/estdgm bench overhead

@@ -100,7 +100,7 @@ def run(title: str, installer: Installer, command: Sequence[str]) -> bool:
 def in_words(line: str) -> str:
     """Return what an installer's line says of its progress; empty for any other line.
 
-    >>> in_words("Collecting torch==2.13.0"), in_words("  Downloading a-1.whl (2 MB)"), in_words("WARNING: no such thing")
+    >>> in_words("Collecting torch==2.13.0"), in_words("  Downloading a-1.whl (2 MB)"), in_words("WARNING: a")
     ('looking for torch==2.13.0', 'downloading a-1.whl (2 MB)', '')
     >>> in_words("Installing collected packages: mpmath, torch")
     'unpacking 2 packages: mpmath, torch'

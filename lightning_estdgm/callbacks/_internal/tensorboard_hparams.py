@@ -7,10 +7,8 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.plugins.hparams import api_pb2, summary
-
-_FIRST = {"differs": True} if "differs" in api_pb2.HParamInfo.DESCRIPTOR.fields_by_name else {}
-"""How a hyperparameter gets one of the columns that TensorBoard shows before the user asks for more."""
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.utils.tensorboard.summary import hparams
 
 
 def write_hparams(
@@ -18,8 +16,8 @@ def write_hparams(
 ) -> None:
     """Write the row: method, unit, density and rate beside the logged hyperparameters, with columns for metrics.
 
-    TensorBoard keeps the first row of a run. Where the module saves its hyperparameters, that is Lightning's own, unless
-    the logger has ``default_hp_metric=False``.
+    TensorBoard keeps the first row of a run. Where the module saves its hyperparameters, that is Lightning's own,
+    unless the logger has ``default_hp_metric=False``.
 
     Args:
         trainer: Trainer at the end of a fit.
@@ -31,14 +29,22 @@ def write_hparams(
     own = [name for name in trainer.callback_metrics if name in trainer.logged_metrics]
     saved = {name: _plain(value) for name, value in logger.hparams.items()}
     ours = hyperparameters(trainer, method)
-    infos = [api_pb2.HParamInfo(name=name, type=_type(value), **_FIRST) for name, value in ours.items()]
-    infos += [api_pb2.HParamInfo(name=name, type=_type(value)) for name, value in saved.items() if name not in ours]
-    # The values of these columns are the last ones of the curves.
-    columns = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in dict.fromkeys([*own, *metrics])]
+    # The values of these columns are the last ones of the curves: here only their names count.
+    experiment, start, end = hparams(saved | ours, dict.fromkeys([*own, *metrics], 0.0))
+    _show_first(experiment, ours)
     writer = logger.experiment._get_file_writer()
-    writer.add_summary(summary.experiment_pb(infos, columns))
-    writer.add_summary(summary.session_start_pb(saved | ours))
-    writer.add_summary(summary.session_end_pb(api_pb2.STATUS_SUCCESS))
+    for summary in (experiment, start, end):
+        writer.add_summary(summary)
+
+
+def _show_first(experiment: Any, names: Iterable[str]) -> None:
+    """Give hyperparameters the columns that TensorBoard shows before one asks for more: those marked as differing."""
+    metadata = experiment.value[0].metadata.plugin_data
+    data = HParamsPluginData.FromString(metadata.content)
+    for info in data.experiment.hparam_infos:
+        if info.name in names and "differs" in info.DESCRIPTOR.fields_by_name:  # from TensorBoard 2.16 on
+            info.differs = True
+    metadata.content = data.SerializeToString()
 
 
 def hyperparameters(trainer: Trainer, method: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -53,12 +59,6 @@ def hyperparameters(trainer: Trainer, method: Mapping[str, Any] | None) -> dict[
         group = trainer.optimizers[0].param_groups[0]
         row["rate"] = float(group.get("max_lr", group.get("initial_lr", group["lr"])))
     return row
-
-
-def _type(value: Any) -> Any:
-    if isinstance(value, bool):
-        return api_pb2.DATA_TYPE_BOOL
-    return api_pb2.DATA_TYPE_FLOAT64 if isinstance(value, (int, float)) else api_pb2.DATA_TYPE_STRING
 
 
 def _plain(value: Any) -> Any:

@@ -57,7 +57,7 @@ def new_trainer(callbacks: Sequence[Callback], **settings: Any) -> Trainer:
 
 @contextmanager
 def session(config: DemoConfig, runs: int, console: Console) -> Iterator[ProgressBar]:
-    """Show the progress over a number of runs and keep Lightning quiet; the global random state is restored afterwards."""
+    """Show the progress over a number of runs and keep Lightning quiet; restore the global random state afterwards."""
     with torch.random.fork_rng(devices=[]), quiet_lightning():
         with waiting(console, "Warming up: one step that is not measured"):
             _warm_up(config)
