@@ -1,9 +1,10 @@
-"""Checkpoints without their zeros: tensors become their active values and a mask, and come back to the bit.
+"""Checkpoints without their zeros: tensors become their active values and a mask, and come back.
 
 The content of a tensor decides, never its name. A tensor of a masked weight's shape whose entries are all zero where
 that weight's mask is inactive is stored as its active values; the mask is the one in `DGMCallback`'s state. Any other
 tensor with zeros enough (averaged weights; weights saved without `DGMCallback`'s state) brings a mask of its own, one
-bit an entry. The rest stays as it is. "Zero" means zero bits: ``-0.0`` is a value like any other.
+bit an entry. The rest stays as it is. A zero that is not stored comes back as ``+0.0``: products with a mask leave
+``-0.0`` in half of what is inactive. Among a mask's active values ``-0.0`` is a value like any other.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def pack(checkpoint: Any) -> dict[str, Any]:
 
 
 def unpack(content: Mapping[str, Any]) -> Any:
-    """Undo `pack`: return the checkpoint, tensors with the same bits, dtypes and strides.
+    """Undo `pack`: return the checkpoint, tensors with the same values, dtypes and strides.
 
     Raises:
         ValueError: if an entry's values do not fit its mask.
@@ -100,6 +101,12 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(_INTEGERS[tensor.itemsize])
 
 
+def _nonzero(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where entries differ from zero, of either sign."""
+    has_signed_zero = dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    return (bits << 1 if has_signed_zero else bits) != 0
+
+
 def _is_plain(tensor: Tensor) -> bool:
     """Whether size, strides, dtype and entries are all that there is to a tensor."""
     return (
@@ -151,17 +158,17 @@ class _Packer:
         if tensor.numel() < _SMALLEST or not _is_plain(tensor):
             return None
         bits = _bits(tensor)
-        nonzero = active_units(bits)
+        nonzero = active_units(_nonzero(bits, tensor.dtype))
         entry = {"shape": list(tensor.shape), "stride": list(tensor.stride())}
         for name, transposed in self._candidates(tensor, path):
             if not nonzero <= self._masks[name].active < tensor.numel():
                 continue
             values = (bits.t() if transposed else bits)[self._over_weights(name).to(tensor.device)]
-            if active_units(values) == nonzero:
+            if active_units(_nonzero(values, tensor.dtype)) == nonzero:
                 return entry | {"layer": name, "transposed": transposed, "values": values.view(tensor.dtype)}
         if nonzero * tensor.itemsize + (tensor.numel() + 7) // 8 >= tensor.numel() * tensor.itemsize:
             return None
-        mask = bits != 0
+        mask = _nonzero(bits, tensor.dtype)
         return entry | {"mask": pack_bits(mask), "transposed": False, "values": bits[mask].view(tensor.dtype)}
 
     def _candidates(self, tensor: Tensor, path: tuple[Any, ...]) -> list[tuple[str, bool]]:

@@ -49,7 +49,7 @@ def test_threads_do_not_change_a_bit(unit):
 
 
 def test_shapes_strides_and_dtypes_of_inputs():
-    layer, weight, bias = _layer((16, 16))
+    layer, weight, _ = _layer((16, 16))
     features = weight.shape[1]
     x = _input(12, features)
     y = layer(x)
