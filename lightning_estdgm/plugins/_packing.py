@@ -3,7 +3,8 @@
 The content of a tensor decides, never its name. A tensor of a masked weight's shape whose entries are all zero where
 that weight's mask is inactive is stored as its active values; the mask is the one in `DGMCallback`'s state. Any other
 tensor with zeros enough (averaged weights; weights saved without `DGMCallback`'s state) brings a mask of its own, one
-bit an entry. The rest stays as it is. "Zero" means zero bits: ``-0.0`` is a value like any other.
+bit an entry. The rest stays as it is. "Zero" means zero bits. ``-0.0`` is a value like any other, but where a
+tensor has many of them, as products with a mask leave, their places are stored instead, one bit an entry.
 """
 
 from __future__ import annotations
@@ -100,6 +101,11 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(_INTEGERS[tensor.itemsize])
 
 
+def _sign(bits: Tensor) -> int:
+    """Return the bits of ``-0.0``, the sign bit alone, as a number of their type."""
+    return 128 if bits.dtype is torch.uint8 else torch.iinfo(bits.dtype).min
+
+
 def _is_plain(tensor: Tensor) -> bool:
     """Whether size, strides, dtype and entries are all that there is to a tensor."""
     return (
@@ -152,6 +158,10 @@ class _Packer:
             return None
         bits = _bits(tensor)
         nonzero = active_units(bits)
+        signs = bits == _sign(bits)
+        if active_units(signs) * tensor.itemsize > (tensor.numel() + 7) // 8:
+            clean = self._pack_tensor(bits.masked_fill(signs, 0).view(tensor.dtype), path)
+            return None if clean is None else clean | {"signs": pack_bits(signs)}
         entry = {"shape": list(tensor.shape), "stride": list(tensor.stride())}
         for name, transposed in self._candidates(tensor, path):
             if not nonzero <= self._masks[name].active < tensor.numel():
@@ -194,4 +204,6 @@ def _unpack_tensor(entry: Mapping[str, Any], masks: Mapping[str, _Mask]) -> Tens
     tensor = torch.empty_strided(shape, entry["stride"], dtype=values.dtype, device=values.device)
     bits = _bits(tensor).zero_()
     (bits.t() if entry["transposed"] else bits).masked_scatter_(mask.to(values.device), _bits(values))
+    if "signs" in entry:
+        bits.masked_fill_(unpack_bits(entry["signs"], shape).to(values.device), _sign(bits))
     return tensor

@@ -130,6 +130,24 @@ def test_value_outside_the_mask_keeps_its_tensor_off_the_mask(value: float) -> N
     assert differences(unpack(content), checkpoint) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("masked", [True, False])
+def test_zeros_with_a_sign_cost_a_bit_each(masked: bool, dtype: torch.dtype) -> None:
+    """As a product with a mask leaves them, in half of the inactive places; their signs come back too."""
+    layer = Layer((64, 96), 1, 0.1, seed=0)
+    weight = torch.randn(64, 96, dtype=dtype) * layer.over_weights
+    assert int((weight.signbit() & (weight == 0)).sum()) > 2000
+    checkpoint = checkpoint_of({"a": layer} if masked else {}, state_dict={"a.weight": weight})
+    content = pack(checkpoint)
+    (entry,) = content["packed"]
+    assert entry.get("layer") == ("a" if masked else None)
+    assert entry["values"].numel() <= int(layer.over_weights.sum())
+    assert entry["signs"].nbytes == 64 * 96 / 8
+    restored = unpack(through_a_file(content))["state_dict"]["a.weight"]
+    assert torch.equal(restored.signbit(), weight.signbit())
+    assert differences(restored, weight) == []
+
+
 def test_another_default_device_changes_nothing() -> None:
     layer = Layer((64, 96), 16, 0.5, seed=0)
     content = checkpoint_of({"a": layer}, state_dict={"a.weight": layer.tensor(torch.float32, 1)})
