@@ -1,14 +1,14 @@
 """Trained models and checkpoints in the forms that other programs read.
 
-``packed(model)`` returns a copy whose masked linear layers are `PackedLinear` and convolutions `PackedConv2d`: values of
-active units, int32 lists, bias, no dense weight. ``save_packed(model, path)`` and ``load_packed(path, model)`` write and
-read one. Each of these layers is one call of
+``packed(model)`` returns a copy whose masked linear layers are `PackedLinear` and convolutions `PackedConv2d`: values
+of active units, int32 lists, bias, no dense weight. ``save_packed(model, path)`` and ``load_packed(path, model)`` write
+and read one. Each of these layers is one call of
 
 ``estdgm::packed_linear(Tensor x, Tensor values, Tensor ptr, Tensor idx, Tensor? outputs, Tensor? ends, Tensor? scale,
 Tensor? bias, int[] sides, int in_features, int out_features) -> Tensor``
 
-with x float32 ``[..., in_features]`` on the CPU. It is registered by a shared library that `operator_library` builds for
-this machine (C++ alone: ``dlopen`` of the path that it returns is enough), and goes through ``torch.export`` and
+with x float32 ``[..., in_features]`` on the CPU. It is registered by a shared library that `operator_library` builds
+for this machine (C++ alone: ``dlopen`` of the path that it returns is enough), and goes through ``torch.export`` and
 AOTInductor as it is. Call `operator_library` before ``torch.export.load`` or a package with packed layers.
 """
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from lightning_estdgm.export._packed_layers import PackedConv2d, PackedLinear
 from lightning_estdgm.modules._kinds import LAYER_KINDS, LayerKind, conv_geometry
-from lightning_estdgm.modules._sparse_forward import SparseForward, dense_class
+from lightning_estdgm.modules._sparse_forward import SparseForward
 from lightning_estdgm.plugins._whole_file import write_whole
-from lightning_estdgm.sparse._conv_geometry import ConvGeometry
 from lightning_estdgm.sparse._packed_weight import PackedWeight, pack_weight
 
 _FORMAT = "lightning_estdgm packed model"
@@ -160,10 +159,7 @@ def _found(name: str, module: Any, kind: LayerKind) -> _Found:
     weight = getattr(module, kind.weight_name).detach()
     matrix = weight.t() if kind.transposed else weight.flatten(1)
     taps = weight[0, 0].numel() if weight.dim() > 2 else 1
-    if isinstance(module, SparseForward):
-        why = "" if dense_class(type(module)) in (nn.Linear, nn.Conv2d) or kind.transposed else "a layer of its own"
-    else:
-        why = kind.why_dense(module)
+    why = "" if isinstance(module, SparseForward) else kind.why_dense(module)
     if not why and weight.dim() == 3:
         why = "1-D convolution"
     return _Found(name, module, matrix, taps, why)
@@ -171,9 +167,9 @@ def _found(name: str, module: Any, kind: LayerKind) -> _Found:
 
 def _packed_layer(found: _Found, weight: PackedWeight, bias: Tensor | None = None) -> nn.Module:
     bias = found.module.bias if bias is None else bias
-    if found.matrix.shape[1] == found.module.weight.shape[1] * found.taps and isinstance(found.module, nn.Conv2d):
+    if isinstance(found.module, nn.Conv2d):
         geometry = conv_geometry(found.module)
-        assert isinstance(geometry, ConvGeometry)
+        assert geometry is not None  # else it has a reason to stay dense
         return PackedConv2d(weight, bias, geometry)
     return PackedLinear(weight, bias)
 

@@ -74,8 +74,8 @@ class _PackedLayer(nn.Module):
 class PackedLinear(_PackedLayer):
     """Linear layer for inference on the active units of its weight; it holds nothing else of it.
 
-    Input: ``[..., in_features]``. Output: ``[..., out_features]``, in the input's dtype; sums are in float32. It runs on
-    the CPU, in ``at::get_num_threads()`` threads, whose number does not change a bit of the result. Its buffers are
+    Input: ``[..., in_features]``. Output: ``[..., out_features]``, in the input's dtype; sums are in float32. It runs
+    on the CPU, in ``at::get_num_threads()`` threads, whose number does not change a bit of the result. Its buffers are
     those of `PackedWeight` and ``bias``. Forward is one call of the operator ``estdgm::packed_linear``, which
     torch.export and AOTInductor keep as it is. There is no gradient: a backward through it raises RuntimeError.
 

@@ -1,10 +1,10 @@
-"""Checkpoints without their zeros: tensors become their active values and a mask, and come back to the bit.
+"""Checkpoints without their zeros: tensors become their active values and a mask, and come back.
 
 The content of a tensor decides, never its name. A tensor of a masked weight's shape whose entries are all zero where
 that weight's mask is inactive is stored as its active values; the mask is the one in `DGMCallback`'s state. Any other
 tensor with zeros enough (averaged weights; weights saved without `DGMCallback`'s state) brings a mask of its own, one
-bit an entry. The rest stays as it is. "Zero" means zero bits. ``-0.0`` is a value like any other, but where a
-tensor has many of them, as products with a mask leave, their places are stored instead, one bit an entry.
+bit an entry. The rest stays as it is. A zero that is not stored comes back as ``+0.0``: products with a mask leave
+``-0.0`` in half of what is inactive. Among a mask's active values ``-0.0`` is a value like any other.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def pack(checkpoint: Any) -> dict[str, Any]:
 
 
 def unpack(content: Mapping[str, Any]) -> Any:
-    """Undo `pack`: return the checkpoint, tensors with the same bits, dtypes and strides.
+    """Undo `pack`: return the checkpoint, tensors with the same values, dtypes and strides.
 
     Raises:
         ValueError: if an entry's values do not fit its mask.
@@ -101,9 +101,10 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(_INTEGERS[tensor.itemsize])
 
 
-def _sign(bits: Tensor) -> int:
-    """Return the bits of ``-0.0``, the sign bit alone, as a number of their type."""
-    return 128 if bits.dtype is torch.uint8 else torch.iinfo(bits.dtype).min
+def _nonzero(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where entries differ from zero, of either sign."""
+    has_signed_zero = dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    return (bits << 1 if has_signed_zero else bits) != 0
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -157,21 +158,17 @@ class _Packer:
         if tensor.numel() < _SMALLEST or not _is_plain(tensor):
             return None
         bits = _bits(tensor)
-        nonzero = active_units(bits)
-        signs = bits == _sign(bits)
-        if active_units(signs) * tensor.itemsize > (tensor.numel() + 7) // 8:
-            clean = self._pack_tensor(bits.masked_fill(signs, 0).view(tensor.dtype), path)
-            return None if clean is None else clean | {"signs": pack_bits(signs)}
+        nonzero = active_units(_nonzero(bits, tensor.dtype))
         entry = {"shape": list(tensor.shape), "stride": list(tensor.stride())}
         for name, transposed in self._candidates(tensor, path):
             if not nonzero <= self._masks[name].active < tensor.numel():
                 continue
             values = (bits.t() if transposed else bits)[self._over_weights(name).to(tensor.device)]
-            if active_units(values) == nonzero:
+            if active_units(_nonzero(values, tensor.dtype)) == nonzero:
                 return entry | {"layer": name, "transposed": transposed, "values": values.view(tensor.dtype)}
         if nonzero * tensor.itemsize + (tensor.numel() + 7) // 8 >= tensor.numel() * tensor.itemsize:
             return None
-        mask = bits != 0
+        mask = _nonzero(bits, tensor.dtype)
         return entry | {"mask": pack_bits(mask), "transposed": False, "values": bits[mask].view(tensor.dtype)}
 
     def _candidates(self, tensor: Tensor, path: tuple[Any, ...]) -> list[tuple[str, bool]]:
@@ -204,6 +201,4 @@ def _unpack_tensor(entry: Mapping[str, Any], masks: Mapping[str, _Mask]) -> Tens
     tensor = torch.empty_strided(shape, entry["stride"], dtype=values.dtype, device=values.device)
     bits = _bits(tensor).zero_()
     (bits.t() if entry["transposed"] else bits).masked_scatter_(mask.to(values.device), _bits(values))
-    if "signs" in entry:
-        bits.masked_fill_(unpack_bits(entry["signs"], shape).to(values.device), _sign(bits))
     return tensor

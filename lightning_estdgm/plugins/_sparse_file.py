@@ -20,7 +20,7 @@ from fsspec.core import url_to_fs
 from lightning_estdgm.plugins._whole_file import write_whole
 
 _FORMAT = "lightning_estdgm sparse checkpoint"
-_VERSION = 2  # 1: without the places of -0.0
+_VERSION = 1
 # Whoever reads the file as an ordinary checkpoint looks for Lightning's version first, and is told.
 _INSTEAD_OF_VERSION = f"none: this is a {_FORMAT}; give the Trainer SparseCheckpointIO, or run `estdgm densify` on it"
 _MAGIC = b"ESTDGM\x00\x01"
@@ -93,8 +93,8 @@ def read_sparse(path: str | Path, map_location: Any, weights_only: bool) -> dict
             raise ValueError(f"sparse checkpoint {path} is damaged: its SHA-256 is not the one that was saved with it")
         file.seek(0)
         content = torch.load(file, map_location=map_location, weights_only=weights_only)
-    if content["version"] not in range(1, _VERSION + 1):
-        raise ValueError(f"expected a sparse checkpoint of version 1 to {_VERSION}, got {content['version']} in {path}")
+    if content["version"] != _VERSION:
+        raise ValueError(f"expected a sparse checkpoint of version {_VERSION}, got {content['version']} in {path}")
     return content
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.packed_layers import TOKENS, UNITS, masked_weight, stored
 from torch import nn
 
+from helpers.packed_layers import TOKENS, UNITS, masked_weight, stored
 from lightning_estdgm.export import PackedLinear, operator_library, packed
 from lightning_estdgm.sparse._packed_weight import DTYPES, pack_weight
 
@@ -49,7 +49,7 @@ def test_threads_do_not_change_a_bit(unit):
 
 
 def test_shapes_strides_and_dtypes_of_inputs():
-    layer, weight, bias = _layer((16, 16))
+    layer, weight, _ = _layer((16, 16))
     features = weight.shape[1]
     x = _input(12, features)
     y = layer(x)

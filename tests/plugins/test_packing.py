@@ -1,4 +1,4 @@
-"""Packing takes zeros out of a checkpoint and nothing else: what comes back is the same to the bit."""
+"""Packing takes zeros out of a checkpoint and nothing else: what comes back is the same, but for the sign of zeros."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from helpers.exact import differences
 from lightning_estdgm.method._masks import mask_shape, pack_bits
@@ -70,6 +71,17 @@ def layers_of(content: dict[str, Any]) -> dict[str, str | None]:
     return {"/".join(map(str, x["path"])): x.get("layer") for x in content["packed"]}
 
 
+def with_positive_zeros(tree: Any) -> Any:
+    """The same with +0.0 in the place of every -0.0."""
+
+    def changed(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or tensor.itemsize == 1:
+            return tensor
+        return tensor.masked_fill(tensor == 0, 0.0)  # keeps other bits, strides and NaN
+
+    return tree_map_only(Tensor, changed, tree)
+
+
 @st.composite
 def layers(draw: st.DrawFn) -> Layer:
     block_size = draw(st.sampled_from([1, 1, 16]))
@@ -102,7 +114,24 @@ def test_round_trip_is_exact(found: list[Layer], dtype: torch.dtype, transposed:
 
     content = pack(checkpoint)
     assert differences(checkpoint, before) == []  # what Lightning goes on with is left alone
-    assert differences(unpack(through_a_file(content)), before) == []
+    unpacked = unpack(through_a_file(content))
+    assert differences(with_positive_zeros(unpacked), with_positive_zeros(before)) == []
+
+
+@pytest.mark.parametrize("has_mask", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_negative_zeros_of_a_product_with_the_mask_are_not_stored(dtype: torch.dtype, has_mask: bool) -> None:
+    layer = Layer((64, 96), 1, 0.1, seed=0)
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).to(dtype) * layer.over_weights
+    active = tuple(layer.over_weights.nonzero()[3])
+    weight[active] = -0.0
+    content = pack(checkpoint_of({"a": layer} if has_mask else {}, state_dict={"a.weight": weight}))
+    (entry,) = content["packed"]
+    assert entry["values"].numel() == int(layer.over_weights.sum()) - (not has_mask)
+    back = unpack(content)["state_dict"]["a.weight"]
+    assert torch.equal(back, weight)
+    assert not torch.signbit(back[~layer.over_weights]).any()
+    assert bool(torch.signbit(back[active])) is has_mask  # an active value is kept to the bit
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,7 +147,7 @@ def test_active_values_are_all_that_is_stored(dtype: torch.dtype, block_size: in
     assert entry["values"].numel() == int(layer.over_weights.sum()) < 0.2 * 64 * 96
 
 
-@pytest.mark.parametrize("value", [1e-30, -0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [1e-30, float("nan"), float("inf")])
 def test_value_outside_the_mask_keeps_its_tensor_off_the_mask(value: float) -> None:
     layer = Layer((64, 64), 1, 0.5, seed=0)
     regular, spoiled = layer.tensor(torch.float32, 1), layer.tensor(torch.float32, 2)
@@ -128,24 +157,6 @@ def test_value_outside_the_mask_keeps_its_tensor_off_the_mask(value: float) -> N
     assert layers_of(content)["state_dict/a.weight"] == "a"
     assert layers_of(content).get("state_dict/a.momentum") is None
     assert differences(unpack(content), checkpoint) == []
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("masked", [True, False])
-def test_zeros_with_a_sign_cost_a_bit_each(masked: bool, dtype: torch.dtype) -> None:
-    """As a product with a mask leaves them, in half of the inactive places; their signs come back too."""
-    layer = Layer((64, 96), 1, 0.1, seed=0)
-    weight = torch.randn(64, 96, dtype=dtype) * layer.over_weights
-    assert int((weight.signbit() & (weight == 0)).sum()) > 2000
-    checkpoint = checkpoint_of({"a": layer} if masked else {}, state_dict={"a.weight": weight})
-    content = pack(checkpoint)
-    (entry,) = content["packed"]
-    assert entry.get("layer") == ("a" if masked else None)
-    assert entry["values"].numel() <= int(layer.over_weights.sum())
-    assert entry["signs"].nbytes == 64 * 96 / 8
-    restored = unpack(through_a_file(content))["state_dict"]["a.weight"]
-    assert torch.equal(restored.signbit(), weight.signbit())
-    assert differences(restored, weight) == []
 
 
 def test_another_default_device_changes_nothing() -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers.packed_layers import UNITS, masked_weight
 
+from helpers.packed_layers import UNITS, masked_weight
 from lightning_estdgm.sparse._packed_weight import find_unit, pack_weight
 
 

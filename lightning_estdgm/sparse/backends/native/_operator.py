@@ -16,12 +16,14 @@ _FOLDER = Path(__file__).parent
 def _torch_flags() -> list[str]:
     root = Path(torch.__file__).parent
     libraries = root / "lib"
+    threads = [str(path) for path in sorted(libraries.glob("libgomp*"))]  # torch's own: one pool of threads, not two
     return [
         "-std=c++20",  # what torch's headers ask for; the last of such flags counts
         *(f"-isystem{root / 'include' / part}" for part in ("", "torch/csrc/api/include")),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         f"-L{libraries}",
         f"-Wl,-rpath,{libraries}",  # so that a C++ program finds them too
+        *(["-Wl,--as-needed", *threads] if threads else []),
         "-ltorch",
         "-ltorch_cpu",
         "-lc10",

@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <vector>
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include <immintrin.h>
-#define ESTDGM_GATHER 1
+#define ESTDGM_PERMUTE 1
 #endif
 
 #include "../panels.h"
@@ -26,7 +26,27 @@ constexpr int VECTORS = WIDE ? 4 : 2;  // of tokens
 
 // ---- up to three tokens: entries are the vector
 
-#if defined(ESTDGM_GATHER)
+// The inputs of a stretch, of one token; what comes after the last reads as 0.
+#if defined(ESTDGM_PERMUTE)
+// In registers: two instructions of two each find any 16 of them. Gathers from memory are slow where the CPU has to
+// keep them from leaking (CVE-2022-40982).
+struct Line {
+  __m512 x[LINES / 16];
+
+  void load(const float *from, i64 n) {
+    for (i64 i = 0; i < LINES / 16; i++, n -= 16)
+      x[i] = _mm512_maskz_loadu_ps(n >= 16 ? 0xffff : n > 0 ? (1u << n) - 1 : 0, from + i * 16);
+  }
+  __m512 at(__m512i places) const {
+    static_assert(LINES == 96, "places are 7 bits: 0 to 31, 32 to 63, 64 to 95, and 96 for 0");
+    const __mmask16 second = _mm512_test_epi32_mask(places, _mm512_set1_epi32(32));
+    const __mmask16 third = _mm512_test_epi32_mask(places, _mm512_set1_epi32(64));
+    const __m512 low = _mm512_mask_mov_ps(_mm512_permutex2var_ps(x[0], places, x[1]), second,
+                                          _mm512_permutex2var_ps(x[2], places, x[3]));
+    return _mm512_mask_mov_ps(low, third, _mm512_maskz_permutex2var_ps(_mm512_knot(second), x[4], places, x[5]));
+  }
+};
+
 inline __m512 entries(const float *p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
 inline __m512 entries(const uint16_t *p, __mmask16 mask) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
@@ -34,29 +54,36 @@ inline __m512 entries(const uint16_t *p, __mmask16 mask) {
 inline __m512 entries(const int8_t *p, __mmask16 mask) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, p)));
 }
-#endif
 
-// Sums of four outputs over `n` values with their places in a stretch of x.
+// Sums of four outputs over `n` values with their places.
 template <class V>
-lanes<4> few_four(const float *x, const V *values, const uint8_t *places, i64 n) {
-#if defined(ESTDGM_GATHER)
+inline lanes<4> few_four(const Line &line, const V *values, const uint8_t *places, i64 n) {
   __m512 sum = _mm512_setzero_ps();
   for (i64 e = 0; e < n; e += 16) {
     const __mmask16 mask = n - e >= 16 ? 0xffff : (1u << (n - e)) - 1;
-    const __m512i at = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, places + e));
-    sum = _mm512_fmadd_ps(entries(values + e, mask), _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, at, x, 4), sum);
+    const __m512i at = _mm512_mask_cvtepu8_epi32(_mm512_set1_epi32(LINES), mask, _mm_maskz_loadu_epi8(mask, places + e));
+    sum = _mm512_fmadd_ps(entries(values + e, mask), line.at(at), sum);
   }
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1));
   return (lanes<4>)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
 #else
+struct Line {
+  float x[LINES + 1] = {};
+
+  void load(const float *from, i64 n) { memcpy(x, from, n * sizeof(float)); }
+};
+
+template <class V>
+inline lanes<4> few_four(const Line &line, const V *values, const uint8_t *places, i64 n) {
   lanes<4> sum = {};
   for (i64 e = 0; e < n; e += 4) {
-    const lanes<4> xs = {x[places[e]], x[places[e + 1]], x[places[e + 2]], x[places[e + 3]]};
-    sum += values_at<4>(values + e) * xs;
+    const float *x = line.x;
+    sum += values_at<4>(values + e) * lanes<4>{x[places[e]], x[places[e + 1]], x[places[e + 2]], x[places[e + 3]]};
   }
   return sum;
-#endif
 }
+#endif
 
 template <class V>
 bool few_tokens(const PackedSingles &m, const V *values, const float *x, i64 ldx, i64 tokens, float *y, i64 ldy, int threads) {
@@ -67,10 +94,10 @@ bool few_tokens(const PackedSingles &m, const V *values, const float *x, i64 ldx
   memset(sums, 0, tokens * width * sizeof(float));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    float line[FEW][LINES + 1] = {};
+    Line line[FEW];
     for (i64 s = 0; s < m.stretches; s++) {
       const i64 first = s * LINES, n = std::min(LINES, m.in - first);
-      for (i64 t = 0; t < tokens; t++) memcpy(line[t], x + t * ldx + first, n * sizeof(float));
+      for (i64 t = 0; t < tokens; t++) line[t].load(x + t * ldx + first, n);
 #pragma omp for schedule(static)
       for (i64 i = m.stretch[s]; i < m.stretch[s + 1]; i++) {
         const i64 start = i ? m.ends[i - 1] : 0, count = (m.ends[i] - start) * FOUR;

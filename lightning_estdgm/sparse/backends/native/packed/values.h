@@ -1,6 +1,10 @@
 // Stored values as floats: float, bfloat16 (its bits), or int8 without its scale.
 #pragma once
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "packed.h"
 
 namespace {
@@ -28,6 +32,9 @@ inline lanes<W> values_at(const uint16_t *p) {
 
 template <int W>
 inline lanes<W> values_at(const int8_t *p) {
+#if defined(__AVX512F__)
+  if constexpr (W == 16) return (lanes<W>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#endif
   return __builtin_convertvector(
       __builtin_convertvector(*(const typename Lanes<W>::bytes *)p, typename Lanes<W>::words), lanes<W>);
 }

@@ -1,0 +1,164 @@
+"""Models with packed layers: a GPT and convolutions against the model, files, and what cannot be packed."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning import Trainer
+from torch import nn
+
+from lightning_estdgm import DGMCallback, DGMConfig, Units
+from lightning_estdgm.export import PackedConv2d, PackedLinear, load_packed, packed, save_packed
+from lightning_estdgm.recipes import ByteGPT
+
+
+def _sparse_(layer, unit, density=0.2, seed=0):
+    """Zero whole units, all taps of a convolution together, as w * mask does: with -0.0."""
+    generator = torch.Generator().manual_seed(seed)
+    out, inputs = layer.weight.shape[:2]
+    mask = (torch.rand(out // unit[0], inputs // unit[1], generator=generator) < density).float()
+    mask[0, 0] = 1
+    mask = mask.repeat_interleave(unit[0], 0).repeat_interleave(unit[1], 1)
+    with torch.no_grad():
+        layer.weight.mul_(mask.view(out, inputs, *[1] * (layer.weight.dim() - 2)))
+    return layer
+
+
+def _trained_gpt(tmp_path):
+    torch.manual_seed(0)
+    model = ByteGPT(width=64, layers=2, heads=2, context=16)
+    data = torch.utils.data.TensorDataset(torch.randint(0, 256, (8, 16)), torch.randint(0, 256, (8, 16)))
+    trainer = Trainer(
+        max_steps=8,
+        limit_val_batches=0,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=[DGMCallback(DGMConfig(units=Units(size=16)))],
+    )
+    trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=1))
+    return model
+
+
+def test_trained_gpt_is_packed_and_computes_the_same(tmp_path):
+    model = _trained_gpt(tmp_path)
+    small = packed(model)
+    layers = [module for module in small.modules() if isinstance(module, PackedLinear)]
+    assert layers
+    assert all(layer.sides == [16, 16] for layer in layers)
+    x = torch.randint(0, 256, (2, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+    assert model.trainer is not None  # the model is left alone
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    weights = {id(p) for p in model.parameters()}
+    assert not any(p.requires_grad or id(p) in weights for p in small.parameters())
+
+
+@pytest.mark.parametrize(
+    ("unit", "geometry"),
+    [
+        ((16, 16), {"kernel_size": 3, "padding": 1}),
+        ((1, 1), {"kernel_size": (3, 2), "stride": 2, "dilation": (1, 2)}),
+        ((4, 4), {"kernel_size": 1, "stride": (2, 1)}),
+        ((16, 16), {"kernel_size": 3, "padding": "same"}),
+        ((8, 8), {"kernel_size": 1, "padding": 1, "bias": False}),
+    ],
+    ids=str,
+)
+def test_convolution_is_that_of_torch(unit, geometry):
+    torch.manual_seed(0)
+    layer = _sparse_(nn.Conv2d(32, 48, **geometry), unit)
+    small = packed(layer)
+    assert isinstance(small, PackedConv2d)
+    assert small.sides[0] == unit[0]
+    for images in (torch.randn(2, 32, 9, 8), torch.randn(32, 9, 8), torch.randn(2, 32, 9, 8)[:, :, ::2]):
+        expected = copy.deepcopy(layer).double()(images.double())
+        torch.testing.assert_close(small(images).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_file_brings_the_model_back_without_its_dense_weights(tmp_path, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(_sparse_(nn.Linear(256, 256), (16, 16), 0.1), nn.LayerNorm(256), nn.Linear(256, 8))
+    small = packed(model, dtype=dtype)
+    save_packed(small, tmp_path / "model.packed")
+    assert (tmp_path / "model.packed").stat().st_size < 0.25 * 256 * 256 * 4
+    with torch.device("meta"):
+        fresh = nn.Sequential(nn.Linear(256, 256), nn.LayerNorm(256), nn.Linear(256, 8))
+    loaded = load_packed(tmp_path / "model.packed", fresh)
+    x = torch.randn(5, 256)
+    assert torch.equal(loaded(x), small(x))
+    assert not any(t.is_meta or t.requires_grad for t in (*loaded.parameters(), *loaded.buffers()))
+
+
+def test_model_that_is_one_layer_goes_through_a_file(tmp_path):
+    layer = packed(_sparse_(nn.Linear(64, 64), (1, 1)))
+    save_packed(layer, tmp_path / "layer.packed")
+    x = torch.randn(3, 64)
+    assert torch.equal(load_packed(tmp_path / "layer.packed", nn.Linear(64, 64))(x), layer(x))
+
+
+def test_files_of_something_else_are_named(tmp_path):
+    save_packed(packed(nn.Sequential(_sparse_(nn.Linear(64, 64), (16, 16)))), tmp_path / "model.packed")
+    with pytest.raises(ValueError, match=r"a layer '0' of shape \[64, 64\] in the model, got one of shape \[64, 32\]"):
+        load_packed(tmp_path / "model.packed", nn.Sequential(nn.Linear(32, 64)))
+    torch.save({"x": 1}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="holds no packed model"):
+        load_packed(tmp_path / "other.pt", nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"expected a model that export\.packed has returned"):
+        save_packed(nn.Linear(2, 2), tmp_path / "x")
+
+
+def test_model_without_zeros_is_said():
+    with pytest.warns(UserWarning, match="no layer was packed"):
+        packed(nn.Linear(32, 32))
+
+
+def test_layers_that_cannot_be_packed_are_named():
+    class Own(nn.Linear):
+        pass
+
+    model = nn.ModuleDict({"own": _sparse_(Own(32, 32), (1, 1)), "plain": _sparse_(nn.Linear(32, 32), (1, 1))})
+    with pytest.warns(UserWarning, match=r"stay dense: own \(no sparse operator for Own, density 0\.\d+\)"):
+        small = packed(model)
+    assert type(small["own"]) is Own
+    assert isinstance(small["plain"], PackedLinear)
+
+
+def test_no_zero_is_negative_and_the_model_is_left_alone():
+    layer = _sparse_(nn.Linear(64, 64), (1, 1), density=0.95)  # too few zeros: it stays dense
+    other = _sparse_(nn.Linear(64, 64), (16, 16))
+    model = nn.Sequential(layer, other)
+    small = packed(model)
+    for tensor in (*small.parameters(), *small.buffers()):
+        assert not (torch.signbit(tensor) & (tensor == 0)).any()
+    assert torch.signbit(layer.weight[layer.weight == 0]).any()
+
+
+def test_shared_layers_stay_shared():
+    layer = _sparse_(nn.Linear(64, 64), (16, 16))
+    small = packed(nn.Sequential(layer, nn.ReLU(), layer))
+    assert small[0] is small[2]
+    assert isinstance(small[0], PackedLinear)
+
+
+def test_encoder_layer_computes_the_same():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(64, 2, 128, batch_first=True).eval()
+    _sparse_(model.linear1, (16, 16))
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_int8_changes_a_layer_by_less_than_a_hundredth():
+    torch.manual_seed(0)
+    layer = _sparse_(nn.Linear(256, 256), (16, 16))
+    x = torch.randn(64, 256)
+    expected = F.linear(x, layer.weight, layer.bias)
+    assert (packed(layer, dtype=torch.int8)(x) - expected).norm() < 0.01 * expected.norm()
