@@ -54,10 +54,13 @@ class CSRLinear(nn.Module):
 
 
 def load(model: nn.Module, path: str) -> nn.Module:
-    """Put the layers of a file into `model`, load all other weights, and return it in evaluation mode."""
+    """Put the layers of a file into `model`, load all other weights, and return it in evaluation mode.
+
+    The model may be made under ``torch.device("meta")``, without memory for weights.
+    """
     content = torch.load(path, weights_only=True, mmap=True)
     made = [CSRLinear(**layer) for layer in content["layers"]]
     for name, number in content["names"].items():
         model.set_submodule(name, made[number])
-    model.load_state_dict(content["state_dict"])
+    model.load_state_dict(content["state_dict"], assign=True)
     return model.eval().requires_grad_(False)

@@ -24,12 +24,31 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix positions by causal attention, then channels by the two-layer perceptron."""
-        batch, time, width = x.shape
+        q, k, v = self._projections(x)
+        return self._add(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+    def extend(self, x: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
+        """Return the output at new positions only, those before from a cache; at the first call any number, then one.
+
+        Args:
+            x: new positions, [batch, new, width].
+            keys: cache of the block's keys, [batch, heads, context, width / heads]; the new ones are written to it.
+            values: the same of its values.
+            position: number of positions before.
+
+        """
+        q, k, v = self._projections(x)
+        end = position + x.shape[1]
+        keys[:, :, position:end], values[:, :, position:end] = k, v
+        mixed = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], is_causal=position == 0)
+        return self._add(x, mixed)
+
+    def _projections(self, x: Tensor) -> list[Tensor]:
+        """Return queries, keys and values, each [batch, heads, time, width / heads]."""
         h = self.norm_attention(x)
-        q, k, v = (
-            project(h).view(batch, time, self.heads, -1).transpose(1, 2)  # each [batch, heads, time, width / heads]
-            for project in (self.query, self.key, self.value)
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(mixed.transpose(1, 2).reshape(batch, time, width))
+        layers = (self.query, self.key, self.value)
+        return [layer(h).view(*x.shape[:2], self.heads, -1).transpose(1, 2) for layer in layers]
+
+    def _add(self, x: Tensor, mixed: Tensor) -> Tensor:
+        x = x + self.proj(mixed.transpose(1, 2).reshape(x.shape))
         return x + self.out(self.gelu(self.fc(self.norm_mlp(x))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,38 @@ class GPT(LightningModule):
         """Logits of the next token at each position."""
         h = self.tokens(x) + self.positions.weight[: x.shape[1]]
         return self.head(self.norm(self.blocks(h)))
+
+    @torch.inference_mode()
+    def generate(self, prompt: Tensor, count: int) -> Tensor:
+        """Continue a text by the likeliest token at each position; keys and values of positions before are kept.
+
+        Args:
+            prompt: int64 tokens [batch, time].
+            count: number of tokens to add; with the prompt at most ``context``.
+
+        Returns:
+            Prompt and continuation, int64 [batch, time + count].
+
+        Raises:
+            ValueError: The text would be longer than ``context``, or the prompt is empty.
+
+        """
+        batch, time = prompt.shape
+        if not 0 < time <= time + count <= self.context:
+            raise ValueError(f"got a prompt of {time} tokens and count={count}, expected 1 to {self.context} in all")
+        text = torch.cat([prompt, prompt.new_empty(batch, count)], dim=1)
+        blocks = cast("list[DecoderBlock]", list(self.blocks))
+        width = self.tokens.embedding_dim
+        sizes = (2, len(blocks), batch, blocks[0].heads, time + count, width // blocks[0].heads)
+        keys, values = self.positions.weight.new_empty(sizes)
+        begin = 0
+        for end in range(time, time + count):
+            h = self.tokens(text[:, begin:end]) + self.positions.weight[begin:end]
+            for block, k, v in zip(blocks, keys, values, strict=True):
+                h = block.extend(h, k, v, begin)
+            text[:, end] = self.head(self.norm(h[:, -1])).argmax(-1)
+            begin = end
+        return text
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross entropy of the next token, in nats a token, mean over all positions."""

@@ -108,3 +108,18 @@ def test_warmup_and_cosine_have_the_promised_ends():
 def test_bad_settings_of_the_model_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         tiny(**settings)
+
+
+def test_generation_with_a_cache_is_that_without() -> None:
+    """One token a step, each by a forward over the whole text."""
+    torch.manual_seed(0)
+    model = ByteGPT(width=32, layers=2, heads=2, context=12).eval()
+    text = torch.randint(0, 256, (3, 4))
+    found = model.generate(text, 8)
+    for _ in range(8):
+        text = torch.cat([text, model(text)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(found, text)
+    assert torch.equal(model.generate(text, 0), text)
+    for prompt, count in ((text, 1), (text[:, :0], 4)):
+        with pytest.raises(ValueError, match="expected 1 to 12 in all"):
+            model.generate(prompt, count)

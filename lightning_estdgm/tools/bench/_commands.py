@@ -217,6 +217,43 @@ def train(
     _finish(out, record, goals_table(goals) if (goals := content()["goals"]) else None)
 
 
+@app.command()
+def serve(
+    network: Annotated[str, typer.Option(help="mlp, or gpt for one decoder block.")] = "mlp",
+    width: Annotated[int, typer.Option(help="Of the network, a multiple of 64.")] = 1024,
+    density: Annotated[float, typer.Option(help="Active share of the weights.")] = 0.1,
+    block_size: Annotated[int, typer.Option(help="Side of the units that are active or not.", min=1)] = 16,
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens a call; repeatable (1, 16, 256, 2048).")] = None,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(help="torch, packed, aoti, torch-csr, onnx, mnn, openvino or openvino-int8; repeatable."),
+    ] = None,
+    generated: Annotated[int, typer.Option(help="Tokens that a GPT generates from its packed form.", min=0)] = 100,
+    json: Annotated[Path | None, typer.Option(help="Where a JSON goes.")] = None,
+) -> None:
+    """Serve a sparse network in every runtime that is installed: tokens a second and memory, beside dense PyTorch."""
+    from lightning_estdgm.tools.bench._output import console, show
+    from lightning_estdgm.tools.bench._serve import ServeConfig, measure_serving, serve_table
+
+    given: dict[str, Any] = {"tokens": tokens, "runtimes": runtime}
+    given = {name: tuple(value) for name, value in given.items() if value}
+    try:
+        config = ServeConfig(network, width, density, block_size, generated=generated, **given)
+    except ValueError as e:
+        raise typer.BadParameter(str(e)) from e
+    out = console()
+    result = measure_serving(config, lambda text: out.print(text, style="dim"))
+    for text in result["left_out"]:
+        out.print(f"left out: {text}", soft_wrap=True, markup=False)
+    show(serve_table(result), result, json)
+    if (generation := result["generation"]) is not None:
+        dense, packed = generation["torch"], generation["packed"]
+        out.print(
+            f"text, one token a step with a key-value cache: {packed:.0f} tokens/s packed, {dense:.0f} dense "
+            f"({packed / dense:.2f}x)"
+        )
+
+
 @app.command(name="all")
 def everything(
     output: Annotated[

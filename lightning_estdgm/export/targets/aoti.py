@@ -1,0 +1,70 @@
+"""``aoti``: the whole network compiled by AOTInductor, packed layers inside; C++ programs run it without Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_estdgm.export._program import exported_program
+from lightning_estdgm.export.targets._protocol import ExportError, ExportInput
+from lightning_estdgm.export.targets.packed import DTYPES, packed_model
+from lightning_estdgm.sparse.backends.native._operator import operator_library
+
+
+class AOTI:
+    """An AOTInductor package (``.pt2``) with the library of the operator beside it."""
+
+    name = "aoti"
+    suffix = ".pt2"
+    values: Sequence[str] = tuple(DTYPES)
+    requires: Sequence[str] = ()
+    extra = ""
+    runs_here = True
+
+    def write(self, given: ExportInput, path: Path) -> list[str]:
+        """Compile the model with its layers packed; the operator's library goes beside it."""
+        model, notes = packed_model(given)
+        program, varying = exported_program(dataclasses.replace(given, model=model))
+        isa = str(torch._inductor.cpu_vec_isa.pick_vec_isa()).upper()
+        logger = logging.getLogger("torch._inductor")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        except Exception as e:
+            lines = str(e).strip().splitlines()[-12:]
+            raise ExportError("\n".join([f"AOTInductor failed: {type(e).__name__}", *lines])) from e
+        finally:
+            logger.setLevel(level)
+        library = path.with_name(f"{path.stem}.operator.so")
+        shutil.copyfile(operator_library(), library)
+        return [
+            varying,
+            *notes,
+            f"compiled for {isa} by torch {torch.__version__}: serve it with that version on CPUs with {isa} (its "
+            "metadata say so as AOTI_CPU_ISA), and export anew for others",
+            f"load {library.name} first: torch.ops.load_library in Python, dlopen in C++",
+        ]
+
+    def load(self, path: Path, given: ExportInput) -> Callable[..., Any]:
+        """Return the package as a function."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run: Callable[..., Any] = torch._inductor.aoti_load_package(str(path))
+        return run
+
+    def tolerance(self, values: str) -> float | None:
+        """Allow for another order of sums; other types are lossy."""
+        return 1e-3 if values == "fp32" else None
+
+
+TARGET = AOTI()

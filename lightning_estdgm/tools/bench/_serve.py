@@ -1,0 +1,172 @@
+"""``estdgm bench serve``: one sparse network in every runtime that is here: tokens a second, memory, size."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_estdgm.export import ExportError, export_model, packed
+from lightning_estdgm.recipes.gpt import ByteGPT
+from lightning_estdgm.tools.bench._output import Columns, terminal_table
+from lightning_estdgm.tools.bench._serve_process import ServeTask, example, make_network
+
+_OPENVINO = {"openvino": ("openvino",), "openvino-int8": ("openvino", "nncf")}
+TARGETS = ("packed", "aoti", "torch-csr", "onnx", "mnn")
+"""Targets that are measured; 2:4 needs a GPU."""
+RUNTIMES = ("torch", *TARGETS, *_OPENVINO)
+"""Names of what is measured: dense PyTorch, the targets, and OpenVINO on the file of ``onnx``."""
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """What is served.
+
+    Attributes:
+        network: "mlp" (width, four times the width, width) or "gpt" (a decoder block).
+        width: its width, a multiple of 64.
+        density: active share of its matrices.
+        block_size: side of the square units that are active or not.
+        tokens: tokens of a call, one measurement each.
+        runtimes: some of `RUNTIMES`.
+        generated: tokens that a GPT of two such blocks generates from its packed form; 0 for none.
+
+    """
+
+    network: str = "mlp"
+    width: int = 1024
+    density: float = 0.1
+    block_size: int = 16
+    tokens: tuple[int, ...] = (1, 16, 256, 2048)
+    runtimes: tuple[str, ...] = RUNTIMES
+    generated: int = 100
+
+    def __post_init__(self) -> None:
+        if self.network not in ("mlp", "gpt"):
+            raise ValueError(f"network: got {self.network!r}, expected mlp or gpt")
+        if self.width < 64 or self.width % 64 or self.width % self.block_size:
+            raise ValueError(f"width: got {self.width}, expected a multiple of 64 and of block_size={self.block_size}")
+        if unknown := sorted(set(self.runtimes) - set(RUNTIMES)):
+            raise ValueError(f"runtimes: got {', '.join(unknown)}, expected some of {', '.join(RUNTIMES)}")
+        if not self.tokens or min(self.tokens) < 1:
+            raise ValueError(f"tokens: got {self.tokens}, expected positive numbers")
+
+
+def measure_serving(config: ServeConfig, say: Callable[[str], None]) -> dict[str, Any]:
+    """Export the network to each target and time each runtime in a process of its own.
+
+    Returns:
+        The configuration; "rows": runtime, seconds by tokens, peak and file bytes; "left_out": what was not measured
+        and why; "generation": tokens a second of a GPT with a key-value cache, dense and packed.
+
+    """
+    torch.manual_seed(0)
+    model = keep_units_(make_network(config.network, config.width), config).eval()
+    rows: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(model.state_dict(), Path(folder) / "torch.pt")
+        for runtime in config.runtimes:
+            say(f"{runtime} ...")
+            try:
+                file = _written(runtime, model, config, Path(folder))
+                rows.append({"runtime": runtime, "file_bytes": file.stat().st_size, **_served(runtime, file, config)})
+            except (ExportError, ModuleNotFoundError, RuntimeError) as e:
+                left_out.append(f"{runtime}: {e}")
+    return {
+        "config": asdict(config),
+        "rows": rows,
+        "left_out": left_out,
+        "generation": measure_generation(config) if config.generated else None,
+    }
+
+
+def keep_units_(model: nn.Module, config: ServeConfig) -> nn.Module:
+    """Zero all but a share of the square units of each matrix, drawn by torch's generator."""
+    side = config.block_size
+    with torch.no_grad():
+        for matrix in model.parameters():
+            if matrix.dim() == 2 and not (matrix.shape[0] % side or matrix.shape[1] % side):
+                units = torch.rand(matrix.shape[0] // side, matrix.shape[1] // side) < config.density
+                matrix.mul_(units.repeat_interleave(side, 0).repeat_interleave(side, 1)).add_(0.0)
+    return model
+
+
+def measure_generation(config: ServeConfig) -> dict[str, float]:
+    """Return the tokens a second that a byte-level GPT of two blocks generates, dense and packed."""
+    prompt = torch.randint(0, 256, (1, 8), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    gpt = ByteGPT(config.width, layers=2, heads=config.width // 64, context=prompt.shape[1] + config.generated)
+    keep_units_(gpt, config).eval()
+    found = {}
+    for name, model in (("torch", gpt), ("packed", packed(gpt))):
+        model.generate(prompt, 2)  # type: ignore[operator]
+        start = time.perf_counter()
+        model.generate(prompt, config.generated)  # type: ignore[operator]
+        found[name] = config.generated / (time.perf_counter() - start)
+    return found
+
+
+def serve_table(result: Mapping[str, Any]) -> Any:
+    """Return the results as a table for the terminal: tokens a second, and how many times dense PyTorch."""
+    return terminal_table(_title(result), serve_columns(result), left={0})
+
+
+def serve_columns(result: Mapping[str, Any]) -> Columns:
+    """Return head and cells: one row a runtime."""
+    tokens: Sequence[int] = result["config"]["tokens"]
+    dense = next((row["seconds"] for row in result["rows"] if row["runtime"] == "torch"), None)
+    head = ["runtime", *(f"{n} token{'s' if n > 1 else ''}" for n in tokens), "peak MB", "file MB"]
+    cells = []
+    for row in result["rows"]:
+        line = [row["runtime"]]
+        for n in tokens:
+            seconds = row["seconds"][str(n)]
+            times = "" if dense is None else f" ({dense[str(n)] / seconds:.2f}x)"
+            line.append(f"{n / seconds:,.0f}/s{times}")
+        peak = row["peak_bytes"]
+        cells.append([*line, "-" if peak is None else f"{peak / 1e6:.0f}", f"{row['file_bytes'] / 1e6:.1f}"])
+    return head, cells
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    c = result["config"]
+    return f"{c['network']} of width {c['width']}, density {c['density']}, units of {c['block_size']}"
+
+
+def _written(runtime: str, model: nn.Module, config: ServeConfig, folder: Path) -> Path:
+    """Return the file that a runtime serves; it is exported once."""
+    if runtime == "torch":
+        return folder / "torch.pt"
+    if missing := [name for name in _OPENVINO.get(runtime, ()) if find_spec(name) is None]:
+        raise ModuleNotFoundError(f"{', '.join(missing)} not installed")
+    target = "onnx" if runtime in _OPENVINO else runtime
+    if found := sorted(folder.glob(f"{target}.model.*")):
+        return found[0]
+    x = example(config.network, config.width, 16)
+    return export_model(model, x, target, folder / f"{target}.model", dynamic="shape").files[0]
+
+
+def _served(runtime: str, file: Path, config: ServeConfig) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    task = ServeTask(runtime, str(file), config.network, config.width, config.tokens, threads)
+    call = [sys.executable, "-m", "lightning_estdgm.tools.bench._serve_process", json.dumps(asdict(task))]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(call, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError("\n".join((done.stderr or f"exit status {done.returncode}").strip().splitlines()[-6:]))
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    if runtime == "mnn":
+        found["peak_bytes"] = None  # MNN's memory is that of yet another process
+    return found

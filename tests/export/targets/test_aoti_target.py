@@ -1,0 +1,89 @@
+"""``aoti``: packages with packed layers, run by PyTorch and by a C++ program without Python."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from helpers import exported
+from lightning_estdgm.export import ExportError, export_model
+from lightning_estdgm.export.targets import aoti
+from lightning_estdgm.sparse.backends.native._operator import _torch_flags
+
+pytest.importorskip("torch_geometric")
+
+COMPILER = shutil.which("g++")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++")
+X = torch.randn(1, 128, generator=torch.Generator().manual_seed(3))
+
+
+def run(path: Path, *inputs: torch.Tensor) -> torch.Tensor:
+    loaded = torch._inductor.aoti_load_package(str(path))
+    found = loaded(*inputs)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def test_a_c_program_runs_it_without_python(tmp_path: Path) -> None:
+    """At another batch than the example's; the process has no Python and finds the operator in the library beside."""
+    net = exported.mlp(unit=16)
+    report = export_model(net, X, "aoti", tmp_path / "net")
+    assert [path.name for path in report.files] == ["net.pt2", "net.operator.so"]
+    assert "input [any, 128]" in str(report)
+    program = tmp_path / "serve"
+    flags = [*_torch_flags(), "-O0", "-ldl"]
+    source = str(Path(__file__).with_name("serve.cpp"))
+    compiled = subprocess.run(
+        [str(COMPILER), source, "-o", str(program), *flags], capture_output=True, text=True, check=False
+    )
+    assert compiled.returncode == 0, compiled.stderr[-2000:]
+    x = torch.randn(7, 128)
+    x.numpy().tofile(tmp_path / "x.bin")
+    call = [
+        str(program), str(tmp_path / "net.operator.so"), str(tmp_path / "net.pt2"), str(tmp_path / "x.bin"), "128",
+        str(tmp_path / "y.bin"),
+    ]  # fmt: skip
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(call, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    y = torch.from_numpy(numpy.fromfile(tmp_path / "y.bin", dtype=numpy.float32)).view(7, 128)
+    assert exported.relative_difference(y, net(x)) < 1e-5
+    linked = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=True).stdout
+    assert "libtorch_cpu" in linked
+    assert "libpython" not in linked
+    without = subprocess.run([*call[:1], "/dev/null", *call[2:]], capture_output=True, env=environment, check=False)
+    assert without.returncode == 3, "the control: without the library there is no operator"
+
+
+@pytest.mark.parametrize("kind", ["gpt", "conv", "gcn"])
+def test_networks(kind: str, tmp_path: Path) -> None:
+    net, example, dynamic = exported.network(kind)
+    report = export_model(net, example, "aoti", tmp_path / "net", dynamic=dynamic)
+    assert "any" in report.notes[0]
+    inputs = exported.other_size(kind)
+    assert exported.relative_difference(run(tmp_path / "net.pt2", *inputs), net(*inputs)) < 1e-4
+
+
+def test_no_dense_weight_is_inside(tmp_path: Path) -> None:
+    net = exported.mlp(unit=16, width=512)
+    report = export_model(net, torch.randn(2, 512), "aoti", tmp_path / "net")
+    assert (tmp_path / "net.pt2").stat().st_size < 0.35 * report.dense_bytes
+    metadata = torch._inductor.aoti_load_package(str(tmp_path / "net.pt2")).get_metadata()
+    assert f"compiled for {metadata['AOTI_CPU_ISA']} by torch {torch.__version__}" in str(report)
+
+
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("line\n" * 30 + "error: no such instruction")
+
+    monkeypatch.setattr(aoti.torch._inductor, "aoti_compile_and_package", fail)
+    with pytest.raises(ExportError, match=r"AOTInductor failed: RuntimeError\n(.|\n)*error: no such instruction"):
+        export_model(nn.Sequential(exported.mlp()), X, "aoti", tmp_path / "out" / "net")
+    assert os.listdir(tmp_path / "out") == []
