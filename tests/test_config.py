@@ -14,7 +14,7 @@ from lightning_estdgm.method._patterns import NofM
 from lightning_estdgm.method._schedules import EstDgm, Phase
 from lightning_estdgm.method._update_rule import UpdateRule
 
-SIZES = "units.size must be 'auto', 'finest', 'fastest' or one of (1, (2, 1), (4, 1), (8, 1), (16, 1), (32, 1), 4, 8, 16, 32, 64, 128)"
+SIZES = "'auto', 'finest', 'fastest' or one of (1, (2, 1), (4, 1), (8, 1), (16, 1), (32, 1), 4, 8, 16, 32, 64, 128)"
 
 
 @pytest.mark.parametrize(
