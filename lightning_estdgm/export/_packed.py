@@ -132,7 +132,7 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
             raise ValueError(f"{path}: expected a layer {name!r} of shape {layer['shape']} in the model, got {got}")
         prefix = f"{name}." if name else ""
         tensors = {key: state.get(f"{prefix}{key}") for key in ("values", "ptr", "idx", "outputs", "ends", "scale")}
-        weight = PackedWeight(tuple(layer["shape"]), tuple(layer["sides"]), **tensors)  # type: ignore[arg-type]
+        weight = PackedWeight(tuple(layer["shape"]), tuple(layer["sides"]), **tensors)
         made[name] = _packed_layer(found, weight, state.get(f"{prefix}bias"))
     for name, module in made.items():
         if not name:
