@@ -7,8 +7,9 @@ mends that, is seen on throw-away parameters, too, so that no optimizer is known
 from __future__ import annotations
 
 import contextlib
+import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,8 @@ _SIDE = 8  # of a throw-away parameter; half of its rows begin late
 _STEPS = 12  # that are compared: rectified optimizers change their ways after the fifth
 _RESTS = (7, 200)  # steps before the late rows begin
 _LATE = 1_000_000  # count of a late parameter, where it can be set
-_AGREE = 100  # steps in a row that have to agree before two counts have settled
+_EQUAL = 128  # steps of one size before counts are set, so that moments have come to it
+_PROBES = 32  # counts that are tried at once
 _LONGEST = 12_000  # steps; what does not settle by then is no correction, but a schedule
 _PLAIN = (bool, int, float, str, tuple, type(None))
 
@@ -52,7 +54,7 @@ class UnitCounts:
     why_not: str = ""
 
 
-_known: dict[str, tuple[weakref.ref[type], UnitCounts]] = {}  # by settings: a trial may take a second
+_known: dict[str, tuple[weakref.ref[type], UnitCounts]] = {}  # by settings
 
 
 def unit_counts(optimizer: Optimizer, index: int, like: Tensor) -> UnitCounts:
@@ -211,34 +213,48 @@ class _Trial:
     def lifetime(self, tolerance: float) -> int:
         """Return the number of steps after which those of two counts have settled; 0: they have not.
 
-        Gradients are of the same size in all steps: what is compared is the size of the steps, up to `tolerance`.
+        What is compared is the size of a step from one and the same state, by the count that is set in it.
         """
-        fresh, late = (nn.Parameter(torch.zeros_like(self._values)) for _ in range(2))
-        trial = self._copy(late)
-        self._step(trial, [late], 0.0)
-        before = {(id(holder), key): float(holder[key]) for holder, key in _numbers(trial, late)}
-        self._step(trial, [late], 0.0)
-        for holder, key in _numbers(trial, late):
-            if float(holder[key]) == before.get((id(holder), key), float("nan")) + 1.0:
-                count = holder[key]
-                holder[key] = count.fill_(_LATE) if isinstance(count, Tensor) else type(count)(_LATE)
-        trial.param_groups[self._index]["params"].append(fresh)
-        end = 0
-        for n in range(1, _LONGEST + 1):
-            one, other = self._step(trial, [fresh, late], 2.0**-3)
-            if not abs(one - other) <= tolerance * abs(one):
-                end = n
-            elif n - end >= _AGREE:
-                return max(end, 1)
-        return 0
+        low, high = 0, _LONGEST  # as steps: the last that differs is in between
+        while high - low > 1:
+            counts = sorted({*(low + round((high - low) ** (i / _PROBES)) for i in range(_PROBES)), high})
+            *sizes, settled = self._sizes([*counts, _LATE])
+            apart = [not abs(size - settled) <= tolerance * abs(size) for size in sizes]
+            if apart[-1]:
+                return 0
+            last = max((i for i, differs in enumerate(apart) if differs), default=-1)
+            low, high = (counts[last] if last >= 0 else low), counts[last + 1]
+            if last < 0:
+                break
+        return max(low, 1)
+
+    def _sizes(self, counts: Sequence[int]) -> list[float]:
+        """Return the sizes of the steps that have these counts, each from the state of many equal steps before."""
+        one = nn.Parameter(torch.zeros_like(self._values))
+        trial = self._copy(one)
+        before: dict[str, float] = {}
+        for _ in range(_EQUAL):
+            before = _numbers(trial.state.get(one, {}))
+            self._step(trial, [one])
+        now = _numbers(trial.state[one])
+        counted = [key for key, number in now.items() if number == before.get(key, float("nan")) + 1.0]
+        several = [nn.Parameter(torch.zeros_like(one)) for _ in counts]
+        for count, weight in zip(counts, several, strict=True):
+            state = copy.deepcopy(dict(trial.state[one]))
+            for key in counted:
+                number = state[key]
+                state[key] = number.fill_(count - 1) if isinstance(number, Tensor) else type(number)(count - 1)
+            trial.state[weight] = state
+        trial.param_groups[self._index]["params"][:] = several
+        return self._step(trial, several)
 
     @staticmethod
     @torch.no_grad()
-    def _step(trial: Optimizer, weights: Sequence[nn.Parameter], gradient: float) -> list[float]:
+    def _step(trial: Optimizer, weights: Sequence[nn.Parameter]) -> list[float]:
         """Take a step from 0, so that weight decay does nothing; return how far each weight goes."""
         for weight in weights:
             weight.zero_()
-            weight.grad = torch.full_like(weight, gradient)
+            weight.grad = torch.full_like(weight, 2.0**-3)
         trial.step()
         return [weight.view(-1)[0].item() for weight in weights]
 
@@ -253,16 +269,14 @@ class _Trial:
         return trial
 
 
-def _numbers(optimizer: Optimizer, parameter: Tensor) -> list[tuple[dict[str, Any], str]]:
-    """Return where an optimizer keeps single numbers: for the parameter, and in its group."""
-    groups = [group for group in optimizer.param_groups if any(p is parameter for p in group["params"])]
-    return [
-        (holder, key)
-        for holder in (optimizer.state.get(parameter, {}), *groups)
-        for key, value in holder.items()
+def _numbers(state: Mapping[str, Any]) -> dict[str, float]:
+    """Return the single numbers of a parameter's state."""
+    return {
+        key: float(value)
+        for key, value in state.items()
         if (isinstance(value, Tensor) and value.dim() == 0)
         or (isinstance(value, int | float) and not isinstance(value, bool))
-    ]
+    }
 
 
 def _alike(moves: Tensor, others: Tensor, tolerance: float) -> bool:

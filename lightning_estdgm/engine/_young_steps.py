@@ -1,10 +1,11 @@
 """`YoungSteps`: an optimizer steps the young units of its weights as parameters of their own.
 
-For the length of a step, the optimizer sees one more group for each of its groups that holds young units. Each cohort
-is a parameter there: a copy of its part of the weight, of the gradient and of the state, with a count of steps of its
-own. After the step, values and state are written over what the optimizer has made of the whole weight. So whatever an
-optimizer derives from its count, and whatever is changed in the group, young units have what a fresh parameter would
-have. Which optimizers can be treated so is found out in `_count_trial`.
+For the length of a step, the optimizer sees one more group for each of its groups that holds young units. The cohorts
+of one age, of all weights in the group, are one parameter there: a copy of their parts of the weights, of the gradients
+and of the state, with a count of steps of its own. (Weights whose rates are scaled differently are in groups of their
+own, see `_scaled_groups`.) After the step, values and state are written over what the optimizer has made of the whole
+weights. So whatever an optimizer derives from its count, and whatever is changed in the group, young units have what a
+fresh parameter would have. Which optimizers can be treated so is found out in `_count_trial`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class YoungSteps:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._parts: list[_Part] = []
+        self._shown: list[_Shown] = []
         self._groups: list[dict[str, Any]] = []
 
     @property
@@ -74,17 +75,16 @@ class YoungSteps:
         """
         self.discard()
         for group in self._optimizer.param_groups:
-            parts = [_Part(self._optimizer, weight) for weight in self._stepped(group, weights)]
-            if parts:
+            shown = _shown(self._optimizer, list(self._stepped(group, weights)))
+            if shown:
                 own = {key: value for key, value in group.items() if key != "param_names"}
-                self._groups.append(own | {"params": [p for part in parts for p in part.parameters]})
-                self._parts += parts
+                self._groups.append(own | {"params": [one.parameter for one in shown]})
+                self._shown += shown
         self._optimizer.param_groups.extend(self._groups)
 
     def commit(self) -> None:
         """Take the young units away after a step, and write what the optimizer made of them. May be called twice."""
-        for part in self._parts:
-            part.write()
+        _write(self._shown)
         self.discard()
 
     def discard(self) -> None:
@@ -93,9 +93,9 @@ class YoungSteps:
         groups = self._optimizer.param_groups
         if shown:
             groups[:] = [group for group in groups if id(group) not in shown]
-        for part in self._parts:
-            part.forget()
-        self._parts, self._groups = [], []
+        for one in self._shown:
+            self._optimizer.state.pop(one.parameter, None)
+        self._shown, self._groups = [], []
 
     def _stepped(self, group: Mapping[str, Any], weights: Mapping[int, SteppedWeight]) -> Iterator[SteppedWeight]:
         for parameter in group["params"]:
@@ -107,63 +107,115 @@ class YoungSteps:
 
 
 class _Part:
-    """The young units of one weight as parameters.
+    """The young units of one weight: what is read of its tensors before a step, and written after it."""
+
+    def __init__(self, optimizer: Optimizer, weight: SteppedWeight) -> None:
+        self._weight = weight
+        self.cohorts = weight.young.cohorts
+        self.whole: Mapping[str, Any] = optimizer.state.get(weight.parameter, {})
+        self._elements = weight.young.elements
+        self._sizes = [len(cohort.elements) for cohort in self.cohorts]
+        gradient = weight.gradient
+        self.values = self._taken(weight.weight)
+        self.gradients = None if gradient is None else self._taken(gradient)
+        self.entries = {
+            key: self._taken(oriented(value, weight)) for key, value in self.whole.items() if _has_part(value)
+        }
+
+    def put_values(self, pieces: Sequence[Tensor]) -> None:
+        """Write each cohort's part of the weight."""
+        self._put(self._weight.weight, pieces)
+
+    def put_entry(self, key: str, pieces: Sequence[Tensor]) -> None:
+        """Write each cohort's part of a state entry."""
+        self._put(oriented(self.whole[key], self._weight), pieces)
+
+    def _taken(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Return each cohort's part of a tensor; none of its elements for a cohort that has none on this rank."""
+        memory, places = _in_memory(tensor, self._elements)
+        return memory.index_select(0, places).split(self._sizes)
+
+    def _put(self, tensor: Tensor, pieces: Sequence[Tensor]) -> None:
+        memory, places = _in_memory(tensor, self._elements)
+        memory.scatter_(0, places, torch.cat(list(pieces)))
+
+
+class _Shown:
+    """One parameter for the cohorts of several weights that have the same numbers, and so take the same steps.
 
     Attributes:
-        parameters: one for each cohort.
+        parameter: the parameter, one zero if no cohort has an element on this rank.
+        members: part and place in it of each cohort.
 
     """
 
-    def __init__(self, optimizer: Optimizer, weight: SteppedWeight) -> None:
-        self._optimizer, self._weight = optimizer, weight
-        self._cohorts, self._elements = weight.young.cohorts, weight.young.elements
-        self._sizes = [len(cohort.elements) for cohort in self._cohorts]
-        self.parameters = [nn.Parameter(values) for values in self._taken(weight.weight)]
-        if (gradient := weight.gradient) is not None:
-            for parameter, own in zip(self.parameters, self._taken(gradient), strict=True):
-                parameter.grad = own
-        self._share_state()
-
-    def _share_state(self) -> None:
-        """Give all cohorts but the newest a state: their part of the whole one, and numbers of their own."""
-        whole = self._whole
-        entries = {key: self._taken(oriented(value, self._weight)) for key, value in whole.items() if _has_part(value)}
-        for i, (parameter, cohort) in enumerate(zip(self.parameters, self._cohorts, strict=True)):
-            if cohort.numbers:  # else the optimizer makes its state, as it does for a fresh parameter
-                numbers = {key: _beside(value, whole.get(key)) for key, value in cohort.numbers.items()}
-                self._optimizer.state[parameter] = {key: values[i] for key, values in entries.items()} | numbers
-
-    def write(self) -> None:
-        """Write values and state over those of the whole weight; numbers are kept by the cohorts."""
-        states = [self._optimizer.state.get(parameter, {}) for parameter in self.parameters]
-        self._put(self._weight.weight, self.parameters)
-        for key, value in self._whole.items():
-            if _has_part(value) and all(key in state for state in states):
-                self._put(oriented(value, self._weight), [state[key] for state in states])
-        for cohort, state in zip(self._cohorts, states, strict=True):
-            cohort.numbers = _numbers(state)
-
-    def forget(self) -> None:
-        """Remove the parameters' state from the optimizer."""
-        for parameter in self.parameters:
-            self._optimizer.state.pop(parameter, None)
+    def __init__(self, optimizer: Optimizer, members: Sequence[tuple[_Part, int]]) -> None:
+        self._optimizer, self.members = optimizer, members
+        self._sizes = [len(part.values[i]) for part, i in members]
+        self.parameter = nn.Parameter(self._joined([part.values[i] for part, i in members]))
+        gradients = [part.gradients[i] for part, i in members if part.gradients is not None]
+        if gradients:
+            self.parameter.grad = self._joined(gradients)
+        first, i = members[0]
+        if own := first.cohorts[i].numbers:  # else the optimizer makes its state, as it does for a fresh parameter
+            numbers = {key: _beside(value, first.whole.get(key)) for key, value in own.items()}
+            entries = {key: self._joined([part.entries[key][j] for part, j in members]) for key in first.entries}
+            optimizer.state[self.parameter] = entries | numbers
 
     @property
-    def _whole(self) -> Mapping[str, Any]:
-        state: Mapping[str, Any] = self._optimizer.state.get(self._weight.parameter, {})
+    def state(self) -> Mapping[str, Any]:
+        """What the optimizer has for the parameter."""
+        state: Mapping[str, Any] = self._optimizer.state.get(self.parameter, {})
         return state
 
-    def _taken(self, tensor: Tensor) -> list[Tensor]:
-        """Return each cohort's part of a tensor; one zero for a cohort that has none on this rank."""
-        memory, places = _in_memory(tensor, self._elements)
-        pieces = memory.index_select(0, places).split(self._sizes)
-        return [piece if len(piece) else piece.new_zeros(1) for piece in pieces]
+    def pieces(self, tensor: Tensor) -> Iterator[Tensor]:
+        """Yield the elements of each member of a tensor with the parameter's elements."""
+        vector = tensor.detach().view(-1)
+        return iter(vector[: sum(self._sizes)].split(self._sizes))
 
-    def _put(self, tensor: Tensor, pieces: Sequence[Tensor]) -> None:
-        """Write each cohort's part of a tensor."""
-        values = torch.cat([p.detach().view(-1)[:size] for p, size in zip(pieces, self._sizes, strict=True)])
-        memory, places = _in_memory(tensor, self._elements)
-        memory.scatter_(0, places, values)
+    @staticmethod
+    def _joined(pieces: Sequence[Tensor]) -> Tensor:
+        whole = torch.cat(list(pieces)) if len(pieces) > 1 else pieces[0]
+        return whole if len(whole) else whole.new_zeros(1)
+
+
+def _shown(optimizer: Optimizer, weights: Sequence[SteppedWeight]) -> list[_Shown]:
+    """Return parameters for all cohorts of weights of one group: one for those whose numbers are equal."""
+    slots: dict[Any, list[list[tuple[_Part, int]]]] = {}
+    for part in [_Part(optimizer, weight) for weight in weights]:
+        kind = tuple((key, pieces[0].dtype) for key, pieces in part.entries.items())
+        for i, cohort in enumerate(part.cohorts):
+            key = (cohort.age, part.values[i].dtype, part.values[i].device, kind)
+            for slot in slots.setdefault(key, []):
+                first = slot[0][0].cohorts[slot[0][1]]
+                if _same_numbers(first.numbers, cohort.numbers):
+                    cohort.numbers = first.numbers  # which is seen at once in the next step
+                    slot.append((part, i))
+                    break
+            else:
+                slots[key].append([(part, i)])
+    return [_Shown(optimizer, slot) for same in slots.values() for slot in same]
+
+
+def _write(shown: Sequence[_Shown]) -> None:
+    """Write values and state over those of the whole weights; numbers are kept by the cohorts."""
+    values: dict[_Part, dict[int, Tensor]] = {}
+    entries: dict[_Part, dict[str, dict[int, Tensor]]] = {}
+    for one in shown:
+        state = one.state
+        numbers = _numbers(state)
+        for (part, i), piece in zip(one.members, one.pieces(one.parameter), strict=True):
+            values.setdefault(part, {})[i] = piece
+            part.cohorts[i].numbers = numbers
+        for key, value in state.items():
+            if _has_part(value):
+                for (part, i), piece in zip(one.members, one.pieces(value), strict=True):
+                    entries.setdefault(part, {}).setdefault(key, {})[i] = piece
+    for part, pieces in values.items():
+        part.put_values([pieces[i] for i in range(len(part.cohorts))])
+        for key, own in entries.get(part, {}).items():
+            if _has_part(part.whole.get(key)) and len(own) == len(part.cohorts):
+                part.put_entry(key, [own[i] for i in range(len(part.cohorts))])
 
 
 def _in_memory(tensor: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,8 +242,19 @@ def _numbers(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if not _has_part(value)}
 
 
+def _same_numbers(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two counts are the same; after a step that was theirs they are one object."""
+    return one is other or (one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items()))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and bool(one.cpu() == other.cpu())
+    return type(one) is type(other) and bool(one == other)
+
+
 def _beside(number: Any, whole: Any) -> Any:
-    """Return a number, on the device of the whole weight's."""
-    if isinstance(number, Tensor) and isinstance(whole, Tensor):
-        return number.to(whole.device)
-    return number
+    """Return a copy of a number, which a step may write into, on the device of the whole weight's."""
+    if not isinstance(number, Tensor):
+        return number
+    return number.to(whole.device, copy=True) if isinstance(whole, Tensor) else number.clone()

@@ -245,3 +245,46 @@ def test_a_step_that_a_scaler_skips_is_not_counted():
     (cohort,) = weight.young.cohorts
     assert (cohort.age, float(cohort.numbers["step"])) == (1, 1.0)
     assert float(optimizer.state[weight.parameter]["step"]) == 3.0
+
+
+class Recording(torch.optim.AdamW):
+    """Notes how many parameters each step has."""
+
+    def step(self, closure=None):
+        self.shown = sum(len(group["params"]) for group in self.param_groups)
+        return super().step(closure)
+
+
+def test_units_that_were_grown_together_are_one_parameter_whatever_their_weights():
+    run = Run(lambda p: Recording(p, RATE), config(exponent=0.0))
+    several = 0
+    for step in range(100):
+        if step == 70:
+            run = run.through_a_file()
+        cohorts = [cohort for weight in run.dgm.masked_weights for cohort in weight.young.cohorts]
+        ages = {cohort.age for cohort in cohorts}
+        run.step(step)
+        run.dgm.advance()
+        assert run.optimizer.shown == len(list(run.net.parameters())) + len(ages)
+        several += len(cohorts) > len(ages) > 1
+    assert several >= 20
+
+
+def test_weights_of_one_age_that_have_missed_a_step_keep_their_count():
+    weights = [numbered([[1, 0], [0, 1]]) for _ in range(2)]
+    for weight in weights:
+        weight.inactive.apply_mask_(weight)
+    optimizer = torch.optim.AdamW([weight.parameter for weight in weights], 0.1)
+    hooks = StepHooks([optimizer], lambda weights: None, 1.0, grows=True)
+    hooks.register(weights)
+    for step in range(6):
+        if step == 2:
+            for weight in weights:
+                weight.young.grow(weight, torch.tensor([[False, False], [False, True]]))
+        for weight in weights:
+            weight.parameter.grad = torch.ones(2, 2)
+        if step == 4:
+            weights[1].parameter.grad = None
+        optimizer.step()
+    counts = [float(cohort.numbers["step"]) for weight in weights for cohort in weight.young.cohorts]
+    assert counts == [4.0, 3.0]
