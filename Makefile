@@ -1,20 +1,24 @@
-# Each target sets up .venv by itself, once; it is renewed when pyproject.toml changes.
+# Each target sets up .venv by itself, once; it is renewed when pyproject.toml changes. The demo needs the package alone,
+# all others its extras as well. uv does it where it is on the PATH, else pip.
 PYTHON ?= python3
 BIN := .venv/bin
 # An exact pin gets a small CPU build where one is served; on a GPU machine: make TORCH=torch demo
 TORCH ?= torch==2.13.0
+SET_UP = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python >= 3.10 is needed, this is {sys.version}")' \
+	&& $(PYTHON) scripts/set_up.py
 
-.PHONY: demo test check bench compatibility versions clean
+.PHONY: demo test check package bench compatibility versions clean
 .DEFAULT_GOAL := test
 
-.venv/ready: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python >= 3.10 is needed, this is {sys.version}")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet '$(TORCH)'
-	$(BIN)/pip install --quiet --editable '.[dev,recipes]'
-	touch $@
+.venv/demo-ready: pyproject.toml
+	@$(SET_UP) demo '$(TORCH)'
+	@touch $@
 
-demo: .venv/ready  ## dense against EST-DGM on real text: loss, seconds, joules, pictures
+.venv/ready: pyproject.toml
+	@$(SET_UP) test '$(TORCH)' dev recipes
+	@touch .venv/demo-ready $@
+
+demo: .venv/demo-ready  ## dense against EST-DGM on real text: loss, seconds, joules, pictures
 	$(BIN)/estdgm demo
 
 test: .venv/ready  ## the whole test suite, warnings as errors
@@ -25,6 +29,9 @@ check: .venv/ready  ## style, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+package: .venv/ready  ## sdist and wheel, used from an environment of its own
+	$(BIN)/python scripts/check_package.py '$(TORCH)'
 
 bench: .venv/ready  ## ratios against dense on this machine: mask overhead, sparse products
 	$(BIN)/estdgm bench overhead

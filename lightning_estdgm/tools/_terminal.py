@@ -35,3 +35,11 @@ def parse_block_size(text: str) -> BlockSize | str:
 def wide_console(columns: int) -> Console:
     """Return a console of at least so many columns: a log file has no width, and tables need some."""
     return Console(width=max(Console().width, columns))
+
+
+def default_console() -> Console:
+    """Return the terminal, or a console of 110 columns for a log file, which has no width; tables need as many.
+
+    It keeps to the standard output of now, whatever is redirected later.
+    """
+    return Console(file=sys.stdout) if sys.stdout.isatty() else Console(file=sys.stdout, width=110)

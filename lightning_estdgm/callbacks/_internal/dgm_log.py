@@ -163,7 +163,7 @@ def _print_above_bar(trainer: pl.Trainer, text: str) -> None:
     if trainer.progress_bar_callback is not None:
         trainer.progress_bar_callback.print(text)
     else:
-        print(text)
+        print(text, flush=True)  # in the order of what other streams say, also in a log file
 
 
 def decision_table(decisions: tuple[LayerDecision, ...]) -> Table:

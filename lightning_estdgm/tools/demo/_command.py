@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lightning_estdgm.tools._terminal import command_line, parse_block_size
+from lightning_estdgm.tools._progress import waiting
+from lightning_estdgm.tools._terminal import command_line, default_console, parse_block_size
 
 
 def demo(
@@ -57,11 +58,12 @@ def demo(
     ] = None,
 ) -> None:
     """Train a small GPT dense and by EST-DGM on the same batches, and show what each cost."""
-    # Imported here: --help should not wait for torch.
-    from lightning_estdgm.tools.demo._demo_config import DemoConfig
-    from lightning_estdgm.tools.demo._records import DENSE, DGM
-    from lightning_estdgm.tools.demo._run import run_demo
-    from lightning_estdgm.tools.demo._sweep import run_sweep
+    console = default_console()
+    with waiting(console, "Loading PyTorch and Lightning"):  # imported here: --help should not wait for torch
+        from lightning_estdgm.tools.demo._demo_config import DemoConfig
+        from lightning_estdgm.tools.demo._records import DENSE, DGM
+        from lightning_estdgm.tools.demo._run import run_demo
+        from lightning_estdgm.tools.demo._sweep import run_sweep
 
     given: dict[str, Any] = {
         "steps": steps, "seeds": seeds, "out": out, "text": text, "batch_size": batch_size, "context": context,
@@ -88,9 +90,9 @@ def demo(
     except (ValueError, TypeError) as e:
         raise typer.BadParameter(str(e)) from e
     if sweep:
-        run_sweep(config, {DENSE: rates, DGM: rates}, json, command_line())
+        run_sweep(config, {DENSE: rates, DGM: rates}, json, command_line(), console)
     else:
-        run_demo(config, json, command_line())
+        run_demo(config, json, command_line(), console)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

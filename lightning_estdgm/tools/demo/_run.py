@@ -9,14 +9,17 @@ from typing import Any
 
 from rich.console import Console
 
+from lightning_estdgm.tools._progress import waiting
+from lightning_estdgm.tools._terminal import default_console
 from lightning_estdgm.tools.demo._arms import run_name, train
 from lightning_estdgm.tools.demo._demo_config import DemoConfig
 from lightning_estdgm.tools.demo._figures import draw_demo
 from lightning_estdgm.tools.demo._measures import summarize
 from lightning_estdgm.tools.demo._records import DENSE, DGM, records
-from lightning_estdgm.tools.demo._session import default_console, header, session
+from lightning_estdgm.tools.demo._session import header, session
 from lightning_estdgm.tools.demo._step_profile import profile_steps
 from lightning_estdgm.tools.demo._tables import results_table
+from lightning_estdgm.tools.demo._texts import announcement, next_steps, result_line
 from lightning_estdgm.tools.report import compare, read_run, write
 from lightning_estdgm.tools.report._json_format import write_json
 
@@ -38,24 +41,31 @@ def run_demo(
     console = console or default_console()
     began = time.perf_counter()
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    content = header(config, command)
+    with waiting(console, "Reading the text"):
+        content = header(config, command)
+    console.print(announcement(config, content), soft_wrap=True)
     plan = [(mode, seed, config.lr(mode)) for seed in range(config.seeds) for mode in (DENSE, DGM)]
     logs = config.out / "tensorboard" / stamp
+    runs = []
     with session(config, len(plan), console) as bar:
-        runs = [train(config, *each, bar, logs) for each in plan]
-    profiled = {mode: profile_steps(config, mode) for mode in (DENSE, DGM)} if config.profile_steps else None
-    summary = summarize(runs)
-    png = config.out / "demo.png"
-    draw_demo(runs, png)
-    report = config.out / "report.html"
-    write(compare([read_run(logs / run_name(*each)) for each in plan], "val/loss"), report)
+        for each in plan:
+            runs.append(train(config, *each, bar, logs))
+            bar.say(result_line(runs[-1]))
+    profiled = None
+    if config.profile_steps:
+        with waiting(console, "Profiling a few steps of both"):
+            profiled = {mode: profile_steps(config, mode) for mode in (DENSE, DGM)}
+    with waiting(console, "Drawing the figures, writing the report"):
+        summary = summarize(runs)
+        png = config.out / "demo.png"
+        draw_demo(runs, png)
+        report = config.out / "report.html"
+        write(compare([read_run(logs / run_name(*each)) for each in plan], "val/loss"), report)
     files = {"png": str(png), "report": str(report), "tensorboard": str(logs)}
     content |= {"files": files, "seconds": time.perf_counter() - began}
     content |= {"summary": summary, "profile": profiled, "runs": records(runs)}
     json_path = json_path or config.out / "demo.json"
     write_json(content, json_path)
     console.print(results_table(summary, runs, profiled))
-    console.print(
-        f"{json_path}\n{png}\n{report}\ntensorboard --logdir {files['tensorboard']}", style="dim", soft_wrap=True
-    )
+    console.print(next_steps(json_path, png, report, logs), soft_wrap=True, highlight=False)
     return content

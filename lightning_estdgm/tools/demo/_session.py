@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -11,15 +10,8 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
+from lightning_estdgm.tools._progress import Steps, progress_of, waiting
 from lightning_estdgm.tools._quiet import QUIET_TRAINER, quiet_lightning
 from lightning_estdgm.tools.bench._environment import environment
 from lightning_estdgm.tools.demo._demo_config import DemoConfig
@@ -27,17 +19,20 @@ from lightning_estdgm.tools.demo._recorder import Recorder
 
 
 class ProgressBar(Callback):
-    """One bar over all runs, with the run, the phase, the density and the loss."""
+    """Moves the progress over all runs, with the run, the phase, the density and the loss."""
 
-    def __init__(self, progress: Progress, total: int) -> None:
-        self.progress = progress
-        self.task: TaskID = progress.add_task("", total=total, state="")
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
         self.recorder: Recorder | None = None
 
     def begin(self, title: str, recorder: Recorder) -> None:
         """Go on with the next run."""
         self.recorder = recorder
-        self.progress.update(self.task, description=title, state="")
+        self._steps.begin(title)
+
+    def say(self, text: str) -> None:
+        """Print a line of its own."""
+        self._steps.say(text)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -45,8 +40,7 @@ class ProgressBar(Callback):
         """One step further."""
         assert self.recorder is not None
         log = self.recorder.steps
-        state = f"{log.phase[-1]}, density {log.density[-1]:.2f}, loss {log.loss[-1]:.3f}"
-        self.progress.update(self.task, advance=1, state=state)
+        self._steps.advance(f"{log.phase[-1]}, density {log.density[-1]:.2f}, loss {log.loss[-1]:.3f}")
 
 
 def new_trainer(callbacks: Sequence[Callback], **settings: Any) -> Trainer:
@@ -61,28 +55,14 @@ def new_trainer(callbacks: Sequence[Callback], **settings: Any) -> Trainer:
     )
 
 
-def default_console() -> Console:
-    """The terminal, or a console of 110 columns for a log file, which has no width; the table needs as many."""
-    return Console() if sys.stdout.isatty() else Console(width=110)
-
-
 @contextmanager
 def session(config: DemoConfig, runs: int, console: Console) -> Iterator[ProgressBar]:
-    """Show a bar over a number of runs and keep Lightning quiet; the global random state is restored afterwards."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=16),
-        TaskProgressColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[state]}"),
-    )
-    with (
-        torch.random.fork_rng(devices=[]),
-        quiet_lightning(),
-        Progress(*columns, console=console) as progress,
-    ):
-        _warm_up(config)
-        yield ProgressBar(progress, runs * config.steps)
+    """Show the progress over a number of runs and keep Lightning quiet; restore the global random state afterwards."""
+    with torch.random.fork_rng(devices=[]), quiet_lightning():
+        with waiting(console, "Warming up: one step that is not measured"):
+            _warm_up(config)
+        with progress_of(console, runs * config.steps) as steps:
+            yield ProgressBar(steps)
 
 
 def _warm_up(config: DemoConfig) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
+from lightning_estdgm.tools._progress import waiting
+from lightning_estdgm.tools._terminal import default_console
 from lightning_estdgm.tools.demo._arms import train
 from lightning_estdgm.tools.demo._demo_config import DemoConfig
 from lightning_estdgm.tools.demo._measures import best_rates
 from lightning_estdgm.tools.demo._records import DENSE, DGM
-from lightning_estdgm.tools.demo._session import default_console, header, session
+from lightning_estdgm.tools.demo._session import header, session
 from lightning_estdgm.tools.demo._tables import sweep_table
 from lightning_estdgm.tools.report._json_format import write_json
 
@@ -48,7 +50,8 @@ def run_sweep(
             raise ValueError(f"learning rates of {mode}: got {given}, expected at least three different ones")
     console = console or default_console()
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    content = header(config, command)
+    with waiting(console, "Reading the text"):
+        content = header(config, command)
     plan = [
         (mode, seed, lr) for seed in range(config.seeds) for mode in (DENSE, DGM) for lr in dict.fromkeys(rates[mode])
     ]
@@ -56,7 +59,7 @@ def run_sweep(
     with session(config, len(plan), console) as bar:
         for mode, seed, lr in plan:
             runs.append(train(config, mode, seed, lr, bar, logs))
-            bar.progress.print(f"{mode} seed {seed} lr {lr:g}: validation loss {runs[-1].validation[-1].loss:.4f}")
+            bar.say(f"{mode} seed {seed} lr {lr:g}: validation loss {runs[-1].validation[-1].loss:.4f}")
     losses = [
         {
             "mode": run.mode,
