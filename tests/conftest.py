@@ -9,6 +9,7 @@ from hypothesis import settings
 from torch import nn
 
 from helpers import triton_installed
+from helpers.browser import browser  # noqa: F401
 from helpers.compatibility_rows import pytest_collection_modifyitems, pytest_sessionfinish, record  # noqa: F401
 
 if not triton_installed.is_installed():  # they cannot even be imported

@@ -187,7 +187,7 @@ class EnergyMonitor(Callback):
             rank_zero_warn(f"the run cannot be described, so it writes no {FILE_NAME}: {type(e).__name__}: {e}")
         rank_zero_info(announcement(self._active(), self._unavailable, self._idle_w))
         if trainer.is_global_zero:
-            fit.log.add_layout()
+            fit.log.add_layout(with_gpus=bool(gpu_names(self._assigned)))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Enter a phase that changed at the end of the last batch, whatever the order of callbacks."""
@@ -239,6 +239,8 @@ class EnergyMonitor(Callback):
         self._fit.stop()  # first, so that the last values logged are those of `summary`
         self._log(trainer, self._fit)
         self._write(trainer, self._fit, FINISHED)
+        if trainer.is_global_zero:
+            self._fit.log.add_hparams(describe_method(self._others(trainer)))
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -46,7 +46,7 @@ def test_tensorboard_opens_with_the_energy_curves(tmp_path: Path) -> None:
     layout = layout_pb2.Layout()
     layout.ParseFromString(events.Tensors(CONFIG_SUMMARY_TAG)[0].tensor_proto.string_val[0])
     charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
-    assert list(charts)[:3] == ["Joules", "Joules by phase", "Watts"]
+    assert list(charts)[:3] == ["Joules by phase", "Joules", "Watts"]
     tags = events.Tags()["scalars"]
     shown = {title: {t for t in tags for p in patterns if re.match(p, t)} for title, patterns in charts.items()}
     assert shown["Joules"] == {"energy/total_joules_estimated", "energy/net_joules_estimated"}

@@ -20,16 +20,21 @@ _log = logging.getLogger(__name__)
 
 _LAYOUT = {
     "Energy": {
-        "Joules": ["Multiline", [r"energy/total_joules", r"energy/net_joules"]],
         "Joules by phase": ["Multiline", [r"energy/phase/.*_joules"]],
+        "Joules": ["Multiline", [r"energy/total_joules", r"energy/net_joules"]],
         "Watts": ["Multiline", [r"power/total_watts", r"power/(gpu|cpu|dram)_watts"]],
         "Joules by domain": ["Multiline", [r"energy/(gpu|cpu|dram)_joules"]],
         "Joules of training and validation": ["Multiline", [r"energy/(train|val)_joules"]],
         "Joules per step, sample, ...": ["Multiline", [r"energy/joules_per_"]],
-        "Watts by GPU": ["Multiline", [r"power/gpu/"]],
     }
 }
 """TensorBoard's custom-scalars page: titles, and patterns that the beginning of a tag has to match."""
+
+_OF_GPUS = {"Watts by GPU": ["Multiline", [r"power/gpu/"]]}
+"""Charts for runs with GPUs only: elsewhere they would stay empty."""
+
+_IN_TABLE = ("energy/total_joules", "energy/seconds")
+"""Beginnings of the metrics that TensorBoard's table of hyperparameters has a column for."""
 
 
 class EnergyLog:
@@ -42,16 +47,29 @@ class EnergyLog:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._said: set[Any] = set()
+        self._logged: set[str] = set()
 
-    def add_layout(self) -> None:
+    def add_layout(self, *, with_gpus: bool) -> None:
         """Give TensorBoard a page with the energy curves."""
+        layout = {title: {**charts, **(_OF_GPUS if with_gpus else {})} for title, charts in _LAYOUT.items()}
         for logger in self._trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 with self._never_ends_the_run("the page of energy curves"):
-                    logger.experiment.add_custom_scalars(_LAYOUT)
+                    logger.experiment.add_custom_scalars(layout)
+
+    def add_hparams(self, method: Mapping[str, Any] | None) -> None:
+        """Give TensorBoard's table of hyperparameters the row of this run."""
+        for logger in self._trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                with self._never_ends_the_run("the row of hyperparameters"):
+                    # Imported here: it loads a part of TensorBoard that writing curves does without.
+                    from lightning_estdgm.callbacks._internal.tensorboard_hparams import write_hparams
+
+                    write_hparams(self._trainer, logger, method, sorted(self._logged))
 
     def log_metrics(self, values: Mapping[str, float]) -> None:
         """Log the metrics at the step of Lightning's own curves, with each logger's separator for "/"."""
+        self._logged = {name for name in values if name.startswith(_IN_TABLE)}
         step = self._trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in self._trainer.loggers:
             with self._never_ends_the_run(f"energy metrics to {type(logger).__name__}"):

@@ -1,19 +1,10 @@
 """The page in a real browser: quiet, offline, readable on a phone, on a desk and on paper."""
 
-import os
-import shutil
-
 import pytest
-from playwright.sync_api import sync_playwright
 
 from helpers.run_files import DGM, falling, write_arms, write_run
 from lightning_estdgm.tools.report import compare, read_run, write
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-QUIET = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 WIDTHS, SCHEMES = (400, 1400), ("light", "dark")
 PAPER_PX = round((210 - 2 * 13) / 25.4 * 96)  # A4 within the margins of the page's own style
 
@@ -47,18 +38,6 @@ TEXTS = """() => {
   }
   return found;
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = next((found for name in NAMES if (found := shutil.which(name))), None)
-    if path is None:
-        message = f"no browser: none of {', '.join(NAMES)} is installed"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=QUIET)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")
