@@ -303,7 +303,7 @@ def masked_conv2d(
         raise TypeError(f"topology must be a BlockTopology, got {type(topology).__name__}")
     if not isinstance(geometry, ConvGeometry):
         raise TypeError(f"geometry must be a ConvGeometry, got {type(geometry).__name__}")
-    expected = (*topology.shape, *geometry.kernel_size)
+    expected: tuple[int, ...] = (*topology.shape, *geometry.kernel_size)
     if topology.block_size == 1 and (*weight.shape[:1], math.prod(weight.shape[1:])) == topology.shape:
         expected = (*weight.shape[:2], *geometry.kernel_size)  # a flag for each tap
     if tuple(weight.shape) != expected:

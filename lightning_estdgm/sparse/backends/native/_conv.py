@@ -124,7 +124,9 @@ def conv_grad_input(
         for j in range(min(sw, size[1])):
             part = dx[:, :, i::sh, j::sw]
             taps = [(u, v, k * row_stride + m * col_stride) for k, u in rows[i] for m, v in cols[j]]
-            which = [k * geometry.kernel_size[1] + m for k, _ in rows[i] for m, _ in cols[j]] if depth > 1 else ()
+            which: Sequence[int] = (
+                [k * geometry.kernel_size[1] + m for k, _ in rows[i] for m, _ in cols[j]] if depth > 1 else ()
+            )
             acting = topology if depth > 1 else topology.transpose()
             if not taps:
                 part.zero_()
