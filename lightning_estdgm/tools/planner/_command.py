@@ -26,7 +26,8 @@ def plan(
     precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed or bf16-true (default: 32-true).")] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw, sgd-momentum or sgd (default: adamw).")] = None,
     block_size: Annotated[
-        str | None, typer.Option(help="Unit of the masks: auto, 1, 16, 32, 64 or 128 (default: auto).")
+        str | None,
+        typer.Option(help="Unit of the masks: 1, 16, 32, 64, 128, or auto, here the largest block (default)."),
     ] = None,
     distribution: Annotated[str | None, typer.Option(help="erk or uniform (default: erk).")] = None,
     tokens: Annotated[

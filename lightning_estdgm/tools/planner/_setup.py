@@ -29,7 +29,7 @@ class TrainingSetup:
         tensor_parallel: number of GPUs that share each layer, under "2d".
         precision: "32-true", "bf16-mixed" or "bf16-true".
         optimizer: "adamw", "sgd-momentum" or "sgd".
-        block_size: side of a mask unit: "auto", 1 or a block size.
+        block_size: side of a mask unit: 1 or a block size; "auto": the largest block that fits (a run times units).
         distribution: "erk" or "uniform".
         tokens: number of tokens that one GPU trains on in a step.
         update_every: optimizer steps between mask updates.

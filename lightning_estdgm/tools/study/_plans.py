@@ -260,10 +260,7 @@ UNITS = ([4, 1], 4, 16, 64)
 
 
 def units() -> Iterator[StudyRun]:
-    """Loss by mask unit at equal steps, one seed, and single weights in fewer steps: what a unit costs in steps.
-
-    All are kept by magnitude; blocks of 16 and 64 also by weight and gradient.
-    """
+    """Loss by mask unit at equal steps, one seed, and single weights in fewer steps: what a unit costs in steps."""
     (lr,) = MEDIUM.rates
     sparse = partial(_sparse, MEDIUM, "est-dgm", seed=0, lr=lr)
     yield StudyRun(MEDIUM.name, DENSE, lr, 0)
@@ -271,8 +268,6 @@ def units() -> Iterator[StudyRun]:
         yield sparse(length=length)
     for unit in UNITS:
         yield sparse(block_size=unit, **MAGNITUDE)
-    for block in (16, 64):
-        yield sparse(block_size=block)
 
 
 def quick() -> Iterator[StudyRun]:
