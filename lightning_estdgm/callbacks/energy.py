@@ -240,7 +240,7 @@ class EnergyMonitor(Callback):
         self._log(trainer, self._fit)
         self._write(trainer, self._fit, FINISHED)
         if trainer.is_global_zero:
-            self._fit.log.add_hparams(describe_method(self._others(trainer)))
+            self._fit.log.add_hparams(lambda: describe_method(self._others(trainer)))
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

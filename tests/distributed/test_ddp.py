@@ -25,7 +25,7 @@ from helpers.distributed_train import train
 from helpers.models import MLP, Batches, ResumableLoader, TinyMLP, make_trainer
 from helpers.models import SCHEDULE as SHORT
 from helpers.runs import EPOCH_STEPS, SCHEDULE, STEPS, differences, end_of, load
-from lightning_estdgm import DGMCallback, DGMConfig, EnergyMonitor
+from lightning_estdgm import DGMCallback, DGMConfig, EnergyMonitor, Units
 from lightning_estdgm.method._masks import unpack_bits
 from lightning_estdgm.modules._swap import set_observing, sparsify_
 from lightning_estdgm.sparse.autotune._choice import BackendSelector
@@ -204,7 +204,7 @@ def measured_on_one_rank() -> list[tuple[str, str, str]]:
         return {name: 2.0 if name == "dense" else 1.0 for name in names}
 
     BackendSelector.__init__.__kwdefaults__["measure"] = measure
-    callback = DGMCallback(DGMConfig(schedule=SHORT))
+    callback = DGMCallback(DGMConfig(SHORT, Units(size=16)))
     module = MLP()
     # Ranks with batches of other sizes, as with sequences of several lengths.
     batches = Batches((x[: 8 - 4 * rank()], y[: 8 - 4 * rank()]) for x, y in MLP.batches(20))

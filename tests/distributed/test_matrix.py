@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from helpers import distributed_jobs as jobs
 from helpers import distributed_matrix as matrix
 from helpers.models import SCHEDULE, Batches, make_trainer
-from lightning_estdgm import DGMCallback, DGMConfig
+from lightning_estdgm import DGMCallback, DGMConfig, Units
 from lightning_estdgm.distributed.adapters._protocol import adapter_for
 from lightning_estdgm.modules._candidates import clean_name
 
@@ -155,7 +155,9 @@ def run_cell(name: str, precision: str, accumulate: int) -> dict[str, Any]:
     """Fit, and return plain facts, or the error."""
     pl.seed_everything(0, verbose=False)
     ranks = matrix.ROWS[name].ranks
-    config = DGMConfig(schedule=SCHEDULE, backend="auto" if "tensor" in name else "cpu")
+    config = (
+        DGMConfig(SCHEDULE, Units(size=1), backend="auto") if "tensor" in name else DGMConfig(SCHEDULE, backend="cpu")
+    )
     look = Look()
     try:
         callback = DGMCallback(config, compress_gradients="active units only" in name)

@@ -105,8 +105,11 @@ def fit(kind: str, *callbacks: pl.Callback, ckpt: Path | None = None) -> list[st
     return [str(warning.message) for warning in told]
 
 
+CONFIG = DGMConfig(SCHEDULE, update_rule=UpdateRule(keep="magnitude"), backend="dense")
+
+
 def recover(kind: str, origin: str, path: Path) -> dict[str, Any]:
-    dgm = [DGMCallback(DGMConfig(schedule=SCHEDULE, update_rule=UpdateRule(keep="magnitude")))]
+    dgm = [DGMCallback(CONFIG)]
     fit(kind, *(dgm if origin == "masked" else []), Save(path))
     if torch.distributed.get_rank() == 0:
         checkpoint = torch.load(path, weights_only=True)
@@ -114,7 +117,7 @@ def recover(kind: str, origin: str, path: Path) -> dict[str, Any]:
         checkpoint["callbacks"].pop("DGMCallback", None)
         torch.save(checkpoint, path)
     torch.distributed.barrier()
-    dgm, look = [DGMCallback(DGMConfig(schedule=SCHEDULE, update_rule=UpdateRule(keep="magnitude")))], Look(origin)
+    dgm, look = [DGMCallback(CONFIG)], Look(origin)
     told = fit(kind, *dgm, look, ckpt=path)
     return look.seen | {
         "told": sum("holds no state of DGMCallback" in message for message in told),

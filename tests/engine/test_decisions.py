@@ -29,7 +29,7 @@ def test_layers_that_stay_dense_say_why():
     *_, (_, dgm) = fit_images(dataclasses.replace(IMAGES, backend="reference", units=Units()), steps=1)
     said = {d.name: (d.backend, d.why) for d in dgm.decisions()}
     assert said["grouped"] == ("dense", "grouped convolution: no sparse operator")
-    assert said["down"] == ("dense", "fewer than 8 blocks of 16 a side")
+    assert said["down"] == ("reference", "fewer than 8 blocks of 16 a side; forced")
     assert said["depthwise"] == ("dense", "excluded")
 
 

@@ -70,6 +70,7 @@ def test_an_older_run_keeps_its_units_where_automatic_blocks_are_others_now():
         assert resumed.decisions()[0].block_size == 1
         assert resumed.decisions()[0].why == "single weights as in the checkpoint"
         assert torch.equal(resumed.masks()["0"], masks["0"])
+    model[0].reset_parameters()  # no zeros
     with DGMController(model, sgd(model), config, total_steps=STEPS, audit=False) as new:
         assert new.decisions()[0].block_size == 16
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning_estdgm import SparseCheckpointIO
 from lightning_estdgm.cli import app
 from lightning_estdgm.export import export_checkpoint
 from lightning_estdgm.export._csr_layers import load
+from lightning_estdgm.method._masks import mask_shape, unpack_bits
 
 pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
 
@@ -55,10 +57,11 @@ def test_one_from_the_middle_and_one_without_masks_are_told(saved: dict[str, Any
     torch.save(saved["last"]["state_dict"], bare)
     code, said = command(str(half), "--to", "torch-csr", *NAMED)
     assert code == 0, said
-    weights = [
-        saved["half"]["state_dict"][f"{name}.weight"] for name in saved["half"]["callbacks"]["DGMCallback"]["layers"]
-    ]
-    density = sum(int((weight != 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    layers = saved["half"]["callbacks"]["DGMCallback"]["layers"].values()
+    masks = [unpack_bits(layer["mask"], mask_shape(layer["shape"], layer["block_size"])) for layer in layers]
+    weights = [math.prod(layer["shape"]) for layer in layers]
+    active = sum(float(mask.float().mean()) * n for mask, n in zip(masks, weights, strict=True))
+    density = active / sum(weights)
     assert f"from position {STEPS // 2} of {STEPS} of its schedule, at density {density:.3f}" in said
     code, said = command(str(bare), "--to", "torch-csr", *NAMED, "-o", str(tmp_path / "other"))
     assert code == 0, said

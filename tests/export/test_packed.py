@@ -44,6 +44,7 @@ def _trained_gpt(tmp_path):
     return model
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 def test_trained_gpt_is_packed_and_computes_the_same(tmp_path):
     model = _trained_gpt(tmp_path)
     small = packed(model)

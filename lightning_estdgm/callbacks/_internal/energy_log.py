@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +57,15 @@ class EnergyLog:
                 with self._never_ends_the_run("the page of energy curves"):
                     logger.experiment.add_custom_scalars(layout)
 
-    def add_hparams(self, method: Mapping[str, Any] | None) -> None:
-        """Give TensorBoard's table of hyperparameters the row of this run."""
+    def add_hparams(self, method: Callable[[], Mapping[str, Any] | None]) -> None:
+        """Give TensorBoard's table of hyperparameters the row of this run, with what `method` returns."""
         for logger in self._trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 with self._never_ends_the_run("the row of hyperparameters"):
                     # Imported here: it loads a part of TensorBoard that writing curves does without.
                     from lightning_estdgm.callbacks._internal.tensorboard_hparams import write_hparams
 
-                    write_hparams(self._trainer, logger, method, sorted(self._logged))
+                    write_hparams(self._trainer, logger, method(), sorted(self._logged))
 
     def log_metrics(self, values: Mapping[str, float]) -> None:
         """Log the metrics at the step of Lightning's own curves, with each logger's separator for "/"."""

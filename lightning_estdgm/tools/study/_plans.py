@@ -255,8 +255,8 @@ def blocks() -> Iterator[StudyRun]:
             yield arm(seed=seed, length=3.0)
 
 
-UNITS = ([4, 1], 4, 16, 64)
-"""Mask units other than single weights that `units` compares: those that a layer's unit is chosen from."""
+UNITS = ([4, 1], 4)
+"""Fine mask units other than single weights that `units` compares; `blocks` compares coarse ones."""
 
 
 def units() -> Iterator[StudyRun]:

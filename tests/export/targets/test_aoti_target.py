@@ -72,8 +72,8 @@ def test_networks(kind: str, tmp_path: Path) -> None:
 
 
 def test_no_dense_weight_is_inside(tmp_path: Path) -> None:
-    net = exported.mlp(unit=16, width=512)
-    report = export_model(net, torch.randn(2, 512), "aoti", tmp_path / "net")
+    net = exported.mlp(unit=16, width=1024)
+    report = export_model(net, torch.randn(2, 1024), "aoti", tmp_path / "net")
     assert (tmp_path / "net.pt2").stat().st_size < 0.35 * report.dense_bytes
     metadata = torch._inductor.aoti_load_package(str(tmp_path / "net.pt2")).get_metadata()
     assert f"compiled for {metadata['AOTI_CPU_ISA']} by torch {torch.__version__}" in str(report)

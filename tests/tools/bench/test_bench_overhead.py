@@ -34,8 +34,8 @@ def test_peak_memory_of_a_step_is_what_it_allocates():
     peaks = peak_memory(config)
     assert peaks["dense"] > 4 * 4 * weights  # weights, gradients, and two moments
     added = peaks["masked"] - peaks["dense"]
-    # Two masks of a byte a weight and indices of the grown weights, no copy of the weights.
-    assert 2 * matrices <= added < 4.5 * matrices
+    # Two masks of a byte a weight and indices of the grown weights, joined over layers; no copy of the weights.
+    assert 2 * matrices <= added < 4.75 * matrices
     assert peaks["observed"] - peaks["masked"] >= 8 * matrices  # two sums of four bytes
 
 

@@ -89,7 +89,11 @@ def unit_candidates(
 
     if in_groups:
         return tuple(cuts(group)[0] for group in GROUPS)
-    return cuts(max(length, 16) if amd else length)  # what AMD's matrix units have for 8 columns is slow, or nothing
+    found = cuts(max(length, 16) if amd else length)  # what AMD's matrix units have for 8 columns is slow, or nothing
+    if amd or length < 32:
+        return found
+    # NVIDIA's compilers keep the sums of 256 inputs by 32 outputs in registers only over eight warps.
+    return tuple(replace(tiles, warps=max(tiles.warps, 8)) for tiles in found)
 
 
 class Tuner:

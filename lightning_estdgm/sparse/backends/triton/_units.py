@@ -71,6 +71,7 @@ def _pack(out: Tensor, weight: Tensor, topology: BlockTopology, *, in_place: boo
         UNIT=topology.sides[0],
         CHUNK=CHUNK,
         IN_PLACE=in_place,
+        enable_fp_fusion=True,  # unnamed, Triton 3.9 warns that its default will change
     )
 
 
@@ -180,7 +181,9 @@ def grouped(topology: BlockTopology, group: int) -> BlockTopology:
     groups = triton.cdiv(topology.block_cols, group)
     marks = torch.zeros(topology.block_rows, groups, dtype=torch.int8, device=topology.device)
     grid = (topology.block_rows, triton.cdiv(topology.block_cols, CHUNK))
-    _mark_kernel[grid](marks, topology.row_ptr, topology.col_idx, groups, GROUP=group, CHUNK=CHUNK)
+    _mark_kernel[grid](
+        marks, topology.row_ptr, topology.col_idx, groups, GROUP=group, CHUNK=CHUNK, enable_fp_fusion=True
+    )
     return BlockTopology.from_mask(marks.bool(), (topology.sides[0], group))
 
 
