@@ -28,7 +28,7 @@ def test_a_committed_table_holds_runs_of_its_plan_as_they_are_now(name):
         assert row["steps"] == runs[row["key"]].steps
 
 
-@pytest.mark.parametrize("name", ["rates", "headline", "blocks", "ablations", "methods"])
+@pytest.mark.parametrize("name", ["rates", "headline", "blocks", "ablations", "methods", "units"])
 def test_a_plan_is_committed_whole(name):
     assert not ResultsTable(RESULTS / f"{name}.csv").lacks(plan_named(name))
 
