@@ -88,7 +88,7 @@ def unit_of_zeros(candidate: Candidate) -> BlockSize | None:
     zeros = weight.numel() - int(torch.count_nonzero(weight))
     if not _FEWEST_ZEROS * weight.numel() <= zeros < weight.numel():
         return None
-    for size in reversed(fitting_units(UNIT_SIZES, candidate)):
+    for size in reversed(fitting_units(UNIT_SIZES, candidate.part_shape)):
         if int((pool_norm(weight, size) == 0).sum()) * unit_size(weight.shape, size) == zeros:
             return size
     return 1

@@ -102,7 +102,6 @@ class Intake:
         for weight in late:
             weight.since = steps
         self._dispatch.choose_units(new, self._masked.densities_with(new, final_density))
-        self._masked.__dict__.pop("needs_gradients", None)
         if late:  # trained already, or loaded: what is largest matters most
             self.take_in(late, density, largest=True)
         if first := [weight for weight in new if weight not in late]:

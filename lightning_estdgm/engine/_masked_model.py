@@ -89,6 +89,7 @@ class MaskedModel:
     def take_in(self, weights: Sequence[MaskedWeight]) -> None:
         """Have weights masked that were waiting; they keep their order in the model."""
         self.choose()
+        self.__dict__.pop("needs_gradients", None)  # their units are known only now
         for weight in weights:
             weight.take_in()
         self.weights[:] = [weight for weight in self.every if weight in self.weights or weight in weights]

@@ -25,13 +25,12 @@ def unit_cases(weight: MaskedWeight, case: Case | ConvCase) -> dict[BlockSize, C
     """Return the units that a layer may have and that a backend computes, the finest first, each with its case.
 
     Args:
-        weight: weight of the layer; one with zeros of an earlier mask has no other unit than its own.
+        weight: weight of the layer.
         case: case of the layer with any unit.
 
     """
-    if not weight.is_dense:
-        return {}
-    sizes = [size for size in roomy_units(tuple(STEPS_TO_A_LOSS), weight.candidate) if weight.has_operator_for(size)]
+    fitting = roomy_units(tuple(STEPS_TO_A_LOSS), weight.candidate.part_shape)
+    sizes = [size for size in fitting if weight.has_operator_for(size)]
     cases = {size: replace(case, block_size=size) for size in sizes}
     return {size: case for size, case in cases.items() if not all(refusals(case).values())}
 
@@ -51,7 +50,8 @@ def choose_units(
 ) -> tuple[dict[str, BlockSize], str]:
     """Return the unit of each layer that one can be chosen for, by the layer's name, and what decided in words.
 
-    Layers that differ in nothing but some density, as budgets of whole units do, are timed once and get one unit.
+    Layers that differ in nothing but some density, as budgets of whole units do, are timed once and get one unit. A
+    weight with zeros of an earlier mask keeps its own.
 
     Args:
         weights: weights, each with a case of its layer at the density that its run ends with.
@@ -60,13 +60,12 @@ def choose_units(
         say: called with what will be timed; ``None``: nothing is said.
 
     """
-    groups: dict[str, list[str]] = {}
-    asked: dict[str, dict[BlockSize, Case | ConvCase]] = {}
+    groups: dict[tuple[object, ...], list[tuple[MaskedWeight, Case | ConvCase]]] = {}
     for weight, case in weights:
-        if cases := unit_cases(weight, case):
-            key = layer_key(layer_of(measured_case(case)))
-            groups.setdefault(key, []).append(weight.name)
-            asked.setdefault(key, cases)
+        if weight.is_dense:
+            fused = weight.candidate.part_shape, weight.placement.is_sharded
+            groups.setdefault((layer_key(layer_of(measured_case(case))), *fused), []).append((weight, case))
+    asked = {key: cases for key, same in groups.items() if (cases := unit_cases(*same[0]))}
     if say is not None and (plan := selector.plan(case for cases in asked.values() for case in cases.values())):
         say(f"mask units: {plan}")
     found: dict[str, BlockSize] = {}
@@ -74,9 +73,10 @@ def choose_units(
     for key, cases in asked.items():
         density = next(iter(cases.values())).density
         unit, costs = choose_unit(list(cases), partial(_timed, selector, cases), density, aim)
-        found |= dict.fromkeys(groups[key], unit)
+        names = [weight.name for weight, _ in groups[key]]
+        found |= dict.fromkeys(names, unit)
         spent = ", ".join(f"{unit_words(size)} {cost:.2f}" for size, cost in costs.items())
-        told.append(f"{first_names(groups[key])}: {unit_words(unit)} ({spent})")
+        told.append(f"{first_names(names)}: {unit_words(unit)} ({spent})")
     return found, f"Units by {_AIMS[aim]}, dense in as many steps = 1. {'; '.join(told)}." if told else ""
 
 

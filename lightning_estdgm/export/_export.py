@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_estdgm.export._sparse_layers import clean_zeros_
+from lightning_estdgm.export._copies import copied
 from lightning_estdgm.export.targets._protocol import ExportError, ExportInput, ExportTarget, discover, missing_runtime
 from lightning_estdgm.plugins._whole_file import whole_folder
 
@@ -118,9 +118,10 @@ def export_model(
     if (lack := missing_runtime(target)) is not None:
         raise ModuleNotFoundError(lack)
     args, kwargs = inputs_of(example)
-    copied = clean_zeros_(_evaluated_copy(model))
-    dense = copy.deepcopy(copied)
-    given = ExportInput(copied, args, kwargs, dynamic, values)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the model's parameters are on the meta device: load its weights first")
+    dense = copied(model)
+    given = ExportInput(copy.deepcopy(dense), args, kwargs, dynamic, values)
     with torch.no_grad(), whole_folder(path.parent) as (folder, publish):
         expected = _forward(dense, given)
         notes = target.write(given, folder / path.name)
@@ -170,20 +171,6 @@ def inputs_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         Tensor, lambda tensor: tensor.detach().cpu(), (args, kwargs)
     )
     return moved
-
-
-def _evaluated_copy(model: nn.Module) -> nn.Module:
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("the model's parameters are on the meta device: load its weights first")
-    trainer, model_of = getattr(model, "_trainer", None), model
-    if trainer is not None:  # a LightningModule's Trainer holds loaders and loggers, which no copy needs
-        model_of._trainer = None  # type: ignore[assignment]
-    try:
-        copied = copy.deepcopy(model)
-    finally:
-        if trainer is not None:
-            model_of._trainer = trainer
-    return copied.cpu().eval().requires_grad_(False)
 
 
 def _forward(model: nn.Module, given: ExportInput) -> Any:

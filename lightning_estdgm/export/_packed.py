@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_estdgm.export._copies import clean_zeros_, copied
 from lightning_estdgm.export._packed_layers import PackedConv2d, PackedLinear
 from lightning_estdgm.modules._kinds import LAYER_KINDS, LayerKind, conv_geometry
 from lightning_estdgm.modules._sparse_forward import SparseForward
@@ -78,7 +78,7 @@ def packed(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
         warnings.warn(
             "no layer was packed: none has zeros enough; expected a model that was trained with masks", stacklevel=2
         )
-    return _copied(model, replaced)
+    return _for_inference(copied(model, replaced))
 
 
 def save_packed(model: nn.Module, path: str | Path) -> None:
@@ -174,25 +174,9 @@ def _packed_layer(found: _Found, weight: PackedWeight, bias: Tensor | None = Non
     return PackedLinear(weight, bias)
 
 
-def _copied(model: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
-    """Copy a model, with other modules in the place of some: their weights are not copied."""
-    trainer, holder = getattr(model, "_trainer", None), model
-    if trainer is not None:  # a LightningModule's Trainer holds loaders and loggers, which no copy needs
-        holder._trainer = None  # type: ignore[assignment]
-    try:
-        made: nn.Module = copy.deepcopy(model, dict(replaced))
-    finally:
-        if trainer is not None:
-            holder._trainer = trainer
-    return _for_inference(made.cpu())
-
-
 def _for_inference(model: nn.Module) -> nn.Module:
+    """Return the model, ready for inference."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # else its fast path reads the weights of its layers
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point():
-                tensor.add_(0.0)  # no -0.0
-    return model.eval().requires_grad_(False)
+    return clean_zeros_(model).eval().requires_grad_(False)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from lightning_estdgm.method._masks import active_units
@@ -65,15 +64,6 @@ def replace_layers(model: nn.Module, layers: list[SparseLayer], make: Callable[[
         if id(layer.module) not in made:
             made[id(layer.module)] = make(layer)
         model.set_submodule(layer.name, made[id(layer.module)])
-
-
-def clean_zeros_(model: nn.Module) -> nn.Module:
-    """Turn every ``-0.0`` of parameters and buffers into ``+0.0``; products with a mask leave them. Returns `model`."""
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point() and tensor.layout is torch.strided:
-                tensor += 0.0
-    return model
 
 
 def _density(module: Any, kind: LayerKind) -> float:

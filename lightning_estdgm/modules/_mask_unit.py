@@ -25,24 +25,20 @@ def check_unit_size(name: str, size: object) -> None:
         raise ValueError(f"{name} must be 'auto', 'finest', 'fastest' or one of {UNIT_SIZES}, got {size!r}")
 
 
-def fitting_units(sizes: Sequence[BlockSize], candidate: Candidate) -> list[BlockSize]:
-    """Return those of some mask units that divide a layer's matrices."""
-    return _fitting(sizes, candidate.part_shape)
-
-
-def roomy_units(sizes: Sequence[BlockSize], candidate: Candidate) -> list[BlockSize]:
-    """Return those of some mask units that divide a layer's matrices, blocks only where they leave 8 a side."""
-    least = min(candidate.part_shape[:2]) / _MIN_BLOCKS_A_SIDE
-    return [size for size in fitting_units(sizes, candidate) if size not in BLOCK_SIZES or sides(size)[0] <= least]
-
-
-def _fitting(sizes: Sequence[BlockSize], shape: Sequence[int]) -> list[BlockSize]:
+def fitting_units(sizes: Sequence[BlockSize], shape: Sequence[int]) -> list[BlockSize]:
+    """Return those of some mask units that divide both dimensions of an ``(out, in)`` matrix."""
     return [size for size in sizes if not any(n % side for n, side in zip(shape[:2], sides(size), strict=True))]
+
+
+def roomy_units(sizes: Sequence[BlockSize], shape: Sequence[int]) -> list[BlockSize]:
+    """Return those of some mask units that divide a matrix, blocks only where they leave 8 a side."""
+    least = min(shape[:2]) / _MIN_BLOCKS_A_SIDE
+    return [size for size in fitting_units(sizes, shape) if size not in BLOCK_SIZES or sides(size)[0] <= least]
 
 
 def fitting_block_sizes(shape: Sequence[int]) -> tuple[int, ...]:
     """Return the block sizes, smallest first, that divide both dimensions of an ``(out, in)`` matrix."""
-    return tuple(b for b in BLOCK_SIZES if b in _fitting(BLOCK_SIZES, shape))
+    return tuple(b for b in BLOCK_SIZES if b in fitting_units(BLOCK_SIZES, shape))
 
 
 def largest_block(candidate: Candidate) -> tuple[int, str]:
@@ -76,10 +72,10 @@ def unit_of(candidate: Candidate, block_size: BlockSize | str) -> tuple[BlockSiz
     if isinstance(block_size, str):
         return largest_block(candidate)
     shape = candidate.part_shape
-    if block_size not in _fitting([block_size], shape):
+    if block_size not in fitting_units([block_size], shape):
         raise ValueError(
             f"block_size={block_size} does not fit layer {candidate.name!r} with weight {shape}: "
-            f"block sizes that do are {_fitting(UNIT_SIZES, shape)}; exclude the layer "
+            f"block sizes that do are {fitting_units(UNIT_SIZES, shape)}; exclude the layer "
             '(Selection(exclude=...)), or use Units(size="auto")'
         )
     if candidate.why_dense:

@@ -17,7 +17,8 @@ from helpers import exported
 from helpers.exact import differences
 from lightning_estdgm.export import ExportError, ExportInput, export_model
 from lightning_estdgm.export import _export as export_module
-from lightning_estdgm.export._sparse_layers import clean_zeros_, sparse_linear_layers
+from lightning_estdgm.export._copies import clean_zeros_
+from lightning_estdgm.export._sparse_layers import sparse_linear_layers
 from lightning_estdgm.export.targets import _protocol
 from lightning_estdgm.export.targets._protocol import ExportTarget, discover, missing_runtime
 

@@ -1,0 +1,38 @@
+"""Copies of models for export: on the CPU, in evaluation mode, without gradients and without negative zeros."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import nn
+
+
+def copied(model: nn.Module, replaced: Mapping[int, nn.Module] = MappingProxyType({})) -> nn.Module:
+    """Return a copy of a model for inference; the model is left alone.
+
+    Args:
+        model: the model.
+        replaced: modules to put in the place of others, by the others' ids; the weights of these are not copied.
+
+    """
+    trainer, holder = getattr(model, "_trainer", None), model
+    if trainer is not None:  # a LightningModule's Trainer holds loaders and loggers, which no copy needs
+        holder._trainer = None  # type: ignore[assignment]
+    try:
+        made: nn.Module = copy.deepcopy(model, dict(replaced))
+    finally:
+        if trainer is not None:
+            holder._trainer = trainer
+    return clean_zeros_(made.cpu()).eval().requires_grad_(False)
+
+
+def clean_zeros_(model: nn.Module) -> nn.Module:
+    """Turn every ``-0.0`` of parameters and buffers into ``+0.0``; products with a mask leave them. Returns `model`."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point() and tensor.layout is torch.strided:
+                tensor += 0.0
+    return model
