@@ -5,6 +5,7 @@ With uv where it is on the PATH, and with pip where it is not, or where uv canno
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import re
@@ -67,7 +68,7 @@ def run(title: str, installer: Installer, command: Sequence[str]) -> bool:
     """Run a command and say how far it is: at once, every few seconds, and in the end; return whether it succeeded."""
     say(f"{title} ...")
     began = time.monotonic()
-    lines: queue.Queue[str] = queue.Queue()
+    lines: queue.Queue[str | None] = queue.Queue()
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -76,18 +77,24 @@ def run(title: str, installer: Installer, command: Sequence[str]) -> bool:
         errors="replace",
         env={**os.environ, **installer.environment},
     )
-    reader = threading.Thread(target=lambda: [lines.put(line.rstrip()) for line in process.stdout or ()], daemon=True)
-    reader.start()
-    said, now, due = [], "", began + EVERY_S
-    while reader.is_alive() or not lines.empty():
-        try:
+
+    def read() -> None:
+        assert process.stdout is not None
+        with process.stdout as output:
+            for text in output:
+                lines.put(text.rstrip())
+        lines.put(None)  # the end, so that nobody waits for it
+
+    threading.Thread(target=read, daemon=True).start()
+    said: list[str] = []
+    line: str | None = ""
+    now, due = "", began + EVERY_S
+    while line is not None:
+        with contextlib.suppress(queue.Empty):
             line = lines.get(timeout=max(0.05, due - time.monotonic()))
-        except queue.Empty:
-            pass
-        else:
-            said.append(line)
-            now = in_words(line) or now
-        if time.monotonic() >= due:
+            said.append(line or "")
+            now = in_words(line or "") or now
+        if line is not None and time.monotonic() >= due:
             say(f"    {time.monotonic() - began:.0f} s{now and ': '}{now}")
             due += EVERY_S
     if process.wait() == 0:
