@@ -107,12 +107,12 @@ def test_losses_and_joules_are_those_of_the_committed_runs(figures: dict[str, An
 
 
 def test_speeds_are_the_best_of_the_committed_benchmark(module: ModuleType, figures: dict[str, Any]) -> None:
-    folders = sorted({file.parent for file in DOCS.glob("benchmarks/*/kernels-linear*.json")})
+    folders = sorted({file.parent for file in DOCS.glob("benchmarks/*/kernels-units.json")})
     assert folders
     drawn = figures["layer-speed.png"].axes
     assert len(drawn) == len(folders)
     for folder, axes in zip(folders, drawn, strict=True):
-        rows = [row for file in folder.glob("kernels-linear*.json") for row in json.loads(file.read_text())["rows"]]
+        rows = [row for file in folder.glob("kernels-units.json") for row in json.loads(file.read_text())["rows"]]
         speeds = {round(row["speedup"], 6) for row in rows if row["speedup"] and row["block_size"]}
         shown = {round(float(y), 6) for line in axes.lines if line.get_label() != "dense" for y in line.get_ydata()}
         assert shown <= speeds

@@ -247,14 +247,18 @@ def loss_over_joules(path: Path) -> None:
     _finish(figure, path)
 
 
+UNITS_SHOWN = ("1", "4 x 1", "4", "16", "64")
+"""Mask units in the picture of speeds."""
+
+
 def _speeds(folder: Path) -> tuple[str, dict[str, dict[float, float]]]:
     """Return the shape that most rows of a machine have, and of that the best speed-up of any backend.
 
-    The speed-ups are by unit and density. Read are all files that `estdgm bench kernels` wrote of linear layers.
+    The speed-ups are by unit and density, of `UNITS_SHOWN`. Only `kernels-units` is read: a curve is of one run.
     """
-    files = sorted(folder.glob("kernels-linear*.json"))
+    files = sorted(folder.glob("kernels-units.json"))
     rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
-    rows = [row for row in rows if row["kind"] == "linear" and row["speedup"] and row["block_size"]]
+    rows = [row for row in rows if row["kind"] == "linear" and row["speedup"] and str(row["block_size"]) in UNITS_SHOWN]
     shapes = [tuple(row[key] for key in ("tokens", "out_features", "in_features", "dtype")) for row in rows]
     if not shapes:
         return "", {}
@@ -263,20 +267,21 @@ def _speeds(folder: Path) -> tuple[str, dict[str, dict[float, float]]]:
     for row, its in zip(rows, shapes, strict=True):
         if its == shape and row["backend"] in ("cpu", "native", "triton", "reference"):
             at = found.setdefault(str(row["block_size"]), {})
-            at[row["density"]] = max(at.get(row["density"], 0.0), row["speedup"])
+            density = round(row["density"], 2)  # the nearest that whole units allow
+            at[density] = max(at.get(density, 0.0), row["speedup"])
     tokens, out_features, in_features, dtype = shape
     return f"{tokens} tokens, {in_features} to {out_features}, {dtype}", found
 
 
 def layer_speed(path: Path) -> None:
     """Draw how many times as fast as dense a linear layer is, over density by unit: a panel for each machine."""
-    folders = sorted({file.parent for file in DOCS.glob("benchmarks/*/kernels-linear*.json")})
+    folders = sorted({file.parent for file in DOCS.glob("benchmarks/*/kernels-units.json")})
     found = [(folder.name, *_speeds(folder)) for folder in folders]
     found = [each for each in found if each[2]]
     figure = new_figure(9, 4.4 * len(found))
     for i, (machine, shape, by_unit) in enumerate(found):
         axes = figure.add_subplot(len(found), 1, i + 1)
-        order = sorted(by_unit, key=lambda unit: [int(n) for n in unit.replace("x", " ").split()])
+        order = [unit for unit in UNITS_SHOWN if unit in by_unit]
         for unit, colour, marker in zip(order, COLOURS[1:], MARKERS, strict=False):
             points = sorted(by_unit[unit].items())
             label = f"{unit} x {unit}" if unit.isdigit() else unit

@@ -18,6 +18,12 @@ from lightning_estdgm.tools.bench.kernels._report import kernels_columns
 from lightning_estdgm.tools.bench.train._report import backends_used, energy_words, profile_columns, train_columns
 
 PAGE = "README.md"
+_UNITS = (
+    *("--shape", "2048x1024x1024", "--density", "0.05", "--density", "0.1", "--density", "0.25"),
+    *("--block-size", "1", "--block-size", "4x1", "--block-size", "4", "--block-size", "8", "--block-size", "16"),
+    *("--block-size", "64", "--dtype", "float32", "--no-peers"),
+)
+"""Mask units side by side: the cases that docs/pictures/layer-speed.png is drawn from."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ def parts(quick: bool) -> list[Part]:
     return [
         Part("kernels-linear", ("kernels", "--kind", "linear", *more)),
         Part("train-gpt", ("train", "--model", "gpt", *both, *more)),
+        Part("kernels-units", ("kernels", "--kind", "linear", *_UNITS, *more)),
         Part("kernels-convolution", ("kernels", "--kind", "convolution", *more)),
         Part("train-resnet50", ("train", "--model", "resnet50", *both, *more)),
     ]
