@@ -39,6 +39,7 @@ PLAIN = {
     "lightning_estdgm.recipes.gnn",
     "lightning_estdgm.recipes.gpt",
     "lightning_estdgm.recipes.graph_files",
+    "lightning_estdgm.recipes.idx_images",
     "lightning_estdgm.recipes.image_folders",
     "lightning_estdgm.recipes.resnet",
     "lightning_estdgm.recipes.stdlib_text",

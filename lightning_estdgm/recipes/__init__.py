@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lightning_estdgm.recipes.gpt import GPT as GPT
     from lightning_estdgm.recipes.gpt import ByteGPT as ByteGPT
     from lightning_estdgm.recipes.graph_files import GraphFiles as GraphFiles
+    from lightning_estdgm.recipes.idx_images import IdxImages as IdxImages
     from lightning_estdgm.recipes.image_folders import ImageFolders as ImageFolders
     from lightning_estdgm.recipes.resnet import ImageClassifier as ImageClassifier
     from lightning_estdgm.recipes.resnet import resnet50 as resnet50
@@ -22,6 +23,7 @@ else:
             "GPT": "lightning_estdgm.recipes.gpt",
             "GraphFiles": "lightning_estdgm.recipes.graph_files",
             "GraphNet": "lightning_estdgm.recipes.gnn",
+            "IdxImages": "lightning_estdgm.recipes.idx_images",
             "ImageClassifier": "lightning_estdgm.recipes.resnet",
             "ImageFolders": "lightning_estdgm.recipes.image_folders",
             "StdlibText": "lightning_estdgm.recipes.stdlib_text",

@@ -1,4 +1,4 @@
-"""Random windows of a text for next-token prediction, the same on every run, resumable in mid-epoch."""
+"""Batches that are the same on every run and resumable in mid-epoch, and random windows of a text."""
 
 from __future__ import annotations
 
@@ -59,6 +59,13 @@ class EpochSampler(DistributedSampler[Any]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         whole = len(self) * self.num_replicas
         return iter(self.draw(generator)[:whole][self.rank :: self.num_replicas].tolist())
+
+
+class ImageOrder(EpochSampler):
+    """A permutation of the images each epoch; indices are (epoch, image), so that the image is drawn by both."""
+
+    def __iter__(self) -> Any:
+        return ((self.epoch, image) for image in super().__iter__())
 
 
 class RandomStarts(EpochSampler):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 _PLANETOID = ("x", "tx", "allx", "y", "ty", "ally", "graph", "test.index")
 _OGB = ("edge", "node-feat", "node-label")
 _HELP = """expected a folder of one of two layouts:
-  Planetoid:  raw/ind.cora.x  .tx  .allx  .y  .ty  .ally  .graph  .test.index
+  Planetoid:  raw/ind.cora.x  .tx  .allx  .y  .ty  .ally  .graph  .test.index  (or the files without the folder raw)
   OGB:        raw/edge.csv.gz  raw/node-feat.csv.gz  raw/node-label.csv.gz
               split/time/train.csv.gz  valid.csv.gz  test.csv.gz  (or another name than time)
 The first are in the folder data of https://github.com/kimiyoung/planetoid; the second come as \
@@ -30,21 +30,22 @@ class GraphFiles(LightningDataModule):
     both directions unless ``directed``; Planetoid's are stored so.
 
     Args:
-        path: Folder of the data set, with ``raw`` in it.
+        path: Folder of the data set, with ``raw`` in it; Planetoid's files may also be in the folder itself.
         normalize: Whether each node's features are divided by their sum, as is usual for Planetoid.
         directed: Whether edges keep their one direction.
+        name: Which of several of Planetoid's data sets in the folder, such as ``"cora"``.
 
     Raises:
         FileNotFoundError: Files of the layout are missing.
-        ValueError: They do not fit together.
+        ValueError: They do not fit together, or there are several data sets and no name.
         ModuleNotFoundError: The package torch_geometric is not installed.
 
     """
 
-    def __init__(self, path: str, normalize: bool = False, directed: bool = False) -> None:
+    def __init__(self, path: str, normalize: bool = False, directed: bool = False, name: str | None = None) -> None:
         super().__init__()
         self.path, self.normalize, self.directed = Path(path), normalize, directed
-        self.name = find_graph(self.path)
+        self.name = find_graph(self.path, name)
         self._graph: Any = None
 
     @property
@@ -75,18 +76,28 @@ class GraphFiles(LightningDataModule):
         """The graph."""
         return DataLoader([self.graph], batch_size=None)  # type: ignore[arg-type]
 
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The graph."""
+        return self.val_dataloader()
 
-def find_graph(path: Path) -> str | None:
+
+def find_graph(path: Path, wanted_name: str | None = None) -> str | None:
     """Name in Planetoid's files, or ``None`` for OGB's layout.
 
     Raises:
         FileNotFoundError: Files are missing; the message says what was looked for and where to get it.
-        ValueError: There are files of several data sets.
+        ValueError: There are files of several data sets, or none of the wanted name.
     """
-    raw = path / "raw"
+    raw = _planetoid_folder(path)
     names = sorted({m[1] for f in raw.glob("ind.*") if (m := re.fullmatch(r"ind\.(.+)\.allx", f.name))})
+    if wanted_name is not None:
+        if names and wanted_name not in names:
+            raise ValueError(f"name: got {wanted_name!r}, expected one of {', '.join(names)}, whose files are in {raw}")
+        names = [wanted_name]
     if len(names) > 1:
-        raise ValueError(f"{raw}: expected the files of one data set, got those of {', '.join(names)}")
+        raise ValueError(
+            f"{raw}: got the files of {', '.join(names)}, expected those of one data set, or name= to say which"
+        )
     if names:
         wanted, name = [raw / f"ind.{names[0]}.{part}" for part in _PLANETOID], names[0]
     else:
@@ -105,10 +116,15 @@ def find_graph(path: Path) -> str | None:
 
 
 def read_planetoid(path: Path, name: str) -> Any:
-    """PyG ``Data`` of ``path/raw/ind.NAME.*``, with its public split."""
+    """PyG ``Data`` of ``path/raw/ind.NAME.*``, or of these files in the folder itself, with its public split."""
     from torch_geometric.io import read_planetoid_data
 
-    return read_planetoid_data(str(path / "raw"), name)
+    return read_planetoid_data(str(_planetoid_folder(path)), name)
+
+
+def _planetoid_folder(path: Path) -> Path:
+    raw = path / "raw"
+    return path if not raw.is_dir() and any(path.glob("ind.*")) else raw
 
 
 def read_ogb(path: Path, directed: bool) -> Any:

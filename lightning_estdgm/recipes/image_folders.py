@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_estdgm._checks import expect_int
-from lightning_estdgm.recipes._windows import EpochSampler, ResumableLoader, ranks_of
+from lightning_estdgm.recipes._windows import ImageOrder, ResumableLoader, ranks_of
 
 Box = tuple[int, int, int, int]
 """Left, upper, right and lower edge, in pixels."""
@@ -92,13 +92,6 @@ class ImageFolders(LightningDataModule):
             generator=Generator().manual_seed(self.seed),
             **settings,
         )
-
-
-class ImageOrder(EpochSampler):
-    """A permutation of the images each epoch; indices are (epoch, image), so that the image is drawn by both."""
-
-    def __iter__(self) -> Any:
-        return ((self.epoch, image) for image in super().__iter__())
 
 
 class Images(Dataset[tuple[Tensor, int]]):

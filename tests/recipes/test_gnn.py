@@ -15,7 +15,7 @@ def net(**settings):
     return GraphNet(**{"features": 12, "classes": 4, **settings})
 
 
-@pytest.mark.parametrize("kind", ["gcn", "sage"])
+@pytest.mark.parametrize("kind", ["gcn", "gat", "sage"])
 def test_the_loss_is_that_of_the_nodes_for_training(kind, tmp_path):
     graph = GraphFiles(str(ogb(tmp_path))).graph
     model, logged = net(kind=kind, dropout=0.0, layers=3, norm=True), {}
@@ -28,6 +28,8 @@ def test_the_loss_is_that_of_the_nodes_for_training(kind, tmp_path):
     model.validation_step(graph, 0)
     torch.testing.assert_close(logged["val/loss"], torch.nn.functional.cross_entropy(logits[30:45], graph.y[30:45]))
     assert logged["val/accuracy"] == (logits[30:45].argmax(1) == graph.y[30:45]).sum() / 15
+    model.test_step(graph, 0)
+    assert logged["test/accuracy"] == (logits[45:].argmax(1) == graph.y[45:]).sum() / 15
     assert sum(type(layer).__name__ == "BatchNorm" for layer in model.modules()) == 2
 
 
@@ -46,12 +48,23 @@ def test_a_gcn_drops_features_too_and_its_last_layer_does_not_decay():
     assert sum(p.numel() for p in decayed["params"]) == 12 * 16 + 16
 
 
+def test_a_gat_has_one_head_at_the_end_and_drops_features_and_decays_throughout():
+    model = net(kind="gat", hidden=24, heads=4, layers=3)
+    assert [conv.heads for conv in model.model.convs] == [4, 4, 1]
+    assert [conv.dropout for conv in model.model.convs] == [0.5] * 3
+    assert [type(model.model.act).__name__, model.input_dropout] == ["ELU", 0.5]
+    (group,) = model.configure_optimizers().param_groups
+    assert group["weight_decay"] == 5e-4
+    assert len(group["params"]) == len(list(model.parameters()))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"hidden": 0}, "hidden: got 0, expected at least 1"),
         ({"dropout": 1.0}, r"dropout: got 1.0, expected a fraction in \[0, 1\)"),
-        ({"kind": "gat"}, "kind: got 'gat', expected gcn or sage"),
+        ({"kind": "gin"}, "kind: got 'gin', expected one of gcn, gat, sage"),
+        ({"kind": "gat", "hidden": 20}, "hidden: got 20, expected a multiple of heads, which is 8"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

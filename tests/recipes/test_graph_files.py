@@ -28,6 +28,20 @@ def test_planetoid_is_read_with_its_public_split(name, tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["raw"], "nothing is written"
 
 
+def test_one_of_several_data_sets_in_one_folder_without_raw(tmp_path):
+    pytest.importorskip("torch_geometric")
+    for name in ("cora", "citeseer"):
+        for file in (planetoid(tmp_path / name, name) / "raw").iterdir():
+            file.rename(tmp_path / file.name)
+    with pytest.raises(ValueError, match=r"got the files of citeseer, cora, expected .* or name= to say which"):
+        GraphFiles(str(tmp_path))
+    with pytest.raises(ValueError, match="name: got 'pubmed', expected one of citeseer, cora, whose files are in"):
+        GraphFiles(str(tmp_path), name="pubmed")
+    data = GraphFiles(str(tmp_path), name="citeseer")
+    (batch,) = data.test_dataloader()
+    assert batch.y.tolist() == graph(560, 30, 3)[1].tolist()
+
+
 @pytest.mark.parametrize("directed", [False, True])
 def test_ogb_is_read_with_its_split(directed, tmp_path):
     pytest.importorskip("torch_geometric")
