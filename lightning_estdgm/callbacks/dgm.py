@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_estdgm._checks import check_int
+from lightning_estdgm._flat_settings import FlatSettings
 from lightning_estdgm.callbacks._internal.averages import mask_averages_
 from lightning_estdgm.callbacks._internal.dgm_log import DGMLog, say_on
 from lightning_estdgm.callbacks._internal.fit_result import FitResult, FitResultFile
@@ -87,7 +88,11 @@ class DGMCallback(pl.Callback):
     """
 
     def __init__(
-        self, config: DGMConfig | None = None, *, total_steps: int | None = None, compress_gradients: bool = False
+        self,
+        config: DGMConfig | FlatSettings | None = None,
+        *,
+        total_steps: int | None = None,
+        compress_gradients: bool = False,
     ) -> None:
         if config is not None and not isinstance(config, DGMConfig):
             raise TypeError(f"config must be a DGMConfig, got {config!r}")
