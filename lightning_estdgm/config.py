@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 from lightning_estdgm._checks import check_number
+from lightning_estdgm._flat_settings import new_places, refuses_flat_names
 from lightning_estdgm.method import _distributions as distributions
 from lightning_estdgm.method._backward_set import BackwardSet
 from lightning_estdgm.method._schedules import EstDgm, ScheduleConfig
@@ -112,6 +113,7 @@ class Selection:
                     raise TypeError(f"selection.{name} takes globs over names and predicates, got {selector!r}")
 
 
+@refuses_flat_names
 @dataclass(frozen=True)
 class DGMConfig:
     """Settings of the method.
@@ -184,7 +186,8 @@ class DGMConfig:
         """
         known = [field.name for field in fields(self)]
         if unknown := sorted(changes.keys() - set(known)):
-            raise TypeError(f"DGMConfig takes {known}, got {unknown}; settings of a part go as part={{'name': value}}")
+            way = new_places(unknown) or "settings of a part go as part={'name': value}"
+            raise TypeError(f"DGMConfig takes {known}, got {unknown}: {way}")
         return replace(self, **{name: _part(self, name, value) for name, value in changes.items()})
 
     @property

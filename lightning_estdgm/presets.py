@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, Literal
 
+from lightning_estdgm._flat_settings import new_places
 from lightning_estdgm.config import DGMConfig, StepSize, Units
 from lightning_estdgm.method._backward_set import BackwardSet
 from lightning_estdgm.method._patterns import FanIn, NofM
@@ -77,7 +78,8 @@ def preset(name: str, density: float, **overrides: Any) -> DGMConfig:
     known = set(inspect.signature(PRESETS[name]).parameters) - {"density"}
     settings = {field.name for field in fields(DGMConfig)}
     if unknown := sorted(overrides.keys() - known - settings):
-        raise TypeError(f"{name!r} takes {sorted(known)} and the fields of DGMConfig, got {unknown}")
+        way = f": {places}" if (places := new_places(unknown)) else ""
+        raise TypeError(f"{name!r} takes {sorted(known)} and the fields of DGMConfig, got {unknown}{way}")
     config = PRESETS[name](density, **{key: value for key, value in overrides.items() if key in known})
     result = config.merged(**{key: value for key, value in overrides.items() if key not in known})
     if config.trains_inactive_weights and not result.trains_inactive_weights:

@@ -4,10 +4,12 @@ import dataclasses
 import pickle
 import re
 import typing
+from operator import attrgetter
 
 import pytest
 
 from helpers.controller_runs import SCHEDULE, WEIGHTS
+from lightning_estdgm._flat_settings import PLACES
 from lightning_estdgm.config import DGMConfig, Selection, StepSize, Units
 from lightning_estdgm.method._backward_set import BackwardSet
 from lightning_estdgm.method._patterns import NofM
@@ -152,6 +154,21 @@ def test_merged_goes_into_any_field_that_is_a_dataclass():
 def test_unknown_names_are_refused(settings, message):
     with pytest.raises(TypeError, match=re.escape(message)):
         DGMConfig().merged(**settings)
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_flat_name_is_refused_with_its_place(name):
+    for made in (DGMConfig, DGMConfig().merged):
+        with pytest.raises(
+            TypeError, match=rf"DGMConfig takes \['schedule', .*, got \['{name}'\].*: {name} is"
+        ) as caught:
+            made(**{name: 16})
+        assert f"{name} is {PLACES[name]} now" in str(caught.value)
+
+
+def test_the_places_of_flat_names_are_settings():
+    for place in PLACES.values():
+        attrgetter(place)(DGMConfig())
 
 
 # ------------------------------------------------------------------ what can be done with a config

@@ -69,6 +69,7 @@ def test_presets_print_compare_and_pickle(name):
     [
         (lambda: preset("RigL", 0.1), ValueError, "expected a method out of ['ac/dc', 'est-dgm'"),
         (lambda: preset("rigl", 0.1, zeta=0.3), TypeError, "'rigl' takes ['alpha', 'stop', 'update_every'] and"),
+        (lambda: preset("rigl", 0.1, block_size=16), TypeError, "got ['block_size']: block_size is units.size now"),
         (lambda: preset("rigl", 0.0), ValueError, "density must lie in (0, 1], got 0.0"),
         (lambda: preset("n:m", 0.3), ValueError, "whole number of 4ths, got 0.3"),
         (lambda: preset("n:m", 0.5, m=1), ValueError, "whole number of 1ths, got 0.5"),

@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_estdgm._checks import check_int
+from lightning_estdgm._flat_settings import FlatSettings
 from lightning_estdgm.callbacks._internal.averages import mask_averages_
 from lightning_estdgm.callbacks._internal.dgm_log import DGMLog, say_on
 from lightning_estdgm.callbacks._internal.fit_result import FitResult, FitResultFile
 from lightning_estdgm.callbacks._internal.gradient_compression import GradientCompression
 from lightning_estdgm.callbacks._internal.graph_limit import GraphLimit
 from lightning_estdgm.callbacks._internal.run_outcome import RunOutcome
-from lightning_estdgm.callbacks._internal.schedule_clock import ScheduleClock, nothing_left
+from lightning_estdgm.callbacks._internal.schedule_clock import ScheduleClock, epochs_with_steps, nothing_left
 from lightning_estdgm.callbacks._internal.trainer_checks import (
     check_checkpoint_io,
     check_ddp,
@@ -87,7 +88,11 @@ class DGMCallback(pl.Callback):
     """
 
     def __init__(
-        self, config: DGMConfig | None = None, *, total_steps: int | None = None, compress_gradients: bool = False
+        self,
+        config: DGMConfig | FlatSettings | None = None,
+        *,
+        total_steps: int | None = None,
+        compress_gradients: bool = False,
     ) -> None:
         if config is not None and not isinstance(config, DGMConfig):
             raise TypeError(f"config must be a DGMConfig, got {config!r}")
@@ -112,7 +117,6 @@ class DGMCallback(pl.Callback):
         self._eagerly: Any = None  # torch's stance for the first step, whose exit lets torch.compile work again
         self._restored: dict[str, Any] | None = None
         self._checkpoint_step = 0  # step of the checkpoint that the fit goes on from
-        self._max_epochs: int | None = None
         self._resumed = False
         self._counted: int | None = None  # steps of the Trainer, at the checkpoint that is resumed or at the fit's end
         self._clock: ScheduleClock | None = None
@@ -233,7 +237,6 @@ class DGMCallback(pl.Callback):
             # Nothing of an earlier fit, or of the checkpoint of a validation, belongs to this fit.
             self._earlier, self.controller, self._copied = self.controller, None, None
             self._restored, self._checkpoint_step, self._counted = None, 0, None
-            self._max_epochs = trainer.max_epochs
             adapter_for(trainer.strategy).check(trainer.strategy)
             check_ddp(trainer)
             self._compression = GradientCompression(trainer) if self.compress_gradients else None
@@ -251,7 +254,7 @@ class DGMCallback(pl.Callback):
         self._resumed = state is not None
         self._counted = None if state is None else state.get("counted")
         goes_on = self._resumed or self._checkpoint_step > 0
-        self._clock = ScheduleClock(trainer, pl_module, self.total_steps, self._max_epochs, goes_on)
+        self._clock = ScheduleClock(trainer, pl_module, self.total_steps, epochs_with_steps(trainer, self), goes_on)
         self._optimizers = list(trainer.optimizers)
         self.controller = DGMController(
             model,

@@ -19,9 +19,17 @@ class MasksDifferError(RuntimeError):
 
 def mask_digest(mask: Tensor) -> int:
     """Return 64 bits of BLAKE2b over a bool tensor's packed bits, as a signed integer."""
-    bits = np.packbits(mask.detach().cpu().contiguous().numpy().reshape(-1))
-    word = hashlib.blake2b(bits.tobytes(), digest_size=_WORD_BYTES).digest()
-    return int.from_bytes(word, "little", signed=True)
+    return _word(np.packbits(mask.detach().cpu().contiguous().numpy().reshape(-1)).tobytes())
+
+
+def tensor_digest(tensor: Tensor) -> int:
+    """Return 64 bits of BLAKE2b over a tensor's values, to the bit, as a signed integer."""
+    return _word(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+
+
+def _word(content: bytes) -> int:
+    digest = hashlib.blake2b(content, digest_size=_WORD_BYTES).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def check_same_on_all_ranks(

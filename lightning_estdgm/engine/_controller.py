@@ -130,7 +130,7 @@ class DGMController:
             self._hooks.held,
             selection.experts,
             mask_heads=audit,
-            masks_late=audit and group is None,
+            masks_late=audit,
         )
         candidates = leave_unfitting_dense(candidates, self.config)
         self._masked = MaskedModel(candidates, self.config, state, group, wait=True)

@@ -13,6 +13,7 @@ from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.engine._admission import Admission
 from lightning_estdgm.engine._dispatch import Dispatch
 from lightning_estdgm.engine._initialisation import describe_zeros, keep_zeros
+from lightning_estdgm.engine._late_layers import APART
 from lightning_estdgm.engine._masked_model import MaskedModel
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._optimizer_state import OptimizerStates
@@ -115,7 +116,12 @@ class Intake:
     def wake_late(self) -> None:
         """Have layers that have begun to train wait for an audit of the next step; what does not fit stays dense."""
         woken: list[MaskedWeight] = []
-        for candidate in self._admission.late.take_begun():
+        begun = self._admission.late.take_begun()
+        apart = self._admission.late.apart(begun)
+        self._admission.reasons |= dict.fromkeys(sorted(apart), APART)
+        for candidate in begun:
+            if candidate.name in apart:
+                continue
             try:
                 leave_unfitting_dense([candidate], self._config)
                 weights = self._masked.wake([candidate])

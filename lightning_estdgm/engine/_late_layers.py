@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 
+from lightning_estdgm.distributed._mask_check import tensor_digest
 from lightning_estdgm.modules._candidates import Candidate
+
+APART = (
+    "its weights differ between ranks: DDP was made while it was frozen, and does not average its gradients. Freeze it "
+    "in on_train_start or later, or have it train from the start"
+)
 
 
 class LateLayers:
     """Layers that took no gradient so far, and which of them have begun to.
 
     What is thawed or given to an optimizer in mid-run, or is left out of the first forwards, is taken in at the mask
-    update after it has got a gradient. Frozen layers are not where several ranks train a model: what a wrapper such as
-    DDP has not been made with, it does not average.
+    update after it has got a gradient; with several ranks, after any has. What a wrapper such as DDP has not been made
+    with, it does not average: such layers differ between ranks, and stay dense. Frozen weights that are sharded are
+    not taken in.
 
     Args:
         candidates: linear and convolution layers of the model.
@@ -28,7 +35,9 @@ class LateLayers:
     """
 
     def __init__(self, candidates: Sequence[Candidate], group: dist.ProcessGroup | None) -> None:
-        late = [candidate.later for candidate in candidates if candidate.later is not None and group is None]
+        late = [candidate.later for candidate in candidates if candidate.later is not None]
+        if group is not None:
+            late = [candidate for candidate in late if not candidate.shard.groups]
         self.asleep = {candidate.name: candidate for candidate in late if candidate.masked}
         self._begun: set[str] = set()
         self._group = group
@@ -60,6 +69,18 @@ class LateLayers:
             flags = table.tolist()
         return self.take([name for name, flag in zip(names, flags, strict=True) if flag])
 
+    def apart(self, candidates: Sequence[Candidate]) -> set[str]:
+        """Return the names of the layers that ranks train each by itself; ranks call it together, after a step."""
+        if self._group is None or not candidates:
+            return set()
+        words = [[_digest(c, c.weight), _digest(c, c.weight.grad)] for c in candidates]
+        lowest = torch.tensor(words, dtype=torch.int64, device=candidates[0].weight.device)
+        highest = lowest.clone()
+        dist.all_reduce(lowest, dist.ReduceOp.MIN, group=self._group)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self._group)
+        differ = (lowest != highest).any(1).tolist()
+        return {candidate.name for candidate, differs in zip(candidates, differ, strict=True) if differs}
+
     def take(self, names: Iterable[str]) -> list[Candidate]:
         """Return the layers of these names, and let go of them."""
         taken = [self.asleep.pop(name) for name in names if name in self.asleep]
@@ -84,3 +105,8 @@ def _is_nonzero(candidate: Candidate) -> bool:
     if gradient is None or not candidate.shard.holds(gradient):
         return False
     return bool(torch.count_nonzero(candidate.shard.local(gradient)))
+
+
+def _digest(candidate: Candidate, tensor: Tensor | None) -> int:
+    """Return a number by which ranks compare a tensor that each holds whole."""
+    return 0 if tensor is None or candidate.shard.groups else tensor_digest(tensor)

@@ -16,6 +16,8 @@ _STEPS = 8  # of each half of a trial: rectified optimizers rest for the first f
 _RATE = 2.0**-10  # of every trial: the run's own may be 0, as where it is warmed up
 _SIDE = 8  # of a throw-away parameter
 _ALIKE = 1e-2  # largest difference of two equal moves, as a share: what a low-precision parameter rounds
+_REST = 2.0**-10  # factor on the rate of a half in which no parameter should move far
+_UNDONE = 0.9  # share of the moves before that such a half undoes where the rate is one of all steps so far
 _MORE = 1.1  # smallest factor on a move by twice the rate that shows that the rate is read
 
 
@@ -24,8 +26,10 @@ def why_not_scaled(optimizer: Optimizer, index: int, parameters: Sequence[Tensor
 
     Copies of the optimizer take some steps with two throw-away parameters of equal values and gradients. Where the
     groups are split by `ScaledGroups`, each of the two has to move as it does where the user gives both its rate; a
-    rate twice as large has to move a parameter further, at the start and later. So an optimizer fails that has no rate
-    per group, mixes its groups' rates, reads a rate once, or evaluates the loss several times in a step.
+    rate twice as large has to move a parameter further, at the start and later; and steps by a tiny rate must not undo
+    those before. So an optimizer fails that has no rate per group, mixes its groups' rates, reads a rate once,
+    evaluates the loss several times in a step, or computes weights anew from sums of gradients, as FTRL and dual
+    averaging do: their rate multiplies all that was learned, whenever the density changes.
 
     Args:
         optimizer: optimizer whose own step reads its groups.
@@ -45,6 +49,7 @@ def why_not_scaled(optimizer: Optimizer, index: int, parameters: Sequence[Tensor
                 return f"{kind} evaluates the loss several times in a step"
             kept, raised = trial.moves((2.0, 2.0), (2.0, 2.0)), trial.moves((2.0, 2.0), (4.0, 4.0))
             split = trial.moves((1.0, 2.0), (1.0, 4.0), split=True)
+            before, rest = trial.moves((1.0, 1.0), (_REST, _REST), zeros=True)
         except Exception as error:  # whatever an optimizer raises, it is left unscaled
             return not_tried(optimizer, error)
     if not all(bool(move.isfinite().all()) and bool(move.any()) for move in plain):
@@ -54,6 +59,8 @@ def why_not_scaled(optimizer: Optimizer, index: int, parameters: Sequence[Tensor
     expected = [torch.stack([one[0], other[1]]) for one, other in zip(plain, raised, strict=True)]
     if not all(_alike(ours, theirs) for ours, theirs in zip(split, expected, strict=True)):
         return f"{kind} does not step each parameter by the learning rate of its own group"
+    if bool((-rest * before).sum() > _UNDONE * before.square().sum()):
+        return f"{kind} computes weights anew by the learning rate: a change of it multiplies them"
     return ""
 
 
@@ -76,20 +83,21 @@ class _Trial:
         )
         self._way: tuple[bool, bool] | None = None  # whether it is made anew, and takes a closure: the first that works
 
-    def moves(self, *halves: tuple[float, float], split: bool = False) -> list[Tensor]:
+    def moves(self, *halves: tuple[float, float], split: bool = False, zeros: bool = False) -> list[Tensor]:
         """Return how far both parameters move in each half of a trial, ``[2, ...]``.
 
         Args:
             *halves: factors on the rates of the two parameters in each half; without `split`, both are the same.
             split: whether the rates are scaled by `ScaledGroups`, rather than set in the groups.
+            zeros: whether the parameters begin at 0.
 
         """
         if self._way is not None:
-            return self._moves(*self._way, halves, split=split)
+            return self._moves(*self._way, halves, split=split, zeros=zeros)
         failures = []
         for way in product((False, True), (False, True)):
             try:
-                moved = self._moves(*way, halves, split=split)
+                moved = self._moves(*way, halves, split=split, zeros=zeros)
             except Exception as error:  # maybe for want of a closure, or of the state that ``__init__`` makes
                 failures.append(error)
             else:
@@ -98,10 +106,11 @@ class _Trial:
         raise failures[1]  # with a closure
 
     def _moves(
-        self, makes_anew: bool, takes_closure: bool, halves: Sequence[tuple[float, float]], *, split: bool
+        self, makes_anew: bool, takes_closure: bool, halves: Sequence[tuple[float, float]], *, split: bool, zeros: bool
     ) -> list[Tensor]:
         torch.manual_seed(0)  # rounding and updates may be random
-        stand_ins = [nn.Parameter(self._values.clone()) for _ in range(2)]
+        values = torch.zeros_like(self._values) if zeros else self._values
+        stand_ins = [nn.Parameter(values.clone()) for _ in range(2)]
         trial = trial_optimizer(self._optimizer, dict(zip(self._parameters, stand_ins, strict=False)))
         held: list[Tensor] = trial.param_groups[self._index]["params"]
         held[:] = stand_ins

@@ -117,7 +117,8 @@ class _Entry:
         self.quiet = values[quiet].clone()
         same = self.quiet.numel() > 0 and bool((self.quiet == self.quiet[0]).all())
         self.constant = self.quiet[0].item() if same else None
-        self.is_copy = any(_close(self.quiet, weight[quiet]) for weight in (before, after))
+        # Where the optimizer has made all quiet weights 0, as FTRL does, a moment equals them by chance.
+        self.is_copy = any(bool(w[quiet].any()) and _close(self.quiet, w[quiet]) for w in (before, after))
         self.rule: StateRule | None = None
         if packed:
             self.constant, self.is_copy = None, False

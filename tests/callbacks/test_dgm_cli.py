@@ -16,6 +16,7 @@ from torch import Tensor
 
 from helpers.expert_models import adapter
 from lightning_estdgm import DGMConfig, EnergyMonitor, EstDgm, Footprint, Phase
+from lightning_estdgm._flat_settings import PLACES
 from lightning_estdgm.config import Selection, StepSize, Units
 from lightning_estdgm.method import Budget, Evidence, Scored, StagedDrop, WeightAndGradient
 from lightning_estdgm.method._backward_set import BackwardSet
@@ -174,6 +175,15 @@ WRONG = {
 def test_a_wrong_setting_is_named(given: str) -> None:
     with pytest.raises((ArgumentError, ValueError), match=WRONG[given]):
         parsed("lightning_estdgm.DGMCallback", {"config": {}}, f"--callback.config.{given}")
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_flat_name_is_refused_with_its_place(name: str) -> None:
+    """In a file, on the command line, and among settings that are right."""
+    place = PLACES[name].replace(".", r"\.")
+    for config, given in (({name: 16}, ()), ({"seed": 4, name: 16}, ()), ({}, [f"--callback.config.{name}=16"])):
+        with pytest.raises(ArgumentError, match=f"'{name}' is not accepted[^$]*{name} is {place} now"):
+            parsed("lightning_estdgm.DGMCallback", {"config": config}, *given)
 
 
 def test_a_part_that_does_not_exist_is_named() -> None:

@@ -231,6 +231,26 @@ def test_an_average_of_torch_is_masked_by_the_controller() -> None:
         assert differences(dict(other.state_dict()), kept) == [], "a refused copy is left alone"
 
 
+class Longer(pl.Callback):
+    """Changes the run's length in `setup`, as the FinetuningScheduler of another library."""
+
+    def setup(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        trainer.fit_loop.max_epochs = 5
+
+
+@pytest.mark.parametrize("swa", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_the_length_is_that_which_other_callbacks_give_the_run(first: bool, swa: bool) -> None:
+    dgm = DGMCallback(DGMConfig(schedule=SCHEDULE))
+    callbacks = [dgm, Longer()] if first else [Longer(), dgm]
+    average = [StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=0.5)] if swa else []  # adds an epoch
+    module = Normed()
+    make_trainer(*average, *callbacks, max_epochs=2).fit(module, ResumableLoader(module.batches(EPOCH_STEPS)))
+    assert dgm.schedule.total_steps == STEPS
+    assert dgm.controller.steps - STEPS in ([0, 1] if swa else [0])
+    assert dgm.phase == "refinement"
+
+
 # --------------------------------------------------------------------------- tuners
 
 

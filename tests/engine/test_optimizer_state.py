@@ -102,6 +102,20 @@ class Look(Custom):
             p.copy_(self.state[p]["slow"].lerp_(p, 0.5))
 
 
+class Leader(Custom):
+    """Computes weights anew from its sums, so that those without gradients become 0, as FTRL does."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                z, n = (state.setdefault(name, torch.zeros_like(p)) for name in "zn")
+                z += p.grad - ((n + p.grad.square()).sqrt() - n.sqrt()) / group["lr"] * p
+                n += p.grad.square()
+                p.copy_((-z * group["lr"] / n.sqrt()).nan_to_num(0.0))
+
+
 class MadeAtOnce(Custom):
     """Makes its state in ``__init__`` alone, from an argument, as Adagrad of torch 2.6."""
 
@@ -136,6 +150,7 @@ def weight_of(shape=(16, 16), dtype=torch.float32):
         (Codes, {"state.codes": Constant(127)}),
         (Master, {"state.master": CopyOfWeight()}),
         (Look, {"state.slow": CopyOfWeight()}),
+        (Leader, {"state.z": Constant(0.0), "state.n": Constant(0.0)}),
         (Outside, {"by_parameter": Constant(0.0), "by_id.sum": Constant(0.0)}),
         (Stacked, {"state.both.0": Constant(0.0), "state.both.1": Constant(0.0)}),
         (Flat, {"state.flat": Constant(0.0)}),

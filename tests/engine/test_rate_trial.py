@@ -98,6 +98,19 @@ class Relative(torch.optim.SGD):
                 p.sub_(1e-3 * p.grad.sign())
 
 
+class DualAveraging(torch.optim.SGD):
+    """Computes weights anew from where they began and the sum of gradients, as FTRL and RDA."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state.setdefault("first", p.clone())
+                state["sum"] = state.get("sum", 0) + p.grad
+                p.copy_(state["first"] - group["lr"] * state["sum"])
+
+
 class Still(torch.optim.SGD):
     def step(self, closure=None):
         pass
@@ -128,6 +141,7 @@ FAILING = {
     "of the first group": (lambda p: FirstGroup(p, 0.1), "FirstGroup does not step each parameter by the"),
     "one for all": (lambda p: OneRate(p, 0.1), "OneRate does not step each parameter by the learning rate of its own"),
     "relative": (lambda p: Relative(p, 0.1), "Relative does not step by the learning rate of the parameter group"),
+    "anew": (lambda p: DualAveraging(p, 0.1), "DualAveraging computes weights anew by the learning rate: a change of"),
     "none": (without_rate, "SGD has no learning rate of its own"),
     "still": (lambda p: Still(p, 0.1), "Still did not move a parameter in 16 steps"),
     "refusing": (lambda p: Refusing(p, 0.1), r"Refusing could not be tried \(RuntimeError: rates of groups must be"),

@@ -41,6 +41,7 @@ class Row:
         module: makes the module.
         leaves: globs over files that the run has to leave in its folder.
         logs: names that have to be in ``metrics.csv``.
+        library: module of another library that the callbacks are of; where it is missing, the row's test is skipped.
         fails_at: step after which a run breaks off; the file that `leaves` names has to be the checkpoint of that step.
 
     """
@@ -51,6 +52,7 @@ class Row:
     module: Callable[[], Any] = TinyMLP
     leaves: tuple[str, ...] = ()
     logs: tuple[str, ...] = ()
+    library: str = ""
     fails_at: int | None = None
 
 
@@ -75,6 +77,20 @@ _BROKEN_OFF = "the file is that of step 21 to the bit, but its loader has passed
 
 def _thaws(epoch: int) -> Callable[[Path], list[pl.Callback]]:
     return lambda _: [ours.BackboneFinetuning(unfreeze_backbone_at_epoch=epoch, backbone_initial_ratio_lr=0.5)]
+
+
+def _scheduled(folder: Path) -> list[pl.Callback]:
+    from finetuning_scheduler import FinetuningScheduler, FTSCheckpoint
+
+    phases = {
+        0: {"params": ["head.*"], "max_transition_epoch": 1},
+        1: {"params": ["backbone.2.*"], "max_transition_epoch": 2, "lr": 1e-3},
+        2: {"params": ["backbone.0.*"], "max_transition_epoch": 5, "lr": 1e-3},
+    }
+    return [
+        FinetuningScheduler(ft_schedule=phases, epoch_transitions_only=True, restore_best=False),
+        FTSCheckpoint(folder / "phases", monitor="train_loss", save_top_k=1, save_last=True),
+    ]
 
 
 def _throughput() -> pl.Callback:
@@ -127,6 +143,12 @@ ROWS: dict[str, Row] = {
         not_checked={CHECKED[3]: "once thawed, lightning's own resumed run differs, with or without masks"},
     ),
     "BackboneFinetuning, thawed after 24 steps": Row(_thaws(3), module=Transfer),
+    "finetuning-scheduler, a layer an epoch": Row(
+        _scheduled,
+        module=Transfer,
+        not_checked={CHECKED[3]: "its own resumed run differs, with or without masks"},
+        library="finetuning_scheduler",
+    ),
     "LearningRateMonitor": Row(
         lambda _: [ours.LearningRateMonitor("step")],
         lambda folder: {"logger": CSVLogger(folder, version="rates")},

@@ -67,8 +67,9 @@ class RunOutcome:
             self._thawed += new
             rank_zero_warn(
                 f"DGMCallback: {len(new)} layers ({first_names(new)}) have begun to train in mid-run and stay dense: "
-                "layers are taken in at mask updates, and no more are to come, or several ranks train the model, where "
-                "frozen layers are not taken in. To mask them, thaw them before the fit, or begin another fit"
+                "layers are taken in at mask updates, and no more are to come; or several ranks train the model, where "
+                "layers are taken in that are whole and equal on all of them. DGMCallback.decisions() has the reason "
+                "of each. To mask them, thaw them before the fit, or begin another fit"
             )
 
     def summary(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, Timer
 
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._pace import Pace
@@ -34,7 +34,7 @@ class ScheduleClock:
         trainer: Trainer at the start of a fit, with its optimizers.
         pl_module: its model.
         total_steps: length that the user gave, if any.
-        max_epochs: Trainer's `max_epochs` before `StochasticWeightAveraging` raises it for an epoch without steps.
+        max_epochs: see `epochs_with_steps`.
         resumed: whether the fit goes on with a checkpoint's state; otherwise steps of the Trainer's earlier fits do not
             count.
 
@@ -221,6 +221,23 @@ class ScheduleClock:
         if self._accumulation is not None:
             return self._accumulation.get_accumulate_grad_batches(epoch)
         return self._trainer.accumulate_grad_batches
+
+
+def epochs_with_steps(trainer: pl.Trainer, callback: pl.Callback) -> int | None:
+    """Return the Trainer's `max_epochs`, without the epoch that `StochasticWeightAveraging` adds for statistics alone.
+
+    Call it in `on_fit_start`: callbacks may set `max_epochs` in `setup`, in any order.
+
+    Args:
+        trainer: Trainer of the fit.
+        callback: callback whose `on_fit_start` is being called.
+
+    """
+    epochs, callbacks = trainer.max_epochs, trainer.callbacks  # type: ignore[attr-defined]
+    if epochs in (None, -1):
+        return epochs
+    before = callbacks[: callbacks.index(callback)]
+    return min([epochs, *(c.swa_end + 1 for c in before if isinstance(c, StochasticWeightAveraging))])
 
 
 def nothing_left(trainer: pl.Trainer) -> bool:
