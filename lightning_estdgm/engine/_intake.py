@@ -99,6 +99,7 @@ class Intake:
 
         """
         new = self._admission.settle(steps, none_masked=not self._masked.weights)
+        new = [weight for weight in new if self._states.knows(weight) or self._is_fit(weight)]
         late = [weight for weight in new if weight.name in self._admission.reopened]
         for weight in late:
             weight.since = steps
@@ -132,6 +133,15 @@ class Intake:
         if woken:
             self._admission.reopen(woken, self._masked.candidates)
             self._treat_known()
+
+    def _is_fit(self, weight: MaskedWeight) -> bool:
+        """Whether a weight can be masked that no optimizer held when it was looked at; else it stays dense."""
+        try:
+            self.check([weight])
+        except ValueError as error:
+            self._admission.reasons[weight.name] = str(error)
+            return False
+        return True
 
     def wake_saved(self, state: Mapping[str, Any]) -> list[MaskedWeight]:
         """Return weights of layers that a state masks, or has wait, and that do not train yet in this run."""

@@ -68,6 +68,10 @@ class OptimizerStates:
                     known[key] = self._tried(optimizer, weight, changes_masks)
                 self._rules.setdefault(id(weight.parameter), {}).update(known[key])
 
+    def knows(self, weight: MaskedWeight) -> bool:
+        """Whether `prepare` has found an optimizer that holds the weight."""
+        return id(weight.parameter) in self._rules
+
     def reset_(self, weight: MaskedWeight, units: Tensor, *, before: Tensor | None = None) -> None:
         """Give the units of a weight the state of a fresh parameter; steps counts and the like stay.
 

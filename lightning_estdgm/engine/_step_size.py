@@ -189,11 +189,12 @@ class _ScaledSteps:
         closure = closure_of(args, kwargs)
         if closure is not None:
             return with_closure(args, kwargs, self._around(closure))
-        if not (self.groups.entered or self.young.entered):
-            self._enter()
+        self._enter()
         return None
 
     def _enter(self) -> None:
+        if self.groups.entered or self.young.entered:
+            return  # a subclass's step that calls its parent's, whose closure is wrapped twice
         self._count_units()
         self.groups.enter(self._scales())
         self.young.enter(self._weights)

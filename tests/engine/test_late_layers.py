@@ -105,6 +105,37 @@ class Run:
 LATE = ["backbone.0", "backbone.2", "neck"]
 
 
+class Offset(torch.optim.Adam):
+    """A fresh parameter of its has moments of 1 in a place that nothing but a trial shows."""
+
+    @torch.no_grad()
+    def step(self, closure=None):  # type: ignore[no-untyped-def]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    moment = self.state[p].setdefault("moment", torch.ones_like(p))
+                    moment.add_(p.grad.abs() * 10)
+                    p.sub_(group["lr"] * p.grad)
+
+
+@pytest.mark.parametrize("later", range(10, 24, 3))
+def test_the_fresh_state_is_known_of_what_an_optimizer_gets_while_it_is_looked_at(later: int) -> None:
+    """Gradients reach it before, so that it waits for a step when it is given to the optimizer."""
+
+    def held(net: Net, step: int, optimizer: Any) -> None:
+        if step == later:
+            optimizer.add_param_group({"params": list(net.backbone.parameters()), "lr": 1e-3})
+
+    run = Run(held)
+    kept = {id(p) for p in run.net.backbone.parameters()}
+    run.dgm.close()
+    run.optimizer = Offset([p for p in run.net.parameters() if id(p) not in kept], 1e-2)
+    run.dgm = DGMController(run.net, run.optimizer, CONFIG, total_steps=STEPS)
+    run.go()
+    mask, weight = run.dgm.masks()["backbone.0"], run.net.backbone[0].weight
+    assert (run.optimizer.state[weight]["moment"][~mask] == 1).all()
+
+
 @pytest.mark.parametrize("how", [frozen, held_later])
 def test_layers_that_begin_to_train_are_masked_from_the_next_update_on(how: Any) -> None:
     run = Run(how).go(25)

@@ -229,6 +229,29 @@ def test_a_closure_steps_young_units_too():
         assert torch.equal(ours, theirs)
 
 
+class Twice(torch.optim.AdamW):
+    """Its step calls its parent's, which runs the hooks a second time, around the closure that they wrapped before."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_step_that_calls_its_parents_shows_young_units_once(closure):
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # whose class is patched: `Twice` runs hooks twice
+    kinds = (torch.optim.AdamW, Twice)
+    plain, twice = (Run(lambda p, kind=kind: kind(p, RATE), config()) for kind in kinds)
+    for step in range(TOTAL - 1):
+        plain.step(step)
+        twice.step(step, closure=closure)
+        assert len(twice.optimizer.param_groups) == 1
+        for run in (plain, twice):
+            run.dgm.advance()
+    assert len(twice.optimizer.state) == len(plain.optimizer.state)
+    for one, other in zip(plain.net.parameters(), twice.net.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_step_that_a_scaler_skips_is_not_counted():
     weight = numbered([[1, 0], [0, 1]])
     weight.inactive.apply_mask_(weight)

@@ -116,6 +116,7 @@ def test_exported_program_stays_packed(tmp_path, dtype):
 
 # Torch's own import of its compiler uses what it has deprecated.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Skipping serialization of skipfiles_inline:UserWarning")  # of torch 2.6
 def test_aot_inductor_package_stays_packed(tmp_path):
     model = packed(_network())
     program = torch.export.export(model, (_input(5, 80),), dynamic_shapes=({0: torch.export.Dim("batch")},))

@@ -47,11 +47,13 @@ class AOTI:
             logger.setLevel(level)
         library = path.with_name(f"{path.stem}.operator.so")
         shutil.copyfile(operator_library(), library)
+        written: Any = self.load(path, given)
+        noted = " (its metadata say so as AOTI_CPU_ISA)" if "AOTI_CPU_ISA" in written.get_metadata() else ""
         return [
             varying,
             *notes,
-            f"compiled for {isa} by torch {torch.__version__}: serve it with that version on CPUs with {isa} (its "
-            "metadata say so as AOTI_CPU_ISA), and export anew for others",
+            f"compiled for {isa} by torch {torch.__version__}: serve it with that version on CPUs with {isa}{noted}, "
+            "and export anew for others",
             f"load {library.name} first: torch.ops.load_library in Python, dlopen in C++",
         ]
 

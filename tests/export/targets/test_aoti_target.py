@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -65,6 +66,10 @@ def test_a_c_program_runs_it_without_python(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["gpt", "conv", "gcn"])
 def test_networks(kind: str, tmp_path: Path) -> None:
     net, example, dynamic = exported.network(kind)
+    if kind == "gcn" and torch.__version__ < "2.7":
+        with pytest.raises(ExportError, match=r"what aoti computes differs from the model.*nothing was written"):
+            export_model(net, example, "aoti", tmp_path / "net", dynamic=dynamic)
+        pytest.skip("AOTInductor of torch 2.6 computes index_add wrong, as of dense networks")
     report = export_model(net, example, "aoti", tmp_path / "net", dynamic=dynamic)
     assert "any" in report.notes[0]
     inputs = exported.other_size(kind)
@@ -76,7 +81,9 @@ def test_no_dense_weight_is_inside(tmp_path: Path) -> None:
     report = export_model(net, torch.randn(2, 1024), "aoti", tmp_path / "net")
     assert (tmp_path / "net.pt2").stat().st_size < 0.35 * report.dense_bytes
     metadata = torch._inductor.aoti_load_package(str(tmp_path / "net.pt2")).get_metadata()
-    assert f"compiled for {metadata['AOTI_CPU_ISA']} by torch {torch.__version__}" in str(report)
+    known = metadata.get("AOTI_CPU_ISA", "")  # not in torch 2.6
+    assert re.search(rf"compiled for {known or '[A-Z0-9]+'} by torch {re.escape(torch.__version__)}", str(report))
+    assert ("its metadata say so" in str(report)) == bool(known)
 
 
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

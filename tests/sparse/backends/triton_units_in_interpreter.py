@@ -5,14 +5,19 @@ import itertools
 import pytest
 import torch
 
+from helpers import triton_installed
 from helpers.sparse_linear import TOLERANCES, make_operands
 from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.backends.reference import BACKEND as REFERENCE
+from lightning_estdgm.sparse.backends.triton._requirements import UNIT_LENGTHS
+
+if not triton_installed.is_installed():
+    pytest.skip(triton_installed.REASON, allow_module_level=True)
+
 from lightning_estdgm.sparse.backends.triton import _launch as launch
 from lightning_estdgm.sparse.backends.triton import _split_k as split_k
 from lightning_estdgm.sparse.backends.triton import _units as units
 from lightning_estdgm.sparse.backends.triton._backend import TritonBackend
-from lightning_estdgm.sparse.backends.triton._requirements import UNIT_LENGTHS
 from lightning_estdgm.sparse.backends.triton._tiles import GROUPS, unit_candidates
 
 PRODUCTS = ("linear", "grad_input", "grad_weight")
