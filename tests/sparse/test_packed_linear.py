@@ -133,8 +133,9 @@ def test_packed_values_give_the_numbers_of_a_whole_weight(block_size):
     assert torch.equal(native.packed_grad_values(dy, x, topology, topology.nnz), gather(dw, topology))
 
 
-def test_a_mask_that_changes_is_followed():
-    topology = make_topology(20, 30, 1, "density 0.3")
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_mask_that_changes_is_followed(compact):
+    topology = BlockTopology.from_mask(torch.zeros(20, 30, dtype=torch.bool), 1, compact=compact)
     for mask in ("density 0.3", "every other block", "empty", "full"):
         topology.update_(MASKS[mask](20, 30))
         x, weight, bias, dy = make_operands(topology, 9, torch.float32)
@@ -247,10 +248,11 @@ def test_operands_of_odd_strides(backend):
 # ---- compile and autocast
 
 
+@pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("backend", ["native", "dense"])
-def test_compiled_with_a_number_of_units_that_changes(backend):
+def test_compiled_with_a_number_of_units_that_changes(backend, compact):
     torch.compiler.reset()
-    topology = make_topology(8, 6, 4, "density 0.3")
+    topology = BlockTopology.from_mask(torch.zeros(8, 6, dtype=torch.bool), 4, compact=compact)
     graphs = []
 
     def count(graph, _):
