@@ -307,7 +307,7 @@ class Dispatch:
             if self._has_choice(weight):
                 at_the_end[weight] = self._choose(weight, density)
                 continue
-            weight.final_backend = "dense"
+            weight.final_backend = weight.placement.product or "dense"
             if weight.candidate.kind.experts and weight.has_operator and weight.block_size != 1:
                 weight.why = "what its module runs by itself is not timed: only backend= makes it sparse"
         for weight, (backend, why) in self._settled(at_the_end).items():
@@ -359,7 +359,7 @@ class Dispatch:
     # ------------------------------------------------------------------ helpers
 
     def _use(self, weight: MaskedWeight, backend: str) -> None:
-        weight.backend = backend
+        weight.backend = weight.placement.product or backend
         if weight.has_operator and (weight.block_size != 1 or backend != "dense"):
             sparsify_(
                 weight.candidate,

@@ -5,7 +5,7 @@ It knows nothing of steps and schedules: the controller calls it with a density.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +20,7 @@ from lightning_estdgm.distributed._mask_check import check_same_on_all_ranks, ma
 from lightning_estdgm.engine._budget import unit_budgets
 from lightning_estdgm.engine._decisions import LayerDecision, layer_decisions
 from lightning_estdgm.engine._gradient_mask import mask_gradients_
+from lightning_estdgm.engine._inactive import Treatment
 from lightning_estdgm.engine._initialisation import draw_masks, masked_weights
 from lightning_estdgm.engine._mask_update import update_masks
 from lightning_estdgm.engine._masked_weight import MaskedWeight
@@ -36,6 +37,7 @@ class MaskedModel:
         config: settings.
         state: state of a controller that will be loaded, or None.
         wait: whether weights wait to be taken in, all active.
+        treatment: treatment of a layer's inactive weights; ``None``: `DGMConfig.inactive` of all.
         group: process group of the ranks that have to hold the same masks; ``None``: no other rank is asked.
 
     Attributes:
@@ -43,6 +45,7 @@ class MaskedModel:
         every: all weights that can be masked.
         weights: those that are masked; the others wait, or stay dense.
         rule: update rule.
+        group: process group of the ranks that have to hold the same masks.
 
     Raises:
         ValueError: if a unit does not fit a layer.
@@ -57,14 +60,15 @@ class MaskedModel:
         group: dist.ProcessGroup | None,
         *,
         wait: bool = False,
+        treatment: Callable[[Candidate], Treatment] | None = None,
     ) -> None:
         self.candidates = candidates
-        self.every = masked_weights(candidates, config, state, wait=wait)
+        self.every = masked_weights(candidates, config, state, wait=wait, treatment=treatment)
         self.weights = [] if wait else list(self.every)
         self.rule = config.resolved_update_rule
         self._chosen = not wait
         self._config = config
-        self._group = group
+        self.group = group
 
     def wake(self, candidates: Sequence[Candidate]) -> list[MaskedWeight]:
         """Return the weights of layers that begin to train in mid-run, all active; they keep their order in the model.
@@ -91,7 +95,8 @@ class MaskedModel:
         self.choose()
         self.__dict__.pop("needs_gradients", None)  # their units are known only now
         for weight in weights:
-            weight.take_in()
+            if weight not in self.weights:
+                weight.take_in()
         self.weights[:] = [weight for weight in self.every if weight in self.weights or weight in weights]
 
     @property
@@ -203,11 +208,11 @@ class MaskedModel:
 
     def check_ranks(self, words: Mapping[str, int], when: str) -> None:
         """Raise MasksDifferError on every rank if masks or `words` differ; see `check_same_on_all_ranks`."""
-        if self._group is None:
+        if self.group is None:
             return
         whole = [weight for weight in self.weights if not weight.placement.mask_is_local]
         masks = {f"the mask of layer {weight.name!r}": mask_digest(weight.mask) for weight in whole}
-        check_same_on_all_ranks({**words, **masks}, self.every[0].device, when, self._group)
+        check_same_on_all_ranks({**words, **masks}, self.every[0].device, when, self.group)
 
     # ------------------------------------------------------------------ weights and gradients
 
