@@ -72,9 +72,9 @@ class Packing:
 def topology_of(mask: Tensor, block_size: BlockSize, shape: tuple[int, ...]) -> BlockTopology:
     """Return the active units of a weight ``(out, in, ...)`` as those of the matrix ``(out, in * taps)``."""
     if block_size == 1 or len(shape) == 2:
-        return BlockTopology.from_mask(mask.flatten(1), block_size)
+        return BlockTopology.from_mask(mask.flatten(1), block_size, compact=True)
     rows, columns = sides(block_size)
-    return BlockTopology.from_mask(mask, (rows, columns * math.prod(shape[2:])))
+    return BlockTopology.from_mask(mask, (rows, columns * math.prod(shape[2:])), compact=True)
 
 
 class WholeWeight(Tensor):
