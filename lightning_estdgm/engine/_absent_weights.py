@@ -10,7 +10,15 @@ from torch import Tensor
 from lightning_estdgm.engine._inactive import InactiveWeights
 from lightning_estdgm.engine._packed_layout import PackedShard, PackedWeight, Store
 from lightning_estdgm.engine._placement import placement_of
-from lightning_estdgm.modules._packed_forward import Packing, pack_, resize_, unpack_
+from lightning_estdgm.method._masks import keep_active_
+from lightning_estdgm.modules._packed_forward import (
+    PackedForward,
+    Packing,
+    pack_,
+    repack_,
+    resize_,
+    unpack_,
+)
 
 if TYPE_CHECKING:
     from lightning_estdgm.engine._masked_weight import MaskedWeight
@@ -78,6 +86,21 @@ class AbsentWeights(InactiveWeights):
         """Store the units of the mask, and no others."""
         self.apply_mask_(weight)
 
+    def mask_copy_(self, weight: MaskedWeight, local: Tensor) -> None:
+        """Zero what is outside the mask."""
+        keep_active_(local, weight.mask.to(local.device), weight.block_size)
+
+    def store_copy_(self, weight: MaskedWeight, module: Any) -> None:
+        """Pack a copy that is stored whole, and have a packed one follow the mask: grown units are 0 there."""
+        parameter = module._parameters[weight.candidate.kind.weight_name]
+        mask = weight.mask.to(parameter.device)
+        if isinstance(module, PackedForward):
+            repack_(module, mask)
+            return
+        name, transposed = weight.name, weight.candidate.kind.transposed
+        pack_(module, Packing.of(name, weight.shape, transposed, mask, weight.block_size))
+        module._estdgm_held = False
+
     def _pack(self, weight: MaskedWeight) -> None:
         candidate = weight.candidate
         packing = Packing.of(weight.name, weight.shape, candidate.kind.transposed, weight.mask, weight.block_size)
@@ -91,6 +114,7 @@ class AbsentWeights(InactiveWeights):
             resize_(entry, values.flatten() if entry.dim() == 1 else values)
         if gradient is not None:
             weight.parameter.grad = packing.pack(gradient)
+        self._store.note_resized()
         self._settle(weight)
 
     def _move(self, weight: MaskedWeight, layout: PackedWeight) -> None:

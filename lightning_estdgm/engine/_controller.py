@@ -297,7 +297,7 @@ class DGMController:
     def _take_over(self, optimizer: Optimizer) -> None:
         self.use_optimizers([*self._hooks.optimizers, optimizer])
 
-    def mask_copy_(self, copy: nn.Module) -> None:
+    def mask_copy_(self, copy: nn.Module, *, as_stored: bool = False) -> None:
         """Zero the inactive weights of a copy of the model, such as an average of its weights over time.
 
         An average of weights under changing masks holds weights that are inactive now. Called after each mask update,
@@ -305,12 +305,15 @@ class DGMController:
 
         Args:
             copy: model with layers of the same names and shapes, on any device; for an `AveragedModel`, its ``module``.
+            Its layers that store active units alone follow the masks.
+            as_stored: whether layers of the copy that store whole weights are stored as those of the model are, so
+                that their parameters have the same sizes.
 
         Raises:
             ValueError: if a masked layer is missing in the copy or has another shape.
 
         """
-        self._masked.mask_copy_(copy)
+        self._masked.mask_copy_(copy, as_stored=as_stored)
 
     def close(self) -> None:
         """Remove all hooks and swapped forwards; weights and masks stay as they are. May be called twice."""

@@ -185,6 +185,9 @@ class Dispatch:
 
     def resume(self, weight: MaskedWeight) -> None:
         """Switch a layer to its checkpoint's backend, or to dense until the next choice if that cannot run here."""
+        product = weight.placement.product
+        if product or weight.final_backend not in ("dense", "?", *backends()):  # stored in another way there
+            weight.final_backend = product or "dense"
         if self._config.backend != "auto":
             self.begin(weight)
             return

@@ -77,6 +77,13 @@ class InactiveWeights(ABC):
     def apply_mask_(self, weight: MaskedWeight) -> None:
         """Bring the weight in line with a mask that was just drawn or updated."""
 
+    def mask_copy_(self, weight: MaskedWeight, local: Tensor) -> None:
+        """Zero the inactive part of a copy of the weight, given as the layer stores it whole, ``(out, in, ...)``."""
+        weight.fill_inactive_(local)
+
+    def store_copy_(self, weight: MaskedWeight, module: Any) -> None:  # noqa: B027
+        """Have a copy of the layer store its weight as the layer does."""
+
     def follow_loaded_mask_(self, weight: MaskedWeight, before: Tensor) -> None:  # noqa: B027
         """Bring the stored units in line with a mask that was loaded; weights are loaded by their owner.
 

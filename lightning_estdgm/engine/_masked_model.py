@@ -26,6 +26,7 @@ from lightning_estdgm.engine._mask_update import update_masks
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._optimizer_state import OptimizerStates
 from lightning_estdgm.modules._candidates import Candidate, clean_name
+from lightning_estdgm.modules._packed_forward import PackedForward
 from lightning_estdgm.modules._swap import set_observing
 
 
@@ -231,23 +232,39 @@ class MaskedModel:
                     "rate, or clip gradients (gradient_clip_val=)"
                 )
 
-    def mask_copy_(self, copy: nn.Module) -> None:
+    @torch.no_grad()
+    def mask_copy_(self, copy: nn.Module, *, as_stored: bool = False) -> None:
         """Zero the inactive weights of a copy of the model; see `DGMController.mask_copy_`."""
-        zeroed = [weight for weight in self.weights if not weight.inactive.act_in_forward]
         modules = {clean_name(name): module for name, module in copy.named_modules()}
-        tensors = []
-        for weight in zeroed:
-            tensor = getattr(modules.get(weight.candidate.module_name), weight.candidate.kind.weight_name, None)
-            if not isinstance(tensor, Tensor) or not weight.shard.holds(tensor):
-                found = "no such layer" if tensor is None else f"a weight of shape {tuple(tensor.shape)}"
+        pairs: list[tuple[MaskedWeight, Any]] = []
+        for weight in self.weights:
+            if weight.inactive.act_in_forward:
+                continue
+            module = modules.get(weight.candidate.module_name)
+            shape = _whole_shape(weight, module)
+            if shape != weight.candidate.stored_shape:
+                found = "no such layer" if shape is None else f"a weight of shape {shape}"
                 raise ValueError(
                     f"expected a copy of the model, with a layer {weight.name!r} of shape "
                     f"{weight.candidate.stored_shape}, got {found} in {type(copy).__name__}"
                 )
-            tensors.append(tensor)
-        with torch.no_grad():
-            for weight, tensor in zip(zeroed, tensors, strict=True):
-                weight.fill_inactive_(weight.shard.local(tensor))
+            pairs.append((weight, module))
+        for weight, module in pairs:
+            if as_stored or isinstance(module, PackedForward):
+                weight.inactive.store_copy_(weight, module)
+            if not isinstance(module, PackedForward):
+                tensor = getattr(module, weight.candidate.kind.weight_name)
+                weight.inactive.mask_copy_(weight, weight.candidate.shard.local(tensor))
+
+
+def _whole_shape(weight: MaskedWeight, module: Any) -> tuple[int, ...] | None:
+    """Return the shape of a layer's whole weight in a copy of the model; None where there is no such layer."""
+    if isinstance(module, PackedForward):
+        return module._estdgm_packing.stored_shape
+    tensor = getattr(module, weight.candidate.kind.weight_name, None)
+    if not isinstance(tensor, Tensor):
+        return None
+    return weight.candidate.stored_shape if weight.candidate.shard.holds(tensor) else tuple(tensor.shape)
 
 
 def _share(weights: Sequence[MaskedWeight], units: Sequence[int]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -177,10 +177,20 @@ class PackedStorage:
         self._hooks: PackedStates | None = None
         self._resized = False
 
-    def pack(self, model: nn.Module) -> None:
-        """Draw the first masks of a model, and store the active units alone: before there is any optimizer."""
+    def pack(self, model: nn.Module, length: Callable[[], int]) -> None:
+        """Draw the first masks of a model, and store the active units alone: before there is any optimizer.
+
+        Args:
+            model: the model.
+            length: function that returns the number of optimizer steps; called if the schedule fits one length only.
+
+        """
         self._masked = self._found(model, None, None, None)
-        self._drawn = self._config.schedule.resolve(_UNTIMED)(0).density
+        try:
+            schedule = self._config.schedule.resolve(_UNTIMED)
+        except ValueError:
+            schedule = self._config.schedule.resolve(length())
+        self._drawn = schedule(0).density
         self._masked.take_in(self._masked.every)
         self._masked.draw(self._masked.every, self._drawn)
 
