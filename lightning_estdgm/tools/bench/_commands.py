@@ -281,11 +281,9 @@ def memory(
     given: dict[str, Any] = {"block_sizes": tuple(block_size or ()), "steps": steps}
     defaults = {"block_sizes": (16,), "steps": 20} if weights is not None else {}
     given = defaults | {name: value for name, value in given.items() if value}
-    if not speed:
-        given["speed"] = None
     try:
         config = MemoryBenchConfig(
-            width, layers, tokens, density, weights=weights, rounds=rounds, runs_dense=dense, **given
+            width, layers, tokens, density, weights=weights, times_steps=speed, rounds=rounds, runs_dense=dense, **given
         )
     except ValueError as e:
         raise typer.BadParameter(str(e)) from e

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ RESIDENT_GOAL = 16 * 2**30
 _BYTES_PER_WEIGHT = 16  # float32: weight, gradient, two moments
 _WIDTHS = (256, 512, 1024, 2048, 4096)
 _LEAST_LAYERS = 12
-_SPEED = MemoryTask("packed", width=1024, layers=4, context=128, batch=8, steps=9, update_every=4)
+SPEED = MemoryTask("packed", width=1024, layers=4, context=128, batch=8, steps=11, update_every=5)
+"""Training whose steps are timed."""
+
 _ROUNDS = 3
 
 
@@ -46,7 +48,7 @@ class MemoryBenchConfig:
         block_sizes: sides of the mask units, one measurement each.
         steps: its optimizer steps; every third has a mask update.
         weights: weights of a GPT that is trained instead, by packed storage only; None: as `width` and `layers` say.
-        speed: GPT whose steps are timed; None: none is.
+        times_steps: whether the steps of `SPEED` are timed by each storage.
         rounds: trainings of each storage that are timed, in turns.
         runs_dense: whether dense training is run, or calculated; None: run where this machine has room for it.
 
@@ -62,7 +64,7 @@ class MemoryBenchConfig:
     block_sizes: tuple[int, ...] = (4, 16)
     steps: int = 6
     weights: float | None = None
-    speed: MemoryTask | None = _SPEED
+    times_steps: bool = True
     rounds: int = _ROUNDS
     runs_dense: bool | None = None
 
@@ -118,8 +120,8 @@ def measure_memory(config: MemoryBenchConfig, say: Callable[[str], None]) -> dic
         packed = _over(_measured(config.task("packed", first), say), empty)
         memory.append({"block_size": first, "dense": calculated(packed["parameters"]), "packed": packed})
     speed = []
-    if config.weights is None and config.speed is not None:
-        speed = [_speed(replace(config.speed, block_size=size), config, say) for size in config.block_sizes]
+    if config.weights is None and config.times_steps:
+        speed = [_speed(replace(SPEED, block_size=size), config, say) for size in config.block_sizes]
     found = {"config": asdict(config), "empty_bytes": empty, "memory": memory, "speed": speed}
     return found | {"goals": memory_goals(found)}
 
@@ -230,7 +232,7 @@ def _speed(task: MemoryTask, config: MemoryBenchConfig, say: Callable[[str], Non
         for arm in ("dense", "packed") if turn % 2 == 0 else ("packed", "dense"):
             case = replace(task, arm=arm, density=config.density, threads=torch.get_num_threads())
             found = _measured(case, say)
-            plain = [i for i, is_plain in enumerate(found["plain"]) if is_plain and (not i or found["plain"][i - 1])]
+            plain = settled(found["plain"])
             seconds[arm] += [found["seconds"][i] for i in plain]
             shares[arm] += [found["mask_seconds"][i] / found["seconds"][i] for i in plain]
     return {
@@ -240,6 +242,16 @@ def _speed(task: MemoryTask, config: MemoryBenchConfig, say: Callable[[str], Non
             for arm in seconds
         },
     }
+
+
+def settled(plain: Sequence[bool]) -> list[int]:
+    """Return the plain steps after the first mask update, which have grown units to care for; all, if there is none.
+
+    >>> settled([True, False, True, True])
+    [2, 3]
+    """
+    first = plain.index(False) if False in plain else -1
+    return [step for step, is_plain in enumerate(plain) if is_plain and step > first]
 
 
 def _over(found: dict[str, Any], empty: int) -> dict[str, Any]:
