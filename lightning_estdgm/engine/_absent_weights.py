@@ -49,6 +49,17 @@ class AbsentWeights(InactiveWeights):
     def mask_gradient_(self, weight: MaskedWeight, gradient: Tensor) -> None:
         """Do nothing: there is no gradient of inactive weights."""
 
+    def before_step(self, weight: MaskedWeight) -> None:
+        """Refuse to step a weight that was loaded without its mask."""
+        if self._layout is None:
+            return
+        if self._module._estdgm_loaded is not None:
+            raise ValueError(
+                f"layer {weight.name!r}: a weight was loaded that is not 0 outside the mask, so that of another mask: "
+                "load the state of its run too (ckpt_path=, or DGMController.load_state_dict), or load it before the "
+                "run; nothing of it is lost, state_dict() has it"
+            )
+
     def with_gradients(self, weight: MaskedWeight, grad_scale: float | Tensor) -> None:
         """Refuse a step of weights that are used in a way that is not theirs."""
         if weight.gradient is None or self._layout is None:
@@ -57,12 +68,6 @@ class AbsentWeights(InactiveWeights):
             raise ValueError(
                 f"layer {weight.name!r}: its weight is used by itself: its forward was not called. storage='packed' "
                 "computes in the forward: leave it out by Selection(exclude=...), or use storage='dense'"
-            )
-        if self._module._estdgm_loaded is not None:
-            raise ValueError(
-                f"layer {weight.name!r}: a weight was loaded that is not 0 outside the mask, so that of another mask: "
-                "load the state of its run too (ckpt_path=, or DGMController.load_state_dict), or load it before the "
-                "run; nothing of it is lost, state_dict() has it"
             )
         self.has_trained = True
 
@@ -159,7 +164,6 @@ class AbsentWeights(InactiveWeights):
         carried = self._carried(weight)
         whole = [packing.unpack(entry.view(weight.parameter.shape)) for entry in carried]
         loaded = module._estdgm_loaded
-        weight.parameter.grad = None
         unpack_(module, self.original if loaded is None else loaded)
         for entry, values in zip(carried, whole, strict=True):
             resize_(entry, values.flatten() if entry.dim() == 1 else values)

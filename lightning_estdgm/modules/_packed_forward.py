@@ -316,11 +316,15 @@ def unpack_(module: Any, weight: Tensor | None = None) -> None:
     """
     if not isinstance(module, PackedForward):
         return
-    whole = module._whole_weight().detach() if weight is None else weight.to(module.packed_weight)
+    parameter, packing = module.packed_weight, module._estdgm_packing
+    whole = module._whole_weight().detach() if weight is None else weight.to(parameter)
+    gradient = None if parameter.grad is None else packing.unpack(parameter.grad)
+    parameter.grad = None
     module.__class__ = module._estdgm_dense_class  # type: ignore[assignment]
     for name in [name for name in vars(module) if name.startswith(STATE_PREFIX)]:
         delattr(module, name)
-    resize_(module._parameters[_WEIGHT], whole)
+    resize_(parameter, whole)
+    parameter.grad = gradient
 
 
 @torch.no_grad()
