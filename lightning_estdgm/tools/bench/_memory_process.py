@@ -119,7 +119,8 @@ def make_gpt(task: MemoryTask) -> ByteGPT:
 
 
 def _module(task: MemoryTask) -> ByteGPT:
-    return make_gpt(task)
+    with torch.device("meta" if task.arm == "packed" else "cpu"):  # packed, it is never there as a whole
+        return make_gpt(task)
 
 
 class _Same(torch.utils.data.IterableDataset[Any]):
