@@ -88,7 +88,7 @@ def _packed(weight: MaskedWeight, name: str, value: Any) -> Any:
     if value.shape != weight.parameter.shape and value.dim() > 1:
         raise ValueError(
             f"layer {weight.name!r}: the optimizer's state {name!r} has shape {tuple(value.shape)}, expected that of "
-            f"the whole weight, {packing.stored_shape}: load the checkpoint of the same model, and the masks before the "
+            f"the whole weight, {packing.stored_shape}: load the checkpoint of the same model, and masks before the "
             "optimizer's state"
         )
     return value

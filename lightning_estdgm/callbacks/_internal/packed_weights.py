@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,14 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_estdgm.distributed.adapters._protocol import adapter_for
 from lightning_estdgm.engine._storage import PackedStorage
 
-_HOOK = "configure_model"
-
 
 class PackedWeights:
     """Packing of one fit's model.
 
-    Lightning has no hook of callbacks between the model's `configure_model` and its optimizers. So that hook is
-    extended on the one module, and given back when it has run.
+    Callbacks have no hook between the model's `configure_model` and its optimizers. So that one is extended on this
+    module, and given back when it has run.
 
     Args:
         trainer: Trainer of the fit.
@@ -37,15 +36,13 @@ class PackedWeights:
         self.storage = storage
         self._began = False
         self._module: Any = module
-        self._own = vars(module).get(_HOOK)
-        configure = module.configure_model
+        self._extended: dict[str, tuple[Any, Any]] = {}  # by the hook's name: what stands there now, and stood before
 
-        def configure_model() -> None:
-            self._give_back()
-            configure()
+        def pack() -> None:
             storage.pack(module, lambda: total_steps or int(trainer.estimated_stepping_batches))
 
-        self._extended = vars(module)[_HOOK] = configure_model
+        # Not at once: until its `setup`, other callbacks ask whether the module has a `configure_model` of its own.
+        self._extend("setup", lambda: self._extend("configure_model", pack))
 
     @staticmethod
     def _check(trainer: pl.Trainer) -> None:
@@ -57,7 +54,7 @@ class PackedWeights:
             )
         if getattr(strategy, "_ddp_comm_hook", None) is not None:
             raise ValueError(
-                f"storage='packed' rebuilds DDP's buckets as parameters shrink, which loses the ddp_comm_hook of {name}: "
+                f"storage='packed' rebuilds DDP's buckets as parameters shrink, which loses {name}'s ddp_comm_hook: "
                 "leave the hook out, or use storage='dense'"
             )
 
@@ -77,12 +74,26 @@ class PackedWeights:
         self.storage.abandon()
         if exception is not None and hasattr(exception, "add_note"):
             exception.add_note(
-                "DGMCallback: with storage='packed' masked weights are parameters of shape [units, rows, columns]; what "
-                "needs matrices needs storage='dense'. The weights are as they were before the fit"
+                "DGMCallback: with storage='packed' masked weights are parameters of shape [units, rows, columns]; "
+                "what needs matrices needs storage='dense'. The weights are as they were before the fit"
             )
 
+    def _extend(self, name: str, then: Callable[[], None]) -> None:
+        """Have the module's hook call a function at its end, once."""
+        hook = getattr(self._module, name)
+
+        def extended(*args: Any, **kwargs: Any) -> None:
+            self._give_back()
+            hook(*args, **kwargs)
+            then()
+
+        self._extended[name] = extended, vars(self._module).get(name)
+        vars(self._module)[name] = extended
+
     def _give_back(self) -> None:
-        if vars(self._module).get(_HOOK) is self._extended:
-            del vars(self._module)[_HOOK]
-            if self._own is not None:
-                vars(self._module)[_HOOK] = self._own
+        for name, (extended, own) in self._extended.items():
+            if vars(self._module).get(name) is extended:
+                del vars(self._module)[name]
+                if own is not None:
+                    vars(self._module)[name] = own
+        self._extended.clear()
