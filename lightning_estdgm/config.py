@@ -131,6 +131,9 @@ class DGMConfig:
             it for every layer that has an operator.
         seed: seed of the initial masks and of random scores.
         method: name of the method, for reports; empty: that of the schedule.
+        storage: what is stored of masked weights. ``"dense"``: all, so that parameters, gradients and optimizer state
+            have the size of the dense network; ``"packed"``: the active units alone, so that these shrink with the
+            density (one device and DDP; see the guide on memory).
 
     Raises:
         TypeError: for a part of another type.
@@ -151,6 +154,7 @@ class DGMConfig:
     backend: str = "auto"
     seed: int = 0
     method: str = ""
+    storage: Literal["dense", "packed"] = "dense"
 
     def __post_init__(self) -> None:
         if isinstance(self.schedule, type) or not isinstance(self.schedule, ScheduleConfig):
@@ -169,6 +173,24 @@ class DGMConfig:
             raise TypeError(f"seed must be an int, got {self.seed!r}")
         if self.backend not in ("auto", "dense"):
             get_backend(self.backend)
+        if self.storage not in ("dense", "packed"):
+            raise ValueError(f"storage must be 'dense' or 'packed', got {self.storage!r}")
+        if self.storage == "packed":
+            self._check_packed()
+
+    def _check_packed(self) -> None:
+        """Raise ValueError for settings that need inactive weights to be there, or a choice of the product."""
+        refused = {
+            "inactive": self.inactive if self.inactive != "zero" else None,
+            "update_rule.pattern": self.update_rule.pattern,
+            "backend": self.backend if self.backend != "auto" else None,
+        }
+        for name, value in refused.items():
+            if value is not None:
+                raise ValueError(
+                    f"storage='packed' stores active units alone and multiplies with them: it does not work with "
+                    f"{name}={value!r}; leave that out, or use storage='dense'"
+                )
 
     def merged(self, **changes: Any) -> DGMConfig:
         """Return these settings with some fields changed; of a part given as a mapping, only the named fields.

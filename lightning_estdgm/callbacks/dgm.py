@@ -24,6 +24,7 @@ from lightning_estdgm.callbacks._internal.dgm_log import DGMLog, say_on
 from lightning_estdgm.callbacks._internal.fit_result import FitResult, FitResultFile
 from lightning_estdgm.callbacks._internal.gradient_compression import GradientCompression
 from lightning_estdgm.callbacks._internal.graph_limit import GraphLimit
+from lightning_estdgm.callbacks._internal.packed_weights import PackedWeights
 from lightning_estdgm.callbacks._internal.run_outcome import RunOutcome
 from lightning_estdgm.callbacks._internal.schedule_clock import ScheduleClock, epochs_with_steps, nothing_left
 from lightning_estdgm.callbacks._internal.trainer_checks import (
@@ -37,6 +38,7 @@ from lightning_estdgm.distributed.adapters._protocol import adapter_for
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._decisions import LayerDecision
 from lightning_estdgm.engine._pace import Pace, saved_pace
+from lightning_estdgm.engine._storage import PackedStorage
 from lightning_estdgm.method._masks import size_entry
 from lightning_estdgm.method._schedules import EstDgm, Schedule
 from lightning_estdgm.modules._candidates import unlisted_weights
@@ -52,6 +54,7 @@ _BOUND_TO_A_FIT = (
     "_log",
     "_outcome",
     "_graph_limit",
+    "_packed",
 )
 
 
@@ -105,6 +108,8 @@ class DGMCallback(pl.Callback):
                 "compress_gradients sends the gradients of active units only, and a BackwardSet needs others: "
                 "leave one out"
             )
+        if compress_gradients and config is not None and config.storage == "packed":
+            raise ValueError("storage='packed' sends active units only already: leave compress_gradients out")
         self.config = config or DGMConfig()
         self.total_steps = total_steps
         self.compress_gradients = compress_gradients
@@ -114,6 +119,7 @@ class DGMCallback(pl.Callback):
         self._copied: FitResult | None = None  # of the callback that this one is a copy of
         self._compression: GradientCompression | None = None
         self._graph_limit: GraphLimit | None = None
+        self._packed: PackedWeights | None = None
         self._eagerly: Any = None  # torch's stance for the first step, whose exit lets torch.compile work again
         self._restored: dict[str, Any] | None = None
         self._checkpoint_step = 0  # step of the checkpoint that the fit goes on from
@@ -239,6 +245,8 @@ class DGMCallback(pl.Callback):
             self._restored, self._checkpoint_step, self._counted = None, 0, None
             adapter_for(trainer.strategy).check(trainer.strategy)
             check_ddp(trainer)
+            if self.config.storage == "packed":
+                self._packed = PackedWeights(trainer, pl_module, PackedStorage(self.config), self.total_steps)
             self._compression = GradientCompression(trainer) if self.compress_gradients else None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -248,6 +256,7 @@ class DGMCallback(pl.Callback):
         if self._restored is None and self._checkpoint_step == 0 and nothing_left(trainer):
             if earlier is not None and {c.module for c in earlier.candidates} <= set(model.modules()):
                 self.controller = earlier
+            self._end_packing()
             rank_zero_info("DGMCallback: this fit has nothing left to train, so weights and masks stay as they are")
             return
         state, self._restored = self._restored, None
@@ -265,6 +274,7 @@ class DGMCallback(pl.Callback):
             draw_masks=not goes_on,
             group=torch.distributed.group.WORLD if trainer.world_size > 1 else None,
             say=partial(say_on, trainer),
+            storage=None if self._packed is None else self._packed.begin(trainer),
         )
         # How much is left is known once the Trainer's loops are restored.
         length = self._clock.total_steps, self._clock.epoch_steps
@@ -389,12 +399,18 @@ class DGMCallback(pl.Callback):
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Remove all hooks."""
+        """Remove all hooks; weights that were to be packed for a run that did not begin are as they were."""
+        self._end_packing(exception)
         self._release()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remove all hooks."""
         self._release()
+
+    def _end_packing(self, exception: BaseException | None = None) -> None:
+        if self._packed is not None:
+            self._packed.end(exception)
+            self._packed = None
 
     def _compile_again(self) -> None:
         if self._eagerly is not None:
@@ -403,6 +419,7 @@ class DGMCallback(pl.Callback):
 
     def _release(self) -> None:
         self._compile_again()
+        self._end_packing()
         if self.controller is not None:
             self.controller.close()
         if self._compression is not None:

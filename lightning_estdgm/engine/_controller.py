@@ -33,16 +33,15 @@ from lightning_estdgm.engine._flops import FlopCounter
 from lightning_estdgm.engine._gradient_mask import mask_gradients_
 from lightning_estdgm.engine._initialisation import describe_recovered
 from lightning_estdgm.engine._intake import Intake
-from lightning_estdgm.engine._masked_model import MaskedModel
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._observation import observe
 from lightning_estdgm.engine._optimizer_state import OptimizerStates
 from lightning_estdgm.engine._pace import Pace, saved_pace
-from lightning_estdgm.engine._pattern_fit import leave_unfitting_dense
 from lightning_estdgm.engine._refusals import check_state
 from lightning_estdgm.engine._step_hooks import StepHooks
+from lightning_estdgm.engine._storage import Storage, storage_of
 from lightning_estdgm.method._schedules import Schedule
-from lightning_estdgm.modules._candidates import Candidate, find_candidates, thawed_layers
+from lightning_estdgm.modules._candidates import Candidate, thawed_layers
 
 _STATE_VERSION = 1
 
@@ -73,6 +72,7 @@ class DGMController:
             compared after each update, and the first rank chooses the backends. ``None``: no other rank is asked.
         say: called before layers are timed, with a sentence on how many and about how long that takes (on the first
             rank only); ``print`` will do. ``None``: nothing is said.
+        storage: how weights are stored, if that began before there were optimizers; ``None``: as `config` says.
 
     Attributes:
         config: settings.
@@ -104,6 +104,7 @@ class DGMController:
         audit: bool = True,
         group: dist.ProcessGroup | None = None,
         say: Callable[[str], None] | None = None,
+        storage: Storage | None = None,
     ) -> None:
         self.config = config or DGMConfig()
         self._run_steps = total_steps
@@ -122,6 +123,7 @@ class DGMController:
         exponent = self.config.step_size.exponent
         self._hooks = StepHooks(every, self._mask_if_touched, exponent, self._take_over, grows=grows)
         self._states = OptimizerStates(every)
+<<<<<<< HEAD
         selection = self.config.selection
         candidates = find_candidates(
             model,
@@ -134,21 +136,30 @@ class DGMController:
         )
         candidates = leave_unfitting_dense(candidates, self.config)
         self._masked = MaskedModel(candidates, self.config, state, group, wait=True)
+=======
+        self._storage = storage or storage_of(self.config)
+        audit = audit and self._storage.audits
+        self._masked = self._storage.masked(model, state, self._hooks.held, group, audit=audit)
+        candidates = self._masked.candidates
+>>>>>>> memops
         can_mask = self._masked.every
         self._dispatch = Dispatch(self.config, candidates, self._masked.weights, can_mask, group, say)
         self._admission = Admission(model, candidates, can_mask, group)
         self._intake = Intake(
             self.config, self._masked, self._states, self._dispatch, self._admission, self._hooks, self._changes_masks
         )
-        self._intake.check(can_mask)
         try:
+            self._intake.check(can_mask)
+            self._storage.begin(self._states, self.schedule(self.position).density)
             if state is not None:
                 self.load_state_dict(state)
             elif draw_masks:
                 self._begin(audit)
             self._hooks.register(self._masked.every, self._admission.note_step)
             self._dispatch.hook_up()
+            self._storage.began()
         except BaseException:
+            self._storage.abandon()
             self.close()
             raise
 
@@ -209,6 +220,7 @@ class DGMController:
         )
         self.steps += 1
         self.position = after
+        self._storage.end_step(self.steps)
         due = self._is_due(before)
         updated = self._update_if_observed(due) if self._masked.weights else False
         taken_in = self._take_in_trained()
@@ -271,8 +283,11 @@ class DGMController:
         """
         self.steps, self.position, self._largest = steps, position, True
         zeros = [weight for weight in self._masked.every if weight.placement.unit_norms(weight.weight).eq(0).any()]
+        if not self._storage.audits:
+            zeros = list(self._masked.every)
         names = [weight.name for weight in zeros]
         held = self._take_in(self._admission.keep_waiting(names, {}), largest=True) if zeros else []
+        self._storage.masks_changed()
         self.recovered = describe_recovered(zeros, held)
 
     def use_optimizers(self, optimizers: Optimizer | Sequence[Optimizer]) -> None:
@@ -291,12 +306,13 @@ class DGMController:
         every = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
         self._states.optimizers = every
         self._states.prepare(self._masked.every, changes_masks=self._changes_masks)
+        self._storage.use(every)
         self._hooks.use(every)
 
     def _take_over(self, optimizer: Optimizer) -> None:
         self.use_optimizers([*self._hooks.optimizers, optimizer])
 
-    def mask_copy_(self, copy: nn.Module) -> None:
+    def mask_copy_(self, copy: nn.Module, *, as_stored: bool = False) -> None:
         """Zero the inactive weights of a copy of the model, such as an average of its weights over time.
 
         An average of weights under changing masks holds weights that are inactive now. Called after each mask update,
@@ -304,18 +320,22 @@ class DGMController:
 
         Args:
             copy: model with layers of the same names and shapes, on any device; for an `AveragedModel`, its ``module``.
+            Its layers that store active units alone follow the masks.
+            as_stored: whether layers of the copy that store whole weights are stored as those of the model are, so
+                that their parameters have the same sizes.
 
         Raises:
             ValueError: if a masked layer is missing in the copy or has another shape.
 
         """
-        self._masked.mask_copy_(copy)
+        self._masked.mask_copy_(copy, as_stored=as_stored)
 
     def close(self) -> None:
         """Remove all hooks and swapped forwards; weights and masks stay as they are. May be called twice."""
         self._hooks.remove()
         self._admission.close()
         self._dispatch.close()
+        self._storage.close()
         for weight in self._masked.every:
             weight.inactive.forget()
 
@@ -510,6 +530,7 @@ class DGMController:
         drop_fraction = self._masked.rule.drop_share(self.schedule.drop_progress(self.position), density)
         self.churn = self._masked.update(density, drop_fraction, self._states, self.updates)
         self.updates += 1
+        self._storage.masks_changed()
         self._check_ranks(f"after mask update {self.updates}")
 
     def _check_ranks(self, when: str) -> None:

@@ -185,6 +185,9 @@ class Dispatch:
 
     def resume(self, weight: MaskedWeight) -> None:
         """Switch a layer to its checkpoint's backend, or to dense until the next choice if that cannot run here."""
+        product = weight.placement.product
+        if product or weight.final_backend not in ("dense", "?", *backends()):  # stored in another way there
+            weight.final_backend = product or "dense"
         if self._config.backend != "auto":
             self.begin(weight)
             return
@@ -307,7 +310,7 @@ class Dispatch:
             if self._has_choice(weight):
                 at_the_end[weight] = self._choose(weight, density)
                 continue
-            weight.final_backend = "dense"
+            weight.final_backend = weight.placement.product or "dense"
             if weight.candidate.kind.experts and weight.has_operator and weight.block_size != 1:
                 weight.why = "what its module runs by itself is not timed: only backend= makes it sparse"
         for weight, (backend, why) in self._settled(at_the_end).items():
@@ -359,7 +362,7 @@ class Dispatch:
     # ------------------------------------------------------------------ helpers
 
     def _use(self, weight: MaskedWeight, backend: str) -> None:
-        weight.backend = backend
+        weight.backend = weight.placement.product or backend
         if weight.has_operator and (weight.block_size != 1 or backend != "dense"):
             sparsify_(
                 weight.candidate,

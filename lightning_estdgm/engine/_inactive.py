@@ -7,7 +7,7 @@ forward (Top-KAST, SR-STE). Other modules ask a mode for its attributes, never w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -76,6 +76,22 @@ class InactiveWeights(ABC):
     @abstractmethod
     def apply_mask_(self, weight: MaskedWeight) -> None:
         """Bring the weight in line with a mask that was just drawn or updated."""
+
+    def mask_copy_(self, weight: MaskedWeight, local: Tensor) -> None:
+        """Zero the inactive part of a copy of the weight, given as the layer stores it whole, ``(out, in, ...)``."""
+        weight.fill_inactive_(local)
+
+    def store_copy_(self, weight: MaskedWeight, module: Any) -> None:  # noqa: B027
+        """Have a copy of the layer store its weight as the layer does."""
+
+    def follow_loaded_mask_(self, weight: MaskedWeight, before: Tensor) -> None:  # noqa: B027
+        """Bring the stored units in line with a mask that was loaded; weights are loaded by their owner.
+
+        Args:
+            weight: weight, with that mask.
+            before: its mask before.
+
+        """
 
     # ---- state
 
@@ -209,6 +225,12 @@ class LearningWeights(InactiveWeights):
 _MODES: dict[str, type[InactiveWeights]] = {"zero": ZeroWeights, "frozen": FrozenWeights}
 
 
-def inactive_weights(setting: Literal["zero", "frozen"] | BackwardSet, weight: MaskedWeight) -> InactiveWeights:
-    """Return the treatment of a weight's inactive part for a value of `DGMConfig.inactive`."""
-    return LearningWeights(setting, weight) if isinstance(setting, BackwardSet) else _MODES[setting]()
+Treatment = Literal["zero", "frozen"] | BackwardSet | Callable[["MaskedWeight"], InactiveWeights]
+"""A value of `DGMConfig.inactive`, or what makes the treatment of a weight that is stored in another way."""
+
+
+def inactive_weights(setting: Treatment, weight: MaskedWeight) -> InactiveWeights:
+    """Return the treatment of a weight's inactive part."""
+    if isinstance(setting, BackwardSet):
+        return LearningWeights(setting, weight)
+    return _MODES[setting]() if isinstance(setting, str) else setting(weight)

@@ -5,7 +5,7 @@ Later masks are those of `_mask_update`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_estdgm._words import first_names
 from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.engine._inactive import Treatment
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.method._masks import BlockSize, active_units, initial_mask, pool_norm, size_words, unit_size
 from lightning_estdgm.method._patterns import Pattern, draw
@@ -23,7 +24,12 @@ _FEWEST_ZEROS = 0.01  # of the weights: fewer are no mask's
 
 
 def masked_weights(
-    candidates: Sequence[Candidate], config: DGMConfig, state: Mapping[str, Any] | None, *, wait: bool = False
+    candidates: Sequence[Candidate],
+    config: DGMConfig,
+    state: Mapping[str, Any] | None,
+    *,
+    wait: bool = False,
+    treatment: Callable[[Candidate], Treatment] | None = None,
 ) -> list[MaskedWeight]:
     """Return a masked weight, all units active, for each candidate that is masked.
 
@@ -34,6 +40,7 @@ def masked_weights(
         config: settings.
         state: state of a controller that will be loaded, or None; its units are used where they are chosen by timing.
         wait: whether the weights stay dense until they are taken in.
+        treatment: treatment of a layer's inactive weights; ``None``: `DGMConfig.inactive` of all.
 
     Raises:
         ValueError: if a unit does not fit a layer.
@@ -44,7 +51,8 @@ def masked_weights(
         if not candidate.masked:
             continue
         try:
-            weights.append(_masked_weight(candidate, config, state, wait))
+            inactive = config.inactive if treatment is None else treatment(candidate)
+            weights.append(_masked_weight(candidate, config, state, wait, inactive))
         except ValueError:
             if not candidate.seems_head:
                 raise
@@ -52,7 +60,7 @@ def masked_weights(
 
 
 def _masked_weight(
-    candidate: Candidate, config: DGMConfig, state: Mapping[str, Any] | None, wait: bool
+    candidate: Candidate, config: DGMConfig, state: Mapping[str, Any] | None, wait: bool, inactive: Treatment
 ) -> MaskedWeight:
     size = config.units.size
     block_size, note = unit_of(candidate, size)
@@ -65,7 +73,7 @@ def _masked_weight(
         if before and before != block_size:
             what = "single weights" if before == 1 else f"units of {size_words(before)}"
             block_size, note = before, f"{what} {where}"
-    return MaskedWeight(candidate, block_size, unit_note(candidate, note), config.inactive, waits=wait)
+    return MaskedWeight(candidate, block_size, unit_note(candidate, note), inactive, waits=wait)
 
 
 def unit_note(candidate: Candidate, note: str) -> str:
@@ -80,9 +88,9 @@ def unit_note(candidate: Candidate, note: str) -> str:
 def unit_of_zeros(candidate: Candidate) -> BlockSize | None:
     """Return the coarsest unit that all zeros of a weight fill, as an earlier mask leaves them; None without zeros.
 
-    A weight that is sharded, or all zero, or has next to no zeros, tells of no mask.
+    A weight that is sharded or without storage, or all zero, or has next to no zeros, tells of no mask.
     """
-    if candidate.shard.groups:
+    if candidate.shard.groups or candidate.weight.is_meta:
         return None
     weight = candidate.shard.local(candidate.weight).detach()
     zeros = weight.numel() - int(torch.count_nonzero(weight))
@@ -96,7 +104,12 @@ def unit_of_zeros(candidate: Candidate) -> BlockSize | None:
 
 @torch.no_grad()
 def draw_masks(
-    weights: Sequence[MaskedWeight], budgets: Sequence[Sequence[int]], config: DGMConfig, *, largest: bool = False
+    weights: Sequence[MaskedWeight],
+    budgets: Sequence[Sequence[int]],
+    config: DGMConfig,
+    *,
+    largest: bool = False,
+    arrive: Callable[[MaskedWeight], None] = lambda weight: None,
 ) -> list[int]:
     """Draw masks by `_masks.initial_mask` and bring the weights in line with them.
 
@@ -108,6 +121,7 @@ def draw_masks(
         budgets: number of active units of each part of each weight.
         config: settings; seed, pattern and scaling are used.
         largest: whether the largest units are chosen, to recover masks from weights.
+        arrive: called with each weight before it is read.
 
     Returns:
         Number of units of each weight that were not zero before.
@@ -120,6 +134,7 @@ def draw_masks(
     scaled = config.step_size.scale_initial_weights and not largest
     held = []
     for weight, budget in zip(weights, budgets, strict=True):
+        arrive(weight)
         norms = weight.placement.unit_norms(weight.weight)
         take_largest = largest or weight.inactive.learn
         with weight.naming_errors():

@@ -74,7 +74,7 @@ class Intake:
             ValueError: if a pattern does not fit a layer at this density.
 
         """
-        every = self._masked.every
+        every = [weight for weight in self._masked.every if weight not in self._masked.weights]
         certain = [weight for weight in every if not weight.candidate.seems_head]
         check_pattern(self._config.update_rule.pattern, certain, self._masked.budgets(density, certain))
         return describe_zeros(keep_zeros(every, self._masked.budgets(density, every)), len(certain))

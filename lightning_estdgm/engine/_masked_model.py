@@ -5,7 +5,7 @@ It knows nothing of steps and schedules: the controller calls it with a density.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -20,11 +20,13 @@ from lightning_estdgm.distributed._mask_check import check_same_on_all_ranks, ma
 from lightning_estdgm.engine._budget import unit_budgets
 from lightning_estdgm.engine._decisions import LayerDecision, layer_decisions
 from lightning_estdgm.engine._gradient_mask import mask_gradients_
+from lightning_estdgm.engine._inactive import Treatment
 from lightning_estdgm.engine._initialisation import draw_masks, masked_weights
 from lightning_estdgm.engine._mask_update import update_masks
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._optimizer_state import OptimizerStates
 from lightning_estdgm.modules._candidates import Candidate, clean_name
+from lightning_estdgm.modules._packed_forward import PackedForward
 from lightning_estdgm.modules._swap import set_observing
 
 
@@ -36,6 +38,7 @@ class MaskedModel:
         config: settings.
         state: state of a controller that will be loaded, or None.
         wait: whether weights wait to be taken in, all active.
+        treatment: treatment of a layer's inactive weights; ``None``: `DGMConfig.inactive` of all.
         group: process group of the ranks that have to hold the same masks; ``None``: no other rank is asked.
 
     Attributes:
@@ -43,6 +46,7 @@ class MaskedModel:
         every: all weights that can be masked.
         weights: those that are masked; the others wait, or stay dense.
         rule: update rule.
+        group: process group of the ranks that have to hold the same masks.
 
     Raises:
         ValueError: if a unit does not fit a layer.
@@ -57,14 +61,15 @@ class MaskedModel:
         group: dist.ProcessGroup | None,
         *,
         wait: bool = False,
+        treatment: Callable[[Candidate], Treatment] | None = None,
     ) -> None:
         self.candidates = candidates
-        self.every = masked_weights(candidates, config, state, wait=wait)
+        self.every = masked_weights(candidates, config, state, wait=wait, treatment=treatment)
         self.weights = [] if wait else list(self.every)
         self.rule = config.resolved_update_rule
         self._chosen = not wait
         self._config = config
-        self._group = group
+        self.group = group
 
     def wake(self, candidates: Sequence[Candidate]) -> list[MaskedWeight]:
         """Return the weights of layers that begin to train in mid-run, all active; they keep their order in the model.
@@ -91,7 +96,8 @@ class MaskedModel:
         self.choose()
         self.__dict__.pop("needs_gradients", None)  # their units are known only now
         for weight in weights:
-            weight.take_in()
+            if weight not in self.weights:
+                weight.take_in()
         self.weights[:] = [weight for weight in self.every if weight in self.weights or weight in weights]
 
     @property
@@ -165,9 +171,16 @@ class MaskedModel:
 
     # ------------------------------------------------------------------ masks
 
-    def draw(self, weights: Sequence[MaskedWeight], density: float, *, largest: bool = False) -> list[int]:
+    def draw(
+        self,
+        weights: Sequence[MaskedWeight],
+        density: float,
+        *,
+        largest: bool = False,
+        arrive: Callable[[MaskedWeight], None] = lambda weight: None,
+    ) -> list[int]:
         """Draw masks of weights for a density of them all; return each one's number of units that were not zero."""
-        return draw_masks(weights, self.budgets(density, weights), self._config, largest=largest)
+        return draw_masks(weights, self.budgets(density, weights), self._config, largest=largest, arrive=arrive)
 
     @torch.no_grad()
     def update(self, density: float, drop_fraction: float, states: OptimizerStates, update: int) -> float:
@@ -203,11 +216,11 @@ class MaskedModel:
 
     def check_ranks(self, words: Mapping[str, int], when: str) -> None:
         """Raise MasksDifferError on every rank if masks or `words` differ; see `check_same_on_all_ranks`."""
-        if self._group is None:
+        if self.group is None:
             return
         whole = [weight for weight in self.weights if not weight.placement.mask_is_local]
         masks = {f"the mask of layer {weight.name!r}": mask_digest(weight.mask) for weight in whole}
-        check_same_on_all_ranks({**words, **masks}, self.every[0].device, when, self._group)
+        check_same_on_all_ranks({**words, **masks}, self.every[0].device, when, self.group)
 
     # ------------------------------------------------------------------ weights and gradients
 
@@ -226,23 +239,39 @@ class MaskedModel:
                     "rate, or clip gradients (gradient_clip_val=)"
                 )
 
-    def mask_copy_(self, copy: nn.Module) -> None:
+    @torch.no_grad()
+    def mask_copy_(self, copy: nn.Module, *, as_stored: bool = False) -> None:
         """Zero the inactive weights of a copy of the model; see `DGMController.mask_copy_`."""
-        zeroed = [weight for weight in self.weights if not weight.inactive.act_in_forward]
         modules = {clean_name(name): module for name, module in copy.named_modules()}
-        tensors = []
-        for weight in zeroed:
-            tensor = getattr(modules.get(weight.candidate.module_name), weight.candidate.kind.weight_name, None)
-            if not isinstance(tensor, Tensor) or not weight.shard.holds(tensor):
-                found = "no such layer" if tensor is None else f"a weight of shape {tuple(tensor.shape)}"
+        pairs: list[tuple[MaskedWeight, Any]] = []
+        for weight in self.weights:
+            if weight.inactive.act_in_forward:
+                continue
+            module = modules.get(weight.candidate.module_name)
+            shape = _whole_shape(weight, module)
+            if shape != weight.candidate.stored_shape:
+                found = "no such layer" if shape is None else f"a weight of shape {shape}"
                 raise ValueError(
                     f"expected a copy of the model, with a layer {weight.name!r} of shape "
                     f"{weight.candidate.stored_shape}, got {found} in {type(copy).__name__}"
                 )
-            tensors.append(tensor)
-        with torch.no_grad():
-            for weight, tensor in zip(zeroed, tensors, strict=True):
-                weight.fill_inactive_(weight.shard.local(tensor))
+            pairs.append((weight, module))
+        for weight, module in pairs:
+            if as_stored or isinstance(module, PackedForward):
+                weight.inactive.store_copy_(weight, module)
+            if not isinstance(module, PackedForward):
+                tensor = getattr(module, weight.candidate.kind.weight_name)
+                weight.inactive.mask_copy_(weight, weight.candidate.shard.local(tensor))
+
+
+def _whole_shape(weight: MaskedWeight, module: Any) -> tuple[int, ...] | None:
+    """Return the shape of a layer's whole weight in a copy of the model; None where there is no such layer."""
+    if isinstance(module, PackedForward):
+        return module._estdgm_packing.stored_shape
+    tensor = getattr(module, weight.candidate.kind.weight_name, None)
+    if not isinstance(tensor, Tensor):
+        return None
+    return weight.candidate.stored_shape if weight.candidate.shard.holds(tensor) else tuple(tensor.shape)
 
 
 def _share(weights: Sequence[MaskedWeight], units: Sequence[int]) -> float:

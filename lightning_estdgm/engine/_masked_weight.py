@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +16,10 @@ from torch import Tensor
 from lightning_estdgm.distributed._shard import Shard
 from lightning_estdgm.engine._budget import LayerUnits
 from lightning_estdgm.engine._gradient_mask import MaskedGradient
-from lightning_estdgm.engine._inactive import inactive_weights
+from lightning_estdgm.engine._inactive import Treatment, inactive_weights
 from lightning_estdgm.engine._observation import Window
-from lightning_estdgm.engine._placement import placement_of
+from lightning_estdgm.engine._placement import Placement, placement_of
 from lightning_estdgm.engine._young_units import YoungUnits
-from lightning_estdgm.method._backward_set import BackwardSet
 from lightning_estdgm.method._masks import BlockSize, active_units, keep_active_, mask_shape, pack_bits, unpack_bits
 from lightning_estdgm.modules._candidates import Candidate
 
@@ -34,7 +33,7 @@ class MaskedWeight:
         candidate: layer that the weight belongs to.
         block_size: side of a mask unit.
         note: remark on the unit, for users.
-        inactive: value of `DGMConfig.inactive`.
+        inactive: value of `DGMConfig.inactive`, or what makes another treatment.
         waits: whether the weight stays dense until `take_in`.
 
     Attributes:
@@ -43,6 +42,7 @@ class MaskedWeight:
         note: remark on the unit, for users.
         shape: shape ``(out, in, ...)`` of the whole weight.
         sizes: number and size of the units, for budgets.
+        shard: layout of the weight over ranks.
         placement: location of mask and norms over ranks.
         inactive: treatment of the inactive weights.
         mask: bool over units, true for active ones; replaced as a whole. The local part for single weights of a sharded
@@ -67,11 +67,12 @@ class MaskedWeight:
         candidate: Candidate,
         block_size: BlockSize,
         note: str = "",
-        inactive: Literal["zero", "frozen"] | BackwardSet = "zero",
+        inactive: Treatment = "zero",
         *,
         waits: bool = False,
     ) -> None:
         self.candidate = candidate
+        self.shard = candidate.shard
         self.shape = candidate.shape
         self.backend = "dense"
         self.final_backend = "?"
@@ -96,12 +97,17 @@ class MaskedWeight:
         """
         self.block_size, self.note = block_size, note
         self.sizes = LayerUnits.of(self.candidate, block_size)
-        self.placement = placement_of(self.candidate.shard, block_size)
+        self.placement: Placement = placement_of(self.candidate.shard, block_size)
         self.part_active = [self.units // self.candidate.parts] * self.candidate.parts
         mask = torch.ones(self.placement.mask_shape(self.weight), dtype=torch.bool, device=self.weight.device)
         self.set_local_mask(mask, self.units)
         self.explored = torch.zeros_like(self.mask)
         self._explored_units = 0
+
+    def lay_out(self, shard: Shard, placement: Placement) -> None:
+        """Store the weight in another way from now on."""
+        self.shard, self.placement = shard, placement
+        self.addressed_mask = placement.address(self.mask)
 
     # ------------------------------------------------------------------ the weight
 
@@ -109,11 +115,6 @@ class MaskedWeight:
     def name(self) -> str:
         """Name of the layer in the model."""
         return self.candidate.name
-
-    @property
-    def shard(self) -> Shard:
-        """Layout of the weight over ranks."""
-        return self.candidate.shard
 
     @property
     def parameter(self) -> Tensor:
@@ -144,7 +145,7 @@ class MaskedWeight:
     def has_operator_for(self, block_size: BlockSize) -> bool:
         """Whether a sparse operator can replace the forward, which needs a whole mask, for a mask unit."""
         is_local = block_size == 1 and self.placement.is_sharded
-        return self.candidate.has_operator and not is_local
+        return self.candidate.has_operator and not is_local and not self.placement.product
 
     # ------------------------------------------------------------------ the mask
 
@@ -269,12 +270,14 @@ class MaskedWeight:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the state of a layer of the same shape and block size."""
         shape = mask_shape(self.shape, self.block_size)
+        before = self.mask
         self.set_mask(unpack_bits(state["mask"], shape), unpack_bits(state["explored"], shape))
+        self.inactive.follow_loaded_mask_(self, before)
         self.backend, self.final_backend, self.why = state["backend"], state["final_backend"], state["why"]
         self.since = state.get("since", 0)
         self.young.load_state_dict(state.get("young", ()), self, shape)
         self.inactive.load_state_dict(state, self.name)
         self.window = None
         if state["window"]:
-            self.window = Window(self.weight, self.mask)
+            self.window = self.placement.window(self.weight, self.mask)
             self.window.load_state_dict(state["window"], self)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_estdgm.distributed._collectives import agree, all_reduce
-from lightning_estdgm.engine._placement import Placement
 
 if TYPE_CHECKING:
     from lightning_estdgm.engine._masked_weight import MaskedWeight
+    from lightning_estdgm.engine._placement import Placement
 
 
 class Window:
@@ -78,7 +78,7 @@ def observe(weights: Sequence[MaskedWeight], scale: float) -> bool:
         Whether the gradients were finite.
 
     """
-    waiting = {weight: weight.gradient for weight in weights if not weight.sampled}
+    waiting = {w: w.placement.whole_gradient(w.gradient) for w in weights if not w.sampled}
     messages: dict[MaskedWeight, Tensor] = {}
     for weight, gradient in waiting.items():
         message = weight.placement.observation(gradient, weight.mask)
@@ -99,7 +99,7 @@ def observe(weights: Sequence[MaskedWeight], scale: float) -> bool:
         return False
     for weight, norm in norms.items():
         if weight.window is None:
-            weight.window = Window(weight.weight, weight.mask)
+            weight.window = weight.placement.window(weight.weight, weight.mask)
         weight.window.add(waiting[weight], norm, scale)
     return True
 

@@ -81,7 +81,7 @@ class OptimizerStates:
             before: mask before the update, from which units are known that have had no gradient.
 
         """
-        for name, path, state in self._entries(weight):
+        for name, path, state in self.entries(weight):
             rule = self._rules.get(id(weight.parameter), {}).get((name, path))
             if rule is None:
                 rule = self._observed(f"{name}.{'.'.join(path)}", state, weight, before)
@@ -92,7 +92,7 @@ class OptimizerStates:
     def follow_drawn_(self, weight: MaskedWeight) -> None:
         """Bring state that exists already in line with a mask just drawn, for which weights were zeroed and scaled."""
         every = torch.ones_like(weight.mask)
-        for name, path, state in self._entries(weight):
+        for name, path, state in self.entries(weight):
             rule = self._rules.get(id(weight.parameter), {}).get((name, path))
             if rule is not None:
                 rule.reset_(state, weight, every if isinstance(rule, CopyOfWeight) else ~weight.mask)
@@ -103,6 +103,11 @@ class OptimizerStates:
             if isinstance(optimizer, LBFGS):
                 optimizer.state.clear()
 
+    def fresh_value(self, weight: MaskedWeight, kind: str, name: str) -> float:
+        """Return the number that a fresh parameter has in an entry of ``optimizer.state``; 0 where there is no one."""
+        rule = self._rules.get(id(weight.parameter), {}).get((kind, ("state", name)))
+        return rule.value if isinstance(rule, Constant) else 0.0
+
     # ------------------------------------------------------------------
 
     @property
@@ -110,7 +115,7 @@ class OptimizerStates:
         found = [inner for optimizer in self.optimizers for inner in nested_optimizers(optimizer)]
         return list({id(optimizer): optimizer for optimizer in found}.values())
 
-    def _entries(self, weight: MaskedWeight) -> Iterator[tuple[str, Path, Tensor]]:
+    def entries(self, weight: MaskedWeight) -> Iterator[tuple[str, Path, Tensor]]:
         """Yield each tensor once: a wrapper may hold the state of what it wraps."""
         seen: dict[int, Tensor] = {}  # kept: ids of tensors that are gone are used again
         for optimizer in self._every:

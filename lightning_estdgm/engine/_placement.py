@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lightning_estdgm.distributed._collectives import all_reduce, gather
 from lightning_estdgm.distributed._shard import Shard
-from lightning_estdgm.method._masks import BlockSize, mask_shape, pool_norm
+from lightning_estdgm.engine._observation import Window
+from lightning_estdgm.method._masks import BlockSize, keep_active_, mask_shape, pool_norm
 
 
 class Placement(Protocol):
@@ -26,9 +27,11 @@ class Placement(Protocol):
         is_sharded: whether the weight is sharded over ranks.
         mask_is_local: whether masks are this rank's part only, as for single weights of a sharded weight.
         grain: block size at which masks from `address` address local tensors.
+        product: name of the product that computes the layer, where the layout leaves no choice; else empty.
 
     """
 
+    product: str
     is_sharded: bool
     mask_is_local: bool
     grain: BlockSize
@@ -53,6 +56,10 @@ class Placement(Protocol):
         """Return a mask over units in the form that addresses local tensors, at `grain`."""
         ...
 
+    def elements(self, units: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+        """Return the indices into the flattened local weight of units, which are indices into the flattened mask."""
+        ...
+
     def unit_norms(self, weight: Tensor) -> Tensor:
         """Return the norm of each unit of the whole weight, on the CPU; call it on every rank."""
         ...
@@ -62,6 +69,14 @@ class Placement(Protocol):
         ...
 
     # ---- observation: messages between ranks on one gradient
+
+    def whole_gradient(self, gradient: Tensor | None) -> Tensor | None:
+        """Return the gradient of all units, given that of the parameter."""
+        ...
+
+    def window(self, weight: Tensor, mask: Tensor) -> Window:
+        """Return an empty observation window."""
+        ...
 
     def observation(self, gradient: Tensor | None, mask: Tensor) -> Tensor | None:
         """Return the message to sum over ranks; ``None`` if there is nothing to observe."""
@@ -99,6 +114,7 @@ class Placement(Protocol):
 class WholeWeight:
     """A weight that every rank holds whole."""
 
+    product = ""
     is_sharded = False
     mask_is_local = False
 
@@ -125,6 +141,18 @@ class WholeWeight:
     def address(self, mask: Tensor) -> Tensor:
         """Return the mask as the shard addresses it."""
         return self._shard.expand(mask, self._block_size)
+
+    def elements(self, units: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+        """Return indices of all weights in the units."""
+        return _elements(self, units, mask, weight)
+
+    def whole_gradient(self, gradient: Tensor | None) -> Tensor | None:
+        """Return the gradient as it is."""
+        return gradient
+
+    def window(self, weight: Tensor, mask: Tensor) -> Window:
+        """Return one with sums of this rank's part."""
+        return Window(weight, mask)
 
     def unit_norms(self, weight: Tensor) -> Tensor:
         """Return the norms on the CPU."""
@@ -169,6 +197,7 @@ class WholeWeight:
 class ShardedWeight:
     """A weight of which each rank holds a part: masks of blocks are whole on every rank, of single weights local."""
 
+    product = ""
     is_sharded = True
 
     def __init__(self, shard: Shard, block_size: BlockSize) -> None:
@@ -196,6 +225,18 @@ class ShardedWeight:
     def address(self, mask: Tensor) -> Tensor:
         """Return the mask as the shard addresses it."""
         return self._shard.expand(mask, self._block_size)
+
+    def elements(self, units: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+        """Return indices of all weights in the units."""
+        return _elements(self, units, mask, weight)
+
+    def whole_gradient(self, gradient: Tensor | None) -> Tensor | None:
+        """Return the gradient as it is."""
+        return gradient
+
+    def window(self, weight: Tensor, mask: Tensor) -> Window:
+        """Return one with sums of this rank's part."""
+        return Window(weight, mask)
 
     def unit_norms(self, weight: Tensor) -> Tensor:
         """Sum the squares of blocks over ranks; gather the magnitudes of single weights."""
@@ -262,6 +303,16 @@ class ShardedWeight:
         """Return the norm of each unit from its sum of squares."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         return squares.sqrt().to(dtype).view(self._mask_shape)
+
+
+def _elements(placement: Placement, units: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+    if mask.shape == weight.shape:
+        return units
+    chosen = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
+    chosen[units.long()] = True
+    elements = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+    keep_active_(elements, placement.address(chosen.view(mask.shape)), placement.grain)
+    return elements.reshape(-1).nonzero().squeeze(1)
 
 
 def placement_of(shard: Shard, block_size: BlockSize) -> Placement:

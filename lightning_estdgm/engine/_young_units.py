@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lightning_estdgm.distributed._collectives import from_any_rank
-from lightning_estdgm.method._masks import keep_active_
 
 if TYPE_CHECKING:
     from lightning_estdgm.engine._masked_weight import MaskedWeight
@@ -80,7 +79,7 @@ class YoungUnits:
         active = weight.mask.reshape(-1)
         for cohort in self.cohorts:
             stay = cohort.units[active[cohort.units.long()]]
-            if len(stay) < len(cohort.units):
+            if len(stay) < len(cohort.units) or weight.placement.product:  # packed weights have moved
                 cohort.units, cohort.elements = stay, _elements(weight, stay)
         self.cohorts.append(_cohort(weight, grown, 0, {}))
         self._keep(
@@ -145,10 +144,4 @@ def _indices(mask: Tensor) -> Tensor:
 
 def _elements(weight: MaskedWeight, units: Tensor) -> Tensor:
     """Return indices into the local weight of units of the local mask."""
-    if weight.mask.shape == weight.weight.shape:
-        return units
-    mask = torch.zeros(weight.mask.numel(), dtype=torch.bool, device=weight.mask.device)
-    mask[units.long()] = True
-    elements = torch.ones(weight.weight.shape, dtype=torch.bool, device=weight.weight.device)
-    keep_active_(elements, weight.placement.address(mask.view(weight.mask.shape)), weight.placement.grain)
-    return _indices(elements)
+    return weight.placement.elements(units, weight.mask, weight.weight).int()

@@ -116,3 +116,6 @@ SCORES: dict[str, Callable[[Evidence], Tensor]] = {
 
 WITHOUT_GRADIENTS = frozenset({"magnitude", "random"})
 """Scores that need no observation window."""
+
+WITHOUT_MEAN_GRADIENT = WITHOUT_GRADIENTS | {"gradient", "weight_and_gradient"}
+"""Scores that need no sum of the window's gradients: the norms of their units are enough."""

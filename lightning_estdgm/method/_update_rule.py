@@ -17,7 +17,13 @@ from lightning_estdgm._checks import check_fraction, check_number
 from lightning_estdgm.method._masks import BlockSize, sides
 from lightning_estdgm.method._patterns import Pattern
 from lightning_estdgm.method._redistribution import REDISTRIBUTIONS, Redistribution
-from lightning_estdgm.method._scores import SCORES, WITHOUT_GRADIENTS, Evidence
+from lightning_estdgm.method._scores import (
+    SCORES,
+    WITHOUT_GRADIENTS,
+    WITHOUT_MEAN_GRADIENT,
+    Evidence,
+    WeightAndGradient,
+)
 
 AUTO = "auto"
 """Keep fine units by magnitude, blocks by weight and gradient: the norms of blocks differ too little alone."""
@@ -121,6 +127,12 @@ class UpdateRule:
         """Whether a score of units of a block size needs observed gradients."""
         scores = self.keep_by(block_size), self.grow
         return not all(isinstance(x, str) and x in WITHOUT_GRADIENTS for x in scores)
+
+    def needs_mean_gradient(self, block_size: BlockSize) -> bool:
+        """Whether a score of units of a block size needs the mean gradient, not the mean of norms alone."""
+        scores = self.keep_by(block_size), self.grow
+        by_norm = WITHOUT_MEAN_GRADIENT | ({"consistency"} if self.gamma == 0.0 else set())
+        return not all(isinstance(x, WeightAndGradient) or (isinstance(x, str) and x in by_norm) for x in scores)
 
     @property
     def moves_budgets(self) -> bool:

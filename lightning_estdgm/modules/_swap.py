@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_estdgm.method._masks import BlockSize
 from lightning_estdgm.modules._candidates import Candidate
+from lightning_estdgm.modules._packed_forward import PackedForward
 from lightning_estdgm.modules._sparse_experts import ExpertStack, SparseExperts
 from lightning_estdgm.modules._sparse_forward import STATE_PREFIX, SparseForward, dense_class, swapped_class
 from lightning_estdgm.sparse._expert_topology import ExpertTopology
@@ -63,7 +64,7 @@ def set_observing(candidate: Candidate, observing: bool) -> None:
     """Have a swapped layer's backward yield the whole weight gradient, or the active blocks' only."""
     if isinstance(candidate.module, SparseExperts):
         candidate.module._estdgm_stacks[candidate.kind.weight_name].observing = observing
-    elif isinstance(candidate.module, SparseForward):
+    elif isinstance(candidate.module, (SparseForward, PackedForward)):
         candidate.module._estdgm_observing = observing
 
 

@@ -19,16 +19,19 @@ class BlockTopology:
     ``c*w .. (c+1)*w``. Row ``r`` holds the blocks ``col_idx[row_ptr[r] : row_ptr[r+1]]`` and column ``c`` the blocks
     ``row_idx[col_ptr[c] : col_ptr[c+1]]``, ascending. The index lists have room for every block, so another mask is
     written in place (:meth:`update_`): the tensors stay the same objects of the same shapes, and a compiled graph that
-    reads them needs no recompilation.
+    reads them needs no recompilation. Those of a compact topology hold the active blocks alone: 8 bytes for each of
+    these instead of for each block; they stay the same objects, of another length.
 
     Args:
         block_size: Side ``b >= 1`` of a block, in weights, or the pair ``(h, w)`` where it is no square.
         block_rows: Number ``R`` of block rows (``out / h``).
         block_cols: Number ``C`` of block columns (``in / w``).
         row_ptr: int32 ``[R+1]``, start of each block row in ``col_idx``.
-        col_idx: int32 ``[R*C]``, block columns, row-major; only the first ``nnz`` entries mean anything.
+        col_idx: int32 ``[R*C]``, block columns, row-major; only the first ``nnz`` entries mean anything, and there may
+            be no others.
         col_ptr: int32 ``[C+1]``, start of each block column in ``row_idx``.
-        row_idx: int32 ``[R*C]``, block rows, column-major; only the first ``nnz`` entries mean anything.
+        row_idx: int32, as long as `col_idx`, block rows, column-major; likewise.
+        compact: Whether :meth:`update_` keeps no room for inactive blocks.
 
     Raises:
         ValueError: A size is below 1, a tensor has the wrong shape or dtype, or tensors are on different devices.
@@ -48,6 +51,7 @@ class BlockTopology:
     col_idx: Tensor
     col_ptr: Tensor
     row_idx: Tensor
+    compact: bool = False
 
     def __post_init__(self) -> None:
         if min(self.sides) < 1:
@@ -56,12 +60,13 @@ class BlockTopology:
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        capacity = self.block_rows * self.block_cols
+        # Shorter lists are those of a compact topology, also where an operator puts it together again.
+        entries = min(self.col_idx.numel(), self.block_rows * self.block_cols)
         for name, length in (
             ("row_ptr", self.block_rows + 1),
-            ("col_idx", capacity),
+            ("col_idx", entries),
             ("col_ptr", self.block_cols + 1),
-            ("row_idx", capacity),
+            ("row_idx", entries),
         ):
             tensor: Tensor = getattr(self, name)
             if tensor.dtype != torch.int32 or tuple(tensor.shape) != (length,):
@@ -75,12 +80,13 @@ class BlockTopology:
                 )
 
     @classmethod
-    def from_mask(cls, mask: Tensor, block_size: BlockSize) -> BlockTopology:
+    def from_mask(cls, mask: Tensor, block_size: BlockSize, *, compact: bool = False) -> BlockTopology:
         """Topology of a block mask, on the mask's device.
 
         Args:
             mask: Bool ``[R, C]``, true where the block is active.
             block_size: Side ``b`` of a block, or its rows and columns ``(h, w)``, in weights.
+            compact: Whether the index lists hold the active blocks alone.
 
         Raises:
             TypeError: ``mask`` is no bool tensor, or ``block_size`` no int and no pair of them.
@@ -97,12 +103,14 @@ class BlockTopology:
         def empty(length: int) -> Tensor:
             return torch.zeros(length, dtype=torch.int32, device=mask.device)
 
-        topology = cls(block_size, rows, cols, empty(rows + 1), empty(rows * cols), empty(cols + 1), empty(rows * cols))
+        room = 0 if compact else rows * cols
+        lists = empty(rows + 1), empty(room), empty(cols + 1), empty(room)
+        topology = cls(block_size, rows, cols, *lists, compact)
         topology.update_(mask)
         return topology
 
     def update_(self, mask: Tensor) -> None:
-        """Replace the active blocks in place; nothing is allocated for keeps and no tensor changes shape.
+        """Replace the active blocks in place: unless compact, nothing is allocated for keeps and no shape changes.
 
         A graph built before this call can no longer be run backward: autograd raises, since its saved indices
         changed under it.
@@ -120,6 +128,10 @@ class BlockTopology:
         mask = mask.detach()
         for grid, ptr, idx in ((mask, self.row_ptr, self.col_idx), (mask.t(), self.col_ptr, self.row_idx)):
             ptr[1:].copy_(grid.sum(1).cumsum(0))
+            if self.compact:
+                active = grid.nonzero()[:, 1]
+                idx.resize_(active.shape).copy_(active)
+                continue
             # A stable sort puts the active blocks first, in reading order, with no wait for the device.
             order = (~grid).flatten().to(torch.uint8).argsort(stable=True)
             idx.copy_(order.remainder_(grid.shape[1]))
@@ -146,8 +158,8 @@ class BlockTopology:
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> BlockTopology:
         """Topology of the same blocks on what `fn` makes of each index list, such as a copy on another device."""
-        lists = (fn(x) for x in (self.row_ptr, self.col_idx, self.col_ptr, self.row_idx))
-        return BlockTopology(self.block_size, self.block_rows, self.block_cols, *lists)
+        lists = fn(self.row_ptr), fn(self.col_idx), fn(self.col_ptr), fn(self.row_idx)
+        return BlockTopology(self.block_size, self.block_rows, self.block_cols, *lists, self.compact)
 
     def transpose(self) -> BlockTopology:
         """Topology of the transposed matrix. It shares this one's tensors, so it follows :meth:`update_`."""
@@ -159,6 +171,7 @@ class BlockTopology:
             self.row_idx,
             self.row_ptr,
             self.col_idx,
+            self.compact,
         )
 
     @property

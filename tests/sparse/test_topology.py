@@ -84,6 +84,23 @@ def test_index_lists_have_room_for_every_block(grid):
     assert bool(topology.mask().all())
 
 
+@given(grids(2), block_sizes)
+def test_a_compact_topology_holds_the_active_blocks_alone(grid, block_size):
+    first, second = grid
+    topology = BlockTopology.from_mask(first, block_size, compact=True)
+    transposed, tensors = topology.transpose(), [getattr(topology, name) for name in TENSORS]
+    for mask in (first, second, torch.ones_like(first), second):
+        topology.update_(mask)
+        expected = BlockTopology.from_mask(mask, block_size)
+        assert topology.col_idx.shape == topology.row_idx.shape == (expected.nnz,)
+        assert torch.equal(topology.mask(), mask)
+        assert torch.equal(transposed.mask(), mask.t())
+        assert lists(topology.row_ptr, topology.col_idx) == lists(expected.row_ptr, expected.col_idx)
+        assert lists(topology.col_ptr, topology.row_idx) == lists(expected.col_ptr, expected.row_idx)
+        assert all(getattr(topology, name) is tensor for name, tensor in zip(TENSORS, tensors, strict=True))
+    assert topology.apply(torch.clone).compact
+
+
 def test_a_copy_is_independent():
     topology = BlockTopology.from_mask(torch.eye(3, dtype=torch.bool), 4)
     other = copy.deepcopy(topology)

@@ -15,4 +15,5 @@ def mask_averages_(trainer: pl.Trainer, controller: DGMController) -> None:
         if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
             average = callback._average_model
             if average is not None:
-                controller.mask_copy_(average.module if isinstance(average, AveragedModel) else average)
+                whole = average.module if isinstance(average, AveragedModel) else average
+                controller.mask_copy_(whole, as_stored=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from lightning_estdgm.sparse.backends.native._plans import Plans, index_lists
 
 _UNITS = ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (4, 4), (8, 8))
 _AREA = 20_000  # from the first to the last tap of a convolution
+_WHOLE, _BY_ROW, _BY_COLUMN = range(3)  # how a weight is stored: as `Stored` of places.h
 _UNIT_WORDS = "1, 2 x 1, 4 x 1, 8 x 1, 16 x 1, 4, 8 or a multiple of 16"
 
 
@@ -38,9 +40,9 @@ def _in_units(dtype: torch.dtype, topology: BlockTopology) -> bool:
 class NativeBackend:
     """Register-blocked loops over the active blocks, in parallel over tokens or blocks.
 
-    Only active blocks of the weight are read: forward and input gradient copy them once a call into the order in which
-    they are used. Sums are in float32. Results do not depend on the number of threads. Blocks of 16 and more have
-    outputs as the vector, finer units tokens.
+    Takes whole weights and packed values alike. Only active blocks of the weight are read: forward and input gradient
+    copy them once a call into the order in which they are used. Sums are in float32. Results do not depend on the
+    number of threads. Blocks of 16 and more have outputs as the vector, finer units tokens.
     """
 
     name = "native"
@@ -82,32 +84,7 @@ class NativeBackend:
 
     def linear(self, x2d: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
         """``Y[:, r] = sum over active c of X[:, c] W[r, c]^T + bias[r]``: ``[T, in] -> [T, out]``."""
-        y = x2d.new_empty(x2d.shape[0], topology.shape[0])
-        if y.numel() == 0:
-            return y
-        x2d = _rows(x2d)
-        bias = None if bias is None else bias.contiguous()
-        if _in_units(x2d.dtype, topology):
-            self._units_linear(x2d, weight, bias, topology, y)
-            return y
-        failed = function("linear", x2d.dtype)(
-            x2d.data_ptr(),
-            x2d.stride(0),
-            x2d.shape[0],
-            weight.data_ptr(),
-            *weight.stride(),
-            None if bias is None else bias.data_ptr(),
-            topology.row_ptr.data_ptr(),
-            topology.col_idx.data_ptr(),
-            topology.block_rows,
-            topology.shape[1],
-            topology.side,
-            y.data_ptr(),
-            y.stride(0),
-            torch.get_num_threads(),
-        )
-        check(failed)
-        return y
+        return self._linear(x2d, weight, weight.stride(), bias, topology, _WHOLE)
 
     def grad_input(self, dy2d: Tensor, weight: Tensor, topology: BlockTopology) -> Tensor:
         """``dX[:, c] = sum over active r of dY[:, r] W[r, c]``: ``[T, out] -> [T, in]``."""
@@ -115,69 +92,87 @@ class NativeBackend:
 
     def grad_weight(self, dy2d: Tensor, x2d: Tensor, topology: BlockTopology) -> Tensor:
         """``dW[r, c] = dY[:, r]^T X[:, c]`` where active, else 0: ``[T, out], [T, in] -> [out, in]``."""
-        if x2d.shape[0] == 0:
-            return x2d.new_zeros(topology.shape)
-        dw = x2d.new_empty(topology.shape)
-        dy2d, x2d = _rows(dy2d), _rows(x2d)
-        if min(topology.sides) < BLOCK:
-            self._units_grad_weight(dy2d, x2d, topology, dw)
-            return dw
-        failed = function("grad_weight", x2d.dtype)(
-            dy2d.data_ptr(),
-            dy2d.stride(0),
-            x2d.data_ptr(),
-            x2d.stride(0),
-            x2d.shape[0],
-            topology.row_ptr.data_ptr(),
-            topology.col_idx.data_ptr(),
-            topology.block_rows,
-            topology.shape[1],
-            topology.side,
-            dw.data_ptr(),
-            torch.get_num_threads(),
-        )
-        check(failed)
-        return dw
+        return self._grad_weight(dy2d, x2d, topology, topology.shape, _WHOLE)
 
-    def _units_linear(
-        self, x2d: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology, y: Tensor
-    ) -> None:
+    def packed_linear(self, x2d: Tensor, values: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
+        """``Y = X W^T + bias`` of the active units alone: ``[T, in] -> [T, out]``."""
+        return self._linear(x2d, values.contiguous(), (topology.sides[1], 1), bias, topology, _BY_ROW)
+
+    def packed_grad_input(self, dy2d: Tensor, values: Tensor, topology: BlockTopology) -> Tensor:
+        """``dX = dY W`` of the active units alone: ``[T, out] -> [T, in]``."""
+        strides = 1, topology.sides[1]
+        return self._linear(dy2d, values.contiguous(), strides, None, topology.transpose(), _BY_COLUMN)
+
+    def packed_grad_values(self, dy2d: Tensor, x2d: Tensor, topology: BlockTopology, units: int) -> Tensor:
+        """Active units of ``dY^T X``, written as they are stored: ``[T, out], [T, in] -> [units, rows, columns]``."""
+        return self._grad_weight(dy2d, x2d, topology, (units, *topology.sides), _BY_ROW)
+
+    def _linear(
+        self,
+        x2d: Tensor,
+        weight: Tensor,
+        strides: Sequence[int],
+        bias: Tensor | None,
+        topology: BlockTopology,
+        stored: int,
+    ) -> Tensor:
+        """Product of a whole weight or of packed values; `strides` are the weight's, or those of a unit."""
+        y = x2d.new_empty(x2d.shape[0], topology.shape[0])
+        if y.numel() == 0:
+            return y
+        x2d = _rows(x2d)
+        bias = None if bias is None else bias.contiguous()
         rows, columns = topology.sides
-        plan = self._plans.linear(topology) if rows == 1 and columns < SCATTERED else None
-        failed = function("units_linear", x2d.dtype)(
+        of_units: tuple[int | None, ...] = (rows, stored)
+        name = "linear"
+        if _in_units(x2d.dtype, topology):
+            name = "units_linear"
+            plan = self._plans.linear(topology) if rows == 1 and columns < SCATTERED else None
+            of_units = rows, columns, stored, None if plan is None else plan.address
+        failed = function(name, x2d.dtype)(
             x2d.data_ptr(),
             x2d.stride(0),
             x2d.shape[0],
             weight.data_ptr(),
-            *weight.stride(),
+            *strides,
             None if bias is None else bias.data_ptr(),
             *index_lists(topology),
             topology.block_rows,
             topology.block_cols,
-            rows,
-            columns,
-            None if plan is None else plan.address,
+            *of_units,
             y.data_ptr(),
             y.stride(0),
             torch.get_num_threads(),
         )
         check(failed)
+        return y
 
-    def _units_grad_weight(self, dy2d: Tensor, x2d: Tensor, topology: BlockTopology, dw: Tensor) -> None:
-        failed = function("units_grad_weight", x2d.dtype)(
+    def _grad_weight(
+        self, dy2d: Tensor, x2d: Tensor, topology: BlockTopology, shape: Sequence[int], stored: int
+    ) -> Tensor:
+        """Gradient of a whole weight or of packed values, of that shape."""
+        if x2d.shape[0] == 0:
+            return x2d.new_zeros(shape)
+        dw = x2d.new_empty(shape)
+        dy2d, x2d = _rows(dy2d), _rows(x2d)
+        finer = min(topology.sides) < BLOCK
+        lists = index_lists(topology)
+        failed = function("units_grad_weight" if finer else "grad_weight", x2d.dtype)(
             dy2d.data_ptr(),
             dy2d.stride(0),
             x2d.data_ptr(),
             x2d.stride(0),
             x2d.shape[0],
-            *index_lists(topology),
+            *(lists if finer else lists[:2]),
             topology.block_rows,
             topology.block_cols,
-            *topology.sides,
+            *(topology.sides if finer else topology.sides[:1]),
+            stored,
             dw.data_ptr(),
             torch.get_num_threads(),
         )
         check(failed)
+        return dw
 
     def conv(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology, geometry: ConvGeometry

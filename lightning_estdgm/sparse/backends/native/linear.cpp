@@ -10,6 +10,7 @@
 #include <omp.h>
 
 #include "elements.h"
+#include "places.h"
 #include "share.h"
 #include "tile.h"
 
@@ -63,34 +64,34 @@ struct Linear {
   }
 };
 
-// Lay the active blocks out strip by strip, each as words (k / PAIR, n); weight[n, k] is at n * sn + k * sk.
+// Lay the active blocks out strip by strip, each as words (k / PAIR, n).
 template <class E>
-void pack(const typename E::type *weight, i64 sn, i64 sk, const int32_t *ptr, const int32_t *idx, i64 rows, i64 b,
+void pack(const typename E::type *weight, Places places, const int32_t *ptr, const int32_t *idx, i64 rows, i64 b,
           float *packed, int threads) {
   using T = typename E::type;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (i64 r = 0; r < rows; r++)
     for (i64 p = ptr[r]; p < ptr[r + 1]; p++) {
-      const T *from = weight + r * b * sn + idx[p] * b * sk;
+      const T *from = weight + places.of(p, r * b, idx[p] * b);
       T *to = (T *)(packed + p * b * b / E::PAIR);
-      for (i64 j = 0, width; j < b; j += width, from += width * sn, to += width * b) {
+      for (i64 j = 0, width; j < b; j += width, from += width * places.out, to += width * b) {
         width = strip_width(b - j);
         for (i64 n0 = 0; n0 < width; n0 += 8)
           for (i64 k = 0; k < b; k += E::PAIR)
             for (i64 n = n0; n < n0 + 8; n++)
               for (int half = 0; half < E::PAIR; half++)
-                to[k * width + n * E::PAIR + half] = from[n * sn + (k + half) * sk];
+                to[k * width + n * E::PAIR + half] = from[n * places.out + (k + half) * places.in];
       }
     }
 }
 
 template <class E>
-int linear(const typename E::type *x, i64 ldx, i64 tokens, const typename E::type *weight, i64 sn, i64 sk,
+int linear(const typename E::type *x, i64 ldx, i64 tokens, const typename E::type *weight, Places places,
            const typename E::type *bias, const int32_t *ptr, const int32_t *idx, i64 rows, i64 in, i64 b,
            typename E::type *y, i64 ldy, int threads) {
   float *packed = floats(ptr[rows] * b * b / E::PAIR);
   if (!packed) return 1;
-  pack<E>(weight, sn, sk, ptr, idx, rows, b, packed, threads);
+  pack<E>(weight, places, ptr, idx, rows, b, packed, threads);
   const Division parts(tokens, in * (i64)sizeof(typename E::type), rows, threads);
   const Linear<E> all = {x, ldx, tokens, packed, bias, ptr, idx, rows, in, b, y, ldy};
   Shares shares(parts.tiles * parts.groups, threads);
@@ -167,7 +168,7 @@ struct Outer {
   }
 };
 
-// `dy` and `x` as words; `dw` (out, in) need not be initialised: inactive blocks become 0.
+// `dy` and `x` as words; A whole `dw` (out, in) need not be initialised: inactive blocks become 0.
 template <class E>
 struct GradWeight {
   using T = typename E::type;
@@ -178,6 +179,7 @@ struct GradWeight {
   const int32_t *ptr, *idx;
   i64 rows, b;
   T *dw;
+  Places places;  // of the blocks in dw
   i64 in;
   i64 run;    // blocks that one task computes: neighbours share a block row of dy
   i64 parts;  // few blocks: tasks share the rows of each as well
@@ -218,7 +220,7 @@ struct GradWeight {
       while (ptr[r + 1] <= p) r++;
       for (i64 m = 0; m < height; m++)
         for (i64 j = 0; j < b; j += VL)
-          E::store(dw + (r * b + task % parts * height + m) * in + idx[p] * b + j,
+          E::store(dw + places.of(p, r * b, idx[p] * b) + (task % parts * height + m) * places.out + j,
                    *(const vec *)(sums + ((p - begin) * height + m) * b + j));
     }
   }
@@ -226,19 +228,19 @@ struct GradWeight {
 
 template <class E>
 int grad_weight(const float *dy, i64 ldd, const float *x, i64 ldx, i64 words, const int32_t *ptr, const int32_t *idx,
-                i64 rows, i64 b, typename E::type *dw, i64 in, int threads) {
+                i64 rows, i64 b, typename E::type *dw, Places places, i64 in, int threads) {
   const i64 wanted = 8 * threads, most = b < 48 ? 32 : 65536 / (b * b);  // sums of 256 kB at most
   i64 run = ptr[rows] / wanted, parts = 1;
   run = run > most ? most : run;
   run = run < 1 ? 1 : run;
   while (ptr[rows] * parts < wanted && b / parts % 64 == 0) parts *= 2;
-  const GradWeight<E> all = {dy, ldd, x, ldx, words, ptr, idx, rows, b, dw, in, run, parts};
+  const GradWeight<E> all = {dy, ldd, x, ldx, words, ptr, idx, rows, b, dw, places, in, run, parts};
   Shares shares(all.tasks(), threads);
   bool failed = false;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static) nowait
-    for (i64 row = 0; row < rows * b; row++) all.zero(row);
+    for (i64 row = 0; row < (places.unit ? 0 : rows * b); row++) all.zero(row);
     float *sums = floats(run * (b / parts) * b);
     if (sums)
       shares.work(omp_get_thread_num(), [&](i64 task) { all.work(task, sums); });
@@ -249,6 +251,9 @@ int grad_weight(const float *dy, i64 ldd, const float *x, i64 ldx, i64 words, co
   }
   return failed;
 }
+
+// Of the blocks in dW: in the whole one, or of their values alone.
+Places places_of(int stored, i64 cols, i64 b) { return {stored ? b : cols * b, 1, stored ? b * b : 0}; }
 
 #if defined(__AVX512BF16__)
 // Words (t / 2, column) of a bfloat16 matrix (tokens, columns); an odd last token is paired with zeros.
@@ -262,7 +267,7 @@ void pair_rows(const uint16_t *from, i64 ld, i64 tokens, i64 columns, uint32_t *
 
 }  // namespace
 
-// Strides and sizes in elements; a result of 1: no memory.
+// Strides and sizes in elements; a result of 1: no memory. `stored`: as in units.cpp.
 extern "C" {
 
 int estdgm_has_bfloat16() {
@@ -273,34 +278,37 @@ int estdgm_has_bfloat16() {
 #endif
 }
 
-int estdgm_linear_float32(const float *x, i64 ldx, i64 tokens, const float *weight, i64 sn, i64 sk, const float *bias,
-                          const int32_t *ptr, const int32_t *idx, i64 rows, i64 in, i64 b, float *y, i64 ldy,
-                          int threads) {
-  return linear<Float>(x, ldx, tokens, weight, sn, sk, bias, ptr, idx, rows, in, b, y, ldy, threads);
-}
+#define LINEAR(E, T, name)                                                                                            \
+  int estdgm_linear_##name(const T *x, i64 ldx, i64 tokens, const T *weight, i64 sn, i64 sk, const T *bias,            \
+                           const int32_t *ptr, const int32_t *idx, const int32_t *tptr, const int32_t *tidx, i64 rows, \
+                           i64 cols, i64 b, int stored, T *y, i64 ldy, int threads) {                                 \
+    Order order;                                                                                                      \
+    if (stored == Stored::BY_COLUMN && !order.find({ptr, idx, rows, b, b}, {tptr, tidx, cols, b, b}, threads)) return 1; \
+    const Places places = {sn, sk, stored ? b * b : 0, order.numbers};                                                \
+    return linear<E>(x, ldx, tokens, weight, places, bias, ptr, idx, rows, cols * b, b, y, ldy, threads);             \
+  }
+
+LINEAR(Float, float, float32)
 
 int estdgm_grad_weight_float32(const float *dy, i64 ldd, const float *x, i64 ldx, i64 tokens, const int32_t *ptr,
-                               const int32_t *idx, i64 rows, i64 in, i64 b, float *dw, int threads) {
-  return grad_weight<Float>(dy, ldd, x, ldx, tokens, ptr, idx, rows, b, dw, in, threads);
+                               const int32_t *idx, i64 rows, i64 cols, i64 b, int stored, float *dw, int threads) {
+  return grad_weight<Float>(dy, ldd, x, ldx, tokens, ptr, idx, rows, b, dw, places_of(stored, cols, b), cols * b,
+                            threads);
 }
 
 #if defined(__AVX512BF16__)
-int estdgm_linear_bfloat16(const uint16_t *x, i64 ldx, i64 tokens, const uint16_t *weight, i64 sn, i64 sk,
-                           const uint16_t *bias, const int32_t *ptr, const int32_t *idx, i64 rows, i64 in, i64 b,
-                           uint16_t *y, i64 ldy, int threads) {
-  return linear<BFloat16>(x, ldx, tokens, weight, sn, sk, bias, ptr, idx, rows, in, b, y, ldy, threads);
-}
+LINEAR(BFloat16, uint16_t, bfloat16)
 
 int estdgm_grad_weight_bfloat16(const uint16_t *dy, i64 ldd, const uint16_t *x, i64 ldx, i64 tokens, const int32_t *ptr,
-                                const int32_t *idx, i64 rows, i64 in, i64 b, uint16_t *dw, int threads) {
-  const i64 out = rows * b, words = (tokens + 1) / 2;
+                                const int32_t *idx, i64 rows, i64 cols, i64 b, int stored, uint16_t *dw, int threads) {
+  const i64 out = rows * b, in = cols * b, words = (tokens + 1) / 2;
   uint32_t *pairs = (uint32_t *)malloc((size_t)words * (out + in) * 4);
   if (!pairs) return 1;
   uint32_t *x_pairs = pairs + words * out;
   pair_rows(dy, ldd, tokens, out, pairs, threads);
   pair_rows(x, ldx, tokens, in, x_pairs, threads);
   const int failed = grad_weight<BFloat16>((const float *)pairs, out, (const float *)x_pairs, in, words, ptr, idx, rows,
-                                           b, dw, in, threads);
+                                           b, dw, places_of(stored, cols, b), in, threads);
   free(pairs);
   return failed;
 }

@@ -126,7 +126,8 @@ bool scatter_linear(Rows<typename E::type> x, i64 in, Weight<typename E::type> w
                     Units columns, Result<typename E::type> y, int threads) {
   float *packed = floats(columns.ptr[columns.rows] * columns.r);
   if (!packed) return true;
-  pack<E, R>({weight.data, weight.in, weight.out}, columns, packed, threads);
+  const Places &at = weight.places;
+  pack<E, R>({weight.data, {at.in, at.out, at.unit, at.order}}, columns, packed, threads);
   bool failed = false;
   with_vectors<MOST>(tile_vectors(x.count, y.columns, MOST), [&](auto n) {
     failed = scatter_tiles<E, R, n.value>(x, in, packed, bias, columns, y, threads);
@@ -186,12 +187,20 @@ bool single_linear(Rows<typename E::type> x, Weight<typename E::type> weight, co
 
 template <class E>
 bool units_linear(Rows<typename E::type> x, i64 in, Weight<typename E::type> weight, const typename E::type *bias,
-                  Units units, Units columns, const Plan *plan, Result<typename E::type> y, int threads) {
+                  Units units, Units columns, Stored stored, const Plan *plan, Result<typename E::type> y,
+                  int threads) {
+  const bool by_column = units.r == 1 && units.c >= 4;
+  Order order;
+  if (stored == (by_column ? Stored::BY_ROW : Stored::BY_COLUMN) &&
+      !order.find(by_column ? columns : units, by_column ? units : columns, threads))
+    return true;
+  weight.places.order = order.numbers;
   if (units.r % 8 == 0) return gather_linear<E, 8, WIDE ? 3 : 1>(x, in, weight, bias, units, y, threads);
   if (units.r == 4) return gather_linear<E, 4, WIDE ? 6 : 2>(x, in, weight, bias, units, y, threads);
   if (units.r == 2) return gather_linear<E, 2, WIDE ? 8 : 4>(x, in, weight, bias, units, y, threads);
-  if (units.c % 8 == 0) return scatter_linear<E, 8, WIDE ? 2 : 1>(x, in, weight, bias, columns, y, threads);
-  if (units.c == 4) return scatter_linear<E, 4, WIDE ? 4 : 2>(x, in, weight, bias, columns, y, threads);
+  if (by_column && units.c % 8 == 0)
+    return scatter_linear<E, 8, WIDE ? 2 : 1>(x, in, weight, bias, columns, y, threads);
+  if (by_column) return scatter_linear<E, 4, WIDE ? 4 : 2>(x, in, weight, bias, columns, y, threads);
   return single_linear<E>(x, weight, bias, *plan, y, threads);
 }
 
@@ -227,7 +236,7 @@ struct GradUnits {
   Rows<T> dy, x;
   i64 in, out, width;  // inputs, outputs, tokens of a tile
   T *dw;
-  i64 so, si;          // dW[o, i] is at o * so + i * si
+  Places places;       // of the units in dw
 
   i64 tiles() const { return ceil_div(x.count, width); }
   i64 panel() const { return (in + out) * width; }
@@ -273,8 +282,9 @@ struct GradUnits {
         T rounded[VL];
         E::store(rounded, *(const vec *)from);
         for (i64 j = 0; j < NC && k + j < total; j++) {
-          const i64 i = units.idx[units.ptr[row] + (k + j) / units.c] * units.c + (k + j) % units.c;
-          for (i64 r = 0; r < RO; r++) dw[(o + r) * so + i * si] = rounded[j * RO + r];
+          const i64 p = units.ptr[row] + (k + j) / units.c, of_unit = o - row * units.r;
+          T *to = dw + places.of(p, row * units.r, units.idx[p] * units.c) + (k + j) % units.c * places.in;
+          for (i64 r = 0; r < RO; r++) to[(of_unit + r) * places.out] = rounded[j * RO + r];
         }
       }
   }
@@ -282,29 +292,36 @@ struct GradUnits {
 
 template <class E, int RO>
 bool units_grad_weight(Rows<typename E::type> dy, Rows<typename E::type> x, i64 in, Units units,
-                       typename E::type *dw, i64 so, i64 si, int threads) {
+                       typename E::type *dw, Places places, int threads) {
   const i64 out = units.rows * units.r, width = std::min(ceil_div(x.count, VL) * VL, TOKENS);
-  return sum_over_tiles(GradUnits<E, RO>{units, dy, x, in, out, width, dw, so, si}, dw, in, threads);
+  return sum_over_tiles(GradUnits<E, RO>{units, dy, x, in, out, width, dw, places}, places.unit ? nullptr : dw, in,
+                        threads);
 }
 
+// `stored`: WHOLE or BY_ROW.
 template <class E>
-bool units_grad(Rows<typename E::type> dy, Rows<typename E::type> x, i64 in, Units units, Units columns,
+bool units_grad(Rows<typename E::type> dy, Rows<typename E::type> x, i64 in, Units units, Units columns, Stored stored,
                 typename E::type *dw, int threads) {
   constexpr int RO = VL < 8 ? 2 : 4;
-  const i64 out = units.rows * units.r;
+  const i64 out = units.rows * units.r, unit = stored ? units.r * units.c : 0, line = stored ? units.c : in;
   // The side with more of a unit's weights takes the part of the outputs.
   if (units.r < units.c) {
-    if (units.c % RO == 0) return units_grad_weight<E, RO>(x, dy, out, columns, dw, 1, in, threads);
-    return units_grad_weight<E, 2>(x, dy, out, columns, dw, 1, in, threads);
+    Order order;
+    if (stored && !order.find(columns, units, threads)) return true;
+    const Places places = {1, line, unit, order.numbers};
+    if (units.c % RO == 0) return units_grad_weight<E, RO>(x, dy, out, columns, dw, places, threads);
+    return units_grad_weight<E, 2>(x, dy, out, columns, dw, places, threads);
   }
-  if (units.r % RO == 0) return units_grad_weight<E, RO>(dy, x, in, units, dw, in, 1, threads);
-  if (units.r == 2) return units_grad_weight<E, 2>(dy, x, in, units, dw, in, 1, threads);
-  return units_grad_weight<E, 1>(dy, x, in, units, dw, in, 1, threads);
+  const Places places = {line, 1, unit};
+  if (units.r % RO == 0) return units_grad_weight<E, RO>(dy, x, in, units, dw, places, threads);
+  if (units.r == 2) return units_grad_weight<E, 2>(dy, x, in, units, dw, places, threads);
+  return units_grad_weight<E, 1>(dy, x, in, units, dw, places, threads);
 }
 
 }  // namespace
 
 // Sizes and strides in elements; a result of 1: no memory. `ptr`, `idx`: the units by row; `tptr`, `tidx`: by column.
+// `stored`: 0 for a whole weight, 1 for its units' values alone, by row, 2 for those by column; strides are then a unit's.
 extern "C" {
 
 void *estdgm_units_plan(const int32_t *ptr, const int32_t *idx, i64 rows, i64 c, i64 in) {
@@ -320,15 +337,17 @@ void estdgm_units_free(void *plan) { delete (Plan *)plan; }
 #define PRODUCTS(E, T, name)                                                                                          \
   int estdgm_units_linear_##name(const T *x, i64 ldx, i64 tokens, const T *weight, i64 sn, i64 sk, const T *bias,      \
                                  const int32_t *ptr, const int32_t *idx, const int32_t *tptr, const int32_t *tidx,    \
-                                 i64 rows, i64 cols, i64 r, i64 c, const void *plan, T *y, i64 ldy, int threads) {    \
-    return units_linear<E>({x, ldx, tokens}, cols * c, {weight, sn, sk}, bias, {ptr, idx, rows, r, c},               \
-                           {tptr, tidx, cols, c, r}, (const Plan *)plan, {y, ldy, rows * r}, threads);                \
+                                 i64 rows, i64 cols, i64 r, i64 c, int stored, const void *plan, T *y, i64 ldy,       \
+                                 int threads) {                                                                       \
+    return units_linear<E>({x, ldx, tokens}, cols * c, {weight, {sn, sk, stored ? r * c : 0}}, bias,                  \
+                           {ptr, idx, rows, r, c}, {tptr, tidx, cols, c, r}, (Stored)stored, (const Plan *)plan,      \
+                           {y, ldy, rows * r}, threads);                                                              \
   }                                                                                                                   \
   int estdgm_units_grad_weight_##name(const T *dy, i64 ldd, const T *x, i64 ldx, i64 tokens, const int32_t *ptr,      \
                                       const int32_t *idx, const int32_t *tptr, const int32_t *tidx, i64 rows,         \
-                                      i64 cols, i64 r, i64 c, T *dw, int threads) {                                   \
+                                      i64 cols, i64 r, i64 c, int stored, T *dw, int threads) {                       \
     return units_grad<E>({dy, ldd, tokens}, {x, ldx, tokens}, cols * c, {ptr, idx, rows, r, c},                      \
-                         {tptr, tidx, cols, c, r}, dw, threads);                                                      \
+                         {tptr, tidx, cols, c, r}, (Stored)stored, dw, threads);                                                      \
   }
 
 PRODUCTS(Float, float, float32)

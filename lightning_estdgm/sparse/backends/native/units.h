@@ -9,16 +9,9 @@
 #include <vector>
 
 #include "images.h"
+#include "places.h"
 
 namespace estdgm {
-
-// Active units of a matrix: unit row o holds columns idx[ptr[o]] .. idx[ptr[o + 1] - 1], r outputs by c inputs each.
-struct Units {
-  const int32_t *ptr, *idx;
-  i64 rows, r, c;
-
-  i64 count(i64 row) const { return ptr[row + 1] - ptr[row]; }
-};
 
 constexpr int FOUR = 4;  // outputs of single weights whose sums are in registers at once
 
@@ -27,17 +20,18 @@ constexpr int FOUR = 4;  // outputs of single weights whose sums are in register
 struct Four {
   int32_t outputs[FOUR];  // -1: none
   i64 length, start;      // entries of each, and where their places start
+  int32_t units[FOUR];    // of each output, the first of its units in this stretch
 };
 
 // The order in which single weights are used: made once a mask.
 struct Plan {
-  i64 outputs, inputs, lines;    // lines: inputs of a stretch
+  i64 outputs, inputs, lines, c; // lines: inputs of a stretch; c: those of a unit
   std::vector<i64> stretch;      // first four of each stretch of inputs, and their number at the end
   std::vector<Four> fours;
   std::vector<uint16_t> places;  // entry by entry, those of the four outputs side by side: input within the stretch
 
   // No unit of one output and c inputs may lie in two stretches.
-  Plan(Units units, i64 inputs, i64 lines) : outputs(units.rows), inputs(inputs), lines(lines), stretch{0} {
+  Plan(Units units, i64 inputs, i64 lines) : outputs(units.rows), inputs(inputs), lines(lines), c(units.c), stretch{0} {
     std::vector<i64> at(units.ptr, units.ptr + outputs), length(outputs), order(outputs);
     for (i64 first = 0; first < inputs; first += lines) {
       for (i64 o = 0; o < outputs; o++) {
@@ -48,8 +42,11 @@ struct Plan {
       }
       std::stable_sort(order.begin(), order.end(), [&](i64 a, i64 b) { return length[a] > length[b]; });
       for (i64 i = 0; i < outputs && length[order[i]]; i += FOUR) {
-        Four four = {{}, length[order[i]] * units.c, (i64)places.size()};
-        for (int g = 0; g < FOUR; g++) four.outputs[g] = i + g < outputs ? order[i + g] : -1;
+        Four four = {{}, length[order[i]] * units.c, (i64)places.size(), {}};
+        for (int g = 0; g < FOUR; g++) {
+          four.outputs[g] = i + g < outputs ? order[i + g] : -1;
+          four.units[g] = i + g < outputs ? at[order[i + g]] : 0;
+        }
         for (i64 p = 0; p < four.length; p++)
           for (const i64 o : four.outputs) {
             const bool there = o >= 0 && p / units.c < length[o];
@@ -78,7 +75,6 @@ namespace {
 using estdgm::Four;
 using estdgm::FOUR;
 using estdgm::Plan;
-using estdgm::Units;
 
 inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
@@ -95,18 +91,19 @@ constexpr Tap ONE_TAP = {0, 0, 0};  // of a linear layer
 template <class T>
 struct Weight {
   const T *data;
-  i64 out, in;  // elements from one output to the next, and from one input
+  Places places;
   const Tap *taps = &ONE_TAP;
   i64 count = 1;
 
-  // From output o; column k is tap k % count of input k / count.
-  T at(i64 o, i64 k) const { return data[o * out + k / count * in + taps[k % count].weight]; }
+  // Of the whole matrix, from output o; column k is tap k % count of input k / count.
+  T at(i64 o, i64 k) const { return data[o * places.out + k / count * places.in + taps[k % count].weight]; }
 };
 
 // Weights in the order of use: R outputs of a unit row at a time; then unit by unit, input by input and tap by tap, or
 // taps first.
 template <class E, int R, bool TAPS_FIRST = false>
 void pack(Weight<typename E::type> weight, Units units, float *packed, int threads) {
+  const Places &places = weight.places;
   const i64 chunks = units.r / R, outer = TAPS_FIRST ? weight.count : 1, inner = TAPS_FIRST ? 1 : weight.count;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (i64 row = 0; row < units.rows; row++) {
@@ -115,10 +112,10 @@ void pack(Weight<typename E::type> weight, Units units, float *packed, int threa
       for (i64 a = 0; a < outer; a++)
         for (i64 p = units.ptr[row]; p < units.ptr[row + 1]; p++)
           for (i64 c = 0; c < units.c; c++) {
-            const typename E::type *from =
-                weight.data + (row * units.r + chunk * R) * weight.out + (units.idx[p] * units.c + c) * weight.in;
+            const typename E::type *from = weight.data + places.of(p, row * units.r, units.idx[p] * units.c) +
+                                           chunk * R * places.out + c * places.in;
             for (i64 b = 0; b < inner; b++)
-              for (int r = 0; r < R; r++) *to++ = E::value(from[r * weight.out + weight.taps[a + b].weight]);
+              for (int r = 0; r < R; r++) *to++ = E::value(from[r * places.out + weight.taps[a + b].weight]);
           }
   }
 }
@@ -194,9 +191,15 @@ void pack_fours(Weight<typename E::type> weight, const Plan &plan, float *packed
     const Four &four = plan.fours[i];
     const uint16_t *places = plan.places.data() + four.start;
     float *to = packed + four.start;
-    for (i64 p = 0; p < four.length; p++, places += FOUR)
-      for (int g = 0; g < FOUR; g++)
-        *to++ = places[g] == plan.lines ? 0 : E::value(weight.at(four.outputs[g], stretch * plan.lines + places[g]));
+    for (i64 p = 0; p < four.length / plan.c; p++)
+      for (i64 c = 0; c < plan.c; c++, places += FOUR)
+        for (int g = 0; g < FOUR; g++)
+          if (places[g] == plan.lines)
+            *to++ = 0;
+          else if (weight.places.unit)
+            *to++ = E::value(weight.data[weight.places.of(four.units[g] + p, 0, 0) + c * weight.places.in]);
+          else
+            *to++ = E::value(weight.at(four.outputs[g], stretch * plan.lines + places[g]));
   });
 }
 
@@ -220,10 +223,11 @@ template <int N, int STEP>
 // ---- gradients of the weight: sums over tiles of tokens, in order, unit row by unit row
 
 // `all` has `units`, `tiles()` with panels of `panel()` floats that are loaded in `parts()`, and for each unit row
-// `sums(row)` floats that `add` adds a tile to and that `store` writes to `dw`, which has `columns` for each output.
+// `sums(row)` floats that `add` adds a tile to and that `store` writes. A whole `dw` of `columns` for each output becomes 0
+// before; null: there is none, but the units' values alone.
 template <class All, class T>
 bool sum_over_tiles(const All &all, T *dw, i64 columns, int threads) {
-  const i64 rows = all.units.rows, tiles = all.tiles(), parts = all.parts(), panel = all.panel();
+  const i64 rows = all.units.rows, zeros = dw ? rows * all.units.r : 0, tiles = all.tiles(), parts = all.parts(), panel = all.panel();
   // Tiles whose panels are made at once: few waits for each other, and 4 MB that the next call finds again.
   const i64 room = 1024 * 1024 / panel, most = room < 1 ? 1 : room < tiles ? room : tiles;
   std::vector<i64> start(rows + 1);
@@ -234,7 +238,7 @@ bool sum_over_tiles(const All &all, T *dw, i64 columns, int threads) {
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static) nowait
-    for (i64 o = 0; o < rows * all.units.r; o++) memset(dw + o * columns, 0, columns * sizeof(T));  // any order
+    for (i64 o = 0; o < zeros; o++) memset(dw + o * columns, 0, columns * sizeof(T));  // any order
 #pragma omp for schedule(static) nowait
     for (i64 row = 0; row < rows; row++) memset(sums + start[row], 0, (start[row + 1] - start[row]) * sizeof(float));
     for (i64 first = 0; first < tiles; first += most) {

@@ -158,7 +158,7 @@ bool scatter_conv(const Image<typename E::type> &x, Weight<typename E::type> wei
   const Lanes lanes(walk, {(double)all / x.channels, MOST, 2 * threads, x.channels, 0, CACHED});
   float *packed = floats(all);
   if (!packed) return true;
-  weight = {weight.data, weight.in, weight.out, weight.taps, weight.count};
+  weight = {weight.data, {weight.places.in, weight.places.out}, weight.taps, weight.count};
   pack<E, R, true>(weight, columns, packed, threads);
   const bool failed = each_strip<MOST>(
       lanes, x.channels * lanes.line, outputs * MOST * VL, 1, threads,
@@ -289,7 +289,7 @@ void *estdgm_units_conv_plan(const int32_t *ptr, const int32_t *idx, i64 rows, i
                                const int32_t *ptr, const int32_t *idx, const int32_t *tptr, const int32_t *tidx,      \
                                i64 rows, i64 cols, i64 r, i64 c, const void *plan, T *y, i64 y_rows, i64 y_cols,      \
                                i64 y_image, i64 y_row, i64 y_pixel, int threads) {                                    \
-    return units_conv<E>({x, batch, height, width, channels}, {weight, sn, sk, (const Tap *)taps, count},             \
+    return units_conv<E>({x, batch, height, width, channels}, {weight, {sn, sk}, (const Tap *)taps, count},           \
                          {(const Tap *)taps, count, step_row, step_col, batch, y_rows, y_cols}, bias,                  \
                          {ptr, idx, rows, r, c}, {tptr, tidx, cols, c, r}, (const Plan *)plan,                         \
                          {y, y_image, y_row, y_pixel, rows * r}, threads);                                            \

@@ -1,0 +1,99 @@
+"""Weights that are stored packed, in a Trainer: packed before there are optimizers, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_estdgm.distributed.adapters._protocol import adapter_for
+from lightning_estdgm.engine._storage import PackedStorage
+
+
+class PackedWeights:
+    """Packing of one fit's model.
+
+    Callbacks have no hook between the model's `configure_model` and its optimizers. So that one is extended on this
+    module, and given back when it has run.
+
+    Args:
+        trainer: Trainer of the fit.
+        module: its module.
+        storage: storage that packs.
+        total_steps: number of optimizer steps; ``None``: the Trainer's.
+
+    Raises:
+        ValueError: if the strategy shards weights, or sends gradients by a hook of its own.
+
+    """
+
+    def __init__(
+        self, trainer: pl.Trainer, module: pl.LightningModule, storage: PackedStorage, total_steps: int | None = None
+    ) -> None:
+        self._check(trainer)
+        self.storage = storage
+        self._began = False
+        self._module: Any = module
+        self._extended: dict[str, tuple[Any, Any]] = {}  # by the hook's name: what stands there now, and stood before
+
+        def pack() -> None:
+            storage.pack(module, lambda: total_steps or int(trainer.estimated_stepping_batches))
+
+        # Not at once: until its `setup`, other callbacks ask whether the module has a `configure_model` of its own.
+        self._extend("setup", lambda: self._extend("configure_model", pack))
+
+    @staticmethod
+    def _check(trainer: pl.Trainer) -> None:
+        strategy: Any = trainer.strategy
+        name = type(strategy).__name__
+        if adapter_for(strategy).name != "base":
+            raise ValueError(
+                f"storage='packed' works on one device and with DDP, got {name}: use storage='dense', which it shards"
+            )
+        if getattr(strategy, "_ddp_comm_hook", None) is not None:
+            raise ValueError(
+                f"storage='packed' rebuilds DDP's buckets as parameters shrink, which loses {name}'s ddp_comm_hook: "
+                "leave the hook out, or use storage='dense'"
+            )
+
+    def begin(self, trainer: pl.Trainer) -> PackedStorage:
+        """Return the storage once the strategy is set up."""
+        self._began = True
+        wrapper = trainer.strategy.model
+        if isinstance(wrapper, DistributedDataParallel):
+            self.storage.wrappers = [wrapper]
+        return self.storage
+
+    def end(self, exception: BaseException | None = None) -> None:
+        """Put the weights back as they were if the run did not begin."""
+        self._give_back()
+        if self._began:
+            return
+        self.storage.abandon()
+        if exception is not None and hasattr(exception, "add_note"):
+            exception.add_note(
+                "DGMCallback: with storage='packed' masked weights are parameters of shape [units, rows, columns]; "
+                "what needs matrices needs storage='dense'. The weights are as they were before the fit"
+            )
+
+    def _extend(self, name: str, then: Callable[[], None]) -> None:
+        """Have the module's hook call a function at its end, once."""
+        hook = getattr(self._module, name)
+
+        def extended(*args: Any, **kwargs: Any) -> None:
+            self._give_back()
+            hook(*args, **kwargs)
+            then()
+
+        self._extended[name] = extended, vars(self._module).get(name)
+        vars(self._module)[name] = extended
+
+    def _give_back(self) -> None:
+        for name, (extended, own) in self._extended.items():
+            if vars(self._module).get(name) is extended:
+                del vars(self._module)[name]
+                if own is not None:
+                    vars(self._module)[name] = own
+        self._extended.clear()

@@ -1,0 +1,225 @@
+"""Layout of a weight of which the active units alone are stored: its `Shard`, its `Placement` and its window.
+
+"Local" tensors are the parameter's: ``[units, rows, columns]``, in the mask's reading order. The mask itself is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from lightning_estdgm.engine._observation import Window
+from lightning_estdgm.engine._placement import WholeWeight
+from lightning_estdgm.method._masks import BlockSize, mask_shape, pool_norm
+
+if TYPE_CHECKING:
+    from lightning_estdgm.engine._masked_weight import MaskedWeight
+    from lightning_estdgm.modules._packed_forward import PackedForward
+
+
+class Store(Protocol):
+    """What the treatment of one weight asks about the run.
+
+    Attributes:
+        group: process group of the ranks whose gradients are averaged; ``None``: there is no other.
+
+    """
+
+    group: Any
+
+    def states_of(self, weight: MaskedWeight) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and tensor of each state entry of a weight that has an element for each of its."""
+        ...
+
+    def sums_gradients(self, block_size: BlockSize) -> bool:
+        """Whether scores need the sum of the gradients of several steps."""
+        ...
+
+    def note_resized(self) -> None:
+        """Note that a parameter has another size."""
+        ...
+
+
+class SeenGradient:
+    """Sum of the whole gradients of one weight since the last step, ``(out, in, ...)``; none unless observed."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+
+    def __call__(self, gradient: Tensor) -> None:
+        """Add a gradient."""
+        if self._sum is None:
+            self._sum = gradient
+        else:
+            self._sum += gradient
+
+    def take(self) -> Tensor | None:
+        """Return the sum, and forget it."""
+        taken, self._sum = self._sum, None
+        return taken
+
+
+class PackedShard:
+    """Layout of the packed parameter, and of gradients and optimizer state of its shape.
+
+    Args:
+        module: the packed layer.
+        shape: shape ``(out, in, ...)`` of the whole weight.
+
+    """
+
+    groups: tuple[Any, ...] = ()
+    why_dense = ""
+
+    def __init__(self, module: PackedForward, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+        self.device = module.packed_weight.device
+        self._module = module
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether `tensor` has the parameter's shape."""
+        return tensor.shape == self._module.packed_weight.shape
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """Return the tensor."""
+        return tensor.detach()
+
+    def part(self, whole: Tensor) -> Tensor:
+        """Return a copy: windows hold whole gradients."""
+        return whole.clone()
+
+    def spread(self, local: Tensor) -> Tensor:
+        """Return the whole tensor."""
+        packing = self._module._estdgm_packing
+        return packing.oriented(packing.unpack(local))
+
+    def index(self, device: torch.device) -> Tensor:
+        """Return the position of each stored element in the flattened whole weight."""
+        every = torch.arange(int(torch.Size(self.shape).numel()), device=device).view(self.shape)
+        packing = self._module._estdgm_packing
+        return packing.pack(packing.oriented(every))
+
+    def expand(self, units: Tensor, block_size: BlockSize) -> Tensor:
+        """Return the flags of the stored units, to broadcast over the parameter."""
+        raise NotImplementedError  # by the placement, which knows them
+
+    def grain(self, block_size: BlockSize) -> BlockSize:
+        """Return 1: flags are broadcast."""
+        return 1
+
+    def pool(self, squares: Tensor, block_size: BlockSize) -> Tensor:
+        """Return the sum over each stored unit."""
+        return squares.sum((1, 2))
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Return the tensor as it is."""
+        return tensor
+
+
+class PackedWeight(WholeWeight):
+    """A weight that every rank holds whole, in packed form.
+
+    Args:
+        weight: the weight, whose mask is that of the stored units.
+        module: the packed layer.
+        store: the run; its group averages gradients, and it says whether windows sum them or norms of units only.
+
+    Attributes:
+        stored: mask of the stored units.
+        seen: whole gradients that are observed.
+
+    """
+
+    product = "packed"
+
+    def __init__(self, weight: MaskedWeight, module: PackedForward, store: Store) -> None:
+        self._shape, self._block_size = weight.shape, weight.block_size
+        self.grain = 1
+        self.stored = weight.mask
+        self.seen = SeenGradient()
+        self._module, self._store = module, store
+        self._signed = store.sums_gradients(weight.block_size)
+
+    def mask_shape(self, weight: Tensor) -> tuple[int, ...]:
+        """Return the shape of the whole mask."""
+        return mask_shape(self._shape, self._block_size)
+
+    def address(self, mask: Tensor) -> Tensor:
+        """Return the flag of each stored unit, ``[units, 1, 1]``."""
+        return mask.to(self.stored.device).flatten()[self.stored.flatten()][:, None, None]
+
+    def elements(self, units: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+        """Return the places of stored units' weights in the flattened parameter."""
+        places = (self.stored.flatten().cumsum(0) - 1)[units.long()]
+        size = weight[0].numel()
+        return (places[:, None] * size + torch.arange(size, device=places.device)).flatten().int()
+
+    # ---- norms
+
+    def _norms(self, weight: Tensor) -> Tensor:
+        loaded, packing = self._module._estdgm_loaded, self._module._estdgm_packing
+        if loaded is not None:
+            return pool_norm(packing.oriented(loaded).to(weight), self._block_size)
+        values = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+        norms = values.new_zeros(self.stored.shape)
+        norms[self.stored] = (
+            values.abs().flatten() if self._block_size == 1 else torch.linalg.vector_norm(values, dim=(1, 2))
+        )
+        return norms
+
+    def unit_norms(self, weight: Tensor) -> Tensor:
+        """Return the norms on the CPU, 0 for units that are not stored."""
+        return self._norms(weight).cpu()
+
+    def score_norms(
+        self, weight: Tensor, gradient_sum: Tensor | None, evidence: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the norms of the units; of gradients, those that the window has, or of its sum."""
+        if gradient_sum is None or gradient_sum.shape != self._shape:
+            return self._norms(weight), gradient_sum
+        return self._norms(weight), pool_norm(gradient_sum, self._block_size)
+
+    # ---- observation
+
+    def whole_gradient(self, gradient: Tensor | None) -> Tensor | None:
+        """Return the whole gradient since the last step, averaged over ranks as the parameter's is."""
+        seen = self.seen.take()
+        group = self._store.group
+        if group is None or dist.get_world_size(group) == 1:
+            return seen
+        if seen is None:
+            seen = torch.zeros(self._shape, dtype=self._module.packed_weight.dtype, device=self.stored.device)
+        dist.all_reduce(seen, group=group)
+        return seen / dist.get_world_size(group)
+
+    def window(self, weight: Tensor, mask: Tensor) -> Window:
+        """Return an empty window."""
+        return PackedWindow(self._shape if self._signed else mask.shape, weight, mask)
+
+
+class PackedWindow(Window):
+    """Sums over the observed gradients of a weight that is stored packed.
+
+    Args:
+        shape: shape of the whole weight, where signed gradients are summed; of the mask, where norms are enough.
+        weight: values of the parameter's dtype and device.
+        mask: whole mask.
+
+    """
+
+    def __init__(self, shape: tuple[int, ...], weight: Tensor, mask: Tensor) -> None:
+        super().__init__(weight.new_empty(()).expand(shape), mask)
+
+    def add(self, gradient: Tensor | None, norm: Tensor, scale: float) -> None:
+        """Add `scale` times a gradient, and the norms of its units."""
+        super().add(gradient if gradient is not None and gradient.shape == self.gradient.shape else norm, norm, scale)
+
+    def load_state_dict(self, state: Mapping[str, Any], weight: MaskedWeight) -> None:
+        """Load the state that `state_dict` returned, or that of a weight stored whole."""
+        if state["gradient"] is not None and state["gradient"].shape != self.gradient.shape:
+            state = {**state, "gradient": state["norm"]}
+        super().load_state_dict(state, weight)

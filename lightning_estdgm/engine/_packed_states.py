@@ -1,0 +1,94 @@
+"""`PackedStates`: the optimizers' state dicts have the shapes of whole weights, whatever is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
+from lightning_estdgm.engine._masked_weight import MaskedWeight
+from lightning_estdgm.modules._own_hook import OwnHook
+
+Fill = Callable[[MaskedWeight, str, str], float]
+"""Number that an optimizer's state has outside the mask, by weight, the optimizer's class and the entry's name."""
+
+
+class PackedStates:
+    """Hooks by which ``optimizer.state_dict()`` unpacks, and ``load_state_dict`` packs the state of packed weights.
+
+    Only optimizers whose own ``state_dict`` runs torch's hooks are reached, so a wrapper with one of its own saves the
+    packed shapes; these are loaded as they are.
+
+    Args:
+        weights: packed weights.
+        fill: see `Fill`.
+
+    """
+
+    def __init__(self, weights: Sequence[MaskedWeight], fill: Fill) -> None:
+        self._weights = {id(weight.parameter): weight for weight in weights}
+        self._fill = fill
+        self._handles: list[Any] = []
+
+    def use(self, optimizers: Sequence[Optimizer]) -> None:
+        """Hook these optimizers, and no others."""
+        self.close()
+        found = {id(inner): inner for optimizer in optimizers for inner in nested_optimizers(optimizer)}
+        for optimizer in found.values():
+            if "_optimizer_state_dict_post_hooks" in vars(optimizer):
+                self._handles.append(optimizer.register_state_dict_post_hook(OwnHook(self._unpack)))
+                self._handles.append(optimizer.register_load_state_dict_pre_hook(OwnHook(self._pack)))
+
+    def close(self) -> None:
+        """Remove the hooks. May be called twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _unpack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        changed = dict(state_dict["state"])
+        for index, weight, state in self._held(optimizer, state_dict):
+            changed[index] = {name: self._whole(optimizer, weight, name, x) for name, x in state.items()}
+        return {**state_dict, "state": changed}
+
+    def _whole(self, optimizer: Optimizer, weight: MaskedWeight, name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape != weight.parameter.shape:
+            return value
+        packing: Any = weight.candidate.module._estdgm_packing
+        fill = self._fill(weight, type(optimizer).__name__, name)
+        whole = packing.unpack(value.detach() - fill if fill else value.detach())
+        return whole + fill if fill else whole
+
+    def _pack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        changed = dict(state_dict["state"])
+        for index, weight, state in self._held(optimizer, state_dict):
+            changed[index] = {name: _packed(weight, name, value) for name, value in state.items()}
+        return {**state_dict, "state": changed}
+
+    def _held(
+        self, optimizer: Optimizer, state_dict: Mapping[str, Any]
+    ) -> Iterator[tuple[Any, MaskedWeight, Mapping[str, Any]]]:
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, parameter in zip(saved, held, strict=False):
+            weight, state = self._weights.get(id(parameter)), state_dict["state"].get(index)
+            if weight is not None and weight.placement.product and isinstance(state, Mapping):
+                yield index, weight, state
+
+
+def _packed(weight: MaskedWeight, name: str, value: Any) -> Any:
+    packing: Any = weight.candidate.module._estdgm_packing
+    if not isinstance(value, Tensor) or value.numel() < 2:
+        return value
+    if tuple(value.shape) == packing.stored_shape:
+        return packing.pack(value.to(packing.topology.device))
+    if value.shape != weight.parameter.shape and value.dim() > 1:
+        raise ValueError(
+            f"layer {weight.name!r}: the optimizer's state {name!r} has shape {tuple(value.shape)}, expected that of "
+            f"the whole weight, {packing.stored_shape}: load the checkpoint of the same model, and masks before the "
+            "optimizer's state"
+        )
+    return value

@@ -1,0 +1,344 @@
+"""Layers that store the active units of their weight only: the class that such a layer takes on.
+
+The layer keeps its module object and its name, and its parameter keeps its object and its name, too: under ``weight``
+stands a parameter of shape ``[units, rows, columns]``. Read as an attribute, ``layer.weight`` is the whole weight.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_estdgm.method._masks import BlockSize, sides
+from lightning_estdgm.modules._kinds import CONVOLUTIONS, LayerKind, own_class
+from lightning_estdgm.modules._sparse_forward import STATE_PREFIX
+from lightning_estdgm.sparse._packed_linear import expand, gather, packed_linear
+from lightning_estdgm.sparse._topology import BlockTopology
+
+_WEIGHT = "weight"
+_READ_AGAIN = frozenset({"__get__", "detach"})  # what gives another view of the weight, such as ``weight.data``
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """How a layer's weight is packed.
+
+    Attributes:
+        name: name of the layer in the model, for errors.
+        shape: shape ``(out, in, ...)`` of the whole weight.
+        transposed: whether the state dict has it as ``(in, out)``.
+        block_size: mask unit.
+        topology: active units of the matrix ``(out, in * taps)``.
+
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool
+    block_size: BlockSize
+    topology: BlockTopology
+
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, ...], transposed: bool, mask: Tensor, block_size: BlockSize) -> Packing:
+        """Return the packing of a mask of `method._masks.mask_shape`."""
+        return cls(name, shape, transposed, block_size, topology_of(mask, block_size, shape))
+
+    def pack(self, stored: Tensor) -> Tensor:
+        """Return the active units of a tensor as the state dict has it, ``[units, rows, columns]``."""
+        return gather(self.oriented(stored).flatten(1), self.topology)
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """Return the whole tensor of packed values, as the state dict has it; differentiable."""
+        whole = expand(values, self.topology).view(self.shape)
+        return whole.t().contiguous() if self.transposed else whole
+
+    def oriented(self, stored: Tensor) -> Tensor:
+        """Return a tensor as the state dict has it, oriented ``(out, in, ...)``."""
+        return stored.t() if self.transposed else stored
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the weight in the state dict."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+
+def topology_of(mask: Tensor, block_size: BlockSize, shape: tuple[int, ...]) -> BlockTopology:
+    """Return the active units of a weight ``(out, in, ...)`` as those of the matrix ``(out, in * taps)``."""
+    if block_size == 1 or len(shape) == 2:
+        return BlockTopology.from_mask(mask.flatten(1), block_size, compact=True)
+    rows, columns = sides(block_size)
+    return BlockTopology.from_mask(mask, (rows, columns * math.prod(shape[2:])), compact=True)
+
+
+class WholeWeight(Tensor):
+    """The whole weight of a packed layer, to be read: what writes to it raises, as nothing would come of it."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run a function on plain tensors; refuse those that write in place."""
+        name = getattr(func, "__name__", "")
+        if name in ("__setitem__", "__set__", "__delete__") or (name.endswith("_") and not name.endswith("__")):
+            raise RuntimeError(f"{name} would write to a copy: {_SAY}")
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        if name in _READ_AGAIN and isinstance(result, Tensor) and result.dim() > 1:
+            return result.as_subclass(cls)
+        return result
+
+
+_SAY = (
+    "the layer stores its active units only (storage='packed'). Load a whole weight by "
+    "`module.load_state_dict({'weight': ...}, strict=False)`, or write to the packed values, "
+    "`dict(module.named_parameters())['weight']`"
+)
+
+
+class PackedForward:
+    """Mixin of the packed classes: the parameter ``weight`` holds active units only. All state lives on the instance.
+
+    A deepcopy is packed as well, with a mask of its own; a pickle is the plain layer with its whole weight.
+    """
+
+    _estdgm_dense_class: type[nn.Module]
+    _estdgm_packing: Packing
+    _estdgm_observer: Callable[[Tensor], None] | None
+    _estdgm_observing: bool
+    _estdgm_called: bool
+    _estdgm_held: bool
+    _estdgm_loaded: Tensor | None
+    _parameters: dict[str, Any]
+
+    @property
+    def packed_weight(self) -> nn.Parameter:
+        """The active units, ``[units, rows, columns]``."""
+        parameter: nn.Parameter = self._parameters[_WEIGHT]
+        return parameter
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole weight, made anew at each reading; gradients reach the active units through it."""
+        whole = self._whole_weight()
+        if self._estdgm_observing and whole.requires_grad:
+            whole.register_hook(self._see)
+        return whole.as_subclass(WholeWeight)
+
+    def _whole_weight(self) -> Tensor:
+        if self._estdgm_loaded is not None:
+            return self._estdgm_loaded.detach().to(self.packed_weight)
+        return self._estdgm_packing.unpack(self.packed_weight)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == _WEIGHT:
+            raise AttributeError(f"layer {self._estdgm_packing.name!r}: the weight cannot be replaced, as {_SAY}")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name == _WEIGHT:
+            raise AttributeError(f"layer {self._estdgm_packing.name!r}: the weight cannot be removed, as {_SAY}")
+        super().__delattr__(name)
+
+    def _see(self, gradient: Tensor) -> None:
+        """Pass a gradient of the whole weight on to who observes it."""
+        if self._estdgm_observer is not None:
+            self._estdgm_observer(self._estdgm_packing.oriented(gradient.detach()))
+
+    # ------------------------------------------------------------------ torch's own ways of a module
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        packing = self._estdgm_packing
+        self._estdgm_packing = replace(packing, topology=packing.topology.apply(fn))
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        whole = self._whole_weight()
+        destination[prefix + _WEIGHT] = whole if keep_vars else whole.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key, packing = prefix + _WEIGHT, self._estdgm_packing
+        given = state_dict.get(key)
+        if given is not None:
+            own = self.packed_weight.detach()
+            if tuple(given.shape) != packing.stored_shape:
+                error_msgs.append(
+                    f"size mismatch for {key}: got {tuple(given.shape)}, expected the whole weight "
+                    f"{packing.stored_shape} of layer {packing.name!r}, which stores its active units only"
+                )
+                state_dict[key] = own
+            elif local_metadata.get("assign_to_params_buffers", False):
+                error_msgs.append(f"{key}: assign=True would replace the parameter of a packed layer: leave it out")
+                state_dict[key] = own
+            else:
+                state_dict[key] = self._taken(given.detach())
+        super()._load_from_state_dict(  # type: ignore[misc]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _taken(self, given: Tensor) -> Tensor:
+        """Return the active units of a loaded weight; one that holds others is kept until its mask is known.
+
+        A layer under no controller takes over the units that are not zero.
+        """
+        packing = self._estdgm_packing
+        values = packing.pack(given.to(packing.topology.device))
+        is_other = int(torch.count_nonzero(given)) != int(torch.count_nonzero(values))
+        self._estdgm_loaded = given if is_other and self._estdgm_held else None
+        if is_other and not self._estdgm_held:
+            units = _units_of(given.to(packing.topology.device), packing)
+            repack_(self, units)
+            values = self._estdgm_packing.pack(given.to(packing.topology.device))
+        return values
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(
+            {
+                name: copy.deepcopy(value, memo) if name != "_estdgm_observer" else None
+                for name, value in self.__dict__.items()
+            }
+        )
+        vars(new).update(_estdgm_held=False, _estdgm_observing=False)
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {name: value for name, value in self.__dict__.items() if not name.startswith(STATE_PREFIX)}
+        weight = nn.Parameter(self._whole_weight().detach(), self.packed_weight.requires_grad)
+        state["_parameters"] = {**self._parameters, _WEIGHT: weight}
+        return object.__new__, (self._estdgm_dense_class,), state
+
+
+class _PackedLinear(PackedForward):
+    """A linear layer on its active units."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._estdgm_called = True
+        packing, bias = self._estdgm_packing, self._parameters.get("bias")
+        if self._estdgm_loaded is not None:
+            return F.linear(x, packing.oriented(self._whole_weight()), bias)
+        y = packed_linear(x, self.packed_weight, packing.topology, bias)
+        if self._estdgm_observing and y.requires_grad:
+            seen = x.detach()
+            y.register_hook(lambda dy: self._see_product(dy, seen))
+        return y
+
+    def _see_product(self, dy: Tensor, x: Tensor) -> None:
+        dy = dy.detach().flatten(0, -2)
+        gradient = dy.t() @ x.flatten(0, -2).to(dy.dtype)
+        if self._estdgm_observer is not None:
+            self._estdgm_observer(gradient.to(self.packed_weight.dtype))
+
+
+class _PackedConv(PackedForward):
+    """A convolution that stores its active units; the whole weight of the one layer is made for the product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._estdgm_called = True
+        whole = self._whole_weight()
+        if self._estdgm_observing and whole.requires_grad:
+            whole.register_hook(self._see)
+        y: Tensor = self._conv_forward(x, whole, self._parameters.get("bias"))  # type: ignore[attr-defined]
+        return y
+
+
+_PACKED: dict[type, type] = {}
+
+
+def why_not_packed(module: nn.Module, kind: LayerKind) -> str:
+    """Return the reason why a layer's weight cannot be packed; empty if it can."""
+    cls = own_class(module)
+    if cls in CONVOLUTIONS:
+        return ""
+    if kind.experts or kind.weight_name != _WEIGHT or isinstance(module, CONVOLUTIONS):
+        return f"no packed {cls.__name__}"
+    return kind.why_dense(module) and f"no packed {cls.__name__}"
+
+
+def pack_(module: Any, packing: Packing) -> None:
+    """Make a layer store the active units of its weight only; the parameter stays the same object.
+
+    Args:
+        module: layer for which `why_not_packed` is empty.
+        packing: its active units.
+
+    """
+    values = packing.pack(module._parameters[_WEIGHT].detach())
+    cls = type(module)
+    if cls not in _PACKED:
+        mixin = _PackedConv if issubclass(cls, CONVOLUTIONS) else _PackedLinear
+        _PACKED[cls] = type(f"Packed{cls.__name__}", (mixin, cls), {"_estdgm_dense_class": cls})
+    vars(module).update(
+        _estdgm_packing=packing,
+        _estdgm_observer=None,
+        _estdgm_observing=False,
+        _estdgm_called=False,
+        _estdgm_held=True,
+        _estdgm_loaded=None,
+    )
+    module.__class__ = _PACKED[cls]
+    resize_(module._parameters[_WEIGHT], values)
+
+
+def repack_(module: PackedForward, mask: Tensor) -> None:
+    """Give a packed layer another mask; units that stay keep their values, others are 0."""
+    packing = module._estdgm_packing
+    new = replace(packing, topology=topology_of(mask, packing.block_size, packing.shape))
+    values = new.pack(packing.unpack(module.packed_weight.detach()))
+    module._estdgm_packing = new
+    resize_(module.packed_weight, values)
+
+
+def unpack_(module: Any, weight: Tensor | None = None) -> None:
+    """Make a packed layer store its whole weight again, in its own class.
+
+    Args:
+        module: packed layer; any other is left alone.
+        weight: weight as the state dict has it; ``None``: the active units, and 0 elsewhere.
+
+    """
+    if not isinstance(module, PackedForward):
+        return
+    parameter, packing = module.packed_weight, module._estdgm_packing
+    whole = module._whole_weight().detach() if weight is None else weight.to(parameter)
+    gradient = None if parameter.grad is None else packing.unpack(parameter.grad)
+    parameter.grad = None
+    module.__class__ = module._estdgm_dense_class  # type: ignore[assignment]
+    for name in [name for name in vars(module) if name.startswith(STATE_PREFIX)]:
+        delattr(module, name)
+    resize_(parameter, whole)
+    parameter.grad = gradient
+
+
+@torch.no_grad()
+def resize_(tensor: Tensor, values: Tensor) -> None:
+    """Give a tensor other values, maybe more or fewer; it stays the same object, and in place where it can."""
+    if tensor.shape == values.shape:
+        tensor.copy_(values)
+    else:
+        tensor.set_(values.to(tensor.dtype).contiguous())  # type: ignore[call-overload]
+
+
+def _units_of(stored: Tensor, packing: Packing) -> Tensor:
+    """Return the mask of the units of a weight that are not 0."""
+    rows, columns = packing.topology.sides
+    grid = packing.oriented(stored).reshape(packing.topology.block_rows, rows, packing.topology.block_cols, columns)
+    mask = grid.ne(0).any(3).any(1)
+    return mask.view(packing.shape) if packing.block_size == 1 else mask

@@ -1,0 +1,324 @@
+"""`DGMCallback` with ``storage="packed"`` in a real Trainer: checkpoints, Lightning's features, refusals."""
+
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
+from torch import nn
+from torch.utils.data import DataLoader
+
+from helpers.models import MLP, NO_VALIDATION_LOADER, ConvNet, ResumableLoader, make_trainer
+from helpers.runs import EPOCH_STEPS, SCHEDULE, STEPS
+from lightning_estdgm import DGMCallback, DGMConfig, DGMController, Units
+from lightning_estdgm.modules._packed_forward import PackedForward
+
+pytestmark = [
+    pytest.mark.filterwarnings(NO_VALIDATION_LOADER),
+    pytest.mark.filterwarnings("ignore:Be aware .*add the following callbacks"),
+]
+ROUNDING = 1e-12
+
+
+def config(storage="packed", unit=4, **settings):
+    return DGMConfig(SCHEDULE, units=Units(size=unit), storage=storage, **settings)
+
+
+class Double(MLP):
+    """In float64, so that the two storages differ by rounding alone."""
+
+    def __init__(self, optimizer="adamw", scheduler="onecycle"):
+        super().__init__(32, optimizer, scheduler)
+        self.double()
+
+    def loss(self, batch):
+        return super().loss(tuple(x.double() for x in batch))
+
+
+def loader(accumulate=1, cls=MLP):
+    return ResumableLoader(cls.batches(EPOCH_STEPS * accumulate, *([32] if cls is MLP else [])))
+
+
+def fit(callback, *extra, module=None, ckpt=None, seed=0, accumulate=1, cls=Double, **settings):
+    pl.seed_everything(seed, verbose=False)
+    module = module or cls()
+    trainer = make_trainer(
+        callback,
+        *extra,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in extra),
+        **{"max_steps": STEPS, "max_epochs": -1, "accumulate_grad_batches": accumulate, **settings},
+    )
+    trainer.fit(module, loader(accumulate, MLP if cls is Double else cls), ckpt_path=ckpt)
+    return module, trainer
+
+
+def state_of(trainer):
+    """Return weights and optimizer state as a checkpoint has them."""
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+    states = [state for optimizer in checkpoint["optimizer_states"] for state in optimizer["state"].items()]
+    return checkpoint["state_dict"], {f"{i}.{k}": torch.as_tensor(x) for i, s in sorted(states) for k, x in s.items()}
+
+
+def difference(one, other):
+    worst = 0.0
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        worst = max([worst, *((a[k] - b[k]).abs().max().item() for k in a)])
+    return worst
+
+
+def dense_without_audit(accumulate=1, clip=None):
+    """Return the state of a plain loop with dense storage, whose masks are there from the first step on."""
+    pl.seed_everything(0, verbose=False)
+    module = Double()
+    trainer = make_trainer(max_steps=STEPS)
+    module.trainer = trainer
+    optimizer = torch.optim.AdamW(module.parameter_groups(), lr=1e-3)
+    batches = loader(accumulate).batches
+    with DGMController(module, optimizer, config("dense", backend="dense"), total_steps=STEPS, audit=False) as dgm:
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            for i in range(accumulate):
+                batch = batches[(step * accumulate + i) % len(batches)]
+                (module.loss(batch) / accumulate).backward()
+            dgm.mask_gradients()
+            if clip:
+                nn.utils.clip_grad_norm_(module.parameters(), clip)
+            optimizer.step()
+            dgm.advance()
+        return module.state_dict(), dgm.masks()
+
+
+@pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (1, 0.1), (2, 0.1)], ids=["plain", "clipped", "both"])
+def test_a_fit_is_that_of_dense_storage(accumulate, clip):
+    callback = DGMCallback(config())
+    pl.seed_everything(0, verbose=False)
+    module, _ = fit(callback, module=Double(scheduler=None), accumulate=accumulate, gradient_clip_val=clip)
+    expected, masks = dense_without_audit(accumulate, clip)
+    assert all(torch.equal(callback.masks()[name], masks[name]) for name in masks)
+    assert difference([module.state_dict()], [expected]) < ROUNDING
+
+
+def test_the_optimizer_is_made_of_packed_parameters():
+    seen = []
+
+    class Watched(Double):
+        def configure_optimizers(self):
+            seen.extend(tuple(p.shape) for p in self.parameters())
+            return super().configure_optimizers()
+
+    fit(DGMCallback(config()), module=Watched())
+    assert [s for s in seen if len(s) == 3] == [seen[0], seen[2]]
+    assert seen[0][1:] == (4, 4)
+    assert seen[0][0] == pytest.approx(0.7 * 64, abs=6)
+
+
+def test_the_table_says_packed(capsys):
+    fit(DGMCallback(config()))
+    assert "packed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("at", [5, 18], ids=["in a window", "after shrinking"])
+def test_resume_is_exact(tmp_path, at):
+    _, trainer = fit(DGMCallback(config()), _save(tmp_path, at))
+    expected = state_of(trainer)
+    _, trainer = fit(DGMCallback(config()), ckpt=tmp_path / f"{at}.ckpt", seed=1)
+    assert difference(expected, state_of(trainer)) == 0.0
+
+
+def _save(folder, at):
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == at:
+                trainer.save_checkpoint(folder / f"{at}.ckpt")
+
+    return Save()
+
+
+@pytest.mark.parametrize("storages", [("packed", "dense"), ("dense", "packed")], ids="-".join)
+def test_a_checkpoint_of_either_storage_goes_on_in_the_other(tmp_path, storages):
+    first, second = storages
+    _, trainer = fit(DGMCallback(config(first)), _save(tmp_path, 18))
+    expected = state_of(trainer)
+    _, trainer = fit(DGMCallback(config(second)), ckpt=tmp_path / "18.ckpt", seed=1)
+    assert difference(expected, state_of(trainer)) < ROUNDING
+
+
+def test_a_checkpoint_without_this_callback_goes_on(tmp_path):
+    _, trainer = fit(DGMCallback(config()), _save(tmp_path, 18))
+    checkpoint = torch.load(tmp_path / "18.ckpt", weights_only=True)
+    del checkpoint["callbacks"]["DGMCallback"]
+    torch.save(checkpoint, tmp_path / "bare.ckpt")
+    callback = DGMCallback(config())
+    with pytest.warns(UserWarning, match="masks were recovered from its weights"):
+        fit(callback, ckpt=tmp_path / "bare.ckpt", seed=1)
+    assert callback.density == pytest.approx(0.1, abs=0.02)
+
+
+def test_the_best_checkpoint_is_tested_after_the_fit(tmp_path):
+    class Tested(Double):
+        def test_step(self, batch, batch_idx):
+            self.log("test_loss", self.loss(batch), batch_size=1)
+
+    save = ModelCheckpoint(tmp_path, every_n_train_steps=10, save_top_k=-1, filename="{step}")
+    module, _ = fit(DGMCallback(config()), save, module=Tested())
+    for path in sorted(tmp_path.glob("*.ckpt")):
+        plain = Tested()
+        plain.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+        expected = torch.stack([plain.loss(batch) for batch in loader().batches]).mean().item()
+        (found,) = make_trainer().test(
+            module, DataLoader(loader().batches, batch_size=None), ckpt_path=path, verbose=False
+        )
+        assert found["test_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_second_fit_goes_on_from_a_packed_model():
+    module, _ = fit(DGMCallback(config()))
+    before = copy.deepcopy(module.state_dict())
+    for storage in ("packed", "dense"):
+        again = DGMCallback(config(storage))
+        fit(again, module=module, max_steps=STEPS)
+        assert again.density == pytest.approx(0.1, abs=0.02)
+        assert module.state_dict().keys() == before.keys()
+
+
+# --------------------------------------------------------------------------- Lightning's features
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adamw_fused", "adagrad", "rmsprop"])
+@pytest.mark.parametrize("settings", [{}, {"precision": "bf16-mixed"}, {"precision": "bf16-true"}], ids=str)
+def test_optimizers_and_precisions(optimizer, settings):
+    callback = DGMCallback(config())
+    module, _ = fit(callback, module=MLP(32, optimizer, "cosine"), max_epochs=5, **settings)
+    assert callback.density == pytest.approx(0.1, abs=0.02)
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+def test_convolutions():
+    callback = DGMCallback(config(unit=1))
+    module, _ = fit(callback, cls=ConvNet)
+    assert isinstance(module.features[0], PackedForward)
+    assert callback.density == pytest.approx(0.1, abs=0.02)
+
+
+class Manual(Double):
+    def __init__(self):
+        super().__init__(scheduler=None)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+        optimizer.step()
+
+
+def test_manual_optimization():
+    callback = DGMCallback(config())
+    module, _ = fit(callback, module=Manual())
+    assert callback.density == pytest.approx(0.1, abs=0.02)
+    assert module.net[0]._parameters["weight"].shape[0] == int(callback.masks()["net.0"].sum())
+
+
+class SinceMasked(WeightAveraging):
+    def should_update(self, step_idx=None, epoch_idx=None):
+        return step_idx is not None
+
+
+@pytest.mark.parametrize("kind", [SinceMasked, EMAWeightAveraging], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("first", [True, False], ids=["before ours", "after ours"])
+def test_averages_of_weights(kind, first):
+    average = kind()
+    callback = DGMCallback(config())
+    order = (average, callback) if first else (callback, average)
+    module, _ = fit(*order, module=Double(scheduler=None))
+    masks = callback.masks()
+    for name, mask in masks.items():
+        whole = module.get_submodule(name).weight
+        units = whole.unflatten(1, (-1, 4)).unflatten(0, (-1, 4)).abs().sum((1, 3))
+        assert torch.equal(units > 0, mask)
+
+
+class MadeLate(Double):
+    """Makes its layers in `configure_model`."""
+
+    def __init__(self):
+        super().__init__()
+        del self.net
+
+    def configure_model(self):
+        if not hasattr(self, "net"):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(3)
+                self.net = MLP(32).net.double()
+
+
+def test_a_model_made_in_configure_model():
+    callback = DGMCallback(config())
+    module, _ = fit(callback, module=MadeLate())
+    assert isinstance(module.net[0], PackedForward)
+    assert "configure_model" not in vars(module)
+
+
+# --------------------------------------------------------------------------- refusals, errors
+
+
+def plain(module):
+    return [type(m) for m in module.modules()], [sorted(vars(m)) for m in module.modules()]
+
+
+@pytest.mark.parametrize("failing", ["raising", "matrices"])
+def test_weights_are_as_they_were_if_the_fit_does_not_begin(failing):
+    class Failing(Double):
+        def configure_optimizers(self):
+            if failing == "raising":
+                raise RuntimeError("no optimizer today")
+            return torch.optim.Adafactor(self.parameters())
+
+    module = Failing()
+    before, weights = plain(module), copy.deepcopy(module.state_dict())
+    expected = {"raising": "no optimizer today", "matrices": "cannot be stored packed under Adafactor"}[failing]
+    with pytest.raises((RuntimeError, ValueError), match=expected) as caught:
+        fit(DGMCallback(config()), module=module)
+    if failing == "raising":
+        assert "storage='packed' masked weights are parameters of shape" in str(caught.value.__notes__)
+    assert plain(module)[0] == before[0]
+    assert difference([module.state_dict()], [weights]) == 0.0
+    fit(DGMCallback(config()), module=Double())
+
+
+def test_muon_of_torch_is_refused_with_the_way_out():
+    class Matrices(Double):
+        def configure_optimizers(self):
+            return torch.optim.Muon([p for p in self.parameters() if p.dim() > 1])
+
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    with pytest.raises(ValueError, match="Muon") as caught:
+        fit(DGMCallback(config()), module=Matrices())
+    assert "storage='dense'" in str(caught.value.__notes__)
+
+
+def test_sharding_is_refused_by_name():
+    trainer = make_trainer()
+    trainer.strategy.__class__ = type("FSDPStrategy", (type(trainer.strategy),), {})
+    with pytest.raises(ValueError, match="one device and with DDP, got FSDPStrategy: use storage='dense'"):
+        DGMCallback(config()).setup(trainer, Double(), "fit")
+
+
+def test_compressed_gradients_are_refused():
+    with pytest.raises(ValueError, match="sends active units only already"):
+        DGMCallback(config(), compress_gradients=True)
+
+
+def test_a_layer_used_by_itself_ends_the_fit_with_its_name():
+    class Odd(Double):
+        def forward(self, x):
+            return self.net[4](torch.tanh(x @ self.net[0].weight.t()) @ self.net[2].weight.t())
+
+    module = Odd()
+    with pytest.raises(ValueError, match=r"its weight is used by itself.*Selection\(exclude"):
+        fit(DGMCallback(config()), module=module)
+    assert torch.isfinite(module.net[0].weight).all()

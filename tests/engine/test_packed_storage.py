@@ -1,0 +1,452 @@
+"""``storage="packed"`` under a `DGMController`: the same numbers as dense storage, state dicts, refusals."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from helpers.controller_runs import SCHEDULE, STEPS, adamw, constant, fit, loss_of, run, saved, sgd
+from lightning_estdgm.config import DGMConfig, Selection, Units
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.method._patterns import NofM
+from lightning_estdgm.method._update_rule import UpdateRule
+from lightning_estdgm.modules._packed_forward import PackedForward
+from lightning_estdgm.presets import preset
+
+ROUNDING = 1e-12  # of 40 steps in float64; a step of another size or a lost state shows at 1e-4 and more
+
+
+def momentum(model):
+    return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def adagrad(model):
+    return torch.optim.Adagrad(model.parameters(), 1e-2, initial_accumulator_value=0.1)
+
+
+def lion(model):
+    return pytest.importorskip("pytorch_optimizer").Lion(model.parameters(), lr=1e-3)
+
+
+def schedule_free(model):
+    optimizer = pytest.importorskip("schedulefree").AdamWScheduleFree(model.parameters(), lr=5e-3)
+    optimizer.train()
+    return optimizer
+
+
+OPTIMIZERS = (sgd, momentum, adamw, adagrad, lion, schedule_free)
+RULES = {
+    "random": UpdateRule(grow="random"),
+    "consistency": UpdateRule(),
+    "gradient": UpdateRule(grow="gradient"),
+    "regrown": UpdateRule(regrow=True),
+    "redistributed": UpdateRule(redistribute="global"),
+}
+
+
+def config(unit=4, storage="packed", schedule=SCHEDULE, **settings):
+    backend = "auto" if storage == "packed" else "dense"
+    return DGMConfig(schedule, units=Units(size=unit), storage=storage, backend=backend, **settings)
+
+
+def double(model):
+    """Return a model in float64, for inputs in float32."""
+    model.double().register_forward_pre_hook(lambda module, args: (args[0].double(),))
+    return model
+
+
+def trained(model, make, settings, steps=STEPS):
+    """Return (model, optimizer, masks after each step)."""
+    optimizer = make(model)
+    history = []
+    with DGMController(model, optimizer, settings, total_steps=STEPS, audit=False) as dgm:
+        history.extend(dgm.masks() for _ in fit(model, optimizer, dgm, last=steps))
+    return model, optimizer, history
+
+
+def largest_difference(one, other):
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
+def largest_state_difference(one, other):
+    one, other = one.state_dict()["state"], other.state_dict()["state"]
+    assert one.keys() == other.keys()
+    return max(
+        (
+            (torch.as_tensor(x) - torch.as_tensor(other[index][key])).abs().max().item()
+            for index in one
+            for key, x in one[index].items()
+        ),
+        default=0.0,
+    )
+
+
+def check_equal(dense, packed):
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(dense[2], packed[2], strict=True) for n in a)
+    assert largest_difference(dense[0], packed[0]) < ROUNDING
+    assert largest_state_difference(dense[1], packed[1]) < ROUNDING
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS, ids=lambda make: make.__name__)
+def test_packed_weights_train_as_whole_ones_do(mlp, make):
+    runs = [trained(double(mlp(32, 256, 128, 4)), make, config(4, storage)) for storage in ("dense", "packed")]
+    check_equal(*runs)
+    masks = runs[0][2]
+    assert int(masks[0]["0"].sum()) > 4 * int(masks[-1]["0"].sum()) > 0
+
+
+@pytest.mark.parametrize("unit", [1, (4, 1), 16], ids=str)
+def test_units_of_every_kind(mlp, unit):
+    check_equal(*(trained(double(mlp(32, 256, 128, 4)), adamw, config(unit, s)) for s in ("dense", "packed")))
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_rules_of_every_kind(mlp, rule):
+    check_equal(
+        *(trained(double(mlp(32, 256, 128, 4)), adamw, config(4, s, update_rule=rule)) for s in ("dense", "packed"))
+    )
+
+
+def test_the_comparison_can_fail(mlp):
+    dense = trained(double(mlp(32, 256, 128, 4)), adamw, config(4, "dense"))
+    packed = trained(double(mlp(32, 256, 128, 4)), adamw, config(4, seed=1))
+    assert largest_difference(dense[0], packed[0]) > 1e-4
+
+
+class Convolutions(nn.Module):
+    """A convolution of each number of dimensions, a grouped one, and a transposed one, which stays whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.two = nn.Conv2d(4, 16, 3, padding=1, stride=2)
+        self.grouped = nn.Conv2d(16, 16, 3, groups=4, padding_mode="circular", padding=1)
+        self.up = nn.ConvTranspose2d(16, 8, 2)
+        self.one = nn.Conv1d(8, 16, 3, bias=False)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.up(F.gelu(self.grouped(F.gelu(self.two(x.view(-1, 4, 4, 2))))))
+        return self.head(F.gelu(self.one(x.flatten(2))).mean(2))
+
+
+@pytest.mark.parametrize("unit", [1, 4], ids=str)
+def test_convolutions(unit):
+    runs = []
+    for storage in ("dense", "packed"):
+        torch.manual_seed(0)
+        runs.append(trained(double(Convolutions()), adamw, config(unit, storage)))
+    check_equal(*runs)
+    model = runs[1][0]
+    assert [isinstance(m, PackedForward) for m in model.children()] == [True, True, False, True, False]
+
+
+def test_why_a_layer_is_stored_whole_is_said():
+    model = Convolutions()
+    with DGMController(model, adamw(model), config(4), total_steps=STEPS) as dgm:
+        found = {d.name: (d.backend, d.why) for d in dgm.decisions()}
+    assert found["two"] == ("packed", "")
+    assert found["up"][0] == "dense"
+    assert "stored whole: no packed ConvTranspose2d" in found["up"][1]
+
+
+# --------------------------------------------------------------------------- what is stored
+
+
+def test_parameters_gradients_and_states_have_the_size_of_the_active_units(mlp):
+    model, optimizer, history = trained(mlp(32, 256, 128, 4), adamw, config(4))
+    for index, name in ((0, "0"), (2, "2")):
+        parameter = model[index]._parameters["weight"]
+        units = int(history[-1][name].sum())
+        assert parameter.shape == (units, 4, 4)
+        assert parameter.grad.shape == parameter.shape
+        assert {x.shape for x in optimizer.state[parameter].values() if x.dim() > 0} == {parameter.shape}
+        assert parameter.untyped_storage().nbytes() == parameter.numel() * 4
+
+
+def test_parameters_stay_the_same_objects_in_the_same_order_under_the_same_names(mlp):
+    model = mlp(32, 256, 128, 4)
+    names = list(model.state_dict())
+    before = dict(model.named_parameters())
+    trained(model, adamw, config(4))
+    after = dict(model.named_parameters())
+    assert list(before) == list(after) == names
+    assert all(before[name] is after[name] for name in names)
+
+
+def test_growth_at_random_sees_no_gradient_of_inactive_units(mlp, monkeypatch):
+    seen = []
+    monkeypatch.setattr(PackedForward, "_see", lambda *args: seen.append(args))
+    monkeypatch.setattr(
+        "lightning_estdgm.modules._packed_forward._PackedLinear._see_product", lambda *args: seen.append(args)
+    )
+    trained(mlp(32, 256, 128, 4), adamw, config(4, update_rule=UpdateRule(keep="magnitude", grow="random")))
+    assert not seen
+    trained(mlp(32, 256, 128, 4), adamw, config(4, update_rule=UpdateRule(keep="magnitude", grow="gradient")), steps=3)
+    assert seen
+
+
+# --------------------------------------------------------------------------- state
+
+
+def resumed(mlp, first, second, stop):
+    model = double(mlp(32, 256, 128, 4))
+    optimizer = adamw(model)
+    with DGMController(model, optimizer, first, total_steps=STEPS, audit=False) as dgm:
+        run(model, optimizer, dgm, last=stop)
+        state = saved({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "dgm": dgm.state_dict()})
+    model = double(mlp(32, 256, 128, 4, seed=99))
+    optimizer = adamw(model)
+    model.load_state_dict(state["model"])
+    with DGMController(model, optimizer, second, total_steps=STEPS, state=state["dgm"], audit=False) as dgm:
+        optimizer.load_state_dict(state["optimizer"])
+        run(model, optimizer, dgm, first=stop)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("stop", [2, 17], ids=["in a window", "between windows"])
+@pytest.mark.parametrize("storages", [("packed", "packed"), ("packed", "dense"), ("dense", "packed")], ids="-".join)
+def test_a_run_goes_on_from_either_storage_in_either(mlp, storages, stop):
+    first, second = (config(4, storage) for storage in storages)
+    model, optimizer = resumed(mlp, first, second, stop)
+    straight = trained(double(mlp(32, 256, 128, 4)), adamw, second)
+    exact = 0.0 if storages == ("packed", "packed") else ROUNDING
+    assert largest_difference(model, straight[0]) <= exact
+    assert largest_state_difference(optimizer, straight[1]) <= exact
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["masks first", "model first"])
+def test_weights_and_masks_load_in_either_order_into_a_packed_model(mlp, late):
+    source, _, history = trained(mlp(32, 256, 128, 4), adamw, config(4), steps=20)
+    optimizer = adamw(model := mlp(32, 256, 128, 4))
+    with DGMController(model, optimizer, config(4), total_steps=STEPS) as first:
+        run(model, optimizer, first, last=20)
+        state = first.state_dict()
+    model = mlp(32, 256, 128, 4, seed=5)
+    with DGMController(model, adamw(model), config(4), total_steps=STEPS) as dgm:
+        if not late:
+            dgm.load_state_dict(state)
+        model.load_state_dict(source.state_dict())
+        assert largest_difference(model, source) == 0.0  # nothing is lost on the way
+        if late:
+            dgm.load_state_dict(state)
+        assert largest_difference(model, source) == 0.0
+        assert all(torch.equal(dgm.masks()[name], history[-1][name]) for name in history[-1])
+
+
+def test_state_dicts_have_the_keys_shapes_and_zeros_of_dense_storage(mlp):
+    (dense, optimizer, _), (packed, optimizer2, _) = (
+        trained(mlp(32, 256, 128, 4), adamw, config(4, s)) for s in ("dense", "packed")
+    )
+    shapes = [{k: tuple(v.shape) for k, v in model.state_dict().items()} for model in (dense, packed)]
+    assert shapes[0] == shapes[1]
+    assert all(torch.equal(dense.state_dict()[k] == 0, packed.state_dict()[k] == 0) for k in shapes[0])
+    states = [o.state_dict() for o in (optimizer, optimizer2)]
+    shapes = [
+        {i: {k: torch.as_tensor(x).shape for k, x in s.items()} for i, s in state["state"].items()} for state in states
+    ]
+    assert shapes[0] == shapes[1]
+    plain = mlp(32, 256, 128, 4)
+    plain.load_state_dict(packed.state_dict())
+    torch.testing.assert_close(plain(torch.ones(2, 32)), packed(torch.ones(2, 32)))
+
+
+def test_a_weight_of_another_mask_ends_the_run_before_its_next_step_and_is_not_lost(mlp):
+    model, other = mlp(32, 256, 128, 4), mlp(32, 256, 128, 4, seed=5)
+    optimizer = adamw(model)
+    with DGMController(model, optimizer, config(4), total_steps=STEPS) as dgm:
+        run(model, optimizer, dgm, last=2)
+        model.load_state_dict(other.state_dict())
+        torch.testing.assert_close(model(torch.ones(2, 32)), other(torch.ones(2, 32)))
+        with pytest.raises(ValueError, match="a weight was loaded that is not 0 outside the mask"):
+            run(model, optimizer, dgm, first=2, last=3)
+        assert largest_difference(model, other) == 0.0
+
+
+def test_a_weight_of_another_shape_is_refused(mlp):
+    model = mlp(32, 256, 128, 4)
+    with DGMController(model, adamw(model), config(4), total_steps=STEPS):
+        with pytest.raises(RuntimeError, match="expected the whole weight \\(256, 32\\) of layer '0'"):
+            model.load_state_dict({**model.state_dict(), "0.weight": torch.ones(3, 4, 4)})
+        with pytest.raises(RuntimeError, match="assign=True would replace the parameter"):
+            model.load_state_dict(model.state_dict(), assign=True)
+
+
+def test_masks_are_recovered_from_weights(mlp):
+    source, *_ = trained(mlp(32, 256, 128, 4), adamw, config(4, schedule=constant(0.2)), steps=9)
+    model = mlp(32, 256, 128, 4, seed=5)
+    optimizer = adamw(model)
+    with DGMController(model, optimizer, config(4, schedule=constant(0.2)), total_steps=STEPS, draw_masks=False) as dgm:
+        model.load_state_dict(source.state_dict())
+        dgm.recover(9, 9)
+        assert largest_difference(model, source) == 0.0
+        run(model, optimizer, dgm, first=9)
+    assert dgm.density == pytest.approx(0.2, abs=0.01)
+
+
+# --------------------------------------------------------------------------- after a run
+
+
+def test_a_second_run_of_either_storage_follows(mlp):
+    for storage in ("packed", "dense"):
+        model, _, history = trained(mlp(32, 256, 128, 4), adamw, config(4))
+        expected = copy.deepcopy(model).state_dict()
+        optimizer = adamw(model)
+        with DGMController(model, optimizer, config(4, storage, constant(0.1)), total_steps=STEPS, audit=False) as dgm:
+            assert all(torch.equal(dgm.masks()[name], history[-1][name]) for name in history[-1])
+            assert all(torch.equal(a, b) for a, b in zip(expected.values(), model.state_dict().values(), strict=True))
+            run(model, optimizer, dgm)
+
+
+def test_a_model_under_a_controller_is_refused_to_another(mlp):
+    model = mlp(32, 256, 128, 4)
+    with (
+        DGMController(model, adamw(model), config(4), total_steps=STEPS),
+        pytest.raises(ValueError, match="under another DGMController already"),
+    ):
+        DGMController(model, adamw(model), config(4), total_steps=STEPS)
+
+
+def test_averages_of_weights_follow(mlp):
+    averages = []
+    for storage in ("dense", "packed"):
+        model = double(mlp(32, 256, 128, 4))
+        optimizer = adamw(model)
+        with DGMController(model, optimizer, config(4, storage), total_steps=STEPS, audit=False) as dgm:
+            average = copy.deepcopy(model)
+            for _, updated in fit(model, optimizer, dgm):
+                if updated:
+                    dgm.mask_copy_(average)
+                with torch.no_grad():
+                    for mean, now in zip(average.parameters(), model.parameters(), strict=True):
+                        mean.lerp_(now, 0.2)
+        averages.append(average)
+    assert largest_difference(*averages) < ROUNDING
+
+
+# --------------------------------------------------------------------------- refusals
+
+
+def dense_traces(model):
+    return [type(m) for m in model.modules()], [sorted(vars(m)) for m in model.modules()]
+
+
+def muon(model):
+    return pytest.importorskip("pytorch_optimizer").Muon(model.parameters(), lr=1e-3)
+
+
+def factored(model):
+    return torch.optim.Adafactor(model.parameters(), lr=1e-2)
+
+
+def shampoo(model):
+    return pytest.importorskip("pytorch_optimizer").Shampoo(model.parameters(), lr=1e-3)
+
+
+def lbfgs(model):
+    return torch.optim.LBFGS(model.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("make", [factored, shampoo, lbfgs], ids=lambda make: make.__name__)
+def test_optimizers_that_do_not_work_element_by_element_are_refused(mlp, make):
+    model = mlp(32, 256, 128, 4)
+    before, weights = dense_traces(model), copy.deepcopy(model)
+    optimizer = make(model)
+    with pytest.raises(
+        ValueError, match=f"layer '0' cannot be stored packed under {type(optimizer).__name__}: .* Use storage='dense'"
+    ):
+        DGMController(model, optimizer, config(4), total_steps=STEPS)
+    assert dense_traces(model) == before
+    assert largest_difference(model, weights) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"inactive": "frozen"}, "inactive='frozen'"),
+        ({"update_rule": UpdateRule(pattern=NofM(4), regrow=True)}, "update_rule.pattern"),
+        ({"backend": "cpu"}, "backend='cpu'"),
+    ],
+    ids=["inactive", "pattern", "backend"],
+)
+def test_settings_that_need_inactive_weights_are_refused(settings, named):
+    with pytest.raises(ValueError, match=f"storage='packed'.*{named}.*storage='dense'"):
+        DGMConfig(storage="packed", **settings)
+
+
+def test_presets_of_learning_weights_are_refused():
+    with pytest.raises(ValueError, match="storage='packed'"):
+        preset("top-kast", 0.1, storage="packed")
+    assert preset("rigl", 0.1, storage="packed").storage == "packed"
+
+
+def test_an_unknown_storage_is_refused():
+    with pytest.raises(ValueError, match="storage must be 'dense' or 'packed', got 'sparse'"):
+        DGMConfig(storage="sparse")
+
+
+class Unused(nn.Module):
+    """A layer whose forward is not called: its weight is used by itself, or not at all."""
+
+    def __init__(self, uses_weight):
+        super().__init__()
+        self.uses_weight = uses_weight
+        self.first, self.odd, self.head = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.head(F.linear(x, self.odd.weight) if self.uses_weight else x)
+
+
+def test_a_weight_that_is_used_by_itself_ends_the_run_at_its_first_step():
+    model = Unused(uses_weight=True)
+    optimizer = adamw(model)
+    with (
+        DGMController(model, optimizer, config(4), total_steps=STEPS) as dgm,
+        pytest.raises(ValueError, match=r"layer 'odd': its weight is used by itself.*Selection"),
+    ):
+        run(model, optimizer, dgm, last=1)
+
+
+def test_a_weight_that_no_gradient_reaches_ends_the_run_once_that_is_certain():
+    model = Unused(uses_weight=False)
+    optimizer = adamw(model)
+    with DGMController(model, optimizer, config(4), total_steps=STEPS) as dgm:
+        run(model, optimizer, dgm, last=19)
+        with pytest.raises(
+            ValueError, match=r"no gradient has reached the weights of 1 layers \(odd\) in the first 20"
+        ):
+            run(model, optimizer, dgm, first=19, last=20)
+
+
+def test_excluding_that_layer_is_a_way_out():
+    model = Unused(uses_weight=True)
+    optimizer = adamw(model)
+    settings = config(4, selection=Selection(exclude=["odd"]))
+    with DGMController(model, optimizer, settings, total_steps=STEPS) as dgm:
+        run(model, optimizer, dgm)
+    assert isinstance(model.first, PackedForward)
+    assert type(model.odd) is nn.Linear
+
+
+def test_a_weight_that_no_optimizer_holds_is_refused(mlp):
+    model = mlp(32, 256, 128, 4)
+    optimizer = torch.optim.AdamW([*model[0].parameters(), *model[4].parameters()])
+    before = dense_traces(model)
+    model_masks = DGMController(model, optimizer, config(4), total_steps=STEPS)
+    assert list(model_masks.masks()) == ["0"]  # the other is stored whole
+    model_masks.close()
+    assert type(model[2]) is before[0][3]
+
+
+def test_tied_weights_are_stored_whole(mlp):
+    model = mlp(32, 32, 32, 4)
+    model[2].weight = model[0].weight
+    model.append(nn.Linear(4, 32))
+    model.append(nn.Linear(32, 4))
+    with DGMController(model, adamw(model), config(4), total_steps=STEPS) as dgm:
+        found = {d.name: d.why for d in dgm.decisions()}
+    assert found["0"] == found["2"] == "its weight is shared with another module"
+    assert loss_of(model, torch.ones(2, 32)).isfinite()
