@@ -14,6 +14,7 @@ from lightning_estdgm.sparse.backends.native import _conv as conv
 from lightning_estdgm.sparse.backends.native._build import DTYPES, check, function, library
 from lightning_estdgm.sparse.backends.native._conv import BLOCK
 from lightning_estdgm.sparse.backends.native._conv_units import SCATTERED
+from lightning_estdgm.sparse.backends.native._kept import KeptWeight, KeptWeights
 from lightning_estdgm.sparse.backends.native._plans import Plans, index_lists
 
 _UNITS = ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (4, 4), (8, 8))
@@ -39,14 +40,16 @@ class NativeBackend:
     """Register-blocked loops over the active blocks, in parallel over tokens or blocks.
 
     Only active blocks of the weight are read: forward and input gradient copy them once a call into the order in which
-    they are used. Sums are in float32. Results do not depend on the number of threads. Blocks of 16 and more have
-    outputs as the vector, finer units tokens.
+    they are used. The forward keeps that copy from the second call on, until the weight or the mask changes. Sums are
+    in float32. Results do not depend on the number of threads. Blocks of 16 and more have outputs as the vector, finer
+    units tokens.
     """
 
     name = "native"
 
     def __init__(self) -> None:
         self._plans = Plans()
+        self._kept = KeptWeights()
 
     def unsupported(self, device: torch.device, dtype: torch.dtype, topology: BlockTopology) -> str | None:
         """Reason why a case cannot be run, or None. The first call compiles (a few seconds, once a machine)."""
@@ -82,13 +85,18 @@ class NativeBackend:
 
     def linear(self, x2d: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
         """``Y[:, r] = sum over active c of X[:, c] W[r, c]^T + bias[r]``: ``[T, in] -> [T, out]``."""
+        return self._linear(x2d, weight, bias, topology, self._kept.of(weight, topology))
+
+    def _linear(
+        self, x2d: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology, kept: KeptWeight | None
+    ) -> Tensor:
         y = x2d.new_empty(x2d.shape[0], topology.shape[0])
         if y.numel() == 0:
             return y
         x2d = _rows(x2d)
         bias = None if bias is None else bias.contiguous()
         if _in_units(x2d.dtype, topology):
-            self._units_linear(x2d, weight, bias, topology, y)
+            self._units_linear(x2d, weight, bias, topology, y, kept)
             return y
         failed = function("linear", x2d.dtype)(
             x2d.data_ptr(),
@@ -104,6 +112,7 @@ class NativeBackend:
             topology.side,
             y.data_ptr(),
             y.stride(0),
+            None if kept is None else kept.address,
             torch.get_num_threads(),
         )
         check(failed)
@@ -111,7 +120,7 @@ class NativeBackend:
 
     def grad_input(self, dy2d: Tensor, weight: Tensor, topology: BlockTopology) -> Tensor:
         """``dX[:, c] = sum over active r of dY[:, r] W[r, c]``: ``[T, out] -> [T, in]``."""
-        return self.linear(dy2d, weight.t(), None, topology.transpose())
+        return self._linear(dy2d, weight.t(), None, topology.transpose(), None)
 
     def grad_weight(self, dy2d: Tensor, x2d: Tensor, topology: BlockTopology) -> Tensor:
         """``dW[r, c] = dY[:, r]^T X[:, c]`` where active, else 0: ``[T, out], [T, in] -> [out, in]``."""
@@ -140,7 +149,13 @@ class NativeBackend:
         return dw
 
     def _units_linear(
-        self, x2d: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology, y: Tensor
+        self,
+        x2d: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        topology: BlockTopology,
+        y: Tensor,
+        kept: KeptWeight | None,
     ) -> None:
         rows, columns = topology.sides
         plan = self._plans.linear(topology) if rows == 1 and columns < SCATTERED else None
@@ -159,6 +174,7 @@ class NativeBackend:
             None if plan is None else plan.address,
             y.data_ptr(),
             y.stride(0),
+            None if kept is None else kept.address,
             torch.get_num_threads(),
         )
         check(failed)

@@ -10,6 +10,7 @@
 #include <omp.h>
 
 #include "elements.h"
+#include "kept.h"
 #include "share.h"
 #include "tile.h"
 
@@ -41,7 +42,7 @@ struct Linear {
   template <int MR, int NV>
   void strip(i64 r, i64 n, i64 t, i64 end, i64 tile) const {
     const i64 width = rows * b / (NV * VL), place = n / (NV * VL);
-    const Strip<E> all = {x, ldx, tokens, packed + (ptr[r] * b + n - r * b) * b / E::PAIR, b * b / E::PAIR, NV * VL,
+    const Strip<E> all = {x, ldx, tokens, x, ldx, packed + (ptr[r] * b + n - r * b) * b / E::PAIR, b * b / E::PAIR, NV * VL,
                           idx + ptr[r], ptr[r + 1] - ptr[r], b, bias ? bias + n : nullptr, y + n, ldy,
                           place * in / width, (place + 1) * in / width};
     all.template compute<MR, NV>(t, end, tile);
@@ -87,12 +88,13 @@ void pack(const typename E::type *weight, i64 sn, i64 sk, const int32_t *ptr, co
 template <class E>
 int linear(const typename E::type *x, i64 ldx, i64 tokens, const typename E::type *weight, i64 sn, i64 sk,
            const typename E::type *bias, const int32_t *ptr, const int32_t *idx, i64 rows, i64 in, i64 b,
-           typename E::type *y, i64 ldy, int threads) {
-  float *packed = floats(ptr[rows] * b * b / E::PAIR);
-  if (!packed) return 1;
-  pack<E>(weight, sn, sk, ptr, idx, rows, b, packed, threads);
+           typename E::type *y, i64 ldy, void *kept, int threads) {
+  const estdgm::PackedValues packed((estdgm::Kept *)kept, ptr[rows] * b * b / E::PAIR, [&](float *to) {
+    pack<E>(weight, sn, sk, ptr, idx, rows, b, to, threads);
+  });
+  if (!packed.data) return 1;
   const Division parts(tokens, in * (i64)sizeof(typename E::type), rows, threads);
-  const Linear<E> all = {x, ldx, tokens, packed, bias, ptr, idx, rows, in, b, y, ldy};
+  const Linear<E> all = {x, ldx, tokens, packed.data, bias, ptr, idx, rows, in, b, y, ldy};
   Shares shares(parts.tiles * parts.groups, threads);
 #pragma omp parallel num_threads(threads)
   shares.work(omp_get_thread_num(), [&](i64 task) {
@@ -100,7 +102,6 @@ int linear(const typename E::type *x, i64 ldx, i64 tokens, const typename E::typ
     for (i64 r = g * rows / parts.groups; r < (g + 1) * rows / parts.groups; r++)
       all.block_row(r, t, end < tokens ? end : tokens);
   });
-  free(packed);
   return 0;
 }
 
@@ -275,8 +276,8 @@ int estdgm_has_bfloat16() {
 
 int estdgm_linear_float32(const float *x, i64 ldx, i64 tokens, const float *weight, i64 sn, i64 sk, const float *bias,
                           const int32_t *ptr, const int32_t *idx, i64 rows, i64 in, i64 b, float *y, i64 ldy,
-                          int threads) {
-  return linear<Float>(x, ldx, tokens, weight, sn, sk, bias, ptr, idx, rows, in, b, y, ldy, threads);
+                          void *kept, int threads) {
+  return linear<Float>(x, ldx, tokens, weight, sn, sk, bias, ptr, idx, rows, in, b, y, ldy, kept, threads);
 }
 
 int estdgm_grad_weight_float32(const float *dy, i64 ldd, const float *x, i64 ldx, i64 tokens, const int32_t *ptr,
@@ -287,8 +288,8 @@ int estdgm_grad_weight_float32(const float *dy, i64 ldd, const float *x, i64 ldx
 #if defined(__AVX512BF16__)
 int estdgm_linear_bfloat16(const uint16_t *x, i64 ldx, i64 tokens, const uint16_t *weight, i64 sn, i64 sk,
                            const uint16_t *bias, const int32_t *ptr, const int32_t *idx, i64 rows, i64 in, i64 b,
-                           uint16_t *y, i64 ldy, int threads) {
-  return linear<BFloat16>(x, ldx, tokens, weight, sn, sk, bias, ptr, idx, rows, in, b, y, ldy, threads);
+                           uint16_t *y, i64 ldy, void *kept, int threads) {
+  return linear<BFloat16>(x, ldx, tokens, weight, sn, sk, bias, ptr, idx, rows, in, b, y, ldy, kept, threads);
 }
 
 int estdgm_grad_weight_bfloat16(const uint16_t *dy, i64 ldd, const uint16_t *x, i64 ldx, i64 tokens, const int32_t *ptr,
