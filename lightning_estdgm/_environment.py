@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -23,14 +24,31 @@ def cache_folder() -> Path:
     return Path(base) / "lightning_estdgm"
 
 
+_VECTOR_SETS = r"s?sse\w*|avx\w*|amx\w*|fma|f16c|bmi[12]|asimd\w*|sve\w*|bf16|i8mm"
+
+
 def processor_name() -> str:
     """Return the processor's name, as far as the system tells it."""
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Return the vector instruction sets of this CPU, sorted; none where the system does not tell (Linux does).
+
+    >>> all(name == name.lower() for name in instruction_sets())
+    True
+    """
+    words = (_cpu_info("flags") or _cpu_info("Features")).split()
+    return tuple(sorted(word for word in words if re.fullmatch(_VECTOR_SETS, word)))
+
+
+def _cpu_info(entry: str) -> str:
+    """Return the first such entry of Linux's list of processors, empty if there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        lines = []
-    found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(found, platform.processor() or platform.machine())
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(entry)), "")
 
 
 def package_version(distribution: str) -> str | None:

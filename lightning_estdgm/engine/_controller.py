@@ -123,25 +123,10 @@ class DGMController:
         exponent = self.config.step_size.exponent
         self._hooks = StepHooks(every, self._mask_if_touched, exponent, self._take_over, grows=grows)
         self._states = OptimizerStates(every)
-<<<<<<< HEAD
-        selection = self.config.selection
-        candidates = find_candidates(
-            model,
-            selection.include,
-            selection.exclude,
-            self._hooks.held,
-            selection.experts,
-            mask_heads=audit,
-            masks_late=audit,
-        )
-        candidates = leave_unfitting_dense(candidates, self.config)
-        self._masked = MaskedModel(candidates, self.config, state, group, wait=True)
-=======
         self._storage = storage or storage_of(self.config)
         audit = audit and self._storage.audits
         self._masked = self._storage.masked(model, state, self._hooks.held, group, audit=audit)
         candidates = self._masked.candidates
->>>>>>> memops
         can_mask = self._masked.every
         self._dispatch = Dispatch(self.config, candidates, self._masked.weights, can_mask, group, say)
         self._admission = Admission(model, candidates, can_mask, group)

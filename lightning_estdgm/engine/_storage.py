@@ -124,7 +124,7 @@ class DenseStorage:
             held,
             selection.experts,
             mask_heads=audit,
-            masks_late=audit and group is None,
+            masks_late=audit,
         )
         candidates = leave_unfitting_dense(candidates, self._config)
         return MaskedModel(candidates, self._config, state, group, wait=True)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from lightning_estdgm._lazy import attach
 
 if TYPE_CHECKING:
+    from lightning_estdgm.export._aoti_package import load_aoti as load_aoti
     from lightning_estdgm.export._checkpoint import export_checkpoint as export_checkpoint
     from lightning_estdgm.export._densify import densify_checkpoint as densify_checkpoint
     from lightning_estdgm.export._export import ExportReport as ExportReport
@@ -43,6 +44,7 @@ else:
             "ExportInput": "lightning_estdgm.export.targets._protocol",
             "ExportReport": "lightning_estdgm.export._export",
             "ExportTarget": "lightning_estdgm.export.targets._protocol",
+            "load_aoti": "lightning_estdgm.export._aoti_package",
             "load_packed": "lightning_estdgm.export._packed",
             "operator_library": "lightning_estdgm.sparse.backends.native._operator",
             "packed": "lightning_estdgm.export._packed",

@@ -146,7 +146,7 @@ def test_a_checkpoint_of_either_storage_goes_on_in_the_other(tmp_path, storages)
 
 
 def test_a_checkpoint_without_this_callback_goes_on(tmp_path):
-    _, trainer = fit(DGMCallback(config()), _save(tmp_path, 18))
+    fit(DGMCallback(config()), _save(tmp_path, 18))
     checkpoint = torch.load(tmp_path / "18.ckpt", weights_only=True)
     del checkpoint["callbacks"]["DGMCallback"]
     torch.save(checkpoint, tmp_path / "bare.ckpt")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lightning_estdgm.export._aoti_package import cpu_metadata, load_aoti
 from lightning_estdgm.export._program import exported_program
 from lightning_estdgm.export.targets._protocol import ExportError, ExportInput
 from lightning_estdgm.export.targets.packed import DTYPES, packed_model
@@ -39,7 +40,11 @@ class AOTI:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+                torch._inductor.aoti_compile_and_package(
+                    program,
+                    package_path=str(path),
+                    inductor_configs={"aot_inductor.metadata": cpu_metadata()},
+                )
         except Exception as e:
             lines = str(e).strip().splitlines()[-12:]
             raise ExportError("\n".join([f"AOTInductor failed: {type(e).__name__}", *lines])) from e
@@ -54,15 +59,13 @@ class AOTI:
             *notes,
             f"compiled for {isa} by torch {torch.__version__}: serve it with that version on CPUs with {isa}{noted}, "
             "and export anew for others",
+            "export.load_aoti(path) loads it in Python and refuses a CPU that lacks instructions; without this package "
             f"load {library.name} first: torch.ops.load_library in Python, dlopen in C++",
         ]
 
     def load(self, path: Path, given: ExportInput) -> Callable[..., Any]:
         """Return the package as a function."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            run: Callable[..., Any] = torch._inductor.aoti_load_package(str(path))
-        return run
+        return load_aoti(path)
 
     def tolerance(self, values: str) -> float | None:
         """Allow for another order of sums; other types are lossy."""

@@ -18,6 +18,7 @@ from lightning_estdgm.export._program import exported_program
 from lightning_estdgm.export.targets._protocol import ExportError, ExportInput
 
 OPSET = 18
+_VARIADIC = ("Max", "Min", "Sum", "Mean")
 
 
 class ONNX:
@@ -75,6 +76,8 @@ def write_onnx(given: ExportInput, path: Path) -> str:
             written = cast(Any, torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, verbose=False))
             for node in written.model.graph.all_nodes():
                 node.metadata_props.clear()  # stack traces with the paths of this machine
+                if node.op_type in _VARIADIC and len(node.inputs) == 1:
+                    node.op_type = "Identity"  # what it is; MNN's converter crashes on the other
             written.save(path, external_data=_exceeds_one_file(given))
     except Exception as e:
         lines = str(e).strip().splitlines() or said.getvalue().strip().splitlines()

@@ -226,26 +226,38 @@ def serve(
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens a call; repeatable (1, 16, 256, 2048).")] = None,
     runtime: Annotated[
         list[str] | None,
-        typer.Option(help="torch, packed, aoti, torch-csr, onnx, mnn, openvino or openvino-int8; repeatable."),
+        typer.Option(
+            help="torch, packed, packed-bf16, packed-int8, packed-twice (twice the threads), aoti, aoti-bf16, "
+            "torch-csr, onnx, mnn, openvino or openvino-int8; repeatable (default: all)."
+        ),
     ] = None,
     generated: Annotated[int, typer.Option(help="Tokens that a GPT generates from its packed form.", min=0)] = 100,
-    json: Annotated[Path | None, typer.Option(help="Where a JSON goes.")] = None,
+    sequence: Annotated[int, typer.Option(help="Tokens of a sequence at most; more are a batch.", min=1)] = 2048,
+    threads: Annotated[int, typer.Option(help="Threads; 0: as many as PyTorch has.", min=0)] = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", "--json", help="Where a JSON goes.")] = None,
 ) -> None:
     """Serve a sparse network in every runtime that is installed: tokens a second and memory, beside dense PyTorch."""
+    from lightning_estdgm.tools.bench._goals import goals_table, serve_goals
     from lightning_estdgm.tools.bench._output import console, show
     from lightning_estdgm.tools.bench._serve import ServeConfig, measure_serving, serve_table
 
+    _check_output(output)
     given: dict[str, Any] = {"tokens": tokens, "runtimes": runtime}
     given = {name: tuple(value) for name, value in given.items() if value}
     try:
-        config = ServeConfig(network, width, density, block_size, generated=generated, **given)
+        config = ServeConfig(
+            network, width, density, block_size, generated=generated, sequence=sequence, threads=threads, **given
+        )
     except ValueError as e:
         raise typer.BadParameter(str(e)) from e
     out = console()
     result = measure_serving(config, lambda text: out.print(text, style="dim"))
     for text in result["left_out"]:
         out.print(f"left out: {text}", soft_wrap=True, markup=False)
-    show(serve_table(result), result, json)
+    goals = serve_goals(result)
+    show(serve_table(result), {"complete": True, "goals": goals, "served": result}, output)
+    if goals:
+        out.print(goals_table(goals))
     if (generation := result["generation"]) is not None:
         dense, packed = generation["torch"], generation["packed"]
         out.print(
@@ -278,9 +290,9 @@ def memory(
     from lightning_estdgm.tools.bench._memory import MemoryBenchConfig, measure_memory, memory_table
     from lightning_estdgm.tools.bench._output import console, show
 
-    given: dict[str, Any] = {"block_sizes": tuple(block_size or ()), "steps": steps}
-    defaults = {"block_sizes": (16,), "steps": 20} if weights is not None else {}
-    given = defaults | {name: value for name, value in given.items() if value}
+    given: dict[str, Any] = {} if weights is None else {"block_sizes": (16,), "steps": 20}
+    asked = {"block_sizes": tuple(block_size or ()), "steps": steps}
+    given |= {name: value for name, value in asked.items() if value}
     try:
         config = MemoryBenchConfig(
             width, layers, tokens, density, weights=weights, times_steps=speed, rounds=rounds, runs_dense=dense, **given
@@ -290,6 +302,28 @@ def memory(
     out = console()
     result = measure_memory(config, lambda text: out.print(text, style="dim", soft_wrap=True, markup=False))
     show(memory_table(result), result, json)
+
+
+@app.command()
+def quality(
+    steps: Annotated[int, typer.Option(help="Optimizer steps of the demo's network.", min=20)] = 400,
+    block_size: Annotated[str, typer.Option(help="Unit of the masks, such as 16 or 1.")] = "16",
+    output: Annotated[Path | None, typer.Option("--output", "-o", "--json", help="Where a JSON goes.")] = None,
+) -> None:
+    """Train the demo's network, and say what packed values in bf16 and int8 cost in perplexity."""
+    from lightning_estdgm.config import DGMConfig, Units
+    from lightning_estdgm.tools.bench._output import show
+    from lightning_estdgm.tools.bench._quality import measure_quality, quality_table
+    from lightning_estdgm.tools.demo._demo_config import DemoConfig
+
+    _check_output(output)
+    try:
+        units = Units(size=parse_block_size(block_size))  # type: ignore[arg-type]
+        config = DemoConfig(steps=steps, dgm=DGMConfig(units=units))
+    except (ValueError, TypeError) as e:
+        raise typer.BadParameter(str(e)) from e
+    result = measure_quality(config)
+    show(quality_table(result), {"complete": True, **result}, output)
 
 
 @app.command(name="all")

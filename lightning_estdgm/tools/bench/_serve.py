@@ -23,10 +23,18 @@ from lightning_estdgm.tools.bench._output import Columns, terminal_table
 from lightning_estdgm.tools.bench._serve_process import ServeTask, example, make_network
 
 _OPENVINO = {"openvino": ("openvino",), "openvino-int8": ("openvino", "nncf")}
-TARGETS = ("packed", "aoti", "torch-csr", "onnx", "mnn")
-"""Targets that are measured; 2:4 needs a GPU."""
-RUNTIMES = ("torch", *TARGETS, *_OPENVINO)
+TWICE = "packed-twice"
+TARGETS = {
+    "packed": ("packed", "fp32"), "packed-bf16": ("packed", "bf16"), "packed-int8": ("packed", "int8"),
+    TWICE: ("packed", "fp32"), "aoti": ("aoti", "fp32"), "aoti-bf16": ("aoti", "bf16"),
+    "torch-csr": ("torch-csr", "fp32"), "onnx": ("onnx", "fp32"),
+    "mnn": ("mnn", "fp32"), **dict.fromkeys(_OPENVINO, ("onnx", "fp32")),
+}  # fmt: skip
+"""Target and type of values of the file that each runtime serves; `TWICE` has twice the threads. 2:4 needs a GPU."""
+RUNTIMES = ("torch", *TARGETS)
 """Names of what is measured: dense PyTorch, the targets, and OpenVINO on the file of ``onnx``."""
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+"""glibc's allocator as servers set it: else PyTorch's large outputs come from the system anew at each call."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,8 @@ class ServeConfig:
         tokens: tokens of a call, one measurement each.
         runtimes: some of `RUNTIMES`.
         generated: tokens that a GPT of two such blocks generates from its packed form; 0 for none.
+        sequence: tokens of one sequence at most; more tokens are a batch of such.
+        threads: threads of all but ``packed-twice``; 0: as many as PyTorch has.
 
     """
 
@@ -51,6 +61,8 @@ class ServeConfig:
     tokens: tuple[int, ...] = (1, 16, 256, 2048)
     runtimes: tuple[str, ...] = RUNTIMES
     generated: int = 100
+    sequence: int = 2048
+    threads: int = 0
 
     def __post_init__(self) -> None:
         if self.network not in ("mlp", "gpt"):
@@ -61,14 +73,19 @@ class ServeConfig:
             raise ValueError(f"runtimes: got {', '.join(unknown)}, expected some of {', '.join(RUNTIMES)}")
         if not self.tokens or min(self.tokens) < 1:
             raise ValueError(f"tokens: got {self.tokens}, expected positive numbers")
+        if self.sequence < 1 or any(n % min(n, self.sequence) for n in self.tokens):
+            raise ValueError(f"sequence: got {self.sequence}, expected a divisor of each of tokens={self.tokens}")
+        if self.threads < 0:
+            raise ValueError(f"threads: got {self.threads}, expected a number, or 0 for as many as PyTorch has")
 
 
 def measure_serving(config: ServeConfig, say: Callable[[str], None]) -> dict[str, Any]:
     """Export the network to each target and time each runtime in a process of its own.
 
     Returns:
-        The configuration; "rows": runtime, seconds by tokens, peak and file bytes; "left_out": what was not measured
-        and why; "generation": tokens a second of a GPT with a key-value cache, dense and packed.
+        The configuration; "rows": runtime, seconds by tokens, peak, file and weight bytes (None where the runtime does
+        not tell); "left_out": what was not measured and why; "generation": tokens a second of a GPT with a key-value
+        cache, dense and packed; "cache_bytes": the largest cache of the CPU, None if it is not known.
 
     """
     torch.manual_seed(0)
@@ -85,10 +102,11 @@ def measure_serving(config: ServeConfig, say: Callable[[str], None]) -> dict[str
             except (ExportError, ModuleNotFoundError, RuntimeError) as e:
                 left_out.append(f"{runtime}: {e}")
     return {
-        "config": asdict(config),
+        "config": {**asdict(config), "threads": config.threads or torch.get_num_threads()},
         "rows": rows,
         "left_out": left_out,
         "generation": measure_generation(config) if config.generated else None,
+        "cache_bytes": cache_bytes(),
     }
 
 
@@ -145,24 +163,35 @@ def _title(result: Mapping[str, Any]) -> str:
     return f"{c['network']} of width {c['width']}, density {c['density']}, units of {c['block_size']}"
 
 
+def cache_bytes() -> int | None:
+    """Return the size of the CPU's last-level cache as Linux tells it, or None."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * 1024 for size in sizes if size.endswith("K")), default=None)
+
+
 def _written(runtime: str, model: nn.Module, config: ServeConfig, folder: Path) -> Path:
     """Return the file that a runtime serves; it is exported once."""
     if runtime == "torch":
         return folder / "torch.pt"
     if missing := [name for name in _OPENVINO.get(runtime, ()) if find_spec(name) is None]:
-        raise ModuleNotFoundError(f"{', '.join(missing)} not installed")
-    target = "onnx" if runtime in _OPENVINO else runtime
-    if found := sorted(folder.glob(f"{target}.model.*")):
+        raise ModuleNotFoundError(f"{', '.join(missing)} not installed: pip install 'lightning-estdgm[openvino]'")
+    target, values = TARGETS[runtime]
+    if found := sorted(folder.glob(f"{target}.{values}.*")):
         return found[0]
-    x = example(config.network, config.width, 16)
-    return export_model(model, x, target, folder / f"{target}.model", dynamic="shape").files[0]
+    x = example(config.network, config.width, 16, config.sequence)
+    return export_model(model, x, target, folder / f"{target}.{values}", values=values, dynamic="shape").files[0]
 
 
 def _served(runtime: str, file: Path, config: ServeConfig) -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    task = ServeTask(runtime, str(file), config.network, config.width, config.tokens, threads)
+    threads = (config.threads or torch.get_num_threads()) * (2 if runtime == TWICE else 1)
+    if threads > (cores := len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1):
+        raise RuntimeError(f"{threads} threads, and {cores} cores")
+    target = TARGETS.get(runtime, ("torch",))[0] if runtime not in _OPENVINO else runtime
+    task = ServeTask(target, str(file), config.network, config.width, config.tokens, config.sequence, threads)
     call = [sys.executable, "-m", "lightning_estdgm.tools.bench._serve_process", json.dumps(asdict(task))]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {
+        **os.environ, **_MALLOC, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }  # fmt: skip
     done = subprocess.run(call, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise RuntimeError("\n".join((done.stderr or f"exit status {done.returncode}").strip().splitlines()[-6:]))

@@ -6,7 +6,6 @@ Run as a module with one argument, the JSON of a `ServeTask`.
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import sys
 import time
@@ -34,6 +33,7 @@ class ServeTask:
         network: "mlp" or "gpt".
         width: width of the network.
         tokens: tokens of a call, one measurement each.
+        sequence: tokens of a sequence at most.
         threads: threads.
 
     """
@@ -43,6 +43,7 @@ class ServeTask:
     network: str
     width: int
     tokens: tuple[int, ...]
+    sequence: int
     threads: int
 
 
@@ -53,20 +54,33 @@ def make_network(network: str, width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 
-def example(network: str, width: int, tokens: int) -> Tensor:
-    """Return so many tokens: rows for an MLP, one sequence for a block."""
+def example(network: str, width: int, tokens: int, sequence: int) -> Tensor:
+    """Return so many tokens: rows for an MLP, sequences of at most `sequence` for a block."""
     x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(tokens))
-    return x if network == "mlp" else x[None]
+    return x if network == "mlp" else x.view(-1, min(tokens, sequence), width)
 
 
 def serve(task: ServeTask) -> dict[str, Any]:
-    """Load the file and return seconds a call by tokens, and the bytes that loading and running added at most."""
+    """Load the file and time it.
+
+    Returns:
+        "seconds" a call by tokens; "peak_bytes" that loading and running added at most, None where the system does not
+        tell; "weight_bytes" of parameters and buffers, None where the runtime holds them by itself.
+
+    """
     torch.set_num_threads(task.threads)
-    before = _peak_bytes()
+    before = _start_of_peak()
     with torch.no_grad():
         run = _load(task)
-        seconds = {tokens: _seconds(run, example(task.network, task.width, tokens)) for tokens in task.tokens}
-    return {"seconds": seconds, "peak_bytes": _peak_bytes() - before}
+        inputs = {tokens: example(task.network, task.width, tokens, task.sequence) for tokens in task.tokens}
+        seconds = {tokens: _seconds(run, x) for tokens, x in inputs.items()}
+    held = [*run.parameters(), *run.buffers()] if isinstance(run, nn.Module) else []
+    is_told = bool(held) and all(tensor.layout is torch.strided for tensor in held)
+    return {
+        "seconds": seconds,
+        "peak_bytes": None if before is None else _status_bytes("VmHWM") - before,
+        "weight_bytes": sum(tensor.nbytes for tensor in held) if is_told else None,
+    }
 
 
 def _load(task: ServeTask) -> Callable[[Tensor], Any]:
@@ -77,10 +91,6 @@ def _load(task: ServeTask) -> Callable[[Tensor], Any]:
         return model
     if task.runtime.startswith("openvino"):
         return _openvino(task)
-    if task.runtime == "aoti":
-        from lightning_estdgm.export import operator_library
-
-        operator_library()
     target = discover()[task.runtime]
     run: Callable[[Tensor], Any] = target.load(Path(task.file), ExportInput(model, (), {}, "shape", target.values[0]))
     return run
@@ -114,9 +124,18 @@ def _seconds(run: Callable[[Tensor], Any], x: Tensor) -> float:
     return statistics.median(taken)
 
 
-def _peak_bytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _start_of_peak() -> int | None:
+    """Return the bytes that are resident now, from which on the peak counts; None where Linux does not tell."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far, that of imports, is forgotten
+        return _status_bytes("VmRSS")
+    except OSError:
+        return None
+
+
+def _status_bytes(name: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
 
 
 if __name__ == "__main__":

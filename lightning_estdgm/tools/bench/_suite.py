@@ -14,6 +14,7 @@ from typing import Any
 from lightning_estdgm.tools.bench._environment import environment
 from lightning_estdgm.tools.bench._goals import goals_columns
 from lightning_estdgm.tools.bench._output import machine_name, markdown_table
+from lightning_estdgm.tools.bench._serve import serve_columns
 from lightning_estdgm.tools.bench.kernels._report import kernels_columns
 from lightning_estdgm.tools.bench.train._report import backends_used, energy_words, profile_columns, train_columns
 
@@ -40,16 +41,25 @@ class Part:
     arguments: tuple[str, ...]
 
 
+_SERVED = [
+    Part(f"serve-{network}{suffix}", ("serve", "--network", network, "--threads", "1", "--block-size", side))
+    for network in ("mlp", "gpt")
+    for suffix, side in (("", "16"), ("-single-weights", "1"))
+]
+
+
 def parts(quick: bool) -> list[Part]:
     """Return the parts that `all` runs, the most wanted first."""
     more = ("--quick",) if quick else ()
     both = ("--only-compiled",) if quick else ("--compile",)
+    serve = () if quick else _SERVED
     return [
         Part("kernels-linear", ("kernels", "--kind", "linear", *more)),
         Part("train-gpt", ("train", "--model", "gpt", *both, *more)),
         Part("kernels-units", ("kernels", "--kind", "linear", *_UNITS, *more)),
         Part("kernels-convolution", ("kernels", "--kind", "convolution", *more)),
         Part("train-resnet50", ("train", "--model", "resnet50", *both, *more)),
+        *serve,
     ]
 
 
@@ -96,17 +106,29 @@ def page(contents: Mapping[str, Mapping[str, Any]]) -> str:
             "",
             f"`{content['command']}`, {content['date']}",
             "",
-            f"![{name}]({name}.png)",
-            "",
         ]
+        if "served" not in content:
+            lines += [f"![{name}]({name}.png)", ""]
         if content["goals"]:
             lines += [markdown_table(*goals_columns(content["goals"])), ""]
         if "rows" in content:
             lines += [markdown_table(*kernels_columns(content["rows"])), "", f"Timing: {content['timing']}.", ""]
             lines += [f"- {text}" for text in content["left_out"]]
+        if "served" in content:
+            lines += _serve_lines(content["served"])
         for result in content.get("results", ()):
             lines += _train_lines(result)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _serve_lines(result: Mapping[str, Any]) -> list[str]:
+    lines = [markdown_table(*serve_columns(result)), ""]
+    if (generation := result["generation"]) is not None:
+        lines += [
+            f"Text, one token a step: {generation['packed']:.0f} tokens/s packed, {generation['torch']:.0f} dense.",
+            "",
+        ]
+    return [*lines, *(f"- {text}" for text in result["left_out"]), ""]
 
 
 def _train_lines(result: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import numpy
@@ -14,7 +16,8 @@ import torch
 from torch import nn
 
 from helpers import exported
-from lightning_estdgm.export import ExportError, export_model
+from lightning_estdgm._environment import instruction_sets
+from lightning_estdgm.export import ExportError, export_model, load_aoti
 from lightning_estdgm.export.targets import aoti
 from lightning_estdgm.sparse.backends.native._operator import _torch_flags
 
@@ -84,6 +87,53 @@ def test_no_dense_weight_is_inside(tmp_path: Path) -> None:
     known = metadata.get("AOTI_CPU_ISA", "")  # not in torch 2.6
     assert re.search(rf"compiled for {known or '[A-Z0-9]+'} by torch {re.escape(torch.__version__)}", str(report))
     assert ("its metadata say so" in str(report)) == bool(known)
+
+
+def with_metadata(package: Path, changes: dict[str, str]) -> Path:
+    """A copy of a package whose metadata say something else."""
+    changed = package.with_name("changed.pt2")
+    with zipfile.ZipFile(package) as source, zipfile.ZipFile(changed, "w") as copy:
+        for entry in source.infolist():
+            content = source.read(entry)
+            for old, new in changes.items() if entry.filename.endswith("_metadata.json") else ():
+                assert old in content.decode()
+                content = content.replace(old.encode(), new.encode())
+            copy.writestr(entry, content)
+    return changed
+
+
+def test_a_package_for_another_cpu_is_refused(tmp_path: Path) -> None:
+    net = exported.mlp(unit=16)
+    export_model(net, X, "aoti", tmp_path / "net")
+    package = tmp_path / "net.pt2"
+    assert exported.relative_difference(load_aoti(package)(X), net(X)) < 1e-5
+    if sets := instruction_sets():
+        recorded = " ".join(sets)
+        better = with_metadata(package, {recorded: f"{recorded} avx9000"})
+        with pytest.raises(
+            RuntimeError, match=r"changed.pt2 was built on a CPU with avx9000, which this one lacks: exp"
+        ):
+            load_aoti(better)
+        assert load_aoti(with_metadata(package, {recorded: sets[0]})) is not None, "a lesser one will do"
+    other = with_metadata(package, {f'"ESTDGM_MACHINE": "{os.uname().machine}"': '"ESTDGM_MACHINE": "vax"'})
+    with pytest.raises(RuntimeError, match=f"was built for vax, and this CPU is {os.uname().machine}"):
+        load_aoti(other)
+    (tmp_path / "no.pt2").write_text("nothing")
+    with pytest.raises(ValueError, match=r"no\.pt2 is no AOTInductor package"):
+        load_aoti(tmp_path / "no.pt2")
+
+
+def test_without_this_package_torch_names_the_operator_and_the_library_is_enough(tmp_path: Path) -> None:
+    export_model(exported.mlp(unit=16), X, "aoti", tmp_path / "net")
+    lines = "import torch\n{}print(torch._inductor.aoti_load_package({!r})(torch.ones(1, 128)).shape)"
+    for first, said in (("", "Could not find schema for estdgm::packed_linear"), ("load", "torch.Size([1, 128])")):
+        load = f"torch.ops.load_library({str(tmp_path / 'net.operator.so')!r})\n" if first else ""
+        program = lines.format(load, str(tmp_path / "net.pt2"))
+        environment = {**os.environ, "PYTHONPATH": ""}
+        call = [sys.executable, "-c", program]
+        done = subprocess.run(call, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+        assert said in done.stdout + done.stderr
+        assert (done.returncode == 0) == bool(first)
 
 
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

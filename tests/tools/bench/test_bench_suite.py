@@ -64,6 +64,17 @@ def test_all_runs_each_part_once_and_goes_on_after_one_that_fails(tmp_path, monk
     assert "better" in result.output
 
 
+def test_the_page_shows_what_was_served():
+    row = {"runtime": "torch", "seconds": {"1": 0.5}, "peak_bytes": None, "file_bytes": 4_000_000}
+    result = {"config": {"tokens": [1]}, "rows": [row], "left_out": ["mnn: not here"], "generation": None}
+    content = {"complete": True, "command": "c", "date": "d", "goals": [], "served": result}
+    content["environment"] = {"gpu": None, "cpu": "C", "threads": 1, "torch": "2"}
+    text = suite.page({"serve-mlp": content})
+    assert "| torch | 2/s (1.00x) | - | 4.0 |" in text
+    assert "- mnn: not here" in text
+    assert ".png" not in text, "there is no picture"
+
+
 def check_ok():
     return type("Done", (), {"returncode": 0})()
 
@@ -72,6 +83,6 @@ def test_parts_are_commands_that_exist():
     for quick in (False, True):
         found = suite.parts(quick)
         assert len({part.name for part in found}) == len(found)
-        assert all(part.arguments[0] in ("kernels", "train") for part in found)
+        assert {part.arguments[0] for part in found} == {"kernels", "train"} | ({"serve"} if not quick else set())
         assert all(("--quick" in part.arguments) == quick for part in found)
     assert quick_config(rounds=1).rounds == 1

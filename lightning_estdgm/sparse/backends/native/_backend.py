@@ -15,6 +15,7 @@ from lightning_estdgm.sparse.backends.native import _conv as conv
 from lightning_estdgm.sparse.backends.native._build import DTYPES, check, function, library
 from lightning_estdgm.sparse.backends.native._conv import BLOCK
 from lightning_estdgm.sparse.backends.native._conv_units import SCATTERED
+from lightning_estdgm.sparse.backends.native._kept import KeptWeight, KeptWeights
 from lightning_estdgm.sparse.backends.native._plans import Plans, index_lists
 
 _UNITS = ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (4, 4), (8, 8))
@@ -41,14 +42,16 @@ class NativeBackend:
     """Register-blocked loops over the active blocks, in parallel over tokens or blocks.
 
     Takes whole weights and packed values alike. Only active blocks of the weight are read: forward and input gradient
-    copy them once a call into the order in which they are used. Sums are in float32. Results do not depend on the
-    number of threads. Blocks of 16 and more have outputs as the vector, finer units tokens.
+    copy them once a call into the order in which they are used. The forward of a whole weight keeps that copy from the
+    second call on, until the weight or the mask changes. Sums are in float32. Results do not depend on the number of
+    threads. Blocks of 16 and more have outputs as the vector, finer units tokens.
     """
 
     name = "native"
 
     def __init__(self) -> None:
         self._plans = Plans()
+        self._kept = KeptWeights()
 
     def unsupported(self, device: torch.device, dtype: torch.dtype, topology: BlockTopology) -> str | None:
         """Reason why a case cannot be run, or None. The first call compiles (a few seconds, once a machine)."""
@@ -84,11 +87,13 @@ class NativeBackend:
 
     def linear(self, x2d: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
         """``Y[:, r] = sum over active c of X[:, c] W[r, c]^T + bias[r]``: ``[T, in] -> [T, out]``."""
-        return self._linear(x2d, weight, weight.stride(), bias, topology, _WHOLE)
+        kept = self._kept.of(weight, topology)
+        return self._linear(x2d, weight, weight.stride(), bias, topology, _WHOLE, kept)
 
     def grad_input(self, dy2d: Tensor, weight: Tensor, topology: BlockTopology) -> Tensor:
         """``dX[:, c] = sum over active r of dY[:, r] W[r, c]``: ``[T, out] -> [T, in]``."""
-        return self.linear(dy2d, weight.t(), None, topology.transpose())
+        weight = weight.t()
+        return self._linear(dy2d, weight, weight.stride(), None, topology.transpose(), _WHOLE)
 
     def grad_weight(self, dy2d: Tensor, x2d: Tensor, topology: BlockTopology) -> Tensor:
         """``dW[r, c] = dY[:, r]^T X[:, c]`` where active, else 0: ``[T, out], [T, in] -> [out, in]``."""
@@ -115,6 +120,7 @@ class NativeBackend:
         bias: Tensor | None,
         topology: BlockTopology,
         stored: int,
+        kept: KeptWeight | None = None,
     ) -> Tensor:
         """Product of a whole weight or of packed values; `strides` are the weight's, or those of a unit."""
         y = x2d.new_empty(x2d.shape[0], topology.shape[0])
@@ -142,6 +148,7 @@ class NativeBackend:
             *of_units,
             y.data_ptr(),
             y.stride(0),
+            None if kept is None else kept.address,
             torch.get_num_threads(),
         )
         check(failed)

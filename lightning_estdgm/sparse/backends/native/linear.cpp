@@ -10,6 +10,7 @@
 #include <omp.h>
 
 #include "elements.h"
+#include "kept.h"
 #include "places.h"
 #include "share.h"
 #include "tile.h"
@@ -42,7 +43,7 @@ struct Linear {
   template <int MR, int NV>
   void strip(i64 r, i64 n, i64 t, i64 end, i64 tile) const {
     const i64 width = rows * b / (NV * VL), place = n / (NV * VL);
-    const Strip<E> all = {x, ldx, tokens, packed + (ptr[r] * b + n - r * b) * b / E::PAIR, b * b / E::PAIR, NV * VL,
+    const Strip<E> all = {x, ldx, tokens, x, ldx, packed + (ptr[r] * b + n - r * b) * b / E::PAIR, b * b / E::PAIR, NV * VL,
                           idx + ptr[r], ptr[r + 1] - ptr[r], b, bias ? bias + n : nullptr, y + n, ldy,
                           place * in / width, (place + 1) * in / width};
     all.template compute<MR, NV>(t, end, tile);
@@ -88,12 +89,13 @@ void pack(const typename E::type *weight, Places places, const int32_t *ptr, con
 template <class E>
 int linear(const typename E::type *x, i64 ldx, i64 tokens, const typename E::type *weight, Places places,
            const typename E::type *bias, const int32_t *ptr, const int32_t *idx, i64 rows, i64 in, i64 b,
-           typename E::type *y, i64 ldy, int threads) {
-  float *packed = floats(ptr[rows] * b * b / E::PAIR);
-  if (!packed) return 1;
-  pack<E>(weight, places, ptr, idx, rows, b, packed, threads);
+           typename E::type *y, i64 ldy, void *kept, int threads) {
+  const estdgm::PackedValues packed((estdgm::Kept *)kept, ptr[rows] * b * b / E::PAIR, [&](float *to) {
+    pack<E>(weight, places, ptr, idx, rows, b, to, threads);
+  });
+  if (!packed.data) return 1;
   const Division parts(tokens, in * (i64)sizeof(typename E::type), rows, threads);
-  const Linear<E> all = {x, ldx, tokens, packed, bias, ptr, idx, rows, in, b, y, ldy};
+  const Linear<E> all = {x, ldx, tokens, packed.data, bias, ptr, idx, rows, in, b, y, ldy};
   Shares shares(parts.tiles * parts.groups, threads);
 #pragma omp parallel num_threads(threads)
   shares.work(omp_get_thread_num(), [&](i64 task) {
@@ -101,7 +103,6 @@ int linear(const typename E::type *x, i64 ldx, i64 tokens, const typename E::typ
     for (i64 r = g * rows / parts.groups; r < (g + 1) * rows / parts.groups; r++)
       all.block_row(r, t, end < tokens ? end : tokens);
   });
-  free(packed);
   return 0;
 }
 
@@ -281,11 +282,11 @@ int estdgm_has_bfloat16() {
 #define LINEAR(E, T, name)                                                                                            \
   int estdgm_linear_##name(const T *x, i64 ldx, i64 tokens, const T *weight, i64 sn, i64 sk, const T *bias,            \
                            const int32_t *ptr, const int32_t *idx, const int32_t *tptr, const int32_t *tidx, i64 rows, \
-                           i64 cols, i64 b, int stored, T *y, i64 ldy, int threads) {                                 \
+                           i64 cols, i64 b, int stored, T *y, i64 ldy, void *kept, int threads) {                     \
     Order order;                                                                                                      \
     if (stored == Stored::BY_COLUMN && !order.find({ptr, idx, rows, b, b}, {tptr, tidx, cols, b, b}, threads)) return 1; \
     const Places places = {sn, sk, stored ? b * b : 0, order.numbers};                                                \
-    return linear<E>(x, ldx, tokens, weight, places, bias, ptr, idx, rows, cols * b, b, y, ldy, threads);             \
+    return linear<E>(x, ldx, tokens, weight, places, bias, ptr, idx, rows, cols * b, b, y, ldy, kept, threads);       \
   }
 
 LINEAR(Float, float, float32)

@@ -57,6 +57,8 @@ struct Strip {
   using T = typename E::type;
   const T *x;
   i64 ldx, tokens;
+  const T *all;  // where tokens that come a tile later are: x itself, or what x is a copy of
+  i64 ldall;
   const float *packed;  // its weights, as of linear_tile
   i64 unit, pitch;
   const int32_t *cols;
@@ -69,13 +71,13 @@ struct Strip {
   template <int MR, int NV, int CHUNK = 16>
   void compute(i64 t, i64 end, i64 tile) const {
     for (; t + MR <= end; t += MR) {
-      const T *coming = x + (t + tile < tokens ? t + tile : t) * ldx;
-      Ahead ahead = {(const char *)(coming + first), (const char *)(coming + last), ldx * (i64)sizeof(T)};
+      const T *coming = all + (t + tile < tokens ? t + tile : t) * ldall;
+      Ahead ahead = {(const char *)(coming + first), (const char *)(coming + last), ldall * (i64)sizeof(T)};
       linear_tile<E, MR, NV, CHUNK>(x + t * ldx, ldx, packed, unit, pitch, cols, blocks, c, bias, y + t * ldy, ldy,
                                     ahead);
     }
     if constexpr (MR > 1)
-      if (t < end) compute<MR / 2, NV, CHUNK>(t, end, tile);
+      if (t < end) compute<(MR > 6 ? 4 : MR > 2 ? 2 : 1), NV, CHUNK>(t, end, tile);  // 12 4 2 1, or 6 2 1
   }
 };
 
@@ -93,6 +95,7 @@ struct Division {
     groups = groups > rows ? rows : groups;
   }
   i64 token(i64 tile) const { return tile * twelves / tiles * 12; }
+  i64 most_tokens() const { return (twelves + tiles - 1) / tiles * 12; }  // of a tile
 };
 
 }  // namespace

@@ -12,11 +12,15 @@
 #include <new>
 #include <vector>
 
+#include "kept.h"
 #include "panels.h"
 #include "share.h"
 #include "units.h"
 
 namespace {
+
+using estdgm::Kept;
+using estdgm::PackedValues;
 
 template <class T>
 struct Result {
@@ -76,15 +80,14 @@ bool gather_tiles(Rows<typename E::type> x, i64 in, const float *packed, const t
 // Y[t, o] = sum over active i of X[t, i] W[o, i] + bias[o], R outputs of a unit at a time.
 template <class E, int R, int MOST>
 bool gather_linear(Rows<typename E::type> x, i64 in, Weight<typename E::type> weight, const typename E::type *bias,
-                   Units units, Result<typename E::type> y, int threads) {
-  float *packed = floats(units.ptr[units.rows] * units.r * units.c);
-  if (!packed) return true;
-  pack<E, R>(weight, units, packed, threads);
+                   Units units, Result<typename E::type> y, Kept *kept, int threads) {
+  const PackedValues packed(kept, units.ptr[units.rows] * units.r * units.c,
+                            [&](float *to) { pack<E, R>(weight, units, to, threads); });
+  if (!packed.data) return true;
   bool failed = false;
   with_vectors<MOST>(tile_vectors(x.count, in, MOST), [&](auto n) {
-    failed = gather_tiles<E, R, n.value>(x, in, packed, bias, units, y, threads);
+    failed = gather_tiles<E, R, n.value>(x, in, packed.data, bias, units, y, threads);
   });
-  free(packed);
   return failed;
 }
 
@@ -123,16 +126,16 @@ bool scatter_tiles(Rows<typename E::type> x, i64 in, const float *packed, const 
 // one input.
 template <class E, int R, int MOST>
 bool scatter_linear(Rows<typename E::type> x, i64 in, Weight<typename E::type> weight, const typename E::type *bias,
-                    Units columns, Result<typename E::type> y, int threads) {
-  float *packed = floats(columns.ptr[columns.rows] * columns.r);
-  if (!packed) return true;
+                    Units columns, Result<typename E::type> y, Kept *kept, int threads) {
   const Places &at = weight.places;
-  pack<E, R>({weight.data, {at.in, at.out, at.unit, at.order}}, columns, packed, threads);
+  const PackedValues packed(kept, columns.ptr[columns.rows] * columns.r, [&](float *to) {
+    pack<E, R>({weight.data, {at.in, at.out, at.unit, at.order}}, columns, to, threads);
+  });
+  if (!packed.data) return true;
   bool failed = false;
   with_vectors<MOST>(tile_vectors(x.count, y.columns, MOST), [&](auto n) {
-    failed = scatter_tiles<E, R, n.value>(x, in, packed, bias, columns, y, threads);
+    failed = scatter_tiles<E, R, n.value>(x, in, packed.data, bias, columns, y, threads);
   });
-  free(packed);
   return failed;
 }
 
@@ -173,21 +176,19 @@ bool single_tiles(Rows<typename E::type> x, const float *packed, const typename 
 
 template <class E>
 bool single_linear(Rows<typename E::type> x, Weight<typename E::type> weight, const typename E::type *bias,
-                   const Plan &plan, Result<typename E::type> y, int threads) {
-  float *packed = floats(plan.places.size());
-  if (!packed) return true;
-  pack_fours<E>(weight, plan, packed, threads);
+                   const Plan &plan, Result<typename E::type> y, Kept *kept, int threads) {
+  const PackedValues packed(kept, plan.places.size(), [&](float *to) { pack_fours<E>(weight, plan, to, threads); });
+  if (!packed.data) return true;
   bool failed = false;
   with_vectors<SINGLE_VECTORS>(tile_vectors(x.count, plan.outputs, SINGLE_VECTORS), [&](auto n) {
-    failed = single_tiles<E, n.value>(x, packed, bias, plan, y, threads);
+    failed = single_tiles<E, n.value>(x, packed.data, bias, plan, y, threads);
   });
-  free(packed);
   return failed;
 }
 
 template <class E>
 bool units_linear(Rows<typename E::type> x, i64 in, Weight<typename E::type> weight, const typename E::type *bias,
-                  Units units, Units columns, Stored stored, const Plan *plan, Result<typename E::type> y,
+                  Units units, Units columns, Stored stored, const Plan *plan, Result<typename E::type> y, Kept *kept,
                   int threads) {
   const bool by_column = units.r == 1 && units.c >= 4;
   Order order;
@@ -195,13 +196,13 @@ bool units_linear(Rows<typename E::type> x, i64 in, Weight<typename E::type> wei
       !order.find(by_column ? columns : units, by_column ? units : columns, threads))
     return true;
   weight.places.order = order.numbers;
-  if (units.r % 8 == 0) return gather_linear<E, 8, WIDE ? 3 : 1>(x, in, weight, bias, units, y, threads);
-  if (units.r == 4) return gather_linear<E, 4, WIDE ? 6 : 2>(x, in, weight, bias, units, y, threads);
-  if (units.r == 2) return gather_linear<E, 2, WIDE ? 8 : 4>(x, in, weight, bias, units, y, threads);
+  if (units.r % 8 == 0) return gather_linear<E, 8, WIDE ? 3 : 1>(x, in, weight, bias, units, y, kept, threads);
+  if (units.r == 4) return gather_linear<E, 4, WIDE ? 6 : 2>(x, in, weight, bias, units, y, kept, threads);
+  if (units.r == 2) return gather_linear<E, 2, WIDE ? 8 : 4>(x, in, weight, bias, units, y, kept, threads);
   if (by_column && units.c % 8 == 0)
-    return scatter_linear<E, 8, WIDE ? 2 : 1>(x, in, weight, bias, columns, y, threads);
-  if (by_column) return scatter_linear<E, 4, WIDE ? 4 : 2>(x, in, weight, bias, columns, y, threads);
-  return single_linear<E>(x, weight, bias, *plan, y, threads);
+    return scatter_linear<E, 8, WIDE ? 2 : 1>(x, in, weight, bias, columns, y, kept, threads);
+  if (by_column) return scatter_linear<E, 4, WIDE ? 4 : 2>(x, in, weight, bias, columns, y, kept, threads);
+  return single_linear<E>(x, weight, bias, *plan, y, kept, threads);
 }
 
 // ---- dW[o, i] = sum over t of dY[t, o] X[t, i], for active units: VL sums of RO outputs and VL / RO inputs at a time
@@ -332,16 +333,23 @@ void *estdgm_units_plan(const int32_t *ptr, const int32_t *idx, i64 rows, i64 c,
   }
 }
 
+// What `linear` and `units_linear` keep over calls; how often weights were laid out so far, kept or not.
+void *estdgm_kept_new() { return new (std::nothrow) Kept; }
+
+void estdgm_kept_free(void *kept) { delete (Kept *)kept; }
+
+i64 estdgm_packings() { return estdgm::packings; }
+
 void estdgm_units_free(void *plan) { delete (Plan *)plan; }
 
 #define PRODUCTS(E, T, name)                                                                                          \
   int estdgm_units_linear_##name(const T *x, i64 ldx, i64 tokens, const T *weight, i64 sn, i64 sk, const T *bias,      \
                                  const int32_t *ptr, const int32_t *idx, const int32_t *tptr, const int32_t *tidx,    \
                                  i64 rows, i64 cols, i64 r, i64 c, int stored, const void *plan, T *y, i64 ldy,       \
-                                 int threads) {                                                                       \
+                                 void *kept, int threads) {                                                           \
     return units_linear<E>({x, ldx, tokens}, cols * c, {weight, {sn, sk, stored ? r * c : 0}}, bias,                  \
                            {ptr, idx, rows, r, c}, {tptr, tidx, cols, c, r}, (Stored)stored, (const Plan *)plan,      \
-                           {y, ldy, rows * r}, threads);                                                              \
+                           {y, ldy, rows * r}, (Kept *)kept, threads);                                                \
   }                                                                                                                   \
   int estdgm_units_grad_weight_##name(const T *dy, i64 ldd, const T *x, i64 ldx, i64 tokens, const int32_t *ptr,      \
                                       const int32_t *idx, const int32_t *tptr, const int32_t *tidx, i64 rows,         \

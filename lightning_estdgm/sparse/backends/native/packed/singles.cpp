@@ -85,32 +85,37 @@ inline lanes<4> few_four(const Line &line, const V *values, const uint8_t *place
 }
 #endif
 
+// Stretches in parts with sums of their own, as many whatever the number of threads: so are the results the same.
 template <class V>
 bool few_tokens(const PackedSingles &m, const V *values, const float *x, i64 ldx, i64 tokens, float *y, i64 ldy, int threads) {
   const i64 fours = m.stretch[m.stretches], width = m.out + 1;  // a sum for what is no output
+  const i64 parts = m.stretches >= 32 ? 8 : m.stretches >= 8 ? 4 : 1, length = tokens * width;
   if (!fours || m.ends[fours - 1] * FOUR < SMALL) threads = 1;
-  float *sums = floats(tokens * width);
+  float *sums = floats(parts * length);
   if (!sums) return false;
-  memset(sums, 0, tokens * width * sizeof(float));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (i64 part = 0; part < parts; part++) {
+    float *own = sums + part * length;
+    memset(own, 0, length * sizeof(float));
     Line line[FEW];
-    for (i64 s = 0; s < m.stretches; s++) {
+    for (i64 s = part * m.stretches / parts; s < (part + 1) * m.stretches / parts; s++) {
       const i64 first = s * LINES, n = std::min(LINES, m.in - first);
       for (i64 t = 0; t < tokens; t++) line[t].load(x + t * ldx + first, n);
-#pragma omp for schedule(static)
       for (i64 i = m.stretch[s]; i < m.stretch[s + 1]; i++) {
         const i64 start = i ? m.ends[i - 1] : 0, count = (m.ends[i] - start) * FOUR;
         for (i64 t = 0; t < tokens; t++) {
           const lanes<4> sum = few_four(line[t], values + start * FOUR, m.places + start * FOUR, count);
-          for (int g = 0; g < FOUR; g++) sums[t * width + m.outputs[i * FOUR + g]] += sum[g];
+          for (int g = 0; g < FOUR; g++) own[t * width + m.outputs[i * FOUR + g]] += sum[g];
         }
       }
     }
   }
   for (i64 t = 0; t < tokens; t++)
-    for (i64 o = 0; o < m.out; o++)
-      y[t * ldy + o] = sums[t * width + o] * (m.scale ? m.scale[o] : 1) + (m.bias ? m.bias[o] : 0);
+    for (i64 o = 0; o < m.out; o++) {
+      float sum = sums[t * width + o];
+      for (i64 part = 1; part < parts; part++) sum += sums[part * length + t * width + o];
+      y[t * ldy + o] = sum * (m.scale ? m.scale[o] : 1) + (m.bias ? m.bias[o] : 0);
+    }
   free(sums);
   return true;
 }
@@ -198,10 +203,12 @@ bool by_tokens(const PackedSingles &m, Rows<float> x, float *y, i64 ldy, int thr
 namespace estdgm {
 
 bool multiply(const PackedSingles &m, const float *x, i64 ldx, i64 tokens, float *y, i64 ldy, int threads) {
-  if (tokens <= FEW) 
+  if (tokens <= FEW)
     return with_values(m.values, m.type,
                        [&](auto values) { return few_tokens(m, values, x, ldx, tokens, y, ldy, threads); });
-  const i64 vectors = (tokens + VL - 1) / VL, tiles = (vectors + VECTORS - 1) / VECTORS;
+  const i64 vectors = (tokens + VL - 1) / VL;
+  i64 tiles = (vectors + VECTORS - 1) / VECTORS;
+  tiles = std::min((tiles + threads - 1) / threads * threads, vectors);  // equally many for each thread
   return by_tokens<VECTORS>(m, {x, ldx, tokens}, y, ldy, threads, (vectors + tiles - 1) / tiles);
 }
 

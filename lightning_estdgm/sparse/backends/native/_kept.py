@@ -1,0 +1,95 @@
+"""Weights that the native loops keep in the order of use while they do not change, as in validation."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_estdgm.sparse._topology import BlockTopology
+from lightning_estdgm.sparse.backends.native._build import library
+
+_MOST_BYTES = 1 << 30
+_SAMPLES = 256
+
+
+class KeptWeight:
+    """A weight in the order of use, filled by the first call that is given it, freed with this object.
+
+    Attributes:
+        address: of what the compiled library fills and reads.
+
+    """
+
+    def __init__(self) -> None:
+        loaded = library()
+        assert not isinstance(loaded, str)
+        self.address: int | None = loaded.estdgm_kept_new()
+        if self.address is not None:
+            weakref.finalize(self, loaded.estdgm_kept_free, ctypes.c_void_p(self.address))
+
+
+@dataclass
+class _Entry:
+    """A weight as the last call found it."""
+
+    state: tuple[Any, ...]
+    row_ptr: weakref.ref[Tensor]
+    nbytes: int
+    sample: _Sample | None = None
+    kept: KeptWeight | None = None
+
+
+class KeptWeights:
+    """Which weights are as they were at the last call.
+
+    A weight is the same while its storage, its address and its version counter are, and those of its topology. Writes
+    through ``.data``, and strategies that gather weights into the same memory, do not count as versions: so a sample of
+    the active weights is compared too. In training each step makes another version, so nothing is kept between steps,
+    and what was kept is freed by the first forward after one. Active units are kept as float32, `_MOST_BYTES` in all.
+    """
+
+    def __init__(self) -> None:
+        self._entries = WeakTensorKeyDictionary()
+
+    def of(self, weight: Tensor, topology: BlockTopology) -> KeptWeight | None:
+        """Return what to fill or to read, or None where the weight is not known to be that of the last call."""
+        row_ptr = topology.row_ptr
+        if weight.is_inference() or row_ptr.is_inference():  # no versions
+            return None
+        state = (
+            StorageWeakRef(weight.untyped_storage()), weight.data_ptr(), weight._version, weight.stride(), weight.dtype,
+            row_ptr._version, topology.col_idx.data_ptr(), topology.sides,
+        )  # fmt: skip
+        entry: _Entry | None = self._entries.get(weight)
+        if entry is None or entry.state != state or entry.row_ptr() is not row_ptr:
+            self._entries[weight] = _Entry(state, weakref.ref(row_ptr), 0)
+            return None
+        if entry.sample is None or not entry.sample.is_of(weight):
+            entry.sample = entry.kept = None  # freed before another is made
+            rows, columns = topology.sides
+            entry.nbytes = int(row_ptr[-1]) * rows * columns * 4
+            others = sum(other.nbytes for other in self._entries.values() if other.kept is not None)
+            if others + entry.nbytes <= _MOST_BYTES:
+                entry.sample, entry.kept = _Sample(weight, topology), KeptWeight()
+        return entry.kept
+
+
+class _Sample:
+    """One weight of each of some active units, spread over all of them."""
+
+    def __init__(self, weight: Tensor, topology: BlockTopology) -> None:
+        count, (rows, columns) = int(topology.row_ptr[-1]), topology.sides
+        units = torch.arange(0, count, max(1, count // _SAMPLES))
+        row = torch.searchsorted(topology.row_ptr, units, right=True) - 1
+        self._places = (row * rows + units % rows, topology.col_idx[units] * columns + units % columns)
+        self._values = weight[self._places]
+
+    def is_of(self, weight: Tensor) -> bool:
+        return torch.equal(weight[self._places], self._values)
