@@ -88,9 +88,9 @@ def unit_note(candidate: Candidate, note: str) -> str:
 def unit_of_zeros(candidate: Candidate) -> BlockSize | None:
     """Return the coarsest unit that all zeros of a weight fill, as an earlier mask leaves them; None without zeros.
 
-    A weight that is sharded, or all zero, or has next to no zeros, tells of no mask.
+    A weight that is sharded or without storage, or all zero, or has next to no zeros, tells of no mask.
     """
-    if candidate.shard.groups:
+    if candidate.shard.groups or candidate.weight.is_meta:
         return None
     weight = candidate.shard.local(candidate.weight).detach()
     zeros = weight.numel() - int(torch.count_nonzero(weight))
@@ -104,7 +104,12 @@ def unit_of_zeros(candidate: Candidate) -> BlockSize | None:
 
 @torch.no_grad()
 def draw_masks(
-    weights: Sequence[MaskedWeight], budgets: Sequence[Sequence[int]], config: DGMConfig, *, largest: bool = False
+    weights: Sequence[MaskedWeight],
+    budgets: Sequence[Sequence[int]],
+    config: DGMConfig,
+    *,
+    largest: bool = False,
+    arrive: Callable[[MaskedWeight], None] = lambda weight: None,
 ) -> list[int]:
     """Draw masks by `_masks.initial_mask` and bring the weights in line with them.
 
@@ -116,6 +121,7 @@ def draw_masks(
         budgets: number of active units of each part of each weight.
         config: settings; seed, pattern and scaling are used.
         largest: whether the largest units are chosen, to recover masks from weights.
+        arrive: called with each weight before it is read.
 
     Returns:
         Number of units of each weight that were not zero before.
@@ -128,6 +134,7 @@ def draw_masks(
     scaled = config.step_size.scale_initial_weights and not largest
     held = []
     for weight, budget in zip(weights, budgets, strict=True):
+        arrive(weight)
         norms = weight.placement.unit_norms(weight.weight)
         take_largest = largest or weight.inactive.learn
         with weight.naming_errors():

@@ -171,9 +171,16 @@ class MaskedModel:
 
     # ------------------------------------------------------------------ masks
 
-    def draw(self, weights: Sequence[MaskedWeight], density: float, *, largest: bool = False) -> list[int]:
+    def draw(
+        self,
+        weights: Sequence[MaskedWeight],
+        density: float,
+        *,
+        largest: bool = False,
+        arrive: Callable[[MaskedWeight], None] = lambda weight: None,
+    ) -> list[int]:
         """Draw masks of weights for a density of them all; return each one's number of units that were not zero."""
-        return draw_masks(weights, self.budgets(density, weights), self._config, largest=largest)
+        return draw_masks(weights, self.budgets(density, weights), self._config, largest=largest, arrive=arrive)
 
     @torch.no_grad()
     def update(self, density: float, drop_fraction: float, states: OptimizerStates, update: int) -> float:

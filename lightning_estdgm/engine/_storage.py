@@ -17,6 +17,7 @@ from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.engine._absent_weights import AbsentWeights
 from lightning_estdgm.engine._element_trial import why_not_by_element
 from lightning_estdgm.engine._inactive import Treatment
+from lightning_estdgm.engine._late_values import LateValues
 from lightning_estdgm.engine._masked_model import MaskedModel
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._optimizer_state import OptimizerStates
@@ -180,6 +181,8 @@ class PackedStorage:
     def pack(self, model: nn.Module, length: Callable[[], int]) -> None:
         """Draw the first masks of a model, and store the active units alone: before there is any optimizer.
 
+        What is on the meta device gets its first values layer by layer, each of which is packed at once.
+
         Args:
             model: the model.
             length: function that returns the number of optimizer steps; called if the schedule fits one length only.
@@ -192,7 +195,14 @@ class PackedStorage:
             schedule = self._config.schedule.resolve(length())
         self._drawn = schedule(0).density
         self._masked.take_in(self._masked.every)
-        self._masked.draw(self._masked.every, self._drawn)
+        late = LateValues(model)
+
+        def arrive(weight: MaskedWeight) -> None:
+            if late.reach(weight.candidate.module):
+                weight.use_unit(weight.block_size, weight.note)  # on the device that it has now
+
+        self._masked.draw(self._masked.every, self._drawn, arrive=arrive)
+        late.finish()
 
     def masked(
         self,

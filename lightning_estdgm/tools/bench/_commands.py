@@ -254,6 +254,44 @@ def serve(
         )
 
 
+@app.command()
+def memory(
+    weights: Annotated[
+        float | None, typer.Option(help="Train a GPT of so many weights by packed storage alone, such as 3e9.")
+    ] = None,
+    width: Annotated[int, typer.Option(help="Of the GPT whose memory is measured.", min=1)] = 2048,
+    layers: Annotated[int, typer.Option(help="Its decoder blocks.", min=1)] = 12,
+    tokens: Annotated[int, typer.Option(help="Tokens of a step.", min=1)] = 256,
+    density: Annotated[float, typer.Option(help="Active share of the weights.")] = 0.1,
+    block_size: Annotated[
+        list[int] | None, typer.Option(help="Sides of the mask units; repeatable (4, 16; with --weights 16).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps (6; with --weights 20).", min=3)] = None,
+    rounds: Annotated[int, typer.Option(help="Trainings of each storage whose steps are timed.", min=1)] = 3,
+    dense: Annotated[
+        bool | None, typer.Option(help="Run dense training too, or calculate it (default: run it where it fits).")
+    ] = None,
+    speed: Annotated[bool, typer.Option(help="Time steps and mask work too.")] = True,
+    json: Annotated[Path | None, typer.Option(help="Where a JSON goes.")] = None,
+) -> None:
+    """Train a GPT with dense and with packed storage: bytes, peak memory and time, each in a process of its own."""
+    from lightning_estdgm.tools.bench._memory import MemoryBenchConfig, measure_memory, memory_table
+    from lightning_estdgm.tools.bench._output import console, show
+
+    given: dict[str, Any] = {"block_sizes": tuple(block_size or ()), "steps": steps}
+    defaults = {"block_sizes": (16,), "steps": 20} if weights is not None else {}
+    given = defaults | {name: value for name, value in given.items() if value}
+    try:
+        config = MemoryBenchConfig(
+            width, layers, tokens, density, weights=weights, times_steps=speed, rounds=rounds, runs_dense=dense, **given
+        )
+    except ValueError as e:
+        raise typer.BadParameter(str(e)) from e
+    out = console()
+    result = measure_memory(config, lambda text: out.print(text, style="dim", soft_wrap=True, markup=False))
+    show(memory_table(result), result, json)
+
+
 @app.command(name="all")
 def everything(
     output: Annotated[

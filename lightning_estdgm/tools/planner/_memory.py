@@ -10,7 +10,8 @@ from lightning_estdgm.tools.planner._setup import TrainingSetup
 ADDED = ("masks", "block index lists", "observation window")
 """Kinds of memory that the method adds."""
 
-_SCORE_BYTES = 4  # float32, also for low-precision weights
+SCORE_BYTES = 4
+"""Bytes of a score: float32, also for low-precision weights."""
 
 
 def memory_bytes(model: PlannedModel, setup: TrainingSetup, strategy: str) -> dict[str, float]:
@@ -38,7 +39,7 @@ def memory_bytes(model: PlannedModel, setup: TrainingSetup, strategy: str) -> di
     held["masks"] = sum(_mask_bytes(layer, layout) for layer in model.masked)
     held["block index lists"] = float(sum(_topology_bytes(layer) for layer in model.masked))
     held["observation window"] = sum(
-        _SCORE_BYTES * (layer.weights / layout.shards + layer.units / _mask_shards(layer, layout))
+        SCORE_BYTES * (layer.weights / layout.shards + layer.units / _mask_shards(layer, layout))
         for layer in model.masked
     )
     return held

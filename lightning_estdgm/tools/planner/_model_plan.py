@@ -1,6 +1,6 @@
 """Plan of one model: what it costs a GPU under each way of sharding it; calculated, not measured.
 
-Pure functions of sizes: `memory`, `traffic` and `mask_work` hold the formulas. ``estdgm plan`` prints them,
+Pure functions of sizes: `memory`, `storage`, `traffic` and `mask_work` hold the formulas. ``estdgm plan`` prints them,
 docs/guides/scaling.md explains them, and tests/tools/planner checks them against small jobs of two processes.
 
 Units: bytes a GPU, FLOPs a GPU; 1 GB is 10^9 bytes.
@@ -18,6 +18,7 @@ from lightning_estdgm.tools.planner._mask_work import update_cost
 from lightning_estdgm.tools.planner._memory import memory_bytes
 from lightning_estdgm.tools.planner._planned_model import PlannedModel, inspect_model
 from lightning_estdgm.tools.planner._setup import STRATEGIES, TrainingSetup
+from lightning_estdgm.tools.planner._storage import storage_table
 from lightning_estdgm.tools.planner._traffic import traffic_bytes
 
 
@@ -33,6 +34,7 @@ def plan_model(model: nn.Module, setup: TrainingSetup, strategies: Sequence[str]
         "version": 1,
         "calculated": True,
         "setup": asdict(setup),
+        "storage": storage_table(inspect_model(model, setup), setup),
         "strategies": {
             strategy: _plan_one(inspect_model(model, setup, strategy), setup, strategy) for strategy in strategies
         },

@@ -9,10 +9,11 @@ from rich.table import Table
 
 from lightning_estdgm.method._masks import size_words
 from lightning_estdgm.tools.planner._memory import added_bytes, dense_bytes
+from lightning_estdgm.tools.planner._storage import fits_words
 
 
 def plan_tables(result: Mapping[str, Any]) -> list[Table]:
-    """Lay a plan out for printing: layers, memory, traffic, mask updates."""
+    """Lay a plan out for printing: layers, memory, storage, traffic, mask updates."""
     setup, strategies = result["setup"], result["strategies"]
     columns = [_heading(strategy, setup) for strategy in strategies]
 
@@ -41,6 +42,7 @@ def plan_tables(result: Mapping[str, Any]) -> list[Table]:
     return [
         *(_layer_table(strategies[names[0]], [_heading(name, setup) for name in names]) for names in layers.values()),
         table("Memory of one GPU, without activations", "held", held | totals),
+        _storage_table(result["storage"]),
         table(
             "Traffic of one GPU in a step", "handed to collectives, sent by a ring", rows_of("traffic_bytes_per_step")
         ),
@@ -70,6 +72,33 @@ def _layer_table(numbers: Mapping[str, Any], headings: Sequence[str]) -> Table:
             "-" if not block_size else "weight" if block_size == 1 else size_words(block_size),
             "dense" if not block_size else lowest if lowest == highest else f"{lowest} to {highest}",
             why,
+        )
+    return table
+
+
+def _storage_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(
+        title="Storage and schedule: memory of one GPU under DDP, without activations; and the largest GPT that trains "
+        "in a GPU",
+        caption="density: the highest, and the mean over steps; of dense: of training without the method",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for column in ("storage", "schedule"):
+        table.add_column(column, no_wrap=True)
+    for column in ("density", "mean", "at most", "of dense", "at the end", "fits into", *rows[0]["largest_gpt"]):
+        table.add_column(column, justify="right")
+    for row in rows:
+        density = row["density"]
+        table.add_row(
+            row["storage"],
+            row["schedule"],
+            *(f"{density[name]:.2f}" if row["storage"] == "packed" else "-" for name in ("highest", "mean")),
+            amount("", sum(row["peak_bytes"].values())),
+            f"{row['against_dense']:.2f}",
+            amount("", sum(row["end_bytes"].values())),
+            fits_words(row),
+            *(f"{parameters / 1e9:.1f}B" for parameters in row["largest_gpt"].values()),
         )
     return table
 
