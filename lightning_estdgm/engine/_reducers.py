@@ -15,7 +15,7 @@ def rebuild_reducer_(wrapper: DistributedDataParallel) -> None:
     unpickled (``DistributedDataParallel.__setstate__``), with the registered communication hooks kept.
 
     Args:
-        wrapper: the wrapper, between a step and the next forward.
+        wrapper: the wrapper, between a step and the next forward; none of a static graph.
 
     """
     ddp: Any = wrapper
@@ -23,8 +23,5 @@ def rebuild_reducer_(wrapper: DistributedDataParallel) -> None:
     parameters, expect_sparse = ddp._build_params_for_reducer()
     names = ddp._build_debug_param_to_name_mapping(parameters)
     ddp._ddp_init_helper(parameters, expect_sparse, names, ddp.static_graph)
-    if ddp.static_graph:
-        ddp.reducer._set_static_graph()
-        ddp.logger._set_static_graph()
     for hook, state in ddp._comm_hooks:
         torch._C._distributed_c10d._register_comm_hook(ddp.reducer, state, hook)

@@ -216,6 +216,11 @@ class PackedStorage:
         """Return the weights, packed already if `pack` was called."""
         if isinstance(model, DistributedDataParallel):
             self.wrappers.append(model)
+        if any(wrapper.static_graph for wrapper in self.wrappers):
+            raise ValueError(
+                "storage='packed' rebuilds DDP's buckets as parameters shrink, which static_graph=True does not take: "
+                "leave it out, or use storage='dense'"
+            )
         if self._masked is None:
             self._masked = self._found(model, state, held, group)
         self.group = self._masked.group = group
