@@ -38,7 +38,6 @@ from lightning_estdgm.distributed.adapters._protocol import adapter_for
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._decisions import LayerDecision
 from lightning_estdgm.engine._pace import Pace, saved_pace
-from lightning_estdgm.engine._storage import PackedStorage
 from lightning_estdgm.method._masks import size_entry
 from lightning_estdgm.method._schedules import EstDgm, Schedule
 from lightning_estdgm.modules._candidates import unlisted_weights
@@ -246,7 +245,7 @@ class DGMCallback(pl.Callback):
             adapter_for(trainer.strategy).check(trainer.strategy)
             check_ddp(trainer)
             if self.config.storage == "packed":
-                self._packed = PackedWeights(trainer, pl_module, PackedStorage(self.config), self.total_steps)
+                self._packed = PackedWeights(trainer, pl_module, self.config, self.total_steps)
             self._compression = GradientCompression(trainer) if self.compress_gradients else None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -113,7 +113,7 @@ class AbsentWeights(InactiveWeights):
         packed = [packing.pack(entry.view(packing.stored_shape)) for entry in carried]
         gradient = weight.parameter.grad
         weight.parameter.grad = None
-        self.original = weight.parameter.detach()
+        self.original = weight.parameter.detach() if self._store.keeps_originals else None
         pack_(self._module, packing)
         for entry, values in zip(carried, packed, strict=True):
             resize_(entry, values.flatten() if entry.dim() == 1 else values)

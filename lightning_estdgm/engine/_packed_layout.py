@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -26,10 +27,14 @@ class Store(Protocol):
 
     Attributes:
         group: process group of the ranks whose gradients are averaged; ``None``: there is no other.
+        has_one_backward: whether a step is known to have one backward, on one rank.
+        keeps_originals: whether whole weights are kept until the run has begun, to be put back.
 
     """
 
     group: Any
+    has_one_backward: bool
+    keeps_originals: bool
 
     def states_of(self, weight: MaskedWeight) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and tensor of each state entry of a weight that has an element for each of its."""
@@ -45,21 +50,35 @@ class Store(Protocol):
 
 
 class SeenGradient:
-    """Sum of the whole gradients of one weight since the last step, ``(out, in, ...)``; none unless observed."""
+    """Sum of the whole gradients of one weight since the last step, ``(out, in, ...)``; none unless observed.
 
-    def __init__(self) -> None:
+    Where norms of units are all that is asked of a step's one backward, they are taken as soon as each use of the
+    weight has got its gradient: so the whole gradient of one layer at a time is there.
+
+    Args:
+        norms: function that returns these norms; ``None``: sums are kept until `take`.
+
+    """
+
+    def __init__(self, norms: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._norms = norms
         self._sum: Tensor | None = None
+        self._uses = 0  # in this step's forwards, without a gradient so far
+
+    def expect(self) -> None:
+        """Note that a forward has used the weight."""
+        self._uses += 1
 
     def __call__(self, gradient: Tensor) -> None:
-        """Add a gradient."""
-        if self._sum is None:
-            self._sum = gradient
-        else:
-            self._sum += gradient
+        """Add the gradient of one use."""
+        self._sum = gradient if self._sum is None else self._sum + gradient
+        self._uses -= 1
+        if self._norms is not None and self._uses == 0:
+            self._sum = self._norms(self._sum)
 
     def take(self) -> Tensor | None:
-        """Return the sum, and forget it."""
-        taken, self._sum = self._sum, None
+        """Return the sum, or its norms, and forget it."""
+        taken, self._sum, self._uses = self._sum, None, 0
         return taken
 
 
@@ -140,9 +159,10 @@ class PackedWeight(WholeWeight):
         self._shape, self._block_size = weight.shape, weight.block_size
         self.grain = 1
         self.stored = weight.mask
-        self.seen = SeenGradient()
         self._module, self._store = module, store
         self._signed = store.sums_gradients(weight.block_size)
+        at_once = store.has_one_backward and not self._signed
+        self.seen = SeenGradient(partial(pool_norm, block_size=self._block_size) if at_once else None)
 
     def mask_shape(self, weight: Tensor) -> tuple[int, ...]:
         """Return the shape of the whole mask."""
@@ -186,7 +206,7 @@ class PackedWeight(WholeWeight):
     # ---- observation
 
     def whole_gradient(self, gradient: Tensor | None) -> Tensor | None:
-        """Return the whole gradient since the last step, averaged over ranks as the parameter's is."""
+        """Return the whole gradient since the last step, averaged over ranks as the parameter's is, or its norms."""
         seen = self.seen.take()
         group = self._store.group
         if group is None or dist.get_world_size(group) == 1:
@@ -195,6 +215,12 @@ class PackedWeight(WholeWeight):
             seen = torch.zeros(self._shape, dtype=self._module.packed_weight.dtype, device=self.stored.device)
         dist.all_reduce(seen, group=group)
         return seen / dist.get_world_size(group)
+
+    def observation(self, gradient: Tensor | None, mask: Tensor) -> Tensor | None:
+        """Return the norms of the gradient's units."""
+        if gradient is None or gradient.shape != self._shape or self._block_size == 1:
+            return None if gradient is None else gradient.abs()
+        return pool_norm(gradient, self._block_size)
 
     def window(self, weight: Tensor, mask: Tensor) -> Window:
         """Return an empty window."""

@@ -159,18 +159,24 @@ class PackedStorage:
 
     Args:
         config: settings.
+        has_one_backward: see the attribute.
 
     Attributes:
         group: process group of the ranks whose gradients are averaged; ``None``: there is no other.
         wrappers: DDP wrappers of the model, whose buckets follow the sizes of parameters.
+        has_one_backward: whether a step is known to have one backward, on one rank.
+        keeps_originals: whether whole weights are kept until the run has begun, to be put back; not of a model that is
+            on the meta device, which never has them all.
 
     """
 
     audits = False
 
-    def __init__(self, config: DGMConfig) -> None:
+    def __init__(self, config: DGMConfig, *, has_one_backward: bool = False) -> None:
         self.group: dist.ProcessGroup | None = None
         self.wrappers: list[DistributedDataParallel] = []
+        self.has_one_backward = has_one_backward
+        self.keeps_originals = True
         self._config = config
         self._masked: MaskedModel | None = None
         self._drawn = 0.0  # density of masks that were drawn before there were optimizers
@@ -196,6 +202,7 @@ class PackedStorage:
         self._drawn = schedule(0).density
         self._masked.take_in(self._masked.every)
         late = LateValues(model)
+        self.keeps_originals = not any(weight.parameter.is_meta for weight in self._masked.every)
 
         def arrive(weight: MaskedWeight) -> None:
             if late.reach(weight.candidate.module):

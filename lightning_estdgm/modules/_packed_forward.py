@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,18 @@ _SAY = (
 )
 
 
+class GradientObserver(Protocol):
+    """What observes the whole gradients of a packed layer."""
+
+    def expect(self) -> None:
+        """Note that a forward has used the weight."""
+        ...
+
+    def __call__(self, gradient: Tensor) -> None:
+        """Take the gradient of one use, ``(out, in, ...)``."""
+        ...
+
+
 class PackedForward:
     """Mixin of the packed classes: the parameter ``weight`` holds active units only. All state lives on the instance.
 
@@ -110,7 +122,7 @@ class PackedForward:
 
     _estdgm_dense_class: type[nn.Module]
     _estdgm_packing: Packing
-    _estdgm_observer: Callable[[Tensor], None] | None
+    _estdgm_observer: GradientObserver | None
     _estdgm_observing: bool
     _estdgm_called: bool
     _estdgm_held: bool
@@ -127,8 +139,7 @@ class PackedForward:
     def weight(self) -> Tensor:
         """The whole weight, made anew at each reading; gradients reach the active units through it."""
         whole = self._whole_weight()
-        if self._estdgm_observing and whole.requires_grad:
-            whole.register_hook(self._see)
+        self._watch(whole, self._see)
         return whole.as_subclass(WholeWeight)
 
     def _whole_weight(self) -> Tensor:
@@ -145,6 +156,12 @@ class PackedForward:
         if name == _WEIGHT:
             raise AttributeError(f"layer {self._estdgm_packing.name!r}: the weight cannot be removed, as {_SAY}")
         super().__delattr__(name)
+
+    def _watch(self, result: Tensor, see: Callable[[Tensor], None]) -> None:
+        """Have what a use of the weight gives pass its gradient on, where that is observed."""
+        if self._estdgm_observing and result.requires_grad and self._estdgm_observer is not None:
+            self._estdgm_observer.expect()
+            result.register_hook(see)
 
     def _see(self, gradient: Tensor) -> None:
         """Pass a gradient of the whole weight on to who observes it."""
@@ -235,9 +252,8 @@ class _PackedLinear(PackedForward):
         if self._estdgm_loaded is not None:
             return F.linear(x, packing.oriented(self._whole_weight()), bias)
         y = packed_linear(x, self.packed_weight, packing.topology, bias)
-        if self._estdgm_observing and y.requires_grad:
-            seen = x.detach()
-            y.register_hook(lambda dy: self._see_product(dy, seen))
+        seen = x.detach()
+        self._watch(y, lambda dy: self._see_product(dy, seen))
         return y
 
     def _see_product(self, dy: Tensor, x: Tensor) -> None:
@@ -253,8 +269,7 @@ class _PackedConv(PackedForward):
     def forward(self, x: Tensor) -> Tensor:
         self._estdgm_called = True
         whole = self._whole_weight()
-        if self._estdgm_observing and whole.requires_grad:
-            whole.register_hook(self._see)
+        self._watch(whole, self._see)
         y: Tensor = self._conv_forward(x, whole, self._parameters.get("bias"))  # type: ignore[attr-defined]
         return y
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from helpers.models import MLP, NO_VALIDATION_LOADER, ConvNet, ResumableLoader, make_trainer
 from helpers.runs import EPOCH_STEPS, SCHEDULE, STEPS
 from lightning_estdgm import DGMCallback, DGMConfig, DGMController, Units
+from lightning_estdgm.method._update_rule import UpdateRule
 from lightning_estdgm.modules._packed_forward import PackedForward
 
 pytestmark = [
@@ -322,3 +323,46 @@ def test_a_layer_used_by_itself_ends_the_fit_with_its_name():
     with pytest.raises(ValueError, match=r"its weight is used by itself.*Selection\(exclude"):
         fit(DGMCallback(config()), module=module)
     assert torch.isfinite(module.net[0].weight).all()
+
+
+class Peak(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the whole gradients of the hidden layers that are there at a time in the backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.most = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() == 96 * 96:
+            self.made.append(torch.multiprocessing.reductions.StorageWeakRef(out.untyped_storage()))
+        self.made = [ref for ref in self.made if not ref.expired()]
+        self.most = max(self.most, len({ref.cdata for ref in self.made}))
+        return out
+
+
+class Deep(Double):
+    """Eight hidden layers of 96 x 96; counts in its backwards."""
+
+    def __init__(self):
+        super().__init__(scheduler=None)
+        layers = [layer for _ in range(8) for layer in (nn.Linear(96, 96), nn.Tanh())]
+        self.net = nn.Sequential(nn.Linear(32, 96), *layers, nn.Linear(96, 1)).double()
+        self.peaks = []
+
+    def backward(self, loss):
+        with Peak() as peak:
+            super().backward(loss)
+        self.peaks.append(peak.most)
+
+
+@pytest.mark.parametrize(("grow", "accumulate", "most"), [("gradient", 1, 3), ("random", 1, 0), ("gradient", 2, None)])
+def test_growth_by_gradients_sees_the_whole_gradient_of_one_layer_at_a_time(grow, accumulate, most, monkeypatch):
+    # The dense library stands in for products of packed values: expanding a layer would count as well.
+    rule = UpdateRule(keep="magnitude", grow=grow)
+    callback = DGMCallback(config(update_rule=rule))
+    module, _ = fit(callback, module=Deep(), accumulate=accumulate)
+    if most is None:
+        assert max(module.peaks) >= 8
+    else:
+        assert max(module.peaks) <= most

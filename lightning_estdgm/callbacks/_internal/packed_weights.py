@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.distributed.adapters._protocol import adapter_for
 from lightning_estdgm.engine._storage import PackedStorage
 
@@ -21,7 +22,7 @@ class PackedWeights:
     Args:
         trainer: Trainer of the fit.
         module: its module.
-        storage: storage that packs.
+        config: settings.
         total_steps: number of optimizer steps; ``None``: the Trainer's.
 
     Raises:
@@ -30,10 +31,11 @@ class PackedWeights:
     """
 
     def __init__(
-        self, trainer: pl.Trainer, module: pl.LightningModule, storage: PackedStorage, total_steps: int | None = None
+        self, trainer: pl.Trainer, module: pl.LightningModule, config: DGMConfig, total_steps: int | None = None
     ) -> None:
         self._check(trainer)
-        self.storage = storage
+        plain = trainer.accumulate_grad_batches == 1 and trainer.world_size == 1 and module.automatic_optimization
+        self.storage = storage = PackedStorage(config, has_one_backward=plain)
         self._began = False
         self._module: Any = module
         self._extended: dict[str, tuple[Any, Any]] = {}  # by the hook's name: what stands there now, and stood before
