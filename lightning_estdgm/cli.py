@@ -12,7 +12,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from lightning_estdgm.tools._export_command import export
-from lightning_estdgm.tools._terminal import wide_console
+from lightning_estdgm.tools._terminal import reading_checkpoint, wide_console
 from lightning_estdgm.tools.bench._commands import app as bench_commands
 from lightning_estdgm.tools.demo._command import demo
 from lightning_estdgm.tools.planner._command import plan
@@ -179,17 +179,13 @@ def densify(
     ] = True,
 ) -> None:
     """Turn a sparse checkpoint into an ordinary one, which needs neither the plugin nor this package."""
-    import pickle
-
     from lightning_estdgm.export import densify_checkpoint
 
     try:
-        dense = densify_checkpoint(checkpoint, out, weights_only=weights_only)
+        with reading_checkpoint(checkpoint):
+            dense = densify_checkpoint(checkpoint, out, weights_only=weights_only)
     except (OSError, ValueError) as e:
         raise typer.BadParameter(str(e), param_hint="CKPT") from e
-    except pickle.UnpicklingError as e:
-        message = f"{checkpoint} holds objects of other classes; if you trust it: --no-weights-only. {e}"
-        raise typer.BadParameter(message, param_hint="CKPT") from e
     typer.echo(f"{dense}: {dense.stat().st_size:,} bytes, from {checkpoint.stat().st_size:,}")
 
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lightning_estdgm.tools._terminal import reading_checkpoint
+
 
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, sparse or ordinary.")],
@@ -38,30 +40,26 @@ def export(
     ] = True,
 ) -> None:
     """Write a trained model in a form that it is served from, check it against PyTorch, and say its size and time."""
-    import pickle
-
     from lightning_estdgm.export import ExportError, export_checkpoint
     from lightning_estdgm.tools._named_object import named_object
 
     try:
         given: Any = named_object("--example", example) if example is not None else None
-        report = export_checkpoint(
-            checkpoint,
-            to,
-            out,
-            model=named_object("--model", model),
-            example=given() if callable(given) else given,
-            weights_only=weights_only,
-            values=values,
-            dynamic=dynamic,
-            evaluate=named_object("--evaluate", evaluate) if evaluate is not None else None,
-        )
+        with reading_checkpoint(checkpoint):
+            report = export_checkpoint(
+                checkpoint,
+                to,
+                out,
+                model=named_object("--model", model),
+                example=given() if callable(given) else given,
+                weights_only=weights_only,
+                values=values,
+                dynamic=dynamic,
+                evaluate=named_object("--evaluate", evaluate) if evaluate is not None else None,
+            )
     except (ExportError, ModuleNotFoundError) as e:
         typer.echo(f"estdgm export --to {to}: {e}", err=True)
         raise typer.Exit(1) from e
-    except pickle.UnpicklingError as e:
-        message = f"{checkpoint} holds objects of other classes; if you trust it: --no-weights-only. {e}"
-        raise typer.BadParameter(message, param_hint="CKPT") from e
     except (OSError, ValueError) as e:
         raise typer.BadParameter(str(e)) from e
     typer.echo(str(report))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -30,6 +34,16 @@ def parse_block_size(text: str) -> BlockSize | str:
     from lightning_estdgm.method._masks import block_size_of  # loads torch, which --help does without
 
     return block_size_of(int(sides[0]), int(sides[-1]))
+
+
+@contextmanager
+def reading_checkpoint(checkpoint: Path) -> Iterator[None]:
+    """Turn the refusal of objects of other classes, by ``weights_only``, into an error of the argument CKPT."""
+    try:
+        yield
+    except pickle.UnpicklingError as e:
+        message = f"{checkpoint} holds objects of other classes; if you trust it: --no-weights-only. {e}"
+        raise typer.BadParameter(message, param_hint="CKPT") from e
 
 
 def wide_console(columns: int) -> Console:

@@ -48,6 +48,27 @@ def test_threads_do_not_change_a_bit(unit):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("unit", "inputs"), [((1, 1), 1000), ((1, 1), 3200), ((16, 16), 1024), ((32, 32), 1024)], ids=str
+)
+def test_few_tokens_of_wide_layers_in_several_threads(unit, inputs, dtype):
+    """Enough values for threads to share them, and inputs for single weights to be summed in several parts."""
+    layer, weight, bias = _layer(unit, dtype, rows=160 // unit[0], columns=inputs // unit[1])
+    before = torch.get_num_threads()
+    try:
+        for tokens in (1, 2, 3, 48):
+            x, results = _input(tokens, weight.shape[1]), []
+            for threads in (1, 2, 3, 8):
+                torch.set_num_threads(threads)
+                results.append(layer(x))
+            expected = F.linear(x.double(), weight, bias.double())
+            torch.testing.assert_close(results[0].double(), expected, rtol=1e-5, atol=1e-4)
+            assert all(torch.equal(results[0], other) for other in results[1:])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_shapes_strides_and_dtypes_of_inputs():
     layer, weight, _ = _layer((16, 16))
     features = weight.shape[1]

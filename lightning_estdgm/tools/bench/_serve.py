@@ -127,12 +127,16 @@ def measure_generation(config: ServeConfig) -> dict[str, float]:
     torch.manual_seed(0)
     gpt = ByteGPT(config.width, layers=2, heads=config.width // 64, context=prompt.shape[1] + config.generated)
     keep_units_(gpt, config).eval()
-    found = {}
-    for name, model in (("torch", gpt), ("packed", packed(gpt))):
-        model.generate(prompt, 2)  # type: ignore[operator]
-        start = time.perf_counter()
-        model.generate(prompt, config.generated)  # type: ignore[operator]
-        found[name] = config.generated / (time.perf_counter() - start)
+    found, before = {}, torch.get_num_threads()
+    torch.set_num_threads(config.threads or before)
+    try:
+        for name, model in (("torch", gpt), ("packed", packed(gpt))):
+            model.generate(prompt, 2)  # type: ignore[operator]
+            start = time.perf_counter()
+            model.generate(prompt, config.generated)  # type: ignore[operator]
+            found[name] = config.generated / (time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
     return found
 
 

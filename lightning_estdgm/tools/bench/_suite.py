@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,12 +90,19 @@ def write_page(folder: Path) -> Path:
     """Write the page of the files in a folder, and return its path."""
     contents = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     path = folder / PAGE
-    path.write_text(page(contents), encoding="utf-8")
+    pictures = {picture.stem for picture in folder.glob("*.png")}
+    path.write_text(page(contents, pictures), encoding="utf-8")
     return path
 
 
-def page(contents: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the page as Markdown: device, date, command, goals, tables and picture of each part, from its JSON."""
+def page(contents: Mapping[str, Mapping[str, Any]], pictures: Container[str]) -> str:
+    """Return the page as Markdown: device, date, command, goals, tables and picture of each part, from its JSON.
+
+    Args:
+        contents: the JSON of each part by its name.
+        pictures: names of the parts that have a picture.
+
+    """
     devices = list(dict.fromkeys(machine_name(content["environment"]) for content in contents.values()))
     lines = [f"# Benchmarks: {'; '.join(devices) or 'nothing measured'}", ""]
     lines += ["Written by `estdgm bench all` from the JSON files beside it. docs/benchmarks/README.md says how.", ""]
@@ -107,13 +114,13 @@ def page(contents: Mapping[str, Mapping[str, Any]]) -> str:
             f"`{content['command']}`, {content['date']}",
             "",
         ]
-        if "served" not in content:
+        if name in pictures:
             lines += [f"![{name}]({name}.png)", ""]
         if content["goals"]:
             lines += [markdown_table(*goals_columns(content["goals"])), ""]
         if "rows" in content:
             lines += [markdown_table(*kernels_columns(content["rows"])), "", f"Timing: {content['timing']}.", ""]
-            lines += [f"- {text}" for text in content["left_out"]]
+            lines += [*(f"- {text}" for text in content["left_out"]), ""]
         if "served" in content:
             lines += _serve_lines(content["served"])
         for result in content.get("results", ()):
@@ -123,7 +130,7 @@ def page(contents: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _serve_lines(result: Mapping[str, Any]) -> list[str]:
     lines = [markdown_table(*serve_columns(result)), ""]
-    if (generation := result["generation"]) is not None:
+    if (generation := result["generation"]) is not None and result["config"]["network"] == "gpt":
         lines += [
             f"Text, one token a step: {generation['packed']:.0f} tokens/s packed, {generation['torch']:.0f} dense.",
             "",

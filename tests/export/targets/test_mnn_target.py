@@ -14,8 +14,9 @@ from helpers import exported
 from lightning_estdgm.export import ExportError, export_model
 from lightning_estdgm.export.targets import mnn
 
-pytest.importorskip("MNN")
-pytest.importorskip("onnxscript")
+pytest.importorskip("MNN", reason="the extra mnn is not installed")
+pytest.importorskip("onnxscript", reason="the extra mnn is not installed")
+pytest.importorskip("torch_geometric", reason="the extra recipes is not installed")
 
 X = torch.randn(64, 128, generator=torch.Generator().manual_seed(3))
 
@@ -37,11 +38,32 @@ def test_symmetric_8_bits(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["net.mnn"]
 
 
-def test_convolutions(tmp_path: Path) -> None:
-    net, images, _ = exported.network("conv")
-    export_model(net, images, "mnn", tmp_path / "net")
-    other = exported.other_size("conv")
+@pytest.mark.parametrize("kind", exported.NETWORKS)
+def test_networks(kind: str, tmp_path: Path) -> None:
+    net, example, dynamic = exported.network(kind)
+    export_model(net, example, "mnn", tmp_path / "net", dynamic=dynamic)
+    other = exported.other_size(kind)
     assert exported.relative_difference(mnn._Runner(tmp_path / "net.mnn")(*other), net(*other)) < 1e-4
+
+
+class Complex(nn.Module):
+    """A network that MNN has no operator for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = exported.mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the determinants of squares of the layer's outputs."""
+        y: torch.Tensor = self.layer(x)
+        return torch.det(y.reshape(-1, 8, 16) @ y.reshape(-1, 16, 8))
+
+
+def test_an_operator_that_mnn_lacks_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    with pytest.raises(ExportError) as raised:
+        export_model(Complex(), X, "mnn", tmp_path / "out" / "net")
+    assert "Det" in str(raised.value)
+    assert os.listdir(tmp_path / "out") == []
 
 
 def test_a_converter_that_fails_is_quoted_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

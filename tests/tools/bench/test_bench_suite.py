@@ -27,13 +27,14 @@ def folder(tmp_path_factory):
 def test_the_page_shows_every_file_and_says_which_was_cut_off(folder):
     content = json.loads((folder / "train.json").read_text())
     cut = content | {"complete": False, "goals": train_goals(content["results"] * 0, None)}
-    text = suite.page({"train": content, "train-cut": cut})
+    text = suite.page({"train": content, "train-cut": cut}, {"train"})
     assert text.count("## train") >= 2
     assert "train-cut - CUT OFF" in text
     assert f"`{content['command']}`, {content['date']}" in text
     whole = content["results"][0]["whole"]
     assert f"| {whole['speedup']:.2f}x |" in text
     assert "![train](train.png)" in text
+    assert "train-cut.png" not in text, "there is none"
 
 
 def test_all_runs_each_part_once_and_goes_on_after_one_that_fails(tmp_path, monkeypatch):
@@ -66,13 +67,14 @@ def test_all_runs_each_part_once_and_goes_on_after_one_that_fails(tmp_path, monk
 
 def test_the_page_shows_what_was_served():
     row = {"runtime": "torch", "seconds": {"1": 0.5}, "peak_bytes": None, "file_bytes": 4_000_000}
-    result = {"config": {"tokens": [1]}, "rows": [row], "left_out": ["mnn: not here"], "generation": None}
+    result = {"config": {"tokens": [1], "network": "gpt"}, "rows": [row], "left_out": ["mnn: not here"]}
+    result["generation"] = {"packed": 30.0, "torch": 10.0}
     content = {"complete": True, "command": "c", "date": "d", "goals": [], "served": result}
     content["environment"] = {"gpu": None, "cpu": "C", "threads": 1, "torch": "2"}
-    text = suite.page({"serve-mlp": content})
+    text = suite.page({"serve-mlp": content}, ())
     assert "| torch | 2/s (1.00x) | - | 4.0 |" in text
     assert "- mnn: not here" in text
-    assert ".png" not in text, "there is no picture"
+    assert "Text, one token a step: 30 tokens/s packed, 10 dense." in text
 
 
 def check_ok():
