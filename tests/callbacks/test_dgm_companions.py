@@ -162,7 +162,7 @@ def swalr_keeps_a_function() -> bool:
 @pytest.mark.parametrize("name", AVERAGES)
 @pytest.mark.parametrize("step", [14, 24])
 def test_resumed_average_equals_straight(name: str, step: int, tmp_path: Path) -> None:
-    if (name, step) == ("SWA", 24) and swalr_keeps_a_function():
+    if name == "SWA" and step > EPOCH_STEPS and swalr_keeps_a_function():
         pytest.skip(
             "SWALR of torch 2.6 keeps a function in its state, which torch does not load with weights_only=True"
         )

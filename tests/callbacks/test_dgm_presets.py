@@ -65,6 +65,7 @@ class Elsewhere(Callback):
     on_exception = teardown
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="AdamW of torch 2.6 itself cannot step with this default device")
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_another_default_device_changes_nothing(name: str, tmp_path: Path) -> None:
     run, path = PresetRun(name), tmp_path / "stop.ckpt"
