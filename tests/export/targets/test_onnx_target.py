@@ -87,3 +87,12 @@ def test_a_converter_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> N
     with pytest.raises(ExportError, match=r"torch\.onnx\.export failed:(.|\n)*bessel_j1"):
         export_model(Unknown(), X, "onnx", tmp_path / "net")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_maximum_of_one_tensor_is_that_tensor(tmp_path: Path) -> None:
+    """torch.onnx writes a GCN's with one input, on which MNN's converter crashes."""
+    net, example, dynamic = exported.network("gcn")
+    export_model(net, example, "onnx", tmp_path / "net", dynamic=dynamic)
+    nodes = onnx.load(str(tmp_path / "net.onnx")).graph.node
+    assert [node for node in nodes if node.op_type == "Identity"]
+    assert not [node for node in nodes if node.op_type == "Max" and len(node.input) == 1]
