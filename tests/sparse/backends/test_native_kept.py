@@ -86,6 +86,11 @@ def through_data(weight: nn.Parameter, topology: BlockTopology) -> None:
     weight.data.mul_(3)  # PyTorch counts no version
 
 
+def one_through_data(weight: nn.Parameter, topology: BlockTopology) -> None:
+    row, column = topology.weight_mask().nonzero()[1234].tolist()
+    weight.data[row, column] += 2.0
+
+
 def through_numpy(weight: nn.Parameter, topology: BlockTopology) -> None:
     weight.detach().numpy()[:] = 0.5
 
@@ -99,7 +104,8 @@ def another_mask(weight: nn.Parameter, topology: BlockTopology) -> None:
 
 
 CHANGES: list[Callable[[nn.Parameter, BlockTopology], None]] = [
-    double_, load_state_dict, other_data, other_data_twice, through_data, through_numpy, transposed, another_mask,
+    double_, load_state_dict, other_data, other_data_twice, through_data, one_through_data, through_numpy, transposed,
+    another_mask,
 ]  # fmt: skip
 
 

@@ -97,6 +97,8 @@ def library() -> ctypes.CDLL | str:
     loaded.estdgm_kept_new.argtypes, loaded.estdgm_kept_new.restype = [], _P
     loaded.estdgm_kept_free.argtypes, loaded.estdgm_kept_free.restype = [_P], None
     loaded.estdgm_packings.argtypes, loaded.estdgm_packings.restype = [], _N
+    weight_sum = loaded.estdgm_weight_sum
+    weight_sum.argtypes, weight_sum.restype = [_P, *[_N] * 3, _P, _P, *[_N] * 3, _I], ctypes.c_uint64
     loaded.estdgm_units_free.argtypes, loaded.estdgm_units_free.restype = [_P], None
     for dtype in DTYPES.values() if loaded.estdgm_has_bfloat16() else ("float32",):
         for name, arguments in _ARGUMENTS.items():

@@ -16,7 +16,6 @@ from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.backends.native._build import library
 
 _MOST_BYTES = 1 << 30
-_SAMPLES = 256
 
 
 class KeptWeight:
@@ -42,7 +41,7 @@ class _Entry:
     state: tuple[Any, ...]
     row_ptr: weakref.ref[Tensor]
     nbytes: int
-    sample: _Sample | None = None
+    weight_sum: int | None = None
     kept: KeptWeight | None = None
 
 
@@ -50,9 +49,10 @@ class KeptWeights:
     """Which weights are as they were at the last call.
 
     A weight is the same while its storage, its address and its version counter are, and those of its topology. Writes
-    through ``.data``, and strategies that gather weights into the same memory, do not count as versions: so a sample of
-    the active weights is compared too. In training each step makes another version, so nothing is kept between steps,
-    and what was kept is freed by the first forward after one. Active units are kept as float32, `_MOST_BYTES` in all.
+    through ``.data``, and strategies that gather weights into the same memory, do not count as versions: so a sum over
+    the active weights is compared too, which the change of any of them changes. In training each step makes another
+    version, so nothing is kept between steps, and what was kept is freed by the first forward after one. Active units
+    are kept as float32, `_MOST_BYTES` in all.
     """
 
     def __init__(self) -> None:
@@ -71,25 +71,29 @@ class KeptWeights:
         if entry is None or entry.state != state or entry.row_ptr() is not row_ptr:
             self._entries[weight] = _Entry(state, weakref.ref(row_ptr), 0)
             return None
-        if entry.sample is None or not entry.sample.is_of(weight):
-            entry.sample = entry.kept = None  # freed before another is made
+        weight_sum = _weight_sum(weight, topology)
+        if entry.weight_sum != weight_sum:
+            entry.weight_sum, entry.kept = weight_sum, None  # freed before another is made
             rows, columns = topology.sides
             entry.nbytes = int(row_ptr[-1]) * rows * columns * 4
             others = sum(other.nbytes for other in self._entries.values() if other.kept is not None)
             if others + entry.nbytes <= _MOST_BYTES:
-                entry.sample, entry.kept = _Sample(weight, topology), KeptWeight()
+                entry.kept = KeptWeight()
         return entry.kept
 
 
-class _Sample:
-    """One weight of each of some active units, spread over all of them."""
-
-    def __init__(self, weight: Tensor, topology: BlockTopology) -> None:
-        count, (rows, columns) = int(topology.row_ptr[-1]), topology.sides
-        units = torch.arange(0, count, max(1, count // _SAMPLES))
-        row = torch.searchsorted(topology.row_ptr, units, right=True) - 1
-        self._places = (row * rows + units % rows, topology.col_idx[units] * columns + units % columns)
-        self._values = weight[self._places]
-
-    def is_of(self, weight: Tensor) -> bool:
-        return torch.equal(weight[self._places], self._values)
+def _weight_sum(weight: Tensor, topology: BlockTopology) -> int:
+    """Return a sum over the active weights and their places."""
+    loaded = library()
+    assert not isinstance(loaded, str)
+    found: int = loaded.estdgm_weight_sum(
+        weight.data_ptr(),
+        weight.element_size(),
+        *weight.stride(),
+        topology.row_ptr.data_ptr(),
+        topology.col_idx.data_ptr(),
+        topology.block_rows,
+        *topology.sides,
+        torch.get_num_threads(),
+    )
+    return found

@@ -333,13 +333,6 @@ void *estdgm_units_plan(const int32_t *ptr, const int32_t *idx, i64 rows, i64 c,
   }
 }
 
-// What `linear` and `units_linear` keep over calls; how often weights were laid out so far, kept or not.
-void *estdgm_kept_new() { return new (std::nothrow) Kept; }
-
-void estdgm_kept_free(void *kept) { delete (Kept *)kept; }
-
-i64 estdgm_packings() { return estdgm::packings; }
-
 void estdgm_units_free(void *plan) { delete (Plan *)plan; }
 
 #define PRODUCTS(E, T, name)                                                                                          \
