@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 from torch.optim import Optimizer
 
-from lightning_estdgm._words import first_names
 from lightning_estdgm.config import DGMConfig
-from lightning_estdgm.engine._absent_weights import AbsentWeights
-from lightning_estdgm.engine._element_trial import why_not_by_element
-from lightning_estdgm.engine._inactive import Treatment
-from lightning_estdgm.engine._late_values import LateValues
 from lightning_estdgm.engine._masked_model import MaskedModel
-from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._optimizer_state import OptimizerStates
-from lightning_estdgm.engine._packed_states import PackedStates
+from lightning_estdgm.engine._packed_storage import PackedStorage
 from lightning_estdgm.engine._pattern_fit import leave_unfitting_dense
-from lightning_estdgm.engine._reducers import rebuild_reducer_
-from lightning_estdgm.method._masks import BlockSize, sides
-from lightning_estdgm.modules._candidates import Candidate, find_candidates
-from lightning_estdgm.modules._packed_forward import PackedForward, unpack_, why_not_packed
-
-_UNTIMED = 100_000  # steps of a schedule of which the first density alone is asked
-_AUDITED_STEPS = 20  # after which a weight that no gradient has reached ends the run
+from lightning_estdgm.modules._candidates import find_candidates
+from lightning_estdgm.modules._packed_forward import unpack_free_
 
 
 class Storage(Protocol):
@@ -151,258 +137,9 @@ class DenseStorage:
         """Do nothing."""
 
 
-class PackedStorage:
-    """The active units alone, in one parameter a layer; layers that have no packed form stay whole.
-
-    Masks are there from the first step on, so there is no audit before: what the model declares is trusted, and what
-    turns out otherwise is an error.
-
-    Args:
-        config: settings.
-        has_one_backward: see the attribute.
-
-    Attributes:
-        group: process group of the ranks whose gradients are averaged; ``None``: there is no other.
-        wrappers: DDP wrappers of the model, whose buckets follow the sizes of parameters.
-        has_one_backward: whether a step is known to have one backward, on one rank.
-        keeps_originals: whether whole weights are kept until the run has begun, to be put back; not of a model that is
-            on the meta device, which never has them all.
-
-    """
-
-    audits = False
-
-    def __init__(self, config: DGMConfig, *, has_one_backward: bool = False) -> None:
-        self.group: dist.ProcessGroup | None = None
-        self.wrappers: list[DistributedDataParallel] = []
-        self.has_one_backward = has_one_backward
-        self.keeps_originals = True
-        self._config = config
-        self._masked: MaskedModel | None = None
-        self._drawn = 0.0  # density of masks that were drawn before there were optimizers
-        self._states: OptimizerStates | None = None
-        self._hooks: PackedStates | None = None
-        self._resized = False
-
-    def pack(self, model: nn.Module, length: Callable[[], int]) -> None:
-        """Draw the first masks of a model, and store the active units alone: before there is any optimizer.
-
-        What is on the meta device gets its first values layer by layer, each of which is packed at once.
-
-        Args:
-            model: the model.
-            length: function that returns the number of optimizer steps; called if the schedule fits one length only.
-
-        """
-        self._masked = self._found(model, None, None, None)
-        try:
-            schedule = self._config.schedule.resolve(_UNTIMED)
-        except ValueError:
-            schedule = self._config.schedule.resolve(length())
-        self._drawn = schedule(0).density
-        self._masked.take_in(self._masked.every)
-        late = LateValues(model)
-        self.keeps_originals = not any(weight.parameter.is_meta for weight in self._masked.every)
-
-        def arrive(weight: MaskedWeight) -> None:
-            if late.reach(weight.candidate.module):
-                weight.use_unit(weight.block_size, weight.note)  # on the device that it has now
-
-        self._masked.draw(self._masked.every, self._drawn, arrive=arrive)
-        late.finish()
-
-    def masked(
-        self,
-        model: nn.Module,
-        state: Mapping[str, Any] | None,
-        held: Collection[int],
-        group: dist.ProcessGroup | None,
-        *,
-        audit: bool,
-    ) -> MaskedModel:
-        """Return the weights, packed already if `pack` was called."""
-        if isinstance(model, DistributedDataParallel):
-            self.wrappers.append(model)
-        if any(wrapper.static_graph for wrapper in self.wrappers):
-            raise ValueError(
-                "storage='packed' rebuilds DDP's buckets as parameters shrink, which static_graph=True does not take: "
-                "leave it out, or use storage='dense'"
-            )
-        if self._masked is None:
-            self._masked = self._found(model, state, held, group)
-        self.group = self._masked.group = group
-        unheld = [w.name for w in self._masked.every if id(w.parameter) not in held and self._packs(w)]
-        if unheld:
-            raise ValueError(
-                f"no optimizer holds the weights of {len(unheld)} layers ({first_names(unheld)}), which would be "
-                "stored packed and never train: leave them out by Selection(exclude=...), or use storage='dense'"
-            )
-        return self._masked
-
-    def _found(
-        self,
-        model: nn.Module,
-        state: Mapping[str, Any] | None,
-        held: Collection[int] | None,
-        group: dist.ProcessGroup | None,
-    ) -> MaskedModel:
-        selection = self._config.selection
-        unpack_free_(model)
-        candidates = find_candidates(model, selection.include, selection.exclude, held, selection.experts)
-        masked = MaskedModel(candidates, self._config, state, group, wait=True, treatment=self._treatment)
-        for weight in masked.every:
-            why = _why_whole(weight.candidate)
-            if why:
-                weight.note = "; ".join(filter(None, (weight.note, f"stored whole: {why}")))
-        if not any(map(self._packs, masked.every)):
-            reasons = {weight.name: _why_whole(weight.candidate) for weight in masked.every}
-            raise ValueError(f"storage='packed' finds no layer that it can pack, got {reasons}: use storage='dense'")
-        return masked
-
-    def _treatment(self, candidate: Candidate) -> Treatment:
-        return self._config.inactive if _why_whole(candidate) else partial(AbsentWeights, self)
-
-    @staticmethod
-    def _packs(weight: MaskedWeight) -> bool:
-        return not _why_whole(weight.candidate)
-
-    @property
-    def _weights(self) -> list[MaskedWeight]:
-        """The weights that are or will be packed."""
-        return [] if self._masked is None else [weight for weight in self._masked.every if self._packs(weight)]
-
-    # ------------------------------------------------------------------ what weights ask, see `Store`
-
-    def states_of(self, weight: MaskedWeight) -> Iterator[tuple[str, Tensor]]:
-        """Yield the state entries of a weight that have an element for each of its."""
-        if self._states is not None:
-            for name, path, entry in self._states.entries(weight):
-                yield f"{name}.{'.'.join(path)}", entry
-
-    def sums_gradients(self, block_size: BlockSize) -> bool:
-        """Whether scores need the sum of the gradients of several steps."""
-        several = getattr(self._config.schedule, "observe_steps", 2) > 1
-        return several and self._config.resolved_update_rule.needs_mean_gradient(block_size)
-
-    def note_resized(self) -> None:
-        """Note that a parameter has another size."""
-        self._resized = True
-
-    # ------------------------------------------------------------------ the run
-
-    def begin(self, states: OptimizerStates, density: float) -> None:
-        """Refuse optimizers that do not work element by element; begin anew if masks are drawn for another density."""
-        self._states = states
-        self._check(states.optimizers)
-        if self._drawn not in (0.0, density):
-            for weight in self._weights:
-                module: Any = weight.candidate.module
-                module._estdgm_loaded = getattr(weight.inactive, "original", None)
-
-    def _check(self, optimizers: Sequence[Optimizer]) -> None:
-        known: dict[Any, str] = {}
-        for optimizer in optimizers:
-            for index, group in enumerate(optimizer.param_groups):
-                held = {id(parameter) for parameter in group["params"]}
-                for weight in self._weights:
-                    if id(weight.parameter) not in held:
-                        continue
-                    like = _like(weight)
-                    key = (id(optimizer), index, like.shape, like.dtype, like.device)
-                    if key not in known:
-                        known[key] = why_not_by_element(optimizer, index, like)
-                    if known[key]:
-                        raise ValueError(
-                            f"layer {weight.name!r} cannot be stored packed under {type(optimizer).__name__}: "
-                            f"{known[key]}. Use storage='dense', or another optimizer"
-                        )
-
-    def began(self) -> None:
-        """Free the weights as they were, and have state dicts of optimizers show whole weights."""
-        assert self._masked is not None
-        assert self._states is not None
-        left = [w for w in self._weights if w not in self._masked.weights and isinstance(w.inactive, AbsentWeights)]
-        for weight in left:  # dense in the run that is gone on with
-            weight.inactive.give_up(weight)  # type: ignore[attr-defined]
-        self._masked.weights[:] = [weight for weight in self._masked.weights if weight not in left]
-        for weight in self._weights:
-            if isinstance(weight.inactive, AbsentWeights):
-                weight.inactive.original = None
-        self._hooks = PackedStates(self._weights, self._states.fresh_value)
-        self._hooks.use(self._states.optimizers)
-        self.masks_changed()
-
-    def use(self, optimizers: Sequence[Optimizer]) -> None:
-        """Check and hook these optimizers."""
-        self._check(optimizers)
-        if self._hooks is not None:
-            self._hooks.use(optimizers)
-
-    def masks_changed(self) -> None:
-        """Rebuild the buckets of DDP if a parameter has another size."""
-        if self._resized:
-            self._resized = False
-            for wrapper in self.wrappers:
-                rebuild_reducer_(wrapper)
-
-    def end_step(self, steps: int) -> None:
-        """Refuse weights that no gradient has reached in the first steps."""
-        if steps != _AUDITED_STEPS:
-            return
-        quiet = [w.name for w in self._weights if isinstance(w.inactive, AbsentWeights) and not w.inactive.has_trained]
-        if quiet:
-            raise ValueError(
-                f"no gradient has reached the weights of {len(quiet)} layers ({first_names(quiet)}) in the first "
-                f"{steps} steps, of which active units alone are stored: leave them out by Selection(exclude=...), or "
-                "use storage='dense', which masks layers once they train"
-            )
-
-    def abandon(self) -> None:
-        """Put the whole weights back, as they were before the run."""
-        for weight in self._weights:
-            if isinstance(weight.inactive, AbsentWeights) and weight.inactive.original is not None:
-                weight.inactive.give_up(weight)
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the layers, which stay packed."""
-        for weight in self._weights:
-            module = weight.candidate.module
-            if isinstance(module, PackedForward):
-                module._estdgm_held = module._estdgm_observing = False
-                module._estdgm_observer = None
-
-
 def storage_of(config: DGMConfig) -> Storage:
     """Return the storage of a run's settings."""
     return _STORAGES[config.storage](config)
 
 
 _STORAGES: dict[str, type[DenseStorage] | type[PackedStorage]] = {"dense": DenseStorage, "packed": PackedStorage}
-
-
-@torch.no_grad()
-def unpack_free_(model: nn.Module) -> None:
-    """Have layers store whole weights that an earlier run has left packed."""
-    for module in model.modules():
-        if isinstance(module, PackedForward):
-            if module._estdgm_held:
-                raise ValueError("the model is under another DGMController already: close that one first")
-            unpack_(module)
-
-
-def _why_whole(candidate: Candidate) -> str:
-    """Return the reason why a layer is stored whole; empty if it can be packed."""
-    module = candidate.module
-    if isinstance(module, PackedForward):
-        return ""
-    if candidate.weight.is_sparse or candidate.shard.groups:
-        return "its weight is sharded"
-    return why_not_packed(module, candidate.kind)
-
-
-def _like(weight: MaskedWeight) -> Tensor:
-    """Return a tensor with the unit, dtype and device of a packed weight."""
-    rows, columns = sides(weight.block_size)
-    taps = int(torch.Size(weight.shape[2:]).numel()) if weight.block_size != 1 else 1
-    return torch.empty(2, rows, columns * taps, dtype=weight.parameter.dtype, device=weight.parameter.device)

@@ -343,6 +343,16 @@ def unpack_(module: Any, weight: Tensor | None = None) -> None:
 
 
 @torch.no_grad()
+def unpack_free_(model: nn.Module) -> None:
+    """Have layers store whole weights that an earlier run has left packed."""
+    for module in model.modules():
+        if isinstance(module, PackedForward):
+            if module._estdgm_held:
+                raise ValueError("the model is under another DGMController already: close that one first")
+            unpack_(module)
+
+
+@torch.no_grad()
 def resize_(tensor: Tensor, values: Tensor) -> None:
     """Give a tensor other values, maybe more or fewer; it stays the same object, and in place where it can."""
     if tensor.shape == values.shape:

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.distributed.adapters._protocol import adapter_for
-from lightning_estdgm.engine._storage import PackedStorage
+from lightning_estdgm.engine._packed_storage import PackedStorage
 
 
 class PackedWeights:
