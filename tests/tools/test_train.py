@@ -129,7 +129,7 @@ def test_the_gpt_configurations_have_the_sizes_that_name_them(name, expected):
 
 @pytest.mark.parametrize("name", bundled_configs())
 def test_every_configuration_is_complete_but_for_the_data(name, tmp_path):
-    recipe = {"gpt": "gpt", "res": "resnet", "gcn": "gnn", "sag": "gnn"}[name[:3]]
+    recipe = {"gpt": "gpt", "res": "resnet", "gcn": "gnn", "gat": "gnn", "sag": "gnn"}[name[:3]]
     done = estdgm(recipe, "--config", name, "--data", tmp_path, "--print_config=skip_null")
     assert done.exit_code == 0, done.output
     printed = yaml.safe_load(done.output)
@@ -192,7 +192,7 @@ def said(result):
         ("resnet", ["train/a/1.JPEG", "val/b/1.JPEG"], ["expected the classes of val among those of train, got ['b']"]),
         ("gnn", [], ["missing", "raw/edge.csv.gz", "ind.cora.x", "kimiyoung/planetoid", "arxiv.zip"]),
         ("gnn", ["raw/ind.cora.allx", "raw/ind.cora.x"], ["missing", "raw/ind.cora.tx", "raw/ind.cora.test.index"]),
-        ("gnn", ["raw/ind.cora.allx", "raw/ind.pubmed.allx"], ["one data set, got those of cora, pubmed"]),
+        ("gnn", ["raw/ind.cora.allx", "raw/ind.pubmed.allx"], ["got the files of cora, pubmed, expected those of one data set, or name= to say which"]),
         ("gnn", [f"raw/{f}.csv.gz" for f in ("edge", "node-feat", "node-label")], ["one folder that holds train.csv"]),
     ],
 )
