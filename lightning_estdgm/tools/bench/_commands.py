@@ -279,7 +279,7 @@ def memory(
     from lightning_estdgm.tools.bench._output import console, show
 
     given: dict[str, Any] = {"block_sizes": tuple(block_size or ()), "steps": steps}
-    defaults = {"block_sizes": (16,), "steps": 20} if weights is not None else {}
+    defaults: dict[str, Any] = {"block_sizes": (16,), "steps": 20} if weights is not None else {}
     given = defaults | {name: value for name, value in given.items() if value}
     try:
         config = MemoryBenchConfig(
