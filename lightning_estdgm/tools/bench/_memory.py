@@ -162,7 +162,9 @@ def memory_goals(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             ("weights, gradients, AdamW's states", held, HELD_GOAL),
             ("peak of the process over an empty one", peaks, PEAK_GOAL),
         ):
-            goals.append(_goal(f"{what}, {unit}", f"{_size(left)} ({source})", _size(right), right / left, goal))
+            goals.append(
+                _goal(f"{what}, {unit}", f"{_size(left)} ({source})", _size(right), right / max(left, 1), goal)
+            )
     for row in found["speed"]:
         unit = f"units of {row['block_size']}"
         dense, packed = (row[arm]["seconds"] for arm in ("dense", "packed"))

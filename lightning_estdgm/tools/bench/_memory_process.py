@@ -9,7 +9,6 @@ import contextlib
 import functools
 import io
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -27,6 +26,7 @@ from lightning_estdgm.config import DGMConfig, Units
 from lightning_estdgm.method._schedules import ConstantDensity
 from lightning_estdgm.recipes.gpt import ByteGPT
 from lightning_estdgm.tools._quiet import QUIET_TRAINER, quiet_lightning
+from lightning_estdgm.tools.bench._peak_memory import peak_resident
 
 EMPTY, WITHOUT = "empty", "without"
 ARMS = (EMPTY, WITHOUT, "dense", "packed")
@@ -78,7 +78,7 @@ def train(task: MemoryTask) -> dict[str, Any]:
     """
     torch.set_num_threads(task.threads)
     if task.arm == EMPTY:
-        return {"peak_bytes": peak_bytes()}
+        return {"peak_bytes": peak_resident()}
     torch.manual_seed(0)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in make_gpt(task).parameters())
@@ -103,13 +103,7 @@ def train(task: MemoryTask) -> dict[str, Any]:
         x, y = torch.randint(256, (2, task.batch, task.context))
         loader = DataLoader(_Same(((x, y), task.steps + 1)), batch_size=None)
         trainer.fit(_module(task), loader, loader)  # the second is not used, but Lightning wants one
-    return {"peak_bytes": peak_bytes(), "parameters": parameters, **clock.found()}
-
-
-def peak_bytes() -> int:
-    """Return the most resident memory that this process has had."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_bytes": peak_resident(), "parameters": parameters, **clock.found()}
 
 
 def make_gpt(task: MemoryTask) -> ByteGPT:
@@ -168,7 +162,7 @@ class _Clock(Callback):
         self._held = {kind: max(count, self._held.get(kind, 0)) for kind, count in held.items()}
         if self._tells:
             seconds = time.perf_counter() - self._marks[-1][0]
-            memory = peak_bytes() / 2**30
+            memory = peak_resident() / 2**30
             print(
                 f"step {batch_idx + 1}: loss {self._losses[-1]:.4f}, {seconds:.1f} s, {memory:.2f} GiB",
                 file=sys.__stdout__,

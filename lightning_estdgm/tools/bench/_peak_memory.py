@@ -1,8 +1,11 @@
-"""`allocated`: bytes that torch's tensors on the CPU take while something runs, of its allocator's own record."""
+"""`allocated`: bytes that torch's tensors on the CPU take while something runs; `peak_resident`: the process's most."""
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from torch.autograd.profiler import profile
 
@@ -20,3 +23,17 @@ def allocated(run: Callable[[], object]) -> tuple[int, int]:
         held += event.nbytes()
         peak = max(peak, held)
     return held, peak
+
+
+def peak_resident() -> int:
+    """Return the most resident bytes that this process has had.
+
+    Linux's own count is read where there is one: in a process that another has started, that of `getrusage` begins with
+    what the other had.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

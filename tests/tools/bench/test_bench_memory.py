@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,16 @@ def test_a_size_given_by_weights_is_trained_packed_and_its_losses_are_told(tmp_p
     assert goal["measured"] == row["packed"]["resident_bytes"]
     assert goal["reached"]
     assert f"loss {row['packed']['losses'][0]:.3f} to {row['packed']['losses'][-1]:.3f}" in goal["what"]
+
+
+def test_a_peak_is_not_that_of_the_process_that_started_it() -> None:
+    code = "from lightning_estdgm.tools.bench._peak_memory import peak_resident as peak\n"
+    code += "before = peak(); held = b'1' * 2**26; print(before, peak())"
+    here = torch.ones(2**28)  # a gibibyte, while the other starts
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before < here.nbytes
+    assert 2**26 <= after - before < 2**27
 
 
 def test_what_is_held_is_counted() -> None:
