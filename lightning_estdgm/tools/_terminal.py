@@ -57,3 +57,13 @@ def default_console() -> Console:
     It keeps to the standard output of now, whatever is redirected later.
     """
     return Console(file=sys.stdout) if sys.stdout.isatty() else Console(file=sys.stdout, width=110)
+
+
+def check_output(output: Path | None) -> None:
+    """Check the path of a JSON that is asked for.
+
+    Raises:
+        typer.BadParameter: It is a folder, or does not end in .json.
+    """
+    if output is not None and (output.is_dir() or output.suffix != ".json"):
+        raise typer.BadParameter(f"got {str(output)!r}, expected a file name that ends in .json", param_hint="--output")
