@@ -192,7 +192,7 @@ def said(result):
         ("resnet", ["train/a/1.JPEG", "val/b/1.JPEG"], ["expected the classes of val among those of train, got ['b']"]),
         ("gnn", [], ["missing", "raw/edge.csv.gz", "ind.cora.x", "kimiyoung/planetoid", "arxiv.zip"]),
         ("gnn", ["raw/ind.cora.allx", "raw/ind.cora.x"], ["missing", "raw/ind.cora.tx", "raw/ind.cora.test.index"]),
-        ("gnn", ["raw/ind.cora.allx", "raw/ind.pubmed.allx"], ["got the files of cora, pubmed, expected those of one data set, or name= to say which"]),
+        ("gnn", ["raw/ind.cora.allx", "raw/ind.pubmed.allx"], ["got the files of cora, pubmed, expected those of one"]),
         ("gnn", [f"raw/{f}.csv.gz" for f in ("edge", "node-feat", "node-label")], ["one folder that holds train.csv"]),
     ],
 )
