@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_estdgm.export.targets._protocol import ExportInput, discover
 from lightning_estdgm.recipes._decoder_block import DecoderBlock
+from lightning_estdgm.tools.bench._peak_memory import peak_resident
 
 _TURN_S = 0.5
 
@@ -78,7 +79,7 @@ def serve(task: ServeTask) -> dict[str, Any]:
     is_told = bool(held) and all(tensor.layout is torch.strided for tensor in held)
     return {
         "seconds": seconds,
-        "peak_bytes": None if before is None else _status_bytes("VmHWM") - before,
+        "peak_bytes": None if before is None else peak_resident() - before,
         "weight_bytes": sum(tensor.nbytes for tensor in held) if is_told else None,
     }
 
@@ -128,14 +129,9 @@ def _start_of_peak() -> int | None:
     """Return the bytes that are resident now, from which on the peak counts; None where Linux does not tell."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far, that of imports, is forgotten
-        return _status_bytes("VmRSS")
+        return peak_resident()
     except OSError:
         return None
-
-
-def _status_bytes(name: str) -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024
 
 
 if __name__ == "__main__":
