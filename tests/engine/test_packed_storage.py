@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from helpers.controller_runs import SCHEDULE, STEPS, adamw, constant, fit, loss_of, run, saved, sgd
 from lightning_estdgm.config import DGMConfig, Selection, Units
 from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.engine._storage import PackedStorage
 from lightning_estdgm.method._patterns import NofM
 from lightning_estdgm.method._update_rule import UpdateRule
 from lightning_estdgm.modules._packed_forward import PackedForward
@@ -329,12 +330,20 @@ def test_averages_of_weights_follow(mlp):
 # --------------------------------------------------------------------------- refusals
 
 
+def test_a_model_on_the_meta_device_is_not_kept_whole():
+    with torch.device("meta"):
+        late = nn.Sequential(nn.Linear(32, 256), nn.Linear(256, 128), nn.Linear(128, 4))
+    storages = {}
+    for name, model in {"late": late, "whole": nn.Sequential(nn.Linear(32, 256), nn.Linear(256, 4))}.items():
+        storages[name] = PackedStorage(config(4))
+        storages[name].pack(model, lambda: STEPS)
+    kept = {name: [w.inactive.original for w in storage._weights] for name, storage in storages.items()}
+    assert all(original is None for original in kept["late"])
+    assert all(original.shape == (256, 32) for original in kept["whole"])
+
+
 def dense_traces(model):
     return [type(m) for m in model.modules()], [sorted(vars(m)) for m in model.modules()]
-
-
-def muon(model):
-    return pytest.importorskip("pytorch_optimizer").Muon(model.parameters(), lr=1e-3)
 
 
 def factored(model):
@@ -349,7 +358,22 @@ def lbfgs(model):
     return torch.optim.LBFGS(model.parameters(), lr=0.1)
 
 
-@pytest.mark.parametrize("make", [factored, shampoo, lbfgs], ids=lambda make: make.__name__)
+class ScaledByItsMean(torch.optim.SGD):
+    """Divides each gradient by its mean magnitude, which is another over active units alone; it keeps no state."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(group["lr"] * parameter.grad / parameter.grad.abs().mean())
+
+
+def by_mean(model):
+    return ScaledByItsMean(model.parameters(), lr=1e-3)
+
+
+@pytest.mark.parametrize("make", [factored, shampoo, lbfgs, by_mean], ids=lambda make: make.__name__)
 def test_optimizers_that_do_not_work_element_by_element_are_refused(mlp, make):
     model = mlp(32, 256, 128, 4)
     before, weights = dense_traces(model), copy.deepcopy(model)
