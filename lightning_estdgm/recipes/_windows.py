@@ -68,6 +68,11 @@ class ImageOrder(EpochSampler):
         return ((self.epoch, image) for image in super().__iter__())
 
 
+def generator_of(seed: int, epoch: int, image: int) -> torch.Generator:
+    """Return the generator of what is drawn for an image in an epoch."""
+    return torch.Generator().manual_seed(hash((seed, epoch, image)) % 2**63)
+
+
 class RandomStarts(EpochSampler):
     """Sampler of ``count`` window starts below ``high`` an epoch."""
 

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_estdgm._checks import expect_int
-from lightning_estdgm.recipes._windows import ImageOrder, ResumableLoader, ranks_of
+from lightning_estdgm.recipes._windows import ImageOrder, ResumableLoader, generator_of, ranks_of
 
 _PARTS = {"train": "train", "test": "t10k"}
 _KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
@@ -117,7 +117,7 @@ class _Moved(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, number = index
         x = self.images[number]
-        generator = Generator().manual_seed(hash((self.seed, epoch, number)) % 2**63)
+        generator = generator_of(self.seed, epoch, number)
         top, left = torch.randint(2 * self.shift + 1, (2,), generator=generator).tolist()
         if self.shift:
             height, width = x.shape[1:]

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_estdgm._checks import expect_int
-from lightning_estdgm.recipes._windows import ImageOrder, ResumableLoader, ranks_of
+from lightning_estdgm.recipes._windows import ImageOrder, ResumableLoader, generator_of, ranks_of
 
 Box = tuple[int, int, int, int]
 """Left, upper, right and lower edge, in pixels."""
@@ -113,7 +113,7 @@ class Images(Dataset[tuple[Tensor, int]]):
             raise OSError(f"{file}: expected an image, got {e}") from e
         if not self.augment:
             return to_tensor(image, middle_box(*image.size), self.size), label
-        generator = Generator().manual_seed(hash((self.seed, epoch, number)) % 2**63)
+        generator = generator_of(self.seed, epoch, number)
         x = to_tensor(image, random_box(*image.size, generator), self.size)
         return (x.flip(2) if torch.rand((), generator=generator) < 0.5 else x), label
 
