@@ -111,10 +111,40 @@ class Placement(Protocol):
         ...
 
 
-class WholeWeight:
-    """A weight that every rank holds whole."""
+class _DenseParameter:
+    """What placements of a weight have in common whose parameter holds inactive units too."""
 
     product = ""
+    grain: BlockSize
+    _shard: Shard
+    _block_size: BlockSize
+
+    def address(self, mask: Tensor) -> Tensor:
+        """Return the mask as the shard addresses it."""
+        return self._shard.expand(mask, self._block_size)
+
+    def elements(self, units: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+        """Return indices of all weights in the units."""
+        if mask.shape == weight.shape:
+            return units
+        chosen = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
+        chosen[units.long()] = True
+        elements = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+        keep_active_(elements, self.address(chosen.view(mask.shape)), self.grain)
+        return elements.reshape(-1).nonzero().squeeze(1)
+
+    def whole_gradient(self, gradient: Tensor | None) -> Tensor | None:
+        """Return the gradient as it is."""
+        return gradient
+
+    def window(self, weight: Tensor, mask: Tensor) -> Window:
+        """Return one with sums of this rank's part."""
+        return Window(weight, mask)
+
+
+class WholeWeight(_DenseParameter):
+    """A weight that every rank holds whole."""
+
     is_sharded = False
     mask_is_local = False
 
@@ -137,22 +167,6 @@ class WholeWeight:
     def to_whole(self, local: Tensor) -> Tensor:
         """Return a copy on the CPU."""
         return local.cpu().clone()
-
-    def address(self, mask: Tensor) -> Tensor:
-        """Return the mask as the shard addresses it."""
-        return self._shard.expand(mask, self._block_size)
-
-    def elements(self, units: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-        """Return indices of all weights in the units."""
-        return _elements(self, units, mask, weight)
-
-    def whole_gradient(self, gradient: Tensor | None) -> Tensor | None:
-        """Return the gradient as it is."""
-        return gradient
-
-    def window(self, weight: Tensor, mask: Tensor) -> Window:
-        """Return one with sums of this rank's part."""
-        return Window(weight, mask)
 
     def unit_norms(self, weight: Tensor) -> Tensor:
         """Return the norms on the CPU."""
@@ -194,10 +208,9 @@ class WholeWeight:
         return pool_norm(weight, self._block_size), gradient_norm
 
 
-class ShardedWeight:
+class ShardedWeight(_DenseParameter):
     """A weight of which each rank holds a part: masks of blocks are whole on every rank, of single weights local."""
 
-    product = ""
     is_sharded = True
 
     def __init__(self, shard: Shard, block_size: BlockSize) -> None:
@@ -221,22 +234,6 @@ class ShardedWeight:
     def to_whole(self, local: Tensor) -> Tensor:
         """Gather masks of single weights; copy those of blocks."""
         return gather(self._shard, local) if self.mask_is_local else local.cpu().clone()
-
-    def address(self, mask: Tensor) -> Tensor:
-        """Return the mask as the shard addresses it."""
-        return self._shard.expand(mask, self._block_size)
-
-    def elements(self, units: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-        """Return indices of all weights in the units."""
-        return _elements(self, units, mask, weight)
-
-    def whole_gradient(self, gradient: Tensor | None) -> Tensor | None:
-        """Return the gradient as it is."""
-        return gradient
-
-    def window(self, weight: Tensor, mask: Tensor) -> Window:
-        """Return one with sums of this rank's part."""
-        return Window(weight, mask)
 
     def unit_norms(self, weight: Tensor) -> Tensor:
         """Sum the squares of blocks over ranks; gather the magnitudes of single weights."""
@@ -303,16 +300,6 @@ class ShardedWeight:
         """Return the norm of each unit from its sum of squares."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         return squares.sqrt().to(dtype).view(self._mask_shape)
-
-
-def _elements(placement: Placement, units: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-    if mask.shape == weight.shape:
-        return units
-    chosen = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
-    chosen[units.long()] = True
-    elements = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
-    keep_active_(elements, placement.address(chosen.view(mask.shape)), placement.grain)
-    return elements.reshape(-1).nonzero().squeeze(1)
 
 
 def placement_of(shard: Shard, block_size: BlockSize) -> Placement:
