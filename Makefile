@@ -1,5 +1,5 @@
 # Each target sets up .venv by itself, once; it is renewed when pyproject.toml changes. The demo needs the package alone,
-# all others its extras as well. uv does it where it is on the PATH, else pip.
+# all others its extras as well. uv does it: that on the PATH, else one that pip brings; else pip.
 PYTHON ?= python3
 BIN := .venv/bin
 # An exact pin gets a small CPU build where one is served; on a GPU machine: make TORCH=torch demo

@@ -1,10 +1,12 @@
 """Sets up .venv for the Makefile and says what it does: python3 scripts/set_up.py TARGET TORCH [EXTRA...].
 
-With uv where it is on the PATH, and with pip where it is not, or where uv cannot. Needs nothing but Python.
+With uv, which is several times as fast: that on the PATH, else one that pip puts into .venv. With pip where uv cannot.
+Needs nothing but Python.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import queue
@@ -24,12 +26,14 @@ EVERY_S = 5.0
 """Seconds between two lines while an installer says nothing."""
 
 UV_FROM_PIP = {
-    "PIP_FIND_LINKS": "UV_FIND_LINKS",
-    "PIP_INDEX_URL": "UV_DEFAULT_INDEX",
-    "PIP_EXTRA_INDEX_URL": "UV_INDEX",
-    "PIP_CERT": "SSL_CERT_FILE",
+    "find-links": "UV_FIND_LINKS",
+    "index-url": "UV_DEFAULT_INDEX",
+    "extra-index-url": "UV_INDEX",
+    "constraint": "UV_CONSTRAINT",
+    "trusted-host": "UV_INSECURE_HOST",
+    "cert": "SSL_CERT_FILE",
 }
-"""What pip is told by the environment, uv is told as well."""
+"""What pip is told by its files and by the environment, uv is told as well: settings of pip, variables of uv."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,26 @@ def pip() -> Installer:
 
 def uv(program: str) -> Installer:
     """Return uv. Its environment has pip as well, for whoever expects one."""
-    given = {theirs: os.environ[ours] for ours, theirs in UV_FROM_PIP.items() if ours in os.environ}
-    environment = {name: value for name, value in given.items() if name not in os.environ}
+    told = pip_settings()
+    given = {
+        variable: ("," if name == "find-links" else " ").join(told[name])
+        for name, variable in UV_FROM_PIP.items()
+        if name in told
+    }
+    # As pip does it: the best version of all indexes, not of the first that knows the package.
+    environment = {"UV_INDEX_STRATEGY": "unsafe-best-match", **given}
+    environment = {name: value for name, value in environment.items() if name not in os.environ}
     make = [program, "venv", "--seed", "--allow-existing", "--python", sys.executable, str(VENV)]
     return Installer("uv", make, [program, "pip", "install", "--python", str(PYTHON)], environment)
+
+
+def pip_settings() -> dict[str, list[str]]:
+    """Return what pip is told for installing, in files and by the environment: values by setting; none without pip."""
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    found = re.findall(r"^(global|install|:env:)\.(\S+?)=('.*'|\".*\")$", listed, re.MULTILINE)
+    by_weight = sorted(found, key=lambda row: ["global", "install", ":env:"].index(row[0]))
+    return {name: ast.literal_eval(values).split() for _, name, values in by_weight}
 
 
 def run(title: str, installer: Installer, command: Sequence[str]) -> bool:
@@ -122,19 +142,27 @@ def in_words(line: str) -> str:
     return ""
 
 
-def set_up(installer: Installer, torch: str, package: str) -> bool:
-    """Make the environment, then install torch, then the package; return whether all of it succeeded."""
-    stages = [
-        ("an environment in .venv", installer.make),
-        (f"PyTorch ({torch}), the largest part", [*installer.install, torch]),
-        (f"this package and what it needs ({package})", [*installer.install, "--editable", package]),
-    ]
+def make(installer: Installer) -> bool:
+    """Make the environment where there is none that works; return whether there is one now."""
     if PYTHON.exists() and subprocess.run([PYTHON, "-c", ""], check=False).returncode == 0:
-        del stages[0]
-    return all(
-        run(f"[{number} of {len(stages)}] {what}, by {installer.name}", installer, command)
-        for number, (what, command) in enumerate(stages, 1)
-    )
+        return True
+    return run(f"An environment in .venv, by {installer.name}", installer, installer.make)
+
+
+def set_up(installer: Installer, torch: str, package: str) -> bool:
+    """Make the environment, then install torch and the package in one go; return whether all of it succeeded."""
+    title = f"PyTorch ({torch}), this package and what it needs ({package}), by {installer.name}"
+    return make(installer) and run(title, installer, [*installer.install, torch, "--editable", package])
+
+
+def find_uv() -> str | None:
+    """Return uv's program: that on the PATH, else one that pip puts into the environment; None where it cannot."""
+    if found := shutil.which("uv"):
+        return found
+    program, by_pip = PYTHON.with_name("uv"), pip()
+    if make(by_pip) and (program.exists() or run("uv, which installs faster, by pip", by_pip, [*by_pip.install, "uv"])):
+        return str(program)
+    return None
 
 
 def say(text: str) -> None:
@@ -146,8 +174,7 @@ def main(target: str, torch: str, *extras: str) -> int:
     """Set up what a target needs; return the exit status."""
     package = f".[{','.join(extras)}]" if extras else "."
     say(f"Setting up .venv for `make {target}`: once, and again only after pyproject.toml changes.")
-    program = shutil.which("uv")
-    if program is not None:
+    if program := find_uv():
         if set_up(uv(program), torch, package):
             return 0
         say("uv could not do that (see above): going on with pip.")
