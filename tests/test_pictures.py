@@ -98,7 +98,7 @@ def test_masks_of_the_three_units_have_one_density(figures: dict[str, Any]) -> N
 def test_losses_and_joules_are_those_of_the_committed_runs(figures: dict[str, Any]) -> None:
     runs = json.loads((DOCS / "results" / "demo.json").read_text())["runs"]
     lines = {line.get_label(): line.get_xydata() for line in figures["loss-over-joules.png"].axes[0].lines}
-    for label, mode in (("dense", "dense"), ("EST-DGM", "dgm")):
+    for label, mode in (("dense", "dense"), ("EST-DGM", "dgm"), ("smaller dense", "small")):
         ends = [run["validation"][-1] for run in runs if run["mode"] == mode]
         expected = [np.mean([end["train_j"] for end in ends]), np.mean([end["loss"] for end in ends])]
         assert lines[label][-1] == pytest.approx(expected)

@@ -30,7 +30,7 @@ from lightning_estdgm.tools._plotting import (
 
 DOCS = Path(__file__).parents[1]
 FOLDER = DOCS / "pictures"
-DENSE, SPARSE = COLOURS[0], COLOURS[1]
+DENSE, SPARSE, SMALLER = COLOURS[:3]
 DPI = 160
 TEXT = 13  # points in figures of 9 inches: readable at half of the size on a page
 
@@ -229,7 +229,8 @@ def loss_over_joules(path: Path) -> None:
     figure = new_figure(9, 4.4)
     axes = figure.add_subplot()
     is_estimated = False
-    for mode, name, colour, marker in (("dense", "dense", DENSE, "o"), ("dgm", "EST-DGM", SPARSE, "s")):
+    kinds = (("dense", "dense", DENSE, "o"), ("dgm", "EST-DGM", SPARSE, "s"), ("small", "smaller dense", SMALLER, "^"))
+    for mode, name, colour, marker in kinds:
         runs = [run for run in results["runs"] if run["mode"] == mode]
         is_estimated |= any(run["energy"]["estimated_joules"] for run in runs)
         points = [[(v["train_j"], v["loss"]) for v in run["validation"]] for run in runs]

@@ -28,6 +28,9 @@ class Steps(Protocol):
     def begin(self, title: str) -> None:
         """Go on with the next part."""
 
+    def expect(self, steps: int) -> None:
+        """Count on so many steps more."""
+
     def advance(self, state: str) -> None:
         """One step further; ``state`` says where it stands."""
 
@@ -51,6 +54,11 @@ class BarOfSteps:
     def begin(self, title: str) -> None:
         """Show the title before the bar."""
         self._progress.update(self._task, description=title, state="")
+
+    def expect(self, steps: int) -> None:
+        """Make the bar's whole longer."""
+        total = self._progress.tasks[self._progress.task_ids.index(self._task)].total or 0
+        self._progress.update(self._task, total=total + steps)
 
     def advance(self, state: str) -> None:
         """Move the bar."""
@@ -78,6 +86,10 @@ class LinesOfSteps:
     def begin(self, title: str) -> None:
         """Take the title for the lines to come."""
         self._title, self._state = title, ""
+
+    def expect(self, steps: int) -> None:
+        """Add to the number of steps."""
+        self._total += steps
 
     def advance(self, state: str) -> None:
         """Count a step; print a line if it is the first one of its part."""

@@ -36,6 +36,21 @@ def test_lines_tell_the_first_step_of_each_part_at_once() -> None:
     assert re.fullmatch(r"sparse: loss 2.0 \| 3 of 4 steps, \d+:\d\d, about \d+:\d\d left", lines[2])
 
 
+def test_steps_that_are_known_late_are_counted() -> None:
+    log = console(False)
+    with progress_of(log, 1) as steps:
+        steps.expect(2)
+        steps.begin("small")
+        steps.advance("loss 2.0")
+    assert " | 1 of 3 steps" in said(log)
+    bar = console(True)
+    with progress_of(bar, 1) as steps:
+        assert isinstance(steps, BarOfSteps)
+        steps.expect(3)
+        steps.advance("loss 2.0")
+        assert steps._progress.tasks[0].percentage == 25
+
+
 def test_a_part_that_takes_long_is_heard_of_before_its_first_step(monkeypatch) -> None:
     monkeypatch.setattr(_progress, "EVERY_S", 0.01)
     log = console(False)

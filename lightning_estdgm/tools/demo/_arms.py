@@ -20,6 +20,7 @@ from lightning_estdgm.tools._quiet import environment_variable
 from lightning_estdgm.tools.demo._demo_config import DemoConfig
 from lightning_estdgm.tools.demo._recorder import Recorder
 from lightning_estdgm.tools.demo._records import DGM, RunRecord
+from lightning_estdgm.tools.demo._served import seconds_a_token
 from lightning_estdgm.tools.demo._session import ProgressBar, new_trainer
 
 
@@ -28,7 +29,7 @@ def train(config: DemoConfig, mode: str, seed: int, lr: float, bar: ProgressBar 
 
     Args:
         config: Model, data and training.
-        mode: `DENSE` or `DGM`.
+        mode: `DENSE`, `DGM` or `SMALL`; for the last, ``config`` is the smaller network's.
         seed: Seed of initial weights, batches and masks.
         lr: Peak learning rate.
         bar: Progress bar to move; None for none.
@@ -64,6 +65,7 @@ def train(config: DemoConfig, mode: str, seed: int, lr: float, bar: ProgressBar 
         mode=mode,
         seed=seed,
         lr=lr,
+        width=config.width,
         parameters=sum(p.numel() for p in model.parameters()),
         setup_s=recorder.origin - called,
         steps=recorder.steps,
@@ -77,6 +79,7 @@ def train(config: DemoConfig, mode: str, seed: int, lr: float, bar: ProgressBar 
         active_weights=active,
         nonzero_outside=outside,
         flops_ratio=dgm.flops_ratio if dgm else 1.0,
+        token_s=seconds_a_token(model, is_sparse=dgm is not None),
     )
 
 

@@ -13,9 +13,9 @@ from lightning_estdgm.tools._terminal import command_line, default_console, pars
 
 
 def demo(
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps of each run (default: 400).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of dense and of EST-DGM (default: 300).")] = None,
     seeds: Annotated[
-        int | None, typer.Option(help="Pairs of runs (dense and EST-DGM), one seed each (default: 1).")
+        int | None, typer.Option(help="Rounds of runs (dense, EST-DGM, smaller dense), one seed each (default: 1).")
     ] = None,
     json: Annotated[
         Path | None, typer.Option(help="Where the JSON goes (default: demo.json or sweep.json in OUT).")
@@ -37,6 +37,9 @@ def demo(
     lr_dgm: Annotated[
         float | None, typer.Option(help="Peak learning rate of the EST-DGM runs (default: 0.001).")
     ] = None,
+    lr_small: Annotated[
+        float | None, typer.Option(help="Peak learning rate of the smaller dense runs (default: 0.004).")
+    ] = None,
     block_size: Annotated[
         str | None, typer.Option(help="Unit of the masks: auto, 1, 16, 32, 64 or 128 (default: auto).")
     ] = None,
@@ -51,31 +54,31 @@ def demo(
     profile_steps: Annotated[
         int | None, typer.Option(help="Steps of the profile after the runs; 0 for none (default: 4).")
     ] = None,
-    sweep: Annotated[bool, typer.Option("--sweep", help="Train both at several learning rates instead.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Train each at several learning rates instead.")] = False,
     lr: Annotated[
         list[float] | None,
-        typer.Option(help="With --sweep: a rate, at least three times (default: 0.0005, 0.001, 0.002)."),
+        typer.Option(help="With --sweep: a rate, at least three times (default: 0.0005, 0.001, 0.002, 0.004)."),
     ] = None,
 ) -> None:
-    """Train a small GPT dense and by EST-DGM on the same batches, and show what each cost."""
+    """Train a small GPT dense, by EST-DGM on the same batches, and a smaller dense one; show what each cost."""
     console = default_console()
     with waiting(console, "Loading PyTorch and Lightning"):  # imported here: --help should not wait for torch
         from lightning_estdgm.tools.demo._demo_config import DemoConfig
-        from lightning_estdgm.tools.demo._records import DENSE, DGM
+        from lightning_estdgm.tools.demo._records import DENSE, DGM, SMALL
         from lightning_estdgm.tools.demo._run import run_demo
         from lightning_estdgm.tools.demo._sweep import run_sweep
 
     given: dict[str, Any] = {
         "steps": steps, "seeds": seeds, "out": out, "text": text, "batch_size": batch_size, "context": context,
-        "width": width, "layers": layers, "heads": heads, "lr_dense": lr_dense, "lr_dgm": lr_dgm,
+        "width": width, "layers": layers, "heads": heads, "lr_dense": lr_dense, "lr_dgm": lr_dgm, "lr_small": lr_small,
         "val_windows": val_windows, "profile_steps": profile_steps,
     }  # fmt: skip
     units = {"size": block_size and parse_block_size(block_size), "distribution": distribution}
     if lr and not sweep:
         raise typer.BadParameter(
-            "expected together with --sweep; the demo takes --lr-dense and --lr-dgm", param_hint="--lr"
+            "expected together with --sweep; the demo takes --lr-dense, --lr-dgm and --lr-small", param_hint="--lr"
         )
-    rates = lr or [5e-4, 1e-3, 2e-3]
+    rates = lr or [5e-4, 1e-3, 2e-3, 4e-3]
     if len(set(rates)) < 3:
         raise typer.BadParameter(f"got {rates}, expected at least three different learning rates", param_hint="--lr")
     if json is not None and json.is_dir():
@@ -90,7 +93,7 @@ def demo(
     except (ValueError, TypeError) as e:
         raise typer.BadParameter(str(e)) from e
     if sweep:
-        run_sweep(config, {DENSE: rates, DGM: rates}, json, command_line(), console)
+        run_sweep(config, dict.fromkeys((DENSE, DGM, SMALL), rates), json, command_line(), console)
     else:
         run_demo(config, json, command_line(), console)
 

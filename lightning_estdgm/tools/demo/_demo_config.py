@@ -12,7 +12,7 @@ import torch
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.recipes.gpt import ByteGPT
 from lightning_estdgm.recipes.stdlib_text import StdlibText
-from lightning_estdgm.tools.demo._records import DENSE, DGM
+from lightning_estdgm.tools.demo._records import DENSE, DGM, SMALL
 
 MIN_STEPS = 20
 """Fewest steps of a run."""
@@ -23,8 +23,8 @@ class DemoConfig:
     """Model, data and training of the demo.
 
     Attributes:
-        steps: Optimizer steps of each run, at least 20.
-        seeds: Number of pairs of runs; seed s gives the initial weights, the batches and the masks of pair s.
+        steps: Optimizer steps of dense and EST-DGM, at least 20.
+        seeds: Number of rounds of runs; seed s gives the initial weights, the batches and the masks of round s.
         batch_size: Windows a step.
         context: Bytes a window.
         width: Width of the model.
@@ -32,6 +32,7 @@ class DemoConfig:
         heads: Number of attention heads.
         lr_dense: Peak learning rate of the dense runs.
         lr_dgm: Peak learning rate of the EST-DGM runs, before the density-aware step size.
+        lr_small: Peak learning rate of the smaller dense runs.
         weight_decay: Weight decay of the matrices.
         dgm: Configuration of EST-DGM; its seed is replaced by the pair's.
         text: Text file to learn; None for Python's standard library.
@@ -44,7 +45,7 @@ class DemoConfig:
         ValueError: A value is out of range; the message names it.
     """
 
-    steps: int = 400
+    steps: int = 300
     seeds: int = 1
     batch_size: int = 16
     context: int = 128
@@ -53,6 +54,7 @@ class DemoConfig:
     heads: int = 8
     lr_dense: float = 1e-3
     lr_dgm: float = 1e-3
+    lr_small: float = 4e-3
     weight_decay: float = 0.1
     dgm: DGMConfig = field(default_factory=DGMConfig)
     text: Path | None = None
@@ -68,13 +70,13 @@ class DemoConfig:
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out: got {str(self.out)!r}, which is a file; expected a folder or a free name")
         with torch.device("meta"):  # the model's own checks of sizes and rates, without its weights
-            for mode in (DENSE, DGM):
+            for mode in (DENSE, DGM, SMALL):
                 self.model(self.lr(mode))
         self.data(seed=0)
 
     def lr(self, mode: str) -> float:
         """Peak learning rate of a mode."""
-        return self.lr_dense if mode == DENSE else self.lr_dgm
+        return {DENSE: self.lr_dense, DGM: self.lr_dgm, SMALL: self.lr_small}[mode]
 
     def model(self, lr: float) -> ByteGPT:
         """A model with weights from the global random state."""

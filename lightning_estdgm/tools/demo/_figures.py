@@ -11,34 +11,36 @@ import numpy as np
 
 from lightning_estdgm.tools._plotting import COLOURS, GRID, INK, PHASE_COLOURS, legend, new_figure, save, style_axes
 from lightning_estdgm.tools.demo._measures import watts
-from lightning_estdgm.tools.demo._records import DENSE, DGM, TITLES, MaskMoment, RunRecord
+from lightning_estdgm.tools.demo._records import DENSE, DGM, SMALL, TITLES, MaskMoment, RunRecord
 from lightning_estdgm.tools.report._finished_run import energy_label, kind_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-_COLOURS = {DENSE: COLOURS[0], DGM: COLOURS[1]}
+_COLOURS = {DENSE: COLOURS[0], DGM: COLOURS[1], SMALL: COLOURS[2]}
 
 
 def draw_demo(runs: Sequence[RunRecord], path: Path) -> None:
-    """Write a PNG: loss over joules, density over time by phase, masks of one layer; watts over time if measured.
+    """Write a PNG: loss over joules and over weights to serve, density over time, masks; watts if measured.
 
     Joules that were estimated from CPU time have nothing to say about watts: as many as cores were busy.
     """
     is_measured = all(kind_of(run.energy) == "measured" for run in runs)
     figure = new_figure(13, 8.6, pad_in=0.12)
     grid = figure.add_gridspec(2, 2)
+    lower = grid[1, :].subgridspec(1, 3 if is_measured else 2, width_ratios=(1, 1, 1) if is_measured else (1, 2))
     has_joules = all(run.steps.train_j[-1] is not None for run in runs)
     label = energy_label(runs[0].energy)
     _draw_loss(figure.add_subplot(grid[0, 0]), runs, has_joules, label)
     moments = next((run.masks for run in runs if run.masks), [])
-    if is_measured:
-        _draw_watts(figure.add_subplot(grid[1, 0]), runs, label)
     _draw_density(figure.add_subplot(grid[0, 1]), runs)
-    masks = grid[1, int(is_measured) :].subgridspec(1, max(1, len(moments)))
+    _draw_served(figure.add_subplot(lower[0, 0]), runs)
+    masks = lower[0, 1].subgridspec(1, max(1, len(moments)))
     for i, moment in enumerate(moments):
-        _draw_mask(figure.add_subplot(masks[0, i]), moment, "(d)" if is_measured else "(c)", i == 0)
+        _draw_mask(figure.add_subplot(masks[0, i]), moment, "(d)", i == 0)
+    if is_measured:
+        _draw_watts(figure.add_subplot(lower[0, 2]), runs, label)
     save(figure, path)
 
 
@@ -69,6 +71,24 @@ def _draw_loss(axes: Axes, runs: Sequence[RunRecord], has_joules: bool, label: s
     legend(axes)
 
 
+def _draw_served(axes: Axes, runs: Sequence[RunRecord]) -> None:
+    for run in runs:
+        first = run.seed == runs[0].seed
+        axes.plot(
+            run.served_weights / 1e6,
+            run.validation[-1].loss,
+            "o",
+            color=_COLOURS[run.mode],
+            alpha=0.9 if first else 0.3,
+            ms=9,
+            label=TITLES[run.mode] if first else None,
+        )
+    _style(axes, "weights to serve, millions", "validation loss, nats a byte", "(c) Loss over what is served")
+    axes.margins(0.15)
+    axes.set_xlim(left=0)
+    legend(axes, "best")
+
+
 def _draw_watts(axes: Axes, runs: Sequence[RunRecord], label: str) -> None:
     drawn = []
     for run in runs:
@@ -83,7 +103,7 @@ def _draw_watts(axes: Axes, runs: Sequence[RunRecord], label: str) -> None:
                 alpha=0.9 if first else 0.3,
                 label=TITLES[run.mode] if first else None,
             )
-    _style(axes, "time since training began, s", f"watts ({label})", "(c) Power over time")
+    _style(axes, "time since training began, s", f"watts ({label})", "(e) Power over time")
     if drawn:
         axes.set_ylim(0, 1.2 * max(drawn))
         legend(axes)

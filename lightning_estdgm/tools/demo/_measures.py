@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lightning_estdgm.tools._stats import ratio, spread
-from lightning_estdgm.tools.demo._records import DENSE, DGM, RunRecord, StepLog
+from lightning_estdgm.tools.demo._records import DENSE, DGM, TITLES, RunRecord, StepLog
 
 
 def measure(run: RunRecord) -> dict[str, Any]:
@@ -22,6 +22,8 @@ def measure(run: RunRecord) -> dict[str, Any]:
         "mode": run.mode,
         "seed": run.seed,
         "lr": run.lr,
+        "width": run.width,
+        "steps": len(log),
         "initial": run.initial,
         "batches": run.batches,
         "val_loss": loss,
@@ -33,6 +35,8 @@ def measure(run: RunRecord) -> dict[str, Any]:
         "joules_per_step": None if train_j is None else train_j / len(log),
         "mean_density": fmean(log.density),
         "final_density": run.active_weights / run.masked_weights if run.masked_weights else 1.0,
+        "served_weights": run.served_weights,
+        "token_s": run.token_s,
         "masked_weights": run.masked_weights,
         "nonzero_outside": run.nonzero_outside,
         "flops_ratio": run.flops_ratio,
@@ -113,7 +117,7 @@ def summarize(runs: Sequence[RunRecord]) -> dict[str, Any]:
     measured = [measure(run) for run in runs]
     by_seed = {(m["mode"], m["seed"]): m for m in measured}
     pairs = [compare_pair(m, by_seed[DGM, m["seed"]]) for m in measured if m["mode"] == DENSE]
-    modes = {mode: _spread_all([m for m in measured if m["mode"] == mode]) for mode in (DENSE, DGM)}
+    modes = {mode: _spread_all(its) for mode in TITLES if (its := [m for m in measured if m["mode"] == mode])}
     return {"runs": measured, "pairs": pairs, "modes": modes, "against_dense": _spread_all(pairs)}
 
 

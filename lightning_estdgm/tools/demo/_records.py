@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-DENSE, DGM = "dense", "dgm"
+DENSE, DGM, SMALL = "dense", "dgm", "small"
 """Modes of a run."""
 
-TITLES = {DENSE: "Dense", DGM: "EST-DGM"}
+TITLES = {DENSE: "Dense", DGM: "EST-DGM", SMALL: "Smaller dense"}
 """Name of each mode for the reader."""
 
 
@@ -85,9 +85,10 @@ class RunRecord:
     """All that is kept of one run.
 
     Attributes:
-        mode: `DENSE` or `DGM`.
+        mode: `DENSE`, `DGM` or `SMALL`.
         seed: Seed of initial weights, batches and masks.
         lr: Peak learning rate.
+        width: Width of the model.
         parameters: Number of parameters.
         setup_s: Seconds from the call of fit to the first step.
         steps: Columns with an entry per training step.
@@ -101,11 +102,14 @@ class RunRecord:
         active_weights: Number of weights inside the masks at the end.
         nonzero_outside: Number of weights outside the masks that are not exactly zero.
         flops_ratio: Training FLOPs of linear layers that the masks ask for, over dense.
+        token_s: Seconds to generate a token with the trained network, packed where it is sparse; None where that could
+            not be done here.
     """
 
     mode: str
     seed: int
     lr: float
+    width: int
     parameters: int
     setup_s: float
     steps: StepLog
@@ -119,6 +123,12 @@ class RunRecord:
     active_weights: int = 0
     nonzero_outside: int = 0
     flops_ratio: float = 1.0
+    token_s: float | None = None
+
+    @property
+    def served_weights(self) -> int:
+        """Number of weights that the trained network needs: those inside the masks, and all that have none."""
+        return self.parameters - self.masked_weights + self.active_weights
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> RunRecord:

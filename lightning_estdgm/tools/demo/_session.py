@@ -30,6 +30,10 @@ class ProgressBar(Callback):
         self.recorder = recorder
         self._steps.begin(title)
 
+    def expect(self, steps: int) -> None:
+        """Count on so many steps more."""
+        self._steps.expect(steps)
+
     def say(self, text: str) -> None:
         """Print a line of its own."""
         self._steps.say(text)

@@ -1,4 +1,4 @@
-"""Sweep of learning rates over both modes of the demo."""
+"""Sweep of learning rates over all modes of the demo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from lightning_estdgm.tools._terminal import default_console
 from lightning_estdgm.tools.demo._arms import train
 from lightning_estdgm.tools.demo._demo_config import DemoConfig
 from lightning_estdgm.tools.demo._measures import best_rates
-from lightning_estdgm.tools.demo._records import DENSE, DGM
+from lightning_estdgm.tools.demo._records import DENSE, DGM, SMALL, RunRecord
+from lightning_estdgm.tools.demo._rival import rival_of
 from lightning_estdgm.tools.demo._session import header, session
 from lightning_estdgm.tools.demo._tables import sweep_table
 from lightning_estdgm.tools.report._json_format import write_json
@@ -33,7 +34,7 @@ def run_sweep(
 
     Args:
         config: Model, data and training.
-        rates: Learning rates by mode.
+        rates: Learning rates by mode: `DENSE` and `DGM`; `SMALL` as well, which gets the joules of EST-DGM's best run.
         json_path: File for the JSON; ``out/sweep.json`` if None.
         command: Command line, to be kept in the JSON.
         console: Console for the progress bar and the table.
@@ -44,7 +45,7 @@ def run_sweep(
     Raises:
         ValueError: A mode has fewer than three different rates, which cannot show that the best is not at an end.
     """
-    for mode in (DENSE, DGM):
+    for mode in {DENSE: 0, DGM: 0} | dict(rates):
         given = list(rates.get(mode, ()))
         if len(set(given)) < 3:
             raise ValueError(f"learning rates of {mode}: got {given}, expected at least three different ones")
@@ -52,19 +53,32 @@ def run_sweep(
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     with waiting(console, "Reading the text"):
         content = header(config, command)
-    plan = [
-        (mode, seed, lr) for seed in range(config.seeds) for mode in (DENSE, DGM) for lr in dict.fromkeys(rates[mode])
-    ]
     logs, runs = config.out / "tensorboard" / f"sweep-{stamp}", []
-    with session(config, len(plan), console) as bar:
-        for mode, seed, lr in plan:
-            runs.append(train(config, mode, seed, lr, bar, logs))
-            bar.say(f"{mode} seed {seed} lr {lr:g}: validation loss {runs[-1].validation[-1].loss:.4f}")
+    same_steps = len({*rates[DENSE]}) + len({*rates[DGM]})
+    with session(config, config.seeds * same_steps, console) as bar:
+
+        def train_each(its: DemoConfig, mode: str, seed: int) -> list[RunRecord]:
+            done = []
+            for lr in dict.fromkeys(rates[mode]):
+                done.append(train(its, mode, seed, lr, bar, logs))
+                bar.say(f"{mode} seed {seed} lr {lr:g}: validation loss {done[-1].validation[-1].loss:.4f}")
+            return done
+
+        for seed in range(config.seeds):
+            runs += train_each(config, DENSE, seed)
+            sparse = train_each(config, DGM, seed)
+            runs += sparse
+            if SMALL in rates:
+                its = rival_of(config, min(sparse, key=lambda run: run.validation[-1].loss))
+                bar.expect(its.steps * len({*rates[SMALL]}))
+                runs += train_each(its, SMALL, seed)
     losses = [
         {
             "mode": run.mode,
             "lr": run.lr,
             "seed": run.seed,
+            "width": run.width,
+            "steps": len(run.steps),
             "val_loss": run.validation[-1].loss,
             "curve": [asdict(v) for v in run.validation],
             "train_s": math.fsum(run.steps.wall_s),

@@ -14,26 +14,42 @@ from lightning_estdgm.tools.demo._records import DENSE, DGM, TITLES, RunRecord
 from lightning_estdgm.tools.report._finished_run import energy_label
 
 
-def results_table(summary: Mapping[str, Any], runs: Sequence[RunRecord], profile: Mapping[str, Any] | None) -> Table:
-    """Numbers of dense and EST-DGM side by side."""
-    dense, dgm, against = summary["modes"][DENSE], summary["modes"][DGM], summary["against_dense"]
-    seeds, steps = len(summary["pairs"]), len(runs[0].steps)
-    energy = runs[0].energy
+def networks_table(summary: Mapping[str, Any], runs: Sequence[RunRecord]) -> Table:
+    """What the three networks reached, what they cost to train, and what they cost to serve."""
+    seeds, energy = len(summary["pairs"]), runs[0].energy
     devices = [device["name"] for source in energy.get("sources", ()) for device in source["devices"]]
     notes = [
         f"Energy is {energy_label(energy)}: {'; '.join(devices)}." if devices else "No energy source here.",
-        "Step times are medians of steps that neither observe nor update; in brackets, the mean of all steps.",
+        "The smaller network has as many weights as EST-DGM leaves, and as many steps as EST-DGM's joules buy.",
         "± is the sample standard deviation over the seeds." if seeds > 1 else "",
     ]
-    table = Table(
-        title=f"{steps} steps on the same batches, {seeds} seed{'s' if seeds > 1 else ''}",
-        caption=" ".join(notes).strip(),
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("", no_wrap=True)
-    for heading in ("Dense", "EST-DGM", "against dense"):
-        table.add_column(heading, justify="right")
+    title = f"Three networks, {seeds} seed{'s' if seeds > 1 else ''}"
+    table = _table(title, [TITLES[mode] for mode in TITLES], " ".join(notes).strip())
+
+    def row(name: str, key: str, digits: int, scale: float = 1.0) -> None:
+        table.add_row(name, *(spread_text(summary["modes"][mode][key], digits, scale=scale) for mode in TITLES))
+
+    estimated = " (ESTIMATED)" if energy.get("method") in ("estimated", "mixed") else ""
+    row("loss, nats a byte", "val_loss", 3)
+    row("perplexity a byte", "perplexity", 2)
+    table.add_section()
+    row("energy, J" + estimated, "train_j", 0)
+    row("training, s", "train_s", 1)
+    row("set-up before it, s", "setup_s", 1)
+    row("steps", "steps", 0)
+    row("width", "width", 0)
+    table.add_section()
+    row("weights to serve, 1000s", "served_weights", 0, scale=1e-3)
+    row("a token of text, ms", "token_s", 2, scale=1e3)
+    return table
+
+
+def steps_table(summary: Mapping[str, Any], runs: Sequence[RunRecord], profile: Mapping[str, Any] | None) -> Table:
+    """EST-DGM against dense on the same batches."""
+    dense, dgm, against = summary["modes"][DENSE], summary["modes"][DGM], summary["against_dense"]
+    note = "Step times are medians of steps that neither observe nor update; in brackets, the mean of all steps."
+    title = f"EST-DGM against dense: {len(runs[0].steps)} steps on the same batches"
+    table = _table(title, [TITLES[DENSE], TITLES[DGM], "against dense"], note)
 
     def row(name: str, key: str, digits: int, verdict: str = "", scale: float = 1.0) -> None:
         table.add_row(
@@ -44,10 +60,8 @@ def results_table(summary: Mapping[str, Any], runs: Sequence[RunRecord], profile
     row("perplexity a byte", "perplexity", 3, _percent_text(against["perplexity_ratio"], 2))
     table.add_section()
     row("training steps, s", "train_s", 1, _speedup_text(against["train_speedup"]))
-    row("set-up before them, s", "setup_s", 1)
     row("whole run less validation, s", "run_s", 1, _speedup_text(against["run_speedup"]))
-    estimated = " (ESTIMATED)" if energy.get("method") in ("estimated", "mixed") else ""
-    row(f"training energy, J{estimated}", "train_j", 0, _percent_text(against["joules_ratio"], 1))
+    row("training energy, J", "train_j", 0, _percent_text(against["joules_ratio"], 1))
     row("linear FLOPs against dense, %", "flops_ratio", 1, scale=100)
     table.add_section()
     row("mean density", "mean_density", 3)
@@ -71,6 +85,14 @@ def results_table(summary: Mapping[str, Any], runs: Sequence[RunRecord], profile
         for part in profile[DENSE]["ms"]:
             cells = tuple(f"{profile[m]['ms'][part]:.0f} ({profile[m]['share'][part]:.0%})" for m in (DENSE, DGM))
             table.add_row(f"profile: {part}, ms a step", *cells, "")
+    return table
+
+
+def _table(title: str, headings: Sequence[str], notes: str) -> Table:
+    table = Table(title=title, caption=notes, title_justify="left", caption_justify="left")
+    table.add_column("", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right")
     return table
 
 

@@ -22,8 +22,8 @@ def announcement(config: DemoConfig, content: Mapping[str, Any]) -> str:
     return (
         f"A small GPT of width {config.width} learns {source} ({data['bytes']['train'] / 1e6:.1f} MB) byte by byte, on "
         f"{machine['cpu']}, {machine['threads']} thread(s).\n"
-        f"It does so twice on the same batches: dense, then by EST-DGM ({pairs}{config.steps} steps each). "
-        f"Files go to {config.out}."
+        f"It does so twice on the same batches: dense, then by EST-DGM ({pairs}{config.steps} steps each). Then a "
+        f"smaller dense GPT, with as many weights to serve, has as many joules as EST-DGM. Files go to {config.out}."
     )
 
 
@@ -41,8 +41,8 @@ def next_steps(json: Path, png: Path, report: Path, logs: Path) -> str:
     """Return where the results are, and what to open first."""
     return (
         "Next:\n"
-        f"  open {report} in a browser: the joules of both to the same loss, with all that they rest on\n"
-        f"  open {png}: loss over joules, power, densities, masks\n"
+        f"  open {report} in a browser: the joules of dense and EST-DGM to the same loss, with all that they rest on\n"
+        f"  open {png}: loss over joules and over weights to serve, densities, masks\n"
         f"  {_beside_python('tensorboard')} --logdir {logs}  (then http://localhost:6006/#custom_scalars)\n"
         f"  every step in numbers: {json}\n"
         "For a training of your own: Trainer(callbacks=[DGMCallback(), EnergyMonitor()]), as in README.md"

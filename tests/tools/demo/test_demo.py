@@ -22,7 +22,8 @@ from lightning_estdgm.cli import app
 from lightning_estdgm.config import Units
 from lightning_estdgm.tools.demo._arms import count_masked
 from lightning_estdgm.tools.demo._demo_config import DemoConfig
-from lightning_estdgm.tools.demo._records import RunRecord
+from lightning_estdgm.tools.demo._records import RunRecord, StepLog
+from lightning_estdgm.tools.demo._rival import rival_of
 from lightning_estdgm.tools.demo._step_profile import profile_steps
 from lightning_estdgm.tools.demo._sweep import run_sweep
 
@@ -40,7 +41,14 @@ def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     knobs = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
     command = ["demo", f"--steps={STEPS}", f"--seeds={SEEDS}", f"--out={out}", f"--json={out / 'sub' / 'numbers.json'}"]
-    masks = ["--block-size=16", "--backend=cpu", "--profile-steps=2", "--lr-dense=0.004", "--lr-dgm=0.003"]
+    masks = [
+        "--block-size=16",
+        "--backend=cpu",
+        "--profile-steps=2",
+        "--lr-dense=0.004",
+        "--lr-dgm=0.003",
+        "--lr-small=0.005",
+    ]
     before = torch.random.get_rng_state()
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PL_GLOBAL_SEED", "77")  # something else's: the runs have seeds of their own
@@ -58,22 +66,25 @@ def test_the_runs_alternate_and_are_complete(demo):
     _, _, content = demo
     runs = records_of(content)
     assert [(run.mode, run.seed, run.lr) for run in runs] == [
-        ("dense", 0, 0.004), ("dgm", 0, 0.003), ("dense", 1, 0.004), ("dgm", 1, 0.003)
-    ]  # fmt: skip
+        (mode, seed, lr) for seed in range(SEEDS) for mode, lr in (("dense", 0.004), ("dgm", 0.003), ("small", 0.005))
+    ]
     for run in runs:
-        columns = vars(run.steps)
-        assert {name: len(column) for name, column in columns.items()} == dict.fromkeys(columns, STEPS)
+        columns, steps = vars(run.steps), len(run.steps)
+        assert {name: len(column) for name, column in columns.items()} == dict.fromkeys(columns, steps)
+        assert run.mode == "small" or steps == STEPS
         assert min(run.steps.wall_s) > 0
         assert run.steps.clock_s == sorted(run.steps.clock_s)
         assert run.steps.clock_s[-1] >= 0.99 * math.fsum(run.steps.wall_s)
-        assert run.validation[-1].step == STEPS
+        assert run.validation[-1].step == steps
         assert len(run.validation) >= 3
         assert run.validation[-1].loss < run.validation[0].loss < math.log(256)
 
 
 def test_dense_and_dgm_saw_the_same_batches_and_began_with_the_same_weights(demo):
     _, _, content = demo
-    dense, dgm, other, _ = records_of(content)
+    dense, dgm, other = (
+        run for run in records_of(content) if (run.mode, run.seed) != ("dgm", 1) and run.mode != "small"
+    )
     assert dense.batches == dgm.batches != other.batches
     assert dense.initial == dgm.initial != other.initial
     digest = hashlib.blake2b(digest_size=16)
@@ -90,7 +101,7 @@ def test_densities_and_phases_are_those_of_the_schedule(demo):
     _, _, content = demo
     schedule = EstDgm().resolve(STEPS)
     for run in records_of(content):
-        if run.mode == "dense":
+        if run.mode != "dgm":
             assert set(run.steps.density) == {1.0}
             assert set(run.steps.phase) == {"train"}
             assert not any(run.steps.observed)
@@ -111,6 +122,32 @@ def test_nothing_is_left_outside_the_masks(demo):
         assert run.active_weights / run.masked_weights == pytest.approx(0.10, abs=0.005)
         assert run.nonzero_outside == 0
         assert {layer["backend"] for layer in run.layers if layer["masked"]} == {"cpu"}
+
+
+def test_the_smaller_network_has_the_weights_and_the_joules_of_the_sparse_one(demo):
+    _, output, content = demo
+    runs = records_of(content)
+    for sparse, small in zip(runs[1::3], runs[2::3], strict=True):
+        assert sparse.served_weights == sparse.parameters - sparse.masked_weights + sparse.active_weights
+        assert small.served_weights == small.parameters <= sparse.served_weights
+        wider = DemoConfig(**{**TINY, "width": small.width + TINY["heads"]}, steps=STEPS)
+        assert sum(p.numel() for p in wider.model(1e-3).parameters()) > sparse.served_weights
+        assert len(small.steps) % 6 == 0
+        assert all(0 < run.token_s < 1 for run in (sparse, small))
+    numbers = content["summary"]["modes"]["small"]
+    assert numbers["steps"]["values"] == [len(run.steps) for run in runs[2::3]]
+    assert "Smaller dense" in output
+
+
+@pytest.mark.parametrize(("spent", "steps"), [(60.0, 300), (1.0, 20), (None, 90)])
+def test_the_smaller_network_gets_the_steps_that_joules_buy_or_seconds(tmp_path, monkeypatch, spent, steps):
+    monkeypatch.setattr("lightning_estdgm.tools.demo._rival._cost_of_a_step", lambda config: (0.2, 0.1))
+    config = tiny_config(tmp_path)
+    log = StepLog(wall_s=[4.0, 4.0])
+    run = RunRecord("dgm", 0, 1e-3, 64, 40_000, 1.0, log, [], "", "", {"train_joules": spent}, [], [], 10_000, 1000)
+    its = rival_of(config, run)
+    assert its.steps == steps
+    assert its.width == 32  # 29,888 weights; the next, 34, has 32,436
 
 
 def test_count_masked_finds_a_weight_outside(tmp_path):
@@ -158,7 +195,8 @@ def test_the_summary_agrees_with_the_records(demo):
     loss = summary["modes"]["dgm"]["val_loss"]
     assert loss["mean"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert loss["std"] == pytest.approx(np.std(losses, ddof=1), rel=1e-3)
-    assert f"{loss['mean']:.4f} ± {loss['std']:.4f}" in output
+    assert f"{loss['mean']:.4f} ± {loss['std']:.4f}" in output  # of dense and EST-DGM
+    assert f"{loss['mean']:.3f} ± {loss['std']:.3f}" in output  # of all three
     for phase in ("exploration", "consolidation", "refinement"):
         assert f"step in {phase}, ms" in output
 
@@ -203,7 +241,7 @@ def test_tensorboard_has_the_masks_and_the_joules(demo):
         assert ("dgm/density" in tags) == folder.name.startswith("dgm-")
         if folder.name.startswith("dgm-"):
             assert events.Scalars("dgm/density")[-1].value == pytest.approx(0.10, abs=0.005)
-    assert len(list(Path(content["files"]["tensorboard"]).iterdir())) == 2 * SEEDS
+    assert len(list(Path(content["files"]["tensorboard"]).iterdir())) == 3 * SEEDS
 
 
 def test_the_report_is_made_from_the_same_runs(demo):
@@ -213,7 +251,7 @@ def test_the_report_is_made_from_the_same_runs(demo):
     page = (out / "report.html").read_text()
     assert "val/loss" in page
     assert page.count("<svg ") == 2  # no watts: estimated ones are no curve
-    for run in content["runs"]:
+    for run in (run for run in content["runs"] if run["mode"] != "small"):  # it has other steps
         assert f"{run['mode']}-seed{run['seed']}-lr{run['lr']:g}" in page
     assert "not independent" not in page  # the seeds are known, and differ
 
@@ -225,7 +263,7 @@ def test_a_sweep_names_the_best_rate_of_each_mode(tmp_path):
     result = CliRunner().invoke(app, [*command, *(f"--lr={rate}" for rate in rates)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     content = json.loads((tmp_path / "sweep.json").read_text())
-    for mode in ("dense", "dgm"):
+    for mode in ("dense", "dgm", "small"):
         losses = {run["lr"]: run["val_loss"] for run in content["sweep"] if run["mode"] == mode}
         assert sorted(losses) == sorted(rates)
         assert content["best"][mode]["lr"] == min(losses, key=losses.get)
@@ -292,7 +330,7 @@ def test_the_help_names_the_true_defaults():
     for parameter in typer.main.get_command(app).commands["demo"].params:
         if found := re.search(r"\(default: ([\w./-]+)\)", parameter.help or ""):
             named[parameter.name] = found[1]
-    assert len(named) == 15
+    assert len(named) == 16
     assert named == {name: str(defaults[name]) for name in named}
 
 

@@ -34,8 +34,17 @@ def log(**columns):
 
 def record(mode, steps, loss=1.0, **more):
     validation = [Validation(step=len(steps), clock_s=steps.clock_s[-1], train_j=steps.train_j[-1], loss=loss)]
-    plain = {"seed": 0, "lr": 1e-3, "parameters": 1, "setup_s": 0.5, "initial": "i", "batches": "b", "energy": {}}
-    return RunRecord(**{**plain, "mode": mode, "steps": steps, "validation": validation, **more})
+    plain = {
+        "seed": 0,
+        "lr": 1e-3,
+        "width": 8,
+        "parameters": 1,
+        "setup_s": 0.5,
+        "initial": "i",
+        "batches": "b",
+        "energy": {},
+    }
+    return RunRecord(**{**plain, "energy": {}, "mode": mode, "steps": steps, "validation": validation, **more})
 
 
 def test_phase_times_are_medians_of_plain_steps():
