@@ -24,6 +24,8 @@ from lightning_estdgm.callbacks._internal.dgm_log import DGMLog, say_on
 from lightning_estdgm.callbacks._internal.fit_result import FitResult, FitResultFile
 from lightning_estdgm.callbacks._internal.gradient_compression import GradientCompression
 from lightning_estdgm.callbacks._internal.graph_limit import GraphLimit
+from lightning_estdgm.callbacks._internal.loaded_weights import LoadedWeights
+from lightning_estdgm.callbacks._internal.manual_clipping import ManualClipping
 from lightning_estdgm.callbacks._internal.packed_weights import PackedWeights
 from lightning_estdgm.callbacks._internal.run_outcome import RunOutcome
 from lightning_estdgm.callbacks._internal.schedule_clock import ScheduleClock, epochs_with_steps, nothing_left
@@ -54,6 +56,8 @@ _BOUND_TO_A_FIT = (
     "_outcome",
     "_graph_limit",
     "_packed",
+    "_clipping",
+    "_loaded",
 )
 
 
@@ -119,6 +123,8 @@ class DGMCallback(pl.Callback):
         self._compression: GradientCompression | None = None
         self._graph_limit: GraphLimit | None = None
         self._packed: PackedWeights | None = None
+        self._clipping: ManualClipping | None = None
+        self._loaded: LoadedWeights | None = None
         self._eagerly: Any = None  # torch's stance for the first step, whose exit lets torch.compile work again
         self._restored: dict[str, Any] | None = None
         self._checkpoint_step = 0  # step of the checkpoint that the fit goes on from
@@ -319,6 +325,9 @@ class DGMCallback(pl.Callback):
             )
         elif controller.recovered:
             rank_zero_info(f"A new run starts from weights with zeros: {controller.recovered}")
+        if not pl_module.automatic_optimization:
+            self._clipping = ManualClipping(trainer, controller.mask_gradients)
+        self._loaded = LoadedWeights(controller)
         mask_averages_(trainer, controller)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -350,6 +359,8 @@ class DGMCallback(pl.Callback):
             self._optimizers = list(trainer.optimizers)
             controller.use_optimizers(self._optimizers)
             rank_zero_info("DGMCallback: the Trainer has other optimizers than before; the schedule goes on by them")
+        if self._loaded is not None:
+            self._loaded.say()
         controller.mask_weights()
         self._outcome.watch()
         if batch_idx == 0:
@@ -424,6 +435,12 @@ class DGMCallback(pl.Callback):
         if self._compression is not None:
             self._compression.close()
             self._compression = None
+        if self._clipping is not None:
+            self._clipping.end()
+            self._clipping = None
+        if self._loaded is not None:
+            self._loaded.close()
+            self._loaded = None
         if self._graph_limit is not None:
             self._graph_limit.restore()
             self._graph_limit = None

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_estdgm.modules._candidates import Candidate
@@ -25,6 +26,8 @@ _FORWARDS = {
     for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
     + (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 }  # torch's own, which use a weight as it is stored
+
+_REPLACED = "another tensor in its place, as by functional_call"
 
 
 @dataclass(eq=False)
@@ -151,8 +154,8 @@ class ForwardAudit:
                 self._open.append(None)
                 return
             for candidate, record in zip(group, records, strict=True):
-                if not self._gathered and candidate.masked and _current(candidate) is not candidate.weight:
-                    record.changed_by = record.changed_by or "another tensor in its place"
+                if not self._gathered and candidate.masked and not _is_stored(_current(candidate), candidate.weight):
+                    record.changed_by = record.changed_by or _REPLACED
             if "forward" in vars(module) or type(module).forward not in _FORWARDS:
                 self._enter(Changes([(_current(candidate), r) for candidate, r in zip(group, records, strict=True)]))
             else:
@@ -167,8 +170,10 @@ class ForwardAudit:
                 record.unrecorded |= not torch.is_grad_enabled()
                 record.order = self._calls
             self._calls += 1
-            if any(takes_gradients(_current(candidate)) for candidate in group):  # a frozen loss network ends nothing
-                self._follow([x.grad_fn for x in tensors_of((args, kwargs))], records)
+            weights = [_current(candidate) for candidate in group]
+            if any(map(takes_gradients, weights)):  # a frozen loss network ends nothing
+                given = tensors_of((args, kwargs, weights))  # a weight too may be the output of another layer
+                self._follow([x.grad_fn for x in given], records)
             nodes = [x.grad_fn for x in tensors_of(output) if x.grad_fn is not None]
             self.saw_graph |= bool(nodes)
             for node in nodes:
@@ -217,6 +222,18 @@ def _current(candidate: Candidate) -> Any:
     """Return what the layer holds as its weight in this forward; FSDP1 puts a plain attribute there."""
     module, name = candidate.module, candidate.kind.weight_name
     return vars(module).get(name, module._parameters.get(name))
+
+
+def _is_stored(tensor: Any, weight: Tensor) -> bool:
+    """Whether a tensor is a weight, or shows its storage as it is, as `detach` and transforms of torch.func do."""
+    if tensor is weight or not isinstance(tensor, Tensor):
+        return tensor is weight
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    if tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter):
+        return False
+    same = tensor.data_ptr() == weight.data_ptr() and tensor.device == weight.device and tensor.dtype == weight.dtype
+    return same and tensor.shape == weight.shape and tensor.stride() == weight.stride()
 
 
 def _gathers(module: nn.Module) -> bool:

@@ -215,3 +215,42 @@ def test_ranks_agree_on_what_only_one_of_them_has_seen():
     assert all(torch.equal(mask, two[name]) for name, mask in one.items())
     assert told == told_too
     assert density == pytest.approx(0.1, abs=0.002)
+
+
+class GradientsByTransforms(pl.LightningModule):
+    """Gradients of each sample by torch.func, as private training clips them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization = False
+        self.net = mlp()
+
+    def training_step(self, x, batch_idx):
+        given = {name: weight.detach() for name, weight in self.net.named_parameters()}
+
+        def loss(weights, x):
+            return (torch.func.functional_call(self.net, weights, x) - x.sin()).square().mean()
+
+        gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(given, x)
+        for name, weight in self.net.named_parameters():
+            weight.grad = gradients[name].mean(0)
+        self.optimizers().step()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+def test_layers_whose_gradients_torch_func_makes_are_masked_as_others_are():
+    class Plain(GradientsByTransforms):
+        def training_step(self, x, batch_idx):
+            self.optimizers().zero_grad()
+            (self.net(x) - x.sin()).square().mean().backward()
+            self.optimizers().step()
+
+    module, plain = GradientsByTransforms(), Plain()
+    masks, expected = fit(module).masks(), fit(plain).masks()
+    assert list(masks) == ["net.0", "net.2"]
+    assert all(torch.equal(masks[name], mask) for name, mask in expected.items())
+    for a, b in zip(module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b)

@@ -21,6 +21,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 _ROOT = Path(__file__).parents[2]
+_NAME = "lightning-estdgm"
 RESOLUTIONS = {"oldest": "lowest-direct", "newest": "highest"}
 """What `uv` calls the oldest versions of what pyproject.toml names, and the newest."""
 
@@ -35,13 +36,14 @@ _OF_OTHERS = (  # what libraries say of each other, and torch of itself
 )
 
 
-def test_tools() -> list[str]:
-    """Return what the ``dev`` extra asks for, but for what torch brings."""
-    asked = [Requirement(text) for text in metadata.requires("lightning-estdgm") or ()]
-    dev = [
-        r for r in asked if r.marker and r.marker.evaluate({"extra": "dev"}) and not r.marker.evaluate({"extra": ""})
+def test_tools(extra: str = "dev") -> list[str]:
+    """Return what an extra asks for, with the extras of this package that it names, but for what torch brings."""
+    asked = [Requirement(text) for text in metadata.requires(_NAME) or ()]
+    own = [
+        r for r in asked if r.marker and r.marker.evaluate({"extra": extra}) and not r.marker.evaluate({"extra": ""})
     ]
-    return [f"{r.name}{r.specifier}" for r in dev if r.name not in _TORCH_BRINGS]
+    named = [tool for r in own if r.name == _NAME for inner in sorted(r.extras) for tool in test_tools(inner)]
+    return named + [f"{r.name}{r.specifier}" for r in own if r.name not in (_NAME, *_TORCH_BRINGS)]
 
 
 class Environment:

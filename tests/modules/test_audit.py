@@ -80,8 +80,48 @@ def test_a_weight_that_is_replaced_for_a_call_is_found():
     audit = ForwardAudit(model, find_candidates(model, include=["*"]))
     noisy = {"0.weight": model[0].weight + 0.1}
     torch.func.functional_call(model, noisy, torch.randn(2, 4))
-    assert audit.records["0"].changed_by == "another tensor in its place"
+    assert audit.records["0"].changed_by == "another tensor in its place, as by functional_call"
     assert audit.records["1"].changed_by == ""
+
+
+@pytest.mark.parametrize("around", [lambda f: f, torch.func.grad, lambda f: torch.func.vmap(torch.func.grad(f))])
+def test_a_weight_that_shows_the_storage_of_the_layers_own_is_no_other(around):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    audit = ForwardAudit(model, find_candidates(model, include=["*"]))
+    given = {name: weight.detach() for name, weight in model.named_parameters()}
+    around(lambda x: torch.func.functional_call(model, given, x).square().sum())(torch.randn(3, 4))
+    torch.func.grad(lambda w: torch.func.functional_call(model, w, torch.randn(3, 4)).square().sum())(given)
+    assert [(record.called, record.changed_by) for record in audit.records.values()] == [(True, "")] * 2
+
+
+def test_one_of_several_stacked_weights_is_another():
+    model = nn.Sequential(nn.Linear(4, 4))
+    audit = ForwardAudit(model, find_candidates(model, include=["*"]))
+    stacked = model[0].weight.expand(3, 4, 4) + torch.randn(3, 1, 1)
+    torch.func.vmap(lambda w: torch.func.functional_call(model, {"0.weight": w}, torch.ones(2, 4)))(stacked)
+    assert audit.records["0"].changed_by.startswith("another tensor")
+
+
+class Hypernetwork(nn.Module):
+    """The output of one layer is the weight of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.make, self.target, self.head = nn.Linear(4, 16), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = torch.func.functional_call(self.target, {"weight": self.make(torch.ones(4)).view(4, 4)}, x)
+        return x if self.head is None else self.head(x)
+
+
+@pytest.mark.parametrize("headless", [False, True])
+def test_a_layer_whose_output_is_the_weight_of_another_is_no_head(headless):
+    model = Hypernetwork()
+    if headless:
+        model.head = None
+    records = audited(model, torch.randn(2, 4)).records
+    assert records["make"].feeds
+    assert records["target"].feeds is not headless
 
 
 def test_own_forwards_of_instances_are_watched_too():
