@@ -30,8 +30,8 @@ offer the files at https://github.com/zalandoresearch/fashion-mnist."""
 class IdxImages(LightningDataModule):
     """Images of MNIST's layout: Fashion-MNIST, MNIST, KMNIST; read from disk and nowhere else.
 
-    Validation has the last `val_images` of the file for training, training the others; the files named t10k are for
-    testing alone. Training images are moved by up to `shift` pixels and, with `flip`, mirrored in every second case.
+    Validation has the last `val_images` of the file for training, training the others, or the first `train_images` of
+    them; the files named t10k are for testing alone. Training images are moved by up to `shift` pixels and, with `flip`, mirrored in every second case.
     What is drawn depends on ``seed``, the epoch and the image alone, and a run resumed in mid-epoch goes on with the
     next batch. Pixels are normalised by mean and deviation of the images for training.
     A batch is (x, y): float32 [batch_size, 1, height, width] and int64 [batch_size].
@@ -43,6 +43,7 @@ class IdxImages(LightningDataModule):
         val_images: number of images held back for validation.
         shift: largest move of a training image in each direction, in pixels; what comes in is empty.
         flip: whether training images are mirrored in every second case.
+        train_images: number of images to train on, where data are to be few; ``None`` for all.
 
     Raises:
         FileNotFoundError: if files are missing; the message says where to get them.
@@ -51,13 +52,23 @@ class IdxImages(LightningDataModule):
     """
 
     def __init__(
-        self, path: str, batch_size: int = 128, seed: int = 0, val_images: int = 5000, shift: int = 2, flip: bool = True
+        self,
+        path: str,
+        batch_size: int = 128,
+        seed: int = 0,
+        val_images: int = 5000,
+        shift: int = 2,
+        flip: bool = True,
+        train_images: int | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("val_images", val_images, 1), ("shift", shift, 0)):
             expect_int(name, value, at_least=least)
+        if train_images is not None:
+            expect_int("train_images", train_images, at_least=batch_size)
         expect_int("seed", seed, at_least=0)
         self.batch_size, self.seed, self.val_images, self.shift, self.flip = batch_size, seed, val_images, shift, flip
+        self.train_images = train_images
         self.files = find_idx(Path(path))
         self.parts: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -73,9 +84,12 @@ class IdxImages(LightningDataModule):
                 f"val_images: got {self.val_images}, which leaves {cut} of {len(images)} images for training; "
                 f"expected at least a batch of {self.batch_size}"
             )
-        pixels = images[:cut].double()
+        if self.train_images is not None and self.train_images > cut:
+            raise ValueError(f"train_images: got {self.train_images}, expected at most {cut}, which are for training")
+        used = self.train_images or cut
+        pixels = images[:used].double()
         mean, deviation = float(pixels.mean()), float(pixels.std())
-        split = {"train": (images[:cut], labels[:cut]), "val": (images[cut:], labels[cut:]), "test": read["test"]}
+        split = {"train": (images[:used], labels[:used]), "val": (images[cut:], labels[cut:]), "test": read["test"]}
         self.parts = {part: ((x.float() - mean) / deviation, y) for part, (x, y) in split.items()}
         self.blank = -mean / deviation
 

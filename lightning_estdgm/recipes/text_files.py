@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,19 +22,19 @@ Hugging Face lists it as the data set Salesforce/wikitext. Unpack it and give th
 
 
 class TextFiles(TextWindows):
-    """Windows of WikiText-103, or of any text file, whose last ``val_fraction`` is for validation.
+    """Windows of WikiText-103, or of any text files, of each of which the last ``val_fraction`` is for validation.
 
-    Without a tokenizer a token is a byte, and the files themselves are memory-mapped. With one, the tokens are written
+    Without a tokenizer a token is a byte, and the files themselves are memory-mapped; several are read into memory. With one, the tokens are written
     once to a file, which is memory-mapped then; it is made anew when the text or the tokenizer changes.
     Batches are those of `TextWindows`.
 
     Args:
-        path: Text file, or the folder of WikiText-103 (its raw variant too).
+        path: Text file or a list of several, or the folder of WikiText-103 (its raw variant too).
         context: Tokens a window.
         batch_size: Windows a step, of each device.
         seed: Seed of the windows.
         val_windows: Number of windows for validation.
-        val_fraction: Share at the end of a single file for validation.
+        val_fraction: Share at the end of each text file for validation; a folder has a file of its own for it.
         tokenizer: A ``tokenizer.json`` of Hugging Face tokenizers; without one, tokens are bytes.
         cache: Folder for the files of tokens; without one, they go beside the text.
         workers: Number of processes that read ahead.
@@ -48,7 +48,7 @@ class TextFiles(TextWindows):
 
     def __init__(
         self,
-        path: str,
+        path: str | Sequence[str],
         context: int = 1024,
         batch_size: int = 16,
         seed: int = 0,
@@ -60,7 +60,7 @@ class TextFiles(TextWindows):
     ) -> None:
         super().__init__(context, batch_size, seed, val_windows, workers)
         check_val_fraction(val_fraction)
-        self.files = find_text(Path(path))
+        self.files = find_text(Path(path)) if isinstance(path, str | Path) else _joined_files(path)
         self.val_fraction = val_fraction
         self.cache = None if cache is None else Path(cache)
         self.tokenizer = None if tokenizer is None else Path(tokenizer)
@@ -69,20 +69,22 @@ class TextFiles(TextWindows):
     def prepare_data(self) -> None:
         """Write the files of tokens that are not there yet; one process of a machine does."""
         if self.tokenizer is not None:
-            for file in dict.fromkeys(self.files.values()):
+            for file in dict.fromkeys(file for files in self.files.values() for file in files):
                 _tokens_file(file, self.tokenizer, self.cache)
 
     def setup(self, stage: str | None = None) -> None:
         """Map the files and split them, once."""
         if self.text:
             return
-        mapped = {part: self._map(file) for part, file in self.files.items()}
+        parts = {part: [self._map(file) for file in files] for part, files in self.files.items()}
         if self.files["train"] == self.files["val"]:
-            whole = mapped["train"]
-            cut = val_start(len(whole), self.val_fraction)
-            mapped = {"train": whole[:cut], "val": whole[cut:]}
-        self.text = mapped
-        self.check_lengths(str(self.files["train"]), "bytes" if self.tokenizer is None else "tokens")
+            cuts = [val_start(len(text), self.val_fraction) for text in parts["train"]]
+            parts["train"] = [text[:cut] for text, cut in zip(parts["train"], cuts, strict=True)]
+            parts["val"] = [text[cut:] for text, cut in zip(parts["val"], cuts, strict=True)]
+        # torch.cat of one would copy what is mapped
+        self.text = {part: texts[0] if len(texts) == 1 else torch.cat(texts) for part, texts in parts.items()}
+        source = ", ".join(str(file) for file in self.files["train"])
+        self.check_lengths(source, "bytes" if self.tokenizer is None else "tokens")
 
     def _map(self, file: Path) -> torch.Tensor:
         if self.tokenizer is None:
@@ -97,22 +99,37 @@ class TextFiles(TextWindows):
             return torch.from_numpy(np.memmap(file, dtype, mode="r"))
 
 
-def find_text(path: Path) -> dict[str, Path]:
+def find_text(path: Path) -> dict[str, tuple[Path, ...]]:
     """Files for training and validation; both are ``path`` if it is a file.
 
     Raises:
         FileNotFoundError: There is no text; the message says what was looked for and where to get it.
     """
     if path.is_file():
-        return {"train": path, "val": path}
+        return {"train": (path,), "val": (path,)}
     missing = "no such file or folder"
     if path.is_dir():
         for ending in ("tokens", "raw"):
             files = {"train": path / f"wiki.train.{ending}", "val": path / f"wiki.valid.{ending}"}
             if all(file.is_file() for file in files.values()):
-                return files
+                return {part: (file,) for part, file in files.items()}
         missing = "no wiki.train.tokens with wiki.valid.tokens in it, nor the same with .raw"
     raise FileNotFoundError(f"data: got {str(path)!r}, {missing}; {_HELP}")
+
+
+def _joined_files(paths: Sequence[str]) -> dict[str, tuple[Path, ...]]:
+    """Files for training and validation, both all of `paths`.
+
+    Raises:
+        FileNotFoundError: There is none, or one is missing; the message names it.
+        ValueError: The list is empty.
+    """
+    files = tuple(Path(path) for path in paths)
+    if not files:
+        raise ValueError("path: got an empty list, expected a text file or several")
+    if missing := [str(file) for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"data: got {list(paths)}, missing {', '.join(missing)}; {_HELP}")
+    return {"train": files, "val": files}
 
 
 def _dtype(vocabulary: int) -> Any:

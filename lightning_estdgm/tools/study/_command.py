@@ -11,7 +11,9 @@ from rich.console import Console
 
 
 def study(
-    preset: Annotated[str, typer.Option(help="Which runs: headline, rates, methods, ablations or quick.")] = "headline",
+    preset: Annotated[
+        str, typer.Option(help="Which runs: headline, rates, methods, ablations, references, evidence or quick.")
+    ] = "headline",
     out: Annotated[
         Path, typer.Option(help="Folder for the table, its Markdown and its picture; a study there goes on.")
     ] = Path("runs/study"),
@@ -22,28 +24,34 @@ def study(
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Train nothing: write Markdown and picture of the table as it is.")
     ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with fashion-mnist, planetoid and wikitext-2 in it (default: ESTDGM_DATA, or data)."),
+    ] = None,
+    run: Annotated[
+        list[str] | None, typer.Option(help="Train this run again, or the seeds of this arm, as tables name them.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Begin no run after so long; the same command goes on where this one ended.")
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Nothing else runs on this machine: seconds and joules count (--jobs 1).")
+    ] = False,
 ) -> None:
-    """Train the methods side by side on small tasks that need no download; go on where an earlier call stopped."""
+    """Train methods side by side; go on where an earlier call stopped. Data sets are read from disk, if needed at all."""
     # Imported here: --help should not wait for torch.
-    from lightning_estdgm.tools.study._figures import draw_study
-    from lightning_estdgm.tools.study._plans import plan_named
-    from lightning_estdgm.tools.study._results_table import ResultsTable, read_rows
-    from lightning_estdgm.tools.study._runner import run_study
-    from lightning_estdgm.tools.study._summary import markdown
-    from lightning_estdgm.tools.study._tasks import task_named
+    from lightning_estdgm.tools.study._data_folders import DATA_VARIABLE
+    from lightning_estdgm.tools.study._session import Session
 
     console = Console()
+    if data is not None:
+        os.environ[DATA_VARIABLE] = str(data.absolute())
     try:
-        chosen = {task_named(name).name for name in task or ()}
-        runs = [run for run in plan_named(preset) if not chosen or run.task in chosen]
-        table = ResultsTable(out / f"{preset}.csv")
+        session = Session(preset, out, console, task or (), run or ())
         if not report_only:
-            run_study(runs, table, jobs or len(os.sched_getaffinity(0)), console)
-        rows = read_rows(table.path)
-        text = markdown(rows)
-        draw_study(rows, out / f"{preset}.png")
+            session.train(jobs or len(os.sched_getaffinity(0)), minutes, quiet)
+        text, files = session.report()
     except (ValueError, FileNotFoundError) as e:
         raise typer.BadParameter(str(e)) from e
-    (out / f"{preset}.md").write_text(text, encoding="utf-8")
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{table.path}\n{out / f'{preset}.md'}\n{out / f'{preset}.png'}", style="dim", soft_wrap=True)
+    console.print("\n".join(str(file) for file in files), style="dim", soft_wrap=True)

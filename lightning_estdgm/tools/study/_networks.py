@@ -27,10 +27,17 @@ class Classifier(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log ``val/loss`` and ``val/accuracy``."""
+        self._log_quality("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Log ``test/loss`` and ``test/accuracy``."""
+        self._log_quality("test", batch)
+
+    def _log_quality(self, part: str, batch: Any) -> None:
         *inputs, target = batch
         logits = self.net(*inputs)
-        self.log("val/loss", F.cross_entropy(logits, target), batch_size=len(target))
-        self.log("val/accuracy", (logits.argmax(1) == target).float().mean(), batch_size=len(target))
+        self.log(f"{part}/loss", F.cross_entropy(logits, target), batch_size=len(target))
+        self.log(f"{part}/accuracy", (logits.argmax(1) == target).float().mean(), batch_size=len(target))
 
     def configure_optimizers(self) -> Any:
         """AdamW with decay on matrices and kernels only; the rate moves every step."""
@@ -55,10 +62,10 @@ class ResidualBlock(nn.Module):
         return F.relu(y + self.shortcut(x))
 
 
-def residual_net(width: int = 32, classes: int = 10) -> nn.Module:
+def residual_net(width: int = 32, classes: int = 10, stem_stride: int = 1) -> nn.Module:
     """Three residual blocks of width, 2 width and 4 width on one-channel images, mean pooling, a linear head."""
     return nn.Sequential(
-        nn.Conv2d(1, width, 3, 1, 1, bias=False),
+        nn.Conv2d(1, width, 3, stem_stride, 1, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(),
         ResidualBlock(width, width, 1),

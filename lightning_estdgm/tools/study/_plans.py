@@ -8,6 +8,9 @@ from functools import partial
 from typing import Any
 
 from lightning_estdgm.presets import PRESETS
+from lightning_estdgm.tools.study._contender import Rows
+from lightning_estdgm.tools.study._evidence_plan import evidence
+from lightning_estdgm.tools.study._evidence_tasks import EVIDENCE_TASKS
 from lightning_estdgm.tools.study._settings import (
     BEST_RATES,
     LOW_DENSITY,
@@ -277,14 +280,27 @@ def quick() -> Iterator[StudyRun]:
     yield _sparse(task, "est-dgm", 0, length=0.2)
 
 
+def references() -> Iterator[StudyRun]:
+    """The published networks on Cora and CiteSeer, dense, by the published settings, ten seeds."""
+    for task in EVIDENCE_TASKS:
+        if task.name.endswith(("-gcn", "-gat")):
+            published = sorted(task.rates)[1]
+            yield from (StudyRun(task.name, DENSE, published, seed) for seed in range(10))
+
+
 PLANS: dict[str, Callable[[], Iterator[StudyRun]]] = {
-    plan.__name__: plan for plan in (headline, rates, methods, ablations, blocks, units, quick)
+    plan.__name__: plan for plan in (headline, rates, methods, ablations, blocks, units, references, evidence, quick)
 }
 """Plans by name."""
 
 
-def plan_named(name: str) -> Sequence[StudyRun]:
-    """Return the runs of a plan.
+def is_evidence(name: str) -> bool:
+    """Whether a plan grows with its table, and has a report of its own."""
+    return PLANS.get(name) is evidence
+
+
+def plan_named(name: str, rows: Rows = ()) -> Sequence[StudyRun]:
+    """Return the runs of a plan, those that can be named by what its table holds.
 
     Raises:
         ValueError: There is none of that name; the message lists the known ones.
@@ -292,4 +308,4 @@ def plan_named(name: str) -> Sequence[StudyRun]:
     """
     if name not in PLANS:
         raise ValueError(f"unknown preset {name!r}, expected one of: {', '.join(PLANS)}")
-    return list(PLANS[name]())
+    return list(evidence(rows) if is_evidence(name) else PLANS[name]())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import threading
@@ -20,7 +21,16 @@ from lightning_estdgm.tools.study._study_run import StudyRun
 from lightning_estdgm.tools.study._training import train
 
 
-def run_study(runs: Sequence[StudyRun], table: ResultsTable, jobs: int, console: Console) -> None:
+def run_study(
+    runs: Sequence[StudyRun],
+    table: ResultsTable,
+    jobs: int,
+    console: Console,
+    *,
+    until: float = math.inf,
+    is_quiet: bool = False,
+    command: str = "estdgm study",
+) -> None:
     """Train the runs that a table lacks, several at a time with an equal share of the threads; append row by row.
 
     Small networks gain nothing from several threads, so one run a core is the fastest. Seconds are then those of a busy
@@ -31,6 +41,9 @@ def run_study(runs: Sequence[StudyRun], table: ResultsTable, jobs: int, console:
         table: Table to append to.
         jobs: Number of runs at a time.
         console: Console for a line a run.
+        until: Time of `time.perf_counter` after which no run begins; those under way end and are written.
+        is_quiet: Whether nothing else runs on the machine; never so with several at a time.
+        command: Command to which ``--run`` and the run's name are added, for the table.
 
     Raises:
         ValueError: `jobs` is below 1.
@@ -58,9 +71,14 @@ def run_study(runs: Sequence[StudyRun], table: ResultsTable, jobs: int, console:
                 for other in waiting:
                     other.cancel()  # as_completed would not learn of shutdown(cancel_futures=True), and wait forever
                 continue
+            if time.perf_counter() > until:
+                for other in waiting:
+                    other.cancel()
             when = datetime.now(timezone.utc).isoformat(timespec="seconds")
             result = future.result()
-            table.add(run, {**result, "when": when, "torch": about["torch"], "cpu": about["cpu"]})
+            about_run = {"quiet": is_quiet and jobs == 1, "command": f"{command} --run {run.id}"}
+            about_run |= {"when": when, "torch": about["torch"], "cpu": about["cpu"]}
+            table.add(run, {**result, **about_run})
             left = (time.perf_counter() - began) / count * (len(todo) - count)
             console.print(
                 f"[{count}/{len(todo)}] {run.task} {run.method} {run.variant} lr {run.lr:g} seed {run.seed} "

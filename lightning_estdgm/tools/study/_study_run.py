@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -67,6 +68,17 @@ class StudyRun:
         """Identity of the run in a table of text."""
         numbers = (f"{self.lr:g}", str(self.seed), f"{self.density:g}", f"{self.length:g}")
         return (self.task, self.method, *numbers, self.variant)
+
+    @property
+    def arm_id(self) -> str:
+        """Name by which a command asks for all runs that differ from it in the seed only."""
+        key = (*self.key[:3], *self.key[4:])
+        return hashlib.sha256("|".join(key).encode()).hexdigest()[:8]
+
+    @property
+    def id(self) -> str:
+        """Name by which a command asks for this run: that of its arm, and the seed."""
+        return f"{self.arm_id}-{self.seed}"
 
     def settings_of(self, part: str) -> dict[str, Any]:
         """Return the settings named ``<part>.<name>`` by that name; those without a part for an empty one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,33 +18,10 @@ from lightning_estdgm.tools.study._datasets import (
     digit_images,
     split,
 )
+from lightning_estdgm.tools.study._evidence_tasks import EVIDENCE_TASKS
 from lightning_estdgm.tools.study._networks import Classifier, StudyGraphNet, perceptron, residual_net
+from lightning_estdgm.tools.study._task import Task
 from lightning_estdgm.tools.study._variants import StudyGPT
-
-
-@dataclass(frozen=True)
-class Task:
-    """One task of the study.
-
-    Attributes:
-        name: Name of the task.
-        what: Description in one sentence.
-        metric: Deciding metric: ``"loss"`` (validation, nats) or ``"accuracy"`` (validation, a share).
-        steps: Optimizer steps of a whole run.
-        rates: Peak learning rates that are swept.
-        model: Maker of a model with weights from the global random state, from a learning rate and, for the GPTs,
-            arguments of `_variants.StudyGPT`.
-        data: Maker of the data, from a seed that decides the order of batches (and nothing about the split).
-
-    """
-
-    name: str
-    what: str
-    metric: str
-    steps: int
-    rates: tuple[float, ...]
-    model: Callable[..., LightningModule]
-    data: Callable[[int], LightningDataModule]
 
 
 def _conv_task(name: str, what: str, steps: int, images: Callable[[], Any]) -> Task:
@@ -132,6 +108,9 @@ TASKS: tuple[Task, ...] = (
         lambda seed: StdlibText(context=128, batch_size=16, seed=seed),
     ),
 )
+"""The tasks that need no data set."""
+
+ALL_TASKS = (*TASKS, *EVIDENCE_TASKS)
 """All tasks of the study."""
 
 
@@ -142,7 +121,7 @@ def task_named(name: str) -> Task:
         ValueError: There is none; the message lists the known ones.
 
     """
-    for task in TASKS:
+    for task in ALL_TASKS:
         if task.name == name:
             return task
-    raise ValueError(f"unknown task {name!r}, expected one of: {', '.join(task.name for task in TASKS)}")
+    raise ValueError(f"unknown task {name!r}, expected one of: {', '.join(task.name for task in ALL_TASKS)}")

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import nn
 
 from lightning_estdgm.callbacks.dgm import DGMCallback
 from lightning_estdgm.callbacks.energy import EnergyMonitor
+from lightning_estdgm.modules._candidates import find_candidates
+from lightning_estdgm.modules._forward_probe import ForwardProbe
 from lightning_estdgm.tools._quiet import QUIET_TRAINER, quiet_lightning
 from lightning_estdgm.tools.study._study_run import StudyRun
 from lightning_estdgm.tools.study._tasks import task_named
@@ -26,10 +27,10 @@ def train(run: StudyRun) -> dict[str, Any]:
     """Train a run with a real Trainer, and measure its quality and its cost.
 
     Returns:
-        ``val_loss`` and ``val_accuracy`` (NaN where a task has none) after the last step; ``flops_ratio``: training
-        FLOPs of linear and convolution layers that the masks ask for, over those of the task's own model in as many
-        dense steps;
-        ``final_density`` of the masked weights; ``seconds`` of training; ``joules`` and how they are known; ``status``:
+        ``val_loss`` and ``val_accuracy`` (NaN where a task has none) after the last step, ``test_accuracy`` of tasks
+        with a part for testing; ``flops_ratio``: training FLOPs of linear and convolution layers that the masks ask
+        for, over those of the task's own model in as many dense steps; ``flops``: these FLOPs themselves;
+        ``served_weights``: number of parameters that are not 0; ``final_density`` of the masked weights; ``seconds`` of training; ``joules`` and how they are known; ``status``:
         ``"ok"`` or ``"diverged"``.
 
     """
@@ -64,14 +65,18 @@ def train(run: StudyRun) -> dict[str, Any]:
             if "diverged" not in str(error):
                 raise
             status = "diverged"
-        metrics = _validate(model, run)
+        metrics = _evaluate(model, run)
+        flops_ratio, flops = _flops(run, model, callback)
     loss = metrics.get("val/loss", math.nan)
     energy = monitor.summary()
     return {
         "status": status if math.isfinite(loss) else "diverged",
         "val_loss": loss,
         "val_accuracy": metrics.get("val/accuracy", math.nan),
-        "flops_ratio": _flops_ratio(run, model, callback),
+        "test_accuracy": metrics.get("test/accuracy", math.nan),
+        "flops_ratio": flops_ratio,
+        "flops": flops,
+        "served_weights": sum(int(parameter.count_nonzero()) for parameter in model.parameters()),
         "final_density": callback.density if callback else 1.0,
         "seconds": clock.seconds,
         "joules": energy.get("train_joules", math.nan),
@@ -79,16 +84,36 @@ def train(run: StudyRun) -> dict[str, Any]:
     }
 
 
-def _flops_ratio(run: StudyRun, model: LightningModule, callback: DGMCallback | None) -> float:
-    own = callback.flops_ratio if callback else 1.0
-    if isinstance(model, StudyGPT):  # every linear layer of it sees every token, so its weights tell the FLOPs
-        own += model.taught_steps / run.steps * model.teacher_density / 3.0
-        own *= _linear_weights(model) / _linear_weights(task_named(run.task).model(run.lr))
-    return own
+def _flops(run: StudyRun, model: LightningModule, callback: DGMCallback | None) -> tuple[float, float]:
+    """Return the run's training FLOPs over those of the task's own model, dense, and in absolute numbers."""
+    task = task_named(run.task)
+    data = task.data(run.seed)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    whole = step_flops(task.model(run.lr), batch)
+    ratio = callback.flops_ratio if callback else 1.0
+    if isinstance(model, StudyGPT):
+        ratio += model.taught_steps / run.steps * model.teacher_density / 3.0
+    ratio *= step_flops(run.model(), batch) / whole
+    return ratio, ratio * whole * run.steps
 
 
-def _linear_weights(model: LightningModule) -> int:
-    return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+def step_flops(model: LightningModule, batch: Any) -> float:
+    """Return the training FLOPs of a dense step in linear and convolution layers, as `FlopCounter` counts them.
+
+    Args:
+        model: model that no Trainer has; its batch-norm statistics change.
+        batch: batch of its training data.
+
+    """
+    layers = find_candidates(model)
+    probes = [ForwardProbe(layer) for layer in layers]
+    for layer, probe in zip(layers, probes, strict=True):
+        layer.module.register_forward_hook(probe)
+    model.log = lambda *_, **__: None  # type: ignore[method-assign] # there is no Trainer to log to
+    with torch.no_grad():
+        model.training_step(batch, 0)
+    return sum(6.0 * layer.position_weights * probe.positions for layer, probe in zip(layers, probes, strict=True))
 
 
 class _Clock(Callback):
@@ -105,7 +130,7 @@ class _Clock(Callback):
         self.seconds = time.perf_counter() - self._began
 
 
-def _validate(model: LightningModule, run: StudyRun) -> dict[str, float]:
-    trainer = Trainer(**QUIET_TRAINER, logger=False)
-    (metrics,) = trainer.validate(model, datamodule=task_named(run.task).data(run.seed), verbose=False)
-    return dict(metrics)
+def _evaluate(model: LightningModule, run: StudyRun) -> dict[str, float]:
+    task, trainer = task_named(run.task), Trainer(**QUIET_TRAINER, logger=False)
+    parts = [trainer.validate, *([trainer.test] if task.is_tested else [])]
+    return {k: v for part in parts for k, v in part(model, datamodule=task.data(run.seed), verbose=False)[0].items()}

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_estdgm.callbacks.dgm import DGMCallback
-from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.recipes import ByteGPT
 from lightning_estdgm.recipes._decoder_block import DecoderBlock
 from lightning_estdgm.recipes._windows import Batch
+from lightning_estdgm.tools.study._ramp import RampGrown, controller_of
 
 
 class LowRankCompanion(nn.Module):
@@ -84,12 +83,6 @@ class StudyGPT(ByteGPT):
         return (1.0 - self.distill) * F.cross_entropy(logits, y.flatten()) + self.distill * divergence
 
 
-def _controller(trainer: Trainer) -> DGMController:
-    (callback,) = (c for c in trainer.callbacks if isinstance(c, DGMCallback))  # type: ignore[attr-defined]
-    assert callback.controller is not None
-    return callback.controller
-
-
 class _AtEndOf(Callback):
     """Callback that acts once, after the last step of a phase and before the masks are updated next."""
 
@@ -99,7 +92,7 @@ class _AtEndOf(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Act at the phase's last step."""
-        controller = _controller(trainer)
+        controller = controller_of(trainer)
         (last,) = (s.last for s in controller.schedule.segments if (s.phase, s.cycle) == (self.phase, 0))
         if not self.done and controller.steps >= last - 1:
             self.done = True
@@ -130,7 +123,7 @@ class Distill(_AtEndOf):
         teacher.blocks = copy.deepcopy(pl_module.blocks)  # with its masks, and companions if there are
         teacher.load_state_dict(pl_module.state_dict())
         pl_module.teacher = (teacher.eval().requires_grad_(False),)
-        pl_module.distill, pl_module.teacher_density = self.share, _controller(trainer).density
+        pl_module.distill, pl_module.teacher_density = self.share, controller_of(trainer).density
 
 
 class GroupHidden(_AtEndOf):
@@ -168,7 +161,7 @@ class SeedSecondMoment(Callback):
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Look for grown weights after an update."""
-        controller = _controller(trainer)
+        controller = controller_of(trainer)
         if not self._masks:
             self._masks = controller.masks()
         if controller.updates == self._updates:
@@ -181,9 +174,10 @@ class SeedSecondMoment(Callback):
             moment[(new & ~old).view_as(moment)] = moment[(new & old).view_as(moment)].mean()
 
 
-VARIANTS: dict[str, type[Distill | GroupHidden | SeedSecondMoment]] = {
+VARIANTS: dict[str, type[Distill | GroupHidden | RampGrown | SeedSecondMoment]] = {
     "distill": Distill,
     "group_hidden": GroupHidden,
+    "ramp": RampGrown,
     "seed_second_moment": SeedSecondMoment,
 }
 """Callbacks by the name that `StudyRun.settings` gives them, as ``with.<name>`` and their arguments."""

@@ -1,0 +1,99 @@
+"""The preset ``evidence``: who is compared on which published data, and the runs that a table still lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lightning_estdgm.tools.study._contender import SEEDS, Contender, Rows
+from lightning_estdgm.tools.study._evidence_tasks import EVIDENCE_TASKS
+from lightning_estdgm.tools.study._settings import MAGNITUDE, SCALED, SPARSE_TO_DENSER
+from lightning_estdgm.tools.study._study_run import StudyRun
+
+DENSITY = 0.1
+DENSE_NAME = "dense"
+
+_SMALL: Mapping[str, Sequence[tuple[str, dict[str, Any]]]] = {
+    "cora-gcn": [("hidden 4", {"hidden": 4}), ("hidden 2", {"hidden": 2})],
+    "citeseer-gcn": [("hidden 4", {"hidden": 4}), ("hidden 2", {"hidden": 2})],
+    "cora-gat": [("2 heads of 8", {"hidden": 16, "heads": 2}), ("1 head of 8", {"hidden": 8, "heads": 1})],
+    "citeseer-gat": [("2 heads of 8", {"hidden": 16, "heads": 2}), ("1 head of 8", {"hidden": 8, "heads": 1})],
+    "fashion": [("width 32", {"width": 32}), ("width 20", {"width": 20})],
+    "stdlib": [("width 124", {"width": 124}), ("width 100", {"width": 100}), ("width 80", {"width": 80})],
+    "wikitext": [("width 60", {"width": 60}), ("width 40", {"width": 40})],
+}
+"""task -> narrower dense networks: at about a quarter of the FLOPs, and with about as many weights as a sparse one."""
+
+_RIVALS: Sequence[tuple[str, str, dict[str, Any]]] = (
+    ("static", "static", {}),
+    ("SET", "set", {}),
+    ("SMET", "set", {"with.ramp": {"steps": 20}}),
+    ("RigL", "rigl", {}),
+    ("gradual pruning", "gmp", {"begin": 0.25, "end": 0.75}),
+)
+"""Name, preset and settings of the other methods; all have the density-aware step size, and count steps by unit."""
+
+_UNITS: Sequence[tuple[str, Any]] = (("1", 1), ("4x1", [4, 1]), ("4x4", 4), ("16x16", 16))
+_SCHEDULES: Sequence[tuple[str, dict[str, Any]]] = (("cycle", {}), ("rising", SPARSE_TO_DENSER))
+
+
+def contenders(task: str) -> list[Contender]:
+    """Return who is compared on a task, the cheapest question first."""
+    how: dict[str, Any] = {"choice_length": 0.25 if task == "wikitext" else 0.5}
+    is_graph = task.startswith(("cora", "citeseer"))
+    if is_graph:  # seconds a run, of which each says little
+        how = {"choice_length": 1.0, "choice_seeds": (100, 101)}
+    found = [Contender(task, DENSE_NAME, lengths=(0.5, 1.0), **how)]
+    for name, sizes in _SMALL[task]:
+        settings = {f"model.{key}": value for key, value in sizes.items()}
+        found.append(Contender(task, f"small dense, {name}", settings=settings, **how))
+    for unit, size in _UNITS[:2] if is_graph else _UNITS:
+        for schedule, changes in _SCHEDULES:
+            keep = {} if size == 1 else MAGNITUDE
+            settings = {"block_size": size, **keep, **changes}
+            found.append(Contender(task, f"EST-DGM {unit}, {schedule}", "est-dgm", settings, DENSITY, **how))
+    for name, method, changes in _RIVALS:
+        settings = {"block_size": 1, **SCALED, **changes}
+        found.append(Contender(task, name, method, settings, DENSITY, **how))
+    return found
+
+
+EVIDENCE: tuple[Contender, ...] = tuple(each for task in EVIDENCE_TASKS for each in contenders(task.name))
+"""All contenders, the tasks of the shortest runs first."""
+
+
+def evidence(rows: Rows = ()) -> Iterator[StudyRun]:
+    """Dense, small dense, other methods and EST-DGM on published data, each at its own best rate.
+
+    A rate is chosen on seeds of its own; the runs to report, on three others, can be named only then, so the plan grows
+    with the table.
+    """
+    for contender in EVIDENCE:
+        yield from contender.runs(rows)
+
+
+def named_runs(names: Sequence[str], rows: Rows = ()) -> list[StudyRun]:
+    """Return runs by `StudyRun.id`, or all reported seeds of a `StudyRun.arm_id`, at any rate that may be chosen.
+
+    Args:
+        names: The names.
+        rows: Rows of a table: runs of theirs are found whatever their rate and length.
+
+    Raises:
+        ValueError: A name is none of the plan's.
+
+    """
+    known = {run.id: run for run in evidence(rows)}
+    for contender in EVIDENCE:
+        known |= {run.id: run for row in rows if contender.owns(row) for run in [_run_of(contender, row)]}
+    found = []
+    for name in names:
+        mine = [run for run in known.values() if name == run.id or (name == run.arm_id and run.seed in SEEDS)]
+        if not mine:
+            raise ValueError(f"run: got {name!r}, expected the name of a run or arm in the plan evidence")
+        found += mine
+    return found
+
+
+def _run_of(contender: Contender, row: Mapping[str, Any]) -> StudyRun:
+    return contender.run(row["lr"], int(row["seed"]), row["length"])
