@@ -37,6 +37,7 @@ class AbsentWeights(InactiveWeights):
 
     """
 
+    stored = False
     when_dropped = "given up"
 
     def __init__(self, store: Store, weight: MaskedWeight) -> None:
@@ -45,9 +46,6 @@ class AbsentWeights(InactiveWeights):
         self._store = store
         self._module: Any = weight.candidate.module
         self._layout: PackedWeight | None = None
-
-    def mask_gradient_(self, weight: MaskedWeight, gradient: Tensor) -> None:
-        """Do nothing: there is no gradient of inactive weights."""
 
     def before_step(self, weight: MaskedWeight) -> None:
         """Refuse to step a weight that was loaded without its mask."""

@@ -46,12 +46,14 @@ class UnitCounts:
 
     Attributes:
         lifetime: number of steps for which a unit needs a count of its own; 0: none.
+        own_state: whether the count changes more than the weight: entries of the state too.
         why_not: reason why units that would need one have none, in words; empty if there are no such.
 
     """
 
     lifetime: int = 0
     why_not: str = ""
+    own_state: bool = True
 
 
 _known: dict[str, tuple[weakref.ref[type], UnitCounts]] = {}  # by settings
@@ -104,12 +106,14 @@ def _tried(optimizer: Optimizer, index: int, like: Tensor) -> UnitCounts:
             return UnitCounts(0, f"{kind} keeps it outside a parameter's state, or mixes parameters")
         if not all(_alike(one.old, run.old, coarse) for one, run in zip(late, counted, strict=True)):
             return UnitCounts(0, f"{kind} mixes parameters")
+        shared = [trial.run(rest, by_unit=True, own_state=False) for rest in _RESTS]
+        own_state = not all(_alike(fresh.young, run.young, max(1e-5, 4 * coarse)) for run in shared)
         lifetime = trial.lifetime(max(SETTLED, 4 * coarse))
     except Exception as error:  # whatever an optimizer that is not ours may raise
         return UnitCounts(0, not_tried(optimizer, error))
     if lifetime == 0:
         return UnitCounts(0, f"{kind} has a schedule by it")
-    return UnitCounts(lifetime)
+    return UnitCounts(lifetime, own_state=own_state)
 
 
 @dataclass(frozen=True)
@@ -168,12 +172,13 @@ class _Trial:
                 return self.run(0)
             raise
 
-    def run(self, rest: int, *, by_unit: bool = False, flat: bool = False) -> _Run:
+    def run(self, rest: int, *, by_unit: bool = False, own_state: bool = True, flat: bool = False) -> _Run:
         """Return the moves after some steps in which half of the rows have no gradient.
 
         Args:
             rest: number of these steps.
             by_unit: whether that half has a count of its own.
+            own_state: whether its state is what its own steps made of it, not what the whole weight's did.
             flat: whether the parameter is a vector of the same elements.
 
         """
@@ -189,7 +194,7 @@ class _Trial:
         young = YoungUnits()
         if by_unit:
             half = torch.arange(weight.numel() // 2, weight.numel(), device=weight.device, dtype=torch.int32)
-            young.cohorts = [Cohort(half, half, 0, {})]
+            young.cohorts, young.own_state = [Cohort(half, half, 0, {})], own_state
         units, stand_in = YoungSteps(trial), _StandIn(weight, young, Whole(weight))
         moves = []
         for gradient in self._gradients:

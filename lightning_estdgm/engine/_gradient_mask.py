@@ -42,6 +42,7 @@ def mask_gradients_(weights: Sequence[MaskedWeight], *, if_touched: bool = False
         if_touched: whether gradients that nothing has written to since they were masked are left out.
 
     """
+    weights = [weight for weight in weights if weight.inactive.stored]
     for weight in weights:
         gradient = weight.gradient
         if gradient is not None and not (if_touched and weight.masked_gradient.is_current(weight)):

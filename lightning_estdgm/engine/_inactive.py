@@ -30,10 +30,12 @@ class InactiveWeights(ABC):
         act_in_forward: whether inactive weights take part in the forward.
         learn: whether they go on learning: then masks are chosen among all weights, nothing is dropped, optimizer
             state is kept, every step's backward has to yield the whole gradient, and a step's closure is wrapped.
+        stored: whether the parameter, and so its gradient, holds inactive weights.
         when_dropped: fate of a weight that is dropped, in words.
 
     """
 
+    stored = True
     act_in_forward = False
     learn = False
     when_dropped = "set to zero"

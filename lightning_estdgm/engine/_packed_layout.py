@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -172,11 +173,14 @@ class PackedWeight(WholeWeight):
         """Return the flag of each stored unit, ``[units, 1, 1]``."""
         return mask.to(self.stored.device).flatten()[self.stored.flatten()][:, None, None]
 
+    @property
+    def run(self) -> int:
+        """Return the number of elements of a unit, which lie one after the other."""
+        return math.prod(self._module.packed_weight.shape[1:])
+
     def elements(self, units: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-        """Return the places of stored units' weights in the flattened parameter."""
-        places = (self.stored.flatten().cumsum(0) - 1)[units.long()]
-        size = weight[0].numel()
-        return (places[:, None] * size + torch.arange(size, device=places.device)).flatten().int()
+        """Return the places of units among those that are stored."""
+        return (self.stored.flatten().cumsum(0) - 1)[units.long()]
 
     # ---- norms
 

@@ -57,7 +57,12 @@ class Placement(Protocol):
         ...
 
     def elements(self, units: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-        """Return the indices into the flattened local weight of units, which are indices into the flattened mask."""
+        """Return the places in the local weight, taken as runs of `run` elements, of units as indices into the mask."""
+        ...
+
+    @property
+    def run(self) -> int:
+        """Number of elements one after the other that a place of `elements` stands for."""
         ...
 
     def unit_norms(self, weight: Tensor) -> Tensor:
@@ -122,6 +127,11 @@ class _DenseParameter:
     def address(self, mask: Tensor) -> Tensor:
         """Return the mask as the shard addresses it."""
         return self._shard.expand(mask, self._block_size)
+
+    @property
+    def run(self) -> int:
+        """Return 1: the weights of a unit lie apart."""
+        return 1
 
     def elements(self, units: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
         """Return indices of all weights in the units."""

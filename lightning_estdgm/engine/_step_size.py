@@ -285,7 +285,8 @@ class _ScaledSteps:
                 if weight is None:
                     continue
                 counts = unit_counts(self.optimizer, index, parameter)
-                weight.young.live(0 if agree([weight.shard], not counts.lifetime) else counts.lifetime)
+                lifetime = 0 if agree([weight.shard], not counts.lifetime) else counts.lifetime
+                weight.young.live(lifetime, own_state=counts.own_state)
                 if counts.why_not:
                     _add_note(weight, f"grown weights share its count of steps: {counts.why_not}")
 

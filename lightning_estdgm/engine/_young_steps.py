@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_estdgm.distributed._shard import Shard
 from lightning_estdgm.engine._state_rules import oriented
-from lightning_estdgm.engine._young_units import YoungUnits
+from lightning_estdgm.engine._young_units import Cohort, YoungUnits
 
 
 class SteppedWeight(Protocol):
@@ -84,7 +84,8 @@ class YoungSteps:
 
     def commit(self) -> None:
         """Take the young units away after a step, and write what the optimizer made of them. May be called twice."""
-        _write(self._shown)
+        for one in self._shown:
+            one.write()
         self.discard()
 
     def discard(self) -> None:
@@ -110,34 +111,10 @@ class _Part:
     """The young units of one weight: what is read of its tensors before a step, and written after it."""
 
     def __init__(self, optimizer: Optimizer, weight: SteppedWeight) -> None:
-        self._weight = weight
-        self.cohorts = weight.young.cohorts
+        self.cohorts, self.own_state = weight.young.cohorts, weight.young.own_state
         self.whole: Mapping[str, Any] = optimizer.state.get(weight.parameter, {})
-        self._elements = weight.young.elements
-        self._sizes = [len(cohort.elements) for cohort in self.cohorts]
-        gradient = weight.gradient
-        self.values = self._taken(weight.weight)
-        self.gradients = None if gradient is None else self._taken(gradient)
-        self.entries = {
-            key: self._taken(oriented(value, weight)) for key, value in self.whole.items() if _has_part(value)
-        }
-
-    def put_values(self, pieces: Sequence[Tensor]) -> None:
-        """Write each cohort's part of the weight."""
-        self._put(self._weight.weight, pieces)
-
-    def put_entry(self, key: str, pieces: Sequence[Tensor]) -> None:
-        """Write each cohort's part of a state entry."""
-        self._put(oriented(self.whole[key], self._weight), pieces)
-
-    def _taken(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Return each cohort's part of a tensor; none of its elements for a cohort that has none on this rank."""
-        memory, places = _in_memory(tensor, self._elements)
-        return memory.index_select(0, places).split(self._sizes)
-
-    def _put(self, tensor: Tensor, pieces: Sequence[Tensor]) -> None:
-        memory, places = _in_memory(tensor, self._elements)
-        memory.scatter_(0, places, torch.cat(list(pieces)))
+        self.values, self.gradients = weight.weight, weight.gradient
+        self.entries = {key: oriented(value, weight) for key, value in self.whole.items() if _has_part(value)}
 
 
 class _Shown:
@@ -151,41 +128,60 @@ class _Shown:
 
     def __init__(self, optimizer: Optimizer, members: Sequence[tuple[_Part, int]]) -> None:
         self._optimizer, self.members = optimizer, members
-        self._sizes = [len(part.values[i]) for part, i in members]
-        self.parameter = nn.Parameter(self._joined([part.values[i] for part, i in members]))
-        gradients = [part.gradients[i] for part, i in members if part.gradients is not None]
+        self._cohorts = [part.cohorts[i] for part, i in members]
+        self._writes_state = any(part.own_state for part, _ in members)
+        self.parameter = nn.Parameter(self._joined([part.values for part, _ in members]))
+        gradients = [part.gradients for part, _ in members if part.gradients is not None]
         if gradients:
             self.parameter.grad = self._joined(gradients)
         first, i = members[0]
         if own := first.cohorts[i].numbers:  # else the optimizer makes its state, as it does for a fresh parameter
             numbers = {key: _beside(value, first.whole.get(key)) for key, value in own.items()}
-            entries = {key: self._joined([part.entries[key][j] for part, j in members]) for key in first.entries}
+            entries = {key: self._joined([part.entries[key] for part, _ in members]) for key in first.entries}
             optimizer.state[self.parameter] = entries | numbers
 
-    @property
-    def state(self) -> Mapping[str, Any]:
-        """What the optimizer has for the parameter."""
+    def write(self) -> None:
+        """Write values and state over those of the whole weights; numbers are kept by the cohorts."""
         state: Mapping[str, Any] = self._optimizer.state.get(self.parameter, {})
-        return state
+        numbers = {key: value for key, value in state.items() if not _has_part(value)}
+        self._put(self.parameter, [part.values for part, _ in self.members])
+        for key, value in state.items():
+            if _has_part(value) and self._writes_state and all(key in part.entries for part, _ in self.members):
+                self._put(value, [part.entries[key] for part, _ in self.members])
+        for cohort in self._cohorts:
+            cohort.numbers = numbers
 
-    def pieces(self, tensor: Tensor) -> Iterator[Tensor]:
-        """Yield the elements of each member of a tensor with the parameter's elements."""
-        vector = tensor.detach().view(-1)
-        return iter(vector[: sum(self._sizes)].split(self._sizes))
+    def _joined(self, wholes: Sequence[Tensor]) -> Tensor:
+        """Return the elements of all members, one after the other; a zero if there are none on this rank."""
+        size = sum(map(_size, self._cohorts))
+        if not size:
+            return wholes[0].new_zeros(1)
+        vector = wholes[0].new_empty(size)
+        for piece, whole, cohort in zip(self._pieces(vector), wholes, self._cohorts, strict=True):
+            memory, places = _in_memory(whole, cohort)
+            torch.index_select(memory, 0, places, out=piece.view(-1, *memory.shape[1:]))
+        return vector
 
-    @staticmethod
-    def _joined(pieces: Sequence[Tensor]) -> Tensor:
-        whole = torch.cat(list(pieces)) if len(pieces) > 1 else pieces[0]
-        return whole if len(whole) else whole.new_zeros(1)
+    def _put(self, tensor: Tensor, wholes: Sequence[Tensor]) -> None:
+        for piece, whole, cohort in zip(self._pieces(tensor.detach().view(-1)), wholes, self._cohorts, strict=True):
+            memory, places = _in_memory(whole, cohort)
+            if memory.dim() == 1:
+                memory.scatter_(0, places, piece)
+            else:
+                memory.index_copy_(0, places, piece.view(-1, memory.shape[1]))
+
+    def _pieces(self, vector: Tensor) -> Sequence[Tensor]:
+        sizes = list(map(_size, self._cohorts))
+        return vector[: sum(sizes)].split(sizes)
 
 
 def _shown(optimizer: Optimizer, weights: Sequence[SteppedWeight]) -> list[_Shown]:
     """Return parameters for all cohorts of weights of one group: one for those whose numbers are equal."""
     slots: dict[Any, list[list[tuple[_Part, int]]]] = {}
     for part in [_Part(optimizer, weight) for weight in weights]:
-        kind = tuple((key, pieces[0].dtype) for key, pieces in part.entries.items())
+        kind = tuple((key, entry.dtype) for key, entry in part.entries.items())
         for i, cohort in enumerate(part.cohorts):
-            key = (cohort.age, part.values[i].dtype, part.values[i].device, kind)
+            key = (cohort.age, part.values.dtype, part.values.device, kind)
             for slot in slots.setdefault(key, []):
                 first = slot[0][0].cohorts[slot[0][1]]
                 if _same_numbers(first.numbers, cohort.numbers):
@@ -197,34 +193,21 @@ def _shown(optimizer: Optimizer, weights: Sequence[SteppedWeight]) -> list[_Show
     return [_Shown(optimizer, slot) for same in slots.values() for slot in same]
 
 
-def _write(shown: Sequence[_Shown]) -> None:
-    """Write values and state over those of the whole weights; numbers are kept by the cohorts."""
-    values: dict[_Part, dict[int, Tensor]] = {}
-    entries: dict[_Part, dict[str, dict[int, Tensor]]] = {}
-    for one in shown:
-        state = one.state
-        numbers = _numbers(state)
-        for (part, i), piece in zip(one.members, one.pieces(one.parameter), strict=True):
-            values.setdefault(part, {})[i] = piece
-            part.cohorts[i].numbers = numbers
-        for key, value in state.items():
-            if _has_part(value):
-                for (part, i), piece in zip(one.members, one.pieces(value), strict=True):
-                    entries.setdefault(part, {}).setdefault(key, {})[i] = piece
-    for part, pieces in values.items():
-        part.put_values([pieces[i] for i in range(len(part.cohorts))])
-        for key, own in entries.get(part, {}).items():
-            if _has_part(part.whole.get(key)) and len(own) == len(part.cohorts):
-                part.put_entry(key, [own[i] for i in range(len(part.cohorts))])
+def _size(cohort: Cohort) -> int:
+    return len(cohort.elements) * cohort.run
 
 
-def _in_memory(tensor: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the memory that a tensor spans, as a vector, and the places in it of elements of the flattened tensor.
+def _in_memory(tensor: Tensor, cohort: Cohort) -> tuple[Tensor, Tensor]:
+    """Return the memory that a tensor spans, as rows where elements lie in runs, and the places of a cohort's in it.
 
-    A vector is read and written in half the time of ``take`` and ``put_``, and with deterministic algorithms, too.
+    A vector is read and written in half the time of ``take`` and ``put_``, rows in a tenth; and with deterministic
+    algorithms, too.
     """
+    elements, run = cohort.elements.long(), cohort.run
     if tensor.is_contiguous():
-        return tensor.view(-1), elements
+        return (tensor.view(-1) if run == 1 else tensor.view(-1, run)), elements
+    if run > 1:
+        elements = (elements[:, None] * run + torch.arange(run, device=elements.device)).flatten()
     places, inner = torch.zeros_like(elements), 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
         places += (elements // inner % size) * stride
@@ -236,10 +219,6 @@ def _in_memory(tensor: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
 def _has_part(value: Any) -> bool:
     """Whether a state entry has an element for each of the weight's; else it is a number."""
     return isinstance(value, Tensor) and value.dim() > 0
-
-
-def _numbers(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if not _has_part(value)}
 
 
 def _same_numbers(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -26,10 +26,12 @@ class Cohort:
 
     Attributes:
         units: indices into the local mask.
-        elements: indices into the local weight, oriented ``(out, in, ...)``; `units` themselves for single weights.
+        elements: indices into the local weight, oriented ``(out, in, ...)``, as a row of runs of `run` elements;
+            `units` themselves for single weights.
         age: number of steps since.
         numbers: what the optimizer keeps for them beside tensors of their size, such as the count of steps; empty
             before the first step, and on a rank that does not step the weight.
+        run: number of elements one after the other that each of `elements` stands for.
 
     """
 
@@ -37,6 +39,7 @@ class Cohort:
     elements: Tensor
     age: int
     numbers: dict[str, Any]
+    run: int = 1
 
 
 class YoungUnits:
@@ -44,25 +47,20 @@ class YoungUnits:
 
     Attributes:
         lifetime: number of steps after which a unit is young no more; 0: no unit ever is.
+        own_state: whether entries of the state are written back after steps of their own. That is not needed where
+            only the weight's step depends on the count: the step of the whole weight makes the same of the entries.
         cohorts: the young units, by the update that grew them.
 
     """
 
     def __init__(self) -> None:
         self.lifetime = 0
+        self.own_state = True
         self.cohorts: list[Cohort] = []
-        self._elements: Tensor | None = None
 
-    @property
-    def elements(self) -> Tensor:
-        """Indices of the elements of all cohorts, one cohort after the other, int64."""
-        if self._elements is None:
-            self._elements = torch.cat([cohort.elements for cohort in self.cohorts])
-        return self._elements.long()
-
-    def live(self, lifetime: int) -> None:
-        """Set `lifetime`; with 0, units are young no more."""
-        self.lifetime = lifetime
+    def live(self, lifetime: int, *, own_state: bool = True) -> None:
+        """Set `lifetime` and `own_state`; with a lifetime of 0, units are young no more."""
+        self.lifetime, self.own_state = lifetime, own_state
         if not lifetime:
             self._keep([])
 
@@ -94,7 +92,7 @@ class YoungUnits:
             self._keep([cohort for cohort in self.cohorts if cohort.age < self.lifetime])
 
     def _keep(self, cohorts: list[Cohort]) -> None:
-        self.cohorts, self._elements = cohorts, None
+        self.cohorts = cohorts
 
     # ------------------------------------------------------------------ state
 
@@ -135,7 +133,7 @@ def _on_cpu(numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 def _cohort(weight: MaskedWeight, units: Tensor, age: int, numbers: dict[str, Any]) -> Cohort:
     indices = _indices(units.to(weight.weight.device))
-    return Cohort(indices, _elements(weight, indices), age, numbers)
+    return Cohort(indices, _elements(weight, indices), age, numbers, weight.placement.run)
 
 
 def _indices(mask: Tensor) -> Tensor:
@@ -143,5 +141,6 @@ def _indices(mask: Tensor) -> Tensor:
 
 
 def _elements(weight: MaskedWeight, units: Tensor) -> Tensor:
-    """Return indices into the local weight of units of the local mask."""
-    return weight.placement.elements(units, weight.mask, weight.weight).int()
+    """Return the runs of the local weight that are units of the local mask; int64, as torch wants them, if few."""
+    runs = weight.placement.elements(units, weight.mask, weight.weight)
+    return runs.long() if weight.placement.run > 1 else runs.int()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.counting_optimizers import CountedAverage
 from helpers.default_device import set_default_device
 from lightning_estdgm.engine._count_trial import SETTLED, UnitCounts, unit_counts
 
@@ -24,7 +25,7 @@ def adam_lifetime(b1, b2):
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.95), (0.8, 0.99)])
 def test_adam_needs_them_until_its_corrections_are_over(betas):
     found = counts(lambda p: torch.optim.AdamW(p, 0.0, betas=betas, eps=0.0), torch.float64)
-    assert found == UnitCounts(adam_lifetime(*betas))
+    assert found == UnitCounts(adam_lifetime(*betas), own_state=False)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="AdamW of torch 2.6 itself cannot step with this default device")
@@ -58,6 +59,13 @@ def test_optimizers_that_correct_by_their_count_need_them(make, dtype):
     found = counts(make, dtype)
     assert 20 < found.lifetime < 1_500
     assert found.why_not == ""
+    assert not found.own_state
+
+
+def test_state_that_a_count_changes_is_of_their_own():
+    found = counts(CountedAverage)
+    assert 20 < found.lifetime < 1_500
+    assert found.own_state
 
 
 NOT_NEEDED = {

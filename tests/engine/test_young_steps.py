@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from helpers.controller_runs import saved
+from helpers.counting_optimizers import CountedAverage
 from helpers.masked_weights import numbered
 from lightning_estdgm.config import DGMConfig, StepSize, Units
 from lightning_estdgm.engine._controller import DGMController
@@ -33,6 +34,7 @@ OPTIMIZERS = {
     "Adamax": lambda p: torch.optim.Adamax(p, RATE),
     "NAdam": lambda p: torch.optim.NAdam(p, RATE, weight_decay=0.1),
     "RAdam": lambda p: torch.optim.RAdam(p, RATE),
+    "CountedAverage": lambda p: CountedAverage(p, RATE),
 }
 
 

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from lightning_estdgm.callbacks.dgm import DGMCallback
 from lightning_estdgm.config import DGMConfig, Units
+from lightning_estdgm.engine._hooked_optimizers import closure_of, with_closure
 from lightning_estdgm.method._schedules import ConstantDensity
 from lightning_estdgm.recipes.gpt import ByteGPT
 from lightning_estdgm.tools._quiet import QUIET_TRAINER, quiet_lightning
@@ -145,7 +146,7 @@ class _Clock(Callback):
         """Time the hooks on the optimizer's step, which are the masks'."""
         for optimizer in trainer.optimizers:
             for hooks in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks):
-                hooks.update({key: self._timed(hook) for key, hook in hooks.items()})
+                hooks.update({key: self._timed_around_closure(hook) for key, hook in hooks.items()})
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note when a step begins, and of what kind it is."""
@@ -179,6 +180,41 @@ class _Clock(Callback):
             "mask_seconds": [after[1] - before[1] for before, after in pairs],
             "plain": self._plain[1:-1],
         }
+
+    def _timed_around_closure(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """Time a hook on a step, and what it does around the step's closure once that has run."""
+        hook = self._timed(hook)
+
+        def timed(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+            closure = closure_of(args, kwargs)
+            if closure is None:
+                return hook(optimizer, args, kwargs)
+            inside = 0.0
+
+            def given() -> Any:
+                nonlocal inside
+                start = time.perf_counter()
+                try:
+                    return closure()
+                finally:
+                    inside += time.perf_counter() - start
+
+            changed = hook(optimizer, *with_closure(args, kwargs, given))
+            if changed is None:
+                return None
+            outer = closure_of(*changed)
+
+            def around() -> Any:
+                nonlocal inside
+                inside, start = 0.0, time.perf_counter()
+                try:
+                    return outer()
+                finally:
+                    self._mask_s += time.perf_counter() - start - inside
+
+            return with_closure(*changed, around)
+
+        return timed
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
