@@ -216,10 +216,11 @@ def show(result: Mapping[str, Any]) -> RenderableType:
 
 
 def _show_choices(choices: Mapping[str, Any]) -> list[RenderableType]:
-    """Return a table for each file that these versions use, a line for each other."""
+    """Return a table for each file that these versions use, a line for each that is damaged, one for all others."""
     if choices["folder"] is None:
         return [Text(f"Measured layers are not kept: {ENVIRONMENT}=off.")]
     parts: list[RenderableType] = [Text(f"Dropped: {path}") for path in choices["dropped"]]
+    others: list[int] = []  # layers in each file of other versions
     for file in choices["files"]:
         if "error" in file:
             parts.append(Text(f"Not used, and written anew by the next run: {file['error']}"))
@@ -228,8 +229,7 @@ def _show_choices(choices: Mapping[str, Any]) -> list[RenderableType]:
         threads = "" if there.get("threads") is None else f", {there['threads']} thread(s)"
         where = f"{there.get('device')}{threads}, torch {there.get('torch')}"
         if not file["of_these_versions"]:
-            count = f"{len(file['choices'])} of other versions" if file["choices"] else "nothing"
-            parts.append(Text(f"Not used: {count}, {where}: {file['path']}"))
+            others.append(len(file["choices"]))
             continue
         table = Table(
             title=escape(f"Measured layers: {where}"), title_justify="left", caption=escape(file["path"]),
@@ -245,6 +245,10 @@ def _show_choices(choices: Mapping[str, Any]) -> list[RenderableType]:
                 escape(layer_words(layer)), layer["dtype"], block, density, escape(row["backend"]), *times, when
             )
         parts.append(table)
+    if others:
+        parts.append(
+            Text(f"Not used: {sum(others)} layers of other versions, {len(others)} files in {choices['folder']}")
+        )
     if not choices["files"]:
         parts.append(Text(f"No layers measured yet on this machine; they would be kept in {choices['folder']}."))
     return parts

@@ -275,7 +275,7 @@ def test_measured_layers_are_shown(sensors: list[Found], kept: Path) -> None:
         "0.125",
         "64 thread(s)",
         "Z, busy",
-        "Not used: 1 of other versions",
+        f"Not used: 1 layers of other versions, 1 files in {kept}",
         *(file["path"] for file in used),
     ):
         assert part in text
