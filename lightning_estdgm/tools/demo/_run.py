@@ -53,11 +53,11 @@ def run_demo(
     with session(config, 2 * config.seeds, console) as bar:
         for seed in range(config.seeds):
             for mode in (DENSE, DGM, SMALL):
+                its = config
                 if mode == SMALL:
+                    bar.say("A few steps of a smaller network, to see how many its joules buy ...")
                     its = rival_of(config, runs[-1])
                     bar.expect(its.steps)
-                else:
-                    its = config
                 runs.append(train(its, mode, seed, its.lr(mode), bar, logs))
                 bar.say(result_line(runs[-1]))
     profiled = None
