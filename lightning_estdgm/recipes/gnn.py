@@ -77,7 +77,7 @@ class GraphNet(LightningModule):
 
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
         """Logits of each node's classes."""
-        return self.model(F.dropout(x, self.input_dropout, self.training), edge_index)
+        return self.model(drop_features(x, self.input_dropout) if self.training else x, edge_index)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step's loss: cross entropy over the nodes for training."""
@@ -104,3 +104,22 @@ class GraphNet(LightningModule):
             {"params": [p for p in self.parameters() if p in last], "weight_decay": 0.0},
         ]
         return torch.optim.Adam([group for group in groups if group["params"]], lr=self.lr)
+
+
+def drop_features(x: Tensor, p: float) -> Tensor:
+    """Dropout that draws for what is not 0 only: of bags of words, which are nearly all 0, most of a step's time.
+
+    The distribution is that of ``torch.nn.functional.dropout``.
+
+    Args:
+        x: Features, of any shape.
+        p: Probability of an element to become 0; others are divided by 1 - p.
+
+    """
+    if not p:
+        return x
+    flat = x.flatten()
+    there = flat.detach().nonzero().squeeze(1)
+    if 2 * len(there) > len(flat):
+        return F.dropout(x, p)
+    return flat.index_copy(0, there, F.dropout(flat[there], p)).view_as(x)

@@ -31,9 +31,10 @@ class IdxImages(LightningDataModule):
     """Images of MNIST's layout: Fashion-MNIST, MNIST, KMNIST; read from disk and nowhere else.
 
     Validation has the last `val_images` of the file for training, training the others, or the first `train_images` of
-    them; the files named t10k are for testing alone. Training images are moved by up to `shift` pixels and, with `flip`, mirrored in every second case.
-    What is drawn depends on ``seed``, the epoch and the image alone, and a run resumed in mid-epoch goes on with the
-    next batch. Pixels are normalised by mean and deviation of the images for training.
+    them; the files named t10k are for testing alone. Training images are moved by up to `shift` pixels and, with
+    `flip`, mirrored in every second case. What is drawn depends on ``seed``, the epoch and the image alone, and a run
+    resumed in mid-epoch goes on with the next batch. Pixels are normalised by mean and deviation of the images for
+    training.
     A batch is (x, y): float32 [batch_size, 1, height, width] and int64 [batch_size].
 
     Args:

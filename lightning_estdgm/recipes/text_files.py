@@ -24,8 +24,9 @@ Hugging Face lists it as the data set Salesforce/wikitext. Unpack it and give th
 class TextFiles(TextWindows):
     """Windows of WikiText-103, or of any text files, of each of which the last ``val_fraction`` is for validation.
 
-    Without a tokenizer a token is a byte, and the files themselves are memory-mapped; several are read into memory. With one, the tokens are written
-    once to a file, which is memory-mapped then; it is made anew when the text or the tokenizer changes.
+    Without a tokenizer a token is a byte, and the files themselves are memory-mapped; several are read into memory.
+    With one, the tokens are written once to a file, which is memory-mapped then; it is made anew when the text or the
+    tokenizer changes.
     Batches are those of `TextWindows`.
 
     Args:

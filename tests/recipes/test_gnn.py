@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.recipe_data import ogb
-from lightning_estdgm.recipes.gnn import GraphNet
+from lightning_estdgm.recipes.gnn import GraphNet, drop_features
 from lightning_estdgm.recipes.graph_files import GraphFiles
 
 pytest.importorskip("torch_geometric")
@@ -70,3 +70,19 @@ def test_a_gat_has_one_head_at_the_end_and_drops_features_and_decays_throughout(
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         net(**settings)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_features_are_dropped_one_by_one_and_the_others_scaled(share):
+    torch.manual_seed(0)
+    x = (torch.rand(100, 200) < share) * torch.rand(100, 200)
+    x.requires_grad_()
+    dropped = drop_features(x, 0.6)
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], x[kept] / 0.4)
+    assert float(kept.sum() / (x != 0).sum()) == pytest.approx(0.4, abs=0.03)
+    assert not torch.equal(kept, drop_features(x, 0.6) != 0)
+    dropped.sum().backward()
+    assert torch.equal(x.grad[kept], torch.full_like(x.grad[kept], 2.5))
+    assert not x.grad[~kept & (x != 0)].any()
+    assert drop_features(x, 0.0) is x

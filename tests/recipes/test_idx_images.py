@@ -53,6 +53,15 @@ def test_pixels_are_normalised_by_the_images_for_training(tmp_path):
     assert float(x.std()) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_training_may_use_the_first_images_alone(tmp_path):
+    data = IdxImages(str(idx_images(tmp_path)), batch_size=4, val_images=10, shift=0, flip=False, train_images=8)
+    assert sorted(loaded(data)[1].tolist()) == sorted(classes(0, 8))
+    assert abs(float(data.parts["train"][0].mean())) < 1e-5, "normalised by what is used"
+    assert loaded(data, "val")[1].tolist() == classes(30, 40)
+    with pytest.raises(ValueError, match="train_images: got 31, expected at most 30"):
+        IdxImages(str(tmp_path), batch_size=4, val_images=10, train_images=31).setup()
+
+
 def test_training_images_are_moved_and_mirrored_and_nothing_else_is(tmp_path):
     data = IdxImages(str(idx_images(tmp_path, train=1010)), batch_size=50, val_images=10, shift=1)
     x, y = loaded(data)

@@ -37,6 +37,21 @@ def test_any_file_is_split_at_its_end_without_being_read(tmp_path):
     assert x.shape == y.shape == (16, 16)
 
 
+def test_of_several_files_the_end_of_each_is_for_validation(tmp_path):
+    contents = [bytes(range(100)), bytes(range(100, 140))]
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    data = TextFiles([str(path) for path in paths], context=8, val_fraction=0.25)
+    data.setup()
+    assert joined(data.text["train"]) == contents[0][:75] + contents[1][:30]
+    assert joined(data.text["val"]) == contents[0][75:] + contents[1][30:]
+    with pytest.raises(FileNotFoundError, match=r"missing .*no.such; expected a text file(.|\n)*wikitext-103"):
+        TextFiles([str(paths[0]), str(tmp_path / "no such")])
+    with pytest.raises(ValueError, match="got an empty list"):
+        TextFiles([])
+
+
 @pytest.fixture
 def tokenizer(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")

@@ -38,7 +38,7 @@ def study(
         bool, typer.Option("--quiet", help="Nothing else runs on this machine: seconds and joules count (--jobs 1).")
     ] = False,
 ) -> None:
-    """Train methods side by side; go on where an earlier call stopped. Data sets are read from disk, if needed at all."""
+    """Train methods side by side; go on where an earlier call stopped. Nothing is downloaded."""
     # Imported here: --help should not wait for torch.
     from lightning_estdgm.tools.study._data_folders import DATA_VARIABLE
     from lightning_estdgm.tools.study._session import Session

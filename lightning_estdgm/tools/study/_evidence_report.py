@@ -17,6 +17,21 @@ from lightning_estdgm.tools.study._study_run import DENSE
 NOT_RUN = "not run"
 NOT_REACHED = "not reached"
 
+_ABOUT = {
+    "A. Energy to a loss": "Cost at which the mean score of the best dense network in its full length is reached, as a "
+    "share of what the task's own dense network costs in its full length; interpolated between runs of other lengths, "
+    "mean and sample deviation over seeds. `<=`: the shortest runs reach it already. *Best* is the best mean score.",
+    "B. Served cost": "All at a quarter of dense's training FLOPs. *Weights served* are parameters that are not 0, as "
+    "a share of dense's. *Ahead* is seed by seed, of the best narrower dense network: % of perplexity, or points. "
+    "Joules a token in the packed form are not run.",
+    "C. Little data": "Scores in as many steps as dense, at a quarter of its FLOPs, and at a quarter of its joules.",
+}
+
+_NOTES = (
+    "Scores: validation loss in nats (`stdlib`, `wikitext`), test accuracy in per cent (others). Seconds and joules "
+    "are those of runs that had the machine to themselves; where there are none they are *not run*."
+)
+
 
 @dataclass(frozen=True)
 class Field:
@@ -100,15 +115,7 @@ def tables(rows: Rows) -> dict[str, str]:
 
 def report(rows: Rows) -> str:
     """Return the three tables with what their columns mean, and what is not run yet, as Markdown."""
-    about = {
-        "A. Energy to a loss": "Cost at which the mean score of the best dense network in its full length is reached, as a "
-        "share of what the task's own dense network costs in its full length; interpolated between runs of other lengths, "
-        "mean and sample deviation over seeds. `<=`: the shortest runs reach it already. *Best* is the best mean score.",
-        "B. Served cost": "All at a quarter of dense's training FLOPs. *Weights served* are parameters that are not 0, as a "
-        "share of dense's. *Ahead* is seed by seed, of the best narrower dense network: % of perplexity, or points.",
-        "C. Little data": "Scores in as many steps as dense, at a quarter of its FLOPs, and at a quarter of its joules.",
-    }
-    parts = [f"## {name}\n\n{about[name]}\n\n{table}" for name, table in tables(rows).items()]
+    parts = [f"## {name}\n\n{_ABOUT[name]}\n\n{table}" for name, table in tables(rows).items()]
     present = {(row.contender.task, row.contender.name) for field in fields(rows) for row in field.all}
     lacking = []
     for task in EVIDENCE_TASKS:
@@ -118,18 +125,14 @@ def report(rows: Rows) -> str:
             lacking.append(f"- `{task.name}`: {'all' if len(absent) == len(names) else ', '.join(absent)}")
     if lacking:
         parts.append("## Not run yet\n\n" + "\n".join(lacking))
-    notes = "Scores: validation loss in nats (`stdlib`, `wikitext`), test accuracy in per cent (others). Seconds and joules "
-    notes += "are those of runs that had the machine to themselves; where there are none they are *not run*."
-    return "\n\n".join([*parts, notes]) + "\n"
+    return "\n\n".join([*parts, _NOTES]) + "\n"
 
 
 def _energy_rows(field: Field) -> Iterator[Sequence[str]]:
     for standing in field.all:
         means = [mean for length in standing.lengths if (mean := standing.scores(length)["mean"]) is not None]
         best = min(means) if standing.less_is_better else max(means)
-        costs = []
-        for cost in ("flops", "seconds", "joules"):
-            costs.append(_cost_text(field, standing, cost))
+        costs = [_cost_text(field, standing, cost) for cost in ("flops", "seconds", "joules")]
         yield _cells(field, standing, standing.lengths[-1], [*costs, _score(standing, spread([best]))])
 
 

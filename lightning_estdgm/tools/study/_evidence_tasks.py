@@ -1,10 +1,10 @@
-"""Tasks on published data: Fashion-MNIST, Planetoid's Cora and CiteSeer, WikiText's text, and the standard library's."""
+"""Tasks on published data: Fashion-MNIST, Cora and CiteSeer, WikiText's text, the standard library's source."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from lightning import LightningDataModule, LightningModule
@@ -43,7 +43,12 @@ def _graph(name: str, seed: int) -> LightningDataModule:
     return GraphFiles(data_folder("planetoid"), normalize=True, name=name)
 
 
-_SIZES = {"cora": (1433, 7), "citeseer": (3703, 6)}
+@cache
+def _graph_sizes(folder: str, name: str) -> tuple[int, int]:
+    files = GraphFiles(folder, name=name)
+    return files.features, files.classes
+
+
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "gcn": {"hidden": 16, "dropout": 0.5},
     "gat": {"hidden": 64, "heads": 8, "dropout": 0.6},
@@ -53,7 +58,7 @@ _STEPS = {"gcn": 200, "gat": 400}
 
 
 def _graph_model(name: str, kind: str, lr: float, **changes: Any) -> LightningModule:
-    features, classes = _SIZES[name]
+    features, classes = _graph_sizes(data_folder("planetoid"), name)
     return GraphNet(features, classes, **{"kind": kind, "lr": lr, **_PUBLISHED[kind], **changes})
 
 
@@ -89,7 +94,7 @@ EVIDENCE_TASKS: tuple[Task, ...] = (
     ),
     Task(
         "stdlib",
-        "byte-level GPT (width 256, 2 layers, 1.6 M masked weights), one pass over 2 MB of the standard library's source",
+        "byte-level GPT (width 256, 2 layers, 1.6 M masked weights), one pass over 2 MB of Python's standard library",
         "loss",
         1000,
         (1e-3, 2e-3, 4e-3),

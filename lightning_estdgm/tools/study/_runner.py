@@ -57,7 +57,7 @@ def run_study(
     if not todo:
         return
     about = environment()
-    threads = max(1, (about["cores"] or 1) // jobs)
+    threads = max(1, min(about["cores"] or 1, about["threads"]) // jobs)  # OMP_NUM_THREADS has its say
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=_prepare, initargs=(threads,)) as pool:
         waiting: dict[Future[dict[str, Any]], StudyRun] = {pool.submit(train, run): run for run in todo}

@@ -81,7 +81,9 @@ class Session:
         before: list[StudyRun] | None = None
         while (todo := self._todo(missing)) != before:
             self._tell_time(todo, jobs)
-            run_study(self._asked(missing), self.table, jobs, self.console, until=until, is_quiet=is_quiet, command=command)
+            run_study(
+                self._asked(missing), self.table, jobs, self.console, until=until, is_quiet=is_quiet, command=command
+            )
             if time.perf_counter() > until:
                 break
             before = todo
@@ -106,13 +108,12 @@ class Session:
         if not todo:
             return
         rows = self.rows()
-        seconds = {task: 0.0 for task in dict.fromkeys(run.task for run in todo)}
+        seconds: dict[str, float] = {}
         for run in todo:
-            seconds[run.task] += guessed_seconds(run, rows)
+            seconds[run.task] = seconds.get(run.task, 0.0) + guessed_seconds(run, rows)
         parts = ", ".join(f"{task} {_hours(of_task / jobs)}" for task, of_task in seconds.items())
         self.console.print(
-            f"{len(todo)} runs, about {_hours(sum(seconds.values()) / jobs)} with {jobs} at a time ({parts}); rates that are "
-            "chosen by them may name more",
+            f"{len(todo)} runs, about {_hours(sum(seconds.values()) / jobs)} with {jobs} at a time ({parts})",
             highlight=False,
             soft_wrap=True,
         )
@@ -122,7 +123,10 @@ class Session:
         table = self.table.path if self.names else self._whole_table
         rows, name = read_rows(table), self.out / table.stem
         self.out.mkdir(parents=True, exist_ok=True)
-        if is_evidence(self.preset) and not self.names:
+        pictures: list[Path] = []
+        if self.names:
+            text = _run_by_run(rows)
+        elif is_evidence(self.preset):
             text, pictures = report(rows), draw_evidence(rows, self.out)
         else:
             text, pictures = markdown(rows), [name.with_suffix(".png")]
@@ -135,6 +139,17 @@ def guessed_seconds(run: StudyRun, rows: Sequence[Mapping[str, Any]]) -> float:
     """Return about how long a run takes: by runs of its task and method in a table, else as long as dense."""
     known = [row["seconds"] / row["steps"] for row in rows if (row["task"], row["method"]) == (run.task, run.method)]
     return run.steps * (median(known) if known else task_named(run.task).step_s)
+
+
+def _run_by_run(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| run | validation loss | test accuracy | FLOPs | seconds |", "|---|---|---|---|---|"]
+    for row in rows:
+        name = row["command"].rpartition(" ")[2]
+        lines.append(
+            f"| {row['task']} {name} | {row['val_loss']:.4f} | {row['test_accuracy']:.4f} | {row['flops']:.3g} "
+            f"| {row['seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def _hours(seconds: float) -> str:

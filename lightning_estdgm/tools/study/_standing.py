@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ class Standing:
         found = []
         for seed in self.seeds:
             points = self._points(seed, cost)
-            pairs = [(a, b) for a, b in zip(points, points[1:], strict=False) if a[0] <= level <= b[0]]
+            pairs = [(a, b) for a, b in itertools.pairwise(points) if a[0] <= level <= b[0]]
             if not pairs:
                 return None
             (low, worse), (high, better) = pairs[0]

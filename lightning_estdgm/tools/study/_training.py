@@ -30,8 +30,8 @@ def train(run: StudyRun) -> dict[str, Any]:
         ``val_loss`` and ``val_accuracy`` (NaN where a task has none) after the last step, ``test_accuracy`` of tasks
         with a part for testing; ``flops_ratio``: training FLOPs of linear and convolution layers that the masks ask
         for, over those of the task's own model in as many dense steps; ``flops``: these FLOPs themselves;
-        ``served_weights``: number of parameters that are not 0; ``final_density`` of the masked weights; ``seconds`` of training; ``joules`` and how they are known; ``status``:
-        ``"ok"`` or ``"diverged"``.
+        ``served_weights``: number of parameters that are not 0; ``final_density`` of the masked weights; ``seconds`` of
+        training; ``joules`` and how they are known; ``status``: ``"ok"`` or ``"diverged"``.
 
     """
     torch.manual_seed(run.seed)
