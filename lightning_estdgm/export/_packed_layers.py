@@ -13,6 +13,7 @@ from lightning_estdgm.sparse._packed_weight import PackedWeight
 from lightning_estdgm.sparse.backends.native._operator import operator_library
 
 _OPTIONAL = ("outputs", "ends", "scale", "bias")
+_OPERANDS = ("values", "ptr", "idx", *_OPTIONAL)  # in the operator's order
 
 
 class _PackedLayer(nn.Module):
@@ -42,20 +43,16 @@ class _PackedLayer(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """Return ``x W^T + bias``, ``[..., in] -> [..., out]``, in x's dtype; it is computed in float32."""
-        y: Tensor = torch.ops.estdgm.packed_linear(
-            x.to(torch.float32),
-            self.values,
-            self.ptr,
-            self.idx,
-            self.outputs,
-            self.ends,
-            self.scale,
-            self.bias,
+        is_float = x.dtype is torch.float32
+        held = self._buffers  # attributes take longer: a module looks for them in three dicts
+        y: Tensor = torch.ops.estdgm.packed_linear.default(
+            x if is_float else x.to(torch.float32),
+            *(held[name] for name in _OPERANDS),
             self.sides,
             self.in_features,
             self.out_features,
         )
-        return y.to(x.dtype)
+        return y if is_float else y.to(x.dtype)
 
     @property
     def nbytes(self) -> int:

@@ -123,6 +123,37 @@ def test_a_package_for_another_cpu_is_refused(tmp_path: Path) -> None:
         load_aoti(tmp_path / "no.pt2")
 
 
+class Scaled(nn.Module):
+    """Inputs by name, outputs in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = exported.mlp(unit=16)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"scaled": self.net(x) * scale, "plain": self.net(x)}
+
+
+def test_calls_take_inputs_and_return_outputs_as_the_model_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, scale = exported.mlp(unit=16), torch.tensor(3.0)
+    export_model(net, X, "aoti", tmp_path / "plain")
+    export_model(Scaled(), {"x": X, "scale": scale}, "aoti", tmp_path / "named")
+    named, plain = load_aoti(tmp_path / "named.pt2"), load_aoti(tmp_path / "plain.pt2")
+    found = named(scale=scale, x=X)
+    assert exported.relative_difference(found["scaled"], 3 * net(X)) < 1e-5
+    assert exported.relative_difference(found["plain"], net(X)) < 1e-5
+
+    def parse(*args: object) -> None:
+        raise AssertionError("a call of tensors alone parses nothing")
+
+    monkeypatch.setattr(torch.utils._pytree, "treespec_loads", parse)
+    assert exported.relative_difference(plain(X), net(X)) < 1e-5
+    with pytest.raises(AssertionError, match="parses nothing"):
+        named(scale=scale, x=X)
+
+
 def test_without_this_package_torch_names_the_operator_and_the_library_is_enough(tmp_path: Path) -> None:
     export_model(exported.mlp(unit=16), X, "aoti", tmp_path / "net")
     lines = "import torch\n{}print(torch._inductor.aoti_load_package({!r})(torch.ones(1, 128)).shape)"

@@ -67,46 +67,80 @@ void few_strip(const PackedUnits &m, const V *values, i64 row, i64 first, const 
 
 #if defined(__AVX512F__)
 // The same for bfloat16 and R >= 16, from both halves of a word at once: no instruction is spent on widening. Words of
-// an input hold two outputs each; those of 16 outputs are of two inputs, one in each half of the vector.
+// an input hold two outputs each; those of 16 outputs are of two inputs, one in each half of the vector. Loads are what
+// this loop waits for: words are loaded once, inputs of 16 outputs come from a register.
+typedef uint32_t pairs __attribute__((vector_size(64), aligned(2), may_alias));
+
+inline pairs pairs_at(const uint16_t *p) {
+  pairs word = *(const pairs *)p;
+  asm("" : "+v"(word));  // else the compiler loads it once for each half
+  return word;
+}
+
+inline void add_halves(lanes<16> (&sum)[2], lanes<16> x, pairs word) {
+  sum[0] += x * (lanes<16>)(word << 16);
+  sum[1] += x * (lanes<16>)(word & 0xffff0000u);
+}
+
+// Writes 16 outputs, or 32 of which `halves` has the even and the odd ones.
+template <int R>
+inline void store_halves(const PackedUnits &m, const lanes<16> (&halves)[2], i64 output, float *y) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const auto pick = [&](__m512i places) {
+    return (lanes<16>)_mm512_permutex2var_ps((__m512)halves[0], places, (__m512)halves[1]);
+  };
+  const lanes<16> both[2] = {pick(low), pick(_mm512_or_epi32(low, _mm512_set1_epi32(8)))};
+  for (int half = 0; half < (R == 16 ? 1 : 2); half++) {
+    lanes<16> total = R == 16 ? both[0] + both[1] : both[half];
+    if (m.bias) total += values_at<16>(m.bias + output + half * 16);
+    *(lanes<16> *)(y + output + half * 16) = total;
+  }
+}
+
 template <int R, int T>
 void few_halves(const PackedUnits &m, const uint16_t *values, i64 row, const float *x, i64 ldx, float *y, i64 ldy) {
-  constexpr int NW = R >= 64 ? 2 : 1, STEP = R == 16 ? 2 : 1, U = NW * T >= 2 ? 1 : 2;
-  typedef uint32_t words __attribute__((vector_size(64), aligned(2), may_alias));
+  constexpr int NW = R >= 64 ? 2 : 1, U = NW * T >= 2 ? 1 : 2;
   lanes<16> sum[U][T][NW][2] = {};
   const uint16_t *w = values + m.ptr[row] * m.c * R;
   for (i64 p = m.ptr[row], end = m.ptr[row + 1]; p < end; p++)
-    for (i64 k = m.idx[p] * m.c, last = k + m.c; k < last; k += STEP * U)
-      for (int u = 0; u < U; u++, w += STEP * R) {
-        lanes<16> xs[T];
-        for (int t = 0; t < T; t++) {
-          const float *at = x + t * ldx + k + u * STEP;
-          xs[t] = STEP == 1 ? lanes<16>{} + at[0]
-                            : (lanes<16>)_mm512_mask_blend_ps(0xff00, _mm512_set1_ps(at[0]), _mm512_set1_ps(at[1]));
-        }
+    for (i64 k = m.idx[p] * m.c, last = k + m.c; k < last; k += U)
+      for (int u = 0; u < U; u++, w += R)
         for (int j = 0; j < NW; j++) {
-          const words pair = *(const words *)(w + j * 32);
-          for (int t = 0; t < T; t++) {
-            sum[u][t][j][0] += xs[t] * (lanes<16>)(pair << 16);
-            sum[u][t][j][1] += xs[t] * (lanes<16>)(pair & 0xffff0000u);
-          }
+          const pairs word = pairs_at(w + j * 32);
+          for (int t = 0; t < T; t++) add_halves(sum[u][t][j], lanes<16>{} + x[t * ldx + k + u], word);
         }
-      }
-  const i64 o = row * R;
   for (int t = 0; t < T; t++)
     for (int j = 0; j < NW; j++) {
-      lanes<16> even = sum[0][t][j][0], odd = sum[0][t][j][1];
-      for (int u = 1; u < U; u++) even += sum[u][t][j][0], odd += sum[u][t][j][1];
-      const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      const lanes<16> both[2] = {
-          (lanes<16>)_mm512_permutex2var_ps((__m512)even, low, (__m512)odd),
-          (lanes<16>)_mm512_permutex2var_ps((__m512)even, _mm512_or_epi32(low, _mm512_set1_epi32(8)), (__m512)odd)};
-      for (int half = 0; half < (STEP == 2 ? 1 : 2); half++) {
-        const i64 at = o + j * 32 + half * 16;
-        lanes<16> total = STEP == 2 ? both[0] + both[1] : both[half];
-        if (m.bias) total += values_at<16>(m.bias + at);
-        *(lanes<16> *)(y + t * ldy + at) = total;
+      for (int u = 1; u < U; u++)
+        for (int half = 0; half < 2; half++) sum[0][t][j][half] += sum[u][t][j][half];
+      store_halves<R>(m, sum[0][t][j], row * R + j * 32, y + t * ldy);
+    }
+}
+
+// For R = 16 and c a multiple of 16.
+template <int T>
+void few_halves_16(const PackedUnits &m, const uint16_t *values, i64 row, const float *x, i64 ldx, float *y, i64 ldy) {
+  constexpr int U = T >= 2 ? 1 : 2;
+  const __m512i first_two = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  lanes<16> sum[U][T][2] = {};
+  const uint16_t *w = values + m.ptr[row] * m.c * 16;
+  for (i64 p = m.ptr[row], end = m.ptr[row + 1]; p < end; p++)
+    for (i64 k = m.idx[p] * m.c, last = k + m.c; k < last; k += 16) {
+      __m512 xs[T];
+      for (int t = 0; t < T; t++) xs[t] = _mm512_loadu_ps(x + t * ldx + k);
+#pragma GCC unroll 8
+      for (int two = 0; two < 16; two += 2, w += 32) {
+        const pairs word = pairs_at(w);
+        const __m512i places = _mm512_add_epi32(first_two, _mm512_set1_epi32(two));
+        for (int t = 0; t < T; t++)
+          add_halves(sum[two / 2 % U][t], (lanes<16>)_mm512_permutexvar_ps(places, xs[t]), word);
       }
     }
+  for (int t = 0; t < T; t++) {
+    if (U > 1)
+      for (int half = 0; half < 2; half++) sum[0][t][half] += sum[U - 1][t][half];
+    store_halves<16>(m, sum[0][t], row * 16, y + t * ldy);
+  }
 }
 #endif
 
@@ -115,9 +149,13 @@ void few_rows(const PackedUnits &m, const V *values, const float *x, i64 ldx, fl
   constexpr int W = R < VL ? R : VL, NV = R / W < 4 ? R / W : 4;
 #if defined(__AVX512F__)
   if constexpr (R >= 16 && std::is_same_v<V, uint16_t>)
-    if (m.c % 4 == 0 && !m.scale) {
+    if (m.c % (R == 16 ? 16 : 4) == 0 && !m.scale) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-      for (i64 row = 0; row < m.rows; row++) few_halves<R, T>(m, values, row, x, ldx, y, ldy);
+      for (i64 row = 0; row < m.rows; row++)
+        if constexpr (R == 16)
+          few_halves_16<T>(m, values, row, x, ldx, y, ldy);
+        else
+          few_halves<R, T>(m, values, row, x, ldx, y, ldy);
       return;
     }
 #endif
@@ -251,7 +289,7 @@ void gather(const float *panel, const float *weights, i64 pitch, const int32_t *
   for (i64 p = 0; p < count; p++) {
     const float *x = panel + idx[p] * c * WIDTH, *coming = panel + idx[p + 2 < count ? p + 2 : p] * c * WIDTH;
     for (i64 k = 0; k < c; k++, x += WIDTH, coming += WIDTH, weights += pitch) {
-      __builtin_prefetch(coming);
+      if (R < 8) __builtin_prefetch(coming);  // larger units run long enough in one place
       vec xs[N];
       for (int j = 0; j < N; j++) xs[j] = *(const vec *)(x + j * VL);
       for (int r = 0; r < R; r++)
@@ -287,6 +325,8 @@ bool gather_tiles(const PackedUnits &m, Rows<float> x, float *y, i64 ldy, int th
         loaded = tile;
         for (i64 s = part * strips / parts; s < (part + 1) * strips / parts; s++) {
           const i64 first = s * STRIP, end = std::min(first + STRIP, outputs);
+          for (i64 t = tile * WIDTH; t < std::min((tile + 1) * WIDTH, x.count); t++)  // there when it is written
+            __builtin_prefetch(y + t * ldy + first, 1);
           for (i64 o = first; o < end; o += R) {
             const i64 row = o / m.r, count = m.ptr[row + 1] - m.ptr[row];
             gather<R, N>(panel, values.of(row) + o % m.r, m.r, m.idx + m.ptr[row], count, m.c,
@@ -332,7 +372,7 @@ bool multiply(const PackedUnits &m, const float *x, i64 ldx, i64 tokens, float *
   if (m.r > 16 || (m.r == 16 && tokens < 16)) return by_outputs(m, x, ldx, tokens, y, ldy, threads);
   const Rows<float> rows = {x, ldx, tokens};
   const auto vectors = [&](i64 most) { return tile_vectors(tokens, m.in, most); };
-  if (m.r >= 8) return by_tokens<8, WIDE ? 3 : 1>(m, rows, y, ldy, threads, vectors(WIDE ? 3 : 1));
+  if (m.r >= 8) return by_tokens<8, WIDE ? 2 : 1>(m, rows, y, ldy, threads, vectors(WIDE ? 2 : 1));
   if (m.r == 4) return by_tokens<4, WIDE ? 6 : 2>(m, rows, y, ldy, threads, vectors(WIDE ? 6 : 2));
   return by_tokens<2, WIDE ? 8 : 4>(m, rows, y, ldy, threads, vectors(WIDE ? 8 : 4));
 }
