@@ -41,7 +41,7 @@ def demo(
         float | None, typer.Option(help="Peak learning rate of the smaller dense runs (default: 0.004).")
     ] = None,
     block_size: Annotated[
-        str | None, typer.Option(help="Unit of the masks: auto, 1, 16, 32, 64 or 128 (default: auto).")
+        str | None, typer.Option(help="Unit of the masks: auto, 1, 4x1, 4, 16, 32, 64 or 128 (default: 64).")
     ] = None,
     distribution: Annotated[
         str | None, typer.Option(help="Densities over the layers: erk or uniform (default: erk).")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_estdgm.config import DGMConfig
+from lightning_estdgm.config import DGMConfig, Units
 from lightning_estdgm.recipes.gpt import ByteGPT
 from lightning_estdgm.recipes.stdlib_text import StdlibText
 from lightning_estdgm.tools.demo._records import DENSE, DGM, SMALL
@@ -34,7 +34,7 @@ class DemoConfig:
         lr_dgm: Peak learning rate of the EST-DGM runs, before the density-aware step size.
         lr_small: Peak learning rate of the smaller dense runs.
         weight_decay: Weight decay of the matrices.
-        dgm: Configuration of EST-DGM; its seed is replaced by the pair's.
+        dgm: Configuration of EST-DGM; its seed is replaced by the round's. Blocks of 64 learn fastest in so few steps.
         text: Text file to learn; None for Python's standard library.
         val_windows: Number of validation windows of ``context`` bytes.
         validations: Number of validations a run, roughly; the last one is at its end.
@@ -56,7 +56,7 @@ class DemoConfig:
     lr_dgm: float = 1e-3
     lr_small: float = 4e-3
     weight_decay: float = 0.1
-    dgm: DGMConfig = field(default_factory=DGMConfig)
+    dgm: DGMConfig = field(default_factory=lambda: DGMConfig(units=Units(size=64)))
     text: Path | None = None
     val_windows: int = 256
     validations: int = 6

@@ -320,7 +320,7 @@ def test_a_sweep_needs_three_rates_a_mode(tmp_path):
 
 
 def test_the_help_names_the_true_defaults():
-    masks = DGMConfig()
+    masks = DemoConfig().dgm
     defaults = vars(DemoConfig()) | {
         "block_size": masks.units.size,
         "distribution": masks.units.distribution,
