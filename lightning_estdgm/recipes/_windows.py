@@ -32,7 +32,11 @@ class Windows(Dataset[Batch]):
 
     def __getitems__(self, starts: Sequence[int]) -> Batch:
         """Inputs and targets (inputs one byte on), int64 [len(starts), context] each."""
-        window = self.text[torch.tensor(starts)[:, None] + self.span].long()
+        at = torch.tensor(starts)[:, None] + self.span
+        if self.text.dtype == torch.uint16:  # torch 2.6 gathers no unsigned integers but bytes
+            window = self.text.view(torch.int16)[at].long() & 0xFFFF
+        else:
+            window = self.text[at].long()
         return window[:, :-1], window[:, 1:]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers.recipe_data import wikitext
+from lightning_estdgm.recipes._windows import Windows
 from lightning_estdgm.recipes.text_files import TextFiles
 
 
@@ -63,6 +64,12 @@ def tokenizer(tmp_path):
     made.train([str(wikitext(tmp_path / "learned") / "wiki.train.tokens")], trainer)
     made.save(str(tmp_path / "tokenizer.json"))
     return made
+
+
+def test_windows_of_tokens_beyond_the_largest_signed_number():
+    text = torch.tensor([0, 1, 32_767, 32_768, 65_535], dtype=torch.uint16)
+    x, y = Windows(text, 3)[1]
+    assert (x.tolist(), y.tolist()) == ([1, 32_767, 32_768], [32_767, 32_768, 65_535])
 
 
 def test_tokens_are_written_once_and_read_back(tokenizer, tmp_path):
