@@ -20,7 +20,7 @@ _SMALL: Mapping[str, Sequence[tuple[str, dict[str, Any]]]] = {
     "citeseer-gat": [("2 heads of 8", {"hidden": 16, "heads": 2}), ("1 head of 8", {"hidden": 8, "heads": 1})],
     "fashion": [("width 32", {"width": 32}), ("width 20", {"width": 20})],
     "stdlib": [("width 124", {"width": 124}), ("width 100", {"width": 100}), ("width 80", {"width": 80})],
-    "wikitext": [("width 60", {"width": 60}), ("width 40", {"width": 40})],
+    "wikitext": [("width 48", {"width": 48}), ("width 32", {"width": 32})],
 }
 """task -> narrower dense networks: at about a quarter of the FLOPs, and with about as many weights as a sparse one."""
 
@@ -47,10 +47,10 @@ def contenders(task: str) -> list[Contender]:
     for name, sizes in _SMALL[task]:
         settings = {f"model.{key}": value for key, value in sizes.items()}
         found.append(Contender(task, f"small dense, {name}", settings=settings, **how))
-    for unit, size in _UNITS[:2] if is_graph else _UNITS:
+    for unit, size in _UNITS[: 4 if task == "stdlib" else 3 if task == "fashion" else 2]:
         for schedule, changes in _SCHEDULES:
             keep = {} if size == 1 else MAGNITUDE
-            stem = {"exclude": ["net.0"]} if task == "fashion" and size in (4, 16) else {}  # it has one input
+            stem = {"exclude": ["net.0"]} if task == "fashion" and size == 4 else {}  # it has one input
             settings = {"block_size": size, **keep, **stem, **changes}
             found.append(Contender(task, f"EST-DGM {unit}, {schedule}", "est-dgm", settings, DENSITY, **how))
     for name, method, changes in _RIVALS:

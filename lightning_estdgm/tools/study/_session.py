@@ -126,11 +126,13 @@ class Session:
         pictures: list[Path] = []
         if self.names:
             text = _run_by_run(rows)
-        elif is_evidence(self.preset):
-            text, pictures = report(rows), draw_evidence(rows, self.out)
         else:
-            text, pictures = markdown(rows), [name.with_suffix(".png")]
-            draw_study(rows, pictures[0])
+            text = summary(self.preset, rows)
+            if is_evidence(self.preset):
+                pictures = draw_evidence(rows, self.out)
+            else:
+                pictures = [name.with_suffix(".png")]
+                draw_study(rows, pictures[0])
         name.with_suffix(".md").write_text(text, encoding="utf-8")
         return text, [table, name.with_suffix(".md"), *pictures]
 
@@ -139,6 +141,11 @@ def guessed_seconds(run: StudyRun, rows: Sequence[Mapping[str, Any]]) -> float:
     """Return about how long a run takes: by runs of its task and method in a table, else as long as dense."""
     known = [row["seconds"] / row["steps"] for row in rows if (row["task"], row["method"]) == (run.task, run.method)]
     return run.steps * (median(known) if known else task_named(run.task).step_s)
+
+
+def summary(preset: str, rows: Sequence[dict[str, Any]]) -> str:
+    """Return the tables of a plan's rows as Markdown."""
+    return report(rows) if is_evidence(preset) else markdown(rows)
 
 
 def _run_by_run(rows: Sequence[Mapping[str, Any]]) -> str:

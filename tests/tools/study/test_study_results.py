@@ -6,9 +6,9 @@ import pytest
 
 from lightning_estdgm.tools.study._plans import plan_named
 from lightning_estdgm.tools.study._results_table import ResultsTable, read_rows
+from lightning_estdgm.tools.study._session import summary
 from lightning_estdgm.tools.study._settings import BEST_RATES, LOW_PEAK_LENGTH
 from lightning_estdgm.tools.study._study_arm import arms
-from lightning_estdgm.tools.study._summary import markdown
 from lightning_estdgm.tools.study._tasks import task_named
 
 RESULTS = Path(__file__).parents[3] / "docs" / "results" / "study"
@@ -17,13 +17,14 @@ TABLES = sorted(path.stem for path in RESULTS.glob("*.csv"))
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_committed_summary_is_that_of_its_table(name):
-    assert (RESULTS / f"{name}.md").read_text() == markdown(read_rows(RESULTS / f"{name}.csv"))
+    assert (RESULTS / f"{name}.md").read_text() == summary(name, read_rows(RESULTS / f"{name}.csv"))
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_committed_table_holds_runs_of_its_plan_as_they_are_now(name):
-    runs = {run.key: run for run in plan_named(name)}
-    for row in read_rows(RESULTS / f"{name}.csv"):
+    rows = read_rows(RESULTS / f"{name}.csv")
+    runs = {run.key: run for run in plan_named(name, rows)}
+    for row in rows:
         assert row["key"] in runs
         assert row["steps"] == runs[row["key"]].steps
 
