@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lightning_estdgm.tools.study._contender import SEEDS, Contender, Rows
+from lightning_estdgm.tools.study._contender import Contender, Rows
 from lightning_estdgm.tools.study._evidence_tasks import EVIDENCE_TASKS
 from lightning_estdgm.tools.study._settings import MAGNITUDE, SCALED, SPARSE_TO_DENSER
 from lightning_estdgm.tools.study._study_run import StudyRun
@@ -73,28 +73,9 @@ def evidence(rows: Rows = ()) -> Iterator[StudyRun]:
         yield from contender.runs(rows)
 
 
-def named_runs(names: Sequence[str], rows: Rows = ()) -> list[StudyRun]:
-    """Return runs by `StudyRun.id`, or all reported seeds of a `StudyRun.arm_id`, at any rate that may be chosen.
-
-    Args:
-        names: The names.
-        rows: Rows of a table: runs of theirs are found whatever their rate and length.
-
-    Raises:
-        ValueError: A name is none of the plan's.
-
-    """
-    known = {run.id: run for run in evidence(rows)}
+def tabled_runs(rows: Rows) -> Iterator[StudyRun]:
+    """Yield the contenders' runs that rows of a table are of, whatever their rate and length."""
     for contender in EVIDENCE:
-        known |= {run.id: run for row in rows if contender.owns(row) for run in [_run_of(contender, row)]}
-    found = []
-    for name in names:
-        mine = [run for run in known.values() if name == run.id or (name == run.arm_id and run.seed in SEEDS)]
-        if not mine:
-            raise ValueError(f"run: got {name!r}, expected the name of a run or arm in the plan evidence")
-        found += mine
-    return found
-
-
-def _run_of(contender: Contender, row: Mapping[str, Any]) -> StudyRun:
-    return contender.run(row["lr"], int(row["seed"]), row["length"])
+        for row in rows:
+            if contender.owns(row):
+                yield contender.run(row["lr"], int(row["seed"]), row["length"])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_estdgm.tools._stats import spread_text
 from lightning_estdgm.tools.study._plans import plan_named
 from lightning_estdgm.tools.study._results_table import ResultsTable, read_rows
 from lightning_estdgm.tools.study._session import summary
@@ -52,3 +53,12 @@ def test_runs_with_a_low_peak_ask_for_hardly_more_flops_than_static_masks(task):
     assert len(low_peak) == len(static) == 3
     cost = [sum(row["flops_ratio"] * row["length"] for row in some) for some in (low_peak, static)]
     assert cost[0] <= 1.04 * cost[1]
+
+
+def test_the_page_says_of_the_dense_references_what_their_table_says():
+    page = (RESULTS.parent / "evidence.md").read_text()
+    for arm in arms(read_rows(RESULTS / "references.csv")):
+        graph, network = arm.task.split("-")
+        name = f"{network.upper()}, {graph.title().replace('seer', 'Seer')}"
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        assert line.endswith(f"| {spread_text(arm.spread, 1, scale=100)} | {len(arm.rows)} |")
