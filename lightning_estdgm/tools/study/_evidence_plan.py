@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lightning_estdgm.tools.study._contender import SEEDS, Contender, Rows
+from lightning_estdgm.tools.study._contender import Contender, Rows
 from lightning_estdgm.tools.study._evidence_tasks import EVIDENCE_TASKS
 from lightning_estdgm.tools.study._settings import MAGNITUDE, SCALED, SPARSE_TO_DENSER
 from lightning_estdgm.tools.study._study_run import StudyRun
@@ -20,7 +20,7 @@ _SMALL: Mapping[str, Sequence[tuple[str, dict[str, Any]]]] = {
     "citeseer-gat": [("2 heads of 8", {"hidden": 16, "heads": 2}), ("1 head of 8", {"hidden": 8, "heads": 1})],
     "fashion": [("width 32", {"width": 32}), ("width 20", {"width": 20})],
     "stdlib": [("width 124", {"width": 124}), ("width 100", {"width": 100}), ("width 80", {"width": 80})],
-    "wikitext": [("width 60", {"width": 60}), ("width 40", {"width": 40})],
+    "wikitext": [("width 48", {"width": 48}), ("width 32", {"width": 32})],
 }
 """task -> narrower dense networks: at about a quarter of the FLOPs, and with about as many weights as a sparse one."""
 
@@ -47,10 +47,10 @@ def contenders(task: str) -> list[Contender]:
     for name, sizes in _SMALL[task]:
         settings = {f"model.{key}": value for key, value in sizes.items()}
         found.append(Contender(task, f"small dense, {name}", settings=settings, **how))
-    for unit, size in _UNITS[:2] if is_graph else _UNITS:
+    for unit, size in _UNITS[: 4 if task == "stdlib" else 3 if task == "fashion" else 2]:
         for schedule, changes in _SCHEDULES:
             keep = {} if size == 1 else MAGNITUDE
-            stem = {"exclude": ["net.0"]} if task == "fashion" and size in (4, 16) else {}  # it has one input
+            stem = {"exclude": ["net.0"]} if task == "fashion" and size == 4 else {}  # it has one input
             settings = {"block_size": size, **keep, **stem, **changes}
             found.append(Contender(task, f"EST-DGM {unit}, {schedule}", "est-dgm", settings, DENSITY, **how))
     for name, method, changes in _RIVALS:
@@ -73,28 +73,9 @@ def evidence(rows: Rows = ()) -> Iterator[StudyRun]:
         yield from contender.runs(rows)
 
 
-def named_runs(names: Sequence[str], rows: Rows = ()) -> list[StudyRun]:
-    """Return runs by `StudyRun.id`, or all reported seeds of a `StudyRun.arm_id`, at any rate that may be chosen.
-
-    Args:
-        names: The names.
-        rows: Rows of a table: runs of theirs are found whatever their rate and length.
-
-    Raises:
-        ValueError: A name is none of the plan's.
-
-    """
-    known = {run.id: run for run in evidence(rows)}
+def tabled_runs(rows: Rows) -> Iterator[StudyRun]:
+    """Yield the contenders' runs that rows of a table are of, whatever their rate and length."""
     for contender in EVIDENCE:
-        known |= {run.id: run for row in rows if contender.owns(row) for run in [_run_of(contender, row)]}
-    found = []
-    for name in names:
-        mine = [run for run in known.values() if name == run.id or (name == run.arm_id and run.seed in SEEDS)]
-        if not mine:
-            raise ValueError(f"run: got {name!r}, expected the name of a run or arm in the plan evidence")
-        found += mine
-    return found
-
-
-def _run_of(contender: Contender, row: Mapping[str, Any]) -> StudyRun:
-    return contender.run(row["lr"], int(row["seed"]), row["length"])
+        for row in rows:
+            if contender.owns(row):
+                yield contender.run(row["lr"], int(row["seed"]), row["length"])

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_estdgm.tools._plotting import COLOURS, INK, MARKERS, MUTED, new_figure, save, style_axes
 from lightning_estdgm.tools.study._study_arm import arms, baseline, distance
-from lightning_estdgm.tools.study._tasks import TASKS
+from lightning_estdgm.tools.study._tasks import ALL_TASKS
 
 _TICKS = (0.1, 0.2, 0.3, 0.5, 1.0)
 
@@ -20,7 +20,7 @@ def draw_study(rows: Sequence[dict[str, Any]], path: Path) -> None:
         ValueError: No row is of a dense run.
     """
     found = arms(rows)
-    bases = [(task, dense) for task in TASKS if (dense := baseline(found, task.name)) is not None]
+    bases = [(task, dense) for task in ALL_TASKS if (dense := baseline(found, task.name)) is not None]
     if not bases:
         raise ValueError("expected at least one dense run to compare with, got none")
     figure = new_figure(4.5 * len(bases) + 1, 4)

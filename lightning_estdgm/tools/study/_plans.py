@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 from lightning_estdgm.presets import PRESETS
+from lightning_estdgm.tools.study._contender import SEEDS as REPORTED_SEEDS
 from lightning_estdgm.tools.study._contender import Rows
-from lightning_estdgm.tools.study._evidence_plan import evidence
+from lightning_estdgm.tools.study._evidence_plan import evidence, tabled_runs
 from lightning_estdgm.tools.study._evidence_tasks import EVIDENCE_TASKS
 from lightning_estdgm.tools.study._settings import (
     BEST_RATES,
@@ -311,3 +312,30 @@ def plan_named(name: str, rows: Rows = ()) -> Sequence[StudyRun]:
     if name not in PLANS:
         raise ValueError(f"unknown preset {name!r}, expected one of: {', '.join(PLANS)}")
     return list(evidence(rows) if is_evidence(name) else PLANS[name]())
+
+
+def runs_named(preset: str, names: Sequence[str], rows: Rows = ()) -> list[StudyRun]:
+    """Return runs of a plan by `StudyRun.id`, or all reported seeds of a `StudyRun.arm_id`.
+
+    Args:
+        preset: Name of the plan.
+        names: Names of runs and arms.
+        rows: Rows of its table: of the plan evidence, runs of theirs are found whatever their rate and length.
+
+    Raises:
+        ValueError: A name is none of the plan's.
+
+    """
+    known = {run.id: run for run in (*plan_named(preset, rows), *(tabled_runs(rows) if is_evidence(preset) else ()))}
+    found = []
+    for name in names:
+        arm = [
+            run
+            for run in known.values()
+            if run.arm_id == name and (run.seed in REPORTED_SEEDS or not is_evidence(preset))
+        ]
+        mine = [known[name]] if name in known else arm
+        if not mine:
+            raise ValueError(f"run: got {name!r}, expected the name of a run or arm in the plan {preset}")
+        found += mine
+    return found

@@ -12,10 +12,9 @@ from typing import Any
 from rich.console import Console
 
 from lightning_estdgm.tools.study._evidence_figures import draw_evidence
-from lightning_estdgm.tools.study._evidence_plan import named_runs
 from lightning_estdgm.tools.study._evidence_report import report
 from lightning_estdgm.tools.study._figures import draw_study
-from lightning_estdgm.tools.study._plans import is_evidence, plan_named
+from lightning_estdgm.tools.study._plans import is_evidence, plan_named, runs_named
 from lightning_estdgm.tools.study._results_table import ResultsTable, read_rows
 from lightning_estdgm.tools.study._runner import run_study
 from lightning_estdgm.tools.study._study_run import StudyRun
@@ -47,8 +46,6 @@ class Session:
         plan_named(preset)
         self.preset, self.out, self.console, self.names = preset, out, console, names
         self.tasks = {task_named(name).name for name in tasks}
-        if names and not is_evidence(preset):
-            raise ValueError(f"run: got {', '.join(names)} with the preset {preset}, expected the preset evidence")
         self.table = ResultsTable(out / (f"{preset}-again.csv" if names else f"{preset}.csv"))
 
     def rows(self) -> list[dict[str, Any]]:
@@ -63,7 +60,7 @@ class Session:
     def runs(self) -> list[StudyRun]:
         """Return the runs that are asked for, as far as the rows tell which they are."""
         rows = self.rows()
-        runs = named_runs(self.names, rows) if self.names else plan_named(self.preset, rows)
+        runs = runs_named(self.preset, self.names, rows) if self.names else plan_named(self.preset, rows)
         return [run for run in runs if not self.tasks or run.task in self.tasks]
 
     def train(self, jobs: int, minutes: float | None = None, is_quiet: bool = False) -> None:
@@ -121,16 +118,19 @@ class Session:
     def report(self) -> tuple[str, list[Path]]:
         """Write the Markdown and pictures of the table; return the text and all files."""
         table = self.table.path if self.names else self._whole_table
-        rows, name = read_rows(table), self.out / table.stem
+        is_begun = table.exists() or not is_evidence(self.preset)  # its report names what is not run yet
+        rows, name = read_rows(table) if is_begun else [], self.out / table.stem
         self.out.mkdir(parents=True, exist_ok=True)
         pictures: list[Path] = []
         if self.names:
             text = _run_by_run(rows)
-        elif is_evidence(self.preset):
-            text, pictures = report(rows), draw_evidence(rows, self.out)
         else:
-            text, pictures = markdown(rows), [name.with_suffix(".png")]
-            draw_study(rows, pictures[0])
+            text = summary(self.preset, rows)
+            if is_evidence(self.preset):
+                pictures = draw_evidence(rows, self.out)
+            else:
+                pictures = [name.with_suffix(".png")]
+                draw_study(rows, pictures[0])
         name.with_suffix(".md").write_text(text, encoding="utf-8")
         return text, [table, name.with_suffix(".md"), *pictures]
 
@@ -139,6 +139,11 @@ def guessed_seconds(run: StudyRun, rows: Sequence[Mapping[str, Any]]) -> float:
     """Return about how long a run takes: by runs of its task and method in a table, else as long as dense."""
     known = [row["seconds"] / row["steps"] for row in rows if (row["task"], row["method"]) == (run.task, run.method)]
     return run.steps * (median(known) if known else task_named(run.task).step_s)
+
+
+def summary(preset: str, rows: Sequence[dict[str, Any]]) -> str:
+    """Return the tables of a plan's rows as Markdown."""
+    return report(rows) if is_evidence(preset) else markdown(rows)
 
 
 def _run_by_run(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -40,10 +40,11 @@ class StudyArm:
 
     @property
     def scores(self) -> list[float]:
-        """Deciding metric of each seed: perplexity (less is better) or accuracy (more is)."""
-        if task_named(self.task).metric == "loss":
+        """Deciding metric of each seed: perplexity (less is better) or accuracy (more is), tested if there is one."""
+        task = task_named(self.task)
+        if task.metric == "loss":
             return [math.exp(row["val_loss"]) for row in self.rows]
-        return [row["val_accuracy"] for row in self.rows]
+        return [row["test_accuracy" if task.is_tested else "val_accuracy"] for row in self.rows]
 
     @property
     def spread(self) -> Spread:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_estdgm.tools._stats import spread_text
 from lightning_estdgm.tools.study._study_arm import arms, baseline, distance
-from lightning_estdgm.tools.study._tasks import TASKS
+from lightning_estdgm.tools.study._tasks import ALL_TASKS
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -17,7 +17,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """
     found = arms(rows)
     parts = []
-    for task in TASKS:
+    for task in ALL_TASKS:
         mine = [arm for arm in found if arm.task == task.name]
         dense = baseline(found, task.name)
         if not mine or dense is None:

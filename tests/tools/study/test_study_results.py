@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from lightning_estdgm.tools._stats import spread_text
 from lightning_estdgm.tools.study._plans import plan_named
 from lightning_estdgm.tools.study._results_table import ResultsTable, read_rows
+from lightning_estdgm.tools.study._session import summary
 from lightning_estdgm.tools.study._settings import BEST_RATES, LOW_PEAK_LENGTH
 from lightning_estdgm.tools.study._study_arm import arms
-from lightning_estdgm.tools.study._summary import markdown
 from lightning_estdgm.tools.study._tasks import task_named
 
 RESULTS = Path(__file__).parents[3] / "docs" / "results" / "study"
@@ -17,13 +18,14 @@ TABLES = sorted(path.stem for path in RESULTS.glob("*.csv"))
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_committed_summary_is_that_of_its_table(name):
-    assert (RESULTS / f"{name}.md").read_text() == markdown(read_rows(RESULTS / f"{name}.csv"))
+    assert (RESULTS / f"{name}.md").read_text() == summary(name, read_rows(RESULTS / f"{name}.csv"))
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_committed_table_holds_runs_of_its_plan_as_they_are_now(name):
-    runs = {run.key: run for run in plan_named(name)}
-    for row in read_rows(RESULTS / f"{name}.csv"):
+    rows = read_rows(RESULTS / f"{name}.csv")
+    runs = {run.key: run for run in plan_named(name, rows)}
+    for row in rows:
         assert row["key"] in runs
         assert row["steps"] == runs[row["key"]].steps
 
@@ -51,3 +53,12 @@ def test_runs_with_a_low_peak_ask_for_hardly_more_flops_than_static_masks(task):
     assert len(low_peak) == len(static) == 3
     cost = [sum(row["flops_ratio"] * row["length"] for row in some) for some in (low_peak, static)]
     assert cost[0] <= 1.04 * cost[1]
+
+
+def test_the_page_says_of_the_dense_references_what_their_table_says():
+    page = (RESULTS.parent / "evidence.md").read_text()
+    for arm in arms(read_rows(RESULTS / "references.csv")):
+        graph, network = arm.task.split("-")
+        name = f"{network.upper()}, {graph.title().replace('seer', 'Seer')}"
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        assert line.endswith(f"| {spread_text(arm.spread, 1, scale=100)} | {len(arm.rows)} |")
