@@ -132,7 +132,8 @@ def _convert(onnx: Path, path: Path, options: Sequence[str]) -> None:
         ExportError: with its last lines, if it fails or writes nothing.
 
     """
-    call = ["-f", "ONNX", "--modelFile", str(onnx), "--MNNModel", str(path), "--bizCode", "estdgm", *options]
+    files = ["--modelFile", str(onnx.absolute()), "--MNNModel", str(path.absolute())]  # its folder is another
+    call = ["-f", "ONNX", *files, "--bizCode", "estdgm", *options]
     with tempfile.TemporaryDirectory() as home:
         try:
             done = subprocess.run(

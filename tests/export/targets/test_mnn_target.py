@@ -31,6 +31,13 @@ def test_a_sparse_file_and_the_modules_that_are_left_alone(tmp_path: Path) -> No
     assert exported.relative_difference(mnn._Runner(tmp_path / "net.mnn")(other), net(other)) < 1e-4
 
 
+def test_a_file_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = export_model(exported.mlp(), X, "mnn", "net", values="int8")
+    assert report.files == (Path("net.mnn"),)
+    assert (tmp_path / "net.mnn").exists()
+
+
 def test_symmetric_8_bits(tmp_path: Path) -> None:
     report = export_model(exported.mlp(), X, "mnn", tmp_path / "net", values="int8")
     assert report.size_bytes < 0.3 * report.dense_bytes
