@@ -161,8 +161,8 @@ class PackedStorage:
 
     def sums_gradients(self, block_size: BlockSize) -> bool:
         """Whether scores need the sum of the gradients of several steps."""
-        several = getattr(self._config.schedule, "observe_steps", 2) > 1
-        return several and self._config.resolved_update_rule.needs_mean_gradient(block_size)
+        steps = getattr(self._config.schedule, "observe_steps", None)  # None: it depends on the run's length
+        return steps != 1 and self._config.resolved_update_rule.needs_mean_gradient(block_size)
 
     def note_resized(self) -> None:
         """Note that a parameter has another size."""

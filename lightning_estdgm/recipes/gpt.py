@@ -70,10 +70,15 @@ class GPT(LightningModule):
         self.head = nn.Linear(width, vocabulary, bias=False)
         if tied:
             self.head.weight = self.tokens.weight
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                writes_residual = name.endswith(("proj.weight", "out.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if writes_residual else 0.02)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Give a module its first values, which is done layer by layer where the model lies on the meta device."""
+        is_tied = module is self.head and self.head.weight is self.tokens.weight
+        if isinstance(module, nn.Linear | nn.Embedding) and not is_tied:
+            blocks = cast("list[DecoderBlock]", list(self.blocks))
+            writes_residual = any(module is block.proj or module is block.out for block in blocks)
+            nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * len(blocks)) if writes_residual else 0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the next token at each position."""

@@ -9,12 +9,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_estdgm import DGMCallback, DGMConfig
 from lightning_estdgm.config import Selection, Units
 from lightning_estdgm.engine._late_values import LateValues
 from lightning_estdgm.method._schedules import ConstantDensity
+from lightning_estdgm.recipes.gpt import GPT
 from lightning_estdgm.tools._quiet import QUIET_TRAINER
 
 
@@ -101,6 +102,118 @@ def test_values_are_those_of_a_start_on_a_device(make: Any, block_size: int) -> 
     assert late.head.weight is late.tokens.weight
     torch.manual_seed(4)
     assert not torch.equal(fit(make(), block_size).state["up.weight"], expected.state["up.weight"])
+
+
+def start_of_a_gpt(device: str, tied: bool, seed: int = 3) -> Start:
+    torch.manual_seed(seed)
+    with torch.device(device):
+        module = GPT(width=32, layers=2, heads=2, context=8, tied=tied, vocabulary=64)
+    if device == "meta":
+        torch.manual_seed(seed)
+    config = DGMConfig(ConstantDensity(0.25, update_every=2), units=Units(size=4), storage="packed")
+    start = Start()
+    trainer = Trainer(
+        **QUIET_TRAINER, max_steps=2, logger=False, limit_val_batches=0, callbacks=[DGMCallback(config), start]
+    )
+    tokens = torch.arange(36).view(4, 9)
+    loader = DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_size=2)
+    trainer.fit(module, loader, loader)
+    return start
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_gpt_starts_with_the_values_of_its_own_initialisation(tied: bool) -> None:
+    expected, got = start_of_a_gpt("cpu", tied), start_of_a_gpt("meta", tied)
+    assert got.sizes == expected.sizes
+    for name, value in expected.state.items():
+        assert torch.equal(got.state[name], value), name
+    torch.manual_seed(3)
+    dense = GPT(width=32, layers=2, heads=2, context=8, tied=tied, vocabulary=64)
+    for embedding in ("tokens.weight", "positions.weight", "head.weight"):
+        assert torch.equal(got.state[embedding], dense.state_dict()[embedding])
+    query = got.state["blocks.0.query.weight"]
+    active = query != 0
+    scale = (query[active] / dense.blocks[0].query.weight[active]).unique()  # for the layer's density
+    assert scale.max() - scale.min() < 1e-5
+
+
+class Small(nn.Module):
+    """A model in the way of nanoGPT: values by `_init_weights`, and more beside it, if asked."""
+
+    def __init__(self, *, beside: bool = False) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+        self.last = nn.Linear(8, 3)
+        self.apply(self._init_weights)
+        if beside:
+            nn.init.normal_(self.last.weight, std=0.5)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.25)  # the bias keeps its own values
+        if module is self.inner:
+            nn.init.trunc_normal_(self.inner[2].weight, std=0.125)
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.small = Small()
+        self.after = nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize("make", [Small, Nested])
+def test_a_hook_for_each_module_gives_the_values_of_a_start_on_a_device(make: Any) -> None:
+    torch.manual_seed(3)
+    here, after = make(), torch.rand(3)
+    with torch.device("meta"):
+        late = make()
+    torch.manual_seed(3)
+    values = LateValues(late)
+    values.reach((late.small if make is Nested else late).inner[0])
+    assert (late.small if make is Nested else late).last.weight.is_meta
+    values.finish()
+    assert torch.equal(torch.rand(3), after)
+    for name, value in here.state_dict().items():
+        assert torch.equal(late.state_dict()[name], value), name
+
+
+def test_a_model_of_transformers_starts_with_its_own_values() -> None:
+    transformers = pytest.importorskip("transformers", minversion="5")
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
+    )
+    torch.manual_seed(3)
+    here = transformers.LlamaForCausalLM(config)
+    with torch.device("meta"):
+        late = transformers.LlamaForCausalLM(config)
+    torch.manual_seed(3)
+    LateValues(late).finish()
+    for name, value in (*here.state_dict().items(), *here.named_buffers()):
+        assert torch.equal(late.state_dict().get(name, dict(late.named_buffers()).get(name)), value), name
+
+
+def test_values_that_a_constructor_gives_by_other_code_are_named() -> None:
+    with torch.device("meta"):
+        model = Small(beside=True)
+    with pytest.warns(RuntimeWarning, match=r"1 parameters on the meta device \(last.weight\) were given first values"):
+        LateValues(model)
+
+
+def test_a_hook_that_cannot_be_tried_is_named() -> None:
+    class Asks(Small):
+        def _init_weights(self, module: nn.Module) -> None:
+            if isinstance(module, nn.Linear) and not module.weight.is_meta:
+                nn.init.normal_(module.weight)
+            elif isinstance(module, nn.Linear) and hasattr(self, "last") and module.weight.sum() > 0:
+                pass
+
+    with torch.device("meta"):
+        model = Asks.__new__(Asks)
+        nn.Module.__init__(model)
+        model.last = nn.Linear(8, 3)
+    with pytest.raises(ValueError, match="first values of Linear cannot be drawn layer by layer: on the meta device"):
+        LateValues(model)
 
 
 def test_the_dense_network_never_exists_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
