@@ -36,13 +36,13 @@ _OF_OTHERS = (  # what libraries say of each other, and torch of itself
 )
 
 
-def test_tools(extra: str = "dev") -> list[str]:
+def tools_of(extra: str) -> list[str]:
     """Return what an extra asks for, with the extras of this package that it names, but for what torch brings."""
     asked = [Requirement(text) for text in metadata.requires(_NAME) or ()]
     own = [
         r for r in asked if r.marker and r.marker.evaluate({"extra": extra}) and not r.marker.evaluate({"extra": ""})
     ]
-    named = [tool for r in own if r.name == _NAME for inner in sorted(r.extras) for tool in test_tools(inner)]
+    named = [tool for r in own if r.name == _NAME for inner in sorted(r.extras) for tool in tools_of(inner)]
     return named + [f"{r.name}{r.specifier}" for r in own if r.name not in (_NAME, *_TORCH_BRINGS)]
 
 
@@ -68,7 +68,7 @@ class Environment:
         self._install("--resolution", RESOLUTIONS[resolution], "-r", "pyproject.toml", "--extra", "recipes")
         kept = folder.with_suffix(".txt")  # the tools must not move the versions that are tried
         kept.write_text(self._pip("freeze"))
-        self._install("-c", str(kept), *test_tools())
+        self._install("-c", str(kept), *tools_of("dev"))
         self._install("--no-deps", "-e", ".")
 
     def _pip(self, command: str, *arguments: str) -> str:
