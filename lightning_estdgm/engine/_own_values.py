@@ -50,7 +50,7 @@ class OwnValues:
         for module in waiting:
             before = {key: tensor._version for key, tensor in tensors.items()}
             if has_reset(module):
-                _tried(module, module.reset_parameters)  # type: ignore[operator]
+                _tried(module, module.reset_parameters)  # type: ignore[arg-type]
             for key, tensor in tensors.items():
                 if tensor._version > before[key]:
                     by_reset.setdefault(key, tensor._version - before[key])  # of a tied one, where it was made

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from helpers.models import MLP, NO_VALIDATION_LOADER, ConvNet, ResumableLoader, make_trainer
 from helpers.runs import EPOCH_STEPS, SCHEDULE, STEPS
 from lightning_estdgm import DGMCallback, DGMConfig, DGMController, Units
+from lightning_estdgm.method._schedules import ConstantDensity
 from lightning_estdgm.method._update_rule import UpdateRule
 from lightning_estdgm.modules._packed_forward import PackedForward
 
@@ -288,6 +289,25 @@ def test_weights_are_as_they_were_if_the_fit_does_not_begin(failing):
     assert plain(module)[0] == before[0]
     assert difference([module.state_dict()], [weights]) == 0.0
     fit(DGMCallback(config()), module=Double())
+
+
+def test_a_start_on_the_meta_device_that_fails_ends_with_its_own_error():
+    class WithoutValues(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(4))
+
+    with torch.device("meta"):
+        module = MLP(32)
+        module.factor = WithoutValues()
+    with pytest.raises(ValueError, match=r"'factor' \(WithoutValues\) lies on the meta device and has no reset_param"):
+        fit(DGMCallback(config()), module=module)
+    assert "cpu" not in vars(module)
+
+
+def test_the_number_of_observed_steps_can_be_left_to_the_schedule():
+    module, _ = fit(DGMCallback(DGMConfig(ConstantDensity(0.25), units=Units(size=4), storage="packed")))
+    assert isinstance(module.net[0], PackedForward)
 
 
 def test_muon_of_torch_is_refused_with_the_way_out():

@@ -12,6 +12,7 @@ from lightning_estdgm.config import DGMConfig, Selection, Units
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._storage import PackedStorage
 from lightning_estdgm.method._patterns import NofM
+from lightning_estdgm.method._schedules import ConstantDensity
 from lightning_estdgm.method._update_rule import UpdateRule
 from lightning_estdgm.modules._packed_forward import PackedForward
 from lightning_estdgm.presets import preset
@@ -474,3 +475,43 @@ def test_tied_weights_are_stored_whole(mlp):
         found = {d.name: d.why for d in dgm.decisions()}
     assert found["0"] == found["2"] == "its weight is shared with another module"
     assert loss_of(model, torch.ones(2, 32)).isfinite()
+
+
+# --------------------------------------------------------------------------- loss scaling, compiled models
+
+
+def losses_of(storage, *, scaled=False, compiled=False):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    settings = DGMConfig(ConstantDensity(0.25, update_every=4, observe_steps=1), Units(size=4), storage=storage)
+    forward = torch.compile(model, backend="aot_eager") if compiled else model
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2.0**30, growth_interval=3)
+    losses, skipped = [], 0
+    with DGMController(model, optimizer, settings, total_steps=12, audit=False) as dgm:
+        for step in range(16):
+            x = torch.randn(8, 32, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16, enabled=scaled):
+                loss = forward(x).float().square().mean()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            dgm.mask_gradients()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+            skipped += not dgm.stepped
+            if dgm.stepped:
+                dgm.advance(dgm.position + 1)
+        assert dgm.updates >= 1
+    return losses, skipped
+
+
+@pytest.mark.parametrize("mode", [{"scaled": True}, {"compiled": True}], ids=str)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at them
+def test_loss_scaling_and_compiled_models_train_as_with_dense_storage(mode):
+    torch.compiler.reset()
+    (expected, skipped), (got, also) = losses_of("dense", **mode), losses_of("packed", **mode)
+    assert skipped == also
+    assert (skipped > 0) == mode.get("scaled", False)
+    assert got == pytest.approx(expected, rel=2e-2 if mode.get("scaled") else 1e-4)

@@ -74,11 +74,25 @@ class PackedWeights:
         if self._began:
             return
         self.storage.abandon()
+        if exception is not None and any(parameter.is_meta for parameter in self._module.parameters()):
+            self._stay_on_meta()
         if exception is not None and hasattr(exception, "add_note"):
             exception.add_note(
                 "DGMCallback: with storage='packed' masked weights are parameters of shape [units, rows, columns]; "
                 "what needs matrices needs storage='dense'. The weights are as they were before the fit"
             )
+
+    def _stay_on_meta(self) -> None:
+        """Have the strategy's teardown leave the module where it is: what has no storage cannot be moved.
+
+        Its error would hide the one that has ended the fit.
+        """
+
+        def cpu() -> Any:
+            del vars(self._module)["cpu"]
+            return self._module
+
+        vars(self._module)["cpu"] = cpu
 
     def _extend(self, name: str, then: Callable[[], None]) -> None:
         """Have the module's hook call a function at its end, once."""

@@ -202,7 +202,8 @@ class _Clock(Callback):
             changed = hook(optimizer, *with_closure(args, kwargs, given))
             if changed is None:
                 return None
-            outer = closure_of(*changed)
+            arguments, named = changed
+            outer = closure_of(arguments, named)
 
             def around() -> Any:
                 nonlocal inside
@@ -212,7 +213,7 @@ class _Clock(Callback):
                 finally:
                     self._mask_s += time.perf_counter() - start - inside
 
-            return with_closure(*changed, around)
+            return with_closure(arguments, named, around)
 
         return timed
 
