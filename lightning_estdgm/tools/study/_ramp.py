@@ -46,10 +46,10 @@ class RampGrown(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Find what has grown since the last step, and note the values of what is on its ramp."""
         controller = controller_of(trainer)
-        if not self._masks:
-            self._masks, self._updates = controller.masks(), controller.updates
+        if not controller.updates:  # the first masks are drawn after the first step, which is no growth
+            self._masks = _copied(controller)
         elif controller.updates != self._updates:
-            old, self._masks, self._updates = self._masks, controller.masks(), controller.updates
+            old, self._masks, self._updates = self._masks, _copied(controller), controller.updates
             for name, mask in self._masks.items():
                 age = self._age.setdefault(name, torch.full(mask.shape, self.steps, dtype=torch.int32))
                 age[mask & ~old[name]] = 0
@@ -66,6 +66,10 @@ class RampGrown(Callback):
             age, weight = self._age[name].view(-1), _weight(pl_module, name)
             age[young] += 1
             weight[young] = before + (age[young] / self.steps) * (weight[young] - before)
+
+
+def _copied(controller: DGMController) -> dict[str, Tensor]:
+    return {name: mask.clone() for name, mask in controller.masks().items()}  # updates change masks in place
 
 
 def _weight(module: LightningModule, name: str) -> Tensor:

@@ -102,7 +102,7 @@ def step_flops(model: LightningModule, batch: Any) -> float:
     """Return the training FLOPs of a dense step in linear and convolution layers, as `FlopCounter` counts them.
 
     Args:
-        model: model that no Trainer has; its batch-norm statistics change.
+        model: model that no Trainer has; it is evaluating afterwards.
         batch: batch of its training data.
 
     """
@@ -111,6 +111,7 @@ def step_flops(model: LightningModule, batch: Any) -> float:
     for layer, probe in zip(layers, probes, strict=True):
         layer.module.register_forward_hook(probe)
     model.log = lambda *_, **__: None  # type: ignore[method-assign] # there is no Trainer to log to
+    model.eval()
     with torch.no_grad():
         model.training_step(batch, 0)
     return sum(6.0 * layer.position_weights * probe.positions for layer, probe in zip(layers, probes, strict=True))
