@@ -48,7 +48,7 @@ class BarOfSteps:
     """
 
     def __init__(self, progress: Progress, total: int) -> None:
-        self._progress = progress
+        self._progress, self._total = progress, total
         self._task = progress.add_task("", total=total, state="")
 
     def begin(self, title: str) -> None:
@@ -57,8 +57,8 @@ class BarOfSteps:
 
     def expect(self, steps: int) -> None:
         """Make the bar's whole longer."""
-        total = self._progress.tasks[self._progress.task_ids.index(self._task)].total or 0
-        self._progress.update(self._task, total=total + steps)
+        self._total += steps
+        self._progress.update(self._task, total=self._total)
 
     def advance(self, state: str) -> None:
         """Move the bar."""

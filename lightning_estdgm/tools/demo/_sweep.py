@@ -45,7 +45,7 @@ def run_sweep(
     Raises:
         ValueError: A mode has fewer than three different rates, which cannot show that the best is not at an end.
     """
-    for mode in {DENSE: 0, DGM: 0} | dict(rates):
+    for mode in dict.fromkeys((DENSE, DGM, *rates)):
         given = list(rates.get(mode, ()))
         if len(set(given)) < 3:
             raise ValueError(f"learning rates of {mode}: got {given}, expected at least three different ones")
@@ -54,12 +54,12 @@ def run_sweep(
     with waiting(console, "Reading the text"):
         content = header(config, command)
     logs, runs = config.out / "tensorboard" / f"sweep-{stamp}", []
-    same_steps = len({*rates[DENSE]}) + len({*rates[DGM]})
-    with session(config, config.seeds * same_steps, console) as bar:
+    different = {mode: list(dict.fromkeys(given)) for mode, given in rates.items()}
+    with session(config, config.seeds * (len(different[DENSE]) + len(different[DGM])), console) as bar:
 
         def train_each(its: DemoConfig, mode: str, seed: int) -> list[RunRecord]:
             done = []
-            for lr in dict.fromkeys(rates[mode]):
+            for lr in different[mode]:
                 done.append(train(its, mode, seed, lr, bar, logs))
                 bar.say(f"{mode} seed {seed} lr {lr:g}: validation loss {done[-1].validation[-1].loss:.4f}")
             return done
@@ -68,9 +68,9 @@ def run_sweep(
             runs += train_each(config, DENSE, seed)
             sparse = train_each(config, DGM, seed)
             runs += sparse
-            if SMALL in rates:
+            if SMALL in different:
                 its = rival_of(config, min(sparse, key=lambda run: run.validation[-1].loss))
-                bar.expect(its.steps * len({*rates[SMALL]}))
+                bar.expect(its.steps * len(different[SMALL]))
                 runs += train_each(its, SMALL, seed)
     losses = [
         {

@@ -24,7 +24,7 @@ def networks_table(summary: Mapping[str, Any], runs: Sequence[RunRecord]) -> Tab
         "± is the sample standard deviation over the seeds." if seeds > 1 else "",
     ]
     title = f"Three networks, {seeds} seed{'s' if seeds > 1 else ''}"
-    table = _table(title, [TITLES[mode] for mode in TITLES], " ".join(notes).strip())
+    table = _table(title, list(TITLES.values()), " ".join(notes).strip())
 
     def row(name: str, key: str, digits: int, scale: float = 1.0) -> None:
         table.add_row(name, *(spread_text(summary["modes"][mode][key], digits, scale=scale) for mode in TITLES))
