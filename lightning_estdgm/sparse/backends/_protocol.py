@@ -83,6 +83,18 @@ class ConvBackend(Backend, Protocol):
 
 
 @runtime_checkable
+class PointwiseBackend(Backend, Protocol):
+    """A backend that is given the weight of a pointwise convolution itself, such as one that keeps what it made of it.
+
+    Others are given a matrix, a new view of the weight at each call.
+    """
+
+    def pointwise(self, pixels: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
+        """``Y = X (W * M)^T + bias`` with ``W (out, in, 1, 1)``: ``[T, in] -> [T, out]``."""
+        ...
+
+
+@runtime_checkable
 class PackedBackend(Backend, Protocol):
     """A backend that has the three products of a linear layer of packed values as well.
 

@@ -42,9 +42,10 @@ class NativeBackend:
     """Register-blocked loops over the active blocks, in parallel over tokens or blocks.
 
     Takes whole weights and packed values alike. Only active blocks of the weight are read: forward and input gradient
-    copy them once a call into the order in which they are used. The forward of a whole weight keeps that copy from the
-    second call on, until the weight or the mask changes. Sums are in float32. Results do not depend on the number of
-    threads. Blocks of 16 and more have outputs as the vector, finer units tokens.
+    copy them once a call into the order in which they are used. The forward of a whole weight, of a linear layer or a
+    convolution, keeps that copy from the second call on, until the weight or the mask changes. Sums are in float32.
+    Results do not depend on the number of threads. Blocks of 16 and more have outputs as the vector, finer units
+    tokens.
     """
 
     name = "native"
@@ -88,7 +89,11 @@ class NativeBackend:
     def linear(self, x2d: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
         """``Y[:, r] = sum over active c of X[:, c] W[r, c]^T + bias[r]``: ``[T, in] -> [T, out]``."""
         kept = self._kept.of(weight, topology)
-        return self._linear(x2d, weight, weight.stride(), bias, topology, _WHOLE, kept)
+        return self._linear(x2d, weight, weight.stride()[:2], bias, topology, _WHOLE, kept)
+
+    def pointwise(self, pixels: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
+        """As `linear`, with a weight ``(out, in, 1, 1)``, which is known at the next call."""
+        return self.linear(pixels, weight, bias, topology)
 
     def grad_input(self, dy2d: Tensor, weight: Tensor, topology: BlockTopology) -> Tensor:
         """``dX[:, c] = sum over active r of dY[:, r] W[r, c]``: ``[T, out] -> [T, in]``."""
@@ -185,7 +190,7 @@ class NativeBackend:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology, geometry: ConvGeometry
     ) -> Tensor:
         """``Y = conv2d(X, W * M) + bias``: ``[N, in, H, W] -> [N, out, H', W']``."""
-        return conv.conv(self._plans, x, weight, bias, topology, geometry)
+        return conv.conv(self._plans, self._kept, x, weight, bias, topology, geometry)
 
     def conv_grad_input(
         self, dy: Tensor, weight: Tensor, size: tuple[int, int], topology: BlockTopology, geometry: ConvGeometry
