@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lightning_estdgm.export._aoti_package import cpu_metadata, load_aoti
+from lightning_estdgm.export._joined_layers import with_joined_layers
 from lightning_estdgm.export._program import exported_program
 from lightning_estdgm.export.targets._protocol import ExportError, ExportInput
 from lightning_estdgm.export.targets.packed import DTYPES, packed_model
@@ -32,7 +33,9 @@ class AOTI:
     def write(self, given: ExportInput, path: Path) -> list[str]:
         """Compile the model with its layers packed; the operator's library goes beside it."""
         model, notes = packed_model(given)
-        program, varying = exported_program(dataclasses.replace(given, model=model))
+        given = dataclasses.replace(given, model=model)
+        program, varying = exported_program(given)
+        program = with_joined_layers(program, given)
         isa = str(torch._inductor.cpu_vec_isa.pick_vec_isa()).upper()
         logger = logging.getLogger("torch._inductor")
         level = logger.level
