@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_estdgm.export._copies import clean_zeros_, copied
 from lightning_estdgm.export._packed_layers import PackedConv2d, PackedLinear
+from lightning_estdgm.export._sparse_layers import has_hooks, other_sparse_weights
 from lightning_estdgm.modules._kinds import LAYER_KINDS, LayerKind, conv_geometry
 from lightning_estdgm.modules._sparse_forward import SparseForward
 from lightning_estdgm.plugins._whole_file import write_whole
@@ -57,7 +58,8 @@ def packed(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
         torch.Size([2, 64])
     """
     replaced: dict[int, nn.Module] = {}
-    refused: list[str] = []
+    refused = [f"{name} (of {kind}, density {share:.2f})" for name, kind, share in other_sparse_weights(model)]
+    weights: dict[Any, PackedWeight] = {}  # of layers that share one, packed once
     for found in _layers(model):
         if found.matrix.is_meta:
             raise ValueError(f"{found.name or 'the weight'} is on the meta device: load the model's weights first")
@@ -67,7 +69,10 @@ def packed(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
         if found.why_not:
             refused.append(f"{found.name} ({found.why_not}, density {share:.2f})")
             continue
-        weight = pack_weight(found.matrix, dtype=dtype, taps=found.taps)
+        shared = found.matrix.data_ptr(), found.matrix.shape, found.matrix.stride(), found.taps
+        if shared not in weights:
+            weights[shared] = pack_weight(found.matrix, dtype=dtype, taps=found.taps)
+        weight = weights[shared]
         if weight.nbytes < _PAYS * found.matrix.nbytes:
             replaced[id(found.module)] = _packed_layer(found, weight)
     if refused:
@@ -76,7 +81,9 @@ def packed(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
         )
     if not replaced:
         warnings.warn(
-            "no layer was packed: none has zeros enough; expected a model that was trained with masks", stacklevel=2
+            f"no layer was packed: none {'of the others ' if refused else ''}has zeros enough; expected a model that was "
+            "trained with masks",
+            stacklevel=2,
         )
     return _for_inference(copied(model, replaced))
 
@@ -162,6 +169,8 @@ def _found(name: str, module: Any, kind: LayerKind) -> _Found:
     why = "" if isinstance(module, SparseForward) else kind.why_dense(module)
     if not why and weight.dim() == 3:
         why = "1-D convolution"
+    if not why and has_hooks(module):
+        why = "it has forward hooks"
     return _Found(name, module, matrix, taps, why)
 
 

@@ -41,6 +41,14 @@ class _PackedLayer(nn.Module):
         super().__setstate__(state)
         operator_library()
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                "a packed layer has no weight to read: the model's forward has to call the layer itself, or to keep "
+                "this weight in a parameter of its own"
+            )
+        return super().__getattr__(name)
+
     def multiply(self, x: Tensor) -> Tensor:
         """Return ``x W^T + bias``, ``[..., in] -> [..., out]``, in x's dtype; it is computed in float32."""
         is_float = x.dtype is torch.float32

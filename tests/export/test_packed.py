@@ -9,7 +9,15 @@ from lightning import Trainer
 from torch import nn
 
 from lightning_estdgm import DGMCallback, DGMConfig, Units
-from lightning_estdgm.export import PackedConv2d, PackedLinear, load_packed, packed, save_packed
+from lightning_estdgm.export import (
+    ExportError,
+    PackedConv2d,
+    PackedLinear,
+    export_model,
+    load_packed,
+    packed,
+    save_packed,
+)
 from lightning_estdgm.recipes import ByteGPT
 
 
@@ -163,3 +171,66 @@ def test_int8_changes_a_layer_by_less_than_a_hundredth():
     x = torch.randn(64, 256)
     expected = F.linear(x, layer.weight, layer.bias)
     assert (packed(layer, dtype=torch.int8)(x) - expected).norm() < 0.01 * expected.norm()
+
+
+class _Named(nn.Module):
+    def __init__(self, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+
+class _Doubled(_Named):
+    def forward(self, x):
+        return F.linear(self.b(x), self.a.weight * 2)
+
+
+class _Chain(_Named):
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+def test_a_layer_with_the_users_hooks_stays_and_is_named():
+    model = _Chain(a=_sparse_(nn.Linear(64, 64), (16, 16)), b=_sparse_(nn.Linear(64, 64), (16, 16)))
+    model.a.register_forward_hook(lambda module, inputs, output: output * 2)
+    with pytest.warns(UserWarning, match=r"stay dense: a \(it has forward hooks"):
+        small = packed(model)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
+    assert isinstance(small.b, PackedLinear)
+
+
+def test_layers_of_one_weight_hold_it_once(tmp_path):
+    model = _Chain(a=_sparse_(nn.Linear(256, 256), (1, 1)), b=nn.Linear(256, 256))
+    alone = packed(nn.Sequential(model.a))
+    model.b.weight = model.a.weight
+    small = packed(model)
+    assert small.a.values.data_ptr() == small.b.values.data_ptr()
+    save_packed(small, tmp_path / "two")
+    save_packed(alone, tmp_path / "one")
+    assert (tmp_path / "two").stat().st_size < 1.2 * (tmp_path / "one").stat().st_size
+    loaded = load_packed(tmp_path / "two", _Chain(a=nn.Linear(256, 256), b=nn.Linear(256, 256)))
+    assert loaded.a.values.data_ptr() == loaded.b.values.data_ptr()
+    x = torch.randn(3, 256)
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_that_the_model_reads_itself_is_refused_in_words(tmp_path):
+    model = _Doubled(a=_sparse_(nn.Linear(64, 64), (16, 16)), b=_sparse_(nn.Linear(64, 64), (16, 16)))
+    with pytest.raises(AttributeError, match="has to call the layer itself"):
+        packed(model)(torch.randn(3, 64))
+    with pytest.raises(ExportError, match="what packed has written fails on the example: AttributeError: a"):
+        export_model(model, torch.randn(3, 64), "packed", tmp_path / "net")
+    assert not any(tmp_path.iterdir())
+
+
+def test_sparse_weights_of_other_layers_are_named():
+    lstm = nn.LSTM(64, 64)
+    with torch.no_grad():
+        lstm.weight_hh_l0.mul_(torch.rand(256, 64) < 0.1)
+    model = nn.Sequential(_sparse_(nn.Linear(64, 64), (16, 16)), lstm)
+    with pytest.warns(UserWarning, match=r"stay dense: 1.weight_hh_l0 \(of LSTM, density 0\.(0|1)"):
+        packed(model)
+    with pytest.warns(UserWarning) as said:
+        packed(lstm)
+    assert str(said[-1].message).startswith("no layer was packed: none of the others has zeros enough")

@@ -46,8 +46,10 @@ class TorchCSR:
                 )
         notes = [*kept, _speed_note(layers)]
         parts: dict[int, dict[str, Any]] = {}
+        held: dict[int, dict[str, Any]] = {}  # rows and values of layers that share a weight: written once
         for layer in layers:
-            parts.setdefault(id(layer.module), _compressed(layer))
+            part = held.setdefault(layer.weight.data_ptr(), _compressed(layer))
+            parts.setdefault(id(layer.module), {**part, "bias": layer.bias})
         order = list(parts)
         names = {layer.name: order.index(id(layer.module)) for layer in layers}
         rest = copy.copy(given.model.state_dict())
@@ -59,8 +61,8 @@ class TorchCSR:
         shutil.copyfile(_csr_layers.__file__, loader)
         active = sum(len(part["values"]) for part in parts.values())
         density = active / sum((len(part["rows"]) - 1) * part["inputs"] for part in parts.values())
-        held = f"{len(parts)} layers in compressed rows, density {density:.3f}"
-        return [f"{held}; {loader.name} loads them, with PyTorch only", *notes]
+        kind = f"{len(parts)} layers in compressed rows, density {density:.3f}"
+        return [f"{kind}; {loader.name} loads them, with PyTorch only", *notes]
 
     def load(self, path: Path, given: ExportInput) -> Callable[..., Any]:
         """Return the model with the layers that were written."""
