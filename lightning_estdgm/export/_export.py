@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,10 @@ def export_model(
     with torch.no_grad(), whole_folder(path.parent) as (folder, publish):
         expected = _forward(dense, given)
         notes = target.write(given, folder / path.name)
-        run = target.load(folder / path.name, given)
-        difference, largest = _difference(_run(run, given, to), expected)
+        with _told_as_export_error(to, dense):
+            run = target.load(folder / path.name, given)
+            found = run(*args, **kwargs)
+        difference, largest = _difference(found, expected)
         _check(target, values, difference, largest)
         call_s, dense_s = _take_turns(lambda: run(*args, **kwargs), lambda: dense(*args, **kwargs))
         quality = None if evaluate is None else (float(evaluate(dense)), float(evaluate(run)))
@@ -183,13 +186,16 @@ def _forward(model: nn.Module, given: ExportInput) -> Any:
         raise ValueError(f"example: the model fails on it: {type(e).__name__}: {e}") from e
 
 
-def _run(run: Callable[..., Any], given: ExportInput, target: str) -> Any:
+@contextlib.contextmanager
+def _told_as_export_error(target: str, model: nn.Module) -> Iterator[None]:
     try:
-        return run(*given.args, **given.kwargs)
+        yield
     except ExportError:
         raise
     except Exception as e:
-        raise ExportError(f"what {target} has written fails on the example: {type(e).__name__}: {e}") from e
+        halves = sorted({str(t.dtype) for t in _unique(model) if t.dtype in (torch.float16, torch.bfloat16)})
+        hint = f". The model is in {', '.join(halves)}: model.float() may run" if halves else ""
+        raise ExportError(f"what {target} has written fails on the example: {type(e).__name__}: {e}{hint}") from e
 
 
 def _unique(model: nn.Module) -> list[Tensor]:

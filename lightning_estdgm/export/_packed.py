@@ -81,8 +81,8 @@ def packed(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
         )
     if not replaced:
         warnings.warn(
-            f"no layer was packed: none {'of the others ' if refused else ''}has zeros enough; expected a model that was "
-            "trained with masks",
+            f"no layer was packed: none {'of the others ' if refused else ''}has zeros enough; expected a model that "
+            "was trained with masks",
             stacklevel=2,
         )
     return _for_inference(copied(model, replaced))

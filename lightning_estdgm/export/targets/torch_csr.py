@@ -6,7 +6,7 @@ import copy
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,18 @@ from torch import Tensor, nn
 from lightning_estdgm.export import _csr_layers
 from lightning_estdgm.export._csr_layers import CSRLinear, load
 from lightning_estdgm.export._sparse_layers import SparseLayer, sparse_linear_layers
-from lightning_estdgm.export.targets._protocol import ExportError, ExportInput
+from lightning_estdgm.export.targets._protocol import ExportError, ExportInput, ExportTarget
 
 _DTYPES = (torch.float32, torch.float64)  # that PyTorch's CSR product takes
 _TOKENS = (1, 4, 16, 64, 256, 1024, 2048)
 _MOST_TIMED = 6  # shapes of layers
 
 
-class TorchCSR:
+class TorchCSR(ExportTarget):
     """Any pattern of zeros, in PyTorch's CSR with int32 indices; nothing of this package is needed to run it."""
 
     name = "torch-csr"
     suffix = ".pt"
-    values: Sequence[str] = ("fp32",)
-    requires: Sequence[str] = ()
-    extra = ""
-    runs_here = True
 
     def write(self, given: ExportInput, path: Path) -> list[str]:
         """Write the layers and the other weights, and the module that loads them beside."""
@@ -68,10 +64,6 @@ class TorchCSR:
         """Return the model with the layers that were written."""
         model: Callable[..., Any] = load(given.model, str(path))
         return model
-
-    def tolerance(self, values: str) -> float | None:
-        """Allow for another order of sums."""
-        return 1e-3
 
 
 def _compressed(layer: SparseLayer) -> dict[str, Any]:
