@@ -19,17 +19,20 @@ from lightning_estdgm.plugins._whole_file import write_whole
 from lightning_estdgm.sparse._packed_weight import PackedWeight, pack_weight
 
 _FORMAT = "lightning_estdgm packed model"
-_VERSION = 1
+_VERSION = 2  # of 1, the columns of convolutions were inputs, the taps of each side by side
 _PAYS = 0.9  # of the dense bytes: what a layer may take to be packed
 
 
 class _Found(NamedTuple):
-    """A layer whose weight could be packed: as a matrix, or the reason why not."""
+    """A layer whose weight could be packed: as a matrix, where it is in memory, or the reason why not.
+
+    Columns of a convolution's matrix are its taps, the inputs of each side by side.
+    """
 
     name: str
     module: Any
     matrix: Tensor
-    taps: int
+    stored: tuple[Any, ...]
     why_not: str
 
 
@@ -69,10 +72,9 @@ def packed(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
         if found.why_not:
             refused.append(f"{found.name} ({found.why_not}, density {share:.2f})")
             continue
-        shared = found.matrix.data_ptr(), found.matrix.shape, found.matrix.stride(), found.taps
-        if shared not in weights:
-            weights[shared] = pack_weight(found.matrix, dtype=dtype, taps=found.taps)
-        weight = weights[shared]
+        if found.stored not in weights:
+            weights[found.stored] = pack_weight(found.matrix, dtype=dtype)
+        weight = weights[found.stored]
         if weight.nbytes < _PAYS * found.matrix.nbytes:
             replaced[id(found.module)] = _packed_layer(found, weight)
     if refused:
@@ -129,7 +131,9 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
     if not (isinstance(content, Mapping) and content.get("format") == _FORMAT):
         raise ValueError(f"{path} holds no packed model: expected a file that export.save_packed has written")
     if content["version"] != _VERSION:
-        raise ValueError(f"expected a packed model of version {_VERSION}, got {content['version']} in {path}")
+        raise ValueError(
+            f"expected a packed model of version {_VERSION}, got {content['version']} in {path}; export the model anew"
+        )
     state, made = content["state_dict"], {}
     layers = {found.name: found for found in _layers(model)}
     for name, layer in content["layers"].items():
@@ -164,14 +168,14 @@ def _layers(model: nn.Module) -> list[_Found]:
 
 def _found(name: str, module: Any, kind: LayerKind) -> _Found:
     weight = getattr(module, kind.weight_name).detach()
-    matrix = weight.t() if kind.transposed else weight.flatten(1)
-    taps = weight[0, 0].numel() if weight.dim() > 2 else 1
+    matrix = weight.t() if kind.transposed else weight.movedim(1, -1).flatten(1)
+    stored = weight.data_ptr(), weight.shape, weight.stride(), kind.transposed
     why = "" if isinstance(module, SparseForward) else kind.why_dense(module)
     if not why and weight.dim() == 3:
         why = "1-D convolution"
     if not why and has_hooks(module):
         why = "it has forward hooks"
-    return _Found(name, module, matrix, taps, why)
+    return _Found(name, module, matrix, stored, why)
 
 
 def _packed_layer(found: _Found, weight: PackedWeight, bias: Tensor | None = None) -> nn.Module:

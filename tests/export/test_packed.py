@@ -84,10 +84,26 @@ def test_convolution_is_that_of_torch(unit, geometry):
     layer = _sparse_(nn.Conv2d(32, 48, **geometry), unit)
     small = packed(layer)
     assert isinstance(small, PackedConv2d)
-    assert small.sides[0] == unit[0]
+    assert small.sides == list(unit)
     for images in (torch.randn(2, 32, 9, 8), torch.randn(32, 9, 8), torch.randn(2, 32, 9, 8)[:, :, ::2]):
         expected = copy.deepcopy(layer).double()(images.double())
         torch.testing.assert_close(small(images).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_convolutions_in_a_program_take_images_of_any_size(tmp_path):
+    torch.manual_seed(0)
+    layers = (
+        _sparse_(nn.Conv2d(16, 32, 3, padding=1, dilation=2, stride=2), (16, 16)),
+        _sparse_(nn.Conv2d(32, 32, 1, stride=2), (1, 1)),
+        _sparse_(nn.Conv2d(32, 16, (3, 1), padding="same"), (4, 4)),
+    )
+    model = nn.Sequential(*layers).eval()
+    sizes = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    program = torch.export.export(packed(model), (torch.randn(2, 16, 19, 23),), dynamic_shapes=(sizes,))
+    for shape in ((3, 16, 19, 23), (2, 16, 30, 31)):
+        images = torch.randn(shape)
+        torch.testing.assert_close(program.module()(images), model(images), rtol=1e-4, atol=1e-5)
+    assert packed(model)(images[:0]).shape == model(images[:0]).shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
@@ -116,6 +132,12 @@ def test_files_of_something_else_are_named(tmp_path):
     save_packed(packed(nn.Sequential(_sparse_(nn.Linear(64, 64), (16, 16)))), tmp_path / "model.packed")
     with pytest.raises(ValueError, match=r"a layer '0' of shape \[64, 64\] in the model, got one of shape \[64, 32\]"):
         load_packed(tmp_path / "model.packed", nn.Sequential(nn.Linear(32, 64)))
+    content = torch.load(tmp_path / "model.packed")
+    torch.save({**content, "version": 1}, tmp_path / "older.packed")
+    with pytest.raises(
+        ValueError, match=r"a packed model of version 2, got 1 in .*; export the model anew"
+    ):
+        load_packed(tmp_path / "older.packed", nn.Sequential(nn.Linear(64, 64)))
     torch.save({"x": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="holds no packed model"):
         load_packed(tmp_path / "other.pt", nn.Linear(2, 2))

@@ -95,7 +95,7 @@ def test_graph_networks(kind: str, tmp_path: Path) -> None:
     assert "stays dense" not in str(report)
     assert report.difference < 0.02 * report.largest  # 16 bits
     loaded = load(GraphNet(64, 32, kind, hidden=64), str(tmp_path / "net.pt"), device="cpu")
-    layers = [name for name in torch.load(tmp_path / "net.pt")["names"]]
+    layers = list(torch.load(tmp_path / "net.pt")["names"])
     assert len(layers) >= 2
     for name in layers:
         weight = net.get_submodule(name).weight.detach()  # type: ignore[union-attr]
