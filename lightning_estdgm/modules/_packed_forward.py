@@ -36,6 +36,8 @@ class Packing:
         transposed: whether the state dict has it as ``(in, out)``.
         block_size: mask unit.
         topology: active units of the matrix ``(out, in * taps)``.
+        order: place among the stored units of each active one, in the mask's reading order, int32; ``None``: they are
+            stored in that order.
 
     """
 
@@ -44,6 +46,7 @@ class Packing:
     transposed: bool
     block_size: BlockSize
     topology: BlockTopology
+    order: Tensor | None = None
 
     @classmethod
     def of(cls, name: str, shape: tuple[int, ...], transposed: bool, mask: Tensor, block_size: BlockSize) -> Packing:
@@ -52,11 +55,11 @@ class Packing:
 
     def pack(self, stored: Tensor) -> Tensor:
         """Return the active units of a tensor as the state dict has it, ``[units, rows, columns]``."""
-        return gather(self.oriented(stored).flatten(1), self.topology)
+        return gather(self.oriented(stored).flatten(1), self.topology, self.order)
 
     def unpack(self, values: Tensor) -> Tensor:
         """Return the whole tensor of packed values, as the state dict has it; differentiable."""
-        whole = expand(values, self.topology).view(self.shape)
+        whole = expand(values, self.topology, self.order).view(self.shape)
         return whole.t().contiguous() if self.transposed else whole
 
     def oriented(self, stored: Tensor) -> Tensor:
@@ -172,7 +175,8 @@ class PackedForward:
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         packing = self._estdgm_packing
-        self._estdgm_packing = replace(packing, topology=packing.topology.apply(fn))
+        order = None if packing.order is None else fn(packing.order)
+        self._estdgm_packing = replace(packing, topology=packing.topology.apply(fn), order=order)
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -251,7 +255,7 @@ class _PackedLinear(PackedForward):
         packing, bias = self._estdgm_packing, self._parameters.get("bias")
         if self._estdgm_loaded is not None:
             return F.linear(x, packing.oriented(self._whole_weight()), bias)
-        y = packed_linear(x, self.packed_weight, packing.topology, bias)
+        y = packed_linear(x, self.packed_weight, packing.topology, bias, order=packing.order)
         seen = x.detach()
         self._watch(y, lambda dy: self._see_product(dy, seen))
         return y
@@ -312,10 +316,10 @@ def pack_(module: Any, packing: Packing) -> None:
     resize_(module._parameters[_WEIGHT], values)
 
 
-def repack_(module: PackedForward, mask: Tensor) -> None:
-    """Give a packed layer another mask; units that stay keep their values, others are 0."""
+def repack_(module: PackedForward, mask: Tensor, order: Tensor | None = None) -> None:
+    """Give a packed layer another mask and order of its units; those that stay keep their values, others are 0."""
     packing = module._estdgm_packing
-    new = replace(packing, topology=topology_of(mask, packing.block_size, packing.shape))
+    new = replace(packing, topology=topology_of(mask, packing.block_size, packing.shape), order=order)
     values = new.pack(packing.unpack(module.packed_weight.detach()))
     module._estdgm_packing = new
     resize_(module.packed_weight, values)
