@@ -240,21 +240,21 @@ class PackedWeight(WholeWeight):
         return seen / dist.get_world_size(group)
 
     def observation(self, gradient: Tensor | None, mask: Tensor) -> Tensor | None:
-        """Return the norms of the gradient's units."""
-        if gradient is None or gradient.shape != self._shape or self._block_size == 1:
-            return None if gradient is None else gradient.abs()
+        """Return the norms of the gradient's units, which may have been taken before."""
+        if gradient is None or gradient.shape != self._shape:
+            return gradient
         return pool_norm(gradient, self._block_size)
 
     def window(self, weight: Tensor, mask: Tensor) -> Window:
         """Return an empty window."""
-        return PackedWindow(self._shape if self._signed else mask.shape, weight, mask)
+        return PackedWindow(self._shape, weight, mask) if self._signed else NormWindow(weight, mask)
 
 
 class PackedWindow(Window):
     """Sums over the observed gradients of a weight that is stored packed.
 
     Args:
-        shape: shape of the whole weight, where signed gradients are summed; of the mask, where norms are enough.
+        shape: shape of the whole weight.
         weight: values of the parameter's dtype and device.
         mask: whole mask.
 
@@ -263,12 +263,18 @@ class PackedWindow(Window):
     def __init__(self, shape: tuple[int, ...], weight: Tensor, mask: Tensor) -> None:
         super().__init__(weight.new_empty(()).expand(shape), mask)
 
+
+class NormWindow(Window):
+    """Sums over the norms of observed gradients, where these are enough: they are the gradients' sums as well."""
+
+    def __init__(self, weight: Tensor, mask: Tensor) -> None:
+        super().__init__(weight.new_empty(0), mask)
+        self.gradient = self.norm
+
     def add(self, gradient: Tensor | None, norm: Tensor, scale: float) -> None:
-        """Add `scale` times a gradient, and the norms of its units."""
-        super().add(gradient if gradient is not None and gradient.shape == self.gradient.shape else norm, norm, scale)
+        """Add `scale` times the norms of a gradient's units."""
+        super().add(None, norm, scale)
 
     def load_state_dict(self, state: Mapping[str, Any], weight: MaskedWeight) -> None:
         """Load the state that `state_dict` returned, or that of a weight stored whole."""
-        if state["gradient"] is not None and state["gradient"].shape != self.gradient.shape:
-            state = {**state, "gradient": state["norm"]}
-        super().load_state_dict(state, weight)
+        super().load_state_dict({**state, "gradient": state["norm"]}, weight)

@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from lightning_estdgm.method._masks import BlockSize, sides
 from lightning_estdgm.modules._kinds import CONVOLUTIONS, LayerKind, own_class
+from lightning_estdgm.modules._later_whole import LaterWhole, is_made_later
 from lightning_estdgm.modules._sparse_forward import STATE_PREFIX
 from lightning_estdgm.sparse._packed_linear import expand, gather, packed_linear
 from lightning_estdgm.sparse._topology import BlockTopology
@@ -61,6 +63,19 @@ class Packing:
         """Return the whole tensor of packed values, as the state dict has it; differentiable."""
         whole = expand(values, self.topology, self.order).view(self.shape)
         return whole.t().contiguous() if self.transposed else whole
+
+    def saved(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """Return the whole tensor for a state dict: a copy, `fill` where nothing is stored; maybe a `LaterWhole`."""
+
+        def whole(packing: Packing, values: Tensor) -> Tensor:
+            return packing.unpack(values - fill) + fill if fill else packing.unpack(values)
+
+        values = values.detach()
+        if not is_made_later():
+            return whole(self, values)
+        order = None if self.order is None else self.order.clone()
+        then = replace(self, topology=self.topology.apply(torch.clone), order=order)
+        return LaterWhole(values, self.stored_shape, partial(whole, then, values.clone()))
 
     def oriented(self, stored: Tensor) -> Tensor:
         """Return a tensor as the state dict has it, oriented ``(out, in, ...)``."""
@@ -181,8 +196,12 @@ class PackedForward:
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
-        whole = self._whole_weight()
-        destination[prefix + _WEIGHT] = whole if keep_vars else whole.detach()
+        if keep_vars:
+            destination[prefix + _WEIGHT] = self._whole_weight()
+        elif self._estdgm_loaded is not None:
+            destination[prefix + _WEIGHT] = self._whole_weight().detach()
+        else:
+            destination[prefix + _WEIGHT] = self._estdgm_packing.saved(self.packed_weight)
 
     def _load_from_state_dict(
         self,
