@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -229,16 +230,23 @@ class PackedStorage:
                 rebuild_reducer_(wrapper)
 
     def end_step(self, steps: int) -> None:
-        """Refuse weights that no gradient has reached in the first steps."""
-        if steps != _AUDITED_STEPS:
+        """Warn of weights that the first step's gradients have not reached; refuse those that none has after some."""
+        if steps not in (1, _AUDITED_STEPS):
             return
         quiet = [w.name for w in self._weights if isinstance(w.inactive, AbsentWeights) and not w.inactive.has_trained]
-        if quiet:
-            raise ValueError(
-                f"no gradient has reached the weights of {len(quiet)} layers ({first_names(quiet)}) in the first "
-                f"{steps} steps, of which active units alone are stored: leave them out by Selection(exclude=...), or "
-                "use storage='dense', which masks layers once they train"
+        if not quiet:
+            return
+        found = f"no gradient has reached the weights of {len(quiet)} layers ({first_names(quiet)}) in the first "
+        way_out = "leave them out by Selection(exclude=...), or use storage='dense', which masks layers once they train"
+        if steps == 1:
+            warnings.warn(
+                f"{found}step, of which active units alone are stored: if none does, the run ends after "
+                f"{_AUDITED_STEPS} steps. Then {way_out}",
+                RuntimeWarning,
+                stacklevel=2,
             )
+            return
+        raise ValueError(f"{found}{steps} steps, of which active units alone are stored: {way_out}")
 
     def next_step(self, *, observing: bool) -> None:
         """Free memory before observed steps: they take the most."""
