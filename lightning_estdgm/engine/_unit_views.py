@@ -116,7 +116,6 @@ class UnitsView:
         self._whole, self._values, self._cohort = whole, values, cohort
         self._start, self._count, self._size = start, count, unit_size(values)
         self.parameter = nn.Parameter(self._piece(values))
-        self._memory = self.parameter.data_ptr()
         self._entries = {key: self._piece(value.detach()) for key, value in whole.items() if has_part(value)}
         if cohort is not None:
             cohort.numbers = {key: beside(value, whole.get(key)) for key, value in cohort.numbers.items()}
@@ -130,10 +129,7 @@ class UnitsView:
             optimizer.state[self.parameter] = self._entries | self._cohort.numbers
 
     def write(self, optimizer: Optimizer) -> None:
-        """Write what the optimizer has not written in place; numbers are kept by the cohort, or the weight."""
-        if self.parameter.data_ptr() != self._memory:
-            self._piece(self._values).copy_(self.parameter.detach())
-            self.parameter.set_(self._piece(self._values))  # type: ignore[call-overload]
+        """Write the state that the optimizer has made anew; numbers are kept by the cohort, or the weight."""
         numbers: dict[str, Any] = {}
         for key, value in optimizer.state.get(self.parameter, {}).items():
             if value is self._entries.get(key):

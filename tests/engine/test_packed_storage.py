@@ -1,6 +1,7 @@
 """``storage="packed"`` under a `DGMController`: the same numbers as dense storage, state dicts, refusals."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -73,6 +74,17 @@ def test_rules_of_every_kind(mlp, rule):
     check_equal(
         *(trained(double(mlp(32, 256, 128, 4)), adamw, config(4, s, update_rule=rule)) for s in ("dense", "packed"))
     )
+
+
+@pytest.mark.parametrize("unit", [1, 4])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_norms_of_one_observed_step_are_enough(mlp, rule, unit):
+    schedule = dataclasses.replace(SCHEDULE, observe_steps=1)
+    runs = [
+        trained(double(mlp(32, 256, 128, 4)), adamw, config(unit, s, schedule, update_rule=rule))
+        for s in ("dense", "packed")
+    ]
+    check_equal(*runs)
 
 
 def test_the_comparison_can_fail(mlp):

@@ -12,7 +12,7 @@ from lightning_estdgm.modules._packed_forward import PackedForward
 
 
 class OutOfPlace(torch.optim.Optimizer):
-    """Adam that writes nothing in place: values and state are new tensors after each step, and the count a number."""
+    """Adam whose state is made of new tensors in each step, and its count a number."""
 
     def __init__(self, params, lr=1e-2):
         super().__init__(params, {"lr": lr})
@@ -28,7 +28,7 @@ class OutOfPlace(torch.optim.Optimizer):
                 for name, beta, value in (("mean", 0.9, weight.grad), ("square", 0.99, weight.grad**2)):
                     state[name] = beta * state.get(name, torch.zeros_like(weight)) + (1 - beta) * value
                 mean, square = (state[n] / (1 - b ** state["count"]) for n, b in (("mean", 0.9), ("square", 0.99)))
-                weight.data = weight - group["lr"] * mean / (square.sqrt() + 1e-8)
+                weight.sub_(group["lr"] * mean / (square.sqrt() + 1e-8))
 
 
 def out_of_place(model):
