@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from helpers.controller_runs import STEPS, adamw, constant, fit, loss_of, run, saved, sgd
+from helpers.controller_runs import SCHEDULE, STEPS, adamw, constant, fit, loss_of, run, saved, sgd
 from helpers.storages import (
     ROUNDING,
     check_equal,
