@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from lightning_estdgm.method._masks import BlockSize, sides
 from lightning_estdgm.modules._kinds import CONVOLUTIONS, LayerKind, own_class
+from lightning_estdgm.modules._later_whole import LaterWhole, is_made_later
 from lightning_estdgm.modules._sparse_forward import STATE_PREFIX
 from lightning_estdgm.sparse._packed_linear import expand, gather, packed_linear
 from lightning_estdgm.sparse._topology import BlockTopology
@@ -36,6 +38,8 @@ class Packing:
         transposed: whether the state dict has it as ``(in, out)``.
         block_size: mask unit.
         topology: active units of the matrix ``(out, in * taps)``.
+        order: place among the stored units of each active one, in the mask's reading order, int32; ``None``: they are
+            stored in that order.
 
     """
 
@@ -44,6 +48,7 @@ class Packing:
     transposed: bool
     block_size: BlockSize
     topology: BlockTopology
+    order: Tensor | None = None
 
     @classmethod
     def of(cls, name: str, shape: tuple[int, ...], transposed: bool, mask: Tensor, block_size: BlockSize) -> Packing:
@@ -52,12 +57,25 @@ class Packing:
 
     def pack(self, stored: Tensor) -> Tensor:
         """Return the active units of a tensor as the state dict has it, ``[units, rows, columns]``."""
-        return gather(self.oriented(stored).flatten(1), self.topology)
+        return gather(self.oriented(stored).flatten(1), self.topology, self.order)
 
     def unpack(self, values: Tensor) -> Tensor:
         """Return the whole tensor of packed values, as the state dict has it; differentiable."""
-        whole = expand(values, self.topology).view(self.shape)
+        whole = expand(values, self.topology, self.order).view(self.shape)
         return whole.t().contiguous() if self.transposed else whole
+
+    def saved(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """Return the whole tensor for a state dict: a copy, `fill` where nothing is stored; maybe a `LaterWhole`."""
+
+        def whole(packing: Packing, values: Tensor) -> Tensor:
+            return packing.unpack(values - fill) + fill if fill else packing.unpack(values)
+
+        values = values.detach()
+        if not is_made_later():
+            return whole(self, values)
+        order = None if self.order is None else self.order.clone()
+        then = replace(self, topology=self.topology.apply(torch.clone), order=order)
+        return LaterWhole(values, self.stored_shape, partial(whole, then, values.clone()))
 
     def oriented(self, stored: Tensor) -> Tensor:
         """Return a tensor as the state dict has it, oriented ``(out, in, ...)``."""
@@ -172,13 +190,18 @@ class PackedForward:
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         packing = self._estdgm_packing
-        self._estdgm_packing = replace(packing, topology=packing.topology.apply(fn))
+        order = None if packing.order is None else fn(packing.order)
+        self._estdgm_packing = replace(packing, topology=packing.topology.apply(fn), order=order)
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
-        whole = self._whole_weight()
-        destination[prefix + _WEIGHT] = whole if keep_vars else whole.detach()
+        if keep_vars:
+            destination[prefix + _WEIGHT] = self._whole_weight()
+        elif self._estdgm_loaded is not None:
+            destination[prefix + _WEIGHT] = self._whole_weight().detach()
+        else:
+            destination[prefix + _WEIGHT] = self._estdgm_packing.saved(self.packed_weight)
 
     def _load_from_state_dict(
         self,
@@ -251,7 +274,7 @@ class _PackedLinear(PackedForward):
         packing, bias = self._estdgm_packing, self._parameters.get("bias")
         if self._estdgm_loaded is not None:
             return F.linear(x, packing.oriented(self._whole_weight()), bias)
-        y = packed_linear(x, self.packed_weight, packing.topology, bias)
+        y = packed_linear(x, self.packed_weight, packing.topology, bias, order=packing.order)
         seen = x.detach()
         self._watch(y, lambda dy: self._see_product(dy, seen))
         return y
@@ -312,10 +335,10 @@ def pack_(module: Any, packing: Packing) -> None:
     resize_(module._parameters[_WEIGHT], values)
 
 
-def repack_(module: PackedForward, mask: Tensor) -> None:
-    """Give a packed layer another mask; units that stay keep their values, others are 0."""
+def repack_(module: PackedForward, mask: Tensor, order: Tensor | None = None) -> None:
+    """Give a packed layer another mask and order of its units; those that stay keep their values, others are 0."""
     packing = module._estdgm_packing
-    new = replace(packing, topology=topology_of(mask, packing.block_size, packing.shape))
+    new = replace(packing, topology=topology_of(mask, packing.block_size, packing.shape), order=order)
     values = new.pack(packing.unpack(module.packed_weight.detach()))
     module._estdgm_packing = new
     resize_(module.packed_weight, values)

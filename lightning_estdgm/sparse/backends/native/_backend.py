@@ -89,7 +89,7 @@ class NativeBackend:
     def linear(self, x2d: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
         """``Y[:, r] = sum over active c of X[:, c] W[r, c]^T + bias[r]``: ``[T, in] -> [T, out]``."""
         kept = self._kept.of(weight, topology)
-        return self._linear(x2d, weight, weight.stride()[:2], bias, topology, _WHOLE, kept)
+        return self._linear(x2d, weight, weight.stride()[:2], bias, topology, _WHOLE, kept=kept)
 
     def pointwise(self, pixels: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
         """As `linear`, with a weight ``(out, in, 1, 1)``, which is known at the next call."""
@@ -104,18 +104,22 @@ class NativeBackend:
         """``dW[r, c] = dY[:, r]^T X[:, c]`` where active, else 0: ``[T, out], [T, in] -> [out, in]``."""
         return self._grad_weight(dy2d, x2d, topology, topology.shape, _WHOLE)
 
-    def packed_linear(self, x2d: Tensor, values: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
+    def packed_linear(
+        self, x2d: Tensor, values: Tensor, bias: Tensor | None, order: Tensor | None, topology: BlockTopology
+    ) -> Tensor:
         """``Y = X W^T + bias`` of the active units alone: ``[T, in] -> [T, out]``."""
-        return self._linear(x2d, values.contiguous(), (topology.sides[1], 1), bias, topology, _BY_ROW)
+        return self._linear(x2d, values.contiguous(), (topology.sides[1], 1), bias, topology, _BY_ROW, order)
 
-    def packed_grad_input(self, dy2d: Tensor, values: Tensor, topology: BlockTopology) -> Tensor:
+    def packed_grad_input(self, dy2d: Tensor, values: Tensor, order: Tensor | None, topology: BlockTopology) -> Tensor:
         """``dX = dY W`` of the active units alone: ``[T, out] -> [T, in]``."""
         strides = 1, topology.sides[1]
-        return self._linear(dy2d, values.contiguous(), strides, None, topology.transpose(), _BY_COLUMN)
+        return self._linear(dy2d, values.contiguous(), strides, None, topology.transpose(), _BY_COLUMN, order)
 
-    def packed_grad_values(self, dy2d: Tensor, x2d: Tensor, topology: BlockTopology, units: int) -> Tensor:
+    def packed_grad_values(
+        self, dy2d: Tensor, x2d: Tensor, order: Tensor | None, topology: BlockTopology, units: int
+    ) -> Tensor:
         """Active units of ``dY^T X``, written as they are stored: ``[T, out], [T, in] -> [units, rows, columns]``."""
-        return self._grad_weight(dy2d, x2d, topology, (units, *topology.sides), _BY_ROW)
+        return self._grad_weight(dy2d, x2d, topology, (units, *topology.sides), _BY_ROW, order)
 
     def _linear(
         self,
@@ -125,6 +129,7 @@ class NativeBackend:
         bias: Tensor | None,
         topology: BlockTopology,
         stored: int,
+        order: Tensor | None = None,
         kept: KeptWeight | None = None,
     ) -> Tensor:
         """Product of a whole weight or of packed values; `strides` are the weight's, or those of a unit."""
@@ -134,12 +139,13 @@ class NativeBackend:
         x2d = _rows(x2d)
         bias = None if bias is None else bias.contiguous()
         rows, columns = topology.sides
-        of_units: tuple[int | None, ...] = (rows, stored)
+        numbers = None if order is None else order.data_ptr()
+        of_units: tuple[int | None, ...] = (rows, stored, numbers)
         name = "linear"
         if _in_units(x2d.dtype, topology):
             name = "units_linear"
             plan = self._plans.linear(topology) if rows == 1 and columns < SCATTERED else None
-            of_units = rows, columns, stored, None if plan is None else plan.address
+            of_units = rows, columns, stored, numbers, None if plan is None else plan.address
         failed = function(name, x2d.dtype)(
             x2d.data_ptr(),
             x2d.stride(0),
@@ -160,7 +166,13 @@ class NativeBackend:
         return y
 
     def _grad_weight(
-        self, dy2d: Tensor, x2d: Tensor, topology: BlockTopology, shape: Sequence[int], stored: int
+        self,
+        dy2d: Tensor,
+        x2d: Tensor,
+        topology: BlockTopology,
+        shape: Sequence[int],
+        stored: int,
+        order: Tensor | None = None,
     ) -> Tensor:
         """Gradient of a whole weight or of packed values, of that shape."""
         if x2d.shape[0] == 0:
@@ -180,6 +192,7 @@ class NativeBackend:
             topology.block_cols,
             *(topology.sides if finer else topology.sides[:1]),
             stored,
+            None if order is None else order.data_ptr(),
             dw.data_ptr(),
             torch.get_num_threads(),
         )
