@@ -134,9 +134,7 @@ def test_files_of_something_else_are_named(tmp_path):
         load_packed(tmp_path / "model.packed", nn.Sequential(nn.Linear(32, 64)))
     content = torch.load(tmp_path / "model.packed")
     torch.save({**content, "version": 1}, tmp_path / "older.packed")
-    with pytest.raises(
-        ValueError, match=r"a packed model of version 2, got 1 in .*; export the model anew"
-    ):
+    with pytest.raises(ValueError, match=r"a packed model of version 2, got 1 in .*; export the model anew"):
         load_packed(tmp_path / "older.packed", nn.Sequential(nn.Linear(64, 64)))
     torch.save({"x": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="holds no packed model"):
