@@ -69,10 +69,6 @@ class Storage(Protocol):
         """Check what a step has shown."""
         ...
 
-    def next_step(self, *, observing: bool) -> None:
-        """Prepare for the next step, whose gradients are observed or not."""
-        ...
-
     def abandon(self) -> None:
         """Put the weights back as they were before the run, if it has not begun."""
         ...
@@ -132,9 +128,6 @@ class DenseStorage:
         """Do nothing."""
 
     def end_step(self, steps: int) -> None:
-        """Do nothing."""
-
-    def next_step(self, *, observing: bool) -> None:
         """Do nothing."""
 
     def abandon(self) -> None:
