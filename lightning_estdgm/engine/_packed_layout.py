@@ -47,10 +47,6 @@ class Store(Protocol):
         """Whether scores need the sum of the gradients of several steps."""
         ...
 
-    def note_observed(self) -> None:
-        """Note that a forward has used a weight whose whole gradient is observed."""
-        ...
-
     def note_resized(self) -> None:
         """Note that a parameter has another size."""
         ...
@@ -63,19 +59,17 @@ class SeenGradient:
     weight has got its gradient: so the whole gradient of one layer at a time is there.
 
     Args:
-        note: function that is called when a forward has used the weight.
         norms: function that returns these norms; ``None``: sums are kept until `take`.
 
     """
 
-    def __init__(self, note: Callable[[], None], norms: Callable[[Tensor], Tensor] | None = None) -> None:
-        self._note, self._norms = note, norms
+    def __init__(self, norms: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._norms = norms
         self._sum: Tensor | None = None
         self._uses = 0  # in this step's forwards, without a gradient so far
 
     def expect(self) -> None:
         """Note that a forward has used the weight."""
-        self._note()
         self._uses += 1
 
     def __call__(self, gradient: Tensor) -> None:
@@ -171,8 +165,7 @@ class PackedWeight(WholeWeight):
         self._module, self._store = module, store
         self._signed = store.sums_gradients(weight.block_size)
         at_once = store.has_one_backward and not self._signed
-        norms = partial(pool_norm, block_size=self._block_size) if at_once else None
-        self.seen = SeenGradient(store.note_observed, norms)
+        self.seen = SeenGradient(partial(pool_norm, block_size=self._block_size) if at_once else None)
 
     def mask_shape(self, weight: Tensor) -> tuple[int, ...]:
         """Return the shape of the whole mask."""

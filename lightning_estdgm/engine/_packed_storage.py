@@ -167,12 +167,6 @@ class PackedStorage:
         steps = getattr(self._config.schedule, "observe_steps", None)  # None: it depends on the run's length
         return steps != 1 and self._config.resolved_update_rule.needs_mean_gradient(block_size)
 
-    def note_observed(self) -> None:
-        """Give freed memory back in the first forward of an observed step, as these steps take the most."""
-        if not self._observing:
-            self._observing = True
-            self._return_freed()
-
     def note_resized(self) -> None:
         """Note that a parameter has another size."""
         self._resized = True
@@ -229,6 +223,7 @@ class PackedStorage:
 
     def masks_changed(self) -> None:
         """Rebuild the buckets of DDP if a parameter has another size; give freed memory back."""
+        self._observing = False
         self._return_freed()
         if self._resized:
             self._resized = False
@@ -237,7 +232,6 @@ class PackedStorage:
 
     def end_step(self, steps: int) -> None:
         """Warn of weights that the first step's gradients have not reached; refuse those that none has after some."""
-        self._observing = False
         if steps not in (1, _AUDITED_STEPS):
             return
         quiet = [w.name for w in self._weights if isinstance(w.inactive, AbsentWeights) and not w.inactive.has_trained]
@@ -254,6 +248,12 @@ class PackedStorage:
             )
             return
         raise ValueError(f"{found}{steps} steps, of which active units alone are stored: {way_out}")
+
+    def begin_observed(self) -> None:
+        """Give freed memory back before the first observed step since masks changed: these steps take the most."""
+        if not self._observing:
+            self._observing = True
+            self._return_freed()
 
     def _return_freed(self) -> None:
         if any(weight.parameter.device.type == "cpu" for weight in self._weights):
