@@ -14,12 +14,12 @@ from lightning_estdgm.engine._placement import placement_of
 from lightning_estdgm.method._masks import keep_active_
 from lightning_estdgm.modules._packed_forward import (
     PackedForward,
-    Packing,
     pack_,
     repack_,
     resize_,
     unpack_,
 )
+from lightning_estdgm.modules._packing import Packing
 
 if TYPE_CHECKING:
     from lightning_estdgm.engine._masked_weight import MaskedWeight

@@ -173,6 +173,8 @@ class DGMController:
         """
         for weight in self._masked.weights:
             weight.mask_if_written_()
+        if self.observing:
+            self._storage.begin_observed()
 
     def advance(self, position: int | None = None) -> bool:
         """Go on to the next step if an optimizer has stepped, and update the masks when due.
@@ -216,9 +218,7 @@ class DGMController:
             self._dispatch.choose_all([self._masked.layer_densities_at(density) for density in every_density])
         if updated or taken_in or is_first:
             self._dispatch.apply()
-        observing = self.observing
-        self._masked.yield_whole_gradients(observing)
-        self._storage.next_step(observing=observing)
+        self._masked.yield_whole_gradients(self.observing)
         return updated or taken_in
 
     def _take_in_trained(self) -> bool:

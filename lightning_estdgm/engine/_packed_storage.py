@@ -223,6 +223,7 @@ class PackedStorage:
 
     def masks_changed(self) -> None:
         """Rebuild the buckets of DDP if a parameter has another size; give freed memory back."""
+        self._observing = False
         self._return_freed()
         if self._resized:
             self._resized = False
@@ -248,11 +249,11 @@ class PackedStorage:
             return
         raise ValueError(f"{found}{steps} steps, of which active units alone are stored: {way_out}")
 
-    def next_step(self, *, observing: bool) -> None:
-        """Free memory before observed steps: they take the most."""
-        if observing and not self._observing:
+    def begin_observed(self) -> None:
+        """Give freed memory back before the first observed step since masks changed: these steps take the most."""
+        if not self._observing:
+            self._observing = True
             self._return_freed()
-        self._observing = observing
 
     def _return_freed(self) -> None:
         if any(weight.parameter.device.type == "cpu" for weight in self._weights):

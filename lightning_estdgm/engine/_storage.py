@@ -69,8 +69,8 @@ class Storage(Protocol):
         """Check what a step has shown."""
         ...
 
-    def next_step(self, *, observing: bool) -> None:
-        """Prepare for the next step, whose gradients are observed or not."""
+    def begin_observed(self) -> None:
+        """Prepare for a step whose gradients are observed."""
         ...
 
     def abandon(self) -> None:
@@ -134,7 +134,7 @@ class DenseStorage:
     def end_step(self, steps: int) -> None:
         """Do nothing."""
 
-    def next_step(self, *, observing: bool) -> None:
+    def begin_observed(self) -> None:
         """Do nothing."""
 
     def abandon(self) -> None:

@@ -19,7 +19,8 @@ from lightning_estdgm import DGMCallback, DGMConfig, DGMController, SparseCheckp
 from lightning_estdgm.method._schedules import ConstantDensity
 from lightning_estdgm.method._update_rule import UpdateRule
 from lightning_estdgm.modules._later_whole import LaterWhole
-from lightning_estdgm.modules._packed_forward import PackedForward, Packing
+from lightning_estdgm.modules._packed_forward import PackedForward
+from lightning_estdgm.modules._packing import Packing
 
 pytestmark = [
     pytest.mark.filterwarnings(NO_VALIDATION_LOADER),
