@@ -337,8 +337,7 @@ class DGMCallback(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Spread the rest of the schedule over the rest of the run, if epochs are not as long as expected."""
-        assert self._clock is not None
-        if changed := self._clock.begin_epoch(self._bound()):
+        if self._clock is not None and (changed := self._clock.begin_epoch(self._bound())):
             rank_zero_info(f"DGMCallback: {changed}")
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
