@@ -73,6 +73,13 @@ def evidence(rows: Rows = ()) -> Iterator[StudyRun]:
         yield from contender.runs(rows)
 
 
+def cost_runs(rows: Rows) -> Iterator[StudyRun]:
+    """Yield the runs whose seconds and joules count: one of each contender that has chosen its rate."""
+    for contender in EVIDENCE:
+        if (run := contender.cost_run(rows)) is not None:
+            yield run
+
+
 def tabled_runs(rows: Rows) -> Iterator[StudyRun]:
     """Yield the contenders' runs that rows of a table are of, whatever their rate and length."""
     for contender in EVIDENCE:

@@ -5,20 +5,23 @@ from pathlib import Path
 import pytest
 
 from lightning_estdgm.tools._stats import spread_text
+from lightning_estdgm.tools.study._evidence_plan import cost_runs
 from lightning_estdgm.tools.study._plans import plan_named
 from lightning_estdgm.tools.study._results_table import ResultsTable, read_rows
-from lightning_estdgm.tools.study._session import summary
+from lightning_estdgm.tools.study._session import COSTS, summary
 from lightning_estdgm.tools.study._settings import BEST_RATES, LOW_PEAK_LENGTH
 from lightning_estdgm.tools.study._study_arm import arms
 from lightning_estdgm.tools.study._tasks import task_named
 
 RESULTS = Path(__file__).parents[3] / "docs" / "results" / "study"
-TABLES = sorted(path.stem for path in RESULTS.glob("*.csv"))
+TABLES = sorted(path.stem for path in RESULTS.glob("*.csv") if not path.stem.endswith(COSTS))
+EVIDENCE_COSTS = RESULTS / f"evidence{COSTS}.csv"
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_committed_summary_is_that_of_its_table(name):
-    assert (RESULTS / f"{name}.md").read_text() == summary(name, read_rows(RESULTS / f"{name}.csv"))
+    costs = read_rows(EVIDENCE_COSTS) if name == "evidence" else ()
+    assert (RESULTS / f"{name}.md").read_text() == summary(name, read_rows(RESULTS / f"{name}.csv"), costs)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -28,6 +31,15 @@ def test_a_committed_table_holds_runs_of_its_plan_as_they_are_now(name):
     for row in rows:
         assert row["key"] in runs
         assert row["steps"] == runs[row["key"]].steps
+
+
+def test_committed_costs_are_of_the_rates_that_the_table_of_evidence_chose():
+    runs = {run.key: run for run in cost_runs(read_rows(RESULTS / "evidence.csv"))}
+    rows = read_rows(EVIDENCE_COSTS)
+    assert rows
+    for row in rows:
+        assert row["key"] in runs
+        assert row["served_joules"] > 0
 
 
 @pytest.mark.parametrize("name", ["rates", "headline", "blocks", "ablations", "methods", "units"])
