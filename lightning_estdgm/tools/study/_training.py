@@ -96,11 +96,12 @@ def _flops(run: StudyRun, model: LightningModule, callback: DGMCallback | None) 
     data = task.data(run.seed)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
-    whole = step_flops(task.model(run.lr), batch)
+    own = step_flops(run.model(), batch)
+    whole = step_flops(task.model(run.lr), batch) if run.settings_of("model") else own
     ratio = callback.flops_ratio if callback else 1.0
     if isinstance(model, StudyGPT):
         ratio += model.taught_steps / run.steps * model.teacher_density / 3.0
-    ratio *= step_flops(run.model(), batch) / whole
+    ratio *= own / whole
     return ratio, ratio * whole * run.steps
 
 
