@@ -41,8 +41,8 @@ class Units:
     """
 
     size: int | tuple[int, int] | Literal["auto", "finest", "fastest"] = "auto"
-    # Functions first: jsonargparse takes the first type that fits, and any path to a function is a string too.
-    distribution: Callable[[Sequence[Sequence[int]], float], list[float]] | str = "erk"
+    # Names first, then functions; see `UpdateRule.keep`.
+    distribution: distributions.DistributionName | Callable[[Sequence[Sequence[int]], float], list[float]] | str = "erk"
 
     def __post_init__(self) -> None:
         if isinstance(self.size, list):  # as files give a pair

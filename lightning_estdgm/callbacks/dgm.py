@@ -28,7 +28,12 @@ from lightning_estdgm.callbacks._internal.loaded_weights import LoadedWeights
 from lightning_estdgm.callbacks._internal.manual_clipping import ManualClipping
 from lightning_estdgm.callbacks._internal.packed_weights import PackedWeights
 from lightning_estdgm.callbacks._internal.run_outcome import RunOutcome
-from lightning_estdgm.callbacks._internal.schedule_clock import ScheduleClock, epochs_with_steps, nothing_left
+from lightning_estdgm.callbacks._internal.schedule_clock import (
+    ScheduleClock,
+    clock_entries,
+    epochs_with_steps,
+    nothing_left,
+)
 from lightning_estdgm.callbacks._internal.trainer_checks import (
     check_checkpoint_io,
     check_ddp,
@@ -129,7 +134,7 @@ class DGMCallback(pl.Callback):
         self._restored: dict[str, Any] | None = None
         self._checkpoint_step = 0  # step of the checkpoint that the fit goes on from
         self._resumed = False
-        self._counted: int | None = None  # steps of the Trainer, at the checkpoint that is resumed or at the fit's end
+        self._counts: dict[str, Any] = {}  # the clock's, at the checkpoint that is resumed or at the fit's end
         self._clock: ScheduleClock | None = None
         self._optimizers: list[Optimizer] = []  # the Trainer's, when last seen
         self._log: DGMLog | None = None
@@ -247,7 +252,7 @@ class DGMCallback(pl.Callback):
         if stage == "fit":
             # Nothing of an earlier fit, or of the checkpoint of a validation, belongs to this fit.
             self._earlier, self.controller, self._copied = self.controller, None, None
-            self._restored, self._checkpoint_step, self._counted = None, 0, None
+            self._restored, self._checkpoint_step, self._counts = None, 0, {}
             adapter_for(trainer.strategy).check(trainer.strategy)
             check_ddp(trainer)
             if self.config.storage == "packed":
@@ -266,7 +271,7 @@ class DGMCallback(pl.Callback):
             return
         state, self._restored = self._restored, None
         self._resumed = state is not None
-        self._counted = None if state is None else state.get("counted")
+        self._counts = clock_entries(state or {})
         goes_on = self._resumed or self._checkpoint_step > 0
         self._clock = ScheduleClock(trainer, pl_module, self.total_steps, epochs_with_steps(trainer, self), goes_on)
         self._optimizers = list(trainer.optimizers)
@@ -298,7 +303,7 @@ class DGMCallback(pl.Callback):
         state, self._restored = self._restored, None
         if state is not None:
             self._resumed = True
-            self._counted = state.get("counted")
+            self._counts = clock_entries(state)
             controller = self._bound()
             controller.load_state_dict(state)
             controller.pace = saved_pace(state)  # until the loops are restored, and tell what is left
@@ -309,7 +314,7 @@ class DGMCallback(pl.Callback):
         controller = self._bound()
         if self._resumed:
             assert self._clock is not None
-            self._clock.resume(controller, self._counted)
+            self._clock.resume(controller, self._counts)
             self._advance()  # a checkpoint taken before our on_train_batch_end holds a step that is not counted yet
             if changed := self._clock.go_on(controller):
                 rank_zero_info(f"DGMCallback: {changed}")
@@ -329,6 +334,11 @@ class DGMCallback(pl.Callback):
             self._clipping = ManualClipping(trainer, controller.mask_gradients)
         self._loaded = LoadedWeights(controller)
         mask_averages_(trainer, controller)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Spread the rest of the schedule over the rest of the run, if epochs are not as long as expected."""
+        if self._clock is not None and (changed := self._clock.begin_epoch(self._bound())):
+            rank_zero_info(f"DGMCallback: {changed}")
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Mask gradients, except in an observation window, where they stay whole until the step."""
@@ -444,7 +454,7 @@ class DGMCallback(pl.Callback):
         if self._graph_limit is not None:
             self._graph_limit.restore()
             self._graph_limit = None
-        self._counted = self._steps_counted()
+        self._counts = self._clock_state()
         self._clock = None
         self._optimizers = []
         if self._log is not None:
@@ -474,14 +484,13 @@ class DGMCallback(pl.Callback):
         return known.state_dict() if isinstance(known, FitResult) else self._state(known)
 
     def _state(self, controller: DGMController) -> dict[str, Any]:
-        counted = self._steps_counted()
-        return controller.state_dict() | ({} if counted is None else {"counted": counted})
+        return controller.state_dict() | self._clock_state()
 
     def _result(self, controller: DGMController) -> FitResult:
         return FitResult.of(controller, self._state(controller), self._outcome_so_far())
 
-    def _steps_counted(self) -> int | None:
-        return self._counted if self._clock is None else self._clock.counted
+    def _clock_state(self) -> dict[str, Any]:
+        return self._counts if self._clock is None else self._clock.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until there is a controller: strategies restore before or after `on_fit_start`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,12 +14,12 @@ from lightning_estdgm.engine._placement import placement_of
 from lightning_estdgm.method._masks import keep_active_
 from lightning_estdgm.modules._packed_forward import (
     PackedForward,
-    Packing,
     pack_,
     repack_,
     resize_,
     unpack_,
 )
+from lightning_estdgm.modules._packing import Packing
 
 if TYPE_CHECKING:
     from lightning_estdgm.engine._masked_weight import MaskedWeight
@@ -60,7 +61,7 @@ class AbsentWeights(InactiveWeights):
 
     def with_gradients(self, weight: MaskedWeight, grad_scale: float | Tensor) -> None:
         """Refuse a step of weights that are used in a way that is not theirs."""
-        if weight.gradient is None or self._layout is None:
+        if weight.parameter.grad is None or self._layout is None:
             return
         if not self._module._estdgm_called:
             raise ValueError(
@@ -97,11 +98,13 @@ class AbsentWeights(InactiveWeights):
         """Pack a copy that is stored whole, and have a packed one follow the mask: grown units are 0 there."""
         parameter = module._parameters[weight.candidate.kind.weight_name]
         mask = weight.mask.to(parameter.device)
+        order = None if self._layout is None else self._layout.order
+        order = None if order is None else order.to(mask.device, copy=True)
         if isinstance(module, PackedForward):
-            repack_(module, mask)
+            repack_(module, mask, order)
             return
         name, transposed = weight.name, weight.candidate.kind.transposed
-        pack_(module, Packing.of(name, weight.shape, transposed, mask, weight.block_size))
+        pack_(module, replace(Packing.of(name, weight.shape, transposed, mask, weight.block_size), order=order))
         module._estdgm_held = False
 
     def _pack(self, weight: MaskedWeight) -> None:
@@ -126,19 +129,21 @@ class AbsentWeights(InactiveWeights):
         if loaded is None and torch.equal(layout.stored, weight.mask):
             return
         old, new = layout.stored.flatten(), weight.mask.flatten()
-        kept = new[old]
+        count, size = parameter.shape[0], int(torch.count_nonzero(new))
+        kept = new[old].nonzero().squeeze(1)
+        if layout.order is not None:
+            kept = layout.order[kept]
         places = (new.cumsum(0) - 1)[old & new]
-        size = int(torch.count_nonzero(new))
 
         def moved(tensor: Tensor) -> Tensor:
-            units = tensor.detach().view(len(kept), -1)
+            units = tensor.detach().view(count, -1)
             return units.new_zeros(size, units.shape[1]).index_copy_(0, places, units[kept])
 
         carried = self._carried(weight)
         values = [moved(entry) for entry in carried]
         gradient = None if parameter.grad is None else moved(parameter.grad).view(size, *parameter.shape[1:])
         own = moved(parameter).view(size, *parameter.shape[1:])
-        packing = module._estdgm_packing
+        packing = module._estdgm_packing = replace(module._estdgm_packing, order=None)
         packing.topology.update_(weight.mask.flatten(1))
         if loaded is not None:
             own = packing.pack(loaded.to(parameter.device)).to(parameter.dtype)
@@ -153,6 +158,22 @@ class AbsentWeights(InactiveWeights):
         if is_resized:
             self._store.note_resized()
         self._settle(weight)
+
+    def arrange(self, weight: MaskedWeight) -> None:
+        """Have each cohort of young units lie in one piece, after those that are young no more."""
+        layout, module, cohorts = self._layout, self._module, weight.young.cohorts
+        if layout is None or (not cohorts and layout.order is None):
+            return
+        source = layout.by_age(cohorts)  # of each place, a number in reading order
+        order = torch.empty_like(source, dtype=torch.int32)
+        order[source] = torch.arange(len(source), dtype=torch.int32, device=source.device)
+        if layout.order is not None:
+            source = layout.order[source]
+        gradient = weight.parameter.grad
+        for tensor in (*self._carried(weight), weight.parameter, *([] if gradient is None else [gradient])):
+            units = tensor.detach().view(len(source), -1)
+            units.copy_(units[source])
+        module._estdgm_packing = replace(module._estdgm_packing, order=order if cohorts else None)
 
     def give_up(self, weight: MaskedWeight) -> None:
         """Store the whole weight again: as it was before the run or as loaded; else the active units and 0."""

@@ -27,6 +27,8 @@ AUDITED_STEPS = 20
 
 _UNSEEN_STEPS = 5  # in a row, before it is said
 _UNSEEN_STEPS_LATER = 50  # more than micro-batches that a loop accumulates while it writes to weights by itself
+_OUTPUT = "output head: its output goes into no other layer"
+_LAST_TRAINED = "last layer that trains: its output goes into frozen layers only (name it in include= to mask it)"
 _WAITS = "no gradient has reached it yet: dense until then"
 
 
@@ -223,7 +225,7 @@ class Admission:
                 passed.append(weight)
         heads = self._heads(passed, seen, graph, none_masked=none_masked)
         for weight in heads:
-            self.reasons[weight.name] = "output head: its output goes into no other layer"
+            self.reasons[weight.name] = _LAST_TRAINED if seen[weight][6] else _OUTPUT
         decided = {weight.name for weight in trained}
         if steps >= AUDITED_STEPS:
             given_up = [weight for weight in self.waiting if weight.name not in decided]
@@ -263,14 +265,13 @@ class Admission:
     def _seen_by_any_rank(self) -> tuple[dict[MaskedWeight, list[int]], _Graph]:
         """Return what was seen of each waiting weight, and of the whole forward; the same on every rank.
 
-        Of a weight: trained, called, changed, feeds, order of the call, unrecorded; see `ForwardRecord`.
+        Of a weight: whether it trained, and `ForwardRecord.flags`.
         """
-        rows = [[int(self._audit.saw_graph), int(self._audit.has_end), 0, 0, 0, 0]]
+        rows = [[int(self._audit.saw_graph), int(self._audit.has_end), 0, 0, 0, 0, 0]]
         for weight in self.waiting:
             record = self._audit.records[weight.name]
             trained = weight in self._saw_gradient and weight in self._stepped
-            flags = (trained, record.called, bool(record.changed_by), record.feeds, record.order, record.unrecorded)
-            rows.append([int(flag) for flag in flags])
+            rows.append([int(trained), *record.flags()])
         table = torch.tensor(rows, dtype=torch.int64, device=self.waiting[0].device)
         if self._group is not None:
             dist.all_reduce(table, dist.ReduceOp.MAX, group=self._group)

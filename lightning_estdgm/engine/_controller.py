@@ -173,6 +173,8 @@ class DGMController:
         """
         for weight in self._masked.weights:
             weight.mask_if_written_()
+        if self.observing:
+            self._storage.begin_observed()
 
     def advance(self, position: int | None = None) -> bool:
         """Go on to the next step if an optimizer has stepped, and update the masks when due.

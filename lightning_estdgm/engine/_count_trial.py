@@ -194,7 +194,8 @@ class _Trial:
         young = YoungUnits()
         if by_unit:
             half = torch.arange(weight.numel() // 2, weight.numel(), device=weight.device, dtype=torch.int32)
-            young.cohorts, young.own_state = [Cohort(half, half, 0, {})], own_state
+            young.live(_STEPS + 1, own_state=own_state)
+            young.cohorts = [Cohort(half, half, 0, {})]
         units, stand_in = YoungSteps(trial), _StandIn(weight, young, Whole(weight))
         moves = []
         for gradient in self._gradients:

@@ -86,6 +86,9 @@ class InactiveWeights(ABC):
     def store_copy_(self, weight: MaskedWeight, module: Any) -> None:  # noqa: B027
         """Have a copy of the layer store its weight as the layer does."""
 
+    def arrange(self, weight: MaskedWeight) -> None:  # noqa: B027
+        """Lay the stored units out by their age, after cohorts of young ones have changed."""
+
     def follow_loaded_mask_(self, weight: MaskedWeight, before: Tensor) -> None:  # noqa: B027
         """Bring the stored units in line with a mask that was loaded; weights are loaded by their owner.
 

@@ -211,6 +211,7 @@ class MaskedModel:
             if not weight.inactive.learn:
                 states.reset_(weight, changed, before=before[weight.name])
                 weight.young.grow(weight, weight.mask & ~before[weight.name])
+                weight.inactive.arrange(weight)
         states.forget_curvature()
         return grown / sum(weight.active * weight.unit_size for weight in self.weights)
 

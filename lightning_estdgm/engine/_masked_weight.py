@@ -276,6 +276,7 @@ class MaskedWeight:
         self.backend, self.final_backend, self.why = state["backend"], state["final_backend"], state["why"]
         self.since = state.get("since", 0)
         self.young.load_state_dict(state.get("young", ()), self, shape)
+        self.inactive.arrange(self)
         self.inactive.load_state_dict(state, self.name)
         self.window = None
         if state["window"]:

@@ -1,12 +1,13 @@
 """Layout of a weight of which the active units alone are stored: its `Shard`, its `Placement` and its window.
 
-"Local" tensors are the parameter's: ``[units, rows, columns]``, in the mask's reading order. The mask itself is whole.
+"Local" tensors are the parameter's: ``[units, rows, columns]``. First come the units that are not young, then those of
+each cohort, the oldest first; among them it is the mask's reading order. So an optimizer is shown each cohort as a view
+(`_young_steps`). The mask itself is whole.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +21,7 @@ from lightning_estdgm.method._masks import BlockSize, mask_shape, pool_norm
 
 if TYPE_CHECKING:
     from lightning_estdgm.engine._masked_weight import MaskedWeight
+    from lightning_estdgm.engine._young_units import Cohort
     from lightning_estdgm.modules._packed_forward import PackedForward
 
 
@@ -171,16 +173,34 @@ class PackedWeight(WholeWeight):
 
     def address(self, mask: Tensor) -> Tensor:
         """Return the flag of each stored unit, ``[units, 1, 1]``."""
-        return mask.to(self.stored.device).flatten()[self.stored.flatten()][:, None, None]
+        flags = mask.to(self.stored.device).flatten()[self.stored.flatten()]
+        order = self.order
+        if order is not None:
+            flags = torch.empty_like(flags).index_copy_(0, order.long(), flags)
+        return flags[:, None, None]
 
     @property
-    def run(self) -> int:
-        """Return the number of elements of a unit, which lie one after the other."""
-        return math.prod(self._module.packed_weight.shape[1:])
+    def order(self) -> Tensor | None:
+        """Place of each stored unit, in the mask's reading order; ``None``: that order."""
+        return self._module._estdgm_packing.order
 
-    def elements(self, units: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-        """Return the places of units among those that are stored."""
-        return (self.stored.flatten().cumsum(0) - 1)[units.long()]
+    def elements(self, units: Tensor, mask: Tensor, weight: Tensor) -> Tensor | None:
+        """Return ``None``: `AbsentWeights.arrange` lays them out by age."""
+        return None
+
+    def by_age(self, cohorts: Sequence[Cohort]) -> Tensor:
+        """Return the numbers of the stored units in the mask's reading order, those of each cohort after all others.
+
+        Args:
+            cohorts: the oldest first; their `start` is set.
+
+        """
+        rank = torch.zeros(self.stored.numel(), dtype=torch.int16, device=self.stored.device)
+        start = int(torch.count_nonzero(self.stored)) - sum(len(cohort.units) for cohort in cohorts)
+        for i, cohort in enumerate(cohorts, 1):
+            rank[cohort.units.long()] = i
+            cohort.start, start = start, start + len(cohort.units)
+        return rank[self.stored.flatten()].argsort(stable=True)
 
     # ---- norms
 
@@ -189,10 +209,9 @@ class PackedWeight(WholeWeight):
         if loaded is not None:
             return pool_norm(packing.oriented(loaded).to(weight), self._block_size)
         values = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
-        norms = values.new_zeros(self.stored.shape)
-        norms[self.stored] = (
-            values.abs().flatten() if self._block_size == 1 else torch.linalg.vector_norm(values, dim=(1, 2))
-        )
+        norms, order = values.new_zeros(self.stored.shape), self.order
+        stored = values.abs().flatten() if self._block_size == 1 else torch.linalg.vector_norm(values, dim=(1, 2))
+        norms[self.stored] = stored if order is None else stored[order]
         return norms
 
     def unit_norms(self, weight: Tensor) -> Tensor:
@@ -221,21 +240,21 @@ class PackedWeight(WholeWeight):
         return seen / dist.get_world_size(group)
 
     def observation(self, gradient: Tensor | None, mask: Tensor) -> Tensor | None:
-        """Return the norms of the gradient's units."""
-        if gradient is None or gradient.shape != self._shape or self._block_size == 1:
-            return None if gradient is None else gradient.abs()
+        """Return the norms of the gradient's units, which may have been taken before."""
+        if gradient is None or gradient.shape != self._shape:
+            return gradient
         return pool_norm(gradient, self._block_size)
 
     def window(self, weight: Tensor, mask: Tensor) -> Window:
         """Return an empty window."""
-        return PackedWindow(self._shape if self._signed else mask.shape, weight, mask)
+        return PackedWindow(self._shape, weight, mask) if self._signed else NormWindow(weight, mask)
 
 
 class PackedWindow(Window):
     """Sums over the observed gradients of a weight that is stored packed.
 
     Args:
-        shape: shape of the whole weight, where signed gradients are summed; of the mask, where norms are enough.
+        shape: shape of the whole weight.
         weight: values of the parameter's dtype and device.
         mask: whole mask.
 
@@ -244,12 +263,18 @@ class PackedWindow(Window):
     def __init__(self, shape: tuple[int, ...], weight: Tensor, mask: Tensor) -> None:
         super().__init__(weight.new_empty(()).expand(shape), mask)
 
+
+class NormWindow(Window):
+    """Sums over the norms of observed gradients, where these are enough: they are the gradients' sums as well."""
+
+    def __init__(self, weight: Tensor, mask: Tensor) -> None:
+        super().__init__(weight.new_empty(0), mask)
+        self.gradient = self.norm
+
     def add(self, gradient: Tensor | None, norm: Tensor, scale: float) -> None:
-        """Add `scale` times a gradient, and the norms of its units."""
-        super().add(gradient if gradient is not None and gradient.shape == self.gradient.shape else norm, norm, scale)
+        """Add `scale` times the norms of a gradient's units."""
+        super().add(None, norm, scale)
 
     def load_state_dict(self, state: Mapping[str, Any], weight: MaskedWeight) -> None:
         """Load the state that `state_dict` returned, or that of a weight stored whole."""
-        if state["gradient"] is not None and state["gradient"].shape != self.gradient.shape:
-            state = {**state, "gradient": state["norm"]}
-        super().load_state_dict(state, weight)
+        super().load_state_dict({**state, "gradient": state["norm"]}, weight)

@@ -58,9 +58,7 @@ class PackedStates:
         if not isinstance(value, Tensor) or value.shape != weight.parameter.shape:
             return value
         packing: Any = weight.candidate.module._estdgm_packing
-        fill = self._fill(weight, type(optimizer).__name__, name)
-        whole = packing.unpack(value.detach() - fill if fill else value.detach())
-        return whole + fill if fill else whole
+        return packing.saved(value, self._fill(weight, type(optimizer).__name__, name))
 
     def _pack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         changed = dict(state_dict["state"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from lightning_estdgm._words import first_names
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.engine._absent_weights import AbsentWeights
 from lightning_estdgm.engine._element_trial import why_not_by_element
+from lightning_estdgm.engine._freed_memory import return_freed_memory
 from lightning_estdgm.engine._inactive import Treatment
 from lightning_estdgm.engine._late_values import LateValues
 from lightning_estdgm.engine._masked_model import MaskedModel
@@ -63,6 +65,7 @@ class PackedStorage:
         self._states: OptimizerStates | None = None
         self._hooks: PackedStates | None = None
         self._resized = False
+        self._observing = False
 
     def pack(self, model: nn.Module, length: Callable[[], int]) -> None:
         """Draw the first masks of a model, and store the active units alone: before there is any optimizer.
@@ -210,7 +213,7 @@ class PackedStorage:
                 weight.inactive.original = None
         self._hooks = PackedStates(self._weights, self._states.fresh_value)
         self._hooks.use(self._states.optimizers)
-        self.masks_changed()
+        self.masks_changed()  # which gives back what whole weights have left
 
     def use(self, optimizers: Sequence[Optimizer]) -> None:
         """Check and hook these optimizers."""
@@ -219,23 +222,42 @@ class PackedStorage:
             self._hooks.use(optimizers)
 
     def masks_changed(self) -> None:
-        """Rebuild the buckets of DDP if a parameter has another size."""
+        """Rebuild the buckets of DDP if a parameter has another size; give freed memory back."""
+        self._observing = False
+        self._return_freed()
         if self._resized:
             self._resized = False
             for wrapper in self.wrappers:
                 rebuild_reducer_(wrapper)
 
     def end_step(self, steps: int) -> None:
-        """Refuse weights that no gradient has reached in the first steps."""
-        if steps != _AUDITED_STEPS:
+        """Warn of weights that the first step's gradients have not reached; refuse those that none has after some."""
+        if steps not in (1, _AUDITED_STEPS):
             return
         quiet = [w.name for w in self._weights if isinstance(w.inactive, AbsentWeights) and not w.inactive.has_trained]
-        if quiet:
-            raise ValueError(
-                f"no gradient has reached the weights of {len(quiet)} layers ({first_names(quiet)}) in the first "
-                f"{steps} steps, of which active units alone are stored: leave them out by Selection(exclude=...), or "
-                "use storage='dense', which masks layers once they train"
+        if not quiet:
+            return
+        found = f"no gradient has reached the weights of {len(quiet)} layers ({first_names(quiet)}) in the first "
+        way_out = "leave them out by Selection(exclude=...), or use storage='dense', which masks layers once they train"
+        if steps == 1:
+            warnings.warn(
+                f"{found}step, of which active units alone are stored: if none does, the run ends after "
+                f"{_AUDITED_STEPS} steps. Then {way_out}",
+                RuntimeWarning,
+                stacklevel=2,
             )
+            return
+        raise ValueError(f"{found}{steps} steps, of which active units alone are stored: {way_out}")
+
+    def begin_observed(self) -> None:
+        """Give freed memory back before the first observed step since masks changed: these steps take the most."""
+        if not self._observing:
+            self._observing = True
+            self._return_freed()
+
+    def _return_freed(self) -> None:
+        if any(weight.parameter.device.type == "cpu" for weight in self._weights):
+            return_freed_memory()
 
     def abandon(self) -> None:
         """Put the whole weights back, as they were before the run."""

@@ -56,13 +56,8 @@ class Placement(Protocol):
         """Return a mask over units in the form that addresses local tensors, at `grain`."""
         ...
 
-    def elements(self, units: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-        """Return the places in the local weight, taken as runs of `run` elements, of units as indices into the mask."""
-        ...
-
-    @property
-    def run(self) -> int:
-        """Number of elements one after the other that a place of `elements` stands for."""
+    def elements(self, units: Tensor, mask: Tensor, weight: Tensor) -> Tensor | None:
+        """Return the places in the local weight of units as indices into the mask; ``None`` where units lie by age."""
         ...
 
     def unit_norms(self, weight: Tensor) -> Tensor:
@@ -128,12 +123,7 @@ class _DenseParameter:
         """Return the mask as the shard addresses it."""
         return self._shard.expand(mask, self._block_size)
 
-    @property
-    def run(self) -> int:
-        """Return 1: the weights of a unit lie apart."""
-        return 1
-
-    def elements(self, units: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+    def elements(self, units: Tensor, mask: Tensor, weight: Tensor) -> Tensor | None:
         """Return indices of all weights in the units."""
         if mask.shape == weight.shape:
             return units

@@ -12,7 +12,7 @@ from lightning_estdgm.method._masks import keep_active_, masked_select_units
 
 if TYPE_CHECKING:
     from lightning_estdgm.engine._masked_weight import MaskedWeight
-    from lightning_estdgm.engine._young_steps import SteppedWeight
+    from lightning_estdgm.engine._unit_views import SteppedWeight
 
 
 class StateRule(Protocol):

@@ -69,6 +69,10 @@ class Storage(Protocol):
         """Check what a step has shown."""
         ...
 
+    def begin_observed(self) -> None:
+        """Prepare for a step whose gradients are observed."""
+        ...
+
     def abandon(self) -> None:
         """Put the weights back as they were before the run, if it has not begun."""
         ...
@@ -128,6 +132,9 @@ class DenseStorage:
         """Do nothing."""
 
     def end_step(self, steps: int) -> None:
+        """Do nothing."""
+
+    def begin_observed(self) -> None:
         """Do nothing."""
 
     def abandon(self) -> None:

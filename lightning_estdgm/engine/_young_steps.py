@@ -4,48 +4,24 @@ For the length of a step, the optimizer sees one more group for each of its grou
 of one age, of all weights in the group, are one parameter there: a copy of their parts of the weights, of the gradients
 and of the state, with a count of steps of its own. (Weights whose rates are scaled differently are in groups of their
 own, see `_scaled_groups`.) After the step, values and state are written over what the optimizer has made of the whole
-weights. So whatever an optimizer derives from its count, and whatever is changed in the group, young units have what a
-fresh parameter would have. Which optimizers can be treated so is found out in `_count_trial`.
+weights. Where units lie by age in the parameter, nothing is copied but small cohorts: each large one is a view, and in
+place of the parameter stands a view of its other units (`_unit_views`). So whatever an optimizer derives from its
+count, and whatever is changed in the group, young units have what a fresh parameter would have. Which optimizers can be
+treated so is found out in `_count_trial`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_estdgm.distributed._shard import Shard
 from lightning_estdgm.engine._state_rules import oriented
-from lightning_estdgm.engine._young_units import Cohort, YoungUnits
-
-
-class SteppedWeight(Protocol):
-    """A weight and its young units; see `MaskedWeight`."""
-
-    young: YoungUnits
-
-    @property
-    def shard(self) -> Shard:
-        """Layout of the weight over ranks."""
-        ...
-
-    @property
-    def parameter(self) -> Tensor:
-        """The weight as the optimizer holds it."""
-        ...
-
-    @property
-    def weight(self) -> Tensor:
-        """The local part of the weight."""
-        ...
-
-    @property
-    def gradient(self) -> Tensor | None:
-        """The local part of the gradient."""
-        ...
+from lightning_estdgm.engine._unit_views import SteppedWeight, UnitsView, UnitViews, beside, has_part, unit_size
+from lightning_estdgm.engine._young_units import Cohort
 
 
 class YoungSteps:
@@ -58,13 +34,14 @@ class YoungSteps:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._shown: list[_Shown] = []
+        self._shown: list[_Shown | UnitsView] = []
         self._groups: list[dict[str, Any]] = []
+        self._hidden: list[tuple[dict[str, Any], list[Tensor]]] = []  # groups, and the parameters that they have
 
     @property
     def entered(self) -> bool:
         """Whether the optimizer sees young units as parameters of their own."""
-        return bool(self._groups)
+        return bool(self._groups or self._hidden)
 
     def enter(self, weights: Mapping[int, SteppedWeight]) -> None:
         """Show the optimizer the young units that have gradients.
@@ -75,17 +52,36 @@ class YoungSteps:
         """
         self.discard()
         for group in self._optimizer.param_groups:
-            shown = _shown(self._optimizer, list(self._stepped(group, weights)))
+            parts: list[_Part] = []
+            views: list[UnitsView] = []
+            instead: dict[int, Tensor] = {}
+            for weight, living, gradient in self._stepped(group, weights):
+                by_age = living[0].elements is None
+                copied: Sequence[Cohort] = living
+                if by_age:
+                    found = UnitViews.of(self._optimizer, weight, living)
+                    found.show(self._optimizer, gradient)
+                    instead[id(weight.parameter)] = found.settled.parameter
+                    self._shown.append(found.settled)
+                    views += found.young
+                    copied = found.left
+                if copied:
+                    parts.append(_Part(self._optimizer, weight, copied, by_age=by_age))
+            shown: list[_Shown | UnitsView] = [*views]
+            shown += _shown(self._optimizer, parts)
+            self._shown += shown
             if shown:
                 own = {key: value for key, value in group.items() if key != "param_names"}
                 self._groups.append(own | {"params": [one.parameter for one in shown]})
-                self._shown += shown
+            if instead:
+                self._hidden.append((group, group["params"]))
+                group["params"] = [instead.get(id(parameter), parameter) for parameter in group["params"]]
         self._optimizer.param_groups.extend(self._groups)
 
     def commit(self) -> None:
         """Take the young units away after a step, and write what the optimizer made of them. May be called twice."""
         for one in self._shown:
-            one.write()
+            one.write(self._optimizer)
         self.discard()
 
     def discard(self) -> None:
@@ -94,27 +90,68 @@ class YoungSteps:
         groups = self._optimizer.param_groups
         if shown:
             groups[:] = [group for group in groups if id(group) not in shown]
+        for group, parameters in self._hidden:
+            group["params"] = parameters
         for one in self._shown:
+            one.parameter.grad = None
             self._optimizer.state.pop(one.parameter, None)
-        self._shown, self._groups = [], []
+        self._shown, self._groups, self._hidden = [], [], []
 
-    def _stepped(self, group: Mapping[str, Any], weights: Mapping[int, SteppedWeight]) -> Iterator[SteppedWeight]:
+    def _stepped(
+        self, group: Mapping[str, Any], weights: Mapping[int, SteppedWeight]
+    ) -> Iterator[tuple[SteppedWeight, list[Cohort], Tensor]]:
         for parameter in group["params"]:
             weight = weights.get(id(parameter))
             if weight is None or not weight.young.cohorts:
                 continue
-            if weight.gradient is not None and self._optimizer.state.get(parameter):
-                yield weight
+            living, gradient = weight.young.living, weight.gradient
+            if living and gradient is not None and self._optimizer.state.get(parameter):
+                yield weight, living, gradient
 
 
 class _Part:
-    """The young units of one weight: what is read of its tensors before a step, and written after it."""
+    """Young units of one weight that are copied: what is read of its tensors before a step, and written after it.
 
-    def __init__(self, optimizer: Optimizer, weight: SteppedWeight) -> None:
-        self.cohorts, self.own_state = weight.young.cohorts, weight.young.own_state
-        self.whole: Mapping[str, Any] = optimizer.state.get(weight.parameter, {})
+    Args:
+        optimizer: optimizer that holds the weight.
+        weight: weight.
+        cohorts: cohorts that are copied.
+        by_age: whether units lie by age in the parameter.
+
+    """
+
+    def __init__(self, optimizer: Optimizer, weight: SteppedWeight, cohorts: Sequence[Cohort], *, by_age: bool) -> None:
+        self.cohorts = cohorts
+        self.own_state = weight.young.own_state or by_age  # there, the weight's own step makes nothing of them
         self.values, self.gradients = weight.weight, weight.gradient
-        self.entries = {key: oriented(value, weight) for key, value in self.whole.items() if _has_part(value)}
+        self.whole: Mapping[str, Any] = optimizer.state.get(weight.parameter, {})
+        entries = {key: value for key, value in self.whole.items() if has_part(value)}
+        self.entries = {key: value.detach() if by_age else oriented(value, weight) for key, value in entries.items()}
+
+    def read(self, whole: Tensor, cohort: Cohort, out: Tensor) -> None:
+        """Copy the elements of a cohort into a vector."""
+        if cohort.elements is None:
+            out.copy_(self._piece(whole, cohort).reshape(-1))
+        else:
+            memory, places = _in_memory(whole, cohort.elements)
+            torch.index_select(memory, 0, places, out=out)
+
+    def put(self, whole: Tensor, cohort: Cohort, values: Tensor) -> None:
+        """Copy a vector over the elements of a cohort."""
+        if cohort.elements is None:
+            piece = self._piece(whole, cohort)
+            piece.copy_(values.view_as(piece))
+        else:
+            memory, places = _in_memory(whole, cohort.elements)
+            memory.scatter_(0, places, values)
+
+    def size(self, cohort: Cohort) -> int:
+        """Return the number of elements of a cohort on this rank."""
+        return len(cohort.units) * unit_size(self.values) if cohort.elements is None else len(cohort.elements)
+
+    def _piece(self, whole: Tensor, cohort: Cohort) -> Tensor:
+        run = unit_size(self.values) if whole.dim() == 1 else 1
+        return whole.narrow(0, cohort.start * run, len(cohort.units) * run)
 
 
 class _Shown:
@@ -122,103 +159,86 @@ class _Shown:
 
     Attributes:
         parameter: the parameter, one zero if no cohort has an element on this rank.
-        members: part and place in it of each cohort.
+        members: weight and cohort.
 
     """
 
-    def __init__(self, optimizer: Optimizer, members: Sequence[tuple[_Part, int]]) -> None:
-        self._optimizer, self.members = optimizer, members
-        self._cohorts = [part.cohorts[i] for part, i in members]
+    def __init__(self, optimizer: Optimizer, members: Sequence[tuple[_Part, Cohort]]) -> None:
+        self.members = members
         self._writes_state = any(part.own_state for part, _ in members)
+        self._sizes = [part.size(cohort) for part, cohort in members]
         self.parameter = nn.Parameter(self._joined([part.values for part, _ in members]))
         gradients = [part.gradients for part, _ in members if part.gradients is not None]
         if gradients:
             self.parameter.grad = self._joined(gradients)
-        first, i = members[0]
-        if own := first.cohorts[i].numbers:  # else the optimizer makes its state, as it does for a fresh parameter
-            numbers = {key: _beside(value, first.whole.get(key)) for key, value in own.items()}
+        first, cohort = members[0]
+        if own := cohort.numbers:  # else the optimizer makes its state, as it does for a fresh parameter
+            numbers = {key: beside(value, first.whole.get(key)) for key, value in own.items()}
             entries = {key: self._joined([part.entries[key] for part, _ in members]) for key in first.entries}
             optimizer.state[self.parameter] = entries | numbers
 
-    def write(self) -> None:
+    def write(self, optimizer: Optimizer) -> None:
         """Write values and state over those of the whole weights; numbers are kept by the cohorts."""
-        state: Mapping[str, Any] = self._optimizer.state.get(self.parameter, {})
-        numbers = {key: value for key, value in state.items() if not _has_part(value)}
+        state: Mapping[str, Any] = optimizer.state.get(self.parameter, {})
+        numbers = {key: value for key, value in state.items() if not has_part(value)}
         self._put(self.parameter, [part.values for part, _ in self.members])
         for key, value in state.items():
-            if _has_part(value) and self._writes_state and all(key in part.entries for part, _ in self.members):
+            if has_part(value) and self._writes_state and all(key in part.entries for part, _ in self.members):
                 self._put(value, [part.entries[key] for part, _ in self.members])
-        for cohort in self._cohorts:
+        for _, cohort in self.members:
             cohort.numbers = numbers
 
     def _joined(self, wholes: Sequence[Tensor]) -> Tensor:
         """Return the elements of all members, one after the other; a zero if there are none on this rank."""
-        size = sum(map(_size, self._cohorts))
+        size = sum(self._sizes)
         if not size:
             return wholes[0].new_zeros(1)
         vector = wholes[0].new_empty(size)
-        for piece, whole, cohort in zip(self._pieces(vector), wholes, self._cohorts, strict=True):
-            memory, places = _in_memory(whole, cohort)
-            torch.index_select(memory, 0, places, out=piece.view(-1, *memory.shape[1:]))
+        for (part, cohort), whole, piece in zip(self.members, wholes, self._pieces(vector), strict=True):
+            part.read(whole, cohort, piece)
         return vector
 
     def _put(self, tensor: Tensor, wholes: Sequence[Tensor]) -> None:
-        for piece, whole, cohort in zip(self._pieces(tensor.detach().view(-1)), wholes, self._cohorts, strict=True):
-            memory, places = _in_memory(whole, cohort)
-            if memory.dim() == 1:
-                memory.scatter_(0, places, piece)
-            else:
-                memory.index_copy_(0, places, piece.view(-1, memory.shape[1]))
+        pieces = self._pieces(tensor.detach().view(-1))
+        for (part, cohort), whole, piece in zip(self.members, wholes, pieces, strict=True):
+            part.put(whole, cohort, piece)
 
     def _pieces(self, vector: Tensor) -> Sequence[Tensor]:
-        sizes = list(map(_size, self._cohorts))
-        return vector[: sum(sizes)].split(sizes)
+        return vector[: sum(self._sizes)].split(self._sizes)
 
 
-def _shown(optimizer: Optimizer, weights: Sequence[SteppedWeight]) -> list[_Shown]:
-    """Return parameters for all cohorts of weights of one group: one for those whose numbers are equal."""
-    slots: dict[Any, list[list[tuple[_Part, int]]]] = {}
-    for part in [_Part(optimizer, weight) for weight in weights]:
+def _shown(optimizer: Optimizer, parts: Sequence[_Part]) -> list[_Shown]:
+    """Return parameters for the cohorts that are joined, of weights of one group: one for those of equal numbers."""
+    slots: dict[Any, list[list[tuple[_Part, Cohort]]]] = {}
+    for part in parts:
         kind = tuple((key, entry.dtype) for key, entry in part.entries.items())
-        for i, cohort in enumerate(part.cohorts):
+        for cohort in part.cohorts:
             key = (cohort.age, part.values.dtype, part.values.device, kind)
             for slot in slots.setdefault(key, []):
-                first = slot[0][0].cohorts[slot[0][1]]
+                first = slot[0][1]
                 if _same_numbers(first.numbers, cohort.numbers):
                     cohort.numbers = first.numbers  # which is seen at once in the next step
-                    slot.append((part, i))
+                    slot.append((part, cohort))
                     break
             else:
-                slots[key].append([(part, i)])
+                slots[key].append([(part, cohort)])
     return [_Shown(optimizer, slot) for same in slots.values() for slot in same]
 
 
-def _size(cohort: Cohort) -> int:
-    return len(cohort.elements) * cohort.run
+def _in_memory(tensor: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the memory that a tensor spans, as a vector, and the places of elements in it.
 
-
-def _in_memory(tensor: Tensor, cohort: Cohort) -> tuple[Tensor, Tensor]:
-    """Return the memory that a tensor spans, as rows where elements lie in runs, and the places of a cohort's in it.
-
-    A vector is read and written in half the time of ``take`` and ``put_``, rows in a tenth; and with deterministic
-    algorithms, too.
+    A vector is read and written in half the time of ``take`` and ``put_``; and with deterministic algorithms, too.
     """
-    elements, run = cohort.elements.long(), cohort.run
+    elements = elements.long()
     if tensor.is_contiguous():
-        return (tensor.view(-1) if run == 1 else tensor.view(-1, run)), elements
-    if run > 1:
-        elements = (elements[:, None] * run + torch.arange(run, device=elements.device)).flatten()
+        return tensor.view(-1), elements
     places, inner = torch.zeros_like(elements), 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
         places += (elements // inner % size) * stride
         inner *= size
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.as_strided((span if tensor.numel() else 0,), (1,)), places
-
-
-def _has_part(value: Any) -> bool:
-    """Whether a state entry has an element for each of the weight's; else it is a number."""
-    return isinstance(value, Tensor) and value.dim() > 0
 
 
 def _same_numbers(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -230,10 +250,3 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dtype == other.dtype and bool(one.cpu() == other.cpu())
     return type(one) is type(other) and bool(one == other)
-
-
-def _beside(number: Any, whole: Any) -> Any:
-    """Return a copy of a number, which a step may write into, on the device of the whole weight's."""
-    if not isinstance(number, Tensor):
-        return number
-    return number.to(whole.device, copy=True) if isinstance(whole, Tensor) else number.clone()

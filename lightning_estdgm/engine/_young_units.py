@@ -26,20 +26,20 @@ class Cohort:
 
     Attributes:
         units: indices into the local mask.
-        elements: indices into the local weight, oriented ``(out, in, ...)``, as a row of runs of `run` elements;
-            `units` themselves for single weights.
+        elements: indices into the local weight, oriented ``(out, in, ...)``; `units` themselves for single weights.
+            ``None``: the units lie one after the other, from unit `start` of the parameter on.
         age: number of steps since.
         numbers: what the optimizer keeps for them beside tensors of their size, such as the count of steps; empty
             before the first step, and on a rank that does not step the weight.
-        run: number of elements one after the other that each of `elements` stands for.
+        start: see `elements`.
 
     """
 
     units: Tensor
-    elements: Tensor
+    elements: Tensor | None
     age: int
     numbers: dict[str, Any]
-    run: int = 1
+    start: int = 0
 
 
 class YoungUnits:
@@ -49,11 +49,14 @@ class YoungUnits:
         lifetime: number of steps after which a unit is young no more; 0: no unit ever is.
         own_state: whether entries of the state are written back after steps of their own. That is not needed where
             only the weight's step depends on the count: the step of the whole weight makes the same of the entries.
-        cohorts: the young units, by the update that grew them.
+        cohorts: the young units, by the update that grew them, the oldest first. Where they lie in that order in the
+            parameter, those that are young no more are among them until the next update, so that none moves before.
+        views: what is kept of them from step to step, until they change; see `_unit_views`.
 
     """
 
     def __init__(self) -> None:
+        self.views: Any = None
         self.lifetime = 0
         self.own_state = True
         self.cohorts: list[Cohort] = []
@@ -63,6 +66,11 @@ class YoungUnits:
         self.lifetime, self.own_state = lifetime, own_state
         if not lifetime:
             self._keep([])
+
+    @property
+    def living(self) -> list[Cohort]:
+        """Cohorts that are young."""
+        return [cohort for cohort in self.cohorts if cohort.age < self.lifetime]
 
     def grow(self, weight: MaskedWeight, grown: Tensor) -> None:
         """Add the units that an update has grown, and let go of those that it dropped.
@@ -74,25 +82,23 @@ class YoungUnits:
         """
         if not self.lifetime:
             return
-        active = weight.mask.reshape(-1)
-        for cohort in self.cohorts:
+        active, cohorts = weight.mask.reshape(-1), self.living
+        for cohort in cohorts:
             stay = cohort.units[active[cohort.units.long()]]
-            if len(stay) < len(cohort.units) or weight.placement.product:  # packed weights have moved
+            if len(stay) < len(cohort.units):
                 cohort.units, cohort.elements = stay, _elements(weight, stay)
-        self.cohorts.append(_cohort(weight, grown, 0, {}))
-        self._keep(
-            [c for c in self.cohorts if len(c.units) or weight.placement.is_sharded]
-        )  # other ranks may have some
+        cohorts.append(_cohort(weight, grown, 0, {}))
+        self._keep([c for c in cohorts if len(c.units) or weight.placement.is_sharded])  # other ranks may have some
 
     def after_step(self) -> None:
         """Count a step of the weight."""
         for cohort in self.cohorts:
             cohort.age += 1
         if any(cohort.age >= self.lifetime for cohort in self.cohorts):
-            self._keep([cohort for cohort in self.cohorts if cohort.age < self.lifetime])
+            self._keep([c for c in self.cohorts if c.age < self.lifetime or c.elements is None])
 
     def _keep(self, cohorts: list[Cohort]) -> None:
-        self.cohorts = cohorts
+        self.cohorts, self.views = cohorts, None
 
     # ------------------------------------------------------------------ state
 
@@ -133,14 +139,13 @@ def _on_cpu(numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 def _cohort(weight: MaskedWeight, units: Tensor, age: int, numbers: dict[str, Any]) -> Cohort:
     indices = _indices(units.to(weight.weight.device))
-    return Cohort(indices, _elements(weight, indices), age, numbers, weight.placement.run)
+    return Cohort(indices, _elements(weight, indices), age, numbers)
 
 
 def _indices(mask: Tensor) -> Tensor:
     return mask.reshape(-1).nonzero().squeeze(1).int()
 
 
-def _elements(weight: MaskedWeight, units: Tensor) -> Tensor:
-    """Return the runs of the local weight that are units of the local mask; int64, as torch wants them, if few."""
-    runs = weight.placement.elements(units, weight.mask, weight.weight)
-    return runs.long() if weight.placement.run > 1 else runs.int()
+def _elements(weight: MaskedWeight, units: Tensor) -> Tensor | None:
+    elements = weight.placement.elements(units, weight.mask, weight.weight)
+    return None if elements is None else elements.int()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from lightning_estdgm.plugins._whole_file import whole_folder
 
 DYNAMIC = ("batch", "shape", "none")
 _CALLS, _LONGEST_S = 15, 1.0
+_NOT_FINITE = (
+    ". Some outputs are infinite or NaN in one of the two only: zeros of a weight hide such inputs in sparse forms"
+)
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,10 @@ def export_model(
     with torch.no_grad(), whole_folder(path.parent) as (folder, publish):
         expected = _forward(dense, given)
         notes = target.write(given, folder / path.name)
-        run = target.load(folder / path.name, given)
-        difference, largest = _difference(run(*args, **kwargs), expected)
+        with _told_as_export_error(to, dense):
+            run = target.load(folder / path.name, given)
+            found = run(*args, **kwargs)
+        difference, largest = _difference(found, expected)
         _check(target, values, difference, largest)
         call_s, dense_s = _take_turns(lambda: run(*args, **kwargs), lambda: dense(*args, **kwargs))
         quality = None if evaluate is None else (float(evaluate(dense)), float(evaluate(run)))
@@ -180,6 +186,18 @@ def _forward(model: nn.Module, given: ExportInput) -> Any:
         raise ValueError(f"example: the model fails on it: {type(e).__name__}: {e}") from e
 
 
+@contextlib.contextmanager
+def _told_as_export_error(target: str, model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except ExportError:
+        raise
+    except Exception as e:
+        halves = sorted({str(t.dtype) for t in _unique(model) if t.dtype in (torch.float16, torch.bfloat16)})
+        hint = f". The model is in {', '.join(halves)}: model.float() may run" if halves else ""
+        raise ExportError(f"what {target} has written fails on the example: {type(e).__name__}: {e}{hint}") from e
+
+
 def _unique(model: nn.Module) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values())
 
@@ -189,14 +207,22 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 
 def _difference(found: Any, expected: Any) -> tuple[float, float]:
-    """Return the largest absolute difference, and the largest absolute value that was expected."""
+    """Return the largest absolute difference, and the largest absolute value that was expected.
+
+    NaN and infinities are no difference where both have them; they count for nothing else.
+    """
     one, other = _tensors(found), _tensors(expected)
     if [tuple(t.shape) for t in one] != [tuple(t.shape) for t in other]:
         shapes = [[tuple(t.shape) for t in tensors] for tensors in (one, other)]
         raise ExportError(f"what was written returns tensors of shapes {shapes[0]}, the model {shapes[1]}")
     pairs = [(a.double(), b.double()) for a, b in zip(one, other, strict=True) if b.numel()]
-    differences = [float((a - b).abs().nan_to_num(nan=float("inf")).max()) for a, b in pairs]
-    return max(differences, default=0.0), max((float(b.abs().max()) for _, b in pairs), default=0.0)
+    same = [(a == b) | (a.isnan() & b.isnan()) for a, b in pairs]
+    differences = [
+        float((a - b).abs().nan_to_num(nan=float("inf")).masked_fill(equal, 0.0).max())
+        for (a, b), equal in zip(pairs, same, strict=True)
+    ]
+    sizes = [float(b.abs().nan_to_num(nan=0.0, posinf=0.0).max()) for _, b in pairs]
+    return max(differences, default=0.0), max(sizes, default=0.0)
 
 
 def _check(target: ExportTarget, values: str, difference: float, largest: float) -> None:
@@ -204,7 +230,7 @@ def _check(target: ExportTarget, values: str, difference: float, largest: float)
     if tolerance is not None and not difference <= tolerance * max(largest, 1e-6):
         raise ExportError(
             f"what {target.name} computes differs from the model by {difference:.2e}, of outputs up to {largest:.2e}; "
-            "nothing was written"
+            f"nothing was written{_NOT_FINITE if difference == float('inf') else ''}"
         )
 
 

@@ -12,23 +12,27 @@ from torch import Tensor, nn
 
 from lightning_estdgm.export._copies import clean_zeros_, copied
 from lightning_estdgm.export._packed_layers import PackedConv2d, PackedLinear
+from lightning_estdgm.export._sparse_layers import has_hooks, other_sparse_weights
 from lightning_estdgm.modules._kinds import LAYER_KINDS, LayerKind, conv_geometry
 from lightning_estdgm.modules._sparse_forward import SparseForward
 from lightning_estdgm.plugins._whole_file import write_whole
 from lightning_estdgm.sparse._packed_weight import PackedWeight, pack_weight
 
 _FORMAT = "lightning_estdgm packed model"
-_VERSION = 1
+_VERSION = 2  # of 1, the columns of convolutions were inputs, the taps of each side by side
 _PAYS = 0.9  # of the dense bytes: what a layer may take to be packed
 
 
 class _Found(NamedTuple):
-    """A layer whose weight could be packed: as a matrix, or the reason why not."""
+    """A layer whose weight could be packed: as a matrix, where it is in memory, or the reason why not.
+
+    Columns of a convolution's matrix are its taps, the inputs of each side by side.
+    """
 
     name: str
     module: Any
     matrix: Tensor
-    taps: int
+    stored: tuple[Any, ...]
     why_not: str
 
 
@@ -57,7 +61,8 @@ def packed(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
         torch.Size([2, 64])
     """
     replaced: dict[int, nn.Module] = {}
-    refused: list[str] = []
+    refused = [f"{name} (of {kind}, density {share:.2f})" for name, kind, share in other_sparse_weights(model)]
+    weights: dict[Any, PackedWeight] = {}  # of layers that share one, packed once
     for found in _layers(model):
         if found.matrix.is_meta:
             raise ValueError(f"{found.name or 'the weight'} is on the meta device: load the model's weights first")
@@ -67,7 +72,9 @@ def packed(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
         if found.why_not:
             refused.append(f"{found.name} ({found.why_not}, density {share:.2f})")
             continue
-        weight = pack_weight(found.matrix, dtype=dtype, taps=found.taps)
+        if found.stored not in weights:
+            weights[found.stored] = pack_weight(found.matrix, dtype=dtype)
+        weight = weights[found.stored]
         if weight.nbytes < _PAYS * found.matrix.nbytes:
             replaced[id(found.module)] = _packed_layer(found, weight)
     if refused:
@@ -76,7 +83,9 @@ def packed(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
         )
     if not replaced:
         warnings.warn(
-            "no layer was packed: none has zeros enough; expected a model that was trained with masks", stacklevel=2
+            f"no layer was packed: none {'of the others ' if refused else ''}has zeros enough; expected a model that "
+            "was trained with masks",
+            stacklevel=2,
         )
     return _for_inference(copied(model, replaced))
 
@@ -122,7 +131,9 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
     if not (isinstance(content, Mapping) and content.get("format") == _FORMAT):
         raise ValueError(f"{path} holds no packed model: expected a file that export.save_packed has written")
     if content["version"] != _VERSION:
-        raise ValueError(f"expected a packed model of version {_VERSION}, got {content['version']} in {path}")
+        raise ValueError(
+            f"expected a packed model of version {_VERSION}, got {content['version']} in {path}; export the model anew"
+        )
     state, made = content["state_dict"], {}
     layers = {found.name: found for found in _layers(model)}
     for name, layer in content["layers"].items():
@@ -157,12 +168,14 @@ def _layers(model: nn.Module) -> list[_Found]:
 
 def _found(name: str, module: Any, kind: LayerKind) -> _Found:
     weight = getattr(module, kind.weight_name).detach()
-    matrix = weight.t() if kind.transposed else weight.flatten(1)
-    taps = weight[0, 0].numel() if weight.dim() > 2 else 1
+    matrix = weight.t() if kind.transposed else weight.movedim(1, -1).flatten(1)
+    stored = weight.data_ptr(), weight.shape, weight.stride(), kind.transposed
     why = "" if isinstance(module, SparseForward) else kind.why_dense(module)
     if not why and weight.dim() == 3:
         why = "1-D convolution"
-    return _Found(name, module, matrix, taps, why)
+    if not why and has_hooks(module):
+        why = "it has forward hooks"
+    return _Found(name, module, matrix, stored, why)
 
 
 def _packed_layer(found: _Found, weight: PackedWeight, bias: Tensor | None = None) -> nn.Module:

@@ -41,6 +41,14 @@ class _PackedLayer(nn.Module):
         super().__setstate__(state)
         operator_library()
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                "a packed layer has no weight to read: the model's forward has to call the layer itself, or to keep "
+                "this weight in a parameter of its own"
+            )
+        return super().__getattr__(name)
+
     def multiply(self, x: Tensor) -> Tensor:
         """Return ``x W^T + bias``, ``[..., in] -> [..., out]``, in x's dtype; it is computed in float32."""
         is_float = x.dtype is torch.float32
@@ -91,12 +99,12 @@ class PackedLinear(_PackedLayer):
 
 
 class PackedConv2d(_PackedLayer):
-    """Convolution for inference on the active units of its weight, ``(out, in * kh * kw)``, as a product with patches.
+    """Convolution for inference on the active units of its weight, ``(out, kh * kw * in)``, as a product with patches.
 
     Input: ``[N, in, H, W]`` or ``[in, H, W]``. Output: ``[N, out, H', W']``, as that of ``torch.nn.Conv2d``.
 
     Args:
-        weight: the packed matrix, with the taps of an input side by side.
+        weight: the packed matrix, with the inputs of a tap side by side.
         bias: ``[out]``, or None.
         geometry: kernel, stride, padding and dilation.
 
@@ -111,13 +119,16 @@ class PackedConv2d(_PackedLayer):
         images = x if x.dim() == 4 else x.unsqueeze(0)
         g = self.geometry
         height, width = g.output_size(*images.shape[2:])
+        pixels = images.permute(0, 2, 3, 1).contiguous()  # no copy in channels-last memory
+        (rows, columns), (down, across), (pad_rows, pad_columns) = g.stride, g.dilation, g.padding
         if g.pointwise:
-            (rows, columns) = g.stride
-            patches = images[:, :, ::rows, ::columns].permute(0, 2, 3, 1)
+            patches = pixels[:, ::rows, ::columns]
         else:
-            patches = F.unfold(images, g.kernel_size, g.dilation, g.padding, g.stride).transpose(1, 2)
-        y = self.multiply(patches.contiguous())
-        y = y.reshape(images.shape[0], height, width, self.out_features).permute(0, 3, 1, 2)
+            spans = [d * (k - 1) + 1 for d, k in zip(g.dilation, g.kernel_size, strict=True)]
+            padded = F.pad(pixels, (0, 0, pad_columns, pad_columns, pad_rows, pad_rows))
+            seen = padded.unfold(1, spans[0], rows).unfold(2, spans[1], columns)[..., ::down, ::across]
+            patches = seen.permute(0, 1, 2, 4, 5, 3).reshape(images.shape[0], height, width, self.in_features)
+        y = self.multiply(patches.contiguous()).permute(0, 3, 1, 2)
         return y if x.dim() == 4 else y.squeeze(0)
 
     def extra_repr(self) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_estdgm.method._masks import active_units
 from lightning_estdgm.modules._kinds import CONVOLUTIONS, LAYER_KINDS, LayerKind
+from lightning_estdgm.modules._own_hook import OwnHook
 
 DENSE_ABOVE = 0.5
 """Share of active weights above which a layer counts as dense."""
@@ -54,7 +55,28 @@ def sparse_linear_layers(model: nn.Module) -> tuple[list[SparseLayer], list[str]
         oriented = weight.t() if kind.transposed else weight
         bias = cast("Tensor | None", getattr(module, "bias", None))
         found.append(SparseLayer(name, module, oriented, None if bias is None else bias.detach(), density))
+    for name, owner, _ in other_sparse_weights(model):
+        kept.setdefault("as this form holds linear layers only", []).append(f"{name} (of {owner})")
     return found, [f"stays dense, {reason}: {', '.join(names)}" for reason, names in kept.items()]
+
+
+def other_sparse_weights(model: nn.Module) -> list[tuple[str, str, float]]:
+    """Return name, class of its module and density of weights that are sparse and belong to no kind of layer."""
+    weights = [
+        (f"{name}.{key}" if name else key, type(module).__name__, weight.detach())
+        for name, module in model.named_modules()
+        if not any(kind.matches(module) for kind in LAYER_KINDS)
+        for key, weight in module.named_parameters(recurse=False)
+        if weight.dim() > 1 and weight.numel() and not weight.is_meta
+    ]
+    found = [(name, kind, active_units(weight != 0) / weight.numel()) for name, kind, weight in weights]
+    return [row for row in found if row[2] <= DENSE_ABOVE]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether forward hooks of a user's would be lost with a layer; this package's own do nothing in copies."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not isinstance(hook, OwnHook) for hook in hooks)
 
 
 def replace_layers(model: nn.Module, layers: list[SparseLayer], make: Callable[[SparseLayer], nn.Module]) -> None:
@@ -80,7 +102,7 @@ def _why_dense(name: str, module: nn.Module, kind: LayerKind, inside_encoder: se
         return why
     if id(module) in inside_encoder:
         return "nn.TransformerEncoderLayer reads the weights of its layers itself"
-    if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "parametrizations"):
+    if has_hooks(module) or hasattr(module, "parametrizations"):
         return "it has hooks or parametrizations"
     return "" if name else "the model itself is this layer: put it into an nn.Sequential"
 

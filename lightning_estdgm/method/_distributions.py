@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Literal
 
 from lightning_estdgm._checks import check_share
 
@@ -56,6 +57,9 @@ def erk(shapes: Sequence[Shape], density: float) -> list[float]:
             return [1.0 if i in dense else epsilon * raw[i] for i in range(len(shapes))]
         dense |= over
 
+
+DistributionName = Literal["erk", "uniform"]
+"""Names of `DISTRIBUTIONS`, for LightningCLI."""
 
 DISTRIBUTIONS: dict[str, Callable[[Sequence[Shape], float], list[float]]] = {"erk": erk, "uniform": uniform}
 """Known distributions by name; `Units.distribution` also takes such a function itself."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -125,5 +126,8 @@ def _best_first(scores: Tensor) -> Tensor:
 
 
 Redistribution = Callable[[Sequence[Scored], int, float, bool], list[Budget]]
+RedistributionName = Literal["global", "growth"]
+"""Names of `REDISTRIBUTIONS`, for LightningCLI."""
+
 REDISTRIBUTIONS: dict[str, Redistribution] = {"global": globally, "growth": by_growth}
 """Known redistributions by name; `UpdateRule.redistribute` also takes such a function itself."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -103,6 +104,9 @@ def _random(evidence: Evidence) -> Tensor:
     noise = torch.rand(evidence.mask.shape, generator=evidence.generator, device="cpu")
     return noise.to(evidence.mask.device)
 
+
+ScoreName = Literal["magnitude", "gradient", "momentum", "consistency", "weight_and_gradient", "random"]
+"""Names of `SCORES`, for LightningCLI."""
 
 SCORES: dict[str, Callable[[Evidence], Tensor]] = {
     "magnitude": lambda evidence: evidence.weight,

@@ -9,19 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from lightning_estdgm._checks import check_fraction, check_number
 from lightning_estdgm.method._masks import BlockSize, sides
 from lightning_estdgm.method._patterns import Pattern
-from lightning_estdgm.method._redistribution import REDISTRIBUTIONS, Redistribution
+from lightning_estdgm.method._redistribution import REDISTRIBUTIONS, Redistribution, RedistributionName
 from lightning_estdgm.method._scores import (
     SCORES,
     WITHOUT_GRADIENTS,
     WITHOUT_MEAN_GRADIENT,
     Evidence,
+    ScoreName,
     WeightAndGradient,
 )
 
@@ -64,15 +65,16 @@ class UpdateRule:
 
     """
 
-    # Functions first: jsonargparse takes the first type that fits, and any path to a function is a string too. They
-    # return a Tensor, which is not said here: jsonargparse takes a Callable that returns a class for its factory.
-    keep: Callable[[Evidence], Any] | str = AUTO
-    grow: Callable[[Evidence], Any] | str = "consistency"
+    # jsonargparse takes the first type that fits, to read a value and to print it: names come first, since it prints no
+    # string as a function; then functions, since any path to one is a string too. That they return a Tensor is not said
+    # here: it takes a Callable that returns a class for its factory.
+    keep: Literal["auto"] | ScoreName | Callable[[Evidence], Any] | str = AUTO
+    grow: ScoreName | Callable[[Evidence], Any] | str = "consistency"
     gamma: float = 1.0
     drop_fraction: float | Callable[[float, float], float] = 0.3
     regrow: bool = False
     pattern: Pattern | None = None
-    redistribute: Redistribution | str | None = None
+    redistribute: RedistributionName | Redistribution | str | None = None
 
     def __post_init__(self) -> None:
         for name in ("keep", "grow"):

@@ -38,7 +38,8 @@ class ForwardRecord:
         called: whether its forward was called.
         changed_by: function that the weight went through before a product, or another reason why the forward is not
             that of the stored weight; empty if it is.
-        feeds: whether its output goes into another layer; False too where autograd recorded nothing.
+        feeds: whether its output goes into another layer that trains; False too where autograd recorded nothing.
+        feeds_frozen: whether its output goes into a layer that takes no gradient.
         unrecorded: whether it was called without gradients, also if other calls had some: what it feeds is not known
             then, as where reentrant checkpoints compute a forward again in the backward.
         order: index of its last call among those of all layers.
@@ -49,9 +50,15 @@ class ForwardRecord:
     called: bool = False
     changed_by: str = ""
     feeds: bool = False
+    feeds_frozen: bool = False
     unrecorded: bool = False
     order: int = -1
     used_by_parent: int = 0
+
+    def flags(self) -> tuple[int, ...]:
+        """Return what was seen as numbers: called, changed, feeds, order, unrecorded, feeds_frozen."""
+        seen = (self.called, self.changed_by != "", self.feeds, self.order, self.unrecorded, self.feeds_frozen)
+        return tuple(int(flag) for flag in seen)
 
 
 class ForwardAudit:
@@ -75,7 +82,10 @@ class ForwardAudit:
         self._feeds_others = False
         self._calls = 0
         self._producers: dict[Any, list[ForwardRecord]] = {}  # by node of autograd's graph
-        self._visited: set[Any] = set()
+        self._visited: dict[bool, set[Any]] = {
+            True: set(),
+            False: set(),
+        }  # from trained layers, and frozen ones
         self._open: list[TorchFunctionMode | None] = []  # of the forwards under way, innermost last
         self._handles: list[Any] = []
         for module, group in _by_parent(model, candidates):
@@ -98,7 +108,8 @@ class ForwardAudit:
     def end_step(self) -> None:
         """Forget the graph and the counts of this step."""
         self._producers.clear()
-        self._visited.clear()
+        for visited in self._visited.values():
+            visited.clear()
         for record in self.records.values():
             record.used_by_parent = 0
 
@@ -127,14 +138,18 @@ class ForwardAudit:
         """Watch a module with weights that is no layer known here, such as an LSTM, for what it is fed with."""
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if not torch.compiler.is_compiling() and any(map(takes_gradients, module.parameters(recurse=False))):
+            if torch.compiler.is_compiling():
+                return
+            if any(map(takes_gradients, module.parameters(recurse=False))):
                 self._feed_other(tensors_of((args, kwargs)))
+            else:
+                self._follow(_nodes(tensors_of((args, kwargs))), (), trains=False)
 
         self._handles.append(module.register_forward_hook(OwnHook(after), with_kwargs=True, prepend=True))
 
     def _feed_other(self, tensors: Sequence[Tensor]) -> None:
         """Note the layers that feed something with weights that is no layer known here."""
-        nodes = [x.grad_fn for x in tensors if x.grad_fn is not None]
+        nodes = _nodes(tensors)
         self._feeds_others |= bool(nodes)
         self._follow(nodes, ())
 
@@ -171,10 +186,10 @@ class ForwardAudit:
                 record.order = self._calls
             self._calls += 1
             weights = [_current(candidate) for candidate in group]
-            if any(map(takes_gradients, weights)):  # a frozen loss network ends nothing
-                given = tensors_of((args, kwargs, weights))  # a weight too may be the output of another layer
-                self._follow([x.grad_fn for x in given], records)
-            nodes = [x.grad_fn for x in tensors_of(output) if x.grad_fn is not None]
+            given = tensors_of((args, kwargs, weights))  # a weight too may be the output of another layer
+            # What goes into a frozen loss network only is an output all the same.
+            self._follow(_nodes(given), records, trains=any(map(takes_gradients, weights)))
+            nodes = _nodes(tensors_of(output))
             self.saw_graph |= bool(nodes)
             for node in nodes:
                 self._producers.setdefault(node, []).extend(records)
@@ -185,16 +200,31 @@ class ForwardAudit:
             module.register_forward_hook(OwnHook(after), with_kwargs=True, prepend=True, always_call=True)
         )
 
-    def _follow(self, nodes: list[Any], own: Sequence[ForwardRecord]) -> None:
-        """Walk back from a layer's inputs, and note the other layers whose outputs are found; a node is met once."""
+    def _follow(self, nodes: list[Any], own: Sequence[ForwardRecord], *, trains: bool = True) -> None:
+        """Walk back from a layer's inputs, and note the other layers whose outputs are found; a node is met once.
+
+        Args:
+            nodes: nodes of the inputs in autograd's graph; used up.
+            own: records of the layer itself.
+            trains: whether the layer takes gradients.
+
+        """
+        visited = self._visited[trains]
         while nodes:
             node = nodes.pop()
-            if node is None or node in self._visited:
+            if node is None or node in visited:
                 continue
-            self._visited.add(node)
+            visited.add(node)
             for record in self._producers.get(node, ()):
-                record.feeds |= record not in own
+                if record not in own:
+                    record.feeds |= trains
+                    record.feeds_frozen |= not trains
             nodes.extend(parent for parent, _ in node.next_functions)
+
+
+def _nodes(tensors: Sequence[Tensor]) -> list[Any]:
+    """Return the nodes of autograd's graph that tensors come from."""
+    return [x.grad_fn for x in tensors if x.grad_fn is not None]
 
 
 def _by_called_module(model: nn.Module, candidates: Sequence[Candidate]) -> Iterator[tuple[nn.Module, list[Candidate]]]:

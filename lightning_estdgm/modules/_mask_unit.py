@@ -74,7 +74,7 @@ def unit_of(candidate: Candidate, block_size: BlockSize | str) -> tuple[BlockSiz
     shape = candidate.part_shape
     if block_size not in fitting_units([block_size], shape):
         raise ValueError(
-            f"block_size={block_size} does not fit layer {candidate.name!r} with weight {shape}: "
+            f"Units(size={block_size}) does not fit layer {candidate.name!r} with weight {shape}: "
             f"block sizes that do are {fitting_units(UNIT_SIZES, shape)}; exclude the layer "
             '(Selection(exclude=...)), or use Units(size="auto")'
         )

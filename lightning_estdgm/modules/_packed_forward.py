@@ -7,74 +7,21 @@ stands a parameter of shape ``[units, rows, columns]``. Read as an attribute, ``
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_estdgm.method._masks import BlockSize, sides
 from lightning_estdgm.modules._kinds import CONVOLUTIONS, LayerKind, own_class
+from lightning_estdgm.modules._packing import Packing, topology_of
 from lightning_estdgm.modules._sparse_forward import STATE_PREFIX
-from lightning_estdgm.sparse._packed_linear import expand, gather, packed_linear
-from lightning_estdgm.sparse._topology import BlockTopology
+from lightning_estdgm.sparse._packed_linear import packed_linear
 
 _WEIGHT = "weight"
 _READ_AGAIN = frozenset({"__get__", "detach"})  # what gives another view of the weight, such as ``weight.data``
-
-
-@dataclass(frozen=True, eq=False)
-class Packing:
-    """How a layer's weight is packed.
-
-    Attributes:
-        name: name of the layer in the model, for errors.
-        shape: shape ``(out, in, ...)`` of the whole weight.
-        transposed: whether the state dict has it as ``(in, out)``.
-        block_size: mask unit.
-        topology: active units of the matrix ``(out, in * taps)``.
-
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    transposed: bool
-    block_size: BlockSize
-    topology: BlockTopology
-
-    @classmethod
-    def of(cls, name: str, shape: tuple[int, ...], transposed: bool, mask: Tensor, block_size: BlockSize) -> Packing:
-        """Return the packing of a mask of `method._masks.mask_shape`."""
-        return cls(name, shape, transposed, block_size, topology_of(mask, block_size, shape))
-
-    def pack(self, stored: Tensor) -> Tensor:
-        """Return the active units of a tensor as the state dict has it, ``[units, rows, columns]``."""
-        return gather(self.oriented(stored).flatten(1), self.topology)
-
-    def unpack(self, values: Tensor) -> Tensor:
-        """Return the whole tensor of packed values, as the state dict has it; differentiable."""
-        whole = expand(values, self.topology).view(self.shape)
-        return whole.t().contiguous() if self.transposed else whole
-
-    def oriented(self, stored: Tensor) -> Tensor:
-        """Return a tensor as the state dict has it, oriented ``(out, in, ...)``."""
-        return stored.t() if self.transposed else stored
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """Shape of the weight in the state dict."""
-        return self.shape[::-1] if self.transposed else self.shape
-
-
-def topology_of(mask: Tensor, block_size: BlockSize, shape: tuple[int, ...]) -> BlockTopology:
-    """Return the active units of a weight ``(out, in, ...)`` as those of the matrix ``(out, in * taps)``."""
-    if block_size == 1 or len(shape) == 2:
-        return BlockTopology.from_mask(mask.flatten(1), block_size, compact=True)
-    rows, columns = sides(block_size)
-    return BlockTopology.from_mask(mask, (rows, columns * math.prod(shape[2:])), compact=True)
 
 
 class WholeWeight(Tensor):
@@ -172,13 +119,18 @@ class PackedForward:
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         packing = self._estdgm_packing
-        self._estdgm_packing = replace(packing, topology=packing.topology.apply(fn))
+        order = None if packing.order is None else fn(packing.order)
+        self._estdgm_packing = replace(packing, topology=packing.topology.apply(fn), order=order)
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
-        whole = self._whole_weight()
-        destination[prefix + _WEIGHT] = whole if keep_vars else whole.detach()
+        if keep_vars:
+            destination[prefix + _WEIGHT] = self._whole_weight()
+        elif self._estdgm_loaded is not None:
+            destination[prefix + _WEIGHT] = self._whole_weight().detach()
+        else:
+            destination[prefix + _WEIGHT] = self._estdgm_packing.saved(self.packed_weight)
 
     def _load_from_state_dict(
         self,
@@ -251,7 +203,7 @@ class _PackedLinear(PackedForward):
         packing, bias = self._estdgm_packing, self._parameters.get("bias")
         if self._estdgm_loaded is not None:
             return F.linear(x, packing.oriented(self._whole_weight()), bias)
-        y = packed_linear(x, self.packed_weight, packing.topology, bias)
+        y = packed_linear(x, self.packed_weight, packing.topology, bias, order=packing.order)
         seen = x.detach()
         self._watch(y, lambda dy: self._see_product(dy, seen))
         return y
@@ -312,10 +264,10 @@ def pack_(module: Any, packing: Packing) -> None:
     resize_(module._parameters[_WEIGHT], values)
 
 
-def repack_(module: PackedForward, mask: Tensor) -> None:
-    """Give a packed layer another mask; units that stay keep their values, others are 0."""
+def repack_(module: PackedForward, mask: Tensor, order: Tensor | None = None) -> None:
+    """Give a packed layer another mask and order of its units; those that stay keep their values, others are 0."""
     packing = module._estdgm_packing
-    new = replace(packing, topology=topology_of(mask, packing.block_size, packing.shape))
+    new = replace(packing, topology=topology_of(mask, packing.block_size, packing.shape), order=order)
     values = new.pack(packing.unpack(module.packed_weight.detach()))
     module._estdgm_packing = new
     resize_(module.packed_weight, values)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_estdgm.method._masks import active_units, keep_active_, mask_shape, pack_bits, unit_size, unpack_bits
+from lightning_estdgm.modules._later_whole import LaterWhole
 
 _CALLBACK = ("callbacks", "DGMCallback")  # where a checkpoint keeps the masks
 _SMALLEST = 256  # entries; below, what describes a packed tensor outweighs its zeros
@@ -137,6 +138,8 @@ class _Packer:
 
     def strip(self, node: Any, path: tuple[Any, ...]) -> Any:
         """Return `node` without the tensors that were packed; `node` itself if there are none in it."""
+        if isinstance(node, LaterWhole):
+            node = node.whole()  # of one layer at a time
         if isinstance(node, Tensor):
             entry = self._pack_tensor(node, path)
             if entry is None:

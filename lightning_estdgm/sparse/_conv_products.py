@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_estdgm.sparse._conv_geometry import ConvGeometry, empty_image
 from lightning_estdgm.sparse._topology import BlockTopology
-from lightning_estdgm.sparse.backends._protocol import Backend, ConvBackend
+from lightning_estdgm.sparse.backends._protocol import Backend, ConvBackend, PointwiseBackend
 
 
 def conv(
@@ -15,7 +15,10 @@ def conv(
     """``Y = conv2d(X, W * M) + bias``, shape ``[N, out, H', W']``."""
     if geometry.pointwise:
         seen = _seen(x, geometry)
-        y = backend.linear(_pixels(seen), weight.flatten(1), bias, topology)
+        if isinstance(backend, PointwiseBackend):
+            y = backend.pointwise(_pixels(seen), weight, bias, topology)
+        else:
+            y = backend.linear(_pixels(seen), weight.flatten(1), bias, topology)
         return _image(y, seen.shape[0], *seen.shape[2:])
     assert isinstance(backend, ConvBackend)
     return backend.conv(x, weight, bias, topology, geometry)

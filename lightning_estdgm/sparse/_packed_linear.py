@@ -30,12 +30,14 @@ def _places(topology: BlockTopology, units: int) -> tuple[Tensor, Tensor]:
     return rows, topology.col_idx[:units].long()
 
 
-def expand(values: Tensor, topology: BlockTopology) -> Tensor:
+def expand(values: Tensor, topology: BlockTopology, order: Tensor | None = None) -> Tensor:
     """Return the weight ``(out, in)`` of which these are the active units, 0 elsewhere. Differentiable.
 
     Args:
-        values: ``[units, rows, columns]``, in the order of the topology's row-major lists.
+        values: ``[units, rows, columns]``.
         topology: Where the units are.
+        order: Place among `values` of each unit of the topology's row-major lists, int32 ``[units]``; None: they are in
+            the order of these lists.
 
     Raises:
         ValueError: The shape of `values` is another.
@@ -47,21 +49,24 @@ def expand(values: Tensor, topology: BlockTopology) -> Tensor:
     """
     check_values(values, topology)
     _check_units(values.shape[0], topology)
-    return _expand(values, topology)
+    return _expand(values, topology, order)
 
 
-def _expand(values: Tensor, topology: BlockTopology) -> Tensor:
+def _expand(values: Tensor, topology: BlockTopology, order: Tensor | None) -> Tensor:
     weight = values.new_zeros(topology.shape)
-    _grid(weight, topology).index_put_(_places(topology, values.shape[0]), values)
+    in_order = values if order is None else values.index_select(0, order)
+    _grid(weight, topology).index_put_(_places(topology, values.shape[0]), in_order)
     return weight
 
 
-def gather(weight: Tensor, topology: BlockTopology) -> Tensor:
+def gather(weight: Tensor, topology: BlockTopology, order: Tensor | None = None) -> Tensor:
     """Return the active units of a weight, ``[units, rows, columns]``: the inverse of :func:`expand`. Differentiable.
 
     Args:
         weight: ``(out, in)``, any strides.
         topology: Where the units are.
+        order: Place of each unit of the topology's row-major lists in what is returned, int32 ``[units]``; None: they
+            come in the order of these lists.
 
     Raises:
         ValueError: `weight` has another shape than the topology's.
@@ -73,11 +78,12 @@ def gather(weight: Tensor, topology: BlockTopology) -> Tensor:
     """
     if tuple(weight.shape) != topology.shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, but the topology is for {topology.shape}")
-    return _gather(weight, topology, topology.nnz)
+    return _gather(weight, topology, order, topology.nnz)
 
 
-def _gather(weight: Tensor, topology: BlockTopology, units: int) -> Tensor:
-    return _grid(weight, topology)[_places(topology, units)]
+def _gather(weight: Tensor, topology: BlockTopology, order: Tensor | None, units: int) -> Tensor:
+    values = _grid(weight, topology)[_places(topology, units)]
+    return values if order is None else torch.empty_like(values).index_copy(0, order.long(), values)
 
 
 def check_values(values: Tensor, topology: BlockTopology) -> None:
@@ -114,14 +120,18 @@ class _Expanded:
     def __init__(self, whole: Backend | _Dense) -> None:
         self._whole = whole
 
-    def packed_linear(self, x2d: Tensor, values: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
-        return self._whole.linear(x2d, _expand(values, topology), bias, topology)
+    def packed_linear(
+        self, x2d: Tensor, values: Tensor, bias: Tensor | None, order: Tensor | None, topology: BlockTopology
+    ) -> Tensor:
+        return self._whole.linear(x2d, _expand(values, topology, order), bias, topology)
 
-    def packed_grad_input(self, dy2d: Tensor, values: Tensor, topology: BlockTopology) -> Tensor:
-        return self._whole.grad_input(dy2d, _expand(values, topology), topology)
+    def packed_grad_input(self, dy2d: Tensor, values: Tensor, order: Tensor | None, topology: BlockTopology) -> Tensor:
+        return self._whole.grad_input(dy2d, _expand(values, topology, order), topology)
 
-    def packed_grad_values(self, dy2d: Tensor, x2d: Tensor, topology: BlockTopology, units: int) -> Tensor:
-        return _gather(self._whole.grad_weight(dy2d, x2d, topology), topology, units)
+    def packed_grad_values(
+        self, dy2d: Tensor, x2d: Tensor, order: Tensor | None, topology: BlockTopology, units: int
+    ) -> Tensor:
+        return _gather(self._whole.grad_weight(dy2d, x2d, topology), topology, order, units)
 
 
 def _products(name: str, x: Tensor, topology: BlockTopology) -> PackedBackend | _Expanded:
@@ -141,6 +151,7 @@ def _linear(
     x: Tensor,
     values: Tensor,
     bias: Tensor | None,
+    order: Tensor | None,
     row_ptr: Tensor,
     col_idx: Tensor,
     col_ptr: Tensor,
@@ -152,12 +163,13 @@ def _linear(
     if x.device.type == "cpu":  # elsewhere it would wait for the device
         _check_units(values.shape[0], topology)
     with as_given(x):
-        return _products(backend, x, topology).packed_linear(x, values, bias, topology)
+        return _products(backend, x, topology).packed_linear(x, values, bias, order, topology)
 
 
 def _grad_input(
     dy: Tensor,
     values: Tensor,
+    order: Tensor | None,
     row_ptr: Tensor,
     col_idx: Tensor,
     col_ptr: Tensor,
@@ -167,12 +179,13 @@ def _grad_input(
 ) -> Tensor:
     topology = topology_of(row_ptr, col_idx, col_ptr, row_idx, sides)
     with as_given(dy):
-        return _products(backend, dy, topology).packed_grad_input(dy, values, topology)
+        return _products(backend, dy, topology).packed_grad_input(dy, values, order, topology)
 
 
 def _grad_values(
     dy: Tensor,
     x: Tensor,
+    order: Tensor | None,
     row_ptr: Tensor,
     col_idx: Tensor,
     col_ptr: Tensor,
@@ -183,37 +196,45 @@ def _grad_values(
 ) -> Tensor:
     topology = topology_of(row_ptr, col_idx, col_ptr, row_idx, sides)
     with as_given(dy):
-        return _products(backend, dy, topology).packed_grad_values(dy, x, topology, units)
+        return _products(backend, dy, topology).packed_grad_values(dy, x, order, topology, units)
 
 
 _linear_op = torch.library.custom_op(
     "estdgm::packed_values_linear",
     _linear,
     mutates_args=(),
-    schema=f"(Tensor x, Tensor values, Tensor? bias, {TOPOLOGY_SCHEMA}) -> Tensor",
+    schema=f"(Tensor x, Tensor values, Tensor? bias, Tensor? order, {TOPOLOGY_SCHEMA}) -> Tensor",
 )
 _grad_input_op = torch.library.custom_op(
     "estdgm::packed_values_linear_grad_input",
     _grad_input,
     mutates_args=(),
-    schema=f"(Tensor dy, Tensor values, {TOPOLOGY_SCHEMA}) -> Tensor",
+    schema=f"(Tensor dy, Tensor values, Tensor? order, {TOPOLOGY_SCHEMA}) -> Tensor",
 )
 _grad_values_op = torch.library.custom_op(
     "estdgm::packed_values_linear_grad_values",
     _grad_values,
     mutates_args=(),
-    schema=f"(Tensor dy, Tensor x, {TOPOLOGY_SCHEMA}, SymInt units) -> Tensor",
+    schema=f"(Tensor dy, Tensor x, Tensor? order, {TOPOLOGY_SCHEMA}, SymInt units) -> Tensor",
 )
 
 
 @_linear_op.register_fake
-def _(x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, *rest: Any) -> Tensor:
+def _(x: Tensor, values: Tensor, bias: Tensor | None, order: Tensor | None, row_ptr: Tensor, *rest: Any) -> Tensor:
     *_, sides, _ = rest
     return x.new_empty(x.shape[0], (row_ptr.shape[0] - 1) * sides[0])
 
 
 @_grad_input_op.register_fake
-def _(dy: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, col_ptr: Tensor, *rest: Any) -> Tensor:
+def _(
+    dy: Tensor,
+    values: Tensor,
+    order: Tensor | None,
+    row_ptr: Tensor,
+    col_idx: Tensor,
+    col_ptr: Tensor,
+    *rest: Any,
+) -> Tensor:
     *_, sides, _ = rest
     return dy.new_empty(dy.shape[0], (col_ptr.shape[0] - 1) * sides[1])
 
@@ -227,6 +248,7 @@ def _(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
 # ---- derivatives: those of each product are the other two
 
 _Gradients = tuple[Tensor | None, Tensor | None]
+_LISTS = 5  # the order of units, and the index lists of a topology
 
 
 def _number_of_units(_: Tensor, values: Tensor) -> int:
@@ -255,9 +277,9 @@ def _of_grad_values(
     return of_dy, _grad_input_product(dy, dvalues, *rest_) if needed[1] else None
 
 
-_linear_product = differentiable(_linear_op, _of_linear, _number_of_units, has_bias=True)
-_grad_input_product = differentiable(_grad_input_op, _of_grad_input, _number_of_units)
-_grad_values_product = differentiable(_grad_values_op, _of_grad_values)
+_linear_product = differentiable(_linear_op, _of_linear, _number_of_units, has_bias=True, lists=_LISTS)
+_grad_input_product = differentiable(_grad_input_op, _of_grad_input, _number_of_units, lists=_LISTS)
+_grad_values_product = differentiable(_grad_values_op, _of_grad_values, lists=_LISTS)
 
 
 # ---- wrapper
@@ -269,6 +291,7 @@ def packed_linear(
     topology: BlockTopology,
     bias: Tensor | None = None,
     backend: str | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
     """Linear layer whose weight is stored as its active units alone.
 
@@ -280,12 +303,13 @@ def packed_linear(
 
     Args:
         inputs: ``[..., in]``, any number of leading dimensions, zero tokens included.
-        values: ``[units, rows, columns]``, the active units in the order of the topology's row-major lists; single
-            weights are ``[units, 1, 1]``.
+        values: ``[units, rows, columns]``, the active units; single weights are ``[units, 1, 1]``.
         topology: Active units of ``(out, in)``, `units` in number.
         bias: ``[out]`` or None.
         backend: Name of a backend, or ``"dense"``: used or refused, never replaced. None: `native` where it supports
             the case, else ``"dense"``.
+        order: Place among `values` of each unit of the topology's row-major lists, int32 ``[units]``; None: they are in
+            the order of these lists. Sums are in the order of the lists in either case.
 
     Returns:
         ``[..., out]``, in the dtype of `inputs` (of autocast where it is on).
@@ -308,8 +332,9 @@ def packed_linear(
         raise ValueError(f"inputs must have {features} features in their last dimension, got {tuple(inputs.shape)}")
     if bias is not None and tuple(bias.shape) != (out,):
         raise ValueError(f"bias must have shape {(out,)}, got {tuple(bias.shape)}")
+    if order is not None and (order.dtype != torch.int32 or order.shape != values.shape[:1]):
+        raise ValueError(f"order must be int32 of shape [{values.shape[0]}], got {order.dtype} {list(order.shape)}")
     x, values, bias = prepared(inputs, values, bias, topology)
-    y = _linear_product(
-        x.reshape(-1, features), values, bias, *topology_arguments(topology), "auto" if backend is None else backend
-    )
+    name = "auto" if backend is None else backend
+    y = _linear_product(x.reshape(-1, features), values, bias, order, *topology_arguments(topology), name)
     return y.reshape(*x.shape[:-1], out)

@@ -59,15 +59,15 @@ class PackedWeight:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def find_unit(weight: Tensor, taps: int = 1) -> tuple[int, int]:
-    """Return the largest unit, ``(outputs, columns)``, that a weight's zeros come in; `taps` columns are one input.
+def find_unit(weight: Tensor) -> tuple[int, int]:
+    """Return the largest unit, ``(outputs, columns)``, that a weight's zeros come in.
 
     >>> find_unit(torch.block_diag(torch.ones(16, 16), torch.ones(16, 16)))
     (16, 16)
     """
     out, inputs = weight.shape
     nonzero = int(torch.count_nonzero(weight))
-    for rows, columns in ((height, width * taps) for height, width in _UNITS):
+    for rows, columns in _UNITS:
         if out % rows or inputs % columns:
             continue
         if int(_active(weight, rows, columns).sum()) * rows * columns <= _SLACK * nonzero:
@@ -76,7 +76,7 @@ def find_unit(weight: Tensor, taps: int = 1) -> tuple[int, int]:
 
 
 def pack_weight(
-    weight: Tensor, unit: tuple[int, int] | None = None, dtype: torch.dtype = torch.float32, taps: int = 1
+    weight: Tensor, unit: tuple[int, int] | None = None, dtype: torch.dtype = torch.float32
 ) -> PackedWeight:
     """Keep the units of a weight that are not all zero.
 
@@ -84,7 +84,6 @@ def pack_weight(
         weight: ``(out, in)``.
         unit: outputs and inputs of a unit, which divide the weight's; ``None``: as `find_unit` says.
         dtype: of the values; int8 has one scale an output, its largest weight being 127.
-        taps: columns of one input, for `find_unit`.
 
     Raises:
         ValueError: if the units do not divide the weight, or for another dtype.
@@ -93,7 +92,7 @@ def pack_weight(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     weight = weight.detach().to(device="cpu", dtype=torch.float32)
-    rows, columns = find_unit(weight, taps) if unit is None else unit
+    rows, columns = find_unit(weight) if unit is None else unit
     if rows < 1 or columns < 1 or weight.shape[0] % rows or weight.shape[1] % columns:
         raise ValueError(f"units of {rows} x {columns} do not divide a weight of shape {tuple(weight.shape)}")
     scale = None

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
+from typing import get_args
 
 import lightning.pytorch as pl
 import pytest
@@ -20,8 +21,11 @@ from lightning_estdgm._flat_settings import PLACES
 from lightning_estdgm.config import Selection, StepSize, Units
 from lightning_estdgm.method import Budget, Evidence, Scored, StagedDrop, WeightAndGradient
 from lightning_estdgm.method._backward_set import BackwardSet
+from lightning_estdgm.method._distributions import DISTRIBUTIONS, DistributionName
 from lightning_estdgm.method._patterns import FanIn
+from lightning_estdgm.method._redistribution import REDISTRIBUTIONS, RedistributionName
 from lightning_estdgm.method._schedules import ConstantDensity
+from lightning_estdgm.method._scores import SCORES, ScoreName
 from lightning_estdgm.method._update_rule import UpdateRule
 
 
@@ -101,6 +105,26 @@ def test_every_part_of_the_settings_is_taken_from_yaml(text: str) -> None:
     selection = Selection(list(asked.include), list(asked.exclude), list(asked.experts))
     assert config == expected.merged(selection=selection)
     assert repr(config.schedule) == repr(expected.schedule), "whole numbers stay whole"
+
+
+@pytest.mark.filterwarnings("default::UserWarning")  # raised as an error, it would make jsonargparse try another type
+@pytest.mark.parametrize("text", CASES, ids=lambda text: text[:40])
+def test_settings_that_are_printed_are_the_same_when_read_again(text: str) -> None:
+    """As by ``--print_config``, and in the file that LightningCLI saves."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(pl.Callback, "callback")
+    callback = {"class_path": "lightning_estdgm.DGMCallback", "init_args": {"config": yaml.safe_load(text)}}
+    first = parser.parse_object({"callback": callback})
+    assert "Unable" not in parser.dump(first)
+    again = parser.parse_string(parser.dump(first))
+    assert parser.dump(again) == parser.dump(first)
+    assert parser.instantiate(again).callback.config == parser.instantiate(first).callback.config
+
+
+def test_every_name_of_a_rule_is_a_type_of_its_own() -> None:
+    assert set(get_args(ScoreName)) == SCORES.keys()
+    assert set(get_args(RedistributionName)) == REDISTRIBUTIONS.keys()
+    assert set(get_args(DistributionName)) == DISTRIBUTIONS.keys()
 
 
 OVERRIDES = {

@@ -170,7 +170,7 @@ def test_selector_that_matches_nothing() -> None:
 
 def test_block_size_that_does_not_fit() -> None:
     refuse(
-        r"block_size=32 does not fit layer 'net.0' with weight \(16, 16\): block sizes that do are \[1, .*, 16\]",
+        r"Units\(size=32\) does not fit layer 'net.0' with weight \(16, 16\): block sizes that do are \[1, .*, 16\]",
         callback_for(units={"size": 32}),
         TinyMLP(),
         TinyMLP.batches(20),
@@ -393,7 +393,7 @@ def test_nonfinite_gradients_outside_windows_are_none_of_our_business(recwarn: p
 
 def test_convolutions_refuse_blocks_that_do_not_fit() -> None:
     refuse(
-        r"block_size=16 does not fit layer 'features.0' with weight \(8, 3, 3, 3\)",
+        r"Units\(size=16\) does not fit layer 'features.0' with weight \(8, 3, 3, 3\)",
         callback_for(units={"size": 16}),
         ConvNet(),
         ConvNet.batches(20),

@@ -52,6 +52,14 @@ def test_a_run_that_early_stopping_ends_in_exploration_says_so(tmp_path: Path) -
     assert json.loads(written.read_text())["method"]["ended_as_asked"] is False
 
 
+def test_a_density_that_a_pattern_does_not_meet_is_not_taken_for_a_run_cut_short() -> None:
+    """Constant fan-in keeps 1 of 16 inputs of each row, and 1.6 were asked for."""
+    dgm = DGMCallback.from_preset("srigl", 0.1, update_every=5)
+    with pytest.warns(UserWarning, match=r"ended at position 20 of 20 .* asked for was 0\.1.* as small as these"):
+        fit(lambda trainer: 1.0, dgm)
+    assert dgm.run_summary()["ended_as_asked"] is False
+
+
 def test_a_run_that_ends_as_asked_says_nothing() -> None:
     dgm = callback()
     fit(lambda trainer: 1.0, dgm)

@@ -55,6 +55,8 @@ class Proxy:
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner = inner
+        self.param_groups, self.defaults, self.state = inner.param_groups, inner.defaults, inner.state
+        self.state_dict, self.load_state_dict = inner.state_dict, inner.load_state_dict  # lightning looks for these
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["inner"], name)

@@ -1,6 +1,7 @@
 """Only what the first steps show to train by its layer's forward is masked; the rest stays as it is, with a reason."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,6 +83,23 @@ def test_a_network_that_the_optimizer_holds_and_no_gradient_reaches_is_left_as_i
     }
     waiting, _ = train(Net(target=body()), steps=2)
     assert reasons(waiting)["target.0"] == "no gradient has reached it yet: dense until then"
+
+
+def test_the_last_layer_that_trains_is_no_output_head_where_frozen_ones_follow():
+    """As the last adapter on a frozen network."""
+    model = Net(frozen=body().requires_grad_(False))
+
+    def loss(x, step):
+        return model.frozen(model.head(model.body(x)).expand(-1, 16)).square().mean()
+
+    dgm, _ = train(model, loss=loss)
+    assert dgm.masks().keys() == {"body.0", "body.2"}
+    assert reasons(dgm)["head"] == (
+        "last layer that trains: its output goes into frozen layers only (name it in include= to mask it)"
+    )
+    assert reasons(dgm)["frozen.0"] == "its weight takes no gradient"
+    named, _ = train(model, replace(CONFIG, selection=Selection(include=("head",))), loss=loss)
+    assert "head" in named.masks()
 
 
 def test_gradients_of_zeros_are_none():

@@ -46,7 +46,7 @@ def test_the_seed_decides_the_first_masks_and_nothing_else_does(mlp):
 
 
 def test_a_forced_block_that_does_not_fit_is_refused_with_the_layers_name(mlp):
-    message = r"block_size=64 does not fit layer '2' with weight \(96, 128\): block sizes that do are \[1, .*, 16, 32\]"
+    message = r"Units\(size=64\) does not fit layer '2' with weight \(96, 128\): block sizes that do are \[1, .*, 32\]"
     refuse(mlp(64, 128, 96, 4), message, DGMConfig(SCHEDULE, units=Units(size=64)))
 
 

@@ -1,6 +1,7 @@
 """``storage="packed"`` under a `DGMController`: the same numbers as dense storage, state dicts, refusals."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,6 +9,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from helpers.controller_runs import SCHEDULE, STEPS, adamw, constant, fit, loss_of, run, saved, sgd
+from helpers.storages import (
+    ROUNDING,
+    check_equal,
+    config,
+    double,
+    largest_difference,
+    largest_state_difference,
+    trained,
+)
 from lightning_estdgm.config import DGMConfig, Selection, Units
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._storage import PackedStorage
@@ -16,8 +26,6 @@ from lightning_estdgm.method._schedules import ConstantDensity
 from lightning_estdgm.method._update_rule import UpdateRule
 from lightning_estdgm.modules._packed_forward import PackedForward
 from lightning_estdgm.presets import preset
-
-ROUNDING = 1e-12  # of 40 steps in float64; a step of another size or a lost state shows at 1e-4 and more
 
 
 def momentum(model):
@@ -48,50 +56,6 @@ RULES = {
 }
 
 
-def config(unit=4, storage="packed", schedule=SCHEDULE, **settings):
-    backend = "auto" if storage == "packed" else "dense"
-    return DGMConfig(schedule, units=Units(size=unit), storage=storage, backend=backend, **settings)
-
-
-def double(model):
-    """Return a model in float64, for inputs in float32."""
-    model.double().register_forward_pre_hook(lambda module, args: (args[0].double(),))
-    return model
-
-
-def trained(model, make, settings, steps=STEPS):
-    """Return (model, optimizer, masks after each step)."""
-    optimizer = make(model)
-    history = []
-    with DGMController(model, optimizer, settings, total_steps=STEPS, audit=False) as dgm:
-        history.extend(dgm.masks() for _ in fit(model, optimizer, dgm, last=steps))
-    return model, optimizer, history
-
-
-def largest_difference(one, other):
-    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
-    return max((a - b).abs().max().item() for a, b in pairs)
-
-
-def largest_state_difference(one, other):
-    one, other = one.state_dict()["state"], other.state_dict()["state"]
-    assert one.keys() == other.keys()
-    return max(
-        (
-            (torch.as_tensor(x) - torch.as_tensor(other[index][key])).abs().max().item()
-            for index in one
-            for key, x in one[index].items()
-        ),
-        default=0.0,
-    )
-
-
-def check_equal(dense, packed):
-    assert all(torch.equal(a[n], b[n]) for a, b in zip(dense[2], packed[2], strict=True) for n in a)
-    assert largest_difference(dense[0], packed[0]) < ROUNDING
-    assert largest_state_difference(dense[1], packed[1]) < ROUNDING
-
-
 @pytest.mark.parametrize("make", OPTIMIZERS, ids=lambda make: make.__name__)
 def test_packed_weights_train_as_whole_ones_do(mlp, make):
     runs = [trained(double(mlp(32, 256, 128, 4)), make, config(4, storage)) for storage in ("dense", "packed")]
@@ -110,6 +74,17 @@ def test_rules_of_every_kind(mlp, rule):
     check_equal(
         *(trained(double(mlp(32, 256, 128, 4)), adamw, config(4, s, update_rule=rule)) for s in ("dense", "packed"))
     )
+
+
+@pytest.mark.parametrize("unit", [1, 4])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_norms_of_one_observed_step_are_enough(mlp, rule, unit):
+    schedule = dataclasses.replace(SCHEDULE, observe_steps=1)
+    runs = [
+        trained(double(mlp(32, 256, 128, 4)), adamw, config(unit, s, schedule, update_rule=rule))
+        for s in ("dense", "packed")
+    ]
+    check_equal(*runs)
 
 
 def test_the_comparison_can_fail(mlp):
@@ -439,7 +414,9 @@ def test_a_weight_that_no_gradient_reaches_ends_the_run_once_that_is_certain():
     model = Unused(uses_weight=False)
     optimizer = adamw(model)
     with DGMController(model, optimizer, config(4), total_steps=STEPS) as dgm:
-        run(model, optimizer, dgm, last=19)
+        with pytest.warns(RuntimeWarning, match=r"1 layers \(odd\) in the first step, .* after 20 steps"):
+            run(model, optimizer, dgm, last=1)
+        run(model, optimizer, dgm, first=1, last=19)
         with pytest.raises(
             ValueError, match=r"no gradient has reached the weights of 1 layers \(odd\) in the first 20"
         ):

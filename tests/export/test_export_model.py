@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from helpers import exported
 from helpers.exact import differences
@@ -132,6 +132,25 @@ def test_bad_input_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ModuleNotFoundError, match=r"needs no_such_runtime: pip install 'lightning-estdgm\[faulty\]'"):
         export_model(net, X, "faulty", out)
     assert os.listdir(tmp_path) == []
+
+
+class Masked(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y.masked_fill(torch.arange(y.shape[-1]) < 3, -torch.inf)
+
+
+def test_outputs_that_are_infinite_in_both_are_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(Faulty(), monkeypatch)
+    report = export_model(Masked(128, 8), X, "faulty", tmp_path / "net")
+    assert report.difference == 0.0
+    assert 0 < report.largest < 100
+    use(Faulty("wrong"), monkeypatch)
+    with pytest.raises(ExportError, match=r"of outputs up to \d.*; nothing was written$"):
+        export_model(Masked(128, 8), X, "faulty", tmp_path / "other")
+    use(Faulty("nan"), monkeypatch)
+    with pytest.raises(ExportError, match="infinite or NaN in one of the two only"):
+        export_model(Masked(128, 8), X, "faulty", tmp_path / "other")
 
 
 def test_the_model_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,15 @@ from lightning import Trainer
 from torch import nn
 
 from lightning_estdgm import DGMCallback, DGMConfig, Units
-from lightning_estdgm.export import PackedConv2d, PackedLinear, load_packed, packed, save_packed
+from lightning_estdgm.export import (
+    ExportError,
+    PackedConv2d,
+    PackedLinear,
+    export_model,
+    load_packed,
+    packed,
+    save_packed,
+)
 from lightning_estdgm.recipes import ByteGPT
 
 
@@ -76,10 +84,26 @@ def test_convolution_is_that_of_torch(unit, geometry):
     layer = _sparse_(nn.Conv2d(32, 48, **geometry), unit)
     small = packed(layer)
     assert isinstance(small, PackedConv2d)
-    assert small.sides[0] == unit[0]
+    assert small.sides == list(unit)
     for images in (torch.randn(2, 32, 9, 8), torch.randn(32, 9, 8), torch.randn(2, 32, 9, 8)[:, :, ::2]):
         expected = copy.deepcopy(layer).double()(images.double())
         torch.testing.assert_close(small(images).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_convolutions_in_a_program_take_images_of_any_size(tmp_path):
+    torch.manual_seed(0)
+    layers = (
+        _sparse_(nn.Conv2d(16, 32, 3, padding=1, dilation=2, stride=2), (16, 16)),
+        _sparse_(nn.Conv2d(32, 32, 1, stride=2), (1, 1)),
+        _sparse_(nn.Conv2d(32, 16, (3, 1), padding="same"), (4, 4)),
+    )
+    model = nn.Sequential(*layers).eval()
+    sizes = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    program = torch.export.export(packed(model), (torch.randn(2, 16, 19, 23),), dynamic_shapes=(sizes,))
+    for shape in ((3, 16, 19, 23), (2, 16, 30, 31)):
+        images = torch.randn(shape)
+        torch.testing.assert_close(program.module()(images), model(images), rtol=1e-4, atol=1e-5)
+    assert packed(model)(images[:0]).shape == model(images[:0]).shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
@@ -108,6 +132,10 @@ def test_files_of_something_else_are_named(tmp_path):
     save_packed(packed(nn.Sequential(_sparse_(nn.Linear(64, 64), (16, 16)))), tmp_path / "model.packed")
     with pytest.raises(ValueError, match=r"a layer '0' of shape \[64, 64\] in the model, got one of shape \[64, 32\]"):
         load_packed(tmp_path / "model.packed", nn.Sequential(nn.Linear(32, 64)))
+    content = torch.load(tmp_path / "model.packed")
+    torch.save({**content, "version": 1}, tmp_path / "older.packed")
+    with pytest.raises(ValueError, match=r"a packed model of version 2, got 1 in .*; export the model anew"):
+        load_packed(tmp_path / "older.packed", nn.Sequential(nn.Linear(64, 64)))
     torch.save({"x": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="holds no packed model"):
         load_packed(tmp_path / "other.pt", nn.Linear(2, 2))
@@ -163,3 +191,66 @@ def test_int8_changes_a_layer_by_less_than_a_hundredth():
     x = torch.randn(64, 256)
     expected = F.linear(x, layer.weight, layer.bias)
     assert (packed(layer, dtype=torch.int8)(x) - expected).norm() < 0.01 * expected.norm()
+
+
+class _Named(nn.Module):
+    def __init__(self, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+
+class _Doubled(_Named):
+    def forward(self, x):
+        return F.linear(self.b(x), self.a.weight * 2)
+
+
+class _Chain(_Named):
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+def test_a_layer_with_the_users_hooks_stays_and_is_named():
+    model = _Chain(a=_sparse_(nn.Linear(64, 64), (16, 16)), b=_sparse_(nn.Linear(64, 64), (16, 16)))
+    model.a.register_forward_hook(lambda module, inputs, output: output * 2)
+    with pytest.warns(UserWarning, match=r"stay dense: a \(it has forward hooks"):
+        small = packed(model)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
+    assert isinstance(small.b, PackedLinear)
+
+
+def test_layers_of_one_weight_hold_it_once(tmp_path):
+    model = _Chain(a=_sparse_(nn.Linear(256, 256), (1, 1)), b=nn.Linear(256, 256))
+    alone = packed(nn.Sequential(model.a))
+    model.b.weight = model.a.weight
+    small = packed(model)
+    assert small.a.values.data_ptr() == small.b.values.data_ptr()
+    save_packed(small, tmp_path / "two")
+    save_packed(alone, tmp_path / "one")
+    assert (tmp_path / "two").stat().st_size < 1.2 * (tmp_path / "one").stat().st_size
+    loaded = load_packed(tmp_path / "two", _Chain(a=nn.Linear(256, 256), b=nn.Linear(256, 256)))
+    assert loaded.a.values.data_ptr() == loaded.b.values.data_ptr()
+    x = torch.randn(3, 256)
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_that_the_model_reads_itself_is_refused_in_words(tmp_path):
+    model = _Doubled(a=_sparse_(nn.Linear(64, 64), (16, 16)), b=_sparse_(nn.Linear(64, 64), (16, 16)))
+    with pytest.raises(AttributeError, match="has to call the layer itself"):
+        packed(model)(torch.randn(3, 64))
+    with pytest.raises(ExportError, match="what packed has written fails on the example: AttributeError: a"):
+        export_model(model, torch.randn(3, 64), "packed", tmp_path / "net")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:these layers have zeros but:UserWarning")  # the other of two
+def test_sparse_weights_of_other_layers_are_named():
+    lstm = nn.LSTM(64, 64)
+    with torch.no_grad():
+        lstm.weight_hh_l0.mul_(torch.rand(256, 64) < 0.1)
+    model = nn.Sequential(_sparse_(nn.Linear(64, 64), (16, 16)), lstm)
+    with pytest.warns(UserWarning, match=r"stay dense: 1.weight_hh_l0 \(of LSTM, density 0\.(0|1)"):
+        packed(model)
+    with pytest.warns(UserWarning, match="no layer was packed: none of the others has zeros enough"):
+        packed(lstm)

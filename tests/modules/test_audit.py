@@ -299,3 +299,30 @@ def test_outputs_that_are_fed_back_leave_no_end():
             return x
 
     assert not audited(Feedback(), torch.randn(2, 8)).has_end
+
+
+class Adapted(nn.Module):
+    """A frozen layer with an adapter beside it."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.base, self.a, self.b = nn.Linear(width, width), nn.Linear(width, 2), nn.Linear(2, width)
+        self.base.requires_grad_(False)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+def test_what_feeds_frozen_layers_only_is_told_from_what_feeds_none():
+    model = nn.Sequential(Adapted(), nn.ReLU(), Adapted(), nn.ReLU(), nn.Linear(8, 8).requires_grad_(False))
+    records = audited(model, torch.randn(2, 8)).records
+    fed = {name: (record.feeds, record.feeds_frozen) for name, record in records.items()}
+    assert fed == {
+        "0.base": (False, False),  # nothing before it trains, so autograd does not record it
+        "0.a": (True, True),
+        "0.b": (True, True),
+        "2.base": (False, True),
+        "2.a": (True, True),
+        "2.b": (False, True),
+        "4": (False, False),
+    }

@@ -48,7 +48,7 @@ def test_a_block_size_that_is_asked_for_does_not_hide_why_a_layer_is_dense():
 def test_a_unit_of_several_outputs_and_one_input_fits_where_its_outputs_do():
     layer = candidate(nn.Linear(7, 12))
     assert unit_of(layer, (4, 1)) == ((4, 1), "")
-    with pytest.raises(ValueError, match=r"block_size=\(8, 1\) does not fit .* are \[1, \(2, 1\), \(4, 1\)\]"):
+    with pytest.raises(ValueError, match=r"Units\(size=\(8, 1\)\) does not fit .* are \[1, \(2, 1\), \(4, 1\)\]"):
         unit_of(layer, (8, 1))
 
 

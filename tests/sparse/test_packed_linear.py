@@ -39,10 +39,10 @@ def _values(topology, weight):
     return gather(weight, topology)
 
 
-def _products(x, values, bias, dy, topology, backend):
+def _products(x, values, bias, dy, topology, backend, order=None):
     """y, dx, dvalues, dbias."""
     leaves = [t.detach().requires_grad_() for t in (x, values, bias)]
-    y = packed_linear(leaves[0], leaves[1], topology, leaves[2], backend)
+    y = packed_linear(leaves[0], leaves[1], topology, leaves[2], backend, order)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
@@ -127,10 +127,28 @@ def test_packed_values_give_the_numbers_of_a_whole_weight(block_size):
     topology = make_topology(12, 9, block_size, "density 0.3")
     x, weight, _, dy = (t.float() for t in make_operands(topology, 37, torch.float32))
     native, values = get_backend("native"), _values(topology, weight)
-    assert torch.equal(native.packed_linear(x, values, None, topology), native.linear(x, weight, None, topology))
-    assert torch.equal(native.packed_grad_input(dy, values, topology), native.grad_input(dy, weight, topology))
+    assert torch.equal(native.packed_linear(x, values, None, None, topology), native.linear(x, weight, None, topology))
+    assert torch.equal(native.packed_grad_input(dy, values, None, topology), native.grad_input(dy, weight, topology))
     dw = native.grad_weight(dy, x, topology)
-    assert torch.equal(native.packed_grad_values(dy, x, topology, topology.nnz), gather(dw, topology))
+    assert torch.equal(native.packed_grad_values(dy, x, None, topology, topology.nnz), gather(dw, topology))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["native", "dense"])
+@pytest.mark.parametrize("block_size", [1, (4, 1), (1, 4), (1, 8), 4, 8, 16, 64])
+def test_units_in_another_order_give_the_same_numbers(block_size, backend, dtype):
+    topology = make_topology(12, 9, block_size, "density 0.3")
+    if backend == "native" and refusal("native", "cpu", dtype, block_size):
+        pytest.skip(refusal("native", "cpu", dtype, block_size))
+    x, weight, bias, dy = (t.to(dtype) for t in make_operands(topology, 37, dtype))
+    order = torch.randperm(topology.nnz, generator=torch.Generator().manual_seed(3)).int()
+    values, ordered = gather(weight, topology), gather(weight, topology, order)
+    assert not torch.equal(values, ordered)
+    assert torch.equal(expand(ordered, topology, order), expand(values, topology))
+    y, dx, dvalues, dbias = _products(x, values, bias, dy, topology, backend)
+    found = _products(x, ordered, bias, dy, topology, backend, order)
+    for mine, right in zip(found, (y, dx, gather(expand(dvalues, topology), topology, order), dbias), strict=True):
+        assert torch.equal(mine, right)
 
 
 @pytest.mark.parametrize("compact", [False, True])
@@ -189,11 +207,13 @@ def _float64_case(block_size=4):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("backend", ["dense", "reference", None])
 @pytest.mark.parametrize("block_size", [1, 4, (4, 1)])
-def test_gradcheck(block_size, backend):
+@pytest.mark.parametrize("ordered", [False, True])
+def test_gradcheck(ordered, block_size, backend):
     topology, leaves = _float64_case(block_size)
+    order = torch.arange(topology.nnz, dtype=torch.int32).flip(0) if ordered else None
 
     def layer(x, values, bias):
-        return packed_linear(x, values, topology, bias, backend)
+        return packed_linear(x, values, topology, bias, backend, order)
 
     assert torch.autograd.gradcheck(layer, leaves)
     assert torch.autograd.gradgradcheck(layer, leaves)
@@ -279,12 +299,14 @@ def test_compiled_with_a_number_of_units_that_changes(backend, compact):
     assert len(graphs) == 2  # one of the first number, one of any
 
 
+@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("op", ["packed_values_linear", "_grad_input", "_grad_values"])
-def test_operators_pass_torchs_own_checks(op):
+def test_operators_pass_torchs_own_checks(op, ordered):
     topology = make_topology(2, 3, 4)
     x, weight, bias, dy = (t.float() for t in make_operands(topology, 5, torch.float32))
     values = _values(topology, weight).requires_grad_()
-    lists = (topology.row_ptr, topology.col_idx, topology.col_ptr, topology.row_idx, [4, 4], "native")
+    order = torch.arange(topology.nnz, dtype=torch.int32).flip(0) if ordered else None
+    lists = (order, topology.row_ptr, topology.col_idx, topology.col_ptr, topology.row_idx, [4, 4], "native")
     space = torch.ops.estdgm
     if op == "packed_values_linear":
         call = space.packed_values_linear, (x.requires_grad_(), values, bias, *lists)
@@ -322,6 +344,8 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_parameters():
         ({"bias": torch.ones(48)}, ValueError, "bias must have shape"),
         ({"inputs": torch.ones(5, 48).double()}, TypeError, "one dtype"),
         ({"backend": "fast"}, ValueError, "unknown backend 'fast'"),
+        ({"order": torch.arange(3)}, ValueError, r"order must be int32 of shape \[3\], got torch.int64"),
+        ({"order": torch.arange(2).int()}, ValueError, r"order must be int32 of shape \[3\], got torch.int32 \[2\]"),
     ],
     ids=str,
 )

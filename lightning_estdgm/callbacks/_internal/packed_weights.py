@@ -11,6 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.distributed.adapters._protocol import adapter_for
 from lightning_estdgm.engine._packed_storage import PackedStorage
+from lightning_estdgm.modules._later_whole import made_later
+from lightning_estdgm.plugins.checkpoint_io import SparseCheckpointIO
+
+_SAVED = ("lightning_module_state_dict", "optimizer_state")  # methods of a strategy that give a checkpoint's tensors
 
 
 class PackedWeights:
@@ -37,6 +41,7 @@ class PackedWeights:
         plain = trainer.accumulate_grad_batches == 1 and trainer.world_size == 1 and module.automatic_optimization
         self.storage = storage = PackedStorage(config, has_one_backward=plain)
         self._began = False
+        self._strategy: Any = None
         self._module: Any = module
         self._extended: dict[str, tuple[Any, Any]] = {}  # by the hook's name: what stands there now, and stood before
 
@@ -66,11 +71,21 @@ class PackedWeights:
         wrapper = trainer.strategy.model
         if isinstance(wrapper, DistributedDataParallel):
             self.storage.wrappers = [wrapper]
+        if isinstance(trainer.strategy.checkpoint_io, SparseCheckpointIO):
+            self._save_by_layer(trainer.strategy)
         return self.storage
+
+    def _save_by_layer(self, strategy: Any) -> None:
+        """Have checkpoints hold whole tensors that are made when the plugin packs them, one layer after the other."""
+        self._strategy = strategy
+        for name in _SAVED:
+            vars(strategy)[name] = _later(getattr(strategy, name))
 
     def end(self, exception: BaseException | None = None) -> None:
         """Put the weights back as they were if the run did not begin."""
         self._give_back()
+        for name in _SAVED:
+            vars(self._strategy or self).pop(name, None)
         if self._began:
             return
         self.storage.abandon()
@@ -113,3 +128,11 @@ class PackedWeights:
                 if own is not None:
                     vars(self._module)[name] = own
         self._extended.clear()
+
+
+def _later(method: Callable[..., Any]) -> Callable[..., Any]:
+    def later(*args: Any, **kwargs: Any) -> Any:
+        with made_later():
+            return method(*args, **kwargs)
+
+    return later

@@ -13,6 +13,14 @@ from lightning_estdgm._words import first_names
 from lightning_estdgm.engine._controller import DGMController
 
 _TOLERANCE = 0.05  # relative: whole units meet a density only nearly
+_BEFORE_ITS_END = (
+    "Resume it to go on. Where a callback such as EarlyStopping ended it, have that wait for the final density "
+    "(`dgm/density` is in trainer.callback_metrics), or give the length of the run as DGMCallback(total_steps=...)"
+)
+_AT_ITS_END = (
+    "Either too few steps were left for the last mask update, or the pattern or the units do not come nearer in layers "
+    "as small as these: leave those out by Selection(exclude=...), or take Units(size=1) and no pattern"
+)
 
 
 @dataclass(frozen=True)
@@ -94,12 +102,11 @@ class RunOutcome:
                 "The reason of each is in DGMCallback.decisions()"
             )
         elif not self._is_asked(controller.density):
+            length = controller.schedule.total_steps
             rank_zero_warn(
-                f"the run ended at position {controller.position} of {controller.schedule.total_steps} of the "
-                f"schedule, in {controller.phase}, at density {controller.density:.2f}; asked for was "
-                f"{asked:.2f} at the end. Resume it to go on. Where a callback such as EarlyStopping ended it, "
-                "have that wait for the final density (`dgm/density` is in trainer.callback_metrics), or give the "
-                "length of the run as DGMCallback(total_steps=...)"
+                f"the run ended at position {controller.position} of {length} of the schedule, in {controller.phase}, "
+                f"at density {controller.density:.2f}; asked for was {asked:.2f} at the end. "
+                + (_AT_ITS_END if controller.position >= length else _BEFORE_ITS_END)
             )
         for best in self._best.values():
             if not self._is_asked(best.density):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -28,7 +29,7 @@ class ScheduleClock:
     Ranks agree on the position: the length is that of the shortest loader, and the time is rank 0's.
 
     A fit that goes on with another length keeps its place in the schedule, and goes through the rest in the steps or in
-    the time that is left.
+    the time that is left; so does one whose epochs turn out to be longer or shorter than expected.
 
     Args:
         trainer: Trainer at the start of a fit, with its optimizers.
@@ -63,6 +64,10 @@ class ScheduleClock:
         self._asked = total_steps
         self._max_epochs = max_epochs
         self._accumulation = next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+        # Number of batches of an epoch: as expected now, and as the Trainer said of the epoch before.
+        self._expected: float | None = None
+        self._announced: float = math.inf
+        self._saw_epoch = False
         by_steps = by_epochs = None
         if total_steps is None:
             by_steps = _left_by_steps(trainer, pl_module, resumed)
@@ -81,11 +86,10 @@ class ScheduleClock:
         is_dev_run = bool(trainer.fast_dev_run) and total_steps is None  # type: ignore[attr-defined]
         if is_dev_run or self.total_steps < 1:
             self.total_steps = max(self.total_steps, _NOMINAL_STEPS)
-        if trainer.world_size > 1:
-            length = torch.tensor(self.total_steps, device=trainer.strategy.root_device)
-            self.total_steps = int(trainer.strategy.reduce(length, reduce_op="min"))
-            self.epoch_steps = trainer.strategy.broadcast(self.epoch_steps)
         self._strategy = trainer.strategy
+        self.total_steps = self._agree(self.total_steps, "min")
+        if trainer.world_size > 1:
+            self.epoch_steps = trainer.strategy.broadcast(self.epoch_steps)
         manual = not pl_module.automatic_optimization
         self._by_batches = manual and by_epochs is not None and by_steps is None
         self._first_batch = 0 if resumed else self._batches_done()
@@ -105,22 +109,23 @@ class ScheduleClock:
             share = (share - before) / (1.0 - before)
         return max(position, ahead + int(share * (pace.total_steps - ahead)))
 
-    @property
-    def counted(self) -> int | None:
-        """Number of steps of the Trainer so far, for `resume`; None where the position does not depend on it."""
-        return self._trainer.global_step - self._first_step if self._by_each_step else None
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `resume` needs, in plain types: steps of the Trainer, where the position depends on them, and
+        the number of batches of an epoch as the Trainer said and as expected."""
+        counted = {"counted": self._trainer.global_step - self._first_step} if self._by_each_step else {}
+        return counted | {"epoch_batches": [self._announced, self._expected]}
 
-    def resume(self, controller: DGMController, counted: int | None) -> None:
+    def resume(self, controller: DGMController, saved: Mapping[str, Any]) -> None:
         """Count on from where a resumed run was. Call it once the Trainer's loops are restored, before a step.
 
         Args:
             controller: controller of the resumed run.
-            counted: `counted` when the checkpoint was saved; None: it was not saved.
+            saved: `state_dict` of when the checkpoint was saved; that of earlier versions is empty.
 
         """
-        if counted is None:
-            counted = controller.steps + int(controller.stepped)
+        counted = saved.get("counted", controller.steps + int(controller.stepped))
         self._first_step = self._trainer.global_step - counted if self._by_each_step else self._first_step
+        self._announced, self._expected = saved.get("epoch_batches", (self._announced, self._expected))
 
     def go_on(self, controller: DGMController) -> str:
         """Let a resumed run go through the rest of its schedule in what is left of this fit, if lengths differ.
@@ -155,6 +160,41 @@ class ScheduleClock:
             f"DGMCallback(total_steps={pace.run[0]}) would leave the schedule as long as it was"
         )
 
+    def begin_epoch(self, controller: DGMController) -> str:
+        """Follow loaders whose length changes from epoch to epoch, or which end before ``limit_train_batches``.
+
+        Call it at the start of each epoch, on all ranks.
+
+        Returns:
+            A sentence on what has changed; empty if nothing has.
+
+        """
+        trainer, expected = self._trainer, self._expected
+        coming: float = trainer.num_training_batches
+        # The rest of a resumed epoch does not tell how long it was.
+        last = self._fit_loop.epoch_loop.batch_progress.current.ready if self._saw_epoch else expected
+        if last is not None and 0 < last < self._announced:  # data that ends before the limit will do so again
+            coming = min(coming, last)
+        self._announced, self._expected, self._saw_epoch = trainer.num_training_batches, coming, True
+        if self._only_time or self._asked is not None or self._max_epochs in (None, -1) or not math.isfinite(coming):
+            return ""
+        progress, pace = self._progress(controller.steps), controller.pace
+        changed = self._agree(int(expected is not None and coming != expected), "max")
+        left = self._left(controller.steps) if changed else 0
+        if not changed or controller.position >= pace.total_steps or pace.last == progress + left:
+            return ""
+        controller.pace = pace.with_length(pace.run, progress=progress, position=controller.position, left=left)
+        return (
+            f"an epoch has {coming:.0f} batches now, and {expected:.0f} were expected: the rest of the schedule is "
+            f"spread over the {left} steps that are left"
+        )
+
+    def _agree(self, value: int, reduce_op: str) -> int:
+        if self._trainer.world_size == 1:
+            return value
+        tensor = torch.tensor(value, device=self._strategy.root_device)
+        return int(self._strategy.reduce(tensor, reduce_op=reduce_op))
+
     def _left(self, steps: int) -> int:
         """Return the number of steps that the restored loops have left to do."""
         trainer = self._trainer
@@ -169,12 +209,7 @@ class ScheduleClock:
                 done = batches.processed
                 whole = self._epoch_steps(trainer, trainer.current_epoch)
                 by_epochs -= min(whole, done // self._together_in(trainer.current_epoch))
-        left = min(n for n in (by_steps, by_epochs) if n is not None)
-        if trainer.world_size > 1:
-            left = int(
-                trainer.strategy.reduce(torch.tensor(left, device=trainer.strategy.root_device), reduce_op="min")
-            )
-        return left
+        return self._agree(min(n for n in (by_steps, by_epochs) if n is not None), "min")
 
     def _progress(self, steps: int) -> int:
         """Return what the pace of the run counts: steps, batches, or ``global_step`` over the number of optimizers."""
@@ -214,13 +249,21 @@ class ScheduleClock:
         return sum(self._epoch_steps(trainer, e) for e in range(epoch, self._max_epochs))
 
     def _epoch_steps(self, trainer: pl.Trainer, epoch: int) -> int:
-        return math.ceil(trainer.num_training_batches / self._together_in(epoch))
+        announced, expected = trainer.num_training_batches, self._expected
+        if expected is not None and expected < announced:  # no batch is known to be the last, so it makes no step
+            return int(expected // self._together_in(epoch))
+        return math.ceil(announced / self._together_in(epoch))
 
     def _together_in(self, epoch: int) -> int:
         """Return the number of batches that make a step in `epoch`."""
         if self._accumulation is not None:
             return self._accumulation.get_accumulate_grad_batches(epoch)
         return self._trainer.accumulate_grad_batches
+
+
+def clock_entries(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of `ScheduleClock.state_dict` in a state."""
+    return {key: state[key] for key in ("counted", "epoch_batches") if key in state}
 
 
 def epochs_with_steps(trainer: pl.Trainer, callback: pl.Callback) -> int | None:

@@ -51,6 +51,8 @@ class ExportInput:
 class ExportTarget(Protocol):
     """A form that a model is written in, and the runtime that it is checked with.
 
+    A class that inherits from it has the defaults of what it leaves out.
+
     Attributes:
         name: name, as given to ``--to``.
         suffix: ending of the file's name.
@@ -63,10 +65,10 @@ class ExportTarget(Protocol):
 
     name: str
     suffix: str
-    values: Sequence[str]
-    requires: Sequence[str]
-    extra: str
-    runs_here: bool
+    values: Sequence[str] = ("fp32",)
+    requires: Sequence[str] = ()
+    extra: str = ""
+    runs_here: bool = True
 
     def write(self, given: ExportInput, path: Path) -> list[str]:
         """Write the model; other files may go beside `path`, their names beginning with its stem.
@@ -86,7 +88,7 @@ class ExportTarget(Protocol):
 
     def tolerance(self, values: str) -> float | None:
         """Largest difference that its arithmetic explains, relative to the largest output; None where it is lossy."""
-        ...
+        return 1e-3 if values == "fp32" else None  # another order of sums; other types are lossy
 
 
 @functools.cache

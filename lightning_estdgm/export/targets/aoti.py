@@ -13,26 +13,26 @@ from typing import Any
 import torch
 
 from lightning_estdgm.export._aoti_package import cpu_metadata, load_aoti
+from lightning_estdgm.export._joined_layers import with_joined_layers
 from lightning_estdgm.export._program import exported_program
-from lightning_estdgm.export.targets._protocol import ExportError, ExportInput
+from lightning_estdgm.export.targets._protocol import ExportError, ExportInput, ExportTarget
 from lightning_estdgm.export.targets.packed import DTYPES, packed_model
 from lightning_estdgm.sparse.backends.native._operator import operator_library
 
 
-class AOTI:
+class AOTI(ExportTarget):
     """An AOTInductor package (``.pt2``) with the library of the operator beside it."""
 
     name = "aoti"
     suffix = ".pt2"
     values: Sequence[str] = tuple(DTYPES)
-    requires: Sequence[str] = ()
-    extra = ""
-    runs_here = True
 
     def write(self, given: ExportInput, path: Path) -> list[str]:
         """Compile the model with its layers packed; the operator's library goes beside it."""
         model, notes = packed_model(given)
-        program, varying = exported_program(dataclasses.replace(given, model=model))
+        given = dataclasses.replace(given, model=model)
+        program, varying = exported_program(given)
+        program = with_joined_layers(program, given)
         isa = str(torch._inductor.cpu_vec_isa.pick_vec_isa()).upper()
         logger = logging.getLogger("torch._inductor")
         level = logger.level
@@ -66,10 +66,6 @@ class AOTI:
     def load(self, path: Path, given: ExportInput) -> Callable[..., Any]:
         """Return the package as a function."""
         return load_aoti(path)
-
-    def tolerance(self, values: str) -> float | None:
-        """Allow for another order of sums; other types are lossy."""
-        return 1e-3 if values == "fp32" else None
 
 
 TARGET = AOTI()

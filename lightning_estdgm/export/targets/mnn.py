@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_estdgm.export import _mnn_process
-from lightning_estdgm.export.targets._protocol import ExportError, ExportInput
+from lightning_estdgm.export.targets._protocol import ExportError, ExportInput, ExportTarget
 from lightning_estdgm.export.targets.onnx import write_onnx
 
 _OPTIONS: Mapping[str, Sequence[str]] = {
@@ -31,7 +31,7 @@ _CONVERT_S, _ANSWER_S = 1800.0, 300.0
 _CALLS = 7
 
 
-class MNN:
+class MNN(ExportTarget):
     """A file of MNN by way of ONNX: sparse in fp32, or with symmetric 8-bit weights, which MNN computes dense."""
 
     name = "mnn"
@@ -39,7 +39,6 @@ class MNN:
     values: Sequence[str] = tuple(_OPTIONS)
     requires: Sequence[str] = ("MNN", "_tools", "onnx", "onnxscript")
     extra = "mnn"
-    runs_here = True
 
     def write(self, given: ExportInput, path: Path) -> list[str]:
         """Write the file, and with fp32 a dense one beside, if that is faster on the example input."""
@@ -57,10 +56,6 @@ class MNN:
     def load(self, path: Path, given: ExportInput) -> Callable[..., Any]:
         """Return MNN's module, in a process of its own, with as many threads as PyTorch has."""
         return _Runner(path)
-
-    def tolerance(self, values: str) -> float | None:
-        """Allow for another order of sums; 8 bits are lossy."""
-        return 1e-3 if values == "fp32" else None
 
     def _dense_beside(self, onnx: Path, path: Path, given: ExportInput) -> str:
         dense = path.with_name(f"{path.stem}.dense{self.suffix}")

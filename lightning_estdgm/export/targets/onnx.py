@@ -15,21 +15,19 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_estdgm.export._program import exported_program
-from lightning_estdgm.export.targets._protocol import ExportError, ExportInput
+from lightning_estdgm.export.targets._protocol import ExportError, ExportInput, ExportTarget
 
 OPSET = 18
 _VARIADIC = ("Max", "Min", "Sum", "Mean")
 
 
-class ONNX:
+class ONNX(ExportTarget):
     """An ONNX file with the zeros in full: it runs everywhere, and nothing gains from its zeros."""
 
     name = "onnx"
     suffix = ".onnx"
-    values: Sequence[str] = ("fp32",)
     requires: Sequence[str] = ("onnx", "onnxscript", "onnxruntime")
     extra = "onnx"
-    runs_here = True
 
     def write(self, given: ExportInput, path: Path) -> list[str]:
         """Write the model; weights go beside it where they exceed what one file of ONNX holds."""
@@ -56,10 +54,6 @@ class ONNX:
             return [torch.from_numpy(array) for array in session.run(None, feeds)]
 
         return run
-
-    def tolerance(self, values: str) -> float | None:
-        """Allow for another order of sums."""
-        return 1e-3
 
 
 def write_onnx(given: ExportInput, path: Path) -> str:

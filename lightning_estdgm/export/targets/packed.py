@@ -11,21 +11,18 @@ import torch
 from torch import nn
 
 from lightning_estdgm.export._packed import load_packed, packed, save_packed
-from lightning_estdgm.export.targets._protocol import ExportError, ExportInput
+from lightning_estdgm.export.targets._protocol import ExportError, ExportInput, ExportTarget
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 """Types of the values of packed layers, by name."""
 
 
-class Packed:
+class Packed(ExportTarget):
     """A file of `save_packed`: the smallest and fastest form on x86 CPUs."""
 
     name = "packed"
     suffix = ".pt"
     values: Sequence[str] = tuple(DTYPES)
-    requires: Sequence[str] = ()
-    extra = ""
-    runs_here = True
 
     def write(self, given: ExportInput, path: Path) -> list[str]:
         """Write the values and lists of its packed layers, and its other weights."""
@@ -40,10 +37,6 @@ class Packed:
         """Return the model with the layers that were written."""
         model: Callable[..., Any] = load_packed(path, given.model)
         return model
-
-    def tolerance(self, values: str) -> float | None:
-        """Allow for another order of sums; other types are lossy."""
-        return 1e-3 if values == "fp32" else None
 
 
 def packed_model(given: ExportInput) -> tuple[nn.Module, list[str]]:

@@ -6,7 +6,7 @@ import copy
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,18 @@ from torch import Tensor, nn
 from lightning_estdgm.export import _csr_layers
 from lightning_estdgm.export._csr_layers import CSRLinear, load
 from lightning_estdgm.export._sparse_layers import SparseLayer, sparse_linear_layers
-from lightning_estdgm.export.targets._protocol import ExportError, ExportInput
+from lightning_estdgm.export.targets._protocol import ExportError, ExportInput, ExportTarget
 
 _DTYPES = (torch.float32, torch.float64)  # that PyTorch's CSR product takes
 _TOKENS = (1, 4, 16, 64, 256, 1024, 2048)
 _MOST_TIMED = 6  # shapes of layers
 
 
-class TorchCSR:
+class TorchCSR(ExportTarget):
     """Any pattern of zeros, in PyTorch's CSR with int32 indices; nothing of this package is needed to run it."""
 
     name = "torch-csr"
     suffix = ".pt"
-    values: Sequence[str] = ("fp32",)
-    requires: Sequence[str] = ()
-    extra = ""
-    runs_here = True
 
     def write(self, given: ExportInput, path: Path) -> list[str]:
         """Write the layers and the other weights, and the module that loads them beside."""
@@ -46,8 +42,10 @@ class TorchCSR:
                 )
         notes = [*kept, _speed_note(layers)]
         parts: dict[int, dict[str, Any]] = {}
+        held: dict[int, dict[str, Any]] = {}  # rows and values of layers that share a weight: written once
         for layer in layers:
-            parts.setdefault(id(layer.module), _compressed(layer))
+            part = held.setdefault(layer.weight.data_ptr(), _compressed(layer))
+            parts.setdefault(id(layer.module), {**part, "bias": layer.bias})
         order = list(parts)
         names = {layer.name: order.index(id(layer.module)) for layer in layers}
         rest = copy.copy(given.model.state_dict())
@@ -59,17 +57,13 @@ class TorchCSR:
         shutil.copyfile(_csr_layers.__file__, loader)
         active = sum(len(part["values"]) for part in parts.values())
         density = active / sum((len(part["rows"]) - 1) * part["inputs"] for part in parts.values())
-        held = f"{len(parts)} layers in compressed rows, density {density:.3f}"
-        return [f"{held}; {loader.name} loads them, with PyTorch only", *notes]
+        kind = f"{len(parts)} layers in compressed rows, density {density:.3f}"
+        return [f"{kind}; {loader.name} loads them, with PyTorch only", *notes]
 
     def load(self, path: Path, given: ExportInput) -> Callable[..., Any]:
         """Return the model with the layers that were written."""
         model: Callable[..., Any] = load(given.model, str(path))
         return model
-
-    def tolerance(self, values: str) -> float | None:
-        """Allow for another order of sums."""
-        return 1e-3
 
 
 def _compressed(layer: SparseLayer) -> dict[str, Any]:

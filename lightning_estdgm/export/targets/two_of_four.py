@@ -15,21 +15,19 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_fro
 from lightning_estdgm.export import _semi_structured_layers
 from lightning_estdgm.export._semi_structured_layers import load
 from lightning_estdgm.export._sparse_layers import SparseLayer, sparse_linear_layers
-from lightning_estdgm.export.targets._protocol import ExportError, ExportInput
+from lightning_estdgm.export.targets._protocol import ExportError, ExportInput, ExportTarget
 from lightning_estdgm.method._masks import active_units, top_k_in_groups
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _ROWS, _COLUMNS = 32, 64  # that CUTLASS's 2:4 product takes multiples of, at 16 bits
 
 
-class TwoOfFour:
+class TwoOfFour(ExportTarget):
     """A mask fitted to 2:4, whatever the trained pattern; what it leaves out is counted, and what it does measured."""
 
     name = "2:4"
     suffix = ".pt"
     values: Sequence[str] = tuple(_DTYPES)
-    requires: Sequence[str] = ()
-    extra = ""
     runs_here = False
 
     def write(self, given: ExportInput, path: Path) -> list[str]:

@@ -83,22 +83,39 @@ class ConvBackend(Backend, Protocol):
 
 
 @runtime_checkable
+class PointwiseBackend(Backend, Protocol):
+    """A backend that is given the weight of a pointwise convolution itself, such as one that keeps what it made of it.
+
+    Others are given a matrix, a new view of the weight at each call.
+    """
+
+    def pointwise(self, pixels: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
+        """``Y = X (W * M)^T + bias`` with ``W (out, in, 1, 1)``: ``[T, in] -> [T, out]``."""
+        ...
+
+
+@runtime_checkable
 class PackedBackend(Backend, Protocol):
     """A backend that has the three products of a linear layer of packed values as well.
 
-    ``values [units, rows, columns]`` are the active units alone, in the order of the topology's row-major lists, of any
-    strides. Called below autograd, as the products of whole weights are.
+    ``values [units, rows, columns]`` are the active units alone, of any strides. ``order [units]`` says where each unit
+    of the topology's row-major lists is among them, int32; None: they are in the order of these lists. Called below
+    autograd, as the products of whole weights are.
     """
 
-    def packed_linear(self, x2d: Tensor, values: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
+    def packed_linear(
+        self, x2d: Tensor, values: Tensor, bias: Tensor | None, order: Tensor | None, topology: BlockTopology
+    ) -> Tensor:
         """``Y = X W^T + bias``, shape ``[T, out]``."""
         ...
 
-    def packed_grad_input(self, dy2d: Tensor, values: Tensor, topology: BlockTopology) -> Tensor:
+    def packed_grad_input(self, dy2d: Tensor, values: Tensor, order: Tensor | None, topology: BlockTopology) -> Tensor:
         """``dX = dY W``, shape ``[T, in]``."""
         ...
 
-    def packed_grad_values(self, dy2d: Tensor, x2d: Tensor, topology: BlockTopology, units: int) -> Tensor:
+    def packed_grad_values(
+        self, dy2d: Tensor, x2d: Tensor, order: Tensor | None, topology: BlockTopology, units: int
+    ) -> Tensor:
         """Active units of ``dY^T X``, shape ``[units, rows, columns]``; `units` are active."""
         ...
 

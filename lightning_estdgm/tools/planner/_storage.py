@@ -75,7 +75,7 @@ def packed_bytes(model: PlannedModel, setup: TrainingSetup, density: float) -> d
     """Return what one GPU holds with packed storage under DDP, in bytes, by kind.
 
     Parameters, gradients and optimizer state of active units alone. "masks, index lists, window" are two flags and, in
-    observed steps, two sums of a unit, and two index entries of an active one. "one layer at a time" is the largest
+    observed steps, a sum of a unit, and three index entries of an active one. "one layer at a time" is the largest
     masked weight, whole: where a backend expands it for a product, and for the gradient of an observed step.
     """
     each = setup.parameter_bytes
@@ -83,9 +83,9 @@ def packed_bytes(model: PlannedModel, setup: TrainingSetup, density: float) -> d
     buckets = 1 if ShardLayout.of(setup, "ddp").ranks > 1 else 0
     lists = 0.0
     for layer in model.masked:
-        lists += layer.units * (2 + 2 * SCORE_BYTES)
+        lists += layer.units * (2 + SCORE_BYTES)
         rows, columns = mask_shape(layer.shape, layer.block_size)[:2]
-        lists += INDEX_BYTES * (2 * density * layer.units + rows + columns + 2)
+        lists += INDEX_BYTES * (3 * density * layer.units + rows + columns + 2)
     return {
         "weights, gradients, optimizer state": stored * each * (2 + setup.optimizer_states + buckets),
         "masks, index lists, window": lists,

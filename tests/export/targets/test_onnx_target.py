@@ -96,3 +96,9 @@ def test_a_maximum_of_one_tensor_is_that_tensor(tmp_path: Path) -> None:
     nodes = onnx.load(str(tmp_path / "net.onnx")).graph.node
     assert [node for node in nodes if node.op_type == "Identity"]
     assert not [node for node in nodes if node.op_type == "Max" and len(node.input) == 1]
+
+
+def test_a_type_that_the_runtime_lacks_is_said_with_a_way_out(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"NotImplemented.*The model is in torch.bfloat16: model.float\(\) may run"):
+        export_model(exported.mlp().bfloat16(), X.bfloat16(), "onnx", tmp_path / "net")
+    assert not any(tmp_path.iterdir())

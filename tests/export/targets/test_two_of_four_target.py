@@ -13,6 +13,7 @@ from helpers import exported
 from lightning_estdgm.export import ExportError, export_model
 from lightning_estdgm.export._semi_structured_layers import load
 from lightning_estdgm.export.targets.two_of_four import fit_2_of_4
+from lightning_estdgm.recipes import GraphNet
 
 X = torch.randn(5, 128, generator=torch.Generator().manual_seed(3))
 
@@ -71,3 +72,45 @@ def test_what_it_cannot_hold_is_named(tmp_path: Path) -> None:
     conv, images, _ = exported.network("conv")
     with pytest.raises(ExportError, match=r"no linear layer can be held in 2:4\n(.|\n)*model.conv1 \(Conv2d\)"):
         export_model(conv, images, "2:4", tmp_path / "conv")
+
+
+def two_of_four_(model: nn.Module) -> nn.Module:
+    """Fit every matrix that 2:4 can hold, as training with such a pattern leaves it."""
+    with torch.no_grad():
+        for matrix in (parameter for parameter in model.parameters() if parameter.dim() == 2):
+            if matrix.shape[1] % 4 == 0:
+                matrix.copy_(fit_2_of_4(matrix))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["gcn", "gat", "sage"])
+def test_graph_networks(kind: str, tmp_path: Path) -> None:
+    """Layers of torch_geometric's own class become 2:4 as well; of a network so trained nothing is left out."""
+    pytest.importorskip("torch_geometric")
+    torch.manual_seed(0)
+    net = two_of_four_(GraphNet(64, 32, kind, hidden=64)).eval()
+    graph = torch.randn(30, 64), torch.randint(0, 30, (2, 90))
+    report = export_model(net, graph, "2:4", tmp_path / "net", dynamic="shape")
+    assert "(100.0%)" in str(report)
+    assert "stays dense" not in str(report)
+    assert report.difference < 0.02 * report.largest  # 16 bits
+    loaded = load(GraphNet(64, 32, kind, hidden=64), str(tmp_path / "net.pt"), device="cpu")
+    layers = list(torch.load(tmp_path / "net.pt")["names"])
+    assert len(layers) >= 2
+    for name in layers:
+        weight = net.get_submodule(name).weight.detach()  # type: ignore[union-attr]
+        assert torch.equal(loaded.get_submodule(name).weight, weight.bfloat16())
+    larger = torch.randn(50, 64), torch.randint(0, 50, (2, 200))
+    with torch.no_grad():
+        expected, found = net(*larger), loaded(larger[0].bfloat16(), larger[1]).float()
+    assert float((found - expected).abs().max()) < 0.02 * float(expected.abs().max())
+
+
+def test_a_graph_network_of_another_pattern_loses_weights_and_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("torch_geometric")
+    net, graph, dynamic = exported.network("gcn", 4)
+    report = export_model(net, graph, "2:4", tmp_path / "net", dynamic=dynamic)
+    assert "(50.0%)" in str(report)
+    assert "stays dense, as 2:4 takes outputs in multiples of 32, inputs of 64: model.convs.1.lin (8, 64)" in str(
+        report
+    )

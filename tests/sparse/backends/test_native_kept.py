@@ -15,24 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from helpers.native_counts import kept_bytes, packings
 from lightning_estdgm import DGMCallback, DGMConfig, Phase, Units
 from lightning_estdgm.config import EstDgm
 from lightning_estdgm.sparse._linear import masked_linear
 from lightning_estdgm.sparse._topology import BlockTopology
-from lightning_estdgm.sparse.backends._protocol import get_backend
 from lightning_estdgm.sparse.backends.native import _kept
-from lightning_estdgm.sparse.backends.native._build import library
 
 UNITS = (64, 32, 16, 4, 1, (16, 1), (1, 4))
-NATIVE: Any = get_backend("native")
-
-
-def packings() -> int:
-    loaded = library()
-    if isinstance(loaded, str):
-        pytest.skip(loaded)
-    count: int = loaded.estdgm_packings()
-    return count
 
 
 def case(unit: Any = 16, side: int = 128) -> tuple[Tensor, nn.Parameter, BlockTopology]:
@@ -48,10 +38,6 @@ def checked(x: Tensor, weight: Tensor, topology: BlockTopology) -> int:
     found = masked_linear(x, weight, None, topology, backend="native")
     torch.testing.assert_close(found, F.linear(x, weight * topology.weight_mask()), rtol=1e-4, atol=1e-4)
     return packings() - before
-
-
-def kept_bytes() -> int:
-    return sum(entry.nbytes for entry in NATIVE._kept._entries.values() if entry.kept is not None)
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=str)

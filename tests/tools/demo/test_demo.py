@@ -175,7 +175,7 @@ def test_the_json_says_how_it_was_made(demo):
     assert content["config"]["dgm"]["units"]["size"] == 16
     assert content["config"]["dgm"]["schedule"]["refinement"]["end"] == 0.10
     environment = content["environment"]
-    assert environment["torch"] == torch.__version__
+    assert environment["torch"] in (torch.__version__, torch.__version__.partition("+")[0])  # of metadata, or its own
     assert environment["threads"] == torch.get_num_threads()
     assert environment["cpu"]
     assert content["data"]["source"] == "standard library"

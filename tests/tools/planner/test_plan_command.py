@@ -100,7 +100,7 @@ def make_by_argument(width: int) -> nn.Module:
             "block_size must be 'auto', 'finest', 'fastest' or one of (1, (2, 1),",
         ),
         (["--params", "1e9", "--observe-steps", "300"], "observe_steps must not exceed update_every, got 300 and 200"),
-        (["--model", "test_plan_command:make_small", "--block-size", "128"], "block_size=128 does not fit layer '0'"),
+        (["--model", "test_plan_command:make_small", "--block-size", "128"], "Units(size=128) does not fit layer '0'"),
         (["--model", "test_plan_command"], "model must be given as package.module:factory, got 'test_plan_command'"),
         (["--model", "no.such.module:x"], "model 'no.such.module:x' cannot be found: No module named 'no'"),
         (["--model", "test_plan_command:missing"], "model 'test_plan_command:missing' cannot be found"),

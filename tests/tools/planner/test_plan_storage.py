@@ -42,8 +42,9 @@ def test_a_packed_training_holds_what_is_calculated(block_size: int) -> None:
         mask = (order < rows * columns // 4).view(rows, columns)
         topology = BlockTopology.from_mask(mask, block_size, compact=True)
         stored.append(nn.Parameter(gather(layer.weight.detach(), topology)))
-        tensors = (topology.row_ptr, topology.col_idx, topology.col_ptr, topology.row_idx)
-        lists += sum(tensor.nbytes for tensor in tensors) + mask.numel() * (2 + 8)
+        by_age = torch.arange(topology.nnz, dtype=torch.int32)
+        tensors = (topology.row_ptr, topology.col_idx, topology.col_ptr, topology.row_idx, by_age)
+        lists += sum(tensor.nbytes for tensor in tensors) + mask.numel() * (2 + 4)
     optimizer = torch.optim.AdamW(stored)
     for parameter in stored:
         parameter.grad = torch.ones_like(parameter)

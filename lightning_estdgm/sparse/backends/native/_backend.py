@@ -42,9 +42,10 @@ class NativeBackend:
     """Register-blocked loops over the active blocks, in parallel over tokens or blocks.
 
     Takes whole weights and packed values alike. Only active blocks of the weight are read: forward and input gradient
-    copy them once a call into the order in which they are used. The forward of a whole weight keeps that copy from the
-    second call on, until the weight or the mask changes. Sums are in float32. Results do not depend on the number of
-    threads. Blocks of 16 and more have outputs as the vector, finer units tokens.
+    copy them once a call into the order in which they are used. The forward of a whole weight, of a linear layer or a
+    convolution, keeps that copy from the second call on, until the weight or the mask changes. Sums are in float32.
+    Results do not depend on the number of threads. Blocks of 16 and more have outputs as the vector, finer units
+    tokens.
     """
 
     name = "native"
@@ -88,7 +89,11 @@ class NativeBackend:
     def linear(self, x2d: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
         """``Y[:, r] = sum over active c of X[:, c] W[r, c]^T + bias[r]``: ``[T, in] -> [T, out]``."""
         kept = self._kept.of(weight, topology)
-        return self._linear(x2d, weight, weight.stride(), bias, topology, _WHOLE, kept)
+        return self._linear(x2d, weight, weight.stride()[:2], bias, topology, _WHOLE, kept=kept)
+
+    def pointwise(self, pixels: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
+        """As `linear`, with a weight ``(out, in, 1, 1)``, which is known at the next call."""
+        return self.linear(pixels, weight, bias, topology)
 
     def grad_input(self, dy2d: Tensor, weight: Tensor, topology: BlockTopology) -> Tensor:
         """``dX[:, c] = sum over active r of dY[:, r] W[r, c]``: ``[T, out] -> [T, in]``."""
@@ -99,18 +104,22 @@ class NativeBackend:
         """``dW[r, c] = dY[:, r]^T X[:, c]`` where active, else 0: ``[T, out], [T, in] -> [out, in]``."""
         return self._grad_weight(dy2d, x2d, topology, topology.shape, _WHOLE)
 
-    def packed_linear(self, x2d: Tensor, values: Tensor, bias: Tensor | None, topology: BlockTopology) -> Tensor:
+    def packed_linear(
+        self, x2d: Tensor, values: Tensor, bias: Tensor | None, order: Tensor | None, topology: BlockTopology
+    ) -> Tensor:
         """``Y = X W^T + bias`` of the active units alone: ``[T, in] -> [T, out]``."""
-        return self._linear(x2d, values.contiguous(), (topology.sides[1], 1), bias, topology, _BY_ROW)
+        return self._linear(x2d, values.contiguous(), (topology.sides[1], 1), bias, topology, _BY_ROW, order)
 
-    def packed_grad_input(self, dy2d: Tensor, values: Tensor, topology: BlockTopology) -> Tensor:
+    def packed_grad_input(self, dy2d: Tensor, values: Tensor, order: Tensor | None, topology: BlockTopology) -> Tensor:
         """``dX = dY W`` of the active units alone: ``[T, out] -> [T, in]``."""
         strides = 1, topology.sides[1]
-        return self._linear(dy2d, values.contiguous(), strides, None, topology.transpose(), _BY_COLUMN)
+        return self._linear(dy2d, values.contiguous(), strides, None, topology.transpose(), _BY_COLUMN, order)
 
-    def packed_grad_values(self, dy2d: Tensor, x2d: Tensor, topology: BlockTopology, units: int) -> Tensor:
+    def packed_grad_values(
+        self, dy2d: Tensor, x2d: Tensor, order: Tensor | None, topology: BlockTopology, units: int
+    ) -> Tensor:
         """Active units of ``dY^T X``, written as they are stored: ``[T, out], [T, in] -> [units, rows, columns]``."""
-        return self._grad_weight(dy2d, x2d, topology, (units, *topology.sides), _BY_ROW)
+        return self._grad_weight(dy2d, x2d, topology, (units, *topology.sides), _BY_ROW, order)
 
     def _linear(
         self,
@@ -120,6 +129,7 @@ class NativeBackend:
         bias: Tensor | None,
         topology: BlockTopology,
         stored: int,
+        order: Tensor | None = None,
         kept: KeptWeight | None = None,
     ) -> Tensor:
         """Product of a whole weight or of packed values; `strides` are the weight's, or those of a unit."""
@@ -129,12 +139,13 @@ class NativeBackend:
         x2d = _rows(x2d)
         bias = None if bias is None else bias.contiguous()
         rows, columns = topology.sides
-        of_units: tuple[int | None, ...] = (rows, stored)
+        numbers = None if order is None else order.data_ptr()
+        of_units: tuple[int | None, ...] = (rows, stored, numbers)
         name = "linear"
         if _in_units(x2d.dtype, topology):
             name = "units_linear"
             plan = self._plans.linear(topology) if rows == 1 and columns < SCATTERED else None
-            of_units = rows, columns, stored, None if plan is None else plan.address
+            of_units = rows, columns, stored, numbers, None if plan is None else plan.address
         failed = function(name, x2d.dtype)(
             x2d.data_ptr(),
             x2d.stride(0),
@@ -155,7 +166,13 @@ class NativeBackend:
         return y
 
     def _grad_weight(
-        self, dy2d: Tensor, x2d: Tensor, topology: BlockTopology, shape: Sequence[int], stored: int
+        self,
+        dy2d: Tensor,
+        x2d: Tensor,
+        topology: BlockTopology,
+        shape: Sequence[int],
+        stored: int,
+        order: Tensor | None = None,
     ) -> Tensor:
         """Gradient of a whole weight or of packed values, of that shape."""
         if x2d.shape[0] == 0:
@@ -175,6 +192,7 @@ class NativeBackend:
             topology.block_cols,
             *(topology.sides if finer else topology.sides[:1]),
             stored,
+            None if order is None else order.data_ptr(),
             dw.data_ptr(),
             torch.get_num_threads(),
         )
@@ -185,7 +203,7 @@ class NativeBackend:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology, geometry: ConvGeometry
     ) -> Tensor:
         """``Y = conv2d(X, W * M) + bias``: ``[N, in, H, W] -> [N, out, H', W']``."""
-        return conv.conv(self._plans, x, weight, bias, topology, geometry)
+        return conv.conv(self._plans, self._kept, x, weight, bias, topology, geometry)
 
     def conv_grad_input(
         self, dy: Tensor, weight: Tensor, size: tuple[int, int], topology: BlockTopology, geometry: ConvGeometry

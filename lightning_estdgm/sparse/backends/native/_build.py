@@ -22,13 +22,13 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 _P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS = {  # of each function that is compiled for every dtype
-    "linear": [_P, _N, _N, _P, _N, _N, _P, *[_P] * 4, *[_N] * 3, _I, _P, _N, _P, _I],
-    "grad_weight": [_P, _N, _P, _N, _N, _P, _P, *[_N] * 3, _I, _P, _I],
-    "units_linear": [_P, _N, _N, _P, _N, _N, _P, *[_P] * 4, *[_N] * 4, _I, _P, _P, _N, _P, _I],
-    "units_grad_weight": [_P, _N, _P, _N, _N, *[_P] * 4, *[_N] * 4, _I, _P, _I],
-    "units_conv": [_P, *[_N] * 4, _P, _N, _N, _P, *[_N] * 3, _P, *[_P] * 4, *[_N] * 4, _P, _P, *[_N] * 5, _I],
+    "linear": [_P, _N, _N, _P, _N, _N, _P, *[_P] * 4, *[_N] * 3, _I, _P, _P, _N, _P, _I],
+    "grad_weight": [_P, _N, _P, _N, _N, _P, _P, *[_N] * 3, _I, _P, _P, _I],
+    "units_linear": [_P, _N, _N, _P, _N, _N, _P, *[_P] * 4, *[_N] * 4, _I, _P, _P, _P, _N, _P, _I],
+    "units_grad_weight": [_P, _N, _P, _N, _N, *[_P] * 4, *[_N] * 4, _I, _P, _P, _I],
+    "units_conv": [_P, *[_N] * 4, _P, _N, _N, _P, *[_N] * 3, _P, *[_P] * 4, *[_N] * 4, _P, _P, *[_N] * 5, _P, _I],
     "units_conv_grad_weight": [_P, _N, _N, _P, *[_N] * 4, _P, *[_N] * 3, *[_P] * 4, *[_N] * 5, _P, _N, _N, _I],
-    "conv": [_P, *[_N] * 4, _P, _N, _N, _P, *[_N] * 3, _P, _P, _P, _N, _N, _P, *[_N] * 5, _I],
+    "conv": [_P, *[_N] * 4, _P, _N, _N, _P, *[_N] * 3, _P, _P, _P, _N, _N, _P, *[_N] * 5, _P, _I],
     "conv_grad_weight": [_P, _N, _N, _P, *[_N] * 4, _P, *[_N] * 3, _P, _P, *[_N] * 3, _P, _N, _I],
 }
 
@@ -98,7 +98,7 @@ def library() -> ctypes.CDLL | str:
     loaded.estdgm_kept_free.argtypes, loaded.estdgm_kept_free.restype = [_P], None
     loaded.estdgm_packings.argtypes, loaded.estdgm_packings.restype = [], _N
     weight_sum = loaded.estdgm_weight_sum
-    weight_sum.argtypes, weight_sum.restype = [_P, *[_N] * 3, _P, _P, *[_N] * 3, _I], ctypes.c_uint64
+    weight_sum.argtypes, weight_sum.restype = [_P, *[_N] * 3, _P, _N, _N, _P, _P, *[_N] * 3, _I], ctypes.c_uint64
     loaded.estdgm_units_free.argtypes, loaded.estdgm_units_free.restype = [_P], None
     for dtype in DTYPES.values() if loaded.estdgm_has_bfloat16() else ("float32",):
         for name, arguments in _ARGUMENTS.items():

@@ -16,6 +16,7 @@ from lightning_estdgm.sparse._conv_geometry import ConvGeometry, empty_image
 from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.backends.native._build import check, function
 from lightning_estdgm.sparse.backends.native._conv_units import correlate_units, units_grad_weight
+from lightning_estdgm.sparse.backends.native._kept import KeptWeight, KeptWeights
 from lightning_estdgm.sparse.backends.native._plans import Plans, Tap, tap_array
 
 BLOCK = 16
@@ -55,6 +56,7 @@ def _correlate(
     bias: Tensor | None,
     topology: BlockTopology,
     out: Tensor,
+    kept: KeptWeight | None = None,
 ) -> None:
     """Fill ``out [N, out, H', W']``, channels adjacent, with what the taps see of ``image``; weight strides count."""
     n, channels, height, width = image.shape
@@ -79,13 +81,20 @@ def _correlate(
             *out.shape[2:],
             out.stride(0),
             *out.stride()[2:],
+            None if kept is None else kept.address,
             torch.get_num_threads(),
         )
     )
 
 
 def conv(
-    plans: Plans, x: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology, geometry: ConvGeometry
+    plans: Plans,
+    kept_weights: KeptWeights,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    topology: BlockTopology,
+    geometry: ConvGeometry,
 ) -> Tensor:
     """``Y = conv2d(X, W * M) + bias``, shape ``[N, out, H', W']``."""
     y = empty_image(x, x.shape[0], topology.shape[0], *geometry.output_size(*x.shape[2:]))
@@ -93,11 +102,12 @@ def conv(
         return y
     taps = _taps(geometry, *weight.stride()[2:])
     bias = None if bias is None else bias.contiguous()
+    kept = kept_weights.of(weight, topology, taps)
     if is_fine(topology):
         depth = _depth(topology, x.shape[1])
-        correlate_units(plans, x, weight, taps, geometry.stride, bias, topology, depth, (), y)
+        correlate_units(plans, x, weight, taps, geometry.stride, bias, topology, depth, (), y, kept)
     else:
-        _correlate(x, weight, taps, geometry.stride, bias, topology, y)
+        _correlate(x, weight, taps, geometry.stride, bias, topology, y, kept)
     return y
 
 

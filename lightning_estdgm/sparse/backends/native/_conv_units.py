@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.backends.native._build import check, function
+from lightning_estdgm.sparse.backends.native._kept import KeptWeight
 from lightning_estdgm.sparse.backends.native._plans import Plans, Tap, index_lists, tap_array
 
 SCATTERED = 4
@@ -26,6 +27,7 @@ def correlate_units(
     depth: int,
     which: Sequence[int],
     out: Tensor,
+    kept: KeptWeight | None = None,
 ) -> None:
     """Fill ``out [N, out, H', W']``, channels adjacent, with what the taps see of ``image``; weight strides count.
 
@@ -40,6 +42,7 @@ def correlate_units(
         depth: Columns of the topology for each input of the stored weight: 1, or all taps of the kernel.
         which: For units of single taps and the gradient of the input, indices of the taps in the kernel.
         out: What is filled.
+        kept: The weight in the order of use, to fill or to read.
 
     """
     n, channels, height, width = image.shape
@@ -68,6 +71,7 @@ def correlate_units(
             *out.shape[2:],
             out.stride(0),
             *out.stride()[2:],
+            None if kept is None else kept.address,
             torch.get_num_threads(),
         )
     )

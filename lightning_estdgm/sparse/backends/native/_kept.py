@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.backends.native._build import library
+from lightning_estdgm.sparse.backends.native._plans import Tap, tap_array
 
 _MOST_BYTES = 1 << 30
+_ONE_TAP: tuple[Tap, ...] = ((0, 0, 0),)  # of a linear layer
 
 
 class KeptWeight:
@@ -58,38 +61,49 @@ class KeptWeights:
     def __init__(self) -> None:
         self._entries = WeakTensorKeyDictionary()
 
-    def of(self, weight: Tensor, topology: BlockTopology) -> KeptWeight | None:
-        """Return what to fill or to read, or None where the weight is not known to be that of the last call."""
+    def of(self, weight: Tensor, topology: BlockTopology, taps: Sequence[Tap] = _ONE_TAP) -> KeptWeight | None:
+        """Return what to fill or to read, or None where the weight is not known to be that of the last call.
+
+        Args:
+            weight: ``(out, in, ...)``, of any strides.
+            topology: its units, whose columns are inputs, or taps of inputs.
+            taps: taps of a convolution, whose places decide the order of use too.
+
+        """
         row_ptr = topology.row_ptr
         if weight.is_inference() or row_ptr.is_inference():  # no versions
             return None
         state = (
             StorageWeakRef(weight.untyped_storage()), weight.data_ptr(), weight._version, weight.stride(), weight.dtype,
-            row_ptr._version, topology.col_idx.data_ptr(), topology.sides,
+            row_ptr._version, topology.col_idx.data_ptr(), topology.sides, tuple(taps),
         )  # fmt: skip
         entry: _Entry | None = self._entries.get(weight)
         if entry is None or entry.state != state or entry.row_ptr() is not row_ptr:
             self._entries[weight] = _Entry(state, weakref.ref(row_ptr), 0)
             return None
-        weight_sum = _weight_sum(weight, topology)
+        depth = topology.shape[1] // weight.shape[1]
+        weight_sum = _weight_sum(weight, topology, taps, depth)
         if entry.weight_sum != weight_sum:
             entry.weight_sum, entry.kept = weight_sum, None  # freed before another is made
             rows, columns = topology.sides
-            entry.nbytes = int(row_ptr[-1]) * rows * columns * 4
+            entry.nbytes = int(row_ptr[-1]) * rows * columns * len(taps) // depth * 4
             others = sum(other.nbytes for other in self._entries.values() if other.kept is not None)
             if others + entry.nbytes <= _MOST_BYTES:
                 entry.kept = KeptWeight()
         return entry.kept
 
 
-def _weight_sum(weight: Tensor, topology: BlockTopology) -> int:
-    """Return a sum over the active weights and their places."""
+def _weight_sum(weight: Tensor, topology: BlockTopology, taps: Sequence[Tap], depth: int) -> int:
+    """Return a sum over the active weights and their places; an input has `depth` columns of the topology."""
     loaded = library()
     assert not isinstance(loaded, str)
     found: int = loaded.estdgm_weight_sum(
         weight.data_ptr(),
         weight.element_size(),
-        *weight.stride(),
+        *weight.stride()[:2],
+        tap_array(taps),
+        len(taps),
+        depth,
         topology.row_ptr.data_ptr(),
         topology.col_idx.data_ptr(),
         topology.block_rows,

@@ -5,6 +5,7 @@
 // address in it, and a tap one distance from there. The order of sums depends on nothing but the shapes and the mask, so
 // results are the same for any number of threads.
 #include "images.h"
+#include "kept.h"
 
 namespace {
 
@@ -142,7 +143,7 @@ void pack_taps(const typename E::type *weight, i64 sn, i64 sk, const Walk &walk,
 template <class E>
 int conv(const Image<typename E::type> &image, const typename E::type *weight, i64 sn, i64 sk, const Walk &walk,
          const typename E::type *bias, const int32_t *ptr, const int32_t *idx, i64 rows, i64 b, typename E::type *y,
-         i64 y_image, i64 y_row, i64 y_pixel, int threads) {
+         i64 y_image, i64 y_row, i64 y_pixel, estdgm::Kept *kept, int threads) {
   using T = typename E::type;
   const i64 pitch = image.channels + 64 / (i64)sizeof(T);  // a line more: else pixels compete for places in the cache
   // The windows of a tile stay in the second-level cache while all block rows pass over them.
@@ -155,13 +156,14 @@ int conv(const Image<typename E::type> &image, const typename E::type *weight, i
   i64 groups = (2 * threads + tiles - 1) / tiles;  // few tiles: share the block rows as well
   groups = threads == 1 ? 1 : groups > rows ? rows : groups;
 
-  float *packed = (float *)malloc((size_t)ptr[rows] * walk.count * b * b / E::PAIR * 4 + 64);
+  const estdgm::PackedValues packed(kept, ptr[rows] * walk.count * b * b / E::PAIR, [&](float *to) {
+    pack_taps<E>(weight, sn, sk, walk, ptr, idx, rows, b, to, threads);
+  });
   i64 *taps = (i64 *)malloc(walk.count * sizeof(i64));
-  bool failed = !packed || !taps;
+  bool failed = !packed.data || !taps;
   if (!failed) {
     for (i64 t = 0; t < walk.count; t++)
       taps[t] = ((walk.taps[t].row - walk.top) * walk.width + walk.taps[t].col - walk.left) * pitch;
-    pack_taps<E>(weight, sn, sk, walk, ptr, idx, rows, b, packed, threads);
 #pragma omp parallel num_threads(threads)
     {
       T *window = (T *)malloc(walk.window_pixels(tile) * pitch * sizeof(T));
@@ -192,14 +194,13 @@ int conv(const Image<typename E::type> &image, const typename E::type *weight, i
           for (i64 q = pixels; q < pixels + PIXELS; q++) from[q] = from[pixels - 1], to[q] = to[pixels - 1];
           for (i64 r = g * rows / groups; r < (g + 1) * rows / groups; r++)
             conv_block_row<E>(window, from, pixels, taps, walk.count,
-                              packed + (i64)ptr[r] * walk.count * b * b / E::PAIR, idx + ptr[r], ptr[r + 1] - ptr[r], b,
+                              packed.data + (i64)ptr[r] * walk.count * b * b / E::PAIR, idx + ptr[r], ptr[r + 1] - ptr[r], b,
                               bias ? bias + r * b : nullptr, y + r * b, to);
         }
       free(window);
       free(from);
     }
   }
-  free(packed);
   free(taps);
   return failed;
 }
@@ -355,10 +356,10 @@ int conv_grad_weight(const typename E::type *dy, const Image<typename E::type> &
   extern "C" int estdgm_conv_##dtype(                                                                                  \
       const T *x, i64 batch, i64 height, i64 width, i64 channels, const T *weight, i64 sn, i64 sk, const i64 *taps,    \
       i64 count, i64 step_row, i64 step_col, const T *bias, const int32_t *ptr, const int32_t *idx, i64 rows, i64 b,   \
-      T *y, i64 y_rows, i64 y_cols, i64 y_image, i64 y_row, i64 y_pixel, int threads) {                                \
+      T *y, i64 y_rows, i64 y_cols, i64 y_image, i64 y_row, i64 y_pixel, void *kept, int threads) {                    \
     return conv<E>({x, batch, height, width, channels}, weight, sn, sk,                                                \
                    Walk((const Tap *)taps, count, step_row, step_col, y_rows, y_cols), bias, ptr, idx, rows, b, y,     \
-                   y_image, y_row, y_pixel, threads);                                                                  \
+                   y_image, y_row, y_pixel, (estdgm::Kept *)kept, threads);                                            \
   }                                                                                                                    \
   extern "C" int estdgm_conv_grad_weight_##dtype(                                                                      \
       const T *dy, i64 y_rows, i64 y_cols, const T *x, i64 batch, i64 height, i64 width, i64 channels,                 \

@@ -254,7 +254,9 @@ int grad_weight(const float *dy, i64 ldd, const float *x, i64 ldx, i64 words, co
 }
 
 // Of the blocks in dW: in the whole one, or of their values alone.
-Places places_of(int stored, i64 cols, i64 b) { return {stored ? b : cols * b, 1, stored ? b * b : 0}; }
+Places places_of(int stored, const int32_t *order, i64 cols, i64 b) {
+  return {stored ? b : cols * b, 1, stored ? b * b : 0, order};
+}
 
 #if defined(__AVX512BF16__)
 // Words (t / 2, column) of a bfloat16 matrix (tokens, columns); an odd last token is paired with zeros.
@@ -268,7 +270,7 @@ void pair_rows(const uint16_t *from, i64 ld, i64 tokens, i64 columns, uint32_t *
 
 }  // namespace
 
-// Strides and sizes in elements; a result of 1: no memory. `stored`: as in units.cpp.
+// Strides and sizes in elements; a result of 1: no memory. `stored` and `order`: as in units.cpp.
 extern "C" {
 
 int estdgm_has_bfloat16() {
@@ -282,18 +284,21 @@ int estdgm_has_bfloat16() {
 #define LINEAR(E, T, name)                                                                                            \
   int estdgm_linear_##name(const T *x, i64 ldx, i64 tokens, const T *weight, i64 sn, i64 sk, const T *bias,            \
                            const int32_t *ptr, const int32_t *idx, const int32_t *tptr, const int32_t *tidx, i64 rows, \
-                           i64 cols, i64 b, int stored, T *y, i64 ldy, void *kept, int threads) {                     \
-    Order order;                                                                                                      \
-    if (stored == Stored::BY_COLUMN && !order.find({ptr, idx, rows, b, b}, {tptr, tidx, cols, b, b}, threads)) return 1; \
-    const Places places = {sn, sk, stored ? b * b : 0, order.numbers};                                                \
+                           i64 cols, i64 b, int stored, const int32_t *order, T *y, i64 ldy, void *kept,              \
+                           int threads) {                                                                             \
+    Order walked(order);                                                                                              \
+    if (stored == Stored::BY_COLUMN && !walked.transpose({ptr, idx, rows, b, b}, {tptr, tidx, cols, b, b}, threads))  \
+      return 1;                                                                                                       \
+    const Places places = {sn, sk, stored ? b * b : 0, walked.numbers};                                               \
     return linear<E>(x, ldx, tokens, weight, places, bias, ptr, idx, rows, cols * b, b, y, ldy, kept, threads);       \
   }
 
 LINEAR(Float, float, float32)
 
 int estdgm_grad_weight_float32(const float *dy, i64 ldd, const float *x, i64 ldx, i64 tokens, const int32_t *ptr,
-                               const int32_t *idx, i64 rows, i64 cols, i64 b, int stored, float *dw, int threads) {
-  return grad_weight<Float>(dy, ldd, x, ldx, tokens, ptr, idx, rows, b, dw, places_of(stored, cols, b), cols * b,
+                               const int32_t *idx, i64 rows, i64 cols, i64 b, int stored, const int32_t *order, float *dw,
+                               int threads) {
+  return grad_weight<Float>(dy, ldd, x, ldx, tokens, ptr, idx, rows, b, dw, places_of(stored, order, cols, b), cols * b,
                             threads);
 }
 
@@ -301,7 +306,8 @@ int estdgm_grad_weight_float32(const float *dy, i64 ldd, const float *x, i64 ldx
 LINEAR(BFloat16, uint16_t, bfloat16)
 
 int estdgm_grad_weight_bfloat16(const uint16_t *dy, i64 ldd, const uint16_t *x, i64 ldx, i64 tokens, const int32_t *ptr,
-                                const int32_t *idx, i64 rows, i64 cols, i64 b, int stored, uint16_t *dw, int threads) {
+                                const int32_t *idx, i64 rows, i64 cols, i64 b, int stored, const int32_t *order, uint16_t *dw,
+                                int threads) {
   const i64 out = rows * b, in = cols * b, words = (tokens + 1) / 2;
   uint32_t *pairs = (uint32_t *)malloc((size_t)words * (out + in) * 4);
   if (!pairs) return 1;
@@ -309,7 +315,7 @@ int estdgm_grad_weight_bfloat16(const uint16_t *dy, i64 ldd, const uint16_t *x, 
   pair_rows(dy, ldd, tokens, out, pairs, threads);
   pair_rows(x, ldx, tokens, in, x_pairs, threads);
   const int failed = grad_weight<BFloat16>((const float *)pairs, out, (const float *)x_pairs, in, words, ptr, idx, rows,
-                                           b, dw, places_of(stored, cols, b), in, threads);
+                                           b, dw, places_of(stored, order, cols, b), in, threads);
   free(pairs);
   return failed;
 }

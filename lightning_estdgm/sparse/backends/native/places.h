@@ -17,8 +17,8 @@ struct Units {
   i64 count(i64 row) const { return ptr[row + 1] - ptr[row]; }
 };
 
-// What the values of a matrix's units are: a part of the whole matrix, or all that is stored, in the order of the lists
-// by row or of those by column.
+// What the values of a matrix's units are: a part of the whole matrix, or all that is stored, counted in the order of the
+// lists by row or of those by column.
 enum Stored { WHOLE, BY_ROW, BY_COLUMN };
 
 }  // namespace estdgm
@@ -31,7 +31,7 @@ using estdgm::Units;
 struct Places {
   i64 out, in;                     // elements from one output of a unit to the next, and from one input
   i64 unit = 0;                    // elements of a unit, if units lie one after the other; 0: in the whole matrix
-  const int32_t *order = nullptr;  // which one unit p of the lists that a loop walks is; null: p
+  const int32_t *order = nullptr;  // which one in memory unit p of the lists that a loop walks is; null: p
 
   // Of unit p, whose first output and input these are in the matrix.
   i64 of(i64 p, i64 output, i64 input) const {
@@ -39,20 +39,26 @@ struct Places {
   }
 };
 
-// Order in which the units of the lists `stored` come where a loop walks those of the transposed matrix.
-struct Order {
-  int32_t *numbers = nullptr;
+// Which one in memory each unit is that a loop walks.
+class Order {
+  int32_t *own = nullptr;
 
-  Order() = default;
+ public:
+  const int32_t *numbers;  // null: they lie as they are walked
+
+  // `given`: numbers of the units in the order of the lists that count them; null: that order itself.
+  explicit Order(const int32_t *given) : numbers(given) {}
   Order(const Order &) = delete;
-  ~Order() { free(numbers); }
+  ~Order() { free(own); }
 
-  // False: no memory.
-  bool find(Units walked, Units stored, int threads) {
+  // For a loop that walks the lists of the transposed matrix, where those of `stored` count. False: no memory.
+  bool transpose(Units walked, Units stored, int threads) {
     const i64 count = stored.ptr[stored.rows];
-    numbers = (int32_t *)floats(count + walked.rows);
-    if (!numbers) return false;
-    int32_t *next = numbers + count;
+    const int32_t *given = numbers;
+    own = (int32_t *)floats(count + walked.rows);
+    if (!own) return false;
+    numbers = own;
+    int32_t *next = own + count;
     std::copy(walked.ptr, walked.ptr + walked.rows, next);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int share = 0; share < threads; share++) {  // of the walked rows, which are columns of the stored ones
@@ -60,8 +66,10 @@ struct Order {
       for (i64 row = 0; row < stored.rows; row++) {
         const int32_t *last = stored.idx + stored.ptr[row + 1];
         for (const int32_t *at = std::lower_bound(stored.idx + stored.ptr[row], last, (int32_t)first);
-             at < last && *at < end; at++)
-          numbers[next[*at]++] = at - stored.idx;
+             at < last && *at < end; at++) {
+          const i64 p = at - stored.idx;
+          own[next[*at]++] = given ? given[p] : p;
+        }
       }
     }
     return true;

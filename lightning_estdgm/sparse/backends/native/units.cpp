@@ -188,12 +188,12 @@ bool single_linear(Rows<typename E::type> x, Weight<typename E::type> weight, co
 
 template <class E>
 bool units_linear(Rows<typename E::type> x, i64 in, Weight<typename E::type> weight, const typename E::type *bias,
-                  Units units, Units columns, Stored stored, const Plan *plan, Result<typename E::type> y, Kept *kept,
-                  int threads) {
+                  Units units, Units columns, Stored stored, const int32_t *numbers, const Plan *plan,
+                  Result<typename E::type> y, Kept *kept, int threads) {
   const bool by_column = units.r == 1 && units.c >= 4;
-  Order order;
+  Order order(numbers);
   if (stored == (by_column ? Stored::BY_ROW : Stored::BY_COLUMN) &&
-      !order.find(by_column ? columns : units, by_column ? units : columns, threads))
+      !order.transpose(by_column ? columns : units, by_column ? units : columns, threads))
     return true;
   weight.places.order = order.numbers;
   if (units.r % 8 == 0) return gather_linear<E, 8, WIDE ? 3 : 1>(x, in, weight, bias, units, y, kept, threads);
@@ -302,18 +302,18 @@ bool units_grad_weight(Rows<typename E::type> dy, Rows<typename E::type> x, i64 
 // `stored`: WHOLE or BY_ROW.
 template <class E>
 bool units_grad(Rows<typename E::type> dy, Rows<typename E::type> x, i64 in, Units units, Units columns, Stored stored,
-                typename E::type *dw, int threads) {
+                const int32_t *numbers, typename E::type *dw, int threads) {
   constexpr int RO = VL < 8 ? 2 : 4;
   const i64 out = units.rows * units.r, unit = stored ? units.r * units.c : 0, line = stored ? units.c : in;
+  Order order(numbers);
   // The side with more of a unit's weights takes the part of the outputs.
   if (units.r < units.c) {
-    Order order;
-    if (stored && !order.find(columns, units, threads)) return true;
+    if (stored && !order.transpose(columns, units, threads)) return true;
     const Places places = {1, line, unit, order.numbers};
     if (units.c % RO == 0) return units_grad_weight<E, RO>(x, dy, out, columns, dw, places, threads);
     return units_grad_weight<E, 2>(x, dy, out, columns, dw, places, threads);
   }
-  const Places places = {line, 1, unit};
+  const Places places = {line, 1, unit, order.numbers};
   if (units.r % RO == 0) return units_grad_weight<E, RO>(dy, x, in, units, dw, places, threads);
   if (units.r == 2) return units_grad_weight<E, 2>(dy, x, in, units, dw, places, threads);
   return units_grad_weight<E, 1>(dy, x, in, units, dw, places, threads);
@@ -322,7 +322,8 @@ bool units_grad(Rows<typename E::type> dy, Rows<typename E::type> x, i64 in, Uni
 }  // namespace
 
 // Sizes and strides in elements; a result of 1: no memory. `ptr`, `idx`: the units by row; `tptr`, `tidx`: by column.
-// `stored`: 0 for a whole weight, 1 for its units' values alone, by row, 2 for those by column; strides are then a unit's.
+// `stored`: 0 for a whole weight, 1 for its units' values alone, by row, 2 for those by column; strides are then a unit's,
+// and `order` says which one in memory each of them is; null: they lie one after the other.
 extern "C" {
 
 void *estdgm_units_plan(const int32_t *ptr, const int32_t *idx, i64 rows, i64 c, i64 in) {
@@ -338,17 +339,17 @@ void estdgm_units_free(void *plan) { delete (Plan *)plan; }
 #define PRODUCTS(E, T, name)                                                                                          \
   int estdgm_units_linear_##name(const T *x, i64 ldx, i64 tokens, const T *weight, i64 sn, i64 sk, const T *bias,      \
                                  const int32_t *ptr, const int32_t *idx, const int32_t *tptr, const int32_t *tidx,    \
-                                 i64 rows, i64 cols, i64 r, i64 c, int stored, const void *plan, T *y, i64 ldy,       \
-                                 void *kept, int threads) {                                                           \
+                                 i64 rows, i64 cols, i64 r, i64 c, int stored, const int32_t *order, const void *plan, \
+                                 T *y, i64 ldy, void *kept, int threads) {                                            \
     return units_linear<E>({x, ldx, tokens}, cols * c, {weight, {sn, sk, stored ? r * c : 0}}, bias,                  \
-                           {ptr, idx, rows, r, c}, {tptr, tidx, cols, c, r}, (Stored)stored, (const Plan *)plan,      \
-                           {y, ldy, rows * r}, (Kept *)kept, threads);                                                \
+                           {ptr, idx, rows, r, c}, {tptr, tidx, cols, c, r}, (Stored)stored, order,                   \
+                           (const Plan *)plan, {y, ldy, rows * r}, (Kept *)kept, threads);                            \
   }                                                                                                                   \
   int estdgm_units_grad_weight_##name(const T *dy, i64 ldd, const T *x, i64 ldx, i64 tokens, const int32_t *ptr,      \
                                       const int32_t *idx, const int32_t *tptr, const int32_t *tidx, i64 rows,         \
-                                      i64 cols, i64 r, i64 c, int stored, T *dw, int threads) {                       \
+                                      i64 cols, i64 r, i64 c, int stored, const int32_t *order, T *dw, int threads) { \
     return units_grad<E>({dy, ldd, tokens}, {x, ldx, tokens}, cols * c, {ptr, idx, rows, r, c},                      \
-                         {tptr, tidx, cols, c, r}, (Stored)stored, dw, threads);                                                      \
+                         {tptr, tidx, cols, c, r}, (Stored)stored, order, dw, threads);                                \
   }
 
 PRODUCTS(Float, float, float32)

@@ -8,12 +8,11 @@
 #include <utility>
 #include <vector>
 
+#include "fours.h"
 #include "images.h"
 #include "places.h"
 
 namespace estdgm {
-
-constexpr int FOUR = 4;  // outputs of single weights whose sums are in registers at once
 
 // Four outputs with as many weights each within one stretch of inputs; what is missing of one is a weight of 0 for a
 // line of zeros, which follows those of the stretch.
@@ -73,7 +72,6 @@ struct Plan {
 namespace {
 
 using estdgm::Four;
-using estdgm::FOUR;
 using estdgm::Plan;
 
 inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
@@ -165,25 +163,7 @@ void scatter(const float *x, i64 line, const float *weights, const int32_t *idx,
   }
 }
 
-// ---- single weights: a line of x serves one output only, so it is read from the first-level cache
-
-// Add to the sums of four outputs; a place counts in STEP vectors.
-template <int N, int STEP>
-void single(const float *panel, const float *weights, const uint16_t *places, i64 length, float *const (&sums)[FOUR]) {
-  vec sum[FOUR][N];
-  for (int g = 0; g < FOUR; g++)
-    for (int j = 0; j < N; j++) sum[g][j] = *(const vec *)(sums[g] + j * VL);
-  for (i64 p = 0; p < length; p++, places += FOUR, weights += FOUR) {
-    uint64_t place;
-    memcpy(&place, places, 8);  // one load for all four
-    for (int g = 0; g < FOUR; g++, place >>= 16) {
-      const float *x = panel + (i64)(place & 0xffff) * STEP * VL;
-      for (int j = 0; j < N; j++) sum[g][j] += weights[g] * *(const vec *)(x + j * VL);
-    }
-  }
-  for (int g = 0; g < FOUR; g++)
-    for (int j = 0; j < N; j++) *(vec *)(sums[g] + j * VL) = sum[g][j];
-}
+// ---- single weights
 
 template <class E>
 void pack_fours(Weight<typename E::type> weight, const Plan &plan, float *packed, int threads) {
@@ -216,7 +196,7 @@ template <int N, int STEP>
       if (i + 1 < plan.stretch[stretch + 1])
         for (int j = 0; j < N; j++) __builtin_prefetch(sums + plan.fours[i + 1].outputs[g] * WIDTH + j * VL, 1);
     }
-    single<N, STEP>(panel, packed + four.start, places + four.start, four.length, to);
+    add_four<N, STEP>(panel, packed + four.start, places + four.start, four.length, to);
   }
 }
 

@@ -9,11 +9,15 @@
 
 #include <new>
 
+#include "kept.h"
 #include "lanes.h"
 #include "share.h"
 #include "units.h"
 
 namespace {
+
+using estdgm::Kept;
+using estdgm::PackedValues;
 
 constexpr i64 CACHED = 448 * 1024 / 4;  // floats of a panel
 constexpr int SINGLE_VECTORS = WIDE ? 4 : 2;
@@ -117,17 +121,16 @@ template <int R, int N>
 
 template <class E, int R, int MOST>
 bool gather_conv(const Image<typename E::type> &x, Weight<typename E::type> weight, Walk walk,
-                 const typename E::type *bias, Units units, const Output<typename E::type> &y, int threads) {
+                 const typename E::type *bias, Units units, const Output<typename E::type> &y, Kept *kept, int threads) {
   constexpr i64 STRIP = VL < 8 ? 8 : VL;  // outputs whose sums are stored at once
   const i64 taps = walk.count, c = units.c * taps, all = units.ptr[units.rows] * units.r * c;
   const Lanes lanes(walk, {(double)all / x.channels, MOST, 2 * threads, x.channels, 0, CACHED});
-  float *packed = floats(all);
-  if (!packed) return true;
-  pack<E, R>(weight, units, packed, threads);
+  const PackedValues packed(kept, all, [&](float *to) { pack<E, R>(weight, units, to, threads); });
+  if (!packed.data) return true;
   std::vector<int32_t> places;
   for (i64 k = 0; k < c; k++) places.push_back(k / taps * lanes.line + lanes.offsets[k % taps]);
   const i64 strips = ceil_div(y.channels, STRIP);
-  const bool failed = each_strip<MOST>(
+  return each_strip<MOST>(
       lanes, x.channels * lanes.line, STRIP * MOST * VL, strips, threads,
       [&](const Lanes::Tile &tile, float *panel) { lanes.load<E>(x, tile, 0, x.channels, panel); },
       [&](auto n, const Lanes::Tile &tile, i64 u, i64 v, const float *panel, float *sums, i64 part, i64 parts) {
@@ -138,29 +141,27 @@ bool gather_conv(const Image<typename E::type> &x, Weight<typename E::type> weig
           for (i64 o = first; o < end; o += R) {
             const i64 row = o / units.r, count = units.count(row), chunk = o % units.r / R;
             gather_taps<R, N>(panel, units.c * lanes.line, Taps{places.data()},
-                              packed + units.ptr[row] * units.r * c + chunk * count * R * c, units.idx + units.ptr[row],
+                              packed.data + units.ptr[row] * units.r * c + chunk * count * R * c, units.idx + units.ptr[row],
                               count, c, sums + (o - first) * N * VL);
           }
           pixels.template store<E>(sums, bias, first, end, y.data);
         }
       });
-  free(packed);
-  return failed;
 }
 
 // ---- units of one output and c >= 4 inputs: the inputs' pixels stay in registers, tap by tap
 
 template <class E, int R, int MOST>
 bool scatter_conv(const Image<typename E::type> &x, Weight<typename E::type> weight, Walk walk,
-                  const typename E::type *bias, Units columns, const Output<typename E::type> &y, int threads) {
+                  const typename E::type *bias, Units columns, const Output<typename E::type> &y, Kept *kept,
+                  int threads) {
   const i64 taps = walk.count, all = columns.ptr[columns.rows] * columns.r * taps;
   const i64 outputs = ceil_div(y.channels, VL) * VL;
   const Lanes lanes(walk, {(double)all / x.channels, MOST, 2 * threads, x.channels, 0, CACHED});
-  float *packed = floats(all);
-  if (!packed) return true;
   weight = {weight.data, {weight.places.in, weight.places.out}, weight.taps, weight.count};
-  pack<E, R, true>(weight, columns, packed, threads);
-  const bool failed = each_strip<MOST>(
+  const PackedValues packed(kept, all, [&](float *to) { pack<E, R, true>(weight, columns, to, threads); });
+  if (!packed.data) return true;
+  return each_strip<MOST>(
       lanes, x.channels * lanes.line, outputs * MOST * VL, 1, threads,
       [&](const Lanes::Tile &tile, float *panel) { lanes.load<E>(x, tile, 0, x.channels, panel); },
       [&](auto n, const Lanes::Tile &tile, i64 u, i64 v, const float *panel, float *sums, i64, i64) {
@@ -169,15 +170,13 @@ bool scatter_conv(const Image<typename E::type> &x, Weight<typename E::type> wei
         memset(sums, 0, outputs * N * VL * sizeof(float));
         for (i64 i = 0; i < x.channels; i += R) {
           const i64 row = i / columns.r, count = columns.count(row), chunk = i % columns.r / R;
-          const float *weights = packed + (columns.ptr[row] * columns.r + chunk * count * R) * taps;
+          const float *weights = packed.data + (columns.ptr[row] * columns.r + chunk * count * R) * taps;
           for (i64 t = 0; t < taps; t++, weights += count * R)
             scatter<R, N>(panel + i * lanes.line + lanes.offsets[t], lanes.line, weights,
                           columns.idx + columns.ptr[row], count, sums);
         }
         pixels.template store<E>(sums, bias, 0, y.channels, y.data);
       });
-  free(packed);
-  return failed;
 }
 
 // ---- single weights
@@ -199,16 +198,17 @@ i64 stretch_inputs(const Tap *taps, i64 count, i64 c) {
 
 template <class E>
 bool single_conv(const Image<typename E::type> &x, Weight<typename E::type> weight, Walk walk,
-                 const typename E::type *bias, const Plan &plan, const Output<typename E::type> &y, int threads) {
+                 const typename E::type *bias, const Plan &plan, const Output<typename E::type> &y, Kept *kept,
+                 int threads) {
   const i64 taps = walk.count, inputs = plan.lines / taps, outputs = ceil_div(y.channels, VL) * VL;
   const i64 entries = plan.places.size(), stretches = plan.stretch.size() - 1;
   const i64 room = std::min(CACHED, PLACES / (inputs + 1) * x.channels * VL);
   const Lanes lanes(walk, {(double)entries / x.channels, SINGLE_VECTORS, 2 * threads, x.channels, 0, room});
   const i64 stretch = (inputs + 1) * lanes.line;  // a window of zeros ends each stretch
-  float *packed = stretch > 65535 * VL ? nullptr : floats(entries + entries / 2 + 4);
-  if (!packed) return true;
-  uint16_t *places = (uint16_t *)(packed + entries);
-  pack_fours<E>(weight, plan, packed, threads);
+  if (stretch > 65535 * VL) return true;
+  const PackedValues packed(kept, entries, [&](float *to) { pack_fours<E>(weight, plan, to, threads); });
+  if (!packed.data) return true;
+  std::vector<uint16_t> places(entries + 4);  // of this tile's window
   plan.each_four(threads, [&](i64 i, i64) {
     const Four &four = plan.fours[i];
     for (i64 p = four.start; p < four.start + four.length * FOUR; p++) {
@@ -216,7 +216,7 @@ bool single_conv(const Image<typename E::type> &x, Weight<typename E::type> weig
       places[p] = (k / taps * lanes.line + (k == plan.lines ? 0 : lanes.offsets[k % taps])) / VL;
     }
   });
-  const bool failed = each_strip<SINGLE_VECTORS>(
+  return each_strip<SINGLE_VECTORS>(
       lanes, stretches * stretch, (outputs + 1) * SINGLE_VECTORS * VL, 1, threads,
       [&](const Lanes::Tile &tile, float *panel) {
         for (i64 s = 0; s < stretches; s++) {
@@ -229,23 +229,21 @@ bool single_conv(const Image<typename E::type> &x, Weight<typename E::type> weig
         const Pixels<typename E::type> pixels(N, tile, u, v, y);
         memset(sums, 0, (outputs + 1) * N * VL * sizeof(float));
         for (i64 s = 0; s < stretches; s++)
-          stretch_of_fours<N, 1>(plan, s, panel + s * stretch, packed, places, sums, sums + outputs * N * VL);
+          stretch_of_fours<N, 1>(plan, s, panel + s * stretch, packed.data, places.data(), sums, sums + outputs * N * VL);
         pixels.template store<E>(sums, bias, 0, y.channels, y.data);
       });
-  free(packed);
-  return failed;
 }
 
 template <class E>
 bool units_conv(const Image<typename E::type> &x, Weight<typename E::type> weight, Walk walk,
                 const typename E::type *bias, Units units, Units columns, const Plan *plan,
-                const Output<typename E::type> &y, int threads) {
-  if (units.r % 8 == 0) return gather_conv<E, 8, WIDE ? 3 : 1>(x, weight, walk, bias, units, y, threads);
-  if (units.r == 4) return gather_conv<E, 4, WIDE ? 6 : 2>(x, weight, walk, bias, units, y, threads);
-  if (units.r == 2) return gather_conv<E, 2, WIDE ? 8 : 4>(x, weight, walk, bias, units, y, threads);
-  if (units.c % 8 == 0) return scatter_conv<E, 8, WIDE ? 2 : 1>(x, weight, walk, bias, columns, y, threads);
-  if (units.c == 4) return scatter_conv<E, 4, WIDE ? 4 : 2>(x, weight, walk, bias, columns, y, threads);
-  return single_conv<E>(x, weight, walk, bias, *plan, y, threads);
+                const Output<typename E::type> &y, Kept *kept, int threads) {
+  if (units.r % 8 == 0) return gather_conv<E, 8, WIDE ? 3 : 1>(x, weight, walk, bias, units, y, kept, threads);
+  if (units.r == 4) return gather_conv<E, 4, WIDE ? 6 : 2>(x, weight, walk, bias, units, y, kept, threads);
+  if (units.r == 2) return gather_conv<E, 2, WIDE ? 8 : 4>(x, weight, walk, bias, units, y, kept, threads);
+  if (units.c % 8 == 0) return scatter_conv<E, 8, WIDE ? 2 : 1>(x, weight, walk, bias, columns, y, kept, threads);
+  if (units.c == 4) return scatter_conv<E, 4, WIDE ? 4 : 2>(x, weight, walk, bias, columns, y, kept, threads);
+  return single_conv<E>(x, weight, walk, bias, *plan, y, kept, threads);
 }
 
 // The order of single weights, as `estdgm_units_conv_plan` says.
@@ -288,11 +286,11 @@ void *estdgm_units_conv_plan(const int32_t *ptr, const int32_t *idx, i64 rows, i
                                i64 sk, const i64 *taps, i64 count, i64 step_row, i64 step_col, const T *bias,          \
                                const int32_t *ptr, const int32_t *idx, const int32_t *tptr, const int32_t *tidx,      \
                                i64 rows, i64 cols, i64 r, i64 c, const void *plan, T *y, i64 y_rows, i64 y_cols,      \
-                               i64 y_image, i64 y_row, i64 y_pixel, int threads) {                                    \
+                               i64 y_image, i64 y_row, i64 y_pixel, void *kept, int threads) {                        \
     return units_conv<E>({x, batch, height, width, channels}, {weight, {sn, sk}, (const Tap *)taps, count},           \
                          {(const Tap *)taps, count, step_row, step_col, batch, y_rows, y_cols}, bias,                  \
                          {ptr, idx, rows, r, c}, {tptr, tidx, cols, c, r}, (const Plan *)plan,                         \
-                         {y, y_image, y_row, y_pixel, rows * r}, threads);                                            \
+                         {y, y_image, y_row, y_pixel, rows * r}, (Kept *)kept, threads);                              \
   }
 
 PRODUCTS(Float, float, float32)

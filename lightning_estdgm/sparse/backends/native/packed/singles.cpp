@@ -8,6 +8,7 @@
 #define ESTDGM_PERMUTE 1
 #endif
 
+#include "../fours.h"
 #include "../panels.h"
 #include "../share.h"
 #include "packed.h"
@@ -21,7 +22,6 @@ using estdgm::Values;
 
 constexpr i64 FEW = 3;            // tokens of the matrix-vector loop
 constexpr i64 SMALL = 16 * 1024;  // values that one thread multiplies sooner than two
-constexpr int FOUR = 4;
 constexpr int VECTORS = WIDE ? 4 : 2;  // of tokens
 
 // ---- up to three tokens: entries are the vector
@@ -122,23 +122,6 @@ bool few_tokens(const PackedSingles &m, const V *values, const float *x, i64 ldx
 
 // ---- tokens as the vector
 
-template <int N>
-void single(const float *panel, const float *weights, const uint8_t *places, i64 length, float *const (&sums)[FOUR]) {
-  vec sum[FOUR][N];
-  for (int g = 0; g < FOUR; g++)
-    for (int j = 0; j < N; j++) sum[g][j] = *(const vec *)(sums[g] + j * VL);
-  for (i64 p = 0; p < length; p++, places += FOUR, weights += FOUR) {
-    uint32_t place;
-    memcpy(&place, places, 4);  // one load for all four
-    for (int g = 0; g < FOUR; g++, place >>= 8) {
-      const float *x = panel + (i64)(place & 0xff) * N * VL;
-      for (int j = 0; j < N; j++) sum[g][j] += weights[g] * *(const vec *)(x + j * VL);
-    }
-  }
-  for (int g = 0; g < FOUR; g++)
-    for (int j = 0; j < N; j++) *(vec *)(sums[g] + j * VL) = sum[g][j];
-}
-
 // n values from one on as floats, in room where they are none.
 const float *as_floats(const PackedSingles &m, i64 start, i64 n, float *room) {
   if (m.type == Values::float32) return (const float *)m.values + start;
@@ -177,7 +160,7 @@ bool single_tiles(const PackedSingles &m, Rows<float> x, float *y, i64 ldy, int 
                 for (int j = 0; j < N; j++)
                   __builtin_prefetch(sums + (i64)m.outputs[(i + 1) * FOUR + g] * WIDTH + j * VL, 1);
             }
-            single<N>(panel, as_floats(m, start * FOUR, length * FOUR, room), m.places + start * FOUR, length,
+            add_four<N, N>(panel, as_floats(m, start * FOUR, length * FOUR, room), m.places + start * FOUR, length,
                       to);
           }
         }

@@ -280,6 +280,7 @@ bool by_outputs(const PackedUnits &m, const float *x, i64 ldx, i64 tokens, float
 // ---- tokens as the vector
 
 // Sums of R outputs for N vectors of tokens, over `count` units; weights of one input are `pitch` after the last one's.
+// Not the one of units.h: with its function of places, units of 8 x 1 take 6 to 13 % longer.
 template <int R, int N>
 void gather(const float *panel, const float *weights, i64 pitch, const int32_t *idx, i64 count, i64 c, float *sums) {
   constexpr i64 WIDTH = N * VL;
