@@ -35,7 +35,8 @@ def study(
         float | None, typer.Option(help="Begin no run after so long; the same command goes on where this one ended.")
     ] = None,
     quiet: Annotated[
-        bool, typer.Option("--quiet", help="Nothing else runs on this machine: seconds and joules count (--jobs 1).")
+        bool,
+        typer.Option("--quiet", help="Nothing else runs on this machine: take seconds and joules (preset evidence)."),
     ] = False,
 ) -> None:
     """Train methods side by side; go on where an earlier call stopped. Nothing is downloaded."""
@@ -47,9 +48,9 @@ def study(
     if data is not None:
         os.environ[DATA_VARIABLE] = str(data.absolute())
     try:
-        session = Session(preset, out, console, task or (), run or ())
+        session = Session(preset, out, console, task or (), run or (), quiet)
         if not report_only:
-            session.train(jobs or len(os.sched_getaffinity(0)), minutes, quiet)
+            session.train(jobs or len(os.sched_getaffinity(0)), minutes)
         text, files = session.report()
     except (ValueError, FileNotFoundError) as e:
         raise typer.BadParameter(str(e)) from e

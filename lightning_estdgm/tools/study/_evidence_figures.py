@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from lightning_estdgm.tools._plotting import COLOURS, INK, MARKERS, new_figure, save, style_axes
@@ -30,17 +29,14 @@ def draw_evidence(rows: Rows, folder: Path) -> list[Path]:
 
 def _over_flops(field: Field, standing: Standing) -> list[Point]:
     whole = field.dense_cost("flops")
-    return [
-        (fmean(row["flops"] for row in standing.at(length)) / whole, standing.scores(length))
-        for length in standing.lengths
-    ]
+    return [(standing.cost_at(length, "flops") / whole, standing.scores(length)) for length in standing.lengths]
 
 
 def _over_served(field: Field, standing: Standing) -> list[Point]:
     length = field.budget_length(standing)
-    if not standing.at(length):
+    if length is None or not standing.at(length):
         return []
-    served = fmean(row["served_weights"] for row in standing.at(length))
+    served = standing.cost_at(length, "served_weights")
     return [(served / field.dense_cost("served_weights"), standing.scores(length))]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_estdgm.tools.study._contender import Contender, Rows
 from lightning_estdgm.tools.study._evidence_tasks import EVIDENCE_TASKS
-from lightning_estdgm.tools.study._settings import MAGNITUDE, SCALED, SPARSE_TO_DENSER
+from lightning_estdgm.tools.study._settings import FINE_UNITS, MAGNITUDE, SCALED, SPARSE_TO_DENSER
 from lightning_estdgm.tools.study._study_run import StudyRun
 
 DENSITY = 0.1
@@ -49,7 +49,7 @@ def contenders(task: str) -> list[Contender]:
         found.append(Contender(task, f"small dense, {name}", settings=settings, **how))
     for unit, size in _UNITS[: 4 if task == "stdlib" else 3 if task == "fashion" else 2]:
         for schedule, changes in _SCHEDULES:
-            keep = {} if size == 1 else MAGNITUDE
+            keep = MAGNITUDE if size in FINE_UNITS else {}
             stem = {"exclude": ["net.0"]} if task == "fashion" and size == 4 else {}  # it has one input
             settings = {"block_size": size, **keep, **stem, **changes}
             found.append(Contender(task, f"EST-DGM {unit}, {schedule}", "est-dgm", settings, DENSITY, **how))
@@ -71,6 +71,13 @@ def evidence(rows: Rows = ()) -> Iterator[StudyRun]:
     """
     for contender in EVIDENCE:
         yield from contender.runs(rows)
+
+
+def cost_runs(rows: Rows) -> Iterator[StudyRun]:
+    """Yield the runs whose seconds and joules count: one of each contender that has chosen its rate."""
+    for contender in EVIDENCE:
+        if (run := contender.cost_run(rows)) is not None:
+            yield run
 
 
 def tabled_runs(rows: Rows) -> Iterator[StudyRun]:

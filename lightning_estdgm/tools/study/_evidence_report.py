@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import stdev
 
 from lightning_estdgm.tools._stats import Spread, percent, spread, spread_text
 from lightning_estdgm.tools.study._contender import Rows
@@ -18,18 +18,21 @@ NOT_RUN = "not run"
 NOT_REACHED = "not reached"
 
 _ABOUT = {
-    "A. Energy to a loss": "Cost at which the mean score of the best dense network in its full length is reached, as a "
-    "share of what the task's own dense network costs in its full length; interpolated between runs of other lengths, "
-    "mean and sample deviation over seeds. `<=`: the shortest runs reach it already. *Best* is the best mean score.",
-    "B. Served cost": "All at a quarter of dense's training FLOPs. *Weights served* are parameters that are not 0, as "
-    "a share of dense's. *Ahead* is seed by seed, of the best narrower dense network: % of perplexity, or points. "
-    "Joules a token in the packed form are not run.",
-    "C. Little data": "Scores in as many steps as dense, at a quarter of its FLOPs, and at a quarter of its joules.",
+    "A. Energy to a loss": "Cost at which the mean over seeds reaches the mean score of the best dense network in its "
+    "full length, as a share of what the task's own dense network costs in its full length; interpolated between runs "
+    "of other lengths. ± is the sample deviation of the seeds' own costs; where some seeds alone do not reach it, "
+    "their number is said instead. `<=`: the shortest runs reach it already. *Best* is the best mean score.",
+    "B. Served cost": "All at about a quarter of dense's training FLOPs. *Weights served* are parameters that are not "
+    "0, *joules served* those of a validation batch, packed where sparse: both as a share of dense's. *Ahead* is seed "
+    "by seed, of the best narrower dense network: % of perplexity, or points.",
+    "C. Little data": "Scores in as many steps as dense, at a quarter of its FLOPs, and of the longest runs that cost "
+    "no more joules than dense's full length, with their share of those in brackets.",
 }
 
 _NOTES = (
     "Scores: validation loss in nats (`stdlib`, `wikitext`), test accuracy in per cent (others). Seconds and joules "
-    "are those of runs that had the machine to themselves; where there are none they are *not run*."
+    "are those of a step of one run of each network that had the machine to itself, times the steps; joules are "
+    "{method}. Where there is no such run they are *not run*."
 )
 
 
@@ -58,7 +61,7 @@ class Field:
 
     def dense_cost(self, cost: str) -> float:
         """Mean cost of the task's own network, dense, at its full length."""
-        return fmean(row[cost] for row in self.dense.at(1.0))
+        return self.dense.cost_at(1.0, cost)
 
     def budget_length(self, standing: Standing) -> float | None:
         """Length of equal FLOPs of one of them."""
@@ -74,11 +77,11 @@ class Field:
         return min(run, key=lambda s: sign * (means[s.contender.name] or 0.0), default=None)
 
 
-def fields(rows: Rows) -> list[Field]:
+def fields(rows: Rows, costs: Rows = ()) -> list[Field]:
     """Return the tasks on which dense has runs of full length, in the order of the plan."""
     found = []
     for task in EVIDENCE_TASKS:
-        mine = standings([each for each in EVIDENCE if each.task == task.name], rows)
+        mine = standings([each for each in EVIDENCE if each.task == task.name], rows, costs)
         dense = next((s for s in mine if s.contender.name == DENSE_NAME and s.at(1.0)), None)
         if dense is not None:
             found.append(Field(task.name, dense, tuple(mine), rows))
@@ -94,28 +97,34 @@ def ahead(standing: Standing, length: float | None, other: Standing, other_lengt
     return spread([a - b for a, b in pairs])
 
 
-def tables(rows: Rows) -> dict[str, str]:
+def tables(rows: Rows, costs: Rows = ()) -> dict[str, str]:
     """Return the tables as Markdown, by question."""
-    found = fields(rows)
+    found = fields(rows, costs)
     return {
         "A. Energy to a loss": _table(
-            ("task", "network", "rate", "FLOPs to it", "seconds to it", "joules to it, estimated", "best", "command"),
+            ("task", "network", "rate", "FLOPs to it", "seconds to it", "joules to it", "best", "command"),
             (cells for field in found for cells in _energy_rows(field)),
         ),
         "B. Served cost": _table(
-            ("task", "network", "rate", "weights served", "FLOPs", "score", "ahead of small dense", "command"),
+            ("task", "network", "rate", "weights served", "joules served", "score", "ahead of small dense", "command"),
             (cells for field in found for cells in _served_rows(field)),
         ),
         "C. Little data": _table(
-            ("task", "network", "rate", "equal steps", "its FLOPs", "equal FLOPs", "equal joules", "command"),
+            ("task", "network", "rate", "equal steps", "its FLOPs", "equal FLOPs", "within its joules", "command"),
             (cells for field in found for cells in _little_data_rows(field)),
         ),
     }
 
 
-def report(rows: Rows) -> str:
-    """Return the three tables with what their columns mean, and what is not run yet, as Markdown."""
-    parts = [f"## {name}\n\n{_ABOUT[name]}\n\n{table}" for name, table in tables(rows).items()]
+def report(rows: Rows, costs: Rows = ()) -> str:
+    """Return the three tables with what their columns mean, and what is not run yet, as Markdown.
+
+    Args:
+        rows: Rows of the plan's table.
+        costs: Rows of its table of costs.
+
+    """
+    parts = [f"## {name}\n\n{_ABOUT[name]}\n\n{table}" for name, table in tables(rows, costs).items()]
     present = {(row.contender.task, row.contender.name) for field in fields(rows) for row in field.all}
     lacking = []
     for task in EVIDENCE_TASKS:
@@ -125,7 +134,8 @@ def report(rows: Rows) -> str:
             lacking.append(f"- `{task.name}`: {'all' if len(absent) == len(names) else ', '.join(absent)}")
     if lacking:
         parts.append("## Not run yet\n\n" + "\n".join(lacking))
-    return "\n\n".join([*parts, _NOTES]) + "\n"
+    methods = sorted({row["energy_method"] for row in costs if row["energy_method"]})
+    return "\n\n".join([*parts, _NOTES.format(method=" or ".join(methods) or NOT_RUN)]) + "\n"
 
 
 def _energy_rows(field: Field) -> Iterator[Sequence[str]]:
@@ -137,13 +147,15 @@ def _energy_rows(field: Field) -> Iterator[Sequence[str]]:
 
 
 def _cost_text(field: Field, standing: Standing, cost: str) -> str:
-    if cost != "flops" and not any(row["quiet"] == "True" for row in standing.rows):
-        return NOT_RUN
     found = standing.cost_to(field.target, cost)
     if found is None:
         return NOT_REACHED
-    bound = "<= " if standing.is_bound(field.target) else ""
-    return bound + spread_text(found, 2, scale=1.0 / field.dense_cost(cost))
+    if math.isnan(found.cost / field.dense_cost(cost)):
+        return NOT_RUN
+    text = f"{'<= ' if found.is_bound else ''}{found.cost / field.dense_cost(cost):.2f}"
+    if len(found.seeds) < found.of:
+        return f"{text} ({len(found.seeds)} of {found.of} seeds)"
+    return f"{text} ± {stdev(found.seeds) / field.dense_cost(cost):.2f}" if found.of > 1 else text
 
 
 def _served_rows(field: Field) -> Iterator[Sequence[str]]:
@@ -151,25 +163,27 @@ def _served_rows(field: Field) -> Iterator[Sequence[str]]:
     for standing in field.all:
         length = field.budget_length(standing)
         mine = standing.at(length)
-        if not mine:
+        if length is None or not mine:
             continue
         gap = NOT_RUN
         if small is not None:
             gap = spread_text(ahead(standing, length, small, field.budget_length(small)), 2, sign=True)
-        served = percent(fmean(row["served_weights"] for row in mine) / whole)
-        flops = f"{fmean(row['flops'] for row in mine) / field.dense_cost('flops'):.2f}"
-        yield _cells(field, standing, length, [served, flops, _score(standing, standing.scores(length)), gap])
+        served = percent(standing.cost_at(length, "served_weights") / whole)
+        joules = standing.costs.get("served_joules", math.nan) / field.dense.costs.get("served_joules", math.nan)
+        joules_text = NOT_RUN if math.isnan(joules) else f"{joules:.2f}"
+        yield _cells(field, standing, length, [served, joules_text, _score(standing, standing.scores(length)), gap])
 
 
 def _little_data_rows(field: Field) -> Iterator[Sequence[str]]:
     for standing in field.all:
         equal, length = standing.at(1.0), field.budget_length(standing)
-        flops = f"{fmean(row['flops'] for row in equal) / field.dense_cost('flops'):.2f}" if equal else NOT_RUN
-        joules = NOT_RUN
-        if all(row["quiet"] == "True" for row in (*standing.rows, *field.dense.at(1.0))):
-            level = standing.contender.budget * field.dense_cost("joules")
-            found = standing.scores_at(level, "joules")
-            joules = "outside its runs" if found is None else _score(standing, found)
+        flops = f"{standing.cost_at(1.0, 'flops') / field.dense_cost('flops'):.2f}" if equal else NOT_RUN
+        joules, level = NOT_RUN, field.dense_cost("joules")
+        if (within := standing.longest_within(level, "joules")) is not None:
+            share = standing.cost_at(within, "joules") / level
+            joules = f"{_score(standing, standing.scores(within))} ({share:.2f})"
+        elif "joules" in standing.costs:
+            joules = "none"
         scores = [_score(standing, standing.scores(each)) for each in (1.0, length)]
         yield _cells(field, standing, length or 1.0, [scores[0], flops, scores[1], joules])
 

@@ -14,6 +14,8 @@ from lightning_estdgm.tools.study._evidence_plan import evidence, tabled_runs
 from lightning_estdgm.tools.study._evidence_tasks import EVIDENCE_TASKS
 from lightning_estdgm.tools.study._settings import (
     BEST_RATES,
+    BLOCKS,
+    FINE_UNITS,
     LOW_DENSITY,
     LOW_PEAK_LENGTH,
     MAGNITUDE,
@@ -21,6 +23,7 @@ from lightning_estdgm.tools.study._settings import (
     SCHEDULES,
     SPARSE_TO_DENSER,
     SPARSE_TO_DENSER_LENGTH,
+    WEIGHT_AND_GRADIENT,
     phases,
 )
 from lightning_estdgm.tools.study._study_run import DENSE, StudyRun
@@ -76,7 +79,7 @@ def headline() -> Iterator[StudyRun]:
         yield _sparse(WIDE, "est-dgm", seed, block_size=64)
         yield _sparse(WIDE, "est-dgm", seed, block_size=64, **LOW_DENSITY)
         for name, length in LOW_PEAK_LENGTH.items():
-            low_peak = {**SCHEDULES["low-peak"], "keep": "weight_and_gradient"}
+            low_peak = {**SCHEDULES["low-peak"], **WEIGHT_AND_GRADIENT}
             yield _sparse(task_named(name), "est-dgm", seed, length=length, **low_peak)
         for length in (1.0, 0.65):
             yield _sparse(task_named("graph"), "rigl", seed, lr=1e-3, length=length)
@@ -260,10 +263,6 @@ def blocks() -> Iterator[StudyRun]:
             yield arm(seed=seed, length=3.0)
 
 
-UNITS = ([4, 1], 4)
-"""Fine mask units other than single weights that `units` compares; `blocks` compares coarse ones."""
-
-
 def units() -> Iterator[StudyRun]:
     """Loss by mask unit at equal steps, one seed, and single weights in fewer steps: what a unit costs in steps."""
     (lr,) = MEDIUM.rates
@@ -271,8 +270,10 @@ def units() -> Iterator[StudyRun]:
     yield StudyRun(MEDIUM.name, DENSE, lr, 0)
     for length in (1.0, 0.5, 0.75):
         yield sparse(length=length)
-    for unit in UNITS:
+    for unit in FINE_UNITS:
         yield sparse(block_size=unit, **MAGNITUDE)
+    for unit in (*FINE_UNITS, *BLOCKS):
+        yield sparse(block_size=unit, **WEIGHT_AND_GRADIENT)
 
 
 def quick() -> Iterator[StudyRun]:

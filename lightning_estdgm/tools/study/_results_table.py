@@ -17,13 +17,10 @@ COLUMNS = (
 )
 """Columns that every table has."""
 
-MORE_COLUMNS = ("test_accuracy", "flops", "served_weights", "quiet", "command")
-"""Columns that tables begun since have after them.
+MORE_COLUMNS = ("test_accuracy", "flops", "served_weights", "served_joules", "command")
+"""Columns that tables begun since have after them."""
 
-``quiet``: whether nothing else ran on the machine; of other runs, seconds and joules say nothing.
-"""
-
-_TEXT = {"task", "method", "settings", "status", "energy_method", "when", "torch", "cpu", "quiet", "command"}
+_TEXT = {"task", "method", "settings", "status", "energy_method", "when", "torch", "cpu", "command"}
 
 
 class ResultsTable:

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from datetime import datetime, timezone
 from typing import Any
@@ -28,7 +28,7 @@ def run_study(
     console: Console,
     *,
     until: float = math.inf,
-    is_quiet: bool = False,
+    how: Callable[[StudyRun], Mapping[str, Any]] = train,
     command: str = "estdgm study",
 ) -> None:
     """Train the runs that a table lacks, several at a time with an equal share of the threads; append row by row.
@@ -42,7 +42,7 @@ def run_study(
         jobs: Number of runs at a time.
         console: Console for a line a run.
         until: Time of `time.perf_counter` after which no run begins; those under way end and are written.
-        is_quiet: Whether nothing else runs on the machine; never so with several at a time.
+        how: Trains a run, and returns the values of its row.
         command: Command to which ``--run`` and the run's name are added, for the table.
 
     Raises:
@@ -60,7 +60,7 @@ def run_study(
     threads = max(1, min(about["cores"] or 1, about["threads"]) // jobs)  # OMP_NUM_THREADS has its say
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=_prepare, initargs=(threads,)) as pool:
-        waiting: dict[Future[dict[str, Any]], StudyRun] = {pool.submit(train, run): run for run in todo}
+        waiting: dict[Future[Mapping[str, Any]], StudyRun] = {pool.submit(how, run): run for run in todo}
         failed: BaseException | None = None
         for count, future in enumerate(as_completed(waiting), 1):
             run = waiting[future]
@@ -76,8 +76,8 @@ def run_study(
                     other.cancel()
             when = datetime.now(timezone.utc).isoformat(timespec="seconds")
             result = future.result()
-            about_run = {"quiet": is_quiet and jobs == 1, "command": f"{command} --run {run.id}"}
-            about_run |= {"when": when, "torch": about["torch"], "cpu": about["cpu"]}
+            about_run = {"when": when, "torch": about["torch"], "cpu": about["cpu"]}
+            about_run["command"] = f"{command} --run {run.id}"
             table.add(run, {**result, **about_run})
             left = (time.perf_counter() - began) / count * (len(todo) - count)
             console.print(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.console import Console
 
+from lightning_estdgm.tools.study._costing import cost
 from lightning_estdgm.tools.study._evidence_figures import draw_evidence
+from lightning_estdgm.tools.study._evidence_plan import cost_runs
 from lightning_estdgm.tools.study._evidence_report import report
 from lightning_estdgm.tools.study._figures import draw_study
 from lightning_estdgm.tools.study._plans import is_evidence, plan_named, runs_named
@@ -20,9 +22,13 @@ from lightning_estdgm.tools.study._runner import run_study
 from lightning_estdgm.tools.study._study_run import StudyRun
 from lightning_estdgm.tools.study._summary import markdown
 from lightning_estdgm.tools.study._tasks import task_named
+from lightning_estdgm.tools.study._training import train
 
 COMMITTED = Path(__file__).parents[3] / "docs" / "results" / "study"
 """Folder of the tables that a checkout of the repository has."""
+
+COSTS = "-costs"
+"""What the name of a table of costs has after the plan's."""
 
 
 class Session:
@@ -34,53 +40,65 @@ class Session:
         console: Console for lines about it.
         tasks: Names of the tasks that are asked for; all where empty.
         names: Names of runs that are to be trained again, into a table of their own; the whole plan where empty.
+        is_quiet: Whether nothing else runs on the machine: runs are trained one at a time, and served, for their
+            seconds and joules; of the plan evidence one of each contender, into a table of costs.
 
     Raises:
-        ValueError: A name is unknown.
+        ValueError: A name is unknown, or `is_quiet` of a plan that has no costs.
 
     """
 
     def __init__(
-        self, preset: str, out: Path, console: Console, tasks: Sequence[str] = (), names: Sequence[str] = ()
+        self,
+        preset: str,
+        out: Path,
+        console: Console,
+        tasks: Sequence[str] = (),
+        names: Sequence[str] = (),
+        is_quiet: bool = False,
     ) -> None:
         plan_named(preset)
-        self.preset, self.out, self.console, self.names = preset, out, console, names
+        if is_quiet and not is_evidence(preset):
+            raise ValueError(f"quiet: got the preset {preset}, expected evidence: no other has a table of costs")
+        self.preset, self.out, self.console, self.names, self.is_quiet = preset, out, console, names, is_quiet
         self.tasks = {task_named(name).name for name in tasks}
-        self.table = ResultsTable(out / (f"{preset}-again.csv" if names else f"{preset}.csv"))
+        suffix = "-again" if names else COSTS if is_quiet else ""
+        self.table = ResultsTable(out / f"{preset}{suffix}.csv")
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return the rows of the table; of the committed one, where there is none in `out`."""
-        return read_rows(self._whole_table) if self._whole_table.exists() else []
+    def rows(self, suffix: str = "") -> list[dict[str, Any]]:
+        """Return the rows of the plan's table, or of that with a suffix; of the committed one, where `out` has none."""
+        table = self._whole_table(suffix)
+        return read_rows(table) if table.exists() else []
 
-    @property
-    def _whole_table(self) -> Path:
-        own, committed = self.out / f"{self.preset}.csv", COMMITTED / f"{self.preset}.csv"
+    def _whole_table(self, suffix: str = "") -> Path:
+        own, committed = (folder / f"{self.preset}{suffix}.csv" for folder in (self.out, COMMITTED))
         return committed if committed.exists() and not own.exists() else own
 
     def runs(self) -> list[StudyRun]:
         """Return the runs that are asked for, as far as the rows tell which they are."""
         rows = self.rows()
-        runs = runs_named(self.preset, self.names, rows) if self.names else plan_named(self.preset, rows)
+        if self.names:
+            runs: Iterable[StudyRun] = runs_named(self.preset, self.names, rows)
+        else:
+            runs = cost_runs(rows) if self.is_quiet else plan_named(self.preset, rows)
         return [run for run in runs if not self.tasks or run.task in self.tasks]
 
-    def train(self, jobs: int, minutes: float | None = None, is_quiet: bool = False) -> None:
+    def train(self, jobs: int, minutes: float | None = None) -> None:
         """Train what the table lacks, round by round: what is found in one may name the runs of the next.
 
         Args:
-            jobs: Number of runs at a time.
+            jobs: Number of runs at a time; one where the machine is to be quiet.
             minutes: Time after which no run begins.
-            is_quiet: Whether nothing else runs on the machine.
 
         """
+        jobs, how = (1, cost) if self.is_quiet else (jobs, train)
         until = math.inf if minutes is None else time.perf_counter() + 60.0 * minutes
         missing = self._missing()
         command = f"estdgm study --preset {self.preset}"
         before: list[StudyRun] | None = None
         while (todo := self._todo(missing)) != before:
             self._tell_time(todo, jobs)
-            run_study(
-                self._asked(missing), self.table, jobs, self.console, until=until, is_quiet=is_quiet, command=command
-            )
+            run_study(self._asked(missing), self.table, jobs, self.console, until=until, how=how, command=command)
             if time.perf_counter() > until:
                 break
             before = todo
@@ -117,7 +135,7 @@ class Session:
 
     def report(self) -> tuple[str, list[Path]]:
         """Write the Markdown and pictures of the table; return the text and all files."""
-        table = self.table.path if self.names else self._whole_table
+        table = self.table.path if self.names else self._whole_table()
         is_begun = table.exists() or not is_evidence(self.preset)  # its report names what is not run yet
         rows, name = read_rows(table) if is_begun else [], self.out / table.stem
         self.out.mkdir(parents=True, exist_ok=True)
@@ -125,7 +143,8 @@ class Session:
         if self.names:
             text = _run_by_run(rows)
         else:
-            text = summary(self.preset, rows)
+            costs = self.rows(COSTS) if is_evidence(self.preset) else ()
+            text = summary(self.preset, rows, costs)
             if is_evidence(self.preset):
                 pictures = draw_evidence(rows, self.out)
             else:
@@ -141,9 +160,9 @@ def guessed_seconds(run: StudyRun, rows: Sequence[Mapping[str, Any]]) -> float:
     return run.steps * (median(known) if known else task_named(run.task).step_s)
 
 
-def summary(preset: str, rows: Sequence[dict[str, Any]]) -> str:
-    """Return the tables of a plan's rows as Markdown."""
-    return report(rows) if is_evidence(preset) else markdown(rows)
+def summary(preset: str, rows: Sequence[dict[str, Any]], costs: Sequence[dict[str, Any]] = ()) -> str:
+    """Return the tables of a plan's rows, and of those of its costs, as Markdown."""
+    return report(rows, costs) if is_evidence(preset) else markdown(rows)
 
 
 def _run_by_run(rows: Sequence[Mapping[str, Any]]) -> str:

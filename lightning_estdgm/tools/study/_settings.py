@@ -54,3 +54,9 @@ LOW_PEAK_LENGTH = {"graph": 0.5, "tabular": 0.57}
 
 MAGNITUDE: dict[str, Any] = {"keep": "magnitude"}
 """Blocks kept by their weights' norms alone, as single weights are."""
+
+WEIGHT_AND_GRADIENT: dict[str, Any] = {"keep": "weight_and_gradient"}
+"""Units kept by the norms of their weights and of their gradients, as blocks are by default."""
+
+FINE_UNITS, BLOCKS = ([4, 1], 4), (16, 64)
+"""Mask units other than single weights."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 from lightning_estdgm.tools._stats import Spread, spread
@@ -14,7 +15,25 @@ from lightning_estdgm.tools.study._contender import SEEDS, Contender, Rows
 from lightning_estdgm.tools.study._tasks import task_named
 
 MEASURED = ("seconds", "joules")
-"""Costs that a busy machine changes; only quiet runs have them."""
+"""Costs that only a quiet machine tells."""
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Where a score is reached.
+
+    Attributes:
+        cost: Cost at which the mean over seeds reaches it.
+        seeds: Costs at which each of those seeds does that reaches it by itself.
+        of: Number of seeds.
+        is_bound: Whether the shortest runs reach it already.
+
+    """
+
+    cost: float
+    seeds: tuple[float, ...]
+    of: int
+    is_bound: bool
 
 
 @dataclass(frozen=True)
@@ -25,12 +44,14 @@ class Standing:
         contender: The contender.
         lr: Its rate.
         rows: Rows of its reported runs at that rate.
+        costs: ``"seconds"`` and ``"joules"`` of a training step, and ``"served_joules"`` of a batch, where known.
 
     """
 
     contender: Contender
     lr: float
     rows: tuple[Mapping[str, Any], ...]
+    costs: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def less_is_better(self) -> bool:
@@ -60,47 +81,45 @@ class Standing:
         """Return the scores at a length."""
         return spread([self.score(row) for row in self.at(length)])
 
-    def cost_to(self, target: float, cost: str) -> Spread | None:
-        """Return the cost at which each seed reaches a score, interpolated between lengths by the cost's logarithm.
+    def cost_of(self, row: Mapping[str, Any], cost: str) -> float:
+        """Return what a run costs: ``"flops"``, ``"seconds"`` or ``"joules"``; NaN where no quiet run tells it."""
+        return float(row["steps"]) * self.costs.get(cost, math.nan) if cost in MEASURED else float(row[cost])
 
-        A seed that reaches it with its shortest run has that run's cost, which is then an upper bound.
+    def cost_at(self, length: float, cost: str) -> float:
+        """Return the mean of `cost_of` over the runs of a length."""
+        return fmean(self.cost_of(row, cost) for row in self.at(length))
+
+    def cost_to(self, target: float, cost: str) -> Crossing | None:
+        """Return the cost at which a score is reached, interpolated between lengths by the cost's logarithm.
 
         Args:
             target: Score.
             cost: ``"flops"``, ``"seconds"`` or ``"joules"``.
 
         Returns:
-            The spread over seeds; ``None`` where a seed does not reach it, or its runs do not tell the cost.
+            The crossing; ``None`` where the mean over seeds does not reach it.
 
         """
-        crossings = [self._crossing(self._points(seed, cost), target) for seed in self.seeds]
-        return spread(crossings) if crossings and None not in crossings else None
+        means = [(self.cost_at(each, cost), fmean(self.score(row) for row in self.at(each))) for each in self.lengths]
+        crossing = self._crossing(means, target)
+        if crossing is None:
+            return None
+        seeds = [self._crossing(self._points(seed, cost), target) for seed in self.seeds]
+        is_bound = self._reaches(means[0][1], target)
+        return Crossing(crossing, tuple(x for x in seeds if x is not None), len(seeds), is_bound)
 
-    def is_bound(self, target: float) -> bool:
-        """Whether some seed reaches a score with its shortest run."""
-        return any(self._reaches(self._points(seed)[0][1], target) for seed in self.seeds)
-
-    def scores_at(self, level: float, cost: str) -> Spread | None:
-        """Return the score of each seed at a cost, interpolated as by `cost_to`; ``None`` beyond the runs."""
-        found = []
-        for seed in self.seeds:
-            points = self._points(seed, cost)
-            pairs = [(a, b) for a, b in itertools.pairwise(points) if a[0] <= level <= b[0]]
-            if not pairs:
-                return None
-            (low, worse), (high, better) = pairs[0]
-            share = (math.log(level) - math.log(low)) / (math.log(high) - math.log(low))
-            found.append(worse + share * (better - worse))
-        return spread(found) if found else None
+    def longest_within(self, level: float, cost: str) -> float | None:
+        """Return the length of its longest runs that cost no more; ``None`` where there is none."""
+        return max((length for length in self.lengths if self.cost_at(length, cost) <= level), default=None)
 
     @property
     def seeds(self) -> list[int]:
         """Seeds that have runs."""
         return [seed for seed in SEEDS if any(row["seed"] == seed for row in self.rows)]
 
-    def _points(self, seed: int, cost: str = "flops") -> list[tuple[float, float]]:
-        rows = [row for row in self.rows if row["seed"] == seed and is_known(row, cost)]
-        return sorted((row[cost], self.score(row)) for row in rows)
+    def _points(self, seed: int, cost: str) -> list[tuple[float, float]]:
+        rows = (row for row in self.rows if row["seed"] == seed)
+        return sorted((self.cost_of(row, cost), self.score(row)) for row in rows)
 
     def _reaches(self, score: float, target: float) -> bool:
         return score <= target if self.less_is_better else score >= target
@@ -117,17 +136,30 @@ class Standing:
         return None
 
 
-def is_known(row: Mapping[str, Any], cost: str) -> bool:
-    """Whether a row tells a cost: seconds and joules only of a run that had the machine to itself."""
-    return not math.isnan(row[cost]) and (cost not in MEASURED or row["quiet"] == "True")
+def standings(contenders: Sequence[Contender], rows: Rows, costs: Rows = ()) -> list[Standing]:
+    """Return those contenders that have reported runs, in their order; lengths that lack seeds are left out.
 
+    Args:
+        contenders: Contenders.
+        rows: Rows of the plan's table.
+        costs: Rows of its table of costs.
 
-def standings(contenders: Sequence[Contender], rows: Rows) -> list[Standing]:
-    """Return those contenders that have reported runs, in their order."""
+    """
     found = []
     for contender in contenders:
         lr = contender.rate(rows)
-        mine = tuple(row for row in rows if row["lr"] == lr and row["seed"] in SEEDS and contender.owns(row))
-        if lr is not None and mine:
-            found.append(Standing(contender, lr, mine))
+        mine = [row for row in rows if row["lr"] == lr and row["seed"] in SEEDS and contender.owns(row)]
+        seeds = Counter(row["length"] for row in mine)
+        whole = tuple(row for row in mine if seeds[row["length"]] == len(SEEDS))
+        if lr is not None and whole:
+            found.append(Standing(contender, lr, whole, _costs_a_step(contender, rows, costs)))
     return found
+
+
+def _costs_a_step(contender: Contender, rows: Rows, costs: Rows) -> dict[str, float]:
+    run = contender.cost_run(rows)
+    for row in costs:
+        if run is not None and row["key"] == run.key:
+            a_step = {cost: row[cost] / row["steps"] for cost in MEASURED}
+            return {**a_step, "served_joules": row["served_joules"]}
+    return {}

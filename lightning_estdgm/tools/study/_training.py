@@ -24,9 +24,15 @@ from lightning_estdgm.tools.study._variants import VARIANTS, StudyGPT
 
 
 def train(run: StudyRun) -> dict[str, Any]:
+    """Train a run with a real Trainer, and measure its quality and its cost: the result of `fit`."""
+    return fit(run)[1]
+
+
+def fit(run: StudyRun) -> tuple[LightningModule, dict[str, Any]]:
     """Train a run with a real Trainer, and measure its quality and its cost.
 
     Returns:
+        The trained model, and
         ``val_loss`` and ``val_accuracy`` (NaN where a task has none) after the last step, ``test_accuracy`` of tasks
         with a part for testing; ``flops_ratio``: training FLOPs of linear and convolution layers that the masks ask
         for, over those of the task's own model in as many dense steps; ``flops``: these FLOPs themselves;
@@ -69,7 +75,7 @@ def train(run: StudyRun) -> dict[str, Any]:
         flops_ratio, flops = _flops(run, model, callback)
     loss = metrics.get("val/loss", math.nan)
     energy = monitor.summary()
-    return {
+    return model, {
         "status": status if math.isfinite(loss) else "diverged",
         "val_loss": loss,
         "val_accuracy": metrics.get("val/accuracy", math.nan),
@@ -90,11 +96,12 @@ def _flops(run: StudyRun, model: LightningModule, callback: DGMCallback | None) 
     data = task.data(run.seed)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
-    whole = step_flops(task.model(run.lr), batch)
+    own = step_flops(run.model(), batch)
+    whole = step_flops(task.model(run.lr), batch) if run.settings_of("model") else own
     ratio = callback.flops_ratio if callback else 1.0
     if isinstance(model, StudyGPT):
         ratio += model.taught_steps / run.steps * model.teacher_density / 3.0
-    ratio *= step_flops(run.model(), batch) / whole
+    ratio *= own / whole
     return ratio, ratio * whole * run.steps
 
 
@@ -110,11 +117,16 @@ def step_flops(model: LightningModule, batch: Any) -> float:
     probes = [ForwardProbe(layer) for layer in layers]
     for layer, probe in zip(layers, probes, strict=True):
         layer.module.register_forward_hook(probe)
-    model.log = lambda *_, **__: None  # type: ignore[method-assign] # there is no Trainer to log to
-    model.eval()
+    without_trainer(model)
     with torch.no_grad():
         model.training_step(batch, 0)
     return sum(6.0 * layer.position_weights * probe.positions for layer, probe in zip(layers, probes, strict=True))
+
+
+def without_trainer(model: LightningModule) -> None:
+    """Let a model's steps be called by hand: it evaluates, and logs nothing."""
+    model.log = lambda *_, **__: None  # type: ignore[method-assign]
+    model.eval()
 
 
 class _Clock(Callback):

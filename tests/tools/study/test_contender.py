@@ -17,9 +17,8 @@ def row(run: StudyRun, loss: float, **more) -> dict:
     known |= {
         "flops_ratio": 0.1,
         "flops": 10.0 * run.length,
-        "seconds": run.length,
-        "joules": run.length,
-        "quiet": "False",
+        "seconds": 1000.0,  # of a busy machine
+        "joules": 1000.0,
     }
     return {**known, **more}
 
@@ -74,34 +73,50 @@ def test_a_rate_that_diverged_is_not_chosen_and_accuracy_decides_where_it_does()
     assert graph.rate(found) == 0.01
 
 
-def _standing(*points: tuple[int, float, float], **more) -> Standing:
-    rows = tuple(row(GPT.run(2e-3, seed, length), loss, **more) for seed, length, loss in points)
-    return Standing(GPT, 2e-3, rows)
+def _standing(*points: tuple[int, float, float], costs=()) -> Standing:
+    rows = tuple(row(GPT.run(2e-3, seed, length), loss) for seed, length, loss in points)
+    return Standing(GPT, 2e-3, rows, dict(costs))
 
 
-def test_costs_to_a_loss_are_interpolated_seed_by_seed():
-    reached = _standing((0, 1.0, 2.0), (0, 4.0, 1.0), (1, 1.0, 1.5), (1, 4.0, 1.0))
-    found = reached.cost_to(1.5, "flops")
-    assert found["values"] == pytest.approx([20.0, 10.0])  # half way by the logarithm of 10 and 40; the shortest run
-    assert reached.is_bound(1.5)
-    assert not reached.is_bound(1.2)
-    assert reached.cost_to(0.5, "flops") is None
-    one_of_two = _standing((0, 1.0, 1.0), (1, 1.0, 2.0))
-    assert one_of_two.cost_to(1.5, "flops") is None
-    assert reached.scores_at(20.0, "flops")["values"] == pytest.approx([1.5, 1.25])
-    assert reached.scores_at(80.0, "flops") is None
+def test_the_cost_to_a_loss_is_where_the_mean_over_seeds_reaches_it():
+    reached = _standing((0, 1.0, 2.0), (0, 4.0, 1.0), (1, 1.0, 1.6), (1, 4.0, 0.8))
+    found = reached.cost_to(1.35, "flops")
+    assert found.cost == pytest.approx(20.0)  # half way from 1.8 to 0.9, by the logarithm of 10 and 40
+    assert found.seeds == pytest.approx([10 * 4**0.65, 10 * 4 ** (0.25 / 0.8)])
+    assert not found.is_bound
+    assert reached.cost_to(0.85, "flops") is None, "one seed alone is not the mean"
+    assert reached.cost_to(1.9, "flops").is_bound
+    some = _standing((0, 1.0, 1.0), (1, 1.0, 2.0)).cost_to(1.5, "flops")
+    assert (some.cost, some.seeds, some.of) == (10.0, (10.0,), 2)
 
 
-def test_seconds_and_joules_of_a_busy_machine_are_not_used():
+def test_runs_within_a_budget_are_the_longest_that_cost_no_more():
+    standing = _standing((0, 1.0, 2.0), (0, 4.0, 1.0))
+    assert [standing.longest_within(level, "flops") for level in (9.0, 10.0, 39.0, 40.0)] == [None, 1.0, 1.0, 4.0]
+    assert standing.longest_within(1e9, "joules") is None, "no quiet run tells its joules"
+
+
+def test_seconds_and_joules_are_those_of_a_quiet_run_times_the_steps():
     points = ((0, 1.0, 2.0), (0, 4.0, 1.0))
-    assert _standing(*points).cost_to(1.5, "joules") is None
-    assert _standing(*points, quiet="True").cost_to(1.5, "joules")["mean"] == pytest.approx(2.0)
+    assert math.isnan(_standing(*points).cost_to(1.5, "joules").cost)
+    assert _standing(*points, costs={"joules": 0.5}).cost_to(1.5, "joules").cost == pytest.approx(1000.0)
+    rows = choices({1e-3: 2.0, 2e-3: 1.0, 4e-3: 2.0})
+    rows += [row(GPT.run(2e-3, seed, length), 1.0) for seed in SEEDS for length in (1.0, 2.5)]
+    run = GPT.cost_run(rows)
+    assert (run.lr, run.seed, run.length) == (2e-3, 0, 0.5)
+    quiet = [row(run, 1.0, seconds=50.0, joules=250.0, served_joules=7.0)]
+    (standing,) = standings([GPT], rows, quiet)
+    assert standing.costs == {"seconds": 0.1, "joules": 0.5, "served_joules": 7.0}
+    assert standing.cost_at(2.5, "joules") == pytest.approx(1250.0)
+    (other,) = standings([GPT], rows, [row(GPT.run(1e-3, 0, 0.5), 1.0, seconds=50.0, joules=250.0, served_joules=7.0)])
+    assert other.costs == {}, "of another rate"
 
 
 def test_standings_hold_the_reported_runs_at_the_chosen_rate_alone():
     rows = choices({1e-3: 2.0, 2e-3: 1.0, 4e-3: 2.0})
     assert standings([GPT], rows) == []
     rows += [row(GPT.run(2e-3, seed, 1.0), 1.0 + seed) for seed in SEEDS]
-    rows += [row(GPT.run(1e-3, 0, 1.0), 9.0)]
+    rows += [row(GPT.run(1e-3, 0, 1.0), 9.0), row(GPT.run(2e-3, 0, 2.5), 9.0)]
     (standing,) = standings([GPT], rows)
     assert standing.scores(1.0)["values"] == [1.0, 2.0, 3.0]
+    assert standing.lengths == (1.0,), "the other lacks seeds"

@@ -14,7 +14,15 @@ from typer.testing import CliRunner
 from helpers.recipe_data import idx_images, planetoid, wikitext
 from lightning_estdgm import DGMCallback
 from lightning_estdgm.cli import app
-from lightning_estdgm.tools.study import _contender, _evidence_plan, _session, _tasks
+from lightning_estdgm.tools.study import (
+    _contender,
+    _costing,
+    _evidence_plan,
+    _evidence_report,
+    _session,
+    _standing,
+    _tasks,
+)
 from lightning_estdgm.tools.study._evidence_plan import EVIDENCE, contenders
 from lightning_estdgm.tools.study._plans import plan_named, runs_named
 from lightning_estdgm.tools.study._ramp import RampGrown
@@ -120,13 +128,10 @@ def test_the_command_goes_on_round_by_round_and_leaves_out_what_has_no_data(data
     assert "3 runs, about 0 min with 1 at a time (cora-gcn 0 min)" in told
     table = out / "evidence.csv"
     assert 0 < len(read_rows(table)) <= 3, "no run begins after the time"
-    second, _ = invoke("--out", str(out), "--data", str(data), "--quiet")
+    second, _ = invoke("--out", str(out), "--data", str(data))
     assert second.exit_code == 0, second.output
-    rows = read_rows(table)
-    reported = [row for row in rows if row["seed"] == 0]
+    reported = [row for row in read_rows(table) if row["seed"] == 0]
     assert len(reported) == 2, "its length, and that of a quarter of the FLOPs"
-    assert {row["quiet"] for row in reported} == {"True"}
-    assert {row["quiet"] for row in rows} == {"True", "False"}, "only as long as the machine was quiet"
     before = table.read_bytes()
     command = reported[0]["command"].split()
     assert command[:4] == ["estdgm", "study", "--preset", "evidence"]
@@ -135,6 +140,34 @@ def test_the_command_goes_on_round_by_round_and_leaves_out_what_has_no_data(data
     (row,) = read_rows(out / "evidence-again.csv")
     assert (row["key"], row["val_loss"]) == (reported[0]["key"], reported[0]["val_loss"])
     assert table.read_bytes() == before
+
+
+def test_a_quiet_machine_tells_what_each_contender_costs_to_train_and_to_serve(data, few, tmp_path, monkeypatch):
+    monkeypatch.setattr(_costing, "SERVING_S", 0.1)
+    plan = [replace(few[0], lengths=(1.0,)), next(each for each in EVIDENCE if each.name == "SET")]
+    short = tuple(replace(each, choice_seeds=(100,), choice_length=0.02, budget=1.0) for each in plan)
+    monkeypatch.setattr(_evidence_plan, "EVIDENCE", short)
+    monkeypatch.setattr(_evidence_report, "EVIDENCE", short)
+    monkeypatch.setattr(_standing, "SEEDS", (0,))
+    out = tmp_path / "out"
+    done, told = invoke("--out", str(out), "--data", str(data))
+    assert done.exit_code == 0, done.output
+    assert "joules are not run" in told
+    done, told = invoke("--out", str(out), "--data", str(data), "--quiet")
+    assert done.exit_code == 0, done.output
+    dense, sparse = read_rows(out / "evidence-costs.csv")
+    assert (dense["method"], sparse["method"]) == ("dense", "set")
+    for row in (dense, sparse):
+        assert (row["seed"], row["steps"]) == (0, 4)
+        assert row["joules"] > 0
+        assert row["served_joules"] > 0
+    assert "joules are estimated" in told
+    assert "| 100.0 % | 1.00 |" in told, "weights and joules served of dense, over its own"
+    again, _ = invoke("--out", str(out), "--data", str(data), "--quiet")
+    assert len(read_rows(out / "evidence-costs.csv")) == 2, again.output
+    wrong = CliRunner().invoke(app, ["study", "--preset", "quick", "--out", str(tmp_path), "--quiet"])
+    assert wrong.exit_code == 2
+    assert "quiet: got the preset quick, expected evidence" in " ".join(wrong.output.replace("│", " ").split())
 
 
 def test_without_any_data_nothing_is_trained(few, tmp_path):
