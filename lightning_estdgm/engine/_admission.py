@@ -28,7 +28,7 @@ AUDITED_STEPS = 20
 _UNSEEN_STEPS = 5  # in a row, before it is said
 _UNSEEN_STEPS_LATER = 50  # more than micro-batches that a loop accumulates while it writes to weights by itself
 _OUTPUT = "output head: its output goes into no other layer"
-_LAST_TRAINED = "last layer that trains: its output goes into frozen layers only (name it in include= to mask it)"
+_LAST_TRAINED = "last layer that trains: its output goes only into layers frozen in its step (include= masks it)"
 _WAITS = "no gradient has reached it yet: dense until then"
 
 

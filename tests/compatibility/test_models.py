@@ -94,7 +94,7 @@ MODELS = (
     Model(  # each network's last layer: while the generator steps, the discriminator behind it is frozen
         "GAN, manual optimization",
         models.Adversaries,
-        {"discriminator.2": HEAD, "generator.2": HEAD},
+        {"discriminator.2": HEAD, "generator.2": "frozen in its step"},
         settings={"steps_per_batch": 2},
     ),
     Model("diffusion U-Net with attention", models.ddpm, {"model.leave": HEAD}),

@@ -95,7 +95,7 @@ def test_the_last_layer_that_trains_is_no_output_head_where_frozen_ones_follow()
     dgm, _ = train(model, loss=loss)
     assert dgm.masks().keys() == {"body.0", "body.2"}
     assert reasons(dgm)["head"] == (
-        "last layer that trains: its output goes into frozen layers only (name it in include= to mask it)"
+        "last layer that trains: its output goes only into layers frozen in its step (include= masks it)"
     )
     assert reasons(dgm)["frozen.0"] == "its weight takes no gradient"
     named, _ = train(model, replace(CONFIG, selection=Selection(include=("head",))), loss=loss)

@@ -111,10 +111,11 @@ def measure_serving(config: ServeConfig, say: Callable[[str], None]) -> dict[str
 
 
 def keep_units_(model: nn.Module, config: ServeConfig) -> nn.Module:
-    """Zero all but a share of the square units of each matrix, drawn by torch's generator."""
+    """Zero all but a share of the square units of each matrix but embeddings, drawn by torch's generator."""
     side = config.block_size
+    dense = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     with torch.no_grad():
-        for matrix in model.parameters():
+        for matrix in (parameter for parameter in model.parameters() if id(parameter) not in dense):
             if matrix.dim() == 2 and not (matrix.shape[0] % side or matrix.shape[1] % side):
                 units = torch.rand(matrix.shape[0] // side, matrix.shape[1] // side) < config.density
                 matrix.mul_(units.repeat_interleave(side, 0).repeat_interleave(side, 1)).add_(0.0)

@@ -66,13 +66,14 @@ class Session:
         self.table = ResultsTable(out / f"{preset}{suffix}.csv")
 
     def rows(self, suffix: str = "") -> list[dict[str, Any]]:
-        """Return the rows of the plan's table, or of that with a suffix; of the committed one, where `out` has none."""
+        """Return the rows of the plan's table, or of that with a suffix; of committed ones, where `out` has no plan."""
         table = self._whole_table(suffix)
         return read_rows(table) if table.exists() else []
 
     def _whole_table(self, suffix: str = "") -> Path:
-        own, committed = (folder / f"{self.preset}{suffix}.csv" for folder in (self.out, COMMITTED))
-        return committed if committed.exists() and not own.exists() else own
+        own, committed = (folder / f"{self.preset}.csv" for folder in (self.out, COMMITTED))
+        folder = COMMITTED if committed.exists() and not own.exists() else self.out
+        return folder / f"{self.preset}{suffix}.csv"
 
     def runs(self) -> list[StudyRun]:
         """Return the runs that are asked for, as far as the rows tell which they are."""
