@@ -148,13 +148,18 @@ class UnitsView:
     def _piece(self, tensor: Tensor) -> Tensor:
         if not self._count:
             return tensor.new_zeros(1, *tensor.shape[1:])
-        run = self._size if tensor.dim() == 1 else 1
-        return tensor.narrow(0, self._start * run, self._count * run)
+        return piece(tensor, self._start, self._count, self._size)
 
 
 def unit_size(values: Tensor) -> int:
     """Return the number of elements of a unit of a weight of which units lie one after the other."""
     return values.numel() // max(1, values.shape[0])
+
+
+def piece(tensor: Tensor, start: int, count: int, size: int) -> Tensor:
+    """Return a view of units, which lie one after the other in a weight or an entry of its state, also a flat one."""
+    run = size if tensor.dim() == 1 else 1
+    return tensor.narrow(0, start * run, count * run)
 
 
 def has_part(value: Any) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_estdgm.engine._state_rules import oriented
-from lightning_estdgm.engine._unit_views import SteppedWeight, UnitsView, UnitViews, beside, has_part, unit_size
+from lightning_estdgm.engine._unit_views import SteppedWeight, UnitsView, UnitViews, beside, has_part, piece, unit_size
 from lightning_estdgm.engine._young_units import Cohort
 
 
@@ -139,8 +139,8 @@ class _Part:
     def put(self, whole: Tensor, cohort: Cohort, values: Tensor) -> None:
         """Copy a vector over the elements of a cohort."""
         if cohort.elements is None:
-            piece = self._piece(whole, cohort)
-            piece.copy_(values.view_as(piece))
+            units = self._piece(whole, cohort)
+            units.copy_(values.view_as(units))
         else:
             memory, places = _in_memory(whole, cohort.elements)
             memory.scatter_(0, places, values)
@@ -150,8 +150,7 @@ class _Part:
         return len(cohort.units) * unit_size(self.values) if cohort.elements is None else len(cohort.elements)
 
     def _piece(self, whole: Tensor, cohort: Cohort) -> Tensor:
-        run = unit_size(self.values) if whole.dim() == 1 else 1
-        return whole.narrow(0, cohort.start * run, len(cohort.units) * run)
+        return piece(whole, cohort.start, len(cohort.units), unit_size(self.values))
 
 
 class _Shown:
@@ -194,14 +193,14 @@ class _Shown:
         if not size:
             return wholes[0].new_zeros(1)
         vector = wholes[0].new_empty(size)
-        for (part, cohort), whole, piece in zip(self.members, wholes, self._pieces(vector), strict=True):
-            part.read(whole, cohort, piece)
+        for (part, cohort), whole, own in zip(self.members, wholes, self._pieces(vector), strict=True):
+            part.read(whole, cohort, own)
         return vector
 
     def _put(self, tensor: Tensor, wholes: Sequence[Tensor]) -> None:
         pieces = self._pieces(tensor.detach().view(-1))
-        for (part, cohort), whole, piece in zip(self.members, wholes, pieces, strict=True):
-            part.put(whole, cohort, piece)
+        for (part, cohort), whole, own in zip(self.members, wholes, pieces, strict=True):
+            part.put(whole, cohort, own)
 
     def _pieces(self, vector: Tensor) -> Sequence[Tensor]:
         return vector[: sum(self._sizes)].split(self._sizes)

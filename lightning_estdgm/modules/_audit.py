@@ -82,10 +82,7 @@ class ForwardAudit:
         self._feeds_others = False
         self._calls = 0
         self._producers: dict[Any, list[ForwardRecord]] = {}  # by node of autograd's graph
-        self._visited: dict[bool, set[Any]] = {
-            True: set(),
-            False: set(),
-        }  # from trained layers, and frozen ones
+        self._visited: dict[bool, set[Any]] = {True: set(), False: set()}  # from trained layers, and frozen ones
         self._open: list[TorchFunctionMode | None] = []  # of the forwards under way, innermost last
         self._handles: list[Any] = []
         for module, group in _by_parent(model, candidates):

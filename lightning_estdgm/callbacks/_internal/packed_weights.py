@@ -84,8 +84,9 @@ class PackedWeights:
     def end(self, exception: BaseException | None = None) -> None:
         """Put the weights back as they were if the run did not begin."""
         self._give_back()
-        for name in _SAVED:
-            vars(self._strategy or self).pop(name, None)
+        if self._strategy is not None:
+            for name in _SAVED:
+                vars(self._strategy).pop(name, None)
         if self._began:
             return
         self.storage.abandon()

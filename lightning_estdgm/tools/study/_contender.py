@@ -83,10 +83,9 @@ class Contender:
         task = task_named(self.task)
         return min(rates, key=lambda lr: fmean(_worseness(task, found[key]) for key in keys[lr]))
 
-    def cost_run(self, rows: Rows) -> StudyRun | None:
-        """Return the run whose seconds and joules count, as long as those for choosing; ``None`` without a rate yet."""
-        lr = self.rate(rows)
-        return None if lr is None else self.run(lr, SEEDS[0], self.choice_length)
+    def cost_run(self, lr: float) -> StudyRun:
+        """Return the run whose seconds and joules count, at the chosen rate, as long as those for choosing."""
+        return self.run(lr, SEEDS[0], self.choice_length)
 
     def reported_lengths(self, rows: Rows) -> tuple[float, ...]:
         """Return `lengths`, and `budget_length` where that is known."""

@@ -76,8 +76,8 @@ def evidence(rows: Rows = ()) -> Iterator[StudyRun]:
 def cost_runs(rows: Rows) -> Iterator[StudyRun]:
     """Yield the runs whose seconds and joules count: one of each contender that has chosen its rate."""
     for contender in EVIDENCE:
-        if (run := contender.cost_run(rows)) is not None:
-            yield run
+        if (lr := contender.rate(rows)) is not None:
+            yield contender.cost_run(lr)
 
 
 def tabled_runs(rows: Rows) -> Iterator[StudyRun]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_estdgm.tools._stats import Spread, spread
 from lightning_estdgm.tools.study._contender import SEEDS, Contender, Rows
+from lightning_estdgm.tools.study._study_run import StudyRun
 from lightning_estdgm.tools.study._tasks import task_named
 
 MEASURED = ("seconds", "joules")
@@ -152,14 +153,13 @@ def standings(contenders: Sequence[Contender], rows: Rows, costs: Rows = ()) -> 
         seeds = Counter(row["length"] for row in mine)
         whole = tuple(row for row in mine if seeds[row["length"]] == len(SEEDS))
         if lr is not None and whole:
-            found.append(Standing(contender, lr, whole, _costs_a_step(contender, rows, costs)))
+            found.append(Standing(contender, lr, whole, _costs_a_step(contender.cost_run(lr), costs)))
     return found
 
 
-def _costs_a_step(contender: Contender, rows: Rows, costs: Rows) -> dict[str, float]:
-    run = contender.cost_run(rows)
+def _costs_a_step(run: StudyRun, costs: Rows) -> dict[str, float]:
     for row in costs:
-        if run is not None and row["key"] == run.key:
+        if row["key"] == run.key:
             a_step = {cost: row[cost] / row["steps"] for cost in MEASURED}
             return {**a_step, "served_joules": row["served_joules"]}
     return {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from helpers.native_counts import kept_bytes, packings
-from lightning_estdgm import DGMCallback, DGMConfig, Phase, Units
-from lightning_estdgm.config import EstDgm
+from helpers.native_counts import fit_with_validation, kept_bytes, packings
 from lightning_estdgm.sparse._conv import masked_conv2d
 from lightning_estdgm.sparse._conv_geometry import ConvGeometry
 from lightning_estdgm.sparse._topology import BlockTopology
@@ -196,17 +193,6 @@ class Net(pl.LightningModule):
 def test_a_validation_epoch_lays_out_each_weight_twice(tmp_path: Path) -> None:
     packings()
     torch.manual_seed(0)
-    batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(48, 32, 5, 5)), batch_size=8)
-    phase = Phase(0.3, 0.3, 4)
-    schedule = EstDgm(phase, phase, Phase(0.2, 0.2, 10), update_every=4, observe_steps=1, freeze=0.5)
-    config = DGMConfig(schedule=schedule, units=Units(size=16), backend="native")
-    model = Net()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = pl.Trainer(
-            max_steps=18, val_check_interval=6, accelerator="cpu", logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=tmp_path,
-            callbacks=[DGMCallback(config)],
-        )  # fmt: skip
-        trainer.fit(model, batches, batches)
+    inputs, model = torch.randn(48, 32, 5, 5), Net()
+    fit_with_validation(model, inputs, tmp_path)
     assert model.packed_in[-6:] == [2, 2, 0, 0, 0, 0]

@@ -102,7 +102,7 @@ def test_seconds_and_joules_are_those_of_a_quiet_run_times_the_steps():
     assert _standing(*points, costs={"joules": 0.5}).cost_to(1.5, "joules").cost == pytest.approx(1000.0)
     rows = choices({1e-3: 2.0, 2e-3: 1.0, 4e-3: 2.0})
     rows += [row(GPT.run(2e-3, seed, length), 1.0) for seed in SEEDS for length in (1.0, 2.5)]
-    run = GPT.cost_run(rows)
+    run = GPT.cost_run(GPT.rate(rows))
     assert (run.lr, run.seed, run.length) == (2e-3, 0, 0.5)
     quiet = [row(run, 1.0, seconds=50.0, joules=250.0, served_joules=7.0)]
     (standing,) = standings([GPT], rows, quiet)
