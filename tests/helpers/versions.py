@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 _ROOT = Path(__file__).parents[2]
 _NAME = "lightning-estdgm"
@@ -67,9 +68,15 @@ class Environment:
         subprocess.run([self._uv, "venv", "-q", "--clear", "--python", python, folder], check=True)
         self._install("--resolution", RESOLUTIONS[resolution], "-r", "pyproject.toml", "--extra", "recipes")
         kept = folder.with_suffix(".txt")  # the tools must not move the versions that are tried
-        kept.write_text(self._pip("freeze"))
+        kept.write_text("".join(self._named(self._pip("freeze").splitlines(keepends=True))))
         self._install("-c", str(kept), *tools_of("dev"))
         self._install("--no-deps", "-e", ".")
+
+    def _named(self, frozen: list[str]) -> list[str]:
+        """Return the lines of what pyproject.toml names itself; what those bring may move with the tools."""
+        asked = [Requirement(text) for text in metadata.requires(_NAME) or ()]
+        names = {canonicalize_name(r.name) for r in asked if not r.marker or r.marker.evaluate({"extra": "recipes"})}
+        return [line for line in frozen if canonicalize_name(line.partition("==")[0]) in names]
 
     def _pip(self, command: str, *arguments: str) -> str:
         call = [self._uv, "pip", command, "-q", "--python", self.python, *arguments]
