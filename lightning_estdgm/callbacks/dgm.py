@@ -314,6 +314,8 @@ class DGMCallback(pl.Callback):
         controller = self._bound()
         if self._resumed:
             assert self._clock is not None
+            assert self._outcome is not None
+            self._outcome.resumes = True
             self._clock.resume(controller, self._counts)
             self._advance()  # a checkpoint taken before our on_train_batch_end holds a step that is not counted yet
             if changed := self._clock.go_on(controller):

@@ -215,6 +215,30 @@ def test_a_backbone_that_is_thawed_after_the_last_update_is_named() -> None:
     assert dgm.run_summary()["thawed_and_dense"] == ["backbone.0"]
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_backbone_that_a_resumed_run_leaves_frozen_is_named(tmp_path: Path) -> None:
+    """`BackboneFinetuning` of lightning 2.6.6 freezes it again, and thaws it in one epoch only, which is past."""
+
+    def go(folder: str, *callbacks: pl.Callback, checkpoint: Path | None = None) -> Tuned:
+        frozen = BackboneFinetuning(unfreeze_backbone_at_epoch=1, lambda_func=lambda epoch: 1.0)
+        keep = ModelCheckpoint(tmp_path / folder, every_n_train_steps=3 * EPOCH)
+        settings = {"max_epochs": STEPS // EPOCH, "enable_checkpointing": True}
+        trainer = make_trainer(frozen, keep, *callbacks, callback(), **settings)
+        trainer.fit(module := Tuned(16, 4), TinyMLP.batches(EPOCH), ckpt_path=checkpoint, weights_only=False)
+        return module
+
+    class Thaw(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            pl_module.requires_grad_(True)
+
+    go("straight")
+    (path,) = (tmp_path / "straight").iterdir()
+    with pytest.warns(UserWarning, match=r"1 layers \(backbone\.0\) trained when the checkpoint was saved and take no"):
+        resumed = go("resumed", checkpoint=path)
+    assert not resumed.backbone[0].weight.requires_grad  # theirs: where this is mended, there is nothing to say
+    go("thawed", Thaw(), checkpoint=path)  # a warning is an error
+
+
 def test_nothing_to_mask_but_what_is_thawed_too_late_is_said_at_both_ends() -> None:
     with (
         pytest.warns(UserWarning, match="nothing was masked in this run"),

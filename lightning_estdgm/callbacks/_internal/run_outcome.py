@@ -48,6 +48,9 @@ class RunOutcome:
         trainer: Trainer of the fit.
         controller: controller of the fit.
 
+    Attributes:
+        resumes: whether the fit goes on from a checkpoint, and no step of it was seen yet.
+
     """
 
     def __init__(self, trainer: pl.Trainer, controller: DGMController) -> None:
@@ -55,9 +58,13 @@ class RunOutcome:
         self._controller = controller
         self._best: dict[ModelCheckpoint, BestCheckpoint] = {}
         self._thawed: list[str] = []
+        self.resumes = False
 
     def watch(self) -> None:
         """Note the density of new best checkpoints. Call it between any two steps."""
+        if self.resumes:
+            self.resumes = False
+            self._say_frozen()
         for callback in self._trainer.checkpoint_callbacks:
             if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
                 continue
@@ -66,6 +73,18 @@ class RunOutcome:
             if path and (known is None or known.path != path):
                 controller = self._controller
                 self._best[callback] = BestCheckpoint(path, callback.monitor, controller.density, controller.phase)
+
+    def _say_frozen(self) -> None:
+        # BackboneFinetuning of lightning 2.6.6 freezes in `setup`, and thaws in one epoch: resumed later, it never does.
+        masked = [weight.candidate for weight in self._controller.masked_weights]
+        names = [candidate.name for candidate in masked if not candidate.weight.requires_grad]
+        if names:
+            rank_zero_warn(
+                f"DGMCallback: {len(names)} layers ({first_names(names)}) trained when the checkpoint was saved and "
+                "take no gradient now: they stay as they are unless something thaws them. A callback such as "
+                "BackboneFinetuning freezes them again in a resumed run; for it to go on as before, thaw them in "
+                "on_train_start"
+            )
 
     def watch_thawed(self) -> None:
         """Warn of layers that have begun to train in mid-run and stay dense. Call it at the start of each epoch."""
