@@ -75,7 +75,7 @@ class RunOutcome:
                 self._best[callback] = BestCheckpoint(path, callback.monitor, controller.density, controller.phase)
 
     def _say_frozen(self) -> None:
-        # BackboneFinetuning of lightning 2.6.6 freezes in `setup`, and thaws in one epoch: resumed later, it never does.
+        # BackboneFinetuning of lightning 2.6.6 freezes in `setup`, and thaws in one epoch: resumed later, never.
         masked = [weight.candidate for weight in self._controller.masked_weights]
         names = [candidate.name for candidate in masked if not candidate.weight.requires_grad]
         if names:
