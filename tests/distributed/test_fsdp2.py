@@ -100,6 +100,7 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(folder: Path, ranks: li
             torch.testing.assert_close(rank["weights"][key], weight, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.usefixtures("ranks")  # they save it
 def test_the_window_of_the_checkpoint_matters(folder: Path) -> None:
     """A control: without what was observed before the stop, the masks come out different."""
     step = CHECKPOINTS["inside a window"]
