@@ -129,19 +129,27 @@ struct Adjacent {
 template <int R, int N, class Places>
 void gather(const float *panel, i64 unit, Places places, const float *weights, const int32_t *idx, i64 count, i64 c,
             float *sums) {
-  vec sum[R][N] = {};
+  vec sum[R][N];  // never in memory: its loops are unrolled before the compiler decides where it lies
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) sum[r][j] = vec{};
   for (i64 p = 0; p < count; p++) {
     const float *x = panel + idx[p] * unit, *coming = panel + idx[p + 2 < count ? p + 2 : p] * unit;
     for (i64 k = 0; k < c; k++, weights += R) {
-      __builtin_prefetch(coming + places.line(k));
       const float *at = x + places(k);
       vec xs[N];
-      for (int j = 0; j < N; j++) xs[j] = *(const vec *)(at + j * VL);
+      for (int j = 0; j < N; j++) {
+        __builtin_prefetch(coming + places.line(k) + j * VL);
+        xs[j] = in_register(*(const vec *)(at + j * VL));
+      }
       for (int r = 0; r < R; r++)
         for (int j = 0; j < N; j++) sum[r][j] += weights[r] * xs[j];
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
     for (int j = 0; j < N; j++) *(vec *)(sums + (r * N + j) * VL) = sum[r][j];
 }
 
@@ -207,9 +215,9 @@ template <int N, int STEP>
 // before; null: there is none, but the units' values alone.
 template <class All, class T>
 bool sum_over_tiles(const All &all, T *dw, i64 columns, int threads) {
-  const i64 rows = all.units.rows, zeros = dw ? rows * all.units.r : 0, tiles = all.tiles(), parts = all.parts(), panel = all.panel();
-  // Tiles whose panels are made at once: few waits for each other, and 4 MB that the next call finds again.
-  const i64 room = 1024 * 1024 / panel, most = room < 1 ? 1 : room < tiles ? room : tiles;
+  const i64 rows = all.units.rows, zeros = dw ? rows * all.units.r : 0, tiles = all.tiles(), parts = all.parts();
+  // Tiles whose panels are made at once: one a thread, which its second-level cache holds, and 4 MB in all.
+  const i64 panel = all.panel(), room = 1024 * 1024 / panel, most = std::max<i64>(1, std::min<i64>({room, tiles, threads}));
   std::vector<i64> start(rows + 1);
   for (i64 row = 0; row < rows; row++) start[row + 1] = start[row] + all.sums(row);
   float *sums = floats(start[rows] + panel * most), *panels = sums + start[rows];
