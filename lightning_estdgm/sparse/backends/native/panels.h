@@ -56,13 +56,12 @@ struct Rows {
   i64 ld, count;  // elements from one row to the next; rows
 };
 
-// panel[c][t] = row first + t, column column + c of x, for t < rows, a multiple of VL; 0 beyond the last row of x. The
-// panel has `width` floats a column.
+// panel[c][t] = row first + t, column column + c of x; 0 beyond its last row. `width` is a multiple of VL.
 template <class E>
-void load_panel(Rows<typename E::type> x, i64 first, i64 rows, i64 column, i64 columns, i64 width, float *panel) {
+void load_panel(Rows<typename E::type> x, i64 first, i64 column, i64 columns, i64 width, float *panel) {
   using T = typename E::type;
   const i64 left = x.count - first;
-  for (i64 t = 0; t < rows; t += VL)
+  for (i64 t = 0; t < width; t += VL)
     for (i64 c = 0; c < columns; c += VL) {
       const i64 n = columns - c < VL ? columns - c : VL;
       vec r[VL];

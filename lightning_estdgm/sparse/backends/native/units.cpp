@@ -58,7 +58,7 @@ bool gather_tiles(Rows<typename E::type> x, i64 in, const float *packed, const t
     else
       shares.work(omp_get_thread_num(), [&](i64 task) {
         const i64 tile = task / parts, part = task % parts;
-        if (tile != loaded) load_panel<E>(x, tile * WIDTH, WIDTH, 0, in, WIDTH, panel);
+        if (tile != loaded) load_panel<E>(x, tile * WIDTH, 0, in, WIDTH, panel);
         loaded = tile;
         for (i64 s = part * strips / parts; s < (part + 1) * strips / parts; s++) {
           const i64 first = s * STRIP, end = std::min(first + STRIP, y.columns);
@@ -110,7 +110,7 @@ bool scatter_tiles(Rows<typename E::type> x, i64 in, const float *packed, const 
       shares.work(omp_get_thread_num(), [&](i64 tile) {
         memset(sums, 0, outputs * WIDTH * sizeof(float));
         for (i64 i = 0; i < in; i += R) {
-          if (i % STRIP == 0) load_panel<E>(x, tile * WIDTH, WIDTH, i, std::min(in - i, STRIP), WIDTH, panel);
+          if (i % STRIP == 0) load_panel<E>(x, tile * WIDTH, i, std::min(in - i, STRIP), WIDTH, panel);
           const i64 row = i / columns.r, count = columns.count(row), chunk = i % columns.r / R;
           scatter<R, N>(panel + i % STRIP * WIDTH, WIDTH, packed + columns.ptr[row] * columns.r + chunk * count * R,
                         columns.idx + columns.ptr[row], count, sums);
@@ -164,7 +164,7 @@ bool single_tiles(Rows<typename E::type> x, const float *packed, const typename 
         memset(panel + LINES * WIDTH, 0, WIDTH * sizeof(float));
         for (i64 s = 0; s + 1 < (i64)plan.stretch.size(); s++) {
           const i64 first = s * LINES, n = plan.inputs - first < LINES ? plan.inputs - first : LINES;
-          load_panel<E>(x, tile * WIDTH, WIDTH, first, n, WIDTH, panel);
+          load_panel<E>(x, tile * WIDTH, first, n, WIDTH, panel);
           stretch_of_fours<N, N>(plan, s, panel, packed, plan.places.data(), sums, none);
         }
         store_panel<E>(sums, WIDTH, bias, plan.outputs, tile * WIDTH, x.count, y.data, y.ld);
@@ -242,15 +242,10 @@ struct GradUnits {
   i64 tiles() const { return ceil_div(x.count, width); }
   i64 panel() const { return (in + out) * width; }
   i64 sums(i64 row) const { return ceil_div(units.count(row) * units.c, NC) * VL * (units.r / RO); }
-  i64 parts() const { return 2 * width / VL; }
 
-  // Whole rows of x or dy: so they are read in the order in which they lie in memory.
-  void load(i64 tile, i64 part, float *panel) const {
-    const i64 t = part / 2 * VL;
-    if (part % 2)
-      load_panel<E>(dy, tile * width + t, VL, 0, out, width, panel + in * width + t);
-    else
-      load_panel<E>(x, tile * width + t, VL, 0, in, width, panel + t);
+  void load(i64 tile, float *panel) const {
+    load_panel<E>(x, tile * width, 0, in, width, panel);
+    load_panel<E>(dy, tile * width, 0, out, width, panel + in * width);
   }
 
   // Inputs of a unit row in the order of its active units, NC at a time; the last one again where they run out.

@@ -150,7 +150,7 @@ bool single_tiles(const PackedSingles &m, Rows<float> x, float *y, i64 ldy, int 
         memset(panel + LINES * WIDTH, 0, WIDTH * sizeof(float));
         for (i64 s = 0; s < m.stretches; s++) {
           const i64 first = s * LINES;
-          load_panel<Float>(x, tile * WIDTH, WIDTH, first, std::min(LINES, m.in - first), WIDTH, panel);
+          load_panel<Float>(x, tile * WIDTH, first, std::min(LINES, m.in - first), WIDTH, panel);
           for (i64 i = m.stretch[s]; i < m.stretch[s + 1]; i++) {
             const i64 start = i ? m.ends[i - 1] : 0, length = m.ends[i] - start;
             float *to[FOUR];

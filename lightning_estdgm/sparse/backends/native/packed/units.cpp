@@ -322,7 +322,7 @@ bool gather_tiles(const PackedUnits &m, Rows<float> x, float *y, i64 ldy, int th
       RowValues values{m, sums + STRIP * WIDTH};
       shares.work(omp_get_thread_num(), [&](i64 task) {
         const i64 tile = task / parts, part = task % parts;
-        if (tile != loaded) load_panel<Float>(x, tile * WIDTH, WIDTH, 0, m.in, WIDTH, panel);
+        if (tile != loaded) load_panel<Float>(x, tile * WIDTH, 0, m.in, WIDTH, panel);
         loaded = tile;
         for (i64 s = part * strips / parts; s < (part + 1) * strips / parts; s++) {
           const i64 first = s * STRIP, end = std::min(first + STRIP, outputs);
