@@ -59,6 +59,14 @@ struct BFloat16 {
 };
 #endif
 
+// The value, which the compiler then keeps: else GCC reads what is in memory anew for each product with it.
+inline vec in_register(vec value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#endif
+  return value;
+}
+
 // Memory for so many floats, or null.
 inline float *floats(i64 count) { return (float *)aligned_alloc(64, (size_t)(count + 16) / 16 * 64); }
 

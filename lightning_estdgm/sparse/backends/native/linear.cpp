@@ -164,7 +164,7 @@ struct Outer {
       else if (width == 2 * VL)
         tiles<8, 2>(0, j);
       else
-        tiles<8, 1>(0, j);
+        tiles<16, 1>(0, j);
     }
   }
 };

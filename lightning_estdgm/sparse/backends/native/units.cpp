@@ -110,7 +110,7 @@ bool scatter_tiles(Rows<typename E::type> x, i64 in, const float *packed, const 
       shares.work(omp_get_thread_num(), [&](i64 tile) {
         memset(sums, 0, outputs * WIDTH * sizeof(float));
         for (i64 i = 0; i < in; i += R) {
-          if (i % STRIP == 0) load_panel<E>(x, tile * WIDTH, i, in - i < STRIP ? in - i : STRIP, WIDTH, panel);
+          if (i % STRIP == 0) load_panel<E>(x, tile * WIDTH, i, std::min(in - i, STRIP), WIDTH, panel);
           const i64 row = i / columns.r, count = columns.count(row), chunk = i % columns.r / R;
           scatter<R, N>(panel + i % STRIP * WIDTH, WIDTH, packed + columns.ptr[row] * columns.r + chunk * count * R,
                         columns.idx + columns.ptr[row], count, sums);
@@ -232,7 +232,7 @@ vec outer(const float *dy, const float *const (&x)[VL / RO], const float *const 
 template <class E, int RO>
 struct GradUnits {
   using T = typename E::type;
-  static constexpr i64 NC = VL / RO, STRIP = 64;
+  static constexpr i64 NC = VL / RO;
   Units units;
   Rows<T> dy, x;
   i64 in, out, width;  // inputs, outputs, tokens of a tile
@@ -242,14 +242,10 @@ struct GradUnits {
   i64 tiles() const { return ceil_div(x.count, width); }
   i64 panel() const { return (in + out) * width; }
   i64 sums(i64 row) const { return ceil_div(units.count(row) * units.c, NC) * VL * (units.r / RO); }
-  i64 parts() const { return ceil_div(in, STRIP) + ceil_div(out, STRIP); }
 
-  void load(i64 tile, i64 part, float *panel) const {
-    const i64 of_x = ceil_div(in, STRIP), first = (part < of_x ? part : part - of_x) * STRIP;
-    if (part < of_x)
-      load_panel<E>(x, tile * width, first, std::min(STRIP, in - first), width, panel + first * width);
-    else
-      load_panel<E>(dy, tile * width, first, std::min(STRIP, out - first), width, panel + (in + first) * width);
+  void load(i64 tile, float *panel) const {
+    load_panel<E>(x, tile * width, 0, in, width, panel);
+    load_panel<E>(dy, tile * width, 0, out, width, panel + in * width);
   }
 
   // Inputs of a unit row in the order of its active units, NC at a time; the last one again where they run out.

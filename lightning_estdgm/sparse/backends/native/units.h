@@ -4,6 +4,8 @@
 // its weight as a matrix of which each pair of an input and a tap is a column. Sums are in float.
 #pragma once
 
+#include <omp.h>
+
 #include <algorithm>
 #include <utility>
 #include <vector>
@@ -11,6 +13,7 @@
 #include "fours.h"
 #include "images.h"
 #include "places.h"
+#include "share.h"
 
 namespace estdgm {
 
@@ -129,19 +132,27 @@ struct Adjacent {
 template <int R, int N, class Places>
 void gather(const float *panel, i64 unit, Places places, const float *weights, const int32_t *idx, i64 count, i64 c,
             float *sums) {
-  vec sum[R][N] = {};
+  vec sum[R][N];  // never in memory: its loops are unrolled before the compiler decides where it lies
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) sum[r][j] = vec{};
   for (i64 p = 0; p < count; p++) {
     const float *x = panel + idx[p] * unit, *coming = panel + idx[p + 2 < count ? p + 2 : p] * unit;
     for (i64 k = 0; k < c; k++, weights += R) {
-      __builtin_prefetch(coming + places.line(k));
       const float *at = x + places(k);
       vec xs[N];
-      for (int j = 0; j < N; j++) xs[j] = *(const vec *)(at + j * VL);
+      for (int j = 0; j < N; j++) {
+        __builtin_prefetch(coming + places.line(k) + j * VL);
+        xs[j] = in_register(*(const vec *)(at + j * VL));
+      }
       for (int r = 0; r < R; r++)
         for (int j = 0; j < N; j++) sum[r][j] += weights[r] * xs[j];
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
     for (int j = 0; j < N; j++) *(vec *)(sums + (r * N + j) * VL) = sum[r][j];
 }
 
@@ -202,41 +213,60 @@ template <int N, int STEP>
 
 // ---- gradients of the weight: sums over tiles of tokens, in order, unit row by unit row
 
-// `all` has `units`, `tiles()` with panels of `panel()` floats that are loaded in `parts()`, and for each unit row
-// `sums(row)` floats that `add` adds a tile to and that `store` writes. A whole `dw` of `columns` for each output becomes 0
-// before; null: there is none, but the units' values alone.
+// Stretches of tiles with sums of their own: as many as fit into 8 MB.
+inline i64 stretches_of(i64 tiles, i64 sums) {
+  i64 count = 4;
+  while (count > 1 && (count > tiles || count * sums > 2 * 1024 * 1024)) count /= 2;
+  return count;
+}
+
+// `all` has `units`, `tiles()` whose panels of `panel()` floats it loads, and for each unit row `sums(row)` floats that
+// `add` adds a tile to and that `store` writes. A whole `dw` of `columns` for each output becomes 0 before; null: there is
+// none, but the units' values alone.
+//
+// A thread lays out what it reads, as what another core has just written comes slowly, and waits for others once. So each
+// of some stretches of tiles has sums of its own, which are added in order; how many depends on shapes and mask alone.
 template <class All, class T>
 bool sum_over_tiles(const All &all, T *dw, i64 columns, int threads) {
-  const i64 rows = all.units.rows, zeros = dw ? rows * all.units.r : 0, tiles = all.tiles(), parts = all.parts(), panel = all.panel();
-  // Tiles whose panels are made at once: few waits for each other, and 4 MB that the next call finds again.
-  const i64 room = 1024 * 1024 / panel, most = room < 1 ? 1 : room < tiles ? room : tiles;
+  const i64 rows = all.units.rows, zeros = dw ? rows * all.units.r : 0, tiles = all.tiles();
   std::vector<i64> start(rows + 1);
   for (i64 row = 0; row < rows; row++) start[row + 1] = start[row] + all.sums(row);
-  float *sums = floats(start[rows] + panel * most), *panels = sums + start[rows];
+  const i64 total = start[rows], stretches = stretches_of(tiles, total);
+  const i64 parts = std::min<i64>(rows, ceil_div(threads, stretches));  // few stretches: threads share the rows of each
+  float *sums = floats(total * stretches);
   if (!sums) return true;
-  const i64 shares = std::min<i64>(rows, 8 * threads);
+  Shares shares(stretches * parts, threads);
+  bool failed = false;
 #pragma omp parallel num_threads(threads)
   {
+    float *panel = floats(all.panel());
 #pragma omp for schedule(static) nowait
     for (i64 o = 0; o < zeros; o++) memset(dw + o * columns, 0, columns * sizeof(T));  // any order
-#pragma omp for schedule(static) nowait
-    for (i64 row = 0; row < rows; row++) memset(sums + start[row], 0, (start[row + 1] - start[row]) * sizeof(float));
-    for (i64 first = 0; first < tiles; first += most) {
-      const i64 count = std::min(most, tiles - first);
+    if (!panel)
+#pragma omp atomic write
+      failed = true;
+    else
+      shares.work(omp_get_thread_num(), [&](i64 task) {
+        const i64 stretch = task / parts, part = task % parts;
+        const i64 first = part * rows / parts, end = (part + 1) * rows / parts;
+        float *to = sums + stretch * total;
+        memset(to + start[first], 0, (start[end] - start[first]) * sizeof(float));
+        for (i64 tile = stretch * tiles / stretches; tile < (stretch + 1) * tiles / stretches; tile++) {
+          all.load(tile, panel);
+          for (i64 row = first; row < end; row++) all.add(row, panel, to + start[row]);
+        }
+      });
+    free(panel);
+#pragma omp barrier
 #pragma omp for schedule(static)
-      for (i64 task = 0; task < count * parts; task++)
-        all.load(first + task / parts, task % parts, panels + task / parts * panel);
-#pragma omp for schedule(dynamic, 1)
-      for (i64 share = 0; share < shares; share++)
-        for (i64 tile = 0; tile < count; tile++)
-          for (i64 row = share * rows / shares; row < (share + 1) * rows / shares; row++)
-            all.add(row, panels + tile * panel, sums + start[row]);
+    for (i64 row = 0; row < rows; row++) {
+      for (i64 s = 1; s < stretches; s++)
+        for (i64 i = start[row]; i < start[row + 1]; i++) sums[i] += sums[s * total + i];
+      all.store(row, sums + start[row]);
     }
-#pragma omp for schedule(static)
-    for (i64 row = 0; row < rows; row++) all.store(row, sums + start[row]);
   }
   free(sums);
-  return false;
+  return failed;
 }
 
 }  // namespace

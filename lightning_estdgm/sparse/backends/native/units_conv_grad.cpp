@@ -31,7 +31,7 @@ template <int RO>
 template <class E, int RO, bool SWAPPED>
 struct GradConvUnits {
   using T = typename E::type;
-  static constexpr i64 NC = VL / RO, STRIP = 64;
+  static constexpr i64 NC = VL / RO;
   const Lanes &lanes;
   Image<T> dy, x;
   Units units;  // of one row; c columns, which are taps of inputs if not SWAPPED
@@ -53,15 +53,11 @@ struct GradConvUnits {
   i64 panel() const { return x.channels * lanes.line + dy.channels * lanes.pixels() * VL; }
   i64 repeats() const { return SWAPPED ? taps : 1; }
   i64 sums(i64 row) const { return ceil_div(units.count(row) * units.c, NC) * VL * (units.r / RO) * repeats(); }
-  i64 parts() const { return ceil_div(x.channels, STRIP) + ceil_div(dy.channels, STRIP); }
 
-  void load(i64 index, i64 part, float *panel) const {
-    const i64 of_x = ceil_div(x.channels, STRIP), first = (part < of_x ? part : part - of_x) * STRIP;
+  void load(i64 index, float *panel) const {
     const Lanes::Tile tile = lanes.tile(index);
-    if (part < of_x)
-      lanes.load<E>(x, tile, first, std::min(first + STRIP, x.channels), panel);
-    else
-      lanes.load_output<E>(dy, tile, first, std::min(first + STRIP, dy.channels), panel + x.channels * lanes.line);
+    lanes.load<E>(x, tile, 0, x.channels, panel);
+    lanes.load_output<E>(dy, tile, 0, dy.channels, panel + x.channels * lanes.line);
   }
 
   // Column of a unit row in the order of its active units.
