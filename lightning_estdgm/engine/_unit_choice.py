@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +16,9 @@ from lightning_estdgm.modules._mask_unit import roomy_units
 from lightning_estdgm.sparse.autotune._cases import Case, ConvCase, layer_key, layer_of, measured_case, refusals
 from lightning_estdgm.sparse.autotune._choice import BackendSelector, Choice
 from lightning_estdgm.sparse.autotune._unit_cost import STEPS_TO_A_LOSS, Aim, choose_unit
+
+_BLOCK = 16
+"""The finest unit of `STEPS_TO_A_LOSS` that every backend computes."""
 
 
 def times_units(config: DGMConfig) -> bool:
@@ -66,6 +71,8 @@ def choose_units(
             fused = weight.candidate.part_shape, weight.placement.is_sharded
             groups.setdefault((layer_key(layer_of(measured_case(case))), *fused), []).append((weight, case))
     asked = {key: cases for key, same in groups.items() if (cases := unit_cases(*same[0]))}
+    if aim == "auto":
+        _warn_of_blocks((cases, [weight for weight, _ in groups[key]]) for key, cases in asked.items())
     if say is not None and (plan := selector.plan(case for cases in asked.values() for case in cases.values())):
         say(f"mask units: {plan}")
     found: dict[str, BlockSize] = {}
@@ -78,6 +85,24 @@ def choose_units(
         spent = ", ".join(f"{unit_words(size)} {cost:.2f}" for size, cost in costs.items())
         told.append(f"{first_names(names)}: {unit_words(unit)} ({spent})")
     return found, f"Units by {_AIMS[aim]}, dense in as many steps = 1. {'; '.join(told)}." if told else ""
+
+
+def _warn_of_blocks(layers: Iterable[tuple[Mapping[BlockSize, object], list[MaskedWeight]]]) -> None:
+    """Warn where no finer unit than blocks is computed for most of the weights, as on GPUs: blocks learn worse."""
+    blocks, every = 0, 0
+    for cases, weights in layers:
+        count = sum(math.prod(weight.shape) for weight in weights)
+        every += count
+        blocks += count * (STEPS_TO_A_LOSS[next(iter(cases))] >= STEPS_TO_A_LOSS[_BLOCK])
+    if 2 * blocks > every:
+        warnings.warn(
+            f"no mask unit finer than {unit_words(_BLOCK)} is computed sparsely here. By such blocks a network took "
+            f"{STEPS_TO_A_LOSS[_BLOCK]:.2f} times the steps of single weights to a loss (docs/results/study.md), and a "
+            "narrower dense network was ahead at equal joules (docs/results/demo.md). Where the loss counts, compare "
+            "with a narrower network, or mask single weights, which are computed dense: Units(size=1)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _timed(selector: BackendSelector, cases: Mapping[BlockSize, Case | ConvCase], size: BlockSize) -> Choice:

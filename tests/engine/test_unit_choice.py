@@ -1,5 +1,9 @@
 """Mask units that are chosen by timing: once the first step has shown the layers' inputs, and kept from then on."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -61,6 +65,35 @@ def test_units_are_timed_at_the_layers_shapes_and_the_cheapest_to_a_loss_is_take
         assert shapes == {"0": (16, 32), "2": (8, 64), "4": (16, 32)}
         assert {case.tokens for case in timed} == {TOKENS}
         assert any("Units by least time to a loss" in text and "4 x 1" in text for text in controller.timed)
+
+
+WITHOUT_A_COMPILER = """
+import warnings
+import torch
+from lightning_estdgm import DGMConfig, DGMController, Units
+
+def warned(**settings):
+    net = torch.nn.Sequential(torch.nn.Linear(32, 256), torch.nn.Linear(256, 256), torch.nn.Linear(256, 8))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    config = DGMConfig(**settings)
+    with warnings.catch_warnings(record=True) as seen, DGMController(net, optimizer, config, total_steps=40) as dgm:
+        warnings.simplefilter("always")
+        net(torch.randn(64, 32)).square().mean().backward()
+        dgm.mask_gradients()
+        optimizer.step()
+        dgm.advance()
+    return [str(warning.message) for warning in seen if "mask unit" in str(warning.message)]
+
+(said,) = warned()
+assert "no mask unit finer than 16 x 16" in said and "1.71 times the steps" in said and "Units(size=1)" in said, said
+assert warned(units=Units(size=16)) == []  # as the user asks
+"""
+
+
+def test_where_blocks_alone_are_computed_a_run_says_what_they_cost(tmp_path):
+    """As on GPUs; here on a machine without a compiler, where the pure backend is left."""
+    environment = {**os.environ, "CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", WITHOUT_A_COMPILER], env=environment, check=True, timeout=300)
 
 
 def test_layers_of_one_shape_are_timed_once(seconds):
