@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import get_args
@@ -24,7 +25,7 @@ from lightning_estdgm.method._backward_set import BackwardSet
 from lightning_estdgm.method._distributions import DISTRIBUTIONS, DistributionName
 from lightning_estdgm.method._patterns import FanIn
 from lightning_estdgm.method._redistribution import REDISTRIBUTIONS, RedistributionName
-from lightning_estdgm.method._schedules import ConstantDensity
+from lightning_estdgm.method._schedules import AlternatingDensity, ConstantDensity
 from lightning_estdgm.method._scores import SCORES, ScoreName
 from lightning_estdgm.method._update_rule import UpdateRule
 
@@ -44,6 +45,14 @@ def halves(shapes: Sequence[Sequence[int]], density: float) -> list[float]:
 
 def kept(layers: Sequence[Scored], k: int, drop_fraction: float, regrow: bool) -> list[Budget]:
     raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Cycles(ConstantDensity):
+    """A schedule of a user's own, with settings that `EstDgm` has too, and other defaults."""
+
+    cycles: int = 4
+    freeze: float = 0.5
 
 
 CASES = {
@@ -71,6 +80,10 @@ CASES = {
     "schedule: {class_path: lightning_estdgm.method.ConstantDensity, init_args: {density: 0.2}}": DGMConfig(
         ConstantDensity(0.2)
     ),
+    "schedule: {class_path: lightning_estdgm.method.AlternatingDensity, init_args: {density: 0.2}}": DGMConfig(
+        AlternatingDensity(0.2)
+    ),
+    "schedule: {class_path: test_dgm_cli.Cycles, init_args: {density: 0.2}}": DGMConfig(Cycles(0.2)),
     "update_rule: {keep: test_dgm_cli.smallest, drop_fraction: test_dgm_cli.falling}": DGMConfig(
         update_rule=UpdateRule(keep=smallest, drop_fraction=falling)
     ),
