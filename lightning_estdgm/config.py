@@ -119,7 +119,7 @@ class DGMConfig:
     """Settings of the method.
 
     Attributes:
-        schedule: phases, densities and update times; see `EstDgm`.
+        schedule: phases, densities and update times; by default those of `EstDgm`.
         units: mask units and their distribution over layers.
         update_rule: choice of the active units at a mask update.
         step_size: correction of steps and initial weights for the density.
@@ -145,7 +145,9 @@ class DGMConfig:
 
     """
 
-    schedule: ScheduleConfig = field(default_factory=EstDgm)
+    # None as the default: jsonargparse would hand the values of an EstDgm on to a schedule of another class that has
+    # settings of these names. EstDgm first: settings without a class path are its own.
+    schedule: EstDgm | ScheduleConfig = None  # type: ignore[assignment]
     units: Units = field(default_factory=Units)
     update_rule: UpdateRule = field(default_factory=UpdateRule)
     step_size: StepSize = field(default_factory=StepSize)
@@ -157,6 +159,8 @@ class DGMConfig:
     storage: Literal["dense", "packed"] = "dense"
 
     def __post_init__(self) -> None:
+        if self.schedule is None:
+            object.__setattr__(self, "schedule", EstDgm())
         if isinstance(self.schedule, type) or not isinstance(self.schedule, ScheduleConfig):
             raise TypeError(f"schedule must have resolve() and to_dict(), such as EstDgm(), got {self.schedule!r}")
         for name, kind in _PARTS.items():

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal
 
@@ -62,7 +62,7 @@ def preset(name: str, density: float, **overrides: Any) -> DGMConfig:
         density: active share of the masked weights at the end of the run, in (0, 1].
         overrides: keyword arguments of the method's function in this module, such as ``update_every``, and fields of
             `DGMConfig`, which replace those of the method. A part such as ``step_size`` may be given whole, or as a
-            mapping of the fields to change.
+            mapping of the fields to change; a name with a dot, such as ``"units.size"``, is one field of a part.
 
     Raises:
         ValueError: if there is no such method, or a setting is out of range.
@@ -75,6 +75,7 @@ def preset(name: str, density: float, **overrides: Any) -> DGMConfig:
     """
     if name not in PRESETS:
         raise ValueError(f"expected a method out of {sorted(PRESETS)}, got {name!r}")
+    overrides = _by_part(overrides)
     known = set(inspect.signature(PRESETS[name]).parameters) - {"density"}
     settings = {field.name for field in fields(DGMConfig)}
     if unknown := sorted(overrides.keys() - known - settings):
@@ -87,6 +88,18 @@ def preset(name: str, density: float, **overrides: Any) -> DGMConfig:
             f"{name!r} has inactive weights go on learning, and inactive={result.inactive!r} has not: leave one out"
         )
     return result
+
+
+def _by_part(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return overrides with each field of a part, such as ``units.size`` of a command line, in the part's mapping."""
+    parts = {name: value for name, value in overrides.items() if "." not in name}
+    for name in overrides.keys() - parts.keys():
+        part, _, field = name.partition(".")
+        whole = parts.get(part, {})
+        if not isinstance(whole, Mapping):
+            raise TypeError(f"{name!r} needs {part} as a mapping of fields, or left out; got {whole!r}")
+        parts[part] = {**whole, field: overrides[name]}
+    return parts
 
 
 def est_dgm(

@@ -286,6 +286,8 @@ class DGMCallback(pl.Callback):
             say=partial(say_on, trainer),
             storage=None if self._packed is None else self._packed.begin(trainer),
         )
+        if self._packed is not None:
+            mask_averages_(trainer, self.controller)  # copies of the whole weights, exchanged from the sanity check on
         # How much is left is known once the Trainer's loops are restored.
         length = self._clock.total_steps, self._clock.epoch_steps
         self.controller.pace = Pace.even(*length) if state is None else saved_pace(state)

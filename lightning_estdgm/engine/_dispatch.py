@@ -333,7 +333,8 @@ class Dispatch:
             tokens = self.positions.get(weight.name, _NOMINAL_TOKENS)
             transposed = weight.candidate.kind.transposed
             if weight.candidate.kind.experts:
-                return expert_case(weight, tokens, density, dtype, self._forms.get(weight.name, "grouped"))
+                form = self._forms.get(weight.name) or "grouped"  # a forced backend is not compared with it
+                return expert_case(weight, tokens, density, dtype, form)
             return Case(tokens, out, inner, weight.block_size, density, dtype, weight.device, frozen, transposed)
         geometry = _geometry(weight)
         image = self._images.get(weight.name) or self._nominal_image(weight, geometry)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import get_args
@@ -24,9 +25,10 @@ from lightning_estdgm.method._backward_set import BackwardSet
 from lightning_estdgm.method._distributions import DISTRIBUTIONS, DistributionName
 from lightning_estdgm.method._patterns import FanIn
 from lightning_estdgm.method._redistribution import REDISTRIBUTIONS, RedistributionName
-from lightning_estdgm.method._schedules import ConstantDensity
+from lightning_estdgm.method._schedules import AlternatingDensity, ConstantDensity
 from lightning_estdgm.method._scores import SCORES, ScoreName
 from lightning_estdgm.method._update_rule import UpdateRule
+from lightning_estdgm.presets import rigl
 
 
 def smallest(evidence: Evidence) -> Tensor:
@@ -44,6 +46,14 @@ def halves(shapes: Sequence[Sequence[int]], density: float) -> list[float]:
 
 def kept(layers: Sequence[Scored], k: int, drop_fraction: float, regrow: bool) -> list[Budget]:
     raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Cycles(ConstantDensity):
+    """A schedule of a user's own, with settings that `EstDgm` has too, and other defaults."""
+
+    cycles: int = 4
+    freeze: float = 0.5
 
 
 CASES = {
@@ -71,6 +81,10 @@ CASES = {
     "schedule: {class_path: lightning_estdgm.method.ConstantDensity, init_args: {density: 0.2}}": DGMConfig(
         ConstantDensity(0.2)
     ),
+    "schedule: {class_path: lightning_estdgm.method.AlternatingDensity, init_args: {density: 0.2}}": DGMConfig(
+        AlternatingDensity(0.2)
+    ),
+    "schedule: {class_path: test_dgm_cli.Cycles, init_args: {density: 0.2}}": DGMConfig(Cycles(0.2)),
     "update_rule: {keep: test_dgm_cli.smallest, drop_fraction: test_dgm_cli.falling}": DGMConfig(
         update_rule=UpdateRule(keep=smallest, drop_fraction=falling)
     ),
@@ -154,6 +168,20 @@ def test_a_setting_is_taken_from_the_command_line(given: str) -> None:
     taken = attrgetter(given.partition("=")[0].removesuffix("+"))(config)
     assert taken == OVERRIDES[given]
     assert type(taken) is type(OVERRIDES[given]), "whole numbers stay whole"
+
+
+def test_a_presets_settings_are_taken_from_the_command_line_on_top_of_yaml() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(pl.Callback, "callback")
+    preset = {"init_args": {"name": "rigl"}, "dict_kwargs": {"units": {"distribution": "uniform"}, "seed": 3}}
+    value = yaml.safe_dump(
+        {"class_path": "lightning_estdgm.DGMCallback.from_preset", **preset}, default_flow_style=True, width=10_000
+    )
+    given = ("density=0.2", "dict_kwargs.update_every=5", "dict_kwargs.units.size=16", "dict_kwargs.seed=4")
+    made = parser.parse_args([f"--callback={value.strip()}", *[f"--callback.{x}" for x in given]])
+    expected = rigl(0.2, update_every=5).merged(units=Units(16, "uniform"), seed=4)
+    assert parser.instantiate(made).callback.config == expected
+    assert parser.instantiate(parser.parse_string(parser.dump(made))).callback.config == expected
 
 
 LENGTHS = {"exploration": 10, "consolidation": 20, "refinement": 30}

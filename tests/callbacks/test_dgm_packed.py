@@ -249,6 +249,19 @@ def test_averages_of_weights(kind, first):
         assert torch.equal(units > 0, mask)
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["before ours", "after ours"])
+def test_averages_are_validated_from_the_sanity_check_on(first):
+    """There the whole weights that the average was copied from change places with active units alone."""
+    average = EMAWeightAveraging(decay=0.9)
+    callback = DGMCallback(config())
+    pl.seed_everything(0, verbose=False)
+    module = Double(scheduler=None)
+    trainer = make_trainer(*((average, callback) if first else (callback, average)), max_epochs=1)
+    trainer.fit(module, loader(), loader())
+    assert callback.controller.steps == EPOCH_STEPS
+    assert trainer.callback_metrics["val_loss"].isfinite()
+
+
 class MadeLate(Double):
     """Makes its layers in `configure_model`."""
 

@@ -126,7 +126,7 @@ def test_a_stack_beside_one_that_is_not_masked_stays_dense(clock):
     }
 
 
-def test_what_a_module_runs_otherwise_is_not_timed_and_said(clock):
+def test_what_a_module_runs_otherwise_is_not_timed_and_said_and_may_be_forced(clock):
     pytest.importorskip("transformers", minversion="5")  # experts in one parameter
     model = hugging_face("Mixtral", experts_implementation="batched_mm")
     optimizer = sgd(model)
@@ -134,6 +134,11 @@ def test_what_a_module_runs_otherwise_is_not_timed_and_said(clock):
         train(model, dgm, optimizer)
         assert not clock.asked
         assert all("not timed: only backend= makes it sparse" in d.why for d in of_experts(dgm).values())
+    model = hugging_face("Mixtral", experts_implementation="batched_mm")
+    optimizer = sgd(model)
+    with DGMController(model, optimizer, BLOCKS.merged(backend="reference"), total_steps=STEPS) as dgm:
+        train(model, dgm, optimizer)
+        assert {d.backend for d in of_experts(dgm).values()} == {"reference"}
 
 
 def test_automatic_units_of_experts_are_timed_and_the_finest_taken_where_all_are_as_fast(clock):
