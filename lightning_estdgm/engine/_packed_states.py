@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
 from lightning_estdgm.engine._masked_weight import MaskedWeight
+from lightning_estdgm.modules._later_whole import plain
 from lightning_estdgm.modules._own_hook import OwnHook
 
 Fill = Callable[[MaskedWeight, str, str], float]
@@ -63,7 +64,7 @@ class PackedStates:
     def _pack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         changed = dict(state_dict["state"])
         for index, weight, state in self._held(optimizer, state_dict):
-            changed[index] = {name: _packed(weight, name, value) for name, value in state.items()}
+            changed[index] = {name: _packed(weight, name, plain(value)) for name, value in state.items()}
         return {**state_dict, "state": changed}
 
     def _held(

@@ -154,6 +154,12 @@ class PackedStorage:
         """The weights that are or will be packed."""
         return [] if self._masked is None else [weight for weight in self._masked.every if self._packs(weight)]
 
+    @property
+    def shapes(self) -> set[tuple[int, ...]]:
+        """Shapes that weights have in a state dict which are stored packed."""
+        modules: list[Any] = [weight.candidate.module for weight in self._weights]
+        return {module._estdgm_packing.stored_shape for module in modules if isinstance(module, PackedForward)}
+
     # ------------------------------------------------------------------ what weights ask, see `Store`
 
     def states_of(self, weight: MaskedWeight) -> Iterator[tuple[str, Tensor]]:
