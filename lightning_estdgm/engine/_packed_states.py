@@ -62,9 +62,13 @@ class PackedStates:
         return packing.saved(value, self._fill(weight, type(optimizer).__name__, name))
 
     def _pack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        weights = {index: weight for index, weight, _ in self._held(optimizer, state_dict)}
         changed = dict(state_dict["state"])
-        for index, weight, state in self._held(optimizer, state_dict):
-            changed[index] = {name: _packed(weight, name, plain(value)) for name, value in state.items()}
+        for index, state in changed.items():
+            if isinstance(state, Mapping):
+                weight = weights.get(index)
+                whole = ((name, plain(value)) for name, value in state.items())  # one at a time
+                changed[index] = {name: x if weight is None else _packed(weight, name, x) for name, x in whole}
         return {**state_dict, "state": changed}
 
     def _held(

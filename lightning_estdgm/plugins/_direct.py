@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
+from lightning_estdgm.engine._freed_memory import mapped_allocations
 from lightning_estdgm.plugins._sparse_file import write_ordinary
 
 
@@ -39,7 +40,8 @@ class DirectCheckpointIO(TorchCheckpointIO):
         """
         if storage_options is not None:
             raise TypeError(f"TorchCheckpointIO takes no storage_options, got {storage_options!r}")
-        write_ordinary(checkpoint, path)
+        with mapped_allocations():
+            write_ordinary(checkpoint, path)
 
     def load_checkpoint(
         self,
