@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
 from lightning_estdgm.engine._masked_weight import MaskedWeight
+from lightning_estdgm.modules._later_whole import plain
 from lightning_estdgm.modules._own_hook import OwnHook
 
 Fill = Callable[[MaskedWeight, str, str], float]
@@ -61,9 +62,13 @@ class PackedStates:
         return packing.saved(value, self._fill(weight, type(optimizer).__name__, name))
 
     def _pack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        weights = {index: weight for index, weight, _ in self._held(optimizer, state_dict)}
         changed = dict(state_dict["state"])
-        for index, weight, state in self._held(optimizer, state_dict):
-            changed[index] = {name: _packed(weight, name, value) for name, value in state.items()}
+        for index, state in changed.items():
+            if isinstance(state, Mapping):
+                weight = weights.get(index)
+                whole = ((name, plain(value)) for name, value in state.items())  # one at a time
+                changed[index] = {name: x if weight is None else _packed(weight, name, x) for name, x in whole}
         return {**state_dict, "state": changed}
 
     def _held(

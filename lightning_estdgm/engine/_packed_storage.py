@@ -17,7 +17,7 @@ from lightning_estdgm._words import first_names
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.engine._absent_weights import AbsentWeights
 from lightning_estdgm.engine._element_trial import why_not_by_element
-from lightning_estdgm.engine._freed_memory import return_freed_memory
+from lightning_estdgm.engine._freed_memory import map_allocations, return_freed_memory
 from lightning_estdgm.engine._inactive import Treatment
 from lightning_estdgm.engine._late_values import LateValues
 from lightning_estdgm.engine._masked_model import MaskedModel
@@ -66,6 +66,7 @@ class PackedStorage:
         self._hooks: PackedStates | None = None
         self._resized = False
         self._observing = False
+        self._maps = False
 
     def pack(self, model: nn.Module, length: Callable[[], int]) -> None:
         """Draw the first masks of a model, and store the active units alone: before there is any optimizer.
@@ -78,6 +79,7 @@ class PackedStorage:
 
         """
         self._masked = self._found(model, None, None, None)
+        self._map(True)
         try:
             schedule = self._config.schedule.resolve(_UNTIMED)
         except ValueError:
@@ -154,6 +156,12 @@ class PackedStorage:
         """The weights that are or will be packed."""
         return [] if self._masked is None else [weight for weight in self._masked.every if self._packs(weight)]
 
+    @property
+    def shapes(self) -> set[tuple[int, ...]]:
+        """Shapes that weights have in a state dict which are stored packed."""
+        modules: list[Any] = [weight.candidate.module for weight in self._weights]
+        return {module._estdgm_packing.stored_shape for module in modules if isinstance(module, PackedForward)}
+
     # ------------------------------------------------------------------ what weights ask, see `Store`
 
     def states_of(self, weight: MaskedWeight) -> Iterator[tuple[str, Tensor]]:
@@ -214,6 +222,7 @@ class PackedStorage:
         self._hooks = PackedStates(self._weights, self._states.fresh_value)
         self._hooks.use(self._states.optimizers)
         self.masks_changed()  # which gives back what whole weights have left
+        self._map(True)  # until the first step has made the optimizer's state
 
     def use(self, optimizers: Sequence[Optimizer]) -> None:
         """Check and hook these optimizers."""
@@ -225,6 +234,7 @@ class PackedStorage:
         """Rebuild the buckets of DDP if a parameter has another size; give freed memory back."""
         self._observing = False
         self._return_freed()
+        self._map(False)
         if self._resized:
             self._resized = False
             for wrapper in self.wrappers:
@@ -232,6 +242,8 @@ class PackedStorage:
 
     def end_step(self, steps: int) -> None:
         """Warn of weights that the first step's gradients have not reached; refuse those that none has after some."""
+        if not self._observing:
+            self._map(False)
         if steps not in (1, _AUDITED_STEPS):
             return
         quiet = [w.name for w in self._weights if isinstance(w.inactive, AbsentWeights) and not w.inactive.has_trained]
@@ -254,10 +266,16 @@ class PackedStorage:
         if not self._observing:
             self._observing = True
             self._return_freed()
+            self._map(True)
 
     def _return_freed(self) -> None:
         if any(weight.parameter.device.type == "cpu" for weight in self._weights):
             return_freed_memory()
+
+    def _map(self, wanted: bool) -> None:
+        if self._maps != wanted:
+            self._maps = wanted
+            map_allocations(self, wanted)
 
     def abandon(self) -> None:
         """Put the whole weights back, as they were before the run."""
@@ -268,6 +286,7 @@ class PackedStorage:
 
     def close(self) -> None:
         """Let go of the layers, which stay packed."""
+        self._map(False)
         for weight in self._weights:
             module = weight.candidate.module
             if isinstance(module, PackedForward):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_estdgm.modules._kinds import CONVOLUTIONS, LayerKind, own_class
+from lightning_estdgm.modules._later_whole import plain
 from lightning_estdgm.modules._packing import Packing, topology_of
 from lightning_estdgm.modules._sparse_forward import STATE_PREFIX
 from lightning_estdgm.sparse._packed_linear import packed_linear
@@ -167,13 +168,13 @@ class PackedForward:
         A layer under no controller takes over the units that are not zero.
         """
         packing = self._estdgm_packing
-        values = packing.pack(given.to(packing.topology.device))
-        is_other = int(torch.count_nonzero(given)) != int(torch.count_nonzero(values))
+        whole = plain(given).to(packing.topology.device)
+        values = packing.pack(whole)
+        is_other = int(torch.count_nonzero(whole)) != int(torch.count_nonzero(values))
         self._estdgm_loaded = given if is_other and self._estdgm_held else None
         if is_other and not self._estdgm_held:
-            units = _units_of(given.to(packing.topology.device), packing)
-            repack_(self, units)
-            values = self._estdgm_packing.pack(given.to(packing.topology.device))
+            repack_(self, _units_of(whole, packing))
+            values = self._estdgm_packing.pack(whole)
         return values
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -58,7 +58,7 @@ class Packing:
             return packing.unpack(values - fill) + fill if fill else packing.unpack(values)
 
         values = values.detach()
-        if not is_made_later():
+        if not is_made_later(self.stored_shape):
             return whole(self, values)
         order = None if self.order is None else self.order.clone()
         then = replace(self, topology=self.topology.apply(torch.clone), order=order)

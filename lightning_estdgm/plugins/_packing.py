@@ -13,14 +13,14 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_estdgm.method._masks import active_units, keep_active_, mask_shape, pack_bits, unit_size, unpack_bits
-from lightning_estdgm.modules._later_whole import LaterWhole
+from lightning_estdgm.modules._later_whole import LaterWhole, is_made_later, plain
 
 _CALLBACK = ("callbacks", "DGMCallback")  # where a checkpoint keeps the masks
 _SMALLEST = 256  # entries; below, what describes a packed tensor outweighs its zeros
@@ -56,7 +56,8 @@ def unpack(content: Mapping[str, Any]) -> Any:
         node = checkpoint
         for key in way:
             node = node[key]
-        node[last] = _unpack_tensor(entry, masks)
+        shape, make = tuple(entry["shape"]), partial(_unpack_tensor, entry, masks)
+        node[last] = LaterWhole(entry["values"], shape, make) if is_made_later(shape) else make()
     return checkpoint
 
 
@@ -138,9 +139,8 @@ class _Packer:
 
     def strip(self, node: Any, path: tuple[Any, ...]) -> Any:
         """Return `node` without the tensors that were packed; `node` itself if there are none in it."""
-        if isinstance(node, LaterWhole):
-            node = node.whole()  # of one layer at a time
         if isinstance(node, Tensor):
+            node = plain(node)  # of one layer at a time
             entry = self._pack_tensor(node, path)
             if entry is None:
                 return node

@@ -109,14 +109,14 @@ def _is_cut_off(file: IO[bytes]) -> bool:
         return True
 
 
-class _HashingFile:
-    """File for torch to write to: it passes on, hashes, and keeps an exception for later.
+class _PassingFile:
+    """File for torch to write to: it passes on, hashes if asked to, and keeps an exception for later.
 
     An exception raised in the middle of torch's writer would come out as something else, if at all.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self.digest = hashlib.sha256()
+    def __init__(self, file: IO[bytes], *, hashes: bool) -> None:
+        self.digest = hashlib.sha256() if hashes else None
         self.error: BaseException | None = None
         self._file = file
 
@@ -124,7 +124,8 @@ class _HashingFile:
         if self.error is None:
             try:
                 self._file.write(data)
-                self.digest.update(data)
+                if self.digest is not None:
+                    self.digest.update(data)
             except BaseException as error:
                 self.error = error
         return memoryview(data).nbytes
@@ -135,12 +136,12 @@ class _HashingFile:
 
 def _save(content: Any, path: str | Path, *, trailer: bool) -> None:
     def write(file: IO[bytes]) -> None:
-        hashing = _HashingFile(file)
-        torch.save(content, cast(IO[bytes], hashing))  # all that torch asks for
-        if hashing.error is not None:
-            raise hashing.error
-        if trailer:
-            file.write(_MAGIC + hashing.digest.digest())
+        passing = _PassingFile(file, hashes=trailer)
+        torch.save(content, cast(IO[bytes], passing))  # all that torch asks for
+        if passing.error is not None:
+            raise passing.error
+        if passing.digest is not None:
+            file.write(_MAGIC + passing.digest.digest())
 
     try:
         write_whole(path, write)

@@ -11,6 +11,7 @@ from typing import Any
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
+from lightning_estdgm.engine._freed_memory import mapped_allocations
 from lightning_estdgm.plugins._packing import pack, unpack
 from lightning_estdgm.plugins._sparse_file import is_sparse_content, read_sparse, write_sparse
 
@@ -63,7 +64,8 @@ class SparseCheckpointIO(CheckpointIO):
         """
         if storage_options is not None:
             raise TypeError(f"SparseCheckpointIO takes no storage_options, got {storage_options!r}")
-        write_sparse(pack(checkpoint), path)
+        with mapped_allocations():
+            write_sparse(pack(checkpoint), path)
 
     def load_checkpoint(
         self,

@@ -1,26 +1,20 @@
 """`DGMCallback` with ``storage="packed"`` in a real Trainer: checkpoints, Lightning's features, refusals."""
 
 import copy
-import io
-import weakref
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader
 
-from helpers.exact import differences
 from helpers.models import MLP, NO_VALIDATION_LOADER, ConvNet, ResumableLoader, make_trainer
 from helpers.runs import EPOCH_STEPS, SCHEDULE, STEPS
-from lightning_estdgm import DGMCallback, DGMConfig, DGMController, SparseCheckpointIO, Units
+from lightning_estdgm import DGMCallback, DGMConfig, DGMController, Units
 from lightning_estdgm.method._schedules import ConstantDensity
 from lightning_estdgm.method._update_rule import UpdateRule
-from lightning_estdgm.modules._later_whole import LaterWhole
 from lightning_estdgm.modules._packed_forward import PackedForward
-from lightning_estdgm.modules._packing import Packing
 
 pytestmark = [
     pytest.mark.filterwarnings(NO_VALIDATION_LOADER),
@@ -405,59 +399,3 @@ def test_growth_by_gradients_sees_the_whole_gradient_of_one_layer_at_a_time(grow
         assert max(module.peaks) >= 8
     else:
         assert max(module.peaks) <= most
-
-
-# ---- files that are written a layer at a time
-
-
-def test_sparse_checkpoints_are_written_a_layer_at_a_time(tmp_path, monkeypatch):
-    alive, most = weakref.WeakSet(), []
-    unpack = Packing.unpack
-
-    def unpacked(packing, values):
-        whole = unpack(packing, values)
-        alive.add(whole)
-        most.append(len(alive))
-        return whole
-
-    class Save(pl.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if trainer.global_step == 7:  # some units are young
-                monkeypatch.setattr(Packing, "unpack", unpacked)
-                trainer.save_checkpoint(tmp_path / "sparse.ckpt")
-                monkeypatch.undo()
-                strategy = trainer.strategy
-                strategy.checkpoint_io, plugin = TorchCheckpointIO(), strategy.checkpoint_io
-                trainer.save_checkpoint(tmp_path / "whole.ckpt")
-                strategy.checkpoint_io = plugin
-
-    straight, ended = fit(DGMCallback(config()), Save(), plugins=[SparseCheckpointIO()])
-    assert len(most) > 3
-    assert max(most) == 1
-    assert not {"lightning_module_state_dict", "optimizer_state"} & set(vars(ended.strategy))
-    sparse = SparseCheckpointIO().load_checkpoint(tmp_path / "sparse.ckpt")
-    whole = torch.load(tmp_path / "whole.ckpt")
-    assert [type(x) for x in whole["state_dict"].values()] == [torch.Tensor] * len(whole["state_dict"])
-    for key in ("state_dict", "optimizer_states"):
-        assert differences(sparse[key], whole[key]) == []
-    for name in ("sparse.ckpt", "whole.ckpt"):
-        resumed, _ = fit(DGMCallback(config()), plugins=[SparseCheckpointIO()], ckpt=tmp_path / name)
-        assert differences(straight.state_dict(), resumed.state_dict()) == []
-
-
-def test_a_whole_tensor_that_is_made_later_takes_torchs_functions():
-    plain = torch.arange(6.0).view(2, 3)
-    later = LaterWhole(plain, (2, 3), plain.clone)
-    assert (later.shape, later.dtype, later.device) == (plain.shape, plain.dtype, plain.device)
-    assert torch.equal(later, plain)
-    assert type(later + 1) is type(later.detach()) is type(copy.deepcopy(later)) is torch.Tensor
-    buffer = io.BytesIO()
-    torch.save({"weight": later}, buffer)
-    loaded = torch.load(io.BytesIO(buffer.getvalue()))["weight"]
-    assert type(loaded) is torch.Tensor
-    assert torch.equal(loaded, plain)
-    layer = nn.Linear(3, 2, bias=False)
-    layer.load_state_dict({"weight": later})
-    assert torch.equal(layer.weight, plain)
-    later.mul_(2)  # what is written stays, as in a plain state dict
-    assert torch.equal(later, 2 * plain)

@@ -2,6 +2,9 @@
 
 import ctypes
 
+import pytest
+import torch
+
 from helpers.controller_runs import STEPS, adamw, fit
 from helpers.storages import config
 from lightning_estdgm.engine import _freed_memory, _packed_storage
@@ -9,10 +12,49 @@ from lightning_estdgm.engine._controller import DGMController
 
 
 def test_without_glibc_nothing_is_done(monkeypatch):
-    _freed_memory._malloc_trim.cache_clear()
+    _freed_memory._of_c_library.cache_clear()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     assert _freed_memory.return_freed_memory() is False
-    _freed_memory._malloc_trim.cache_clear()
+    with _freed_memory.mapped_allocations():
+        pass
+    _freed_memory._of_c_library.cache_clear()
+
+
+class _MallInfo(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", *"abcdef"))
+
+
+def _mappings():
+    """Return how many allocations glibc has mapped one by one for 8 MiB."""
+    info = ctypes.CDLL(None).mallinfo2
+    info.restype = _MallInfo
+    before = info().hblks
+    kept = torch.empty(2**21)
+    return info().hblks - before if kept.numel() else None
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or newer")
+def test_large_allocations_are_mapped_inside_alone():
+    found = []
+    with _freed_memory.mapped_allocations():
+        with _freed_memory.mapped_allocations():
+            found.append(_mappings())
+        found.append(_mappings())
+    found.append(_mappings())
+    assert found == [1, 1, 0]
+
+
+def test_packed_runs_map_in_observed_steps_alone(mlp):
+    model = mlp(32, 256, 128, 4)
+    optimizer = adamw(model)
+    seen = {True: set(), False: set()}
+    with DGMController(model, optimizer, config(4), total_steps=STEPS) as dgm:
+        for step, _ in fit(model, optimizer, dgm, last=12):
+            dgm.mask_weights()
+            if step > 1:
+                seen[dgm.observing].add(bool(_freed_memory._WHO_WANTS))
+    assert seen == {True: {True}, False: {False}}
+    assert not _freed_memory._WHO_WANTS
 
 
 def test_packed_runs_ask_before_each_window_and_after_each_update(mlp, monkeypatch):

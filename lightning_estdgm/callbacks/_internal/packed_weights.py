@@ -8,13 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_estdgm.callbacks._internal.packed_checkpoints import PackedCheckpoints
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.distributed.adapters._protocol import adapter_for
 from lightning_estdgm.engine._packed_storage import PackedStorage
-from lightning_estdgm.modules._later_whole import made_later
-from lightning_estdgm.plugins.checkpoint_io import SparseCheckpointIO
-
-_SAVED = ("lightning_module_state_dict", "optimizer_state")  # methods of a strategy that give a checkpoint's tensors
 
 
 class PackedWeights:
@@ -41,12 +38,13 @@ class PackedWeights:
         plain = trainer.accumulate_grad_batches == 1 and trainer.world_size == 1 and module.automatic_optimization
         self.storage = storage = PackedStorage(config, has_one_backward=plain)
         self._began = False
-        self._strategy: Any = None
+        self._checkpoints: PackedCheckpoints | None = None
         self._module: Any = module
         self._extended: dict[str, tuple[Any, Any]] = {}  # by the hook's name: what stands there now, and stood before
 
         def pack() -> None:
             storage.pack(module, lambda: total_steps or int(trainer.estimated_stepping_batches))
+            self._checkpoints = PackedCheckpoints(trainer, storage.shapes)
 
         # Not at once: until its `setup`, other callbacks ask whether the module has a `configure_model` of its own.
         self._extend("setup", lambda: self._extend("configure_model", pack))
@@ -71,24 +69,15 @@ class PackedWeights:
         wrapper = trainer.strategy.model
         if isinstance(wrapper, DistributedDataParallel):
             self.storage.wrappers = [wrapper]
-        if isinstance(trainer.strategy.checkpoint_io, SparseCheckpointIO):
-            self._save_by_layer(trainer.strategy)
         return self.storage
-
-    def _save_by_layer(self, strategy: Any) -> None:
-        """Have checkpoints hold whole tensors that are made when the plugin packs them, one layer after the other."""
-        self._strategy = strategy
-        for name in _SAVED:
-            vars(strategy)[name] = _later(getattr(strategy, name))
 
     def end(self, exception: BaseException | None = None) -> None:
         """Put the weights back as they were if the run did not begin."""
         self._give_back()
-        if self._strategy is not None:
-            for name in _SAVED:
-                vars(self._strategy).pop(name, None)
         if self._began:
             return
+        if self._checkpoints is not None:
+            self._checkpoints.end()
         self.storage.abandon()
         if exception is not None and any(parameter.is_meta for parameter in self._module.parameters()):
             self._stay_on_meta()
@@ -129,11 +118,3 @@ class PackedWeights:
                 if own is not None:
                     vars(self._module)[name] = own
         self._extended.clear()
-
-
-def _later(method: Callable[..., Any]) -> Callable[..., Any]:
-    def later(*args: Any, **kwargs: Any) -> Any:
-        with made_later():
-            return method(*args, **kwargs)
-
-    return later

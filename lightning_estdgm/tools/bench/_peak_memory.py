@@ -10,17 +10,18 @@ from pathlib import Path
 from torch.autograd.profiler import profile
 
 
-def allocated(run: Callable[[], object]) -> tuple[int, int]:
+def allocated(run: Callable[[], object], mapped: int = 0) -> tuple[int, int]:
     """Run something and return the bytes it left allocated, less what it freed, and the most while it ran.
 
-    Both are counted from what was allocated before. Memory that torch does not allocate is not in them.
+    Both are counted from what was allocated before. Memory that torch does not allocate is not in them, nor is a mapped
+    file of `mapped` bytes.
     """
     with profile(profile_memory=True, use_kineto=True) as record:
         run()
     events = [event for event in record.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
+        held += event.nbytes() if abs(event.nbytes()) != mapped else 0
         peak = max(peak, held)
     return held, peak
 
