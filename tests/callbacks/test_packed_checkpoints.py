@@ -100,6 +100,7 @@ def test_checkpoints_are_written_a_layer_at_a_time(tmp_path, most_alive, plugin,
             assert differences(straight.state_dict(), resumed.state_dict()) == []
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 @pytest.mark.parametrize("plugin", ["none", "sparse"])
 def test_what_is_loaded_is_whole_for_one_layer_at_a_time(tmp_path, plugin):
     class Saves(pl.Callback):
