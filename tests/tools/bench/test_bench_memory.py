@@ -91,7 +91,7 @@ def test_a_peak_is_not_that_of_the_process_that_started_it() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     assert before < here.nbytes
-    assert 0.95 * 2**26 <= after - before < 2**27  # what was freed before is used again
+    assert 0.9 * 2**26 <= after - before < 2**27  # what was freed before is used again
 
 
 def test_what_is_held_is_counted() -> None:
