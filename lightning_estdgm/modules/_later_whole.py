@@ -137,7 +137,8 @@ class _LaterBytes(torch.UntypedStorage):
     @staticmethod
     def __new__(cls, of: LaterWhole) -> Any:
         """Make one without memory."""
-        return torch.UntypedStorage.__new__(cls, of.numel() * of.itemsize, device="meta")
+        make: Any = torch.UntypedStorage.__new__  # which takes more than its stub says
+        return make(cls, of.numel() * of.itemsize, device="meta")
 
     def __init__(self, of: LaterWhole) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ class PackedCheckpoints:
         plugin: Any = trainer.strategy.checkpoint_io
         if type(plugin) is AsyncCheckpointIO:
             plugin = plugin.checkpoint_io
-        self._plugin = plugin
+        self._plugin: Any = plugin
         if type(plugin) is TorchCheckpointIO:
             plugin.__class__ = DirectCheckpointIO
         if isinstance(plugin, DirectCheckpointIO):
@@ -45,9 +45,10 @@ class PackedCheckpoints:
         """Give the Trainer its own ways back."""
         vars(self._trainer).pop("save_checkpoint", None)
         vars(self._trainer.strategy).pop("load_checkpoint", None)
-        if isinstance(self._plugin, DirectCheckpointIO):
+        if type(self._plugin) is DirectCheckpointIO:
             vars(self._plugin).pop("mapped", None)
-            self._plugin.__class__ = TorchCheckpointIO
+            plugin: Any = self._plugin
+            plugin.__class__ = TorchCheckpointIO
 
 
 def _replace(owner: Any, name: str, shapes: Collection[tuple[int, ...]]) -> None:
