@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
 _MAPPED, _USUAL = 2**20, 2**25  # bytes from which on allocations are mapped; the most that glibc itself comes to
 _TUNED = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")  # by the user, who is left alone
 
-_WHO_WANTS: set[int] = set()
+_WHO_WANTS: weakref.WeakSet[Any] = weakref.WeakSet()  # of runs that are not there any more, none wants it
 
 
 def return_freed_memory() -> bool:
@@ -30,7 +31,7 @@ def return_freed_memory() -> bool:
 
 def map_allocations(who: object, wanted: bool) -> None:
     """Have allocations of 1 MiB and more mapped one by one, as long as anyone wants it. Does nothing without glibc."""
-    (_WHO_WANTS.add if wanted else _WHO_WANTS.discard)(id(who))
+    (_WHO_WANTS.add if wanted else _WHO_WANTS.discard)(who)
     tune = _of_c_library("mallopt", ctypes.c_int, ctypes.c_int)
     if tune is not None and not any(name in os.environ for name in _TUNED):
         tune(_MMAP_THRESHOLD, _MAPPED if _WHO_WANTS else _USUAL)
@@ -40,12 +41,16 @@ def map_allocations(who: object, wanted: bool) -> None:
 @contextlib.contextmanager
 def mapped_allocations() -> Iterator[None]:
     """Have allocations of 1 MiB and more mapped one by one inside."""
-    who = object()
+    who = _Wants()
     map_allocations(who, True)
     try:
         yield
     finally:
         map_allocations(who, False)
+
+
+class _Wants:
+    """What wants allocations mapped, for a while."""
 
 
 @functools.lru_cache

@@ -101,7 +101,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PIECE = 1 << 18
 """Number of elements that stay in a CPU's cache between reading and writing."""
 
-_FEW_ROWS = 16
+_FEW_ROWS = 8
 """Rows of a unit whose squares are added one after the other."""
 
 

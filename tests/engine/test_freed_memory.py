@@ -1,6 +1,7 @@
 """Freed memory goes back to the system: when packed runs ask for it, and where there is no glibc."""
 
 import ctypes
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,25 @@ from helpers.controller_runs import STEPS, adamw, fit
 from helpers.storages import config
 from lightning_estdgm.engine import _freed_memory, _packed_storage
 from lightning_estdgm.engine._controller import DGMController
+
+
+@pytest.fixture(autouse=True)
+def nobody_wants_it(monkeypatch):
+    """Runs of other tests that were not closed do not count."""
+    monkeypatch.setattr(_freed_memory, "_WHO_WANTS", weakref.WeakSet())
+    with _freed_memory.mapped_allocations():
+        pass
+
+
+def test_what_a_run_that_was_not_closed_wanted_ends_with_it():
+    class Run:
+        pass
+
+    run = Run()
+    _freed_memory.map_allocations(run, True)
+    assert len(_freed_memory._WHO_WANTS) == 1
+    del run
+    assert len(_freed_memory._WHO_WANTS) == 0
 
 
 def test_without_glibc_nothing_is_done(monkeypatch):
