@@ -113,7 +113,7 @@ def test_what_is_loaded_is_whole_for_one_layer_at_a_time(tmp_path, plugin):
     saving_job.fit(plugin, Saves(), **size)
     _, without = allocated(lambda: saving_job.fit(plugin, **size))
     _, most = allocated(lambda: saving_job.fit(plugin, ckpt=file, **size), mapped=file.stat().st_size)
-    assert most - without < dense / 2  # what was free before, and is used again, differs by a layer or two
+    assert most - without < dense / 4
 
 
 @pytest.mark.parametrize("plugin", ["none", "async"])

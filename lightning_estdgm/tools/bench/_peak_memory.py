@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ def allocated(run: Callable[[], object], mapped: int = 0) -> tuple[int, int]:
     Both are counted from what was allocated before. Memory that torch does not allocate is not in them, nor is a mapped
     file of `mapped` bytes.
     """
+    gc.collect()  # what nobody holds any more would count as freed by the run
     with profile(profile_memory=True, use_kineto=True) as record:
         run()
     events = [event for event in record.kineto_results.events() if event.name() == "[memory]"]

@@ -86,12 +86,12 @@ def test_a_size_given_by_weights_is_trained_packed_and_its_losses_are_told(tmp_p
 
 def test_a_peak_is_not_that_of_the_process_that_started_it() -> None:
     code = "from lightning_estdgm.tools.bench._peak_memory import peak_resident as peak\n"
-    code += "before = peak(); held = b'1' * 2**26; print(before, peak())"
+    code += "before = peak(); held = b'1' * 2**28; print(before, peak())"
     here = torch.ones(2**28)  # a gibibyte, while the other starts
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     assert before < here.nbytes
-    assert 0.9 * 2**26 <= after - before < 2**27  # what was freed before is used again
+    assert 0.95 * 2**28 <= after - before < 2**29  # what was freed before, some megabytes, is used again
 
 
 def test_what_is_held_is_counted() -> None:
