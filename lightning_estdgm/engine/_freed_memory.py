@@ -30,7 +30,10 @@ def return_freed_memory() -> bool:
 
 
 def map_allocations(who: object, wanted: bool) -> None:
-    """Have allocations of 1 MiB and more mapped one by one, as long as anyone wants it. Does nothing without glibc."""
+    """Have allocations of 1 MiB and more mapped one by one, as long as anyone wants it. Does nothing without glibc.
+
+    Those that fit into memory which was freed before, and not given back, are still taken from there.
+    """
     (_WHO_WANTS.add if wanted else _WHO_WANTS.discard)(who)
     tune = _of_c_library("mallopt", ctypes.c_int, ctypes.c_int)
     if tune is not None and not any(name in os.environ for name in _TUNED):
