@@ -138,6 +138,12 @@ class MaskedWeight:
         return None if grad is None or not self.shard.holds(grad) else self.shard.local(grad)
 
     @property
+    def has_gradient(self) -> bool:
+        """Whether `gradient` is there."""
+        grad = self.parameter.grad
+        return grad is not None and self.shard.holds(grad)
+
+    @property
     def has_operator(self) -> bool:
         """Whether a sparse operator can replace the forward, by its unit."""
         return self.has_operator_for(self.block_size)

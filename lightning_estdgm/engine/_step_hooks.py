@@ -190,19 +190,19 @@ class StepHooks:
         for weight in weights:
             weight.inactive.before_step(weight)
         if closure is None:
-            self._with_gradients(optimizer)
+            self._with_gradients(optimizer, weights)
             return None
         return with_closure(args, kwargs, self._around(optimizer, closure))
 
-    def _with_gradients(self, optimizer: Optimizer) -> None:
-        self._note_gradients(optimizer)
+    def _with_gradients(self, optimizer: Optimizer, weights: Sequence[MaskedWeight]) -> None:
+        self._note_gradients(optimizer, weights)
         grad_scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales by itself
-        for weight in self.weights_of(optimizer):
+        for weight in weights:
             weight.inactive.with_gradients(weight, 1.0 if grad_scale is None else grad_scale)
 
-    def _note_gradients(self, optimizer: Optimizer) -> None:
-        self._moved = [weight for weight in self.weights_of(optimizer) if weight.gradient is not None]
-        self._has_any = self._has_gradients(optimizer)
+    def _note_gradients(self, optimizer: Optimizer, weights: Sequence[MaskedWeight]) -> None:
+        self._moved = [weight for weight in weights if weight.has_gradient]
+        self._has_any = self._has_gradients(optimizer, weights)
 
     def _around(self, optimizer: Optimizer, closure: Any) -> Any:
         """Return a closure that runs without inactive weights that learn, and adds them at its end."""
@@ -218,7 +218,7 @@ class StepHooks:
                 self._depth = 0  # the step ends here, and no hook will be told
                 raise
             with torch.no_grad():
-                self._with_gradients(optimizer)
+                self._with_gradients(optimizer, self.weights_of(optimizer))
             return loss
 
         return around
@@ -230,7 +230,7 @@ class StepHooks:
             return
         weights = self.weights_of(optimizer)
         if self._moved is None and not self._idle:  # its closure was not called
-            self._note_gradients(optimizer)
+            self._note_gradients(optimizer, weights)
         if self._idle or not self._has_any or _skipped_by_scaler(optimizer):
             for weight in weights:
                 weight.inactive.withdraw(weight)
@@ -263,15 +263,15 @@ class StepHooks:
         moving = any(bool(torch.count_nonzero(_values(local_tensor(gradient)))) for gradient in gradients)
         return not agree([weight.shard for weight in self.weights_of(optimizer)], moving)
 
-    def _has_gradients(self, optimizer: Optimizer) -> bool:
+    def _has_gradients(self, optimizer: Optimizer, weights: Sequence[MaskedWeight]) -> bool:
         """Whether there are gradients to step by.
 
         With sharded weights a rank may hold no part of the masked ones, so all parameters count; if a rank holds no
         part of any parameter, the ranks agree.
         """
-        weights, parameters = self.weights_of(optimizer), parameters_of(optimizer)
         if not any(weight.placement.is_sharded for weight in weights):
-            return any(weight.gradient is not None for weight in weights)
+            return bool(self._moved)
+        parameters = parameters_of(optimizer)
         here = any(parameter.grad is not None for parameter in parameters)
         shards = [weight.shard for weight in weights]
         if id(optimizer) not in self._unevenly_held:

@@ -237,15 +237,11 @@ class _ScaledSteps:
     def _scales(self) -> dict[int, float]:
         """Return the factors on learning rates by the ids of parameters, where they are not 1."""
         scales = {}
+        factors = {key: weight.inactive.step_scale(weight, self._exponent) for key, weight in self._weights.items()}
         for index, group in enumerate(self.optimizer.param_groups):
-            factors = {}
-            for parameter in group["params"]:
-                weight = self._weights.get(id(parameter))
-                factor = 1.0 if weight is None else weight.inactive.step_scale(weight, self._exponent)
-                if factor != 1.0:
-                    factors[id(parameter)] = factor
-            if factors and self._can_scale(index, group):
-                scales.update(factors)
+            scaled = [key for key in map(id, group["params"]) if factors.get(key, 1.0) != 1.0]
+            if scaled and self._can_scale(index, group):
+                scales.update({key: factors[key] for key in scaled})
         return scales
 
     def _can_scale(self, index: int, group: Group) -> bool:

@@ -92,9 +92,11 @@ class YoungUnits:
 
     def after_step(self) -> None:
         """Count a step of the weight."""
+        oldest = 0
         for cohort in self.cohorts:
             cohort.age += 1
-        if any(cohort.age >= self.lifetime for cohort in self.cohorts):
+            oldest = max(oldest, cohort.age)
+        if self.cohorts and oldest >= self.lifetime:
             self._keep([c for c in self.cohorts if c.age < self.lifetime or c.elements is None])
 
     def _keep(self, cohorts: list[Cohort]) -> None:

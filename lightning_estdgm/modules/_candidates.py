@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ class Candidate:
             return "" if self.kind.experts else self.name
         return self.name.removesuffix(f".{self.kind.weight_name}")
 
-    @property
+    @cached_property
     def position_weights(self) -> int:
         """Number of weights that one position is multiplied with: of experts, those of one."""
         return math.prod(self.shape) // max(1, self.kind.experts)

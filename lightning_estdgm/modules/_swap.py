@@ -64,8 +64,10 @@ def set_observing(candidate: Candidate, observing: bool) -> None:
     """Have a swapped layer's backward yield the whole weight gradient, or the active blocks' only."""
     if isinstance(candidate.module, SparseExperts):
         candidate.module._estdgm_stacks[candidate.kind.weight_name].observing = observing
-    elif isinstance(candidate.module, (SparseForward, PackedForward)):
-        candidate.module._estdgm_observing = observing
+        return
+    module = candidate.module
+    if isinstance(module, (SparseForward, PackedForward)) and module._estdgm_observing != observing:
+        module._estdgm_observing = observing  # setting an attribute of a module takes its time
 
 
 def restore_dense_(candidate: Candidate) -> None:

@@ -21,7 +21,6 @@ from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._decisions import LayerDecision
 from lightning_estdgm.method._masks import unit_words
 
-_WATCHED = ("dgm/density", "dgm/phase")  # in trainer.callback_metrics
 _MOSTLY = 5  # times as many frozen weights as masked ones
 _NAMED = 5  # weights named, the rest counted
 
@@ -56,9 +55,7 @@ class DGMLog:
         """Log a step, as often as the Trainer does and after each mask update; print the decisions once."""
         controller, trainer = self._controller, self._trainer
         # For ModelCheckpoint and EarlyStopping, in every step; self.log would keep them to one loop's results.
-        watched = {
-            name: torch.tensor(value, device="cpu") for name, value in self._metrics().items() if name in _WATCHED
-        }
+        watched = {name: torch.tensor(value, device="cpu") for name, value in self._watched().items()}
         trainer.callback_metrics.update(watched)
         if not self._printed:
             self._printed = True
@@ -66,8 +63,8 @@ class DGMLog:
             self._warn_frozen(controller)
         for report in self._new_reports():  # a redistribution has moved layers to densities that were not timed yet
             say_on(trainer, report)
-        late = [weight.name for weight in controller.masked_weights if updated and weight.since == controller.steps]
-        if late:
+        new = controller.masked_weights if updated else ()
+        if late := [weight.name for weight in new if weight.since == controller.steps]:
             rank_zero_info(
                 f"DGMCallback: {len(late)} layers ({first_names(late)}) have begun to train, and are masked from step "
                 f"{controller.steps} on"
@@ -83,13 +80,17 @@ class DGMLog:
             vars(self._bar).pop("get_metrics", None)
             self._bar = None
 
+    def _watched(self) -> dict[str, float]:
+        """Return the metrics that are in `trainer.callback_metrics` as well."""
+        controller = self._controller
+        phases = list(dict.fromkeys(segment.phase for segment in controller.schedule.segments))
+        return {"dgm/density": controller.density, "dgm/phase": float(phases.index(controller.phase))}
+
     def _metrics(self) -> dict[str, float]:
         controller = self._controller
-        segments = [segment.phase for segment in controller.schedule.segments]
         sent = {} if self.allreduce_bytes is None else {"dgm/allreduce_bytes": self.allreduce_bytes}
         return sent | {
-            "dgm/density": controller.density,
-            "dgm/phase": float(list(dict.fromkeys(segments)).index(controller.phase)),
+            **self._watched(),
             "dgm/flops_ratio": controller.flops_ratio,
             "dgm/flops_executed_ratio": controller.flops_executed_ratio,
         }

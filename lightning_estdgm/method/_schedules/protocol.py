@@ -9,6 +9,7 @@ import bisect
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 from lightning_estdgm._checks import check_int
@@ -121,13 +122,21 @@ class SteppedSchedule:
         """Densities of the masks, in order."""
         return tuple(density for _, density in self.changes)
 
+    @cached_property
+    def _firsts(self) -> list[int]:
+        return [segment.first for segment in self.segments]
+
+    @cached_property
+    def _at(self) -> list[int]:
+        return [step for step, _ in self.changes]
+
     def __call__(self, step: int) -> Plan:
         """Return the plan of optimizer step `step`."""
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
         step = min(step, self.total_steps - 1)
-        segment = self.segments[bisect.bisect_right(self.segments, step, key=lambda s: s.first) - 1]
-        index = bisect.bisect_right(self.changes, step, key=lambda change: change[0]) - 1
+        segment = self.segments[bisect.bisect_right(self._firsts, step) - 1]
+        index = bisect.bisect_right(self._at, step) - 1
         at, density = self.changes[index]
         upcoming = self.changes[index + 1][0] if index + 1 < len(self.changes) else math.inf
         return Plan(
