@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -59,9 +60,7 @@ _BOUND_TO_A_FIT = (
     "_clock",
     "_log",
     "_outcome",
-    "_graph_limit",
     "_packed",
-    "_clipping",
     "_loaded",
 )
 
@@ -126,9 +125,7 @@ class DGMCallback(pl.Callback):
         self._spawned = FitResultFile()
         self._copied: FitResult | None = None  # of the callback that this one is a copy of
         self._compression: GradientCompression | None = None
-        self._graph_limit: GraphLimit | None = None
         self._packed: PackedWeights | None = None
-        self._clipping: ManualClipping | None = None
         self._loaded: LoadedWeights | None = None
         self._eagerly: Any = None  # torch's stance for the first step, whose exit lets torch.compile work again
         self._restored: dict[str, Any] | None = None
@@ -139,6 +136,7 @@ class DGMCallback(pl.Callback):
         self._optimizers: list[Optimizer] = []  # the Trainer's, when last seen
         self._log: DGMLog | None = None
         self._outcome: RunOutcome | None = None
+        self._at_end = ExitStack()  # what ends with the fit, however it does
 
     @classmethod
     def from_preset(
@@ -257,7 +255,9 @@ class DGMCallback(pl.Callback):
             check_ddp(trainer)
             if self.config.storage == "packed":
                 self._packed = PackedWeights(trainer, pl_module, self.config, self.total_steps)
-            self._compression = GradientCompression(trainer) if self.compress_gradients else None
+            if self.compress_gradients:
+                self._compression = GradientCompression(trainer)
+                self._at_end.callback(self._compression.close)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the controller of the model and its optimizers; a fit with nothing left to do changes nothing."""
@@ -286,6 +286,7 @@ class DGMCallback(pl.Callback):
             say=partial(say_on, trainer),
             storage=None if self._packed is None else self._packed.begin(trainer),
         )
+        self._at_end.callback(self.controller.close)
         if self._packed is not None:
             mask_averages_(trainer, self.controller)  # copies of the whole weights, exchanged from the sanity check on
         # How much is left is known once the Trainer's loops are restored.
@@ -294,8 +295,9 @@ class DGMCallback(pl.Callback):
         if self._compression is not None:
             self._compression.register(self.controller)
         self._log = DGMLog(trainer, self.controller, unlisted_weights(pl_module, self.controller.candidates))
+        self._at_end.callback(self._log.close)
         self._outcome = RunOutcome(trainer, self.controller)
-        self._graph_limit = GraphLimit(sum(candidate.masked for candidate in self.controller.candidates))
+        self._at_end.callback(GraphLimit(sum(c.masked for c in self.controller.candidates)).restore)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Load state that a strategy restores only now: it belongs to the weights that are checked."""
@@ -335,8 +337,9 @@ class DGMCallback(pl.Callback):
         elif controller.recovered:
             rank_zero_info(f"A new run starts from weights with zeros: {controller.recovered}")
         if not pl_module.automatic_optimization:
-            self._clipping = ManualClipping(trainer, controller.mask_gradients)
+            self._at_end.callback(ManualClipping(trainer, controller.mask_gradients).end)
         self._loaded = LoadedWeights(controller)
+        self._at_end.callback(self._loaded.close)
         mask_averages_(trainer, controller)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -444,26 +447,10 @@ class DGMCallback(pl.Callback):
     def _release(self) -> None:
         self._compile_again()
         self._end_packing()
-        if self.controller is not None:
-            self.controller.close()
-        if self._compression is not None:
-            self._compression.close()
-            self._compression = None
-        if self._clipping is not None:
-            self._clipping.end()
-            self._clipping = None
-        if self._loaded is not None:
-            self._loaded.close()
-            self._loaded = None
-        if self._graph_limit is not None:
-            self._graph_limit.restore()
-            self._graph_limit = None
+        self._at_end.close()
         self._counts = self._clock_state()
-        self._clock = None
+        self._clock = self._compression = self._loaded = self._log = None
         self._optimizers = []
-        if self._log is not None:
-            self._log.close()
-            self._log = None
 
     # ------------------------------------------------------------------ state
 
@@ -474,7 +461,8 @@ class DGMCallback(pl.Callback):
         if isinstance(known, DGMController):
             sharded = any(weight.placement.is_sharded for weight in known.masked_weights)
             known = None if sharded else self._result(known)
-        return {**self.__dict__, **dict.fromkeys(_BOUND_TO_A_FIT), "_optimizers": [], "_copied": known}
+        unbound: dict[str, Any] = {**dict.fromkeys(_BOUND_TO_A_FIT), "_optimizers": [], "_at_end": ExitStack()}
+        return {**self.__dict__, **unbound, "_copied": known}
 
     @property
     def state_key(self) -> str:
