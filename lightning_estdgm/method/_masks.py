@@ -101,7 +101,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PIECE = 1 << 18
 """Number of elements that stay in a CPU's cache between reading and writing."""
 
-_FEW_ROWS = 8
+FEW_ROWS = 8
 """Rows of a unit whose squares are added one after the other."""
 
 
@@ -163,7 +163,7 @@ def pool_norm(weight: Tensor, block_size: BlockSize) -> Tensor:
     if block_size == 1:
         return weight.abs()
     (out, inner), (rows, columns) = weight.shape[:2], sides(block_size)
-    if rows > _FEW_ROWS:
+    if rows > FEW_ROWS:
         view = unit_view(weight, block_size)
         return torch.linalg.vector_norm(view, dim=[1, 3, *range(4, view.dim())])
     # A row of all units at a time: for 4 x 1, torch's norm over a short dimension takes 100 times as long on a CPU.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_estdgm.method._masks import FEW_ROWS, BlockSize, sides
 from lightning_estdgm.tools.planner._layout import ShardLayout
 from lightning_estdgm.tools.planner._planned_model import PlannedModel
 from lightning_estdgm.tools.planner._setup import TrainingSetup
@@ -10,11 +11,25 @@ _WORD_BYTES = 8
 _PASS_BYTES = 256 * _WORD_BYTES  # counts of one pass of `distributed._top_k`
 _PASSES = 4  # over float32 scores; more where scores are equal
 
-# What the operators of an observed step and of an update read and write for each weight that the GPU holds, in bytes;
-# of an update with finding the units it has grown, without clearing optimizer state. For float32; counted at torch's
-# dispatcher in the runs that check them.
-_OBSERVED_BYTES = {("whole", "block"): 16, ("whole", "weight"): 36, ("part", "block"): 29, ("part", "weight"): 44}
-_UPDATE_BYTES = {("whole", "block"): 31, ("whole", "weight"): 235, ("part", "block"): 67, ("part", "weight"): 1604}
+# What the operators of an observed step and of an update read and write in bytes: for each weight that the GPU holds,
+# and for each unit; of an update with finding the units it has grown, without clearing optimizer state. For float32;
+# counted at torch's dispatcher in the runs that check them.
+_OBSERVED_BYTES = {
+    ("whole", "block"): (16, 28),
+    ("whole", "few rows"): (27, 28),
+    ("whole", "weight"): (36, 0),
+    ("part", "block"): (28, 204),
+    ("part", "few rows"): (28, 204),
+    ("part", "weight"): (44, 0),
+}
+_UPDATE_BYTES = {
+    ("whole", "block"): (29, 335),
+    ("whole", "few rows"): (52, 335),
+    ("whole", "weight"): (235, 0),
+    ("part", "block"): (63, 1007),
+    ("part", "few rows"): (63, 1007),
+    ("part", "weight"): (1604, 0),
+}
 
 
 def update_cost(model: PlannedModel, setup: TrainingSetup, strategy: str) -> dict[str, float]:
@@ -33,12 +48,12 @@ def update_cost(model: PlannedModel, setup: TrainingSetup, strategy: str) -> dic
     states = setup.optimizer_states
     every = observed = update = sent_observed = sent_update = idle = 0.0
     for layer in model.masked:
-        grain = "weight" if layer.block_size == 1 else "block"
-        here = layer.weights / layout.shards
-        fill = 2 * each + (1 if layout.is_sharded or grain == "weight" else 0)  # read, write, and the mask
-        every += here * 2 * fill
-        observed += here * _OBSERVED_BYTES[holding, grain]
-        update += here * (_UPDATE_BYTES[holding, grain] + states * fill)
+        grain = _grain(layer.block_size)
+        here, units = layer.weights / layout.shards, layer.units / layout.shards
+        fill = here * 2 * each + (here if layout.is_sharded else units)  # read, write, and the mask
+        every += 2 * fill
+        observed += _bytes(_OBSERVED_BYTES[holding, grain], here, units)
+        update += _bytes(_UPDATE_BYTES[holding, grain], here, units) + states * fill
         words = 2.0 if grain == "weight" else 1.0 + layer.units
         sent_observed += around * _WORD_BYTES * words
         ranked = 4 * _WORD_BYTES + 2 * _PASSES * layer.parts * _PASS_BYTES
@@ -61,3 +76,13 @@ def update_cost(model: PlannedModel, setup: TrainingSetup, strategy: str) -> dic
         "sent, mean a step": (setup.observe_steps * sent_observed + sent_update) / period,
         "FLOPs of observing": setup.observe_steps / period * idle / (3.0 * model.parameters),
     }
+
+
+def _grain(block_size: BlockSize) -> str:
+    if block_size == 1:
+        return "weight"
+    return "few rows" if sides(block_size)[0] <= FEW_ROWS else "block"
+
+
+def _bytes(each: tuple[int, int], weights: float, units: float) -> float:
+    return each[0] * weights + each[1] * units

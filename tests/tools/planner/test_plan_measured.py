@@ -181,11 +181,14 @@ def run(strategy: str, block_size: int | str, compress: bool = False) -> dict[st
     }
 
 
-CASES: dict[str, tuple[str, int | str, bool]] = {
+CASES: dict[str, tuple[str, Any, bool]] = {
     "DDP, blocks": ("ddp", "auto", False),
+    "DDP, units of 4 x 1": ("ddp", (4, 1), False),
+    "DDP, units of 8": ("ddp", 8, False),
     "DDP, single weights": ("ddp", 1, False),
     "DDP, active units": ("ddp", "auto", True),
     "FSDP2, blocks": ("fsdp2", "auto", False),
+    "FSDP2, units of 4": ("fsdp2", 4, False),
     "FSDP2, single weights": ("fsdp2", 1, False),
     "tensor parallel": ("2d", "auto", False),
 }
