@@ -48,7 +48,7 @@ def brief(model):
     return torch.optim.AdamW(model.parameters(), 1e-2, betas=(0.3, 0.3))
 
 
-@pytest.fixture(params=[1, _unit_views._FEW], ids=["views", "copies"])
+@pytest.fixture(params=[1, 1 << 20], ids=["views", "copies"])
 def few(request, monkeypatch):
     """From how many elements on a cohort is a view; of these small layers all, or none."""
     monkeypatch.setattr(_unit_views, "_FEW", request.param)
