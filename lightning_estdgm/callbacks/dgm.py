@@ -493,6 +493,8 @@ class DGMCallback(pl.Callback):
     ) -> None:
         """Note the step of a checkpoint, in case it holds no state of this callback."""
         self._checkpoint_step = max(self._checkpoint_step, checkpoint["global_step"])
+        if self._clock is not None:  # the strategy restores only now
+            self._clock.forget_loader()
 
 
 def _are_same(some: Sequence[Optimizer], others: Sequence[Optimizer]) -> bool:

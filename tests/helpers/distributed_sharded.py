@@ -340,7 +340,7 @@ def train(
         strategy=strategy_of(strategy),
         devices=ranks,
         max_steps=STEPS,
-        max_epochs=-1,
+        max_epochs=3,  # so that the length is asked of the loader, too
         accumulate_grad_batches=accumulate,
         use_distributed_sampler=False,
         plugins=[AnyPrecision("32-true")] if strategy.startswith("FSDP1") else None,

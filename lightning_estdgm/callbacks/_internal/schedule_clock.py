@@ -189,6 +189,10 @@ class ScheduleClock:
             f"spread over the {left} steps that are left"
         )
 
+    def forget_loader(self) -> None:
+        """Have the Trainer ask for its loader anew: one made before the loops are restored never sees its position."""
+        self._fit_loop._combined_loader = None
+
     def _agree(self, value: int, reduce_op: str) -> int:
         if self._trainer.world_size == 1:
             return value
@@ -242,8 +246,7 @@ class ScheduleClock:
         if trainer.train_dataloader is None:
             trainer.fit_loop.setup_data()
             if trainer.ckpt_path is not None:
-                # The loops are restored after this; a loader made before that would never see its saved position.
-                trainer.fit_loop._combined_loader = None
+                self.forget_loader()
         if not math.isfinite(trainer.num_training_batches):
             return None
         return sum(self._epoch_steps(trainer, e) for e in range(epoch, self._max_epochs))
