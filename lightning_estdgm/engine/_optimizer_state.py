@@ -116,15 +116,18 @@ class OptimizerStates:
         return list({id(optimizer): optimizer for optimizer in found}.values())
 
     def entries(self, weight: MaskedWeight) -> Iterator[tuple[str, Path, Tensor]]:
-        """Yield each tensor once: a wrapper may hold the state of what it wraps."""
-        seen: dict[int, Tensor] = {}  # kept: ids of tensors that are gone are used again
+        """Yield each tensor once, by a place with a rule if it has any: a wrapper may hold the state of what it wraps."""
+        rules = self._rules.get(id(weight.parameter), {})
+        found: dict[int, tuple[str, Path, Tensor]] = {}  # by id; tensors are kept, as ids of gone ones are used again
         for optimizer in self._every:
             if isinstance(optimizer, LBFGS):
                 continue
+            name = type(optimizer).__name__
             for path, state in state_entries(optimizer, weight.parameter):
-                if id(state) not in seen:
-                    seen[id(state)] = state
-                    yield type(optimizer).__name__, path, state
+                known = found.get(id(state))
+                if known is None or (known[:2] not in rules and (name, path) in rules):
+                    found[id(state)] = name, path, state
+        yield from found.values()
 
     def _tried(self, optimizer: Optimizer, weight: MaskedWeight, changes_masks: bool) -> Rules:
         if local_tensor(weight.parameter).numel() < 2 or any(

@@ -14,6 +14,7 @@ from lightning_estdgm.engine._optimizer_state import OptimizerStates
 from lightning_estdgm.engine._state_entries import state_entries
 from lightning_estdgm.engine._state_rules import Constant, CopyOfWeight, Kept, Requantised
 from lightning_estdgm.engine._state_trial import StateUnknownError, TrialFailedError, fresh_state_rules
+from lightning_estdgm.method._schedules import EstDgm
 
 
 class Custom(torch.optim.SGD):
@@ -343,6 +344,35 @@ def test_state_that_cannot_be_found_is_kept_and_said(mlp):
         optimizer.state[model[0].weight]["late"] = torch.rand(32, 32)
         with pytest.warns(RuntimeWarning, match=r"state 'Custom\.state\.late' is kept as it is"):
             run(model, optimizer, dgm)
+
+
+class Sharing(torch.optim.Optimizer):
+    """Steps by another optimizer, and keeps its state as its own, as `ZeroRedundancyOptimizer` does once loaded."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.inner, self.handle = inner, Handle()  # so it cannot be tried, and what it wraps can
+
+    def step(self, closure=None):
+        loss = self.inner.step(closure)
+        for p, state in self.inner.state.items():
+            self.state[p] = dict(state)
+        return loss
+
+
+@pytest.mark.filterwarnings("ignore:the optimizer's state")
+def test_state_that_a_wrapper_shares_is_reset_by_what_is_known_of_the_optimizer_inside(mlp):
+    model = mlp(32, 32, 32, 4)
+    inner = adamw(model)
+    optimizer = Sharing(inner)
+    dense_first = DGMConfig(EstDgm(update_every=4, observe_steps=2, warmup=0.2), units=Units(size=1), backend="dense")
+    with DGMController(model, optimizer, dense_first, total_steps=STEPS, audit=False) as dgm:
+        for _, updated in fit(model, optimizer, dgm):
+            if updated:
+                inactive = ~dgm.masks()["0"]
+                assert inactive.any()
+                assert not inner.state[model[0].weight]["exp_avg"][inactive].any()
+    assert dgm.updates > 2
 
 
 def test_the_history_of_lbfgs_is_cleared_at_updates(mlp):
