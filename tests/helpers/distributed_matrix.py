@@ -79,7 +79,7 @@ ROWS = {
         ),
         Row(
             "FSDP2",
-            "ModelParallelStrategy()",
+            "ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)",
             dict.fromkeys(("64-true", "16-mixed"), "The `ModelParallelStrategy` does not support"),
         ),
         Row(
