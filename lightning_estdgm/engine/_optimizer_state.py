@@ -116,9 +116,9 @@ class OptimizerStates:
         return list({id(optimizer): optimizer for optimizer in found}.values())
 
     def entries(self, weight: MaskedWeight) -> Iterator[tuple[str, Path, Tensor]]:
-        """Yield each tensor once, by a place with a rule if it has any: a wrapper may hold the state of what it wraps."""
+        """Yield each tensor once, by a place with a rule if any: a wrapper may hold the state of what it wraps."""
         rules = self._rules.get(id(weight.parameter), {})
-        found: dict[int, tuple[str, Path, Tensor]] = {}  # by id; tensors are kept, as ids of gone ones are used again
+        found: dict[int, tuple[str, Path, Tensor]] = {}  # by id; kept, as ids of gone ones are used again
         for optimizer in self._every:
             if isinstance(optimizer, LBFGS):
                 continue
