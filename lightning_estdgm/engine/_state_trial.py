@@ -7,7 +7,8 @@ every step, as that of inactive weights is. Each tensor of its state is one of
 - a **copy of the weights** there;
 - **mixed**: it depends there on gradients elsewhere, so it is in another basis (SOAP) or a matrix of its own that has
   the weight's shape by chance (Shampoo's statistics of a square weight);
-- a **table**, which depends on neither weights nor gradients.
+- a **table**, which depends on neither weights nor gradients;
+- a **choice** of weights, in bools, which has state of its size beside it (SaRA).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _REQUANTISED = 0.15  # largest error of a 4-bit state that is written back, as a
 
 _MIXED = Kept("its elements mix the gradients of several weights")
 _TABLE = Kept("it depends on neither weights nor gradients")
+_CHOICE = Kept("it says which weights have state")
 
 
 class TrialFailedError(Exception):
@@ -74,7 +76,9 @@ def fresh_state_rules(optimizer: Optimizer, parameter: Tensor) -> dict[tuple[str
         for key, entry in still.items():
             if entry.is_uniform or key not in moving:
                 continue
-            if entry.rule is not None:
+            if entry.is_choice:
+                rules[key] = _CHOICE
+            elif entry.rule is not None:
                 rules[key] = entry.rule
             elif moving[key].is_copy:
                 rules[key] = CopyOfWeight()
@@ -105,6 +109,7 @@ class _Entry:
         is_uniform: whether all its elements are equal.
         constant: the number at quiet elements, if it is one.
         is_copy: whether it equals the weight at quiet elements, before or after the steps.
+        is_choice: whether it holds bools.
         rule: rule that was found by writing to it, if it is a packed quantised tensor.
 
     """
@@ -113,6 +118,7 @@ class _Entry:
         packed = hasattr(state, "__tensor_flatten__")
         values = state.dequantize() if packed else state
         values = values.detach().reshape(-1)
+        self.is_choice = values.dtype is torch.bool
         self.is_uniform = bool((values == values[0]).all())
         self.quiet = values[quiet].clone()
         same = self.quiet.numel() > 0 and bool((self.quiet == self.quiet[0]).all())

@@ -346,6 +346,26 @@ def test_state_that_cannot_be_found_is_kept_and_said(mlp):
             run(model, optimizer, dgm)
 
 
+def test_a_choice_of_weights_stays_as_it_is(mlp):
+    """SaRA steps the weights that were small at first, and keeps moments of these alone."""
+    sara = pytest.importorskip("pytorch_optimizer").SaRA
+    model = mlp(32, 32, 32, 4)
+    optimizer = sara(model.parameters(), lr=1e-2, threshold=0.1)
+    rule = fresh_state_rules(optimizer, model[0].weight)["SaRA", ("state", "mask")]
+    assert isinstance(rule, Kept)
+    assert "which weights have state" in rule.why
+    chosen = [optimizer.state[p]["mask"].clone() for p in model.parameters()]
+    schedule = EstDgm(update_every=4, observe_steps=2)
+    config = DGMConfig(schedule, units=Units(size=1), backend="dense")
+    with DGMController(model, optimizer, config, total_steps=STEPS, audit=False) as dgm:
+        run(model, optimizer, dgm)
+    assert dgm.updates > 2
+    for p, mask in zip(model.parameters(), chosen, strict=True):
+        state = optimizer.state[p]
+        assert torch.equal(state["mask"], mask)
+        assert state["exp_avg"].numel() == mask.sum()
+
+
 class Sharing(torch.optim.Optimizer):
     """Steps by another optimizer, and keeps its state as its own, as `ZeroRedundancyOptimizer` does once loaded."""
 
