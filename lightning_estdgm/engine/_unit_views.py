@@ -62,7 +62,7 @@ class UnitViews:
         values, size = weight.weight, unit_size(weight.weight)
         self._living = len(living)
         self._whole: dict[str, Any] = optimizer.state[weight.parameter]
-        self._entries = [(key, value) for key, value in self._whole.items() if has_part(value)]
+        self._entries = {key: value for key, value in self._whole.items() if has_part(value)}
         self._memory = self._addresses(weight)
         self.settled = UnitsView(self._whole, values, 0, living[0].start, None)
         self.left = [cohort for cohort in living if len(cohort.units) * size < _FEW]
@@ -86,15 +86,15 @@ class UnitViews:
             view.show(optimizer, gradient)
 
     def _are_of(self, optimizer: Optimizer, weight: SteppedWeight, living: Sequence[Cohort]) -> bool:
-        whole = self._whole
-        if self._living != len(living) or optimizer.state[weight.parameter] is not whole:
-            return False
-        return not [1 for key, entry in self._entries if whole.get(key) is not entry] and (
-            self._memory == self._addresses(weight)
+        return (
+            self._living == len(living)
+            and optimizer.state[weight.parameter] is self._whole
+            and all(self._whole.get(key) is entry for key, entry in self._entries.items())
+            and self._memory == self._addresses(weight)
         )
 
     def _addresses(self, weight: SteppedWeight) -> list[int]:
-        return [weight.parameter.data_ptr(), *[entry.data_ptr() for _, entry in self._entries]]
+        return [weight.parameter.data_ptr(), *[entry.data_ptr() for entry in self._entries.values()]]
 
 
 class UnitsView:
@@ -122,7 +122,7 @@ class UnitsView:
 
     def show(self, optimizer: Optimizer, gradient: Tensor) -> None:
         """Give the parameter its gradient and state."""
-        self.parameter.grad = gradient.narrow(0, self._start, self._count) if self._count else self._piece(gradient)
+        self.parameter.grad = self._piece(gradient)
         if self._cohort is None:
             optimizer.state[self.parameter] = self._whole | self._entries
         elif self._cohort.numbers:  # else the optimizer makes its state, as it does for a fresh parameter
@@ -130,12 +130,8 @@ class UnitsView:
 
     def write(self, optimizer: Optimizer) -> None:
         """Write the state that the optimizer has made anew; numbers are kept by the cohort, or the weight."""
-        state = optimizer.state.get(self.parameter, {})
-        known = self._whole if self._cohort is None else self._cohort.numbers
-        if not [1 for key, value in state.items() if value is not self._entries.get(key, known.get(key))]:
-            return  # all of it was written in place
         numbers: dict[str, Any] = {}
-        for key, value in state.items():
+        for key, value in optimizer.state.get(self.parameter, {}).items():
             if value is self._entries.get(key):
                 continue
             if not has_part(value):

@@ -11,24 +11,15 @@ _WORD_BYTES = 8
 _PASS_BYTES = 256 * _WORD_BYTES  # counts of one pass of `distributed._top_k`
 _PASSES = 4  # over float32 scores; more where scores are equal
 
-# What the operators of an observed step and of an update read and write in bytes: for each weight that the GPU holds,
+# What the operators of an observed step, and of an update, read and write in bytes: for each weight that the GPU holds,
 # and for each unit; of an update with finding the units it has grown, without clearing optimizer state. For float32;
 # counted at torch's dispatcher in the runs that check them.
-_OBSERVED_BYTES = {
-    ("whole", "block"): (16, 28),
-    ("whole", "few rows"): (27, 28),
-    ("whole", "weight"): (36, 0),
-    ("part", "block"): (28, 204),
-    ("part", "few rows"): (28, 204),
-    ("part", "weight"): (44, 0),
-}
-_UPDATE_BYTES = {
-    ("whole", "block"): (29, 335),
-    ("whole", "few rows"): (52, 335),
-    ("whole", "weight"): (235, 0),
-    ("part", "block"): (63, 1007),
-    ("part", "few rows"): (63, 1007),
-    ("part", "weight"): (1604, 0),
+_BYTES = {
+    ("whole", "block"): ((16, 28), (29, 335)),
+    ("whole", "few rows"): ((27, 28), (52, 335)),
+    ("whole", "weight"): ((36, 0), (235, 0)),
+    ("part", "block"): ((28, 204), (63, 1007)),
+    ("part", "weight"): ((44, 0), (1604, 0)),
 }
 
 
@@ -48,12 +39,13 @@ def update_cost(model: PlannedModel, setup: TrainingSetup, strategy: str) -> dic
     states = setup.optimizer_states
     every = observed = update = sent_observed = sent_update = idle = 0.0
     for layer in model.masked:
-        grain = _grain(layer.block_size)
+        grain = _grain(holding, layer.block_size)
         here, units = layer.weights / layout.shards, layer.units / layout.shards
         fill = here * 2 * each + (here if layout.is_sharded else units)  # read, write, and the mask
         every += 2 * fill
-        observed += _bytes(_OBSERVED_BYTES[holding, grain], here, units)
-        update += _bytes(_UPDATE_BYTES[holding, grain], here, units) + states * fill
+        in_observed, in_update = (weight * here + unit * units for weight, unit in _BYTES[holding, grain])
+        observed += in_observed
+        update += in_update + states * fill
         words = 2.0 if grain == "weight" else 1.0 + layer.units
         sent_observed += around * _WORD_BYTES * words
         ranked = 4 * _WORD_BYTES + 2 * _PASSES * layer.parts * _PASS_BYTES
@@ -78,11 +70,7 @@ def update_cost(model: PlannedModel, setup: TrainingSetup, strategy: str) -> dic
     }
 
 
-def _grain(block_size: BlockSize) -> str:
+def _grain(holding: str, block_size: BlockSize) -> str:
     if block_size == 1:
         return "weight"
-    return "few rows" if sides(block_size)[0] <= FEW_ROWS else "block"
-
-
-def _bytes(each: tuple[int, int], weights: float, units: float) -> float:
-    return each[0] * weights + each[1] * units
+    return "few rows" if holding == "whole" and sides(block_size)[0] <= FEW_ROWS else "block"
