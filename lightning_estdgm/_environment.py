@@ -24,12 +24,21 @@ def cache_folder() -> Path:
     return Path(base) / "lightning_estdgm"
 
 
+_PROCESSORS = Path("/proc/cpuinfo")
 _VECTOR_SETS = r"s?sse\w*|avx\w*|amx\w*|fma|f16c|bmi[12]|asimd\w*|sve\w*|bf16|i8mm"
 
 
 def processor_name() -> str:
-    """Return the processor's name, as far as the system tells it."""
-    return _cpu_info("model name") or platform.processor() or platform.machine()
+    """Return the processor's name, as far as the system tells it.
+
+    Virtual machines often hide the number of a model, so that generations share a name. Then its family and model are added, as
+    in ``"AMD EPYC, family 26 model 2"``.
+    """
+    name = _cpu_info("model name")
+    hidden = name and not re.search(r"\d", name)
+    if hidden and (family := _cpu_info("cpu family")) and (model := _cpu_info("model")):
+        return f"{name}, family {family} model {model}"
+    return name or platform.processor() or platform.machine()
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -45,10 +54,11 @@ def instruction_sets() -> tuple[str, ...]:
 def _cpu_info(entry: str) -> str:
     """Return the first such entry of Linux's list of processors, empty if there is none."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = _PROCESSORS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(entry)), "")
+    entries = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in entries if name.strip() == entry), "")
 
 
 def package_version(distribution: str) -> str | None:

@@ -22,6 +22,7 @@ from lightning_estdgm.engine._placement import Placement, placement_of
 from lightning_estdgm.engine._young_units import YoungUnits
 from lightning_estdgm.method._masks import BlockSize, active_units, keep_active_, mask_shape, pack_bits, unpack_bits
 from lightning_estdgm.modules._candidates import Candidate
+from lightning_estdgm.sparse.backends.native._memory import zero_outside_
 
 
 class MaskedWeight:
@@ -206,7 +207,9 @@ class MaskedWeight:
     def fill_inactive_(self, tensor: Tensor) -> None:
         """Zero a local tensor of the weight's shape where the mask is inactive."""
         if not self.is_dense:
-            keep_active_(tensor, self.addressed_mask.to(tensor.device), self.placement.grain)
+            mask, grain = self.addressed_mask.to(tensor.device), self.placement.grain
+            if not zero_outside_(tensor, mask, grain):
+                keep_active_(tensor, mask, grain)
 
     def note_written(self) -> None:
         """Note that the weight is in line with its mask now."""

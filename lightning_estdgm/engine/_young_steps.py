@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from lightning_estdgm.engine._state_rules import oriented
 from lightning_estdgm.engine._unit_views import SteppedWeight, UnitsView, UnitViews, beside, has_part, piece, unit_size
 from lightning_estdgm.engine._young_units import Cohort
+from lightning_estdgm.sparse.backends.native._memory import gather_, scatter_
 
 
 class YoungSteps:
@@ -132,7 +133,7 @@ class _Part:
         """Copy the elements of a cohort into a vector."""
         if cohort.elements is None:
             out.copy_(self._piece(whole, cohort).reshape(-1))
-        else:
+        elif not gather_(out, whole, cohort.elements):
             memory, places = _in_memory(whole, cohort.elements)
             torch.index_select(memory, 0, places, out=out)
 
@@ -141,7 +142,7 @@ class _Part:
         if cohort.elements is None:
             units = self._piece(whole, cohort)
             units.copy_(values.view_as(units))
-        else:
+        elif not scatter_(whole, cohort.elements, values):
             memory, places = _in_memory(whole, cohort.elements)
             memory.scatter_(0, places, values)
 

@@ -88,7 +88,7 @@ def kernels(
     dtype: Annotated[list[str] | None, typer.Option(help="Data types; repeatable (CPU: float32, bfloat16).")] = None,
     images: Annotated[int | None, typer.Option(help="Batch of the convolutions (CPU: 2, GPU: 64).")] = None,
     image_size: Annotated[int | None, typer.Option(help="Of the ResNet-50's images, in pixels.")] = None,
-    peers: Annotated[bool, typer.Option(help="PyTorch's own BSR, CSR and 2:4 too.")] = True,
+    peers: Annotated[bool, typer.Option(help="PyTorch's own BSR, CSR and 2:4, and oneDNN's dense product too.")] = True,
     rounds: Annotated[int | None, typer.Option(help="Timed turns, 1 to 12; the fastest counts.", min=1, max=12)] = None,
     quick: Annotated[bool, typer.Option("--quick", help="The few cases that show most, in minutes.")] = False,
     output: _Output = None,

@@ -1,7 +1,8 @@
-"""PyTorch's own sparse layouts are measured, or left out with a reason."""
+"""PyTorch's sparse layouts and oneDNN's dense product are measured, or left out with a reason."""
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from helpers.bench_cases import TINY_KERNELS
@@ -34,3 +35,19 @@ def test_two_four_keeps_the_two_larger_of_four(monkeypatch):
     found = peers.measure_peer(peers.PEERS[2], x, peers.Weights(weight, topology), dy, rounds=1)
     assert found.density == 0.5
     assert set(found.products) == {"Y", "dX", "dW"}
+
+
+def test_onednn_multiplies_dense_right_in_all_three_products():
+    (row,) = [r for r in linear_rows(TINY_KERNELS) if r["backend"] == "oneDNN dense"]
+    assert (row["density"], row["block_size"], row["wrong"]) == (1.0, None, False)
+    for product in row["products"].values():
+        assert product["relative_error"] < 1e-5
+        assert product["efficiency"] == pytest.approx(product["speedup"])
+    assert row["speedup"] == row["efficiency"] > 0
+
+
+def test_a_wrong_dense_product_is_marked(monkeypatch):
+    monkeypatch.setattr(peers, "_onednn", lambda a, b: 1.01 * (a @ b.t()))
+    (row,) = [r for r in linear_rows(TINY_KERNELS) if r["backend"] == "oneDNN dense"]
+    assert row["wrong"]
+    assert row["speedup"] is None

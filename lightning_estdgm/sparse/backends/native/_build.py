@@ -99,11 +99,20 @@ def library() -> ctypes.CDLL | str:
     loaded.estdgm_packings.argtypes, loaded.estdgm_packings.restype = [], _N
     weight_sum = loaded.estdgm_weight_sum
     weight_sum.argtypes, weight_sum.restype = [_P, *[_N] * 3, _P, _N, _N, _P, _P, *[_N] * 3, _I], ctypes.c_uint64
+    loaded.estdgm_zero_outside.argtypes, loaded.estdgm_zero_outside.restype = [_P, *[_N] * 5, _P, _N, _N, _I], None
+    for move in (loaded.estdgm_gather, loaded.estdgm_scatter):
+        move.argtypes, move.restype = [_P, _P, _N, _P, _N, _I], None
     loaded.estdgm_units_free.argtypes, loaded.estdgm_units_free.restype = [_P], None
     for dtype in DTYPES.values() if loaded.estdgm_has_bfloat16() else ("float32",):
         for name, arguments in _ARGUMENTS.items():
             getattr(loaded, f"estdgm_{name}_{dtype}").argtypes = arguments
     return loaded
+
+
+def library_in_use() -> ctypes.CDLL | None:
+    """Return the compiled operator if a layer's product has loaded it; never build it."""
+    found = library() if library.cache_info().currsize else None
+    return None if isinstance(found, str) else found
 
 
 def function(name: str, dtype: torch.dtype) -> Callable[..., int]:

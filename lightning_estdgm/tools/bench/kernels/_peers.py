@@ -1,10 +1,11 @@
-"""PyTorch's own sparse layouts as peers: BSR, CSR and 2:4. Each is one small function that makes the sparse weight."""
+"""What else PyTorch has: its sparse layouts BSR, CSR and 2:4, and oneDNN's dense product, which `F.linear` may not call."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.tools.bench.kernels._rows import is_wrong, product_row, relative_error
 from lightning_estdgm.tools.bench.kernels._timing import take_turns
+
+_SUM = ("whole", "the sum of the three products")
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,19 @@ class Weights:
 
 @dataclass(frozen=True)
 class Peer:
-    """Sparse layout of PyTorch's own.
+    """Other way to compute the layer.
 
     Attributes:
         name: name of the peer.
-        make: function that returns the sparse weight and its values as a dense matrix; it raises where the layout does
-            not exist here.
+        measure: function of X, the weights, dY and the number of turns that times the peer; it raises where the peer
+            does not exist here.
         has_blocks: whether it stores blocks; else it is measured at one block size only.
         any_density: whether it can have any density; else it is measured once for a shape.
 
     """
 
     name: str
-    make: Callable[[Weights], tuple[Tensor, Tensor]]
+    measure: Callable[[Tensor, Weights, Tensor, int], PeerTimes]
     has_blocks: bool = False
     any_density: bool = True
 
@@ -55,6 +58,9 @@ class PeerTimes:
     seconds: tuple[float, float] | None
     products: Mapping[str, Any]
     notes: Mapping[str, str] = field(default_factory=dict)
+
+
+# ---- sparse layouts: each is a function that returns the sparse weight, and its values as a dense matrix
 
 
 def torch_bsr(weights: Weights) -> tuple[Tensor, Tensor]:
@@ -78,26 +84,12 @@ def torch_two_four(weights: Weights) -> tuple[Tensor, Tensor]:
     return torch.sparse.to_sparse_semi_structured(pruned), pruned
 
 
-PEERS = (
-    Peer("torch BSR", torch_bsr, has_blocks=True),
-    Peer("torch CSR", torch_csr),
-    Peer("torch 2:4", torch_two_four, any_density=False),
-)
-
-
-def measure_peer(peer: Peer, x: Tensor, weights: Weights, dy: Tensor, rounds: int) -> PeerTimes | str:
-    """Time what the peer has of Y, dX and dW against dense, or return in a phrase why it has not even Y.
-
-    Gradients come from autograd, where it defines them; ``notes`` says of each that is missing why.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".*(beta state|prototype)", category=UserWarning)
-        try:
-            sparse, dense = peer.make(weights)
-            error = relative_error(F.linear(x, sparse), F.linear(x, dense))
-        except Exception as e:  # another project's layout may fail in any way; then it is left out, and why is told
-            return _first_line(e)
-        return _times(x, sparse, dense, dy, error, rounds)
+def _layout(
+    make: Callable[[Weights], tuple[Tensor, Tensor]], x: Tensor, weights: Weights, dy: Tensor, rounds: int
+) -> PeerTimes:
+    sparse, dense = make(weights)
+    error = relative_error(F.linear(x, sparse), F.linear(x, dense))
+    return _times(x, sparse, dense, dy, error, rounds)
 
 
 def _times(x: Tensor, sparse: Tensor, dense: Tensor, dy: Tensor, error: float, rounds: int) -> PeerTimes:
@@ -134,12 +126,63 @@ def _times(x: Tensor, sparse: Tensor, dense: Tensor, dy: Tensor, error: float, r
         add(product, expected, backward, False)
     whole = None
     if {"dX", "dW"} <= products.keys():
-        whole = (
-            sum(products[p]["dense_s"] for p in ("Y", "dX", "dW")),
-            sum(products[p]["sparse_s"] for p in ("Y", "dX", "dW")),
-        )
-        notes["whole"] = "the sum of the three products"
+        whole = _whole(products)
+        notes.update((_SUM,))
     return PeerTimes(density, whole, products, notes)
+
+
+def _whole(products: Mapping[str, Any]) -> tuple[float, float]:
+    return sum(row["dense_s"] for row in products.values()), sum(row["sparse_s"] for row in products.values())
+
+
+# ---- dense
+
+
+def _onednn_dense(x: Tensor, weights: Weights, dy: Tensor, rounds: int) -> PeerTimes:
+    """Time oneDNN's dense product: the same FLOPs as `F.linear`, for which PyTorch calls MKL in float32.
+
+    On AMD's processors with AVX-512, MKL 2024.2 goes no faster than AVX2 does: there this is what a dense layer could reach.
+    """
+    w = weights.dense
+    products: dict[str, Any] = {}
+    for product, a, b in (("Y", x, w), ("dX", dy, w.t()), ("dW", dy.t(), x.t())):
+        expected = a @ b.t()
+        error = relative_error(_onednn(a, b), expected)
+        calls = {"dense": partial(torch.matmul, a, b.t()), "peer": partial(_onednn, a, b)}
+        seconds = take_turns(calls, x.device, rounds)
+        flops, wrong = 2.0 * expected.numel() * a.shape[1], is_wrong(error, x.dtype)
+        products[product] = product_row(seconds["dense"], seconds["peer"], flops, 1.0, error, wrong)
+    return PeerTimes(1.0, _whole(products), products, dict((_SUM,)))
+
+
+def _onednn(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b.t()`` by oneDNN; a private operator of PyTorch's, which its compiler calls."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return product
+
+
+# ---- all
+
+
+PEERS = (
+    Peer("torch BSR", partial(_layout, torch_bsr), has_blocks=True),
+    Peer("torch CSR", partial(_layout, torch_csr)),
+    Peer("torch 2:4", partial(_layout, torch_two_four), any_density=False),
+    Peer("oneDNN dense", _onednn_dense, any_density=False),
+)
+
+
+def measure_peer(peer: Peer, x: Tensor, weights: Weights, dy: Tensor, rounds: int) -> PeerTimes | str:
+    """Time what the peer has of Y, dX and dW against dense, or return in a phrase why it has not even Y.
+
+    Gradients come from autograd, where a layout defines them; ``notes`` says of each that is missing why.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*(beta state|prototype)", category=UserWarning)
+        try:
+            return peer.measure(x, weights, dy, rounds)
+        except Exception as e:  # another project's code may fail in any way; then it is left out, and why is told
+            return _first_line(e)
 
 
 def _first_line(error: Exception) -> str:
