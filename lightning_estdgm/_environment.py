@@ -31,8 +31,8 @@ _VECTOR_SETS = r"s?sse\w*|avx\w*|amx\w*|fma|f16c|bmi[12]|asimd\w*|sve\w*|bf16|i8
 def processor_name() -> str:
     """Return the processor's name, as far as the system tells it.
 
-    Virtual machines often hide the number of a model, so that generations share a name. Then its family and model are added, as
-    in ``"AMD EPYC, family 26 model 2"``.
+    Virtual machines often hide the number of a model, so that generations share a name. Then its family and model are
+    added, as in ``"AMD EPYC, family 26 model 2"``.
     """
     name = _cpu_info("model name")
     hidden = name and not re.search(r"\d", name)

@@ -4,9 +4,7 @@ import pytest
 
 from lightning_estdgm import _environment
 
-HIDDEN = (
-    "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\n"
-)
+HIDDEN = "processor\t: 0\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\n"
 TOLD = "processor\t: 0\ncpu family\t: 6\nmodel\t\t: 85\nmodel name\t: Intel(R) Xeon(R) Gold 6252 CPU @ 2.10GHz\n"
 
 

@@ -1,4 +1,4 @@
-"""What else PyTorch has: its sparse layouts BSR, CSR and 2:4, and oneDNN's dense product, which `F.linear` may not call."""
+"""What else PyTorch has: its sparse layouts BSR, CSR and 2:4, and oneDNN's dense product beside that of `F.linear`."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def _whole(products: Mapping[str, Any]) -> tuple[float, float]:
 def _onednn_dense(x: Tensor, weights: Weights, dy: Tensor, rounds: int) -> PeerTimes:
     """Time oneDNN's dense product: the same FLOPs as `F.linear`, for which PyTorch calls MKL in float32.
 
-    On AMD's processors with AVX-512, MKL 2024.2 goes no faster than AVX2 does: there this is what a dense layer could reach.
+    On AMD's processors MKL 2024.2 goes no faster than AVX2 allows: there this is what a dense layer could reach.
     """
     w = weights.dense
     products: dict[str, Any] = {}
