@@ -5,7 +5,8 @@ An optimizer that steps these instead of the parameter steps each unit once, by 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -64,13 +65,18 @@ class UnitViews:
         self._whole: dict[str, Any] = optimizer.state[weight.parameter]
         self._entries = {key: value for key, value in self._whole.items() if has_part(value)}
         self._memory = self._addresses(weight)
-        self.settled = UnitsView(self._whole, values, 0, living[0].start, None)
+        counts = [living[0].start, *[len(cohort.units) for cohort in living]]
+        self._runs = [count * _run(values, size) for count in counts]
+        self.settled = UnitsView(self._whole, values, 0, counts[0], None)
         self.left = [cohort for cohort in living if len(cohort.units) * size < _FEW]
-        self.young = [
+        views = [
             UnitsView(self._whole, values, cohort.start, len(cohort.units), cohort)
-            for cohort in living
             if len(cohort.units) * size >= _FEW
+            else None
+            for cohort in living
         ]
+        self.young = [view for view in views if view is not None]
+        self._in_order = [self.settled, *views]
 
     @classmethod
     def of(cls, optimizer: Optimizer, weight: SteppedWeight, living: Sequence[Cohort]) -> UnitViews:
@@ -82,8 +88,9 @@ class UnitViews:
 
     def show(self, optimizer: Optimizer, gradient: Tensor) -> None:
         """Give the views their parts of the weight's gradient, and their states."""
-        for view in (self.settled, *self.young):
-            view.show(optimizer, gradient)
+        for view, part in zip(self._in_order, gradient.split(self._runs), strict=True):
+            if view is not None:
+                view.show(optimizer, part)
 
     def _are_of(self, optimizer: Optimizer, weight: SteppedWeight, living: Sequence[Cohort]) -> bool:
         return (
@@ -119,19 +126,29 @@ class UnitsView:
         self._entries = {key: self._piece(value.detach()) for key, value in whole.items() if has_part(value)}
         if cohort is not None:
             cohort.numbers = {key: beside(value, whole.get(key)) for key, value in cohort.numbers.items()}
+        self._of: tuple[Any, ...] = ()  # what the state that was shown is made of, beside `_entries`
+        self._state: dict[str, Any] = {}  # that state, which is shown again while it is made of the same
+        self._shown: tuple[Any, ...] = ()  # its values then
 
     def show(self, optimizer: Optimizer, gradient: Tensor) -> None:
-        """Give the parameter its gradient and state."""
-        self.parameter.grad = self._piece(gradient)
-        if self._cohort is None:
-            optimizer.state[self.parameter] = self._whole | self._entries
-        elif self._cohort.numbers:  # else the optimizer makes its state, as it does for a fresh parameter
-            optimizer.state[self.parameter] = self._entries | self._cohort.numbers
+        """Give the parameter its part of the weight's gradient, and its state."""
+        self.parameter.grad = gradient if self._count else gradient.new_zeros(1, *gradient.shape[1:])
+        numbers = self._whole if self._cohort is None else self._cohort.numbers
+        if not numbers:  # the optimizer makes its state, as it does for a fresh parameter
+            return
+        if not _are(self._of, numbers):
+            self._of, self._state = tuple(numbers.values()), {**numbers, **self._entries}
+            self._shown = tuple(self._state.values())
+        optimizer.state[self.parameter] = self._state
 
     def write(self, optimizer: Optimizer) -> None:
         """Write the state that the optimizer has made anew; numbers are kept by the cohort, or the weight."""
+        state = optimizer.state.get(self.parameter, {})
+        if state is self._state and _are(self._shown, state):  # changed in place, if at all
+            return
+        self._of = ()
         numbers: dict[str, Any] = {}
-        for key, value in optimizer.state.get(self.parameter, {}).items():
+        for key, value in state.items():
             if value is self._entries.get(key):
                 continue
             if not has_part(value):
@@ -151,6 +168,11 @@ class UnitsView:
         return piece(tensor, self._start, self._count, self._size)
 
 
+def _are(values: tuple[Any, ...], state: Mapping[str, Any]) -> bool:
+    """Whether these are the values of a state, by identity."""
+    return len(values) == len(state) and all(map(operator.is_, values, state.values()))
+
+
 def unit_size(values: Tensor) -> int:
     """Return the number of elements of a unit of a weight of which units lie one after the other."""
     return values.numel() // max(1, values.shape[0])
@@ -158,8 +180,13 @@ def unit_size(values: Tensor) -> int:
 
 def piece(tensor: Tensor, start: int, count: int, size: int) -> Tensor:
     """Return a view of units, which lie one after the other in a weight or an entry of its state, also a flat one."""
-    run = size if tensor.dim() == 1 else 1
+    run = _run(tensor, size)
     return tensor.narrow(0, start * run, count * run)
+
+
+def _run(tensor: Tensor, size: int) -> int:
+    """Return how many of the outermost elements a unit takes."""
+    return size if tensor.dim() == 1 else 1
 
 
 def has_part(value: Any) -> bool:
