@@ -21,6 +21,7 @@ TARGETS = {
     "without bfloat16": ("-mno-avx512bf16",),
     "8 floats a vector": ("-mno-avx512f",),
     "4 floats a vector": ("-mno-avx",),
+    "this CPU, by clang": (),
 }
 
 
@@ -33,7 +34,11 @@ def target(request, monkeypatch):
     if os.uname().machine != "x86_64" and TARGETS[request.param]:
         pytest.skip("these are flags for x86-64")
     monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, *TARGETS[request.param]))
+    if "clang" in request.param:
+        monkeypatch.setenv("CXX", "clang++")
     build.library.cache_clear()
+    if "clang" in request.param and isinstance(why := build.library(), str):
+        pytest.skip(why)
     yield request.param
     build.library.cache_clear()
 

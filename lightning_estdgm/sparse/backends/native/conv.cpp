@@ -71,7 +71,7 @@ void conv_tile(const typename E::type *window, const i64 *from, const i64 *taps,
                const int32_t *cols, i64 blocks, i64 b, const typename E::type *bias, typename E::type *y,
                const i64 *to) {
   using T = typename E::type;
-  vec sum[MR][NV];
+  alignas(VL * 4) vec sum[MR][NV];
   for (int i = 0; i < MR; i++)
     for (int j = 0; j < NV; j++) sum[i][j] = bias ? E::load(bias + j * VL) : vec{};
   const T *a[MR];
@@ -210,7 +210,7 @@ int conv(const Image<typename E::type> &image, const typename E::type *weight, i
 // `a` and `x` are words (pixel / PAIR, column), the latter at `from`; sums go on.
 template <class E, int MR, int NV>
 void conv_outer_tile(const float *a, i64 lda, const float *x, const i64 *from, i64 words, float *sums, i64 lds) {
-  vec sum[MR][NV];
+  alignas(VL * 4) vec sum[MR][NV];
   for (int i = 0; i < MR; i++)
     for (int j = 0; j < NV; j++) sum[i][j] = *(const vec *)(sums + i * lds + j * VL);
   for (i64 t = 0; t < words; t++) {

@@ -22,7 +22,7 @@ void add_four(const float *panel, const float *weights, const Place *places, i64
   constexpr int BITS = 8 * sizeof(Place);
   using Word = std::conditional_t<BITS == 8, uint32_t, uint64_t>;
   static_assert(sizeof(Word) == FOUR * sizeof(Place));
-  vec sum[FOUR][N];
+  alignas(VL * 4) vec sum[FOUR][N];
   for (int g = 0; g < FOUR; g++)
     for (int j = 0; j < N; j++) sum[g][j] = *(const vec *)(sums[g] + j * VL);
   for (i64 p = 0; p < length; p++, places += FOUR, weights += FOUR) {

@@ -185,7 +185,7 @@ class Lanes {
     using T = typename E::type;
     for (i64 c = first; c < end; c += VL, to += line * VL) {
       const i64 n = std::min<i64>(end - c, VL);
-      vec r[VL];
+      alignas(VL * 4) vec r[VL];
       for (int l = 0; l < VL; l++) {
         if (!from[l])
           r[l] = vec{};

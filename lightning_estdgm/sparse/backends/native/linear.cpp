@@ -116,13 +116,13 @@ struct Panels {
 // Sums go on from `sums` unless `first`. Meanwhile one cache line of each row of the next panels is fetched.
 template <class E, int MR, int NV>
 void outer_tile(Panels now, Panels next, i64 lda, i64 ldx, i64 words, bool first, float *sums, i64 lds) {
-  vec sum[MR][NV];
+  alignas(VL * 4) vec sum[MR][NV];
   for (int i = 0; i < MR; i++)
     for (int j = 0; j < NV; j++) sum[i][j] = first ? vec{} : *(const vec *)(sums + i * lds + j * VL);
   for (i64 t = 0; t < words; t++) {
     __builtin_prefetch(next.a + t * lda, 0, 2);
     __builtin_prefetch(next.x + t * ldx, 0, 2);
-    vec xv[NV];
+    alignas(VL * 4) vec xv[NV];
     for (int j = 0; j < NV; j++) xv[j] = *(const vec *)(now.x + t * ldx + j * VL);
     for (int i = 0; i < MR; i++) {
       const float s = word(now.a + t * lda + i);

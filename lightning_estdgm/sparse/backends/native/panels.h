@@ -64,7 +64,7 @@ void load_panel(Rows<typename E::type> x, i64 first, i64 column, i64 columns, i6
   for (i64 t = 0; t < width; t += VL)
     for (i64 c = 0; c < columns; c += VL) {
       const i64 n = columns - c < VL ? columns - c : VL;
-      vec r[VL];
+      alignas(VL * 4) vec r[VL];
       for (i64 i = 0; i < VL; i++) {
         const T *from = x.data + (first + t + i) * x.ld + column + c;
         if (t + i >= left)
@@ -93,7 +93,7 @@ void store_panel(const float *panel, i64 width, const typename E::type *bias, i6
     if (bias) memcpy(part, bias + c, n * sizeof(T));
     const vec b = E::load(part);
     for (i64 t = 0; t < width && first + t < count; t += VL) {
-      vec r[VL];
+      alignas(VL * 4) vec r[VL];
       for (int i = 0; i < VL; i++) r[i] = *(const vec *)(panel + (c + i) * width + t);
       transpose(r);
       for (i64 i = 0; i < VL && first + t + i < count; i++) {

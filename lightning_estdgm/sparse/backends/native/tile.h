@@ -26,7 +26,7 @@ struct Ahead {
 template <class E, int MR, int NV, int CHUNK = 16>
 void linear_tile(const typename E::type *a, i64 lda, const float *packed, i64 unit, i64 pitch, const int32_t *cols,
                  i64 blocks, i64 c, const typename E::type *bias, typename E::type *y, i64 ldy, Ahead ahead) {
-  vec sum[MR][NV];
+  alignas(VL * 4) vec sum[MR][NV];
   for (int i = 0; i < MR; i++)
     for (int j = 0; j < NV; j++) {
       __builtin_prefetch(y + i * ldy + j * VL, 1);
@@ -38,7 +38,7 @@ void linear_tile(const typename E::type *a, i64 lda, const float *packed, i64 un
     for (i64 k = 0; k < c; k += CHUNK) {
       ahead.fetch<MR>();
       for (i64 kk = k; kk < k + CHUNK; kk += E::PAIR, bp += pitch) {
-        vec bv[NV];
+        alignas(VL * 4) vec bv[NV];
         for (int j = 0; j < NV; j++) bv[j] = ((const vec *)bp)[j];
         for (int i = 0; i < MR; i++) {
           const float s = word(ap + i * lda + kk);

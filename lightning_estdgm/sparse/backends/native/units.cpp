@@ -213,10 +213,10 @@ template <int RO, i64 FIXED>
 vec outer(const float *dy, const float *const (&x)[VL / RO], const float *const (&coming)[VL / RO], i64 runtime) {
   const i64 width = FIXED ? FIXED : runtime;
   constexpr int NC = VL / RO;
-  vec sum[VL] = {};
+  alignas(VL * 4) vec sum[VL] = {};
 #pragma GCC unroll 4
   for (i64 t = 0; t < width; t += VL) {
-    vec xs[NC];
+    alignas(VL * 4) vec xs[NC];
     for (int c = 0; c < NC; c++) {
       if (RO > 1) __builtin_prefetch(coming[c] + t);
       xs[c] = *(const vec *)(x[c] + t);

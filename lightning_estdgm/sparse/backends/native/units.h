@@ -132,7 +132,7 @@ struct Adjacent {
 template <int R, int N, class Places>
 void gather(const float *panel, i64 unit, Places places, const float *weights, const int32_t *idx, i64 count, i64 c,
             float *sums) {
-  vec sum[R][N];  // never in memory: its loops are unrolled before the compiler decides where it lies
+  alignas(VL * 4) vec sum[R][N];  // never in memory: its loops are unrolled before the compiler decides where it lies
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
@@ -141,7 +141,7 @@ void gather(const float *panel, i64 unit, Places places, const float *weights, c
     const float *x = panel + idx[p] * unit, *coming = panel + idx[p + 2 < count ? p + 2 : p] * unit;
     for (i64 k = 0; k < c; k++, weights += R) {
       const float *at = x + places(k);
-      vec xs[N];
+      alignas(VL * 4) vec xs[N];
       for (int j = 0; j < N; j++) {
         __builtin_prefetch(coming + places.line(k) + j * VL);
         xs[j] = in_register(*(const vec *)(at + j * VL));
@@ -160,13 +160,13 @@ void gather(const float *panel, i64 unit, Places places, const float *weights, c
 template <int R, int N>
 void scatter(const float *x, i64 line, const float *weights, const int32_t *idx, i64 count, float *sums) {
   constexpr i64 WIDTH = N * VL;
-  vec xs[R][N];
+  alignas(VL * 4) vec xs[R][N];
   for (int r = 0; r < R; r++)
     for (int j = 0; j < N; j++) xs[r][j] = *(const vec *)(x + r * line + j * VL);
   for (i64 p = 0; p < count; p++, weights += R) {
     float *to = sums + idx[p] * WIDTH, *coming = sums + idx[p + 3 < count ? p + 3 : p] * WIDTH;
     for (int j = 0; j < N; j++) __builtin_prefetch(coming + j * VL, 1);
-    vec sum[N];
+    alignas(VL * 4) vec sum[N];
     for (int j = 0; j < N; j++) sum[j] = *(const vec *)(to + j * VL);
     for (int r = 0; r < R; r++)
       for (int j = 0; j < N; j++) sum[j] += weights[r] * xs[r][j];

@@ -86,7 +86,7 @@ struct Pixels {
       if (bias) memcpy(part, bias + c, n * sizeof(T));
       const vec b = E::load(part);
       for (int j = 0; j < count; j++) {
-        vec r[VL];
+        alignas(VL * 4) vec r[VL];
         for (int i = 0; i < VL; i++) r[i] = *(const vec *)(sums + (i * count + j) * VL);
         transpose(r);
         for (int l = 0; l < VL; l++) {

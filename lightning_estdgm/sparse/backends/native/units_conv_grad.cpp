@@ -11,12 +11,12 @@ template <int RO>
 [[gnu::noinline]] vec outer(const float *a, i64 line, i64 a_step, const float *x, const int32_t *at, i64 x_step,
                             i64 rows, i64 cols) {
   constexpr int NC = VL / RO;
-  vec sum[VL] = {};
+  alignas(VL * 4) vec sum[VL] = {};
   const float *xs[NC];
   for (int c = 0; c < NC; c++) xs[c] = x + at[c];
   for (i64 u = 0; u < rows; u++)
     for (i64 v = 0; v < cols; v++) {
-      vec b[NC];
+      alignas(VL * 4) vec b[NC];
       for (int c = 0; c < NC; c++) b[c] = *(const vec *)(xs[c] + u * x_step + v * VL);
       for (int r = 0; r < RO; r++) {
         const vec d = *(const vec *)(a + r * line + u * a_step + v * VL);

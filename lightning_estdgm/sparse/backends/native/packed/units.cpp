@@ -284,14 +284,14 @@ bool by_outputs(const PackedUnits &m, const float *x, i64 ldx, i64 tokens, float
 template <int R, int N>
 void gather(const float *panel, const float *weights, i64 pitch, const int32_t *idx, i64 count, i64 c, float *sums) {
   constexpr i64 WIDTH = N * VL;
-  vec sum[R][N];
+  alignas(VL * 4) vec sum[R][N];
   for (int r = 0; r < R; r++)
     for (int j = 0; j < N; j++) sum[r][j] = vec{};  // not {} of all, which would fill memory
   for (i64 p = 0; p < count; p++) {
     const float *x = panel + idx[p] * c * WIDTH, *coming = panel + idx[p + 2 < count ? p + 2 : p] * c * WIDTH;
     for (i64 k = 0; k < c; k++, x += WIDTH, coming += WIDTH, weights += pitch) {
       if (R < 8) __builtin_prefetch(coming);  // larger units run long enough in one place
-      vec xs[N];
+      alignas(VL * 4) vec xs[N];
       for (int j = 0; j < N; j++) xs[j] = *(const vec *)(x + j * VL);
       for (int r = 0; r < R; r++)
         for (int j = 0; j < N; j++) sum[r][j] += weights[r] * xs[j];
