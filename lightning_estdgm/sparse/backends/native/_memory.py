@@ -62,13 +62,13 @@ def gather_(out: Tensor, tensor: Tensor, places: Tensor) -> bool:
     Args:
         out: vector of as many elements as `places`, of the tensor's dtype.
         tensor: tensor whose elements lie in order.
-        places: int32, flat indices; none is checked.
+        places: int32, flat indices into it; none is checked.
 
     Returns:
         Whether it was done.
 
     """
-    return _move("estdgm_gather", out, tensor, tensor, places)
+    return _move("estdgm_gather", out, tensor, places)
 
 
 def scatter_(tensor: Tensor, places: Tensor, values: Tensor) -> bool:
@@ -83,14 +83,14 @@ def scatter_(tensor: Tensor, places: Tensor, values: Tensor) -> bool:
         Whether it was done.
 
     """
-    return _move("estdgm_scatter", tensor, values, tensor, places)
+    return _move("estdgm_scatter", tensor, values, places)
 
 
-def _move(name: str, to: Tensor, source: Tensor, indexed: Tensor, places: Tensor) -> bool:
+def _move(name: str, to: Tensor, source: Tensor, places: Tensor) -> bool:
     loaded = library_in_use()
     if loaded is None or not (_is_plain(to) and _is_plain(source) and to.is_contiguous() and source.is_contiguous()):
         return False
-    if to.dtype != source.dtype or places.device.type != "cpu" or indexed.numel() == 0:
+    if to.dtype != source.dtype or places.device.type != "cpu":
         return False
     size, threads = to.element_size(), torch.get_num_threads()
     getattr(loaded, name)(to.data_ptr(), source.data_ptr(), size, places.data_ptr(), len(places), threads)
