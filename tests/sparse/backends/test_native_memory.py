@@ -116,3 +116,21 @@ def test_elements_of_strided_or_other_tensors_are_left_to_torch():
     assert not gather_(torch.ones(1), torch.ones(4, 4).t()[:2], places)
     assert not gather_(torch.ones(1, dtype=torch.float64), torch.ones(4), places)
     assert not scatter_(torch.ones(4, 8)[:, ::2], places, torch.ones(1))
+
+
+def test_torch_counts_what_is_written():
+    weight, places = torch.ones(8, 8), torch.tensor([1, 9], dtype=torch.int32)
+    before = weight._version
+    assert zero_outside_(weight.view(8, 8).detach(), torch.eye(8, dtype=torch.bool), 1)
+    assert weight._version == before + 1
+    assert scatter_(weight, places, torch.ones(2))
+    assert weight._version == before + 2
+    assert gather_(torch.empty(2), weight, places)
+    assert weight._version == before + 2
+
+
+def test_a_tensor_that_counts_no_writes_is_written_too():
+    with torch.inference_mode():
+        weight = torch.ones(4, 4)
+        assert zero_outside_(weight, torch.eye(4, dtype=torch.bool), 1)
+    assert weight.tolist() == torch.eye(4).tolist()

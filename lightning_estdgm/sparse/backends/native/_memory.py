@@ -53,6 +53,7 @@ def zero_outside_(weight: Tensor, active: Tensor, block_size: BlockSize) -> bool
         *active.stride(),
         torch.get_num_threads(),
     )
+    _count_write(weight)
     return True
 
 
@@ -94,7 +95,14 @@ def _move(name: str, to: Tensor, source: Tensor, places: Tensor) -> bool:
         return False
     size, threads = to.element_size(), torch.get_num_threads()
     getattr(loaded, name)(to.data_ptr(), source.data_ptr(), size, places.data_ptr(), len(places), threads)
+    _count_write(to)
     return True
+
+
+def _count_write(tensor: Tensor) -> None:
+    """Count a write as torch does for its own operators: by that count others see that a tensor has changed."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
 
 
 def _is_plain(tensor: Tensor) -> bool:
