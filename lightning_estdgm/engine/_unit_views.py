@@ -132,7 +132,7 @@ class UnitsView:
 
     def show(self, optimizer: Optimizer, gradient: Tensor) -> None:
         """Give the parameter its part of the weight's gradient, and its state."""
-        self.parameter.grad = gradient if self._count else gradient.new_zeros(1, *gradient.shape[1:])
+        self.parameter.grad = gradient if self._count else self._piece(gradient)
         numbers = self._whole if self._cohort is None else self._cohort.numbers
         if not numbers:  # the optimizer makes its state, as it does for a fresh parameter
             return

@@ -15,6 +15,15 @@ namespace {
 
 using i64 = int64_t;
 
+// Calls `run` with an integer of so many bytes: where values are moved, and not computed with.
+template <class Run>
+void by_size(i64 bytes, Run run) {
+  if (bytes == 1) run(uint8_t());
+  if (bytes == 2) run(uint16_t());
+  if (bytes == 4) run(uint32_t());
+  if (bytes == 8) run(uint64_t());
+}
+
 #if defined(__AVX512F__)
 constexpr int VL = 16;  // floats in a vector register
 #elif defined(__AVX__)

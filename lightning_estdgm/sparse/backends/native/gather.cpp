@@ -17,14 +17,6 @@ void scatter(T *to, const T *from, const int32_t *places, i64 count, int threads
   for (i64 i = 0; i < count; i++) to[places[i]] = from[i];
 }
 
-template <class Run>
-void by_size(i64 bytes, Run run) {
-  if (bytes == 1) run(uint8_t());
-  if (bytes == 2) run(uint16_t());
-  if (bytes == 4) run(uint32_t());
-  if (bytes == 8) run(uint64_t());
-}
-
 }  // namespace
 
 extern "C" {

@@ -55,14 +55,12 @@ void zero_outside(T *weight, i64 rows, i64 r, i64 columns, i64 run, const uint8_
 
 extern "C" {
 
-// Of a weight of 2, 4 or 8 bytes an element; `run` elements of a line share a flag of the mask.
+// Of a weight of 1, 2, 4 or 8 bytes an element; `run` elements of a line share a flag of the mask.
 void estdgm_zero_outside(void *weight, i64 bytes, i64 rows, i64 r, i64 columns, i64 run, const void *mask, i64 row_step,
                          i64 column_step, int threads) {
-  const auto go = [&](auto *elements) {
-    zero_outside(elements, rows, r, columns, run, (const uint8_t *)mask, row_step, column_step, threads);
-  };
-  if (bytes == 2) go((uint16_t *)weight);
-  if (bytes == 4) go((uint32_t *)weight);
-  if (bytes == 8) go((uint64_t *)weight);
+  by_size(bytes, [&](auto kind) {
+    using T = decltype(kind);
+    zero_outside((T *)weight, rows, r, columns, run, (const uint8_t *)mask, row_step, column_step, threads);
+  });
 }
 }
