@@ -121,7 +121,8 @@ class DGMCallback(pl.Callback):
         self.total_steps = total_steps
         self.compress_gradients = compress_gradients
         self.controller: DGMController | None = None
-        self._earlier: DGMController | None = None  # of the fit before, for one with nothing left to do
+        # Of the fit before, for one with nothing left to do.
+        self._earlier: tuple[DGMController, RunOutcome | None] | None = None
         self._spawned = FitResultFile()
         self._copied: FitResult | None = None  # of the callback that this one is a copy of
         self._compression: GradientCompression | None = None
@@ -249,7 +250,8 @@ class DGMCallback(pl.Callback):
         check_other_maskers(trainer)
         if stage == "fit":
             # Nothing of an earlier fit, or of the checkpoint of a validation, belongs to this fit.
-            self._earlier, self.controller, self._copied = self.controller, None, None
+            self._earlier = None if self.controller is None else (self.controller, self._outcome)
+            self.controller = self._copied = None
             self._restored, self._checkpoint_step, self._counts = None, 0, {}
             adapter_for(trainer.strategy).check(trainer.strategy)
             check_ddp(trainer)
@@ -262,18 +264,16 @@ class DGMCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the controller of the model and its optimizers; a fit with nothing left to do changes nothing."""
         model = adapter_for(trainer.strategy).model(trainer.strategy)
-        earlier, self._earlier = self._earlier, None
-        if self._restored is None and self._checkpoint_step == 0 and nothing_left(trainer):
-            if earlier is not None and {c.module for c in earlier.candidates} <= set(model.modules()):
-                self.controller = earlier
-            self._end_packing()
-            rank_zero_info("DGMCallback: this fit has nothing left to train, so weights and masks stay as they are")
+        may_be_over = self._restored is None and self._checkpoint_step == 0 and nothing_left(trainer)
+        if may_be_over and not trainer.strategy.restore_checkpoint_after_setup:
+            self._keep_earlier(model)
             return
+        self._earlier = self._earlier if may_be_over else None
         state, self._restored = self._restored, None
         self._resumed = state is not None
         self._counts = clock_entries(state or {})
         goes_on = self._resumed or self._checkpoint_step > 0
-        self._clock = ScheduleClock(trainer, pl_module, self.total_steps, epochs_with_steps(trainer, self), goes_on)
+        self._clock = self._make_clock(trainer, pl_module, goes_on or may_be_over)
         self._optimizers = list(trainer.optimizers)
         self.controller = DGMController(
             model,
@@ -298,6 +298,17 @@ class DGMCallback(pl.Callback):
         self._at_end.callback(self._log.close)
         self._outcome = RunOutcome(trainer, self.controller)
         self._at_end.callback(GraphLimit(sum(c.masked for c in self.controller.candidates)).restore)
+
+    def _make_clock(self, trainer: pl.Trainer, pl_module: pl.LightningModule, goes_on: bool) -> ScheduleClock:
+        return ScheduleClock(trainer, pl_module, self.total_steps, epochs_with_steps(trainer, self), goes_on)
+
+    def _keep_earlier(self, model: torch.nn.Module) -> None:
+        """Have the fit before speak for this one, which trains nothing, if it was of the same model."""
+        earlier, self._earlier, self.controller = self._earlier, None, None
+        if earlier is not None and {c.module for c in earlier[0].candidates} <= set(model.modules()):
+            self.controller, self._outcome = earlier
+        self._end_packing()
+        rank_zero_info("DGMCallback: this fit has nothing left to train, so weights and masks stay as they are")
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Load state that a strategy restores only now: it belongs to the weights that are checked."""
@@ -420,10 +431,18 @@ class DGMCallback(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove all hooks; masks and counters stay readable, also in the process that spawned this one."""
         if self._clock is not None:  # not in a fit with nothing left to do
-            assert self._outcome is not None
-            self._outcome.say()
-            self._spawned.leave(trainer, lambda: self._result(self._bound()))
+            self._end_of_fit(trainer)
         self._release()
+
+    def _end_of_fit(self, trainer: pl.Trainer) -> None:
+        self._restore_late()  # of a finished run, which a strategy restores after on_fit_start, no batch is trained
+        goes_on = self._resumed or self._checkpoint_step > 0
+        if trainer.strategy.restore_checkpoint_after_setup and not goes_on and self._bound().steps == 0:
+            self._keep_earlier(adapter_for(trainer.strategy).model(trainer.strategy))
+            return
+        assert self._outcome is not None
+        self._outcome.say()
+        self._spawned.leave(trainer, lambda: self._result(self._bound()))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Remove all hooks; weights that were to be packed for a run that did not begin are as they were."""
@@ -449,7 +468,7 @@ class DGMCallback(pl.Callback):
         self._end_packing()
         self._at_end.close()
         self._counts = self._clock_state()
-        self._clock = self._compression = self._loaded = self._log = None
+        self._clock = self._compression = self._loaded = self._log = self._earlier = None
         self._optimizers = []
 
     # ------------------------------------------------------------------ state
@@ -493,7 +512,8 @@ class DGMCallback(pl.Callback):
     ) -> None:
         """Note the step of a checkpoint, in case it holds no state of this callback."""
         self._checkpoint_step = max(self._checkpoint_step, checkpoint["global_step"])
-        if self._clock is not None:  # the strategy restores only now
+        if self._clock is not None:  # the strategy restores only now: the Trainer's earlier fits do not count
+            self._clock = self._make_clock(trainer, pl_module, goes_on=True)
             self._clock.forget_loader()
 
 

@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch import nn
 
 from lightning_estdgm._words import first_names
-from lightning_estdgm.engine._late_layers import LateLayers
+from lightning_estdgm.engine._late_layers import SHARDED, LateLayers
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.modules._audit import ForwardAudit
 from lightning_estdgm.modules._candidates import Candidate
@@ -65,8 +65,8 @@ class Admission:
         group: dist.ProcessGroup | None,
     ) -> None:
         self.waiting = list(waiting)
-        self.reasons: dict[str, str] = {}
         self.late = LateLayers(candidates, group)
+        self.reasons = dict.fromkeys(self.late.sharded, SHARDED)
         self.reopened: set[str] = set()
         self._model = model
         self._group = group

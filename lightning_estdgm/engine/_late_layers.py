@@ -17,6 +17,12 @@ APART = (
 )
 
 
+SHARDED = (
+    "its weight took no gradient when the run began, and sharded weights are not taken in later: thaw it before the "
+    "fit, or begin another fit once it trains"
+)
+
+
 class LateLayers:
     """Layers that took no gradient so far, and which of them have begun to.
 
@@ -31,14 +37,15 @@ class LateLayers:
 
     Attributes:
         asleep: layers that took no gradient so far, as they will be once they train, by name.
+        sharded: names of layers that took none either and are not taken in, since ranks share their weight.
 
     """
 
     def __init__(self, candidates: Sequence[Candidate], group: dist.ProcessGroup | None) -> None:
         late = [candidate.later for candidate in candidates if candidate.later is not None]
-        if group is not None:
-            late = [candidate for candidate in late if not candidate.shard.groups]
-        self.asleep = {candidate.name: candidate for candidate in late if candidate.masked}
+        late = [candidate for candidate in late if candidate.masked]
+        self.sharded = [candidate.name for candidate in late if group is not None and candidate.shard.groups]
+        self.asleep = {candidate.name: candidate for candidate in late if candidate.name not in self.sharded}
         self._begun: set[str] = set()
         self._group = group
 

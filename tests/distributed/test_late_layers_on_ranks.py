@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -82,6 +83,35 @@ def test_what_ddp_does_not_average_stays_dense_with_the_reason() -> None:
     assert first["density"][0] == first["density"][1]
     assert first["late"] == second["late"] == ["module.frozen"]
     assert "its weights differ between ranks: DDP was made while it was frozen" in first["why"]["frozen"]
+
+
+def train_sharded() -> tuple[list[str], str, str]:
+    """Return the names of late layers, and a frozen layer's reason before and after it thaws."""
+    net = Net()
+    net.frozen.requires_grad_(False)
+    for layer in (net.body, net.frozen, net):
+        fully_shard(layer)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    x = torch.randn(16, 16, generator=torch.Generator().manual_seed(dist.get_rank()))
+    with DGMController(net, optimizer, CONFIG, total_steps=STEPS, group=dist.group.WORLD) as dgm:
+        whys = []
+        for step in range(STEPS):
+            net.frozen.requires_grad_(step >= LATE)
+            if step in (LATE, STEPS - 1):
+                whys.append(next(d.why for d in dgm.decisions() if d.name == "frozen"))
+            optimizer.zero_grad()
+            net(x, True).square().mean().backward()
+            dgm.mask_gradients()
+            optimizer.step()
+            dgm.advance()
+        return dgm.late_layers(), *whys
+
+
+def test_what_is_sharded_stays_dense_with_the_reason() -> None:
+    for late, before, after in jobs.run(train_sharded, 2):
+        assert late == ["frozen"]
+        assert before == after
+        assert "took no gradient when the run began, and sharded weights are not taken in later" in after
 
 
 class Module(pl.LightningModule):
