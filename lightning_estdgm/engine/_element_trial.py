@@ -115,8 +115,9 @@ class _Trial:
 
 def _too_small(trial: Optimizer, weight: nn.Parameter) -> str:
     """Return the name of a state of the weight that is neither a number nor has an element for each of its."""
-    for inner in nested_optimizers(trial):
-        fitting = {id(entry) for _, entry in state_entries(inner, weight)}
+    nested = nested_optimizers(trial)  # a wrapper may show the state of the optimizer within
+    fitting = {id(entry) for inner in nested for _, entry in state_entries(inner, weight)}
+    for inner in nested:
         state = getattr(inner, "state", {}).get(weight, {})
         for name, value in state.items() if isinstance(state, dict) else ():
             if isinstance(value, Tensor) and value.numel() > 1 and id(value) not in fitting:

@@ -106,8 +106,8 @@ class PackedStorage:
         audit: bool,
     ) -> MaskedModel:
         """Return the weights, packed already if `pack` was called."""
-        if isinstance(model, DistributedDataParallel):
-            self.wrappers.append(model)
+        # Fabric wraps DDP once more.
+        self.wrappers += [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
         if any(wrapper.static_graph for wrapper in self.wrappers):
             raise ValueError(
                 "storage='packed' rebuilds DDP's buckets as parameters shrink, which static_graph=True does not take: "

@@ -24,7 +24,7 @@ from lightning_estdgm.modules._sparse_forward import SparseForward
 Selector = str | Callable[[str, nn.Module], bool]
 """A glob over module names such as ``"encoder.*"``, or a predicate of a module's name and the module."""
 
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")  # the last: Fabric's
 # Not query_key_value: Bloom and GPT-NeoX interleave the three by head.
 _FUSED_NAMES = ("qkv", "kv", "c_attn", "in_proj", "to_qkv", "to_kv", "Wqkv", "qkv_proj")
 _FROZEN, _NOT_HELD = "its weight takes no gradient", "no optimizer holds its weight"
@@ -108,7 +108,7 @@ class Candidate:
 
 
 def clean_name(name: str) -> str:
-    """Return a module's name without the parts that torch.compile, FSDP and checkpoint wrappers put in."""
+    """Return a module's name without the parts that torch.compile, FSDP, Fabric and checkpoint wrappers put in."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
