@@ -53,10 +53,11 @@ class Store(Protocol):
 
 
 class SeenGradient:
-    """Sum of the whole gradients of one weight since the last step, ``(out, in, ...)``; none unless observed.
+    """Whole gradient of one weight since the last step, ``(out, in, ...)``; none unless observed.
 
-    Where norms of units are all that is asked of a step's one backward, they are taken as soon as each use of the
-    weight has got its gradient: so the whole gradient of one layer at a time is there.
+    It is added up as autograd adds up the parameter's own: by each backward that accumulates gradients, and anew where
+    that was cleared between two. Where norms of units are all that is asked of a step's one backward, they are taken as
+    soon as there is a gradient: so the whole gradient of one layer at a time is there.
 
     Args:
         norms: function that returns these norms; ``None``: sums are kept until `take`.
@@ -66,22 +67,39 @@ class SeenGradient:
     def __init__(self, norms: Callable[[Tensor], Tensor] | None = None) -> None:
         self._norms = norms
         self._sum: Tensor | None = None
-        self._uses = 0  # in this step's forwards, without a gradient so far
+        # Of the latest backward: its number, its gradient, and whether the parameter's gradient was cleared before it.
+        # The parameter's may come before or after this one, and a backward may run within another.
+        self._backward = -1
+        self._new: Tensor | None = None
+        self._cleared = False
 
-    def expect(self) -> None:
-        """Note that a forward has used the weight."""
-        self._uses += 1
+    def begin(self, accumulated: Tensor | None) -> None:
+        """Note that a backward is about to add to the parameter's gradient, which is `accumulated` so far."""
+        self._turn_to_this_backward()
+        self._cleared = accumulated is None or (self._sum is not None and not bool(accumulated.any()))
 
     def __call__(self, gradient: Tensor) -> None:
-        """Add the gradient of one use."""
-        self._sum = gradient if self._sum is None else self._sum + gradient
-        self._uses -= 1
-        if self._norms is not None and self._uses == 0:
-            self._sum = self._norms(self._sum)
+        """Take the gradient of all uses in one backward."""
+        self._turn_to_this_backward()
+        self._new = gradient if self._norms is None else self._norms(gradient)
+
+    def _turn_to_this_backward(self) -> None:
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:
+            self._add()
+            self._backward = backward
+
+    def _add(self) -> None:
+        """Add the gradient of the latest backward."""
+        if self._new is not None:
+            # If a step that should have one backward has two, the sum of norms is a bound.
+            self._sum = self._new if self._sum is None or self._cleared else self._sum + self._new
+        self._new, self._cleared = None, False
 
     def take(self) -> Tensor | None:
         """Return the sum, or its norms, and forget it."""
-        taken, self._sum, self._uses = self._sum, None, 0
+        self._add()
+        taken, self._sum = self._sum, None
         return taken
 
 
@@ -231,6 +249,8 @@ class PackedWeight(WholeWeight):
     def whole_gradient(self, gradient: Tensor | None) -> Tensor | None:
         """Return the whole gradient since the last step, averaged over ranks as the parameter's is, or its norms."""
         seen = self.seen.take()
+        if gradient is None:  # cleared after a backward, and none came since
+            seen = None
         group = self._store.group
         if group is None or dist.get_world_size(group) == 1:
             return seen

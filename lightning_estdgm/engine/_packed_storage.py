@@ -290,7 +290,8 @@ class PackedStorage:
         for weight in self._weights:
             module = weight.candidate.module
             if isinstance(module, PackedForward):
-                module._estdgm_held = module._estdgm_observing = False
+                module._estdgm_held = False
+                module.observe(False)
                 module._estdgm_observer = None
 
 

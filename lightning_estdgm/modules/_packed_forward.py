@@ -7,26 +7,33 @@ stands a parameter of shape ``[units, rows, columns]``. Read as an attribute, ``
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_estdgm.modules._gradient_probe import probe, with_probe
 from lightning_estdgm.modules._kinds import CONVOLUTIONS, LayerKind, own_class
-from lightning_estdgm.modules._later_whole import plain
+from lightning_estdgm.modules._later_whole import LaterWhole, plain
 from lightning_estdgm.modules._packing import Packing, topology_of
 from lightning_estdgm.modules._sparse_forward import STATE_PREFIX
 from lightning_estdgm.sparse._packed_linear import packed_linear
 
 _WEIGHT = "weight"
+_OF_THE_RUN = ("_estdgm_observer", "_estdgm_probe", "_estdgm_hook")  # which no copy has
 _READ_AGAIN = frozenset({"__get__", "detach"})  # what gives another view of the weight, such as ``weight.data``
 
 
 class WholeWeight(Tensor):
-    """The whole weight of a packed layer, to be read: what writes to it raises, as nothing would come of it."""
+    """The whole weight of a packed layer, to be read: what writes to it raises, as nothing would come of it.
+
+    Copies of it are plain tensors, and so is what a file gets.
+    """
 
     @classmethod
     def __torch_function__(
@@ -34,7 +41,8 @@ class WholeWeight(Tensor):
     ) -> Any:
         """Run a function on plain tensors; refuse those that write in place."""
         name = getattr(func, "__name__", "")
-        if name in ("__setitem__", "__set__", "__delete__") or (name.endswith("_") and not name.endswith("__")):
+        writes = name in ("__setitem__", "__set__", "__delete__") or (name.endswith("_") and not name.endswith("__"))
+        if writes and any(isinstance(one, cls) for one in (args[0] if isinstance(args[0], list | tuple) else args[:1])):
             raise RuntimeError(f"{name} would write to a copy: {_SAY}")
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
@@ -42,23 +50,29 @@ class WholeWeight(Tensor):
             return result.as_subclass(cls)
         return result
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.detach().as_subclass(Tensor), memo)
+
 
 _SAY = (
     "the layer stores its active units only (storage='packed'). Load a whole weight by "
     "`module.load_state_dict({'weight': ...}, strict=False)`, or write to the packed values, "
-    "`dict(module.named_parameters())['weight']`"
+    "`dict(module.named_parameters())['weight']`; an average of state dicts is kept in clones of their tensors"
 )
 
 
 class GradientObserver(Protocol):
     """What observes the whole gradients of a packed layer."""
 
-    def expect(self) -> None:
-        """Note that a forward has used the weight."""
+    def begin(self, accumulated: Tensor | None) -> None:
+        """Note that a backward is about to add to the parameter's gradient, which is `accumulated` so far."""
         ...
 
     def __call__(self, gradient: Tensor) -> None:
-        """Take the gradient of one use, ``(out, in, ...)``."""
+        """Take the gradient of all uses in one backward, ``(out, in, ...)``."""
         ...
 
 
@@ -71,7 +85,8 @@ class PackedForward:
     _estdgm_dense_class: type[nn.Module]
     _estdgm_packing: Packing
     _estdgm_observer: GradientObserver | None
-    _estdgm_observing: bool
+    _estdgm_probe: Tensor | None  # the whole weight's place in the graph, where its gradient is observed
+    _estdgm_hook: Any  # on the parameter, for as long
     _estdgm_called: bool
     _estdgm_held: bool
     _estdgm_loaded: Tensor | None
@@ -86,9 +101,11 @@ class PackedForward:
     @property
     def weight(self) -> Tensor:
         """The whole weight, made anew at each reading; gradients reach the active units through it."""
-        whole = self._whole_weight()
-        self._watch(whole, self._see)
-        return whole.as_subclass(WholeWeight)
+        return self._whole_in_graph().as_subclass(WholeWeight)
+
+    def _whole_in_graph(self) -> Tensor:
+        whole, probed = self._whole_weight(), self._probe
+        return whole if probed is None else whole + probed
 
     def _whole_weight(self) -> Tensor:
         if self._estdgm_loaded is not None:
@@ -105,16 +122,26 @@ class PackedForward:
             raise AttributeError(f"layer {self._estdgm_packing.name!r}: the weight cannot be removed, as {_SAY}")
         super().__delattr__(name)
 
-    def _watch(self, result: Tensor, see: Callable[[Tensor], None]) -> None:
-        """Have what a use of the weight gives pass its gradient on, where that is observed."""
-        if self._estdgm_observing and result.requires_grad and self._estdgm_observer is not None:
-            self._estdgm_observer.expect()
-            result.register_hook(see)
+    def observe(self, observing: bool) -> None:
+        """Have each backward that adds to the parameter's gradient show the observer that of the whole weight."""
+        observer, parameter = self._estdgm_observer, self.packed_weight
+        observing = observing and observer is not None and parameter.requires_grad
+        if observing == (self._estdgm_probe is not None):
+            return
+        if self._estdgm_hook is not None:
+            self._estdgm_hook.remove()
+        self._estdgm_probe = self._estdgm_hook = None
+        if observing:
+            assert observer is not None
+            packing = self._estdgm_packing
+            see = partial(_see, observer, packing.transposed)
+            self._estdgm_probe = probe(parameter, packing.stored_shape, see)
+            self._estdgm_hook = parameter.register_hook(partial(_begin, observer, weakref.ref(parameter)))
 
-    def _see(self, gradient: Tensor) -> None:
-        """Pass a gradient of the whole weight on to who observes it."""
-        if self._estdgm_observer is not None:
-            self._estdgm_observer(self._estdgm_packing.oriented(gradient.detach()))
+    @property
+    def _probe(self) -> Tensor | None:
+        """The probe, unless the parameter is frozen now."""
+        return self._estdgm_probe if self.packed_weight.requires_grad else None
 
     # ------------------------------------------------------------------ torch's own ways of a module
 
@@ -129,9 +156,10 @@ class PackedForward:
         if keep_vars:
             destination[prefix + _WEIGHT] = self._whole_weight()
         elif self._estdgm_loaded is not None:
-            destination[prefix + _WEIGHT] = self._whole_weight().detach()
+            destination[prefix + _WEIGHT] = self._whole_weight().detach().as_subclass(WholeWeight)
         else:
-            destination[prefix + _WEIGHT] = self._estdgm_packing.saved(self.packed_weight)
+            saved = self._estdgm_packing.saved(self.packed_weight)
+            destination[prefix + _WEIGHT] = saved if isinstance(saved, LaterWhole) else saved.as_subclass(WholeWeight)
 
     def _load_from_state_dict(
         self,
@@ -182,11 +210,11 @@ class PackedForward:
         memo[id(self)] = new
         new.__dict__.update(
             {
-                name: copy.deepcopy(value, memo) if name != "_estdgm_observer" else None
+                name: copy.deepcopy(value, memo) if name not in _OF_THE_RUN else None
                 for name, value in self.__dict__.items()
             }
         )
-        vars(new).update(_estdgm_held=False, _estdgm_observing=False)
+        vars(new).update(_estdgm_held=False)
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -204,16 +232,8 @@ class _PackedLinear(PackedForward):
         packing, bias = self._estdgm_packing, self._parameters.get("bias")
         if self._estdgm_loaded is not None:
             return F.linear(x, packing.oriented(self._whole_weight()), bias)
-        y = packed_linear(x, self.packed_weight, packing.topology, bias, order=packing.order)
-        seen = x.detach()
-        self._watch(y, lambda dy: self._see_product(dy, seen))
-        return y
-
-    def _see_product(self, dy: Tensor, x: Tensor) -> None:
-        dy = dy.detach().flatten(0, -2)
-        gradient = dy.t() @ x.flatten(0, -2).to(dy.dtype)
-        if self._estdgm_observer is not None:
-            self._estdgm_observer(gradient.to(self.packed_weight.dtype))
+        y, probed = packed_linear(x, self.packed_weight, packing.topology, bias, order=packing.order), self._probe
+        return y if probed is None else with_probe(y, x, packing.oriented(probed))
 
 
 class _PackedConv(PackedForward):
@@ -221,10 +241,17 @@ class _PackedConv(PackedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         self._estdgm_called = True
-        whole = self._whole_weight()
-        self._watch(whole, self._see)
-        y: Tensor = self._conv_forward(x, whole, self._parameters.get("bias"))  # type: ignore[attr-defined]
+        y: Tensor = self._conv_forward(x, self._whole_in_graph(), self._parameters.get("bias"))  # type: ignore[attr-defined]
         return y
+
+
+def _see(observer: GradientObserver, transposed: bool, gradient: Tensor) -> None:
+    observer(gradient.t() if transposed else gradient)
+
+
+def _begin(observer: GradientObserver, parameter: Callable[[], Tensor | None], _: Tensor) -> None:
+    held = parameter()
+    observer.begin(None if held is None else held.grad)
 
 
 _PACKED: dict[type, type] = {}
@@ -256,7 +283,8 @@ def pack_(module: Any, packing: Packing) -> None:
     vars(module).update(
         _estdgm_packing=packing,
         _estdgm_observer=None,
-        _estdgm_observing=False,
+        _estdgm_probe=None,
+        _estdgm_hook=None,
         _estdgm_called=False,
         _estdgm_held=True,
         _estdgm_loaded=None,
@@ -288,6 +316,7 @@ def unpack_(module: Any, weight: Tensor | None = None) -> None:
     whole = module._whole_weight().detach() if weight is None else weight.to(parameter)
     gradient = None if parameter.grad is None else packing.unpack(parameter.grad)
     parameter.grad = None
+    module.observe(False)
     module.__class__ = module._estdgm_dense_class  # type: ignore[assignment]
     for name in [name for name in vars(module) if name.startswith(STATE_PREFIX)]:
         delattr(module, name)

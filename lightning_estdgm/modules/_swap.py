@@ -66,7 +66,9 @@ def set_observing(candidate: Candidate, observing: bool) -> None:
         candidate.module._estdgm_stacks[candidate.kind.weight_name].observing = observing
         return
     module = candidate.module
-    if isinstance(module, (SparseForward, PackedForward)) and module._estdgm_observing != observing:
+    if isinstance(module, PackedForward):
+        module.observe(observing)
+    elif isinstance(module, SparseForward) and module._estdgm_observing != observing:
         module._estdgm_observing = observing  # setting an attribute of a module takes its time
 
 

@@ -155,10 +155,7 @@ def test_parameters_stay_the_same_objects_in_the_same_order_under_the_same_names
 
 def test_growth_at_random_sees_no_gradient_of_inactive_units(mlp, monkeypatch):
     seen = []
-    monkeypatch.setattr(PackedForward, "_see", lambda *args: seen.append(args))
-    monkeypatch.setattr(
-        "lightning_estdgm.modules._packed_forward._PackedLinear._see_product", lambda *args: seen.append(args)
-    )
+    monkeypatch.setattr("lightning_estdgm.modules._packed_forward._see", lambda *args: seen.append(args))
     trained(mlp(32, 256, 128, 4), adamw, config(4, update_rule=UpdateRule(keep="magnitude", grow="random")))
     assert not seen
     trained(mlp(32, 256, 128, 4), adamw, config(4, update_rule=UpdateRule(keep="magnitude", grow="gradient")), steps=3)
@@ -261,6 +258,35 @@ def test_masks_are_recovered_from_weights(mlp):
         assert largest_difference(model, source) == 0.0
         run(model, optimizer, dgm, first=9)
     assert dgm.density == pytest.approx(0.2, abs=0.01)
+
+
+def test_writing_to_a_state_dict_raises_and_copies_of_it_are_plain(mlp, tmp_path):
+    model = trained(mlp(32, 256, 128, 4), adamw, config(4))[0]
+    average = copy.deepcopy(model)
+    for tensor in (average.state_dict()["0.weight"], average[0].weight):
+        for write in (lambda t: t.mul_(0.9), lambda t: t.copy_(t + 1), lambda t: torch._foreach_mul_([t], 0.9)):
+            with pytest.raises(RuntimeError, match="would write to a copy: the layer stores its active units only"):
+                write(tensor)
+        torch.ones(256, 32).add_(tensor)
+        for plain in (tensor.clone(), tensor + 1, copy.deepcopy(tensor)):
+            assert type(plain) is torch.Tensor
+        torch.save(tensor, tmp_path / "saved.pt")
+        assert type(torch.load(tmp_path / "saved.pt", weights_only=True)) is torch.Tensor
+
+
+def test_an_average_of_state_dicts_is_kept_in_clones(mlp):
+    averages = []
+    for storage in ("dense", "packed"):
+        model = double(mlp(32, 256, 128, 4))
+        optimizer = adamw(model)
+        with DGMController(model, optimizer, config(4, storage), total_steps=STEPS, audit=False) as dgm:
+            average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            for _ in fit(model, optimizer, dgm):
+                for name, tensor in model.state_dict().items():
+                    average[name].lerp_(tensor, 0.2)
+        averages.append(average)
+    for name, mean in averages[0].items():
+        torch.testing.assert_close(averages[1][name], mean, rtol=1e-10, atol=1e-12)
 
 
 # --------------------------------------------------------------------------- after a run

@@ -1,0 +1,158 @@
+"""What is observed under ``storage="packed"`` is the gradient of the step, however that comes to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from helpers.controller_runs import STEPS, adamw
+from helpers.storages import check_equal, config
+from lightning_estdgm.engine._controller import DGMController
+from lightning_estdgm.method._update_rule import UpdateRule
+
+RULES = {"norms": UpdateRule(keep="magnitude", grow="gradient"), "sums": UpdateRule()}
+Backward = Callable[["Net", Tensor, torch.optim.Optimizer], None]
+
+
+class Net(nn.Module):
+    def __init__(self, convolution: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(32, 48)
+        self.middle: nn.Module = nn.Linear(48, 48)
+        if convolution:
+            self.middle = nn.Sequential(nn.Unflatten(-1, (8, 6)), nn.Conv1d(8, 8, 3, padding=1), nn.Flatten(-2))
+        self.last = nn.Linear(48, 4)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.middle(torch.tanh(self.first(x)))))
+
+
+def plain(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
+    net(x).square().mean().backward()
+
+
+def two_micro_batches(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
+    for half in x.chunk(2):
+        net(half).square().mean().backward()
+
+
+def gradient_penalty(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
+    x = x.clone().requires_grad_()
+    y = net(x)
+    (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (y.square().mean() + (slope.norm(2, 1) - 1).square().mean()).backward()
+
+
+def attack_by_grad(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
+    given = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(net(given).square().mean(), given)
+    net(x + 0.1 * slope.sign()).square().mean().backward()
+
+
+def cleared(net: Net, x: Tensor, optimizer: torch.optim.Optimizer, *, to_none: bool = True) -> None:
+    given = x.clone().requires_grad_()
+    net(given).sum().backward()
+    optimizer.zero_grad(set_to_none=to_none)
+    assert given.grad is not None
+    net(x + 0.1 * given.grad.sign()).square().mean().backward()
+
+
+def cleared_to_zero(net: Net, x: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    cleared(net, x, optimizer, to_none=False)
+
+
+def cleared_after_the_forward(net: Net, x: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    net(x).sum().backward()
+    loss = net(x).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+
+
+def side_gradient(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
+    loss = net(x).square().mean()
+    torch.autograd.grad(net(x).sum(), list(net.parameters()))  # to log its norm, say
+    loss.backward()
+
+
+def frozen_meanwhile(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
+    net.requires_grad_(False)
+    net(x.clone().requires_grad_()).sum().backward()  # as the generator's step through a discriminator
+    net.requires_grad_(True)
+    net(x).square().mean().backward()
+
+
+def reentrant_checkpoint(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
+    y = net(checkpoint(net.first, x.clone().requires_grad_(), use_reentrant=True)[:, :32])
+    y.square().mean().backward()
+
+
+def checkpointed(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
+    checkpoint(net, x, use_reentrant=False).square().mean().backward()
+
+
+def per_sample(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
+    slopes = torch.func.vmap(torch.func.grad(lambda one: net(one).square().sum()))(x)
+    (net(x).square().mean() + slopes.square().mean()).backward()
+
+
+def directional(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
+    y, along = torch.func.jvp(net, (x,), (torch.ones_like(x),))
+    (y.square().mean() + along.square().mean()).backward()
+
+
+WAYS: list[Backward] = [
+    plain,
+    two_micro_batches,
+    gradient_penalty,
+    attack_by_grad,
+    cleared,
+    cleared_to_zero,
+    cleared_after_the_forward,
+    side_gradient,
+    frozen_meanwhile,
+    reentrant_checkpoint,
+    checkpointed,
+    per_sample,
+    directional,
+]
+
+
+def train(storage: str, rule: UpdateRule, way: Backward, *, convolution: bool = False):
+    net = Net(convolution)
+    optimizer = adamw(net)
+    history = []
+    batches = torch.randn(STEPS, 8, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    settings = config(1, storage, update_rule=rule)
+    with DGMController(net, optimizer, settings, total_steps=STEPS, audit=False) as dgm:
+        for x in batches:
+            optimizer.zero_grad()
+            way(net, x, optimizer)
+            dgm.mask_gradients()
+            optimizer.step()
+            dgm.advance()
+            history.append(dgm.masks())
+    return net, optimizer, history
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of vmap
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # which torch's jvp uses
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_masks_are_those_of_dense_storage(way: Backward, rule: str) -> None:
+    check_equal(*(train(storage, RULES[rule], way) for storage in ("dense", "packed")))
+
+
+@pytest.mark.parametrize("way", [plain, gradient_penalty, cleared, side_gradient], ids=lambda way: way.__name__)
+def test_convolutions_too(way: Backward) -> None:
+    check_equal(*(train(storage, RULES["sums"], way, convolution=True) for storage in ("dense", "packed")))
+
+
+def test_another_gradient_gives_other_masks() -> None:
+    one, other = (train("packed", RULES["sums"], way)[2] for way in (plain, gradient_penalty))
+    assert not torch.equal(one[-1]["middle"], other[-1]["middle"])
