@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_estdgm.modules._candidates import Candidate
 from lightning_estdgm.modules._expert_adapter import dense_product, flat_rows
+from lightning_estdgm.modules._forward_watch import replaced_forward
 from lightning_estdgm.modules._sparse_forward import STATE_PREFIX, SparseForward, dense_class
 
 _AGREEMENT, _NARROW_AGREEMENT = 5e-3, 5e-2  # of the largest output; products may be rounded to TF32
@@ -110,6 +111,9 @@ def _bare(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
         cls: Any = dense_class(type(module)) if isinstance(module, SparseForward) else type(module)
         copy = done[id(module)] = cls.__new__(cls)
         state = {name: value for name, value in vars(module).items() if not name.startswith(STATE_PREFIX)}
+        state.pop("forward", None)  # a watched one calls the module's
+        if (forward := replaced_forward(module)) is not None:
+            state["forward"] = forward
         state |= {name: OrderedDict() for name in state if name.endswith(("_forward_hooks", "_forward_pre_hooks"))}
         buffers = {name: b if b is None else b.clone() for name, b in module._buffers.items()}
         vars(copy).update(state, training=False, _buffers=buffers, _parameters=dict(module._parameters))

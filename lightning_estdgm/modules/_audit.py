@@ -8,7 +8,8 @@ watched by `engine._admission`, which decides.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_estdgm.modules._candidates import Candidate
+from lightning_estdgm.modules._forward_watch import replaced_forward, watch_forward
 from lightning_estdgm.modules._own_hook import OwnHook
 from lightning_estdgm.modules._weight_watch import Changes, ProductCount, takes_gradients, tensors_of
 
@@ -62,7 +64,7 @@ class ForwardRecord:
 
 
 class ForwardAudit:
-    """Hooks on the forwards of all layers that record how they use their weights, and which feeds which.
+    """Watches on the forwards of all layers that record how they use their weights, and which feeds which.
 
     Args:
         model: the model.
@@ -111,7 +113,7 @@ class ForwardAudit:
             record.used_by_parent = 0
 
     def close(self) -> None:
-        """Remove the hooks. May be called twice."""
+        """Remove the watches. May be called twice."""
         self.end_step()
         for handle in self._handles:
             handle.remove()
@@ -161,28 +163,19 @@ class ForwardAudit:
     def _watch(self, module: nn.Module, group: Sequence[Candidate]) -> None:
         records = [self.records[candidate.name] for candidate in group]
 
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if torch.compiler.is_compiling():
-                self._open.append(None)
-                return
-            for candidate, record in zip(group, records, strict=True):
-                if not self._gathered and candidate.masked and not _is_stored(_current(candidate), candidate.weight):
+        def watch(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            weights = [_current(candidate) for candidate in group]
+            for candidate, weight, record in zip(group, weights, records, strict=True):
+                if not self._gathered and candidate.masked and not _is_stored(weight, candidate.weight):
                     record.changed_by = record.changed_by or _REPLACED
-            if "forward" in vars(module) or type(module).forward not in _FORWARDS:
-                self._enter(Changes([(_current(candidate), r) for candidate, r in zip(group, records, strict=True)]))
-            else:
-                self._open.append(None)
-
-        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self._leave()
-            if torch.compiler.is_compiling():
-                return
+            is_torchs = replaced_forward(module) is None and type(module).forward in _FORWARDS
+            with nullcontext() if is_torchs else Changes(list(zip(weights, records, strict=True))):
+                output = forward(*args, **kwargs)
             for record in records:
                 record.called = True
                 record.unrecorded |= not torch.is_grad_enabled()
                 record.order = self._calls
             self._calls += 1
-            weights = [_current(candidate) for candidate in group]
             given = tensors_of((args, kwargs, weights))  # a weight too may be the output of another layer
             # What goes into a frozen loss network only is an output all the same.
             self._follow(_nodes(given), records, trains=any(map(takes_gradients, weights)))
@@ -190,12 +183,9 @@ class ForwardAudit:
             self.saw_graph |= bool(nodes)
             for node in nodes:
                 self._producers.setdefault(node, []).extend(records)
+            return output
 
-        # Last before the forward, and first after it: what other hooks change is not the layer's own work.
-        self._handles.append(module.register_forward_pre_hook(OwnHook(before), with_kwargs=True))
-        self._handles.append(
-            module.register_forward_hook(OwnHook(after), with_kwargs=True, prepend=True, always_call=True)
-        )
+        self._handles.append(watch_forward(module, watch))
 
     def _follow(self, nodes: list[Any], own: Sequence[ForwardRecord], *, trains: bool = True) -> None:
         """Walk back from a layer's inputs, and note the other layers whose outputs are found; a node is met once.

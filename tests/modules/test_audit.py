@@ -200,6 +200,29 @@ def test_multihead_attention_computes_its_output_projection_by_itself():
 
         def forward(self, x):
             return self.head(self.attention(x, x, x)[0])
+class Direct(nn.Module):
+    """Calls its layers' forwards by themselves, as PyTorch Geometric does; one of them is standardised."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), Standardised(1, 1, 3), nn.Linear(8, 8)])
+
+    def forward(self, x):
+        first, conv, last = self.layers
+        return last.forward(conv.forward(first.forward(x).view(-1, 1, 8, 1).expand(-1, -1, -1, 3)).mean((1, 3)))
+
+
+def test_forwards_that_are_called_by_themselves_are_seen_as_others_are():
+    model = Direct()
+    model.layers[1].padding = (1, 1)
+    records = audited(model, torch.randn(2, 8)).records
+    assert [(r.called, r.changed_by, r.feeds, r.order) for r in records.values()] == [
+        (True, "", True, 0),
+        (True, "sub()", True, 1),
+        (True, "", False, 2),
+    ]
+
+
 
     records = audited(Attention(), torch.randn(3, 2, 8)).records
     assert [(name, r.called, r.changed_by, r.feeds) for name, r in records.items()] == [
@@ -221,7 +244,7 @@ def test_the_audit_leaves_nothing_behind_also_after_an_error():
         model(torch.randn(2, 4))
     assert torch.overrides._get_current_function_mode_stack() == before
     audit.close()
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
