@@ -118,6 +118,7 @@ class Dispatch:
                 self._images[name] = probe.image
         self._forms = {c.name: c.kind.dense_form(c.module) for c in self._candidates if c.kind.experts}
         for _, check in self._checks:
+            check.warn_if_not_made()
             self.positions |= check.rows
             self._forms |= check.forms
         seen = self.positions, self._dtypes, self._images, self._forms

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from helpers.controller_runs import SCHEDULE, STEPS, adamw, constant, fit, loss_of, run, saved, sgd
+from helpers.expert_models import SortedExperts, adapter, sorted_forward
 from helpers.storages import (
     ROUNDING,
     check_equal,
@@ -421,6 +423,23 @@ def test_a_weight_that_no_gradient_reaches_ends_the_run_once_that_is_certain():
             ValueError, match=r"no gradient has reached the weights of 1 layers \(odd\) in the first 20"
         ):
             run(model, optimizer, dgm, first=19, last=20)
+
+
+def doubled(module, product, x):
+    return sorted_forward(module, lambda name, *args: product(name, *args) * (2 if name == "up" else 1), x)
+
+
+@pytest.mark.parametrize("forward", [sorted_forward, doubled])
+def test_an_adapter_of_a_module_that_holds_a_packed_layer_is_compared(forward):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 16), SortedExperts(), nn.Linear(16, 4))
+    optimizer = adamw(model)
+    settings = config(4, selection=Selection(experts=[adapter("sorted", forward=forward)]))
+    refused = pytest.raises(ValueError, match="gives another output than the module's own forward: .* apart")
+    with DGMController(model, optimizer, settings, total_steps=STEPS) as dgm:
+        assert isinstance(model[1].router, PackedForward)
+        with refused if forward is doubled else nullcontext():
+            run(model, optimizer, dgm)
 
 
 def test_excluding_that_layer_is_a_way_out():
