@@ -79,20 +79,21 @@ class ForwardAudit:
     def __init__(self, model: nn.Module, candidates: Sequence[Candidate]) -> None:
         self.records = {candidate.name: ForwardRecord() for candidate in candidates}
         self.saw_graph = False
-        self._weights = frozenset(id(candidate.weight) for candidate in candidates)
+        weights = {id(candidate.weight) for candidate in candidates}
         self._gathered = any(_gathers(module) for module in model.modules())
         self._feeds_others = False
         self._calls = 0
         self._producers: dict[Any, list[ForwardRecord]] = {}  # by node of autograd's graph
         self._visited: dict[bool, set[Any]] = {True: set(), False: set()}  # from trained layers, and frozen ones
         self._open: list[TorchFunctionMode | None] = []  # of the forwards under way, innermost last
+        self._own: list[int] = []  # ids of the weights of the layers whose forwards are under way
         self._handles: list[Any] = []
         for module, group in _by_parent(model, candidates):
             self._watch_parent(module, group)
         for module, group in _by_called_module(model, candidates):
             self._watch(module, group)
         for module in model.modules() if candidates else ():
-            if any(p.dim() > 1 and id(p) not in self._weights for p in module.parameters(recurse=False)):
+            if any(p.dim() > 1 and id(p) not in weights for p in module.parameters(recurse=False)):
                 self._watch_other(module)
 
     @property
@@ -125,7 +126,7 @@ class ForwardAudit:
                 self._open.append(None)
                 return
             weights = [(_current(c), self.records[c.name], c.shape[0]) for c in group]
-            self._enter(ProductCount(weights, self._weights, self._feed_other))
+            self._enter(ProductCount(weights, self._own, self._feed_other))
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
             self._leave()
@@ -147,7 +148,7 @@ class ForwardAudit:
         self._handles.append(module.register_forward_hook(OwnHook(after), with_kwargs=True, prepend=True))
 
     def _feed_other(self, tensors: Sequence[Tensor]) -> None:
-        """Note the layers that feed something with weights that is no layer known here."""
+        """Note the layers that feed something with weights that is no layer's forward known here."""
         nodes = _nodes(tensors)
         self._feeds_others |= bool(nodes)
         self._follow(nodes, ())
@@ -169,8 +170,13 @@ class ForwardAudit:
                 if not self._gathered and candidate.masked and not _is_stored(weight, candidate.weight):
                     record.changed_by = record.changed_by or _REPLACED
             is_torchs = replaced_forward(module) is None and type(module).forward in _FORWARDS
-            with nullcontext() if is_torchs else Changes(list(zip(weights, records, strict=True))):
-                output = forward(*args, **kwargs)
+            before = len(self._own)
+            self._own += map(id, weights)
+            try:
+                with nullcontext() if is_torchs else Changes(list(zip(weights, records, strict=True))):
+                    output = forward(*args, **kwargs)
+            finally:
+                del self._own[before:]
             for record in records:
                 record.called = True
                 record.unrecorded |= not torch.is_grad_enabled()

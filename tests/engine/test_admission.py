@@ -205,6 +205,16 @@ def test_layers_whose_forwards_are_called_by_themselves_are_masked_and_counted_a
     assert not any("forward" in vars(module) for module in direct.modules())
 
 
+def test_the_layer_before_a_cosine_head_is_masked():
+    class Cosine(Net):
+        def forward(self, x):
+            return F.linear(self.body(x), F.normalize(self.head.weight))
+
+    dgm, _ = train(Cosine())
+    assert dgm.masks().keys() == {"body.0", "body.2"}
+    assert reasons(dgm) == {"head": "its weight is used by itself: its forward was not called"}
+
+
 def test_a_run_in_which_nothing_can_be_masked_says_so_and_goes_on():
     model = nn.Sequential(Standardised(16, 16), nn.ReLU(), nn.Linear(16, 1))
     with pytest.warns(
