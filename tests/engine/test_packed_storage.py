@@ -561,7 +561,7 @@ def test_an_adapter_of_a_module_that_holds_a_packed_layer_is_compared(forward):
     model = nn.Sequential(nn.Linear(32, 16), SortedExperts(), nn.Linear(16, 4))
     optimizer = adamw(model)
     settings = config(4, selection=Selection(experts=[adapter("sorted", forward=forward)]))
-    refused = pytest.raises(ValueError, match="gives another output than the module's own forward: .* apart")
+    refused = pytest.raises(ValueError, match=r"gives another output than the module's own forward: .* apart")
     with DGMController(model, optimizer, settings, total_steps=STEPS) as dgm:
         assert isinstance(model[1].router, PackedForward)
         with refused if forward is doubled else nullcontext():
