@@ -78,7 +78,7 @@ class Admission:
 
     def why_dense(self) -> dict[str, str]:
         """Return the reason of each layer that is not masked, by name, for those that were or are being audited."""
-        return self.reasons | {weight.name: _WAITS for weight in self.waiting}
+        return self.reasons | {w.name: "; ".join(filter(None, (_WAITS, w.note))) for w in self.waiting}
 
     def close(self) -> None:
         """Remove the hooks on the forwards. May be called twice."""

@@ -67,7 +67,7 @@ class DGMController:
             `load_state_dict`, which a run from a checkpoint's weights has to call.
         audit: whether the first step runs dense, to see which layers train by their weights; only these are masked
             then, after it. Otherwise masks are drawn at once, and what the model declares is trusted: registration
-            order for the output head, ``requires_grad`` for what trains.
+            order for the output head, ``requires_grad`` for what trains. Packed weights are not audited.
         group: process group of the ranks that train this model together, each with its own controller: masks are
             compared after each update, and the first rank chooses the backends. ``None``: no other rank is asked.
         say: called before layers are timed, with a sentence on how many and about how long that takes (on the first
@@ -124,7 +124,6 @@ class DGMController:
         self._hooks = StepHooks(every, self._mask_if_touched, exponent, self._take_over, grows=grows)
         self._states = OptimizerStates(every)
         self._storage = storage or storage_of(self.config)
-        audit = audit and self._storage.audits
         self._masked = self._storage.masked(model, state, self._hooks.held, group, audit=audit)
         candidates = self._masked.candidates
         can_mask = self._masked.every
@@ -269,9 +268,11 @@ class DGMController:
 
         """
         self.steps, self.position, self._largest = steps, position, True
-        zeros = [weight for weight in self._masked.every if weight.placement.unit_norms(weight.weight).eq(0).any()]
-        if not self._storage.audits:
-            zeros = list(self._masked.every)
+        zeros = [
+            weight
+            for weight in self._masked.every
+            if not self._storage.can_wait(weight) or weight.placement.unit_norms(weight.weight).eq(0).any()
+        ]
         names = [weight.name for weight in zeros]
         held = self._take_in(self._admission.keep_waiting(names, {}), largest=True) if zeros else []
         self._storage.masks_changed()
@@ -499,8 +500,9 @@ class DGMController:
         """Begin a new run: draw masks, or have the weights wait; an earlier mask's zeros are kept."""
         density = self.schedule(self.position).density
         self.recovered = self._intake.keep_zeros(density)
-        if not audit:
-            self._take_in(self._admission.keep_waiting([weight.name for weight in self._masked.every], {}))
+        names = [weight.name for weight in self._masked.every if not (audit and self._storage.can_wait(weight))]
+        if names:
+            self._take_in(self._admission.keep_waiting(names, {}))
 
     def _take_in(self, weights: Sequence[MaskedWeight], *, largest: bool = False) -> list[int]:
         """Draw masks of weights for the current position; return each one's number of units that were not zero."""

@@ -20,8 +20,8 @@ from lightning_estdgm.engine._unit_choice import choose_units, times_units
 from lightning_estdgm.modules._adapter_check import adapter_checks
 from lightning_estdgm.modules._candidates import Candidate
 from lightning_estdgm.modules._forward_probe import ForwardProbe, Image, is_channels_last
+from lightning_estdgm.modules._forward_watch import probe_forward
 from lightning_estdgm.modules._kinds import conv_geometry
-from lightning_estdgm.modules._own_hook import OwnHook
 from lightning_estdgm.modules._swap import restore_dense_, sparsify_
 from lightning_estdgm.sparse._buckets import search_order
 from lightning_estdgm.sparse._conv_geometry import ConvGeometry
@@ -92,12 +92,12 @@ class Dispatch:
     # ------------------------------------------------------------------ probing the first step
 
     def hook_up(self) -> None:
-        """Hook the layers' forwards if the first step is still to come."""
+        """Watch the layers' forwards if the first step is still to come."""
         if self.probing:
             for module, check in self._checks:
-                self._handles.append(module.register_forward_hook(check, with_kwargs=True, prepend=True))
+                self._handles.append(probe_forward(module, check, with_kwargs=True))
             for candidate in self._candidates:
-                self._handles.append(candidate.module.register_forward_hook(OwnHook(self._probes[candidate.name])))
+                self._handles.append(probe_forward(candidate.module, self._probes[candidate.name]))
 
     def read_probes(self, used_by_themselves: Mapping[str, int]) -> None:
         """Take over the shapes and dtypes that the first step's forwards showed.
@@ -118,6 +118,7 @@ class Dispatch:
                 self._images[name] = probe.image
         self._forms = {c.name: c.kind.dense_form(c.module) for c in self._candidates if c.kind.experts}
         for _, check in self._checks:
+            check.warn_if_not_made()
             self.positions |= check.rows
             self._forms |= check.forms
         seen = self.positions, self._dtypes, self._images, self._forms

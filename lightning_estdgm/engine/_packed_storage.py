@@ -36,8 +36,8 @@ _AUDITED_STEPS = 20  # after which a weight that no gradient has reached ends th
 class PackedStorage:
     """The active units alone, in one parameter a layer; layers that have no packed form stay whole.
 
-    Masks are there from the first step on, so there is no audit before: what the model declares is trusted, and what
-    turns out otherwise is an error.
+    Masks of packed weights are there from the first step on, so there is no audit before: what the model declares is
+    trusted, and what turns out otherwise is an error. Layers that stay whole wait for an audit as with dense storage.
 
     Args:
         config: settings.
@@ -51,8 +51,6 @@ class PackedStorage:
             on the meta device, which never has them all.
 
     """
-
-    audits = False
 
     def __init__(self, config: DGMConfig, *, has_one_backward: bool = False) -> None:
         self.group: dist.ProcessGroup | None = None
@@ -69,7 +67,7 @@ class PackedStorage:
         self._maps = False
 
     def pack(self, model: nn.Module, length: Callable[[], int]) -> None:
-        """Draw the first masks of a model, and store the active units alone: before there is any optimizer.
+        """Draw the first masks of packed weights, and store the active units alone: before there is any optimizer.
 
         What is on the meta device gets its first values layer by layer, each of which is packed at once.
 
@@ -85,15 +83,18 @@ class PackedStorage:
         except ValueError:
             schedule = self._config.schedule.resolve(length())
         self._drawn = schedule(0).density
-        self._masked.take_in(self._masked.every)
+        self._masked.take_in(self._weights)
         late = LateValues(model)
         self.keeps_originals = not any(weight.parameter.is_meta for weight in self._masked.every)
 
         def arrive(weight: MaskedWeight) -> None:
-            if late.reach(weight.candidate.module):
+            late.reach(weight.candidate.module)
+            if weight.mask.is_meta:
                 weight.use_unit(weight.block_size, weight.note)  # on the device that it has now
 
-        self._masked.draw(self._masked.every, self._drawn, arrive=arrive)
+        self._masked.draw(self._masked.weights, self._drawn, arrive=arrive)
+        for weight in filter(self.can_wait, self._masked.every):
+            arrive(weight)
         late.finish()
 
     def masked(
@@ -146,6 +147,10 @@ class PackedStorage:
 
     def _treatment(self, candidate: Candidate) -> Treatment:
         return self._config.inactive if _why_whole(candidate) else partial(AbsentWeights, self)
+
+    def can_wait(self, weight: MaskedWeight) -> bool:
+        """Return whether a weight stays whole."""
+        return not self._packs(weight)
 
     @staticmethod
     def _packs(weight: MaskedWeight) -> bool:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.engine._masked_model import MaskedModel
+from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._optimizer_state import OptimizerStates
 from lightning_estdgm.engine._packed_storage import PackedStorage
 from lightning_estdgm.engine._pattern_fit import leave_unfitting_dense
@@ -19,14 +20,11 @@ from lightning_estdgm.modules._packed_forward import unpack_free_
 
 
 class Storage(Protocol):
-    """How a run stores the weights that it masks.
+    """How a run stores the weights that it masks."""
 
-    Attributes:
-        audits: whether weights can wait for the first step to show which layers train by them.
-
-    """
-
-    audits: bool
+    def can_wait(self, weight: MaskedWeight) -> bool:
+        """Return whether a weight can be dense until the first step has shown that its layer trains by it."""
+        ...
 
     def masked(
         self,
@@ -90,10 +88,12 @@ class DenseStorage:
 
     """
 
-    audits = True
-
     def __init__(self, config: DGMConfig) -> None:
         self._config = config
+
+    def can_wait(self, weight: MaskedWeight) -> bool:
+        """Return true: all weights are whole."""
+        return True
 
     def masked(
         self,

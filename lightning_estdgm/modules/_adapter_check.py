@@ -13,13 +13,15 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_estdgm.modules._candidates import Candidate
 from lightning_estdgm.modules._expert_adapter import dense_product, flat_rows
+from lightning_estdgm.modules._forward_watch import replaced_forward
+from lightning_estdgm.modules._packed_forward import PackedForward
 from lightning_estdgm.modules._sparse_forward import STATE_PREFIX, SparseForward, dense_class
 
 _AGREEMENT, _NARROW_AGREEMENT = 5e-3, 5e-2  # of the largest output; products may be rounded to TF32
 
 
 class AdapterCheck:
-    """Forward hook that runs an adapter's forward beside the module's own, once, on a copy in evaluation mode.
+    """Probe of a forward that runs an adapter's forward beside the module's own, once, on a copy in evaluation mode.
 
     It touches neither the module nor the random state, and is silent while torch.compile traces.
 
@@ -39,6 +41,7 @@ class AdapterCheck:
         self._owner = candidates[0].module_name
         self.rows: dict[str, int] = {}
         self.forms: dict[str, str] = {}
+        self._why_not = "have run no forward in the first step but compiled ones"
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Compare the forwards on the inputs of this one.
@@ -55,12 +58,7 @@ class AdapterCheck:
                 with _forked(module):
                     wanted = copy.forward(*args, **kwargs)
             except Exception as error:  # such as parts of it that are sharded again by now
-                warnings.warn(
-                    f"the experts of {self._owner or 'the model'!r} cannot be computed again beside their forward, so "
-                    f"nothing compares their ExpertAdapter with it ({type(error).__name__}: {error})",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+                self._why_not = f"cannot be computed again beside their forward ({type(error).__name__}: {error})"
                 return
             with _forked(module):
                 got = self._forward(copy, module, args, kwargs)
@@ -69,6 +67,16 @@ class AdapterCheck:
             raise ValueError(f"{what} asks for no product with {missing}: these would stay dense unnoticed")
         if difference := _difference(wanted, got):
             raise ValueError(f"{what} gives another output than the module's own forward: {difference}")
+
+    def warn_if_not_made(self) -> None:
+        """Warn if no forward of the first step could be compared."""
+        if not self.rows:
+            warnings.warn(
+                f"the experts of {self._owner or 'the model'!r} {self._why_not}, so nothing compares their "
+                "ExpertAdapter with that",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _forward(self, copy: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         layouts, forward = self._kind.layouts, self._kind.forward
@@ -105,11 +113,20 @@ def adapter_checks(candidates: Sequence[Candidate]) -> list[tuple[nn.Module, Ada
 
 
 def _bare(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
-    """Return a copy of a module that shares its parameters, in evaluation mode, without hooks and swapped forwards."""
+    """Return a copy of a module that shares its parameters, in evaluation mode, without hooks and swapped forwards.
+
+    A packed layer's copy is packed as well, and unobserved.
+    """
     if id(module) not in done:
         cls: Any = dense_class(type(module)) if isinstance(module, SparseForward) else type(module)
         copy = done[id(module)] = cls.__new__(cls)
-        state = {name: value for name, value in vars(module).items() if not name.startswith(STATE_PREFIX)}
+        is_packed = isinstance(module, PackedForward)
+        state = {name: x for name, x in vars(module).items() if is_packed or not name.startswith(STATE_PREFIX)}
+        if is_packed:
+            state |= {"_estdgm_observer": None, "_estdgm_observing": False}
+        state.pop("forward", None)  # a watched one calls the module's
+        if (forward := replaced_forward(module)) is not None:
+            state["forward"] = forward
         state |= {name: OrderedDict() for name in state if name.endswith(("_forward_hooks", "_forward_pre_hooks"))}
         buffers = {name: b if b is None else b.clone() for name, b in module._buffers.items()}
         vars(copy).update(state, training=False, _buffers=buffers, _parameters=dict(module._parameters))

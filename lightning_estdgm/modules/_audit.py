@@ -8,7 +8,8 @@ watched by `engine._admission`, which decides.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_estdgm.modules._candidates import Candidate
+from lightning_estdgm.modules._forward_watch import replaced_forward, watch_forward
 from lightning_estdgm.modules._own_hook import OwnHook
 from lightning_estdgm.modules._weight_watch import Changes, ProductCount, takes_gradients, tensors_of
 
@@ -62,7 +64,7 @@ class ForwardRecord:
 
 
 class ForwardAudit:
-    """Hooks on the forwards of all layers that record how they use their weights, and which feeds which.
+    """Watches on the forwards of all layers that record how they use their weights, and which feeds which.
 
     Args:
         model: the model.
@@ -77,20 +79,21 @@ class ForwardAudit:
     def __init__(self, model: nn.Module, candidates: Sequence[Candidate]) -> None:
         self.records = {candidate.name: ForwardRecord() for candidate in candidates}
         self.saw_graph = False
-        self._weights = frozenset(id(candidate.weight) for candidate in candidates)
+        weights = {id(candidate.weight) for candidate in candidates}
         self._gathered = any(_gathers(module) for module in model.modules())
         self._feeds_others = False
         self._calls = 0
         self._producers: dict[Any, list[ForwardRecord]] = {}  # by node of autograd's graph
         self._visited: dict[bool, set[Any]] = {True: set(), False: set()}  # from trained layers, and frozen ones
         self._open: list[TorchFunctionMode | None] = []  # of the forwards under way, innermost last
+        self._own: list[int] = []  # ids of the weights of the layers whose forwards are under way
         self._handles: list[Any] = []
         for module, group in _by_parent(model, candidates):
             self._watch_parent(module, group)
         for module, group in _by_called_module(model, candidates):
             self._watch(module, group)
         for module in model.modules() if candidates else ():
-            if any(p.dim() > 1 and id(p) not in self._weights for p in module.parameters(recurse=False)):
+            if any(p.dim() > 1 and id(p) not in weights for p in module.parameters(recurse=False)):
                 self._watch_other(module)
 
     @property
@@ -111,7 +114,7 @@ class ForwardAudit:
             record.used_by_parent = 0
 
     def close(self) -> None:
-        """Remove the hooks. May be called twice."""
+        """Remove the watches. May be called twice."""
         self.end_step()
         for handle in self._handles:
             handle.remove()
@@ -123,7 +126,7 @@ class ForwardAudit:
                 self._open.append(None)
                 return
             weights = [(_current(c), self.records[c.name], c.shape[0]) for c in group]
-            self._enter(ProductCount(weights, self._weights, self._feed_other))
+            self._enter(ProductCount(weights, self._own, self._feed_other))
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
             self._leave()
@@ -145,7 +148,7 @@ class ForwardAudit:
         self._handles.append(module.register_forward_hook(OwnHook(after), with_kwargs=True, prepend=True))
 
     def _feed_other(self, tensors: Sequence[Tensor]) -> None:
-        """Note the layers that feed something with weights that is no layer known here."""
+        """Note the layers that feed something with weights that is no layer's forward known here."""
         nodes = _nodes(tensors)
         self._feeds_others |= bool(nodes)
         self._follow(nodes, ())
@@ -161,28 +164,24 @@ class ForwardAudit:
     def _watch(self, module: nn.Module, group: Sequence[Candidate]) -> None:
         records = [self.records[candidate.name] for candidate in group]
 
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if torch.compiler.is_compiling():
-                self._open.append(None)
-                return
-            for candidate, record in zip(group, records, strict=True):
-                if not self._gathered and candidate.masked and not _is_stored(_current(candidate), candidate.weight):
+        def watch(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            weights = [_current(candidate) for candidate in group]
+            for candidate, weight, record in zip(group, weights, records, strict=True):
+                if not self._gathered and candidate.masked and not _is_stored(weight, candidate.weight):
                     record.changed_by = record.changed_by or _REPLACED
-            if "forward" in vars(module) or type(module).forward not in _FORWARDS:
-                self._enter(Changes([(_current(candidate), r) for candidate, r in zip(group, records, strict=True)]))
-            else:
-                self._open.append(None)
-
-        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self._leave()
-            if torch.compiler.is_compiling():
-                return
+            is_torchs = replaced_forward(module) is None and type(module).forward in _FORWARDS
+            before = len(self._own)
+            self._own += map(id, weights)
+            try:
+                with nullcontext() if is_torchs else Changes(list(zip(weights, records, strict=True))):
+                    output = forward(*args, **kwargs)
+            finally:
+                del self._own[before:]
             for record in records:
                 record.called = True
                 record.unrecorded |= not torch.is_grad_enabled()
                 record.order = self._calls
             self._calls += 1
-            weights = [_current(candidate) for candidate in group]
             given = tensors_of((args, kwargs, weights))  # a weight too may be the output of another layer
             # What goes into a frozen loss network only is an output all the same.
             self._follow(_nodes(given), records, trains=any(map(takes_gradients, weights)))
@@ -190,12 +189,9 @@ class ForwardAudit:
             self.saw_graph |= bool(nodes)
             for node in nodes:
                 self._producers.setdefault(node, []).extend(records)
+            return output
 
-        # Last before the forward, and first after it: what other hooks change is not the layer's own work.
-        self._handles.append(module.register_forward_pre_hook(OwnHook(before), with_kwargs=True))
-        self._handles.append(
-            module.register_forward_hook(OwnHook(after), with_kwargs=True, prepend=True, always_call=True)
-        )
+        self._handles.append(watch_forward(module, watch))
 
     def _follow(self, nodes: list[Any], own: Sequence[ForwardRecord], *, trains: bool = True) -> None:
         """Walk back from a layer's inputs, and note the other layers whose outputs are found; a node is met once.

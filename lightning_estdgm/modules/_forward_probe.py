@@ -38,7 +38,8 @@ class Image:
 class ForwardProbe:
     """Forward hook that notes how many positions a layer's weight is applied to, and in which dtype.
 
-    Silent while torch.compile traces. It refers to nothing, so that a model under way can be copied and pickled.
+    Silent while torch.compile traces; `probe_forward` has it see each forward, hooks or not. It refers to nothing, so
+    that a model under way can be copied and pickled.
 
     Attributes:
         positions: Tokens or pixels of the last forward; 0 before one.

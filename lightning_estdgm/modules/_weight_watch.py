@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-# Torch's functions by name. Products take a weight; the next keep every zero of one, as views, casts and scalings do;
-# the last yield statistics of it. What any other function makes of a weight is not the weight as it is stored.
+# Torch's functions by name. Products take a weight; the next keep every zero of one, in any order, as views, casts,
+# scalings and selections do; the last yield statistics of it. What any other function makes of a weight is not the
+# weight as it is stored.
 _PRODUCTS = frozenset(
     (
         "linear",
@@ -64,8 +65,16 @@ _KEEP_ZEROS = frozenset(
         "split",
         "unbind",
         "select",
+        "index_select",
+        "gather",
+        "take_along_dim",
+        "repeat_interleave",
+        "cat",
+        "stack",
         "movedim",
         "swapaxes",
+        "expand_as",
+        "reshape_as",
         "view_as",
         "type_as",
         "__get__",
@@ -120,7 +129,8 @@ class WeightWatch(TorchFunctionMode):
 
     def __init__(self, weights: Sequence[tuple[Any, ...]]) -> None:
         super().__init__()
-        self._found = {id(weight): tuple(rest) for weight, *rest in weights}
+        # What is known of the weight, or of those that `cat` and `stack` put together.
+        self._found = {id(weight): [tuple(rest)] for weight, *rest in weights}
         self._derived: list[Tensor] = []  # kept, so that ids stay theirs
 
     def __torch_function__(
@@ -132,18 +142,20 @@ class WeightWatch(TorchFunctionMode):
         if not met or not (results := tensors_of(result)):
             return result
         name = getattr(func, "__name__", str(func))
-        for found in met.values():
-            if name in _PRODUCTS:
-                self.product(results[0], *found)
-            elif name in _KEEP_ZEROS:
-                self._derived += results
-                self._found |= dict.fromkeys(map(id, results), found)
-            elif name not in _STATISTICS:
-                self.other(name, *found)
+        every = list({id(one): one for found in met.values() for one in found}.values())
+        if name in _PRODUCTS:
+            for found in met.values():
+                self.product(results[0], found)
+        elif name in _KEEP_ZEROS:
+            self._derived += results
+            self._found |= dict.fromkeys(map(id, results), every)
+        elif name not in _STATISTICS:
+            for one in every:
+                self.other(name, *one)
         return result
 
-    def product(self, result: Tensor, *found: Any) -> None:
-        """Note a product of the weight."""
+    def product(self, result: Tensor, found: Sequence[Any]) -> None:
+        """Note a product of a weight, or of several that were put together."""
 
     def other(self, name: str, *found: Any) -> None:
         """Note a function that does not keep the weight's zeros."""
@@ -158,37 +170,51 @@ class Changes(WeightWatch):
 
 
 class ProductCount(WeightWatch):
-    """Watch of a parent's forward for products of its layers' weights, and of other parameters, such as a tied head's.
+    """Watch of a parent's forward for products of its layers' weights, and of parameters used by themselves.
+
+    Such are a tied head's, or a layer's whose forward is not called, also as functions of parameters alone yield them:
+    ``F.normalize(weight)`` of a cosine head.
 
     Args:
         weights: triples of weight, record and number of outputs.
-        known: ids of all layers' weights.
-        consume: function that is called with the operands of a product with another parameter.
+        own: ids of the weights of the layers whose forwards are under way, which changes; those are not by themselves.
+        consume: function that is called with the operands of a product with a parameter used by itself.
 
     """
 
     def __init__(
         self,
         weights: Sequence[tuple[Any, ...]],
-        known: frozenset[int],
+        own: Collection[int],
         consume: Callable[[list[Tensor]], None],
     ) -> None:
         super().__init__(weights)
-        self._known, self._consume = known, consume
+        self._own, self._consume = own, consume
+        self._made: dict[int, Tensor] = {}  # of parameters alone, by id
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") in _PRODUCTS:
-            operands = tensors_of((args, kwargs or {}))
-            others = [x for x in operands if isinstance(x, nn.Parameter) and x.dim() > 1 and id(x) not in self._known]
-            if any(takes_gradients(x) for x in others):
-                self._consume(operands)
-        return super().__torch_function__(func, types, args, kwargs)
+        operands = tensors_of((args, kwargs or {}))
+        has_other = any(map(self._is_other, operands))
+        is_product = getattr(func, "__name__", "") in _PRODUCTS
+        if is_product and has_other:
+            self._consume(operands)
+        result = super().__torch_function__(func, types, args, kwargs)
+        if not is_product and has_other and all(map(self._is_parameter, operands)):
+            self._made |= {id(x): x for x in tensors_of(result) if takes_gradients(x)}
+        return result
 
-    def product(self, result: Tensor, *found: Any) -> None:
-        record, outputs = found
-        record.used_by_parent += max(1, result.numel() // outputs)
+    def _is_parameter(self, x: Tensor) -> bool:
+        return id(x) in self._made or (isinstance(x, nn.Parameter) and id(x) not in self._own)
+
+    def _is_other(self, x: Tensor) -> bool:
+        return self._is_parameter(x) and x.dim() > 1 and takes_gradients(x)
+
+    def product(self, result: Tensor, found: Sequence[Any]) -> None:
+        outputs = sum(outputs for _, outputs in found)
+        for record, _ in found:
+            record.used_by_parent += max(1, result.numel() // outputs)
 
 
 def takes_gradients(weight: Any) -> bool:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from helpers.models import MLP, NO_VALIDATION_LOADER, ConvNet, ResumableLoader, make_trainer
@@ -51,7 +52,7 @@ def fit(callback, *extra, module=None, ckpt=None, seed=0, accumulate=1, cls=Doub
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in extra),
         **{"max_steps": STEPS, "max_epochs": -1, "accumulate_grad_batches": accumulate, **settings},
     )
-    trainer.fit(module, loader(accumulate, MLP if cls is Double else cls), ckpt_path=ckpt)
+    trainer.fit(module, loader(accumulate, MLP if issubclass(cls, MLP) else cls), ckpt_path=ckpt)
     return module, trainer
 
 
@@ -183,6 +184,50 @@ def test_a_second_fit_goes_on_from_a_packed_model():
         fit(again, module=module, max_steps=STEPS)
         assert again.density == pytest.approx(0.1, abs=0.02)
         assert module.state_dict().keys() == before.keys()
+
+
+class Scaled(nn.Linear):
+    """Stored whole: its forward is no linear layer's, but uses the weight as it is stored."""
+
+    def forward(self, x):
+        return F.linear(x, 0.5 * self.weight, self.bias)
+
+
+class Centred(nn.Linear):
+    """Stored whole, and not masked: its weight in the forward has no zeros."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+
+
+class Whole(Double):
+    def __init__(self):
+        super().__init__()
+        self.net.insert(2, Scaled(32, 32).double())
+        self.net.insert(3, Centred(32, 32).double())
+
+
+def test_layers_that_are_stored_whole_wait_for_the_first_step_also_across_checkpoints(tmp_path):
+    straight = DGMCallback(config())
+    module, trainer = fit(straight, _save(tmp_path, 5), cls=Whole)
+    expected = state_of(trainer)
+    resumed = DGMCallback(config())
+    _, trainer = fit(resumed, cls=Whole, ckpt=tmp_path / "5.ckpt", seed=1)
+    assert difference(expected, state_of(trainer)) == 0.0
+    for callback in (straight, resumed):
+        decided = {d.name: d for d in callback.decisions()}
+        assert decided["net.2"].masked
+        assert "stored whole" in decided["net.2"].why
+        assert "does not compute with its weight as it is stored (sub())" in decided["net.3"].why
+    assert (module.net[2].weight != 0).double().mean() == pytest.approx(0.1, abs=0.02)
+    assert (module.net[3].weight != 0).all()
+    checkpoint = torch.load(tmp_path / "5.ckpt", weights_only=True)
+    del checkpoint["callbacks"]["DGMCallback"]
+    torch.save(checkpoint, tmp_path / "bare.ckpt")
+    bare = DGMCallback(config())
+    with pytest.warns(UserWarning, match="masks were recovered from its weights"):
+        fit(bare, cls=Whole, ckpt=tmp_path / "bare.ckpt", seed=1)
+    assert bare.masks().keys() == straight.masks().keys()
 
 
 # --------------------------------------------------------------------------- Lightning's features

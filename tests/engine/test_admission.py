@@ -189,6 +189,32 @@ def test_layers_that_do_not_compute_with_their_stored_weight_stay_dense_and_unsc
     assert torch.count_nonzero(model.first.weight) == torch.count_nonzero(model.second.weight) == 256
 
 
+def test_layers_whose_forwards_are_called_by_themselves_are_masked_and_counted_as_others():
+    class Direct(Net):
+        def forward(self, x):
+            for layer in self.body:
+                x = layer.forward(x)
+            return self.head.forward(x)
+
+    torch.manual_seed(0)
+    direct = Direct()
+    (dgm, _), (as_others, _) = train(direct), train(Net())
+    assert dgm.masks().keys() == {"body.0", "body.2"}
+    assert reasons(dgm) == reasons(as_others)
+    assert dgm.flops == as_others.flops
+    assert not any("forward" in vars(module) for module in direct.modules())
+
+
+def test_the_layer_before_a_cosine_head_is_masked():
+    class Cosine(Net):
+        def forward(self, x):
+            return F.linear(self.body(x), F.normalize(self.head.weight))
+
+    dgm, _ = train(Cosine())
+    assert dgm.masks().keys() == {"body.0", "body.2"}
+    assert reasons(dgm) == {"head": "its weight is used by itself: its forward was not called"}
+
+
 def test_a_run_in_which_nothing_can_be_masked_says_so_and_goes_on():
     model = nn.Sequential(Standardised(16, 16), nn.ReLU(), nn.Linear(16, 1))
     with pytest.warns(
@@ -259,7 +285,7 @@ def test_closing_leaves_no_hook_behind():
     model = Net(target=body())
     dgm, _ = train(model, steps=1)
     dgm.close()
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
 
 
 def test_recovered_masks_wait_where_the_weights_hold_no_zeros():

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from helpers.controller_runs import SCHEDULE, STEPS, adamw, constant, fit, loss_of, run, saved, sgd
+from helpers.expert_models import SortedExperts, adapter, sorted_forward
 from helpers.storages import (
     ROUNDING,
     check_equal,
@@ -127,6 +129,132 @@ def test_why_a_layer_is_stored_whole_is_said():
     assert found["two"] == ("packed", "")
     assert found["up"][0] == "dense"
     assert "stored whole: no packed ConvTranspose2d" in found["up"][1]
+
+
+# --------------------------------------------------------------------------- what stays whole
+
+
+class Scaled(nn.Linear):
+    """Uses its weight as it is stored, but for a factor."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight * 0.5, self.bias)
+
+
+class Centred(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+
+
+class Binary(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight + (self.weight.sign() - self.weight).detach(), self.bias)
+
+
+class Monotone(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight.exp() / 32, self.bias)
+
+
+class MaxNorm(nn.Linear):
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.copy_(torch.renorm(self.weight, 2, 0, 1.0))
+        return super().forward(x)
+
+
+class NormalisedExperts(SortedExperts):
+    def forward(self, x):
+        y = torch.einsum("td,ehd->teh", x, F.normalize(self.up, dim=-1)).relu()
+        return torch.einsum("teh,edh,te->td", y, self.down, self.router(x).softmax(-1))
+
+
+def with_layer(cls):
+    torch.manual_seed(0)
+    layer = cls() if issubclass(cls, SortedExperts) else cls(16, 16)
+    return nn.Sequential(nn.Linear(32, 16), layer, nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def audited(model, storage, steps=STEPS):
+    """Train with an audit; return what was decided, and the masks after the first step."""
+    optimizer = adamw(model)
+    experts = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+    selection = Selection(experts=experts)
+    with DGMController(model, optimizer, config(4, storage, selection=selection), total_steps=STEPS) as dgm:
+        run(model, optimizer, dgm, last=1)
+        early = dgm.masks()
+        run(model, optimizer, dgm, first=1, last=steps)
+        return {d.name: (d.masked, d.why) for d in dgm.decisions()}, early
+
+
+@pytest.mark.parametrize("cls", [Centred, Binary, Monotone, MaxNorm, NormalisedExperts], ids=lambda cls: cls.__name__)
+def test_whole_layers_that_do_not_use_their_stored_weight_stay_dense_as_with_dense_storage(cls):
+    name = "1.up" if cls is NormalisedExperts else "1"
+    (dense, _), (packed, _) = (audited(with_layer(cls), storage) for storage in ("dense", "packed"))
+    assert packed[name] == dense[name]
+    assert packed[name][0] is False
+    assert "does not compute with its weight as it is stored" in packed[name][1]
+    assert [k for k, (masked, _) in packed.items() if masked] == [k for k, (masked, _) in dense.items() if masked]
+
+
+def test_whole_layers_are_masked_once_the_first_step_has_shown_that_they_train_by_their_weight():
+    model = with_layer(Scaled)
+    decided, early = audited(model, "packed")
+    assert list(early) == ["0", "1", "3"]
+    assert all(0.5 < mask.float().mean() < 0.9 for mask in early.values())
+    masked, why = decided["1"]
+    assert masked
+    assert "stored whole: no packed Scaled" in why
+    assert 0 < torch.count_nonzero(model[1].weight) <= 16 * 16 * 0.2
+
+
+def test_a_whole_layer_that_ends_the_network_is_found_to_be_the_head_wherever_it_is_registered():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.output, self.first, self.second = Scaled(16, 4), nn.Linear(32, 16), Scaled(16, 16)
+            self.third = nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.output(self.third(self.second(self.first(x).relu()).relu()).relu())
+
+    decided, _ = audited(Odd(), "packed", steps=3)
+    assert decided["output"] == (False, "output head: its output goes into no other layer")
+    assert [name for name, (masked, _) in decided.items() if masked] == ["first", "second"]
+    assert decided["third"] == (False, "output head")  # by its place: packed weights are not audited
+
+
+@pytest.mark.parametrize("stop", [1, 17])
+@pytest.mark.parametrize("layer", [Scaled, Centred], ids=lambda cls: cls.__name__)
+def test_a_run_with_whole_layers_goes_on_as_if_it_had_not_stopped(layer, stop):
+    straight = with_layer(layer)
+    decided, _ = audited(straight, "packed")
+    model = with_layer(layer)
+    optimizer = adamw(model)
+    with DGMController(model, optimizer, config(4), total_steps=STEPS) as dgm:
+        run(model, optimizer, dgm, last=stop)
+        state = saved({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "dgm": dgm.state_dict()})
+    model = with_layer(layer)
+    optimizer = adamw(model)
+    model.load_state_dict(state["model"])
+    with DGMController(model, optimizer, config(4), total_steps=STEPS, state=state["dgm"]) as dgm:
+        optimizer.load_state_dict(state["optimizer"])
+        run(model, optimizer, dgm, first=stop)
+        assert {d.name: (d.masked, d.why) for d in dgm.decisions()} == decided
+    assert largest_difference(model, straight) == 0.0
+
+
+def test_a_whole_layer_that_is_built_on_the_meta_device_waits_with_values_and_all_units():
+    with torch.device("meta"):
+        model = with_layer(Scaled)
+    storage = PackedStorage(config(4))
+    storage.pack(model, lambda: STEPS)
+    optimizer = adamw(model)
+    with DGMController(model, optimizer, config(4), total_steps=STEPS, storage=storage) as dgm:
+        assert list(dgm.masks()) == ["0", "3"]
+        run(model, optimizer, dgm, last=1)
+        assert list(dgm.masks()) == ["0", "1", "3"]
+        assert torch.count_nonzero(model[1].weight) < 16 * 16
 
 
 # --------------------------------------------------------------------------- what is stored
@@ -447,6 +575,23 @@ def test_a_weight_that_no_gradient_reaches_ends_the_run_once_that_is_certain():
             ValueError, match=r"no gradient has reached the weights of 1 layers \(odd\) in the first 20"
         ):
             run(model, optimizer, dgm, first=19, last=20)
+
+
+def doubled(module, product, x):
+    return sorted_forward(module, lambda name, *args: product(name, *args) * (2 if name == "up" else 1), x)
+
+
+@pytest.mark.parametrize("forward", [sorted_forward, doubled])
+def test_an_adapter_of_a_module_that_holds_a_packed_layer_is_compared(forward):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 16), SortedExperts(), nn.Linear(16, 4))
+    optimizer = adamw(model)
+    settings = config(4, selection=Selection(experts=[adapter("sorted", forward=forward)]))
+    refused = pytest.raises(ValueError, match=r"gives another output than the module's own forward: .* apart")
+    with DGMController(model, optimizer, settings, total_steps=STEPS) as dgm:
+        assert isinstance(model[1].router, PackedForward)
+        with refused if forward is doubled else nullcontext():
+            run(model, optimizer, dgm)
 
 
 def test_excluding_that_layer_is_a_way_out():

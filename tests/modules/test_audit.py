@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from lightning_estdgm.modules._audit import ForwardAudit
 from lightning_estdgm.modules._candidates import find_candidates
+from lightning_estdgm.modules._weight_watch import Changes
 
 
 def audited(model, *inputs, steps=1):
@@ -73,6 +74,51 @@ def test_the_layers_that_are_right_give_zeros_where_the_stored_weight_has_zeros(
             y = layer(x)
             torch.manual_seed(0)
             assert torch.equal(y, layer(other))
+
+
+SELECTIONS = {
+    "index_select": lambda w: w.index_select(0, torch.tensor([2, 0, 2])),
+    "gather": lambda w: w.gather(0, torch.tensor([[1, 0, 3, 2]])),
+    "take_along_dim": lambda w: torch.take_along_dim(w, torch.tensor([[1, 0, 3, 2]]), 1),
+    "repeat_interleave": lambda w: w.repeat_interleave(2, 0),
+    "expand_as": lambda w: w[:1].expand_as(w),
+    "reshape_as": lambda w: w.reshape_as(torch.empty(8, 2)).view(4, 4),
+    "cat": lambda w: torch.cat([w[2:], w[:1]]),
+    "stack": lambda w: torch.stack([w, w.t()]),
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_selections_of_a_weight_keep_its_zeros(name):
+    class Selecting(nn.Linear):
+        def forward(self, x):
+            return x @ SELECTIONS[name](self.weight).mT
+
+    layer = Selecting(4, 4)
+    assert audited(nn.Sequential(layer), torch.randn(2, 4)).records["0"].changed_by == ""
+    mask = (torch.rand(4, 4) < 0.5).float()
+    weight = layer.weight.detach()
+    assert torch.equal(SELECTIONS[name](weight * mask), SELECTIONS[name](weight) * SELECTIONS[name](mask))
+
+
+def test_of_weights_that_are_put_together_each_is_found_and_counted_by_its_positions():
+    class Together(nn.Module):
+        def __init__(self, of_all):
+            super().__init__()
+            self.q, self.k, self.head = (nn.Linear(4, n, bias=False) for n in (4, 8, 2))
+            self.of_all = of_all
+
+        def forward(self, x):
+            return F.linear(x, self.of_all(torch.cat([self.q.weight, self.k.weight])))
+
+    model = Together(lambda w: w)
+    audit = ForwardAudit(model, find_candidates(model, include=["*"]))
+    model(torch.randn(5, 7, 4))
+    assert audit.used_by_themselves() == {"q": 35, "k": 35}
+    with Changes([(layer.weight, audit.records[name]) for name, layer in model.named_children()]):
+        model.of_all = lambda w: w.softmax(1)
+        model(torch.randn(2, 4))
+    assert [record.changed_by for record in audit.records.values()] == ["softmax()", "softmax()", ""]
 
 
 def test_a_weight_that_is_replaced_for_a_call_is_found():
@@ -154,6 +200,29 @@ def test_what_feeds_no_other_layer_is_a_head_whatever_the_order_of_registration(
     assert feeding == {"first", "second"}
 
 
+class Direct(nn.Module):
+    """Calls its layers' forwards by themselves, as PyTorch Geometric does; one of them is standardised."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), Standardised(1, 1, 3), nn.Linear(8, 8)])
+
+    def forward(self, x):
+        first, conv, last = self.layers
+        return last.forward(conv.forward(first.forward(x).view(-1, 1, 8, 1).expand(-1, -1, -1, 3)).mean((1, 3)))
+
+
+def test_forwards_that_are_called_by_themselves_are_seen_as_others_are():
+    model = Direct()
+    model.layers[1].padding = (1, 1)
+    records = audited(model, torch.randn(2, 8)).records
+    assert [(r.called, r.changed_by, r.feeds, r.order) for r in records.values()] == [
+        (True, "", True, 0),
+        (True, "sub()", True, 1),
+        (True, "", False, 2),
+    ]
+
+
 class Cell(nn.Module):
     def __init__(self):
         super().__init__()
@@ -221,7 +290,7 @@ def test_the_audit_leaves_nothing_behind_also_after_an_error():
         model(torch.randn(2, 4))
     assert torch.overrides._get_current_function_mode_stack() == before
     audit.close()
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -285,6 +354,57 @@ def test_what_feeds_a_tied_head_or_a_recurrent_part_is_no_head(model, x):
     audit = audited(model, x)
     assert audit.records["last"].feeds
     assert audit.has_end
+
+
+class Cosine(nn.Module):
+    """The weight of its head is used by itself, normalised; so is that of a tied decoder, as it is or turned."""
+
+    def __init__(self, normalise):
+        super().__init__()
+        self.first, self.last, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+        self.normalise = normalise
+
+    def forward(self, x):
+        return F.linear(self.last(self.first(x).relu()), self.normalise(self.head.weight))
+
+
+@pytest.mark.parametrize(
+    "normalise",
+    [F.normalize, lambda w: w, torch.t, lambda w: w / w.norm(dim=1, keepdim=True), lambda w: w - w.mean()],
+    ids=["normalize", "as it is", "turned", "by its norm", "centred"],
+)
+def test_what_feeds_a_weight_that_is_used_by_itself_is_no_head(normalise):
+    audit = audited(Cosine(normalise), torch.randn(2, 8))
+    assert [record.feeds for record in audit.records.values()] == [True, True, False]
+    assert audit.has_end
+
+
+def test_the_layers_of_a_tied_autoencoder_feed_its_decoder():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.code = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            h = F.linear(self.code(self.encoder(x).relu()).relu(), self.code.weight.t()).relu()
+            return F.linear(h, self.encoder.weight.t())
+
+    assert [record.feeds for record in audited(Tied(), torch.randn(2, 8)).records.values()] == [True, True]
+
+
+def test_embeddings_that_are_looked_up_are_activations_and_not_weights():
+    """A cell that is fed with them, and feeds itself alone, is a head all the same."""
+
+    class Reader(Cell):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.places = nn.Embedding(4, 8), nn.Parameter(torch.randn(2, 8))
+
+        def forward(self, x):
+            return super().forward(self.embedding(x) + self.places)
+
+    audit = audited(Reader(), torch.tensor([0, 3]))
+    assert not audit.records["cell"].feeds
 
 
 def test_outputs_that_are_fed_back_leave_no_end():

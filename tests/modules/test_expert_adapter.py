@@ -124,6 +124,33 @@ def test_the_check_writes_to_no_buffer():
     assert module.calls == 1
 
 
+class Once(BmmExperts):
+    """Cannot be computed again."""
+
+    def forward(self, x):
+        if not self.training:
+            raise RuntimeError("gone")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("cls", "called", "said"),
+    [
+        (Once, True, r"'1' cannot be computed again .* \(RuntimeError: gone\), so nothing compares"),
+        (BmmExperts, False, "'1' have run no forward in the first step but compiled ones, so nothing compares"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_said(cls, called, said):
+    module = nn.Sequential(nn.Linear(16, 16), cls())
+    ((owner, check),) = adapter_checks(candidates(module, adapter("bmm", module=cls)))
+    owner.register_forward_hook(check, with_kwargs=True)
+    if called:
+        module(rows())
+    with pytest.warns(RuntimeWarning, match=said):
+        check.warn_if_not_made()
+    assert not check.rows
+
+
 def without_bias(module, product, x):
     return product("w2", product("w1", x.view(4, -1, 16)).relu())
 

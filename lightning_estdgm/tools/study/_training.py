@@ -17,6 +17,7 @@ from lightning_estdgm.callbacks.dgm import DGMCallback
 from lightning_estdgm.callbacks.energy import EnergyMonitor
 from lightning_estdgm.modules._candidates import find_candidates
 from lightning_estdgm.modules._forward_probe import ForwardProbe
+from lightning_estdgm.modules._forward_watch import probe_forward
 from lightning_estdgm.tools._quiet import QUIET_TRAINER, quiet_lightning
 from lightning_estdgm.tools.study._study_run import StudyRun
 from lightning_estdgm.tools.study._tasks import task_named
@@ -116,7 +117,7 @@ def step_flops(model: LightningModule, batch: Any) -> float:
     layers = find_candidates(model)
     probes = [ForwardProbe(layer) for layer in layers]
     for layer, probe in zip(layers, probes, strict=True):
-        layer.module.register_forward_hook(probe)
+        probe_forward(layer.module, probe)
     without_trainer(model)
     with torch.no_grad():
         model.training_step(batch, 0)
