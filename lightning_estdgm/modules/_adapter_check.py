@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_estdgm.modules._candidates import Candidate
 from lightning_estdgm.modules._expert_adapter import dense_product, flat_rows
 from lightning_estdgm.modules._forward_watch import replaced_forward
-from lightning_estdgm.modules._packed_forward import PackedForward
+from lightning_estdgm.modules._packed_forward import OF_THE_RUN, PackedForward
 from lightning_estdgm.modules._sparse_forward import STATE_PREFIX, SparseForward, dense_class
 
 _AGREEMENT, _NARROW_AGREEMENT = 5e-3, 5e-2  # of the largest output; products may be rounded to TF32
@@ -123,7 +123,7 @@ def _bare(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
         is_packed = isinstance(module, PackedForward)
         state = {name: x for name, x in vars(module).items() if is_packed or not name.startswith(STATE_PREFIX)}
         if is_packed:
-            state |= {"_estdgm_observer": None, "_estdgm_observing": False}
+            state |= dict.fromkeys(OF_THE_RUN)
         state.pop("forward", None)  # a watched one calls the module's
         if (forward := replaced_forward(module)) is not None:
             state["forward"] = forward

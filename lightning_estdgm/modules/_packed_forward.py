@@ -24,8 +24,10 @@ from lightning_estdgm.modules._packing import Packing, topology_of
 from lightning_estdgm.modules._sparse_forward import STATE_PREFIX
 from lightning_estdgm.sparse._packed_linear import packed_linear
 
+OF_THE_RUN = ("_estdgm_observer", "_estdgm_probe", "_estdgm_hook")
+"""Attributes of a packed layer that no copy of it has."""
+
 _WEIGHT = "weight"
-_OF_THE_RUN = ("_estdgm_observer", "_estdgm_probe", "_estdgm_hook")  # which no copy has
 _READ_AGAIN = frozenset({"__get__", "detach"})  # what gives another view of the weight, such as ``weight.data``
 
 
@@ -210,7 +212,7 @@ class PackedForward:
         memo[id(self)] = new
         new.__dict__.update(
             {
-                name: copy.deepcopy(value, memo) if name not in _OF_THE_RUN else None
+                name: copy.deepcopy(value, memo) if name not in OF_THE_RUN else None
                 for name, value in self.__dict__.items()
             }
         )
