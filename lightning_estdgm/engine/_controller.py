@@ -134,13 +134,16 @@ class DGMController:
             self.config, self._masked, self._states, self._dispatch, self._admission, self._hooks, self._changes_masks
         )
         try:
+            if not can_mask and not self._admission.late.asleep:  # frozen and sharded
+                raise ValueError(f"the model has no layer to mask; found {self._admission.reasons}")
             self._intake.check(can_mask)
             self._storage.begin(self._states, self.schedule(self.position).density)
             if state is not None:
                 self.load_state_dict(state)
             elif draw_masks:
                 self._begin(audit)
-            self._hooks.register(self._masked.every, self._admission.note_step)
+            awaits_first = bool(self._admission.late.asleep)
+            self._hooks.register(self._masked.every, self._admission.note_step, awaits_first=awaits_first)
             self._dispatch.hook_up()
             self._storage.began()
         except BaseException:
@@ -224,22 +227,27 @@ class DGMController:
     def _take_in_trained(self) -> bool:
         """Mask the weights that the steps so far have shown to train by their layers' forwards; return if any."""
         if not self._admission.waiting:
+            if self.steps == 1 and not self._masked.every:
+                self._warn_of_none()
             return False
         density = self.schedule(self.position).density
         new = self._intake.take_in_trained(self.steps, density, self._final_density(), largest=self._largest)
         if new:
             self._note_drawn()
         elif not self._masked.weights and not self._admission.waiting:
-            asleep = list(self._admission.late.asleep)
-            warnings.warn(
-                "the run goes on dense: the first step has shown no layer that can be masked. "
-                f"{self._admission.reasons} (name one in include= if it is no output head)"
-                + f"; {len(asleep)} layers ({first_names(asleep)}) are masked once they train"
-                * bool(asleep),
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            self._warn_of_none()
         return new
+
+    def _warn_of_none(self) -> None:
+        reasons, asleep = self._admission.reasons, list(self._admission.late.asleep)
+        warnings.warn(
+            "the run goes on dense: the first step has shown no layer that can be masked"
+            + f". {reasons} (name one in include= if it is no output head)" * bool(reasons)
+            + f"; {len(asleep)} layers ({first_names(asleep)}) are masked once they train, which they do not now"
+            * bool(asleep),
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
     def _is_due(self, before: int) -> bool:
         """Whether a mask update was due since position `before`."""

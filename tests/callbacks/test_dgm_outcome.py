@@ -250,6 +250,53 @@ def test_nothing_to_mask_but_what_is_thawed_too_late_is_said_at_both_ends() -> N
         tuned(4, thawed=4)
 
 
+class NormAlone(pl.LightningModule):
+    """Linear layers that are frozen, as under peft's LoHa or IA3, up to a step; a norm trains."""
+
+    def __init__(self, thawed: int, *, held: bool) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 16)).requires_grad_(False)
+        self.net[1].requires_grad_(True)
+        self.thawed, self.held = thawed, held
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == self.thawed:
+            self.net.requires_grad_(True)
+            if not self.held:
+                self.trainer.optimizers[0].add_param_group({"params": [*self.net[0].parameters()]})
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters() if self.held else self.net[1].parameters(), 0.01)
+
+
+def norm_alone(thawed: int = -1, *, held: bool) -> tuple[NormAlone, DGMCallback]:
+    dgm, module = callback(), NormAlone(thawed, held=held)
+    with pytest.warns(RuntimeWarning, match=r"the run goes on dense.*2 layers \(net\.0, net\.2\) are masked once they"):
+        make_trainer(dgm, max_epochs=STEPS // EPOCH).fit(module, TinyMLP.batches(EPOCH))
+    return module, dgm
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["held by the optimizer", "not held"])
+def test_a_run_whose_every_layer_is_frozen_says_that_nothing_is_masked(
+    held: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.warns(UserWarning, match="nothing was masked in this run"):
+        _, dgm = norm_alone(held=held)
+    assert dgm.run_summary()["ended_as_asked"] is False
+    assert "its weight takes no gradient" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["held by the optimizer", "added to it"])
+def test_the_first_layer_of_a_run_that_is_thawed_in_mid_run_is_masked(held: bool) -> None:
+    module, dgm = norm_alone(7, held=held)
+    assert_final(module, dgm)
+    assert dgm.masks().keys() == {"net.0"}  # the other is the output head
+    assert dgm.run_summary()["ended_as_asked"] is True
+
+
 def test_an_old_style_spectral_norm_is_not_taken_for_a_frozen_layer(recwarn: Any) -> None:
     class Normed(TinyMLP):
         def __init__(self) -> None:

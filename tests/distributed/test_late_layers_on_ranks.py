@@ -114,6 +114,24 @@ def test_what_is_sharded_stays_dense_with_the_reason() -> None:
         assert "took no gradient when the run began, and sharded weights are not taken in later" in after
 
 
+def train_frozen() -> str:
+    """Return the error of a run whose every layer is frozen and sharded."""
+    net = Net().requires_grad_(False)
+    norm = nn.LayerNorm(16)
+    model = nn.Sequential(net, norm)
+    fully_shard(model)
+    optimizer = torch.optim.Adam(norm.parameters(), 1e-2)
+    with pytest.raises(ValueError, match="no layer to mask") as error:
+        DGMController(model, optimizer, CONFIG, total_steps=STEPS, group=dist.group.WORLD)
+    return str(error.value)
+
+
+def test_frozen_and_sharded_layers_alone_are_refused() -> None:
+    for error in jobs.run(train_frozen, 2):
+        assert "'frozen': 'its weight took no gradient" in error
+        assert "sharded weights are not taken in later: thaw it before the fit" in error
+
+
 class Module(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()

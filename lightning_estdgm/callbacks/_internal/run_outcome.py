@@ -102,7 +102,7 @@ class RunOutcome:
     def summary(self) -> dict[str, Any]:
         """Return the outcome in plain types: whether the final density was met, late layers, the best checkpoints."""
         return {
-            "ended_as_asked": self._is_asked(self._controller.density),
+            "ended_as_asked": self._masks_any and self._is_asked(self._controller.density),
             "thawed_and_dense": list(self._thawed),
             "best_checkpoints": [asdict(best) for best in self._best.values()],
         }
@@ -115,11 +115,12 @@ class RunOutcome:
         asked = controller.final_density
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if controller.steps and not controller.masks():
-            rank_zero_warn(
-                "nothing was masked in this run, it trained dense: the first step showed no layer that can be masked. "
-                "The reason of each is in DGMCallback.decisions()"
-            )
+        if not self._masks_any:
+            if trainer.global_step:  # the controller counts the steps of weights that it could mask alone
+                rank_zero_warn(
+                    "nothing was masked in this run, it trained dense: no step showed a layer that can be masked. "
+                    "The reason of each is in DGMCallback.decisions()"
+                )
         elif not self._is_asked(controller.density):
             length = controller.schedule.total_steps
             rank_zero_warn(
@@ -134,6 +135,10 @@ class RunOutcome:
                     f"{best.density:.2f}; asked for was {asked:.2f} at the end. To keep the best at the final "
                     "density, monitor a metric that is logged there only: see docs/guides/checkpoints.md"
                 )
+
+    @property
+    def _masks_any(self) -> bool:
+        return bool(self._controller.layer_densities())
 
     def _is_asked(self, density: float) -> bool:
         asked = self._controller.final_density
