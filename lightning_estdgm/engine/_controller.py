@@ -41,7 +41,7 @@ from lightning_estdgm.engine._refusals import check_state
 from lightning_estdgm.engine._step_hooks import StepHooks
 from lightning_estdgm.engine._storage import Storage, storage_of
 from lightning_estdgm.method._schedules import Schedule
-from lightning_estdgm.modules._candidates import Candidate, thawed_layers
+from lightning_estdgm.modules._candidates import Candidate, new_layers, replaced_layers, thawed_layers
 
 _STATE_VERSION = 1
 
@@ -114,6 +114,7 @@ class DGMController:
         self.steps = self.position = self.updates = 0
         self.churn = 0.0
         self.recovered = ""
+        self._model = model
         self._largest = False  # whether masks are drawn of the largest units, as after `recover`
         self._waiting = False  # a mask update is due but nothing could be observed yet
         self._warned_nonfinite = False
@@ -429,6 +430,18 @@ class DGMController:
         left = range(self.schedule.total_steps - 1, self.position, -1)
         are_taken_in = any(name in late.asleep for name in begun) and any(self.schedule(p).update for p in left)
         return [name for name in begun if name not in late.asleep or not are_taken_in]
+
+    def unmasked_layers(self) -> list[str]:
+        """Return the names of layers that are masked no longer, as another is in their place, or that are new.
+
+        Layers are found once, when the controller is made. What has taken the place of a dense layer is not named.
+        """
+        candidates, held = self._masked.candidates, self._hooks.held
+        replaced = replaced_layers(self._model, candidates, held)
+        masked = {weight.name for weight in self._masked.shown}
+        dense = set(replaced) - masked - self._admission.late.asleep.keys()
+        new = [name for name in new_layers(self._model, candidates, held) if name not in dense]
+        return list(dict.fromkeys([*(name for name in replaced if name in masked), *new]))
 
     def decisions(self) -> tuple[LayerDecision, ...]:
         """Return the decision for every linear and convolution layer of the model."""

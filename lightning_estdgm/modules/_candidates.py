@@ -305,6 +305,42 @@ def thawed_layers(candidates: Sequence[Candidate], held: Container[int]) -> list
     return [c.name for c in waiting if c.weight.requires_grad and id(c.weight) in held]
 
 
+def replaced_layers(model: nn.Module, candidates: Sequence[Candidate], held: Container[int]) -> list[str]:
+    """Return the names of layers that the model no longer has, or whose weight is another parameter now.
+
+    Where weights are sharded, a layer's attribute is another object in its forward, which no optimizer holds.
+
+    Args:
+        model: the model that `find_candidates` was called of.
+        candidates: candidates of it.
+        held: ids of the parameters that an optimizer holds now.
+
+    """
+    modules = set(model.modules())
+
+    def is_replaced(candidate: Candidate) -> bool:
+        now = candidate.module._parameters.get(candidate.kind.weight_name)
+        is_other = isinstance(now, nn.Parameter) and now is not candidate.weight
+        return candidate.module not in modules or (is_other and (id(now) in held or isinstance(candidate.shard, Whole)))
+
+    return [candidate.name for candidate in candidates if is_replaced(candidate)]
+
+
+def new_layers(model: nn.Module, candidates: Sequence[Candidate], held: Container[int]) -> list[str]:
+    """Return the names of linear and convolution layers that train and that the model did not have before.
+
+    Args:
+        model: the model that `find_candidates` was called of.
+        candidates: all candidates of it.
+        held: ids of the parameters that an optimizer holds now.
+
+    """
+    known = {candidate.module for candidate in candidates}
+    found = ((name, module, kind) for name, module, kind in _maskable(model, (), ()) if module not in known)
+    stored = [(name, _stored_weight(module, kind)) for name, module, kind in found]
+    return [name for name, weight in stored if weight.requires_grad and id(weight) in held]
+
+
 def unlisted_weights(model: nn.Module, candidates: Sequence[Candidate]) -> dict[str, int]:
     """Return the trainable weights of two or more dimensions that belong to none of the candidates.
 

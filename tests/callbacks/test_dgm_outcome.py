@@ -297,6 +297,82 @@ def test_the_first_layer_of_a_run_that_is_thawed_in_mid_run_is_masked(held: bool
     assert dgm.run_summary()["ended_as_asked"] is True
 
 
+class Changing(TinyMLP):
+    """Has its layers changed before step 9, in mid-epoch; its optimizer is given what is new."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        self.change = change
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == 9 and (new := self.change(self.net)):
+            self.trainer.optimizers[0].add_param_group({"params": new})
+
+
+def other_layer(net: nn.Sequential) -> list[nn.Parameter]:
+    net[2] = nn.Linear(16, 16)
+    return [*net[2].parameters()]
+
+
+def other_parameter(net: nn.Sequential) -> list[nn.Parameter]:
+    net[2].weight = nn.Parameter(torch.randn(16, 16))
+    return [net[2].weight]
+
+
+def other_parameter_that_no_optimizer_holds(net: nn.Sequential) -> None:
+    net[2].weight = nn.Parameter(torch.randn(16, 16))
+
+
+def further_layer(net: nn.Sequential) -> list[nn.Parameter]:
+    net.insert(0, new := nn.Linear(16, 16))
+    return [*new.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("change", "storage", "name"),
+    [
+        (other_layer, "dense", "net.2"),
+        (other_layer, "packed", "net.2"),
+        (other_parameter, "dense", "net.2"),
+        (other_parameter_that_no_optimizer_holds, "dense", "net.2"),
+        (further_layer, "dense", "net.0"),
+        (further_layer, "packed", "net.0"),
+    ],
+)
+def test_layers_that_are_replaced_or_put_in_are_named(change: Any, storage: Any, name: str) -> None:
+    dgm = DGMCallback(DGMConfig(SCHEDULE, Units(size=1), storage=storage))
+    with pytest.warns(UserWarning, match=rf"1 layers \({name}\) were put in or replaced since the fit began"):
+        make_trainer(dgm, max_epochs=STEPS // EPOCH).fit(module := Changing(change), TinyMLP.batches(EPOCH))
+    assert module.get_submodule(name).weight.count_nonzero() == 16 * 16
+    assert dgm.run_summary()["replaced_and_dense"] == [name]
+    assert dgm.run_summary()["ended_as_asked"] is False
+
+
+def other_head(net: nn.Sequential) -> list[nn.Parameter]:
+    net[4] = nn.Linear(16, 1)
+    return [*net[4].parameters()]
+
+
+def frozen_layer(net: nn.Sequential) -> None:
+    net.insert(0, nn.Linear(16, 16).requires_grad_(False))
+
+
+def other_values(net: nn.Sequential) -> None:
+    net[2].reset_parameters()
+
+
+def wrapped(net: nn.Sequential) -> None:
+    net[2] = nn.Sequential(net[2])
+
+
+@pytest.mark.parametrize("change", [other_head, frozen_layer, other_values, wrapped])
+def test_other_changes_of_a_model_are_not_taken_for_a_replaced_layer(change: Any) -> None:
+    dgm = callback()
+    make_trainer(dgm, max_epochs=STEPS // EPOCH).fit(Changing(change), TinyMLP.batches(EPOCH))
+    assert dgm.run_summary()["replaced_and_dense"] == []
+    assert dgm.run_summary()["ended_as_asked"] is True
+
+
 def test_an_old_style_spectral_norm_is_not_taken_for_a_frozen_layer(recwarn: Any) -> None:
     class Normed(TinyMLP):
         def __init__(self) -> None:

@@ -42,7 +42,7 @@ class BestCheckpoint:
 
 
 class RunOutcome:
-    """Outcome of a fit: its final density, its best checkpoints, and layers that were thawed too late to be masked.
+    """Outcome of a fit: its final density, its best checkpoints, and layers that came too late to be masked.
 
     Args:
         trainer: Trainer of the fit.
@@ -58,6 +58,7 @@ class RunOutcome:
         self._controller = controller
         self._best: dict[ModelCheckpoint, BestCheckpoint] = {}
         self._thawed: list[str] = []
+        self._replaced: list[str] = []
         self.resumes = False
 
     def watch(self) -> None:
@@ -99,11 +100,27 @@ class RunOutcome:
                 "of each. To mask them, thaw them before the fit, or begin another fit"
             )
 
+    def watch_replaced(self) -> None:
+        """Warn of layers that were replaced or put in since the fit began, which nothing masks.
+
+        Call it at the start of each epoch, after mask updates, and at the end of training.
+        """
+        new = [name for name in self._controller.unmasked_layers() if name not in self._replaced]
+        if new:
+            self._replaced += new
+            rank_zero_warn(
+                f"DGMCallback: {len(new)} layers ({first_names(new)}) were put in or replaced since the fit began, or "
+                "their weight is another parameter: these are not masked, and what density is reported of them is that "
+                "of the layers before. To mask them, begin another fit; to give a layer other values, keep it and its "
+                "parameter, and copy them into it (layer.weight.copy_, layer.reset_parameters)"
+            )
+
     def summary(self) -> dict[str, Any]:
-        """Return the outcome in plain types: whether the final density was met, late layers, the best checkpoints."""
+        """Return the outcome in plain types: whether the final density was met, dense layers, the best checkpoints."""
         return {
-            "ended_as_asked": self._masks_any and self._is_asked(self._controller.density),
+            "ended_as_asked": self._masks_any and not self._replaced and self._is_asked(self._controller.density),
             "thawed_and_dense": list(self._thawed),
+            "replaced_and_dense": list(self._replaced),
             "best_checkpoints": [asdict(best) for best in self._best.values()],
         }
 
