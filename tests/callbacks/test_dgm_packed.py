@@ -147,6 +147,38 @@ def test_a_checkpoint_of_either_storage_goes_on_in_the_other(tmp_path, storages)
     assert difference(expected, state_of(trainer)) < ROUNDING
 
 
+class FrozenFrom9(Double):
+    """A layer that trains in the first steps only."""
+
+    def on_train_batch_start(self, *args):
+        self.net[0].requires_grad_(self.trainer.global_step < 9)
+
+
+def test_a_layer_that_is_frozen_before_the_checkpoint_has_trained(tmp_path):
+    _, trainer = fit(DGMCallback(config()), _save(tmp_path, 12), module=FrozenFrom9())
+    expected = state_of(trainer)
+    _, trainer = fit(DGMCallback(config()), ckpt=tmp_path / "12.ckpt", module=FrozenFrom9(), seed=1)
+    assert difference(expected, state_of(trainer)) == 0.0
+
+
+class Unused(Double):
+    """A layer that no forward calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.net.insert(0, odd := nn.Linear(32, 32).double())
+        odd.forward = lambda x: x
+
+
+@pytest.mark.filterwarnings("ignore:no gradient has reached the weights of 1 layers")
+def test_a_layer_that_no_gradient_reaches_ends_a_resumed_run_as_well(tmp_path):
+    with pytest.raises(ValueError, match="in the first 20 steps") as straight:
+        fit(DGMCallback(config()), _save(tmp_path, 12), module=Unused())
+    with pytest.raises(ValueError, match="in the first 20 steps") as resumed:
+        fit(DGMCallback(config()), ckpt=tmp_path / "12.ckpt", module=Unused())
+    assert str(resumed.value) == str(straight.value)
+
+
 def test_a_checkpoint_without_this_callback_goes_on(tmp_path):
     fit(DGMCallback(config()), _save(tmp_path, 18))
     checkpoint = torch.load(tmp_path / "18.ckpt", weights_only=True)
