@@ -288,6 +288,7 @@ class DGMCallback(pl.Callback):
         )
         self._at_end.callback(self.controller.close)
         if self._packed is not None:
+            self._packed.began = True
             mask_averages_(trainer, self.controller)  # copies of the whole weights, exchanged from the sanity check on
         # How much is left is known once the Trainer's loops are restored.
         length = self._clock.total_steps, self._clock.epoch_steps

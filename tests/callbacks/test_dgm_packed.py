@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from helpers.models import MLP, NO_VALIDATION_LOADER, ConvNet, ResumableLoader, make_trainer
 from helpers.runs import EPOCH_STEPS, SCHEDULE, STEPS
-from lightning_estdgm import DGMCallback, DGMConfig, DGMController, Units
+from lightning_estdgm import DGMCallback, DGMConfig, DGMController, EstDgm, Units
 from lightning_estdgm.method._schedules import ConstantDensity
 from lightning_estdgm.method._update_rule import UpdateRule
 from lightning_estdgm.modules._packed_forward import PackedForward
@@ -254,6 +254,41 @@ def test_manual_optimization():
     module, _ = fit(callback, module=Manual())
     assert callback.density == pytest.approx(0.1, abs=0.02)
     assert module.net[0]._parameters["weight"].shape[0] == int(callback.masks()["net.0"].sum())
+
+
+class TwoOptimizers(Manual):
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.AdamW(layer.parameters(), 1e-3) for layer in (self.net[:2], self.net[2:])]
+
+
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+def test_phases_in_steps_are_those_of_one_of_several_optimizers(storage):
+    callback = DGMCallback(config(storage))
+    fit(callback, module=TwoOptimizers(), max_steps=2 * STEPS)
+    assert callback.controller.steps == STEPS
+    assert callback.density == pytest.approx(0.1, abs=0.02)
+    module = TwoOptimizers()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match=f"make {STEPS} steps, but the run has {STEPS // 2};"):
+        fit(DGMCallback(config(storage)), module=module, max_steps=STEPS)
+    assert not [layer for layer in module.modules() if isinstance(layer, PackedForward)]
+    assert difference([module.state_dict()], [before]) == 0.0
+
+
+def test_weights_are_as_they_were_if_the_run_is_too_short():
+    module = Double()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match="a run of 2 steps is too short"):
+        fit(DGMCallback(DGMConfig(EstDgm(), units=Units(size=4), storage="packed")), module=module, max_steps=2)
+    assert not [layer for layer in module.modules() if isinstance(layer, PackedForward)]
+    assert difference([module.state_dict()], [before]) == 0.0
 
 
 class SinceMasked(WeightAveraging):
