@@ -188,8 +188,8 @@ class Tuned(pl.LightningModule):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.01)
 
 
-def tuned(*head: int, thawed: int = 2) -> tuple[Tuned, DGMCallback]:
-    dgm, module = callback(), Tuned(*head)
+def tuned(*head: int, thawed: int = 2, dgm: DGMCallback | None = None) -> tuple[Tuned, DGMCallback]:
+    dgm, module = dgm or callback(), Tuned(*head)
     thaw = BackboneFinetuning(unfreeze_backbone_at_epoch=thawed, lambda_func=lambda epoch: 1.0)
     make_trainer(thaw, dgm, max_epochs=STEPS // EPOCH).fit(module, TinyMLP.batches(EPOCH))
     return module, dgm
@@ -212,6 +212,13 @@ def test_a_backbone_that_is_thawed_in_mid_run_is_masked_from_the_next_update_on(
 def test_a_backbone_that_is_thawed_after_the_last_update_is_named() -> None:
     with pytest.warns(UserWarning, match=r"1 layers \(backbone\.0\) have begun to train in mid-run and stay dense"):
         _, dgm = tuned(16, 4, thawed=4)
+    assert dgm.run_summary()["thawed_and_dense"] == ["backbone.0"]
+
+
+def test_a_backbone_that_is_thawed_under_packed_storage_is_named_with_the_way_out() -> None:
+    dgm = DGMCallback(DGMConfig(SCHEDULE, Units(size=1), storage="packed"))
+    with pytest.warns(UserWarning, match=r"1 layers \(backbone\.0\) .*'packed' has masks .* storage='dense' does\. To"):
+        tuned(16, 4, dgm=dgm)
     assert dgm.run_summary()["thawed_and_dense"] == ["backbone.0"]
 
 

@@ -17,6 +17,13 @@ _BEFORE_ITS_END = (
     "Resume it to go on. Where a callback such as EarlyStopping ended it, have that wait for the final density "
     "(`dgm/density` is in trainer.callback_metrics), or give the length of the run as DGMCallback(total_steps=...)"
 )
+_TAKES_NO_MORE = (
+    "layers are taken in at mask updates, and no more are to come; or several ranks train the model, where layers are "
+    "taken in that are whole and equal on all of them. DGMCallback.decisions() has the reason of each. "
+)
+_PACKED_TAKES_NONE = (
+    "storage='packed' has masks before the first step, and takes no layer in later; storage='dense' does. "
+)
 _AT_ITS_END = (
     "Either too few steps were left for the last mask update, or the pattern or the units do not come nearer in layers "
     "as small as these: leave those out by Selection(exclude=...), or take Units(size=1) and no pattern"
@@ -93,11 +100,11 @@ class RunOutcome:
         new = [name for name in now if name not in self._thawed]
         if new:
             self._thawed += new
+            packed = self._controller.config.storage == "packed"
             rank_zero_warn(
                 f"DGMCallback: {len(new)} layers ({first_names(new)}) have begun to train in mid-run and stay dense: "
-                "layers are taken in at mask updates, and no more are to come; or several ranks train the model, where "
-                "layers are taken in that are whole and equal on all of them. DGMCallback.decisions() has the reason "
-                "of each. To mask them, thaw them before the fit, or begin another fit"
+                + (_PACKED_TAKES_NONE if packed else _TAKES_NO_MORE)
+                + "To mask them, thaw them before the fit, or begin another fit"
             )
 
     def watch_replaced(self) -> None:
