@@ -86,8 +86,10 @@ class PackedStorage:
         try:
             self._drawn = schedule.resolve(_UNTIMED)(0).density
         except ValueError:  # lengths in steps, of each of several optimizers maybe, whose number is not known yet
-            is_ours = isinstance(schedule, EstDgm)
-            self._drawn = schedule.first_density if is_ours else schedule.resolve(length())(0).density
+            if isinstance(schedule, EstDgm):
+                self._drawn = schedule.first_density
+            else:
+                self._drawn = schedule.resolve(length())(0).density
         self._masked.take_in(self._masked.every)
         late = LateValues(model)
         self.keeps_originals = not any(weight.parameter.is_meta for weight in self._masked.every)
