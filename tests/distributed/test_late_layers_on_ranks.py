@@ -128,7 +128,7 @@ def train_frozen() -> str:
 
 def test_frozen_and_sharded_layers_alone_are_refused() -> None:
     for error in jobs.run(train_frozen, 2):
-        assert "'frozen': 'its weight took no gradient" in error
+        assert "'0.frozen': 'its weight took no gradient" in error
         assert "sharded weights are not taken in later: thaw it before the fit" in error
 
 
