@@ -208,8 +208,8 @@ class DGMCallback(pl.Callback):
         }
         if (known := self._known()) is None:
             unknown = ("final_density", "density", "flops_ratio", "flops_executed_ratio", "phases", "block_sizes")
-            more = ("backends", "sparse_operators_ran", "ended_as_asked", "thawed_and_dense", "best_checkpoints")
-            return summary | dict.fromkeys((*unknown, *more))
+            more = ("backends", "sparse_operators_ran", "ended_as_asked", "thawed_and_dense", "replaced_and_dense")
+            return summary | dict.fromkeys((*unknown, *more, "best_checkpoints"))
         flops, masked = known.flops, [d for d in known.decisions() if d.masked]
         return summary | {
             "final_density": known.final_density,
@@ -288,6 +288,7 @@ class DGMCallback(pl.Callback):
         )
         self._at_end.callback(self.controller.close)
         if self._packed is not None:
+            self._packed.began = True
             mask_averages_(trainer, self.controller)  # copies of the whole weights, exchanged from the sanity check on
         # How much is left is known once the Trainer's loops are restored.
         length = self._clock.total_steps, self._clock.epoch_steps
@@ -393,6 +394,7 @@ class DGMCallback(pl.Callback):
         self._outcome.watch()
         if batch_idx == 0:
             self._outcome.watch_thawed()
+            self._outcome.watch_replaced()
         if self._eagerly is None and self._bound().probing:
             self._eagerly = torch.compiler.set_stance("force_eager")
 
@@ -409,6 +411,8 @@ class DGMCallback(pl.Callback):
             return
         if updated:
             mask_averages_(trainer, controller)
+            assert self._outcome is not None
+            self._outcome.watch_replaced()
         assert self._log is not None
         if self._compression is not None and self._compression.is_active:
             self._log.allreduce_bytes = float(self._compression.bytes_since_last())
@@ -425,8 +429,10 @@ class DGMCallback(pl.Callback):
             self._bound().mask_weights()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Zero inactive weights that the user's code has written to since the last step."""
+        """Zero inactive weights that the user's code has written to since the last step; name replaced layers."""
         self._bound().mask_weights()
+        assert self._outcome is not None
+        self._outcome.watch_replaced()  # not later: what is done to the trained model is its owner's business
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove all hooks; masks and counters stay readable, also in the process that spawned this one."""

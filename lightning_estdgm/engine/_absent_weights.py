@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from lightning_estdgm.modules._packing import Packing
 
 if TYPE_CHECKING:
     from lightning_estdgm.engine._masked_weight import MaskedWeight
+
+_KEY = "has_trained"  # key in a layer's state
 
 
 class AbsentWeights(InactiveWeights):
@@ -189,6 +192,15 @@ class AbsentWeights(InactiveWeights):
         self.original, self._layout = None, None
         self._store.note_resized()
         weight.lay_out(weight.candidate.shard, placement_of(weight.candidate.shard, weight.block_size))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return whether a gradient has reached it."""
+        return {_KEY: self.has_trained}
+
+    def load_state_dict(self, state: Mapping[str, Any], name: str) -> None:
+        """Load whether a gradient has reached it: what dense storage masks has trained."""
+        super().load_state_dict(state, name)
+        self.has_trained = state.get(_KEY, True)
 
     def _carried(self, weight: MaskedWeight) -> list[Tensor]:
         """Return the state entries that move along; refuse those that cannot, before anything has changed."""

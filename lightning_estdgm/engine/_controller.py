@@ -41,7 +41,7 @@ from lightning_estdgm.engine._refusals import check_state
 from lightning_estdgm.engine._step_hooks import StepHooks
 from lightning_estdgm.engine._storage import Storage, storage_of
 from lightning_estdgm.method._schedules import Schedule
-from lightning_estdgm.modules._candidates import Candidate, thawed_layers
+from lightning_estdgm.modules._candidates import Candidate, new_layers, replaced_layers, thawed_layers
 
 _STATE_VERSION = 1
 
@@ -114,6 +114,7 @@ class DGMController:
         self.steps = self.position = self.updates = 0
         self.churn = 0.0
         self.recovered = ""
+        self._model = model
         self._largest = False  # whether masks are drawn of the largest units, as after `recover`
         self._waiting = False  # a mask update is due but nothing could be observed yet
         self._warned_nonfinite = False
@@ -133,13 +134,16 @@ class DGMController:
             self.config, self._masked, self._states, self._dispatch, self._admission, self._hooks, self._changes_masks
         )
         try:
+            if not can_mask and not self._admission.late.asleep:  # frozen and sharded
+                raise ValueError(f"the model has no layer to mask; found {self._admission.reasons}")
             self._intake.check(can_mask)
             self._storage.begin(self._states, self.schedule(self.position).density)
             if state is not None:
                 self.load_state_dict(state)
             elif draw_masks:
                 self._begin(audit)
-            self._hooks.register(self._masked.every, self._admission.note_step)
+            awaits_first = bool(self._admission.late.asleep)
+            self._hooks.register(self._masked.every, self._admission.note_step, awaits_first=awaits_first)
             self._dispatch.hook_up()
             self._storage.began()
         except BaseException:
@@ -223,22 +227,27 @@ class DGMController:
     def _take_in_trained(self) -> bool:
         """Mask the weights that the steps so far have shown to train by their layers' forwards; return if any."""
         if not self._admission.waiting:
+            if self.steps == 1 and not self._masked.every:
+                self._warn_of_none()
             return False
         density = self.schedule(self.position).density
         new = self._intake.take_in_trained(self.steps, density, self._final_density(), largest=self._largest)
         if new:
             self._note_drawn()
         elif not self._masked.weights and not self._admission.waiting:
-            asleep = list(self._admission.late.asleep)
-            warnings.warn(
-                "the run goes on dense: the first step has shown no layer that can be masked. "
-                f"{self._admission.reasons} (name one in include= if it is no output head)"
-                + f"; {len(asleep)} layers ({first_names(asleep)}) are masked once they train"
-                * bool(asleep),
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            self._warn_of_none()
         return new
+
+    def _warn_of_none(self) -> None:
+        reasons, asleep = self._admission.reasons, list(self._admission.late.asleep)
+        warnings.warn(
+            "the run goes on dense: the first step has shown no layer that can be masked"
+            + f". {reasons} (name one in include= if it is no output head)" * bool(reasons)
+            + f"; {len(asleep)} layers ({first_names(asleep)}) are masked once they train, which they do not now"
+            * bool(asleep),
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
     def _is_due(self, before: int) -> bool:
         """Whether a mask update was due since position `before`."""
@@ -422,6 +431,18 @@ class DGMController:
         left = range(self.schedule.total_steps - 1, self.position, -1)
         are_taken_in = any(name in late.asleep for name in begun) and any(self.schedule(p).update for p in left)
         return [name for name in begun if name not in late.asleep or not are_taken_in]
+
+    def unmasked_layers(self) -> list[str]:
+        """Return the names of layers that are masked no longer, as another is in their place, or that are new.
+
+        Layers are found once, when the controller is made. What has taken the place of a dense layer is not named.
+        """
+        candidates, held = self._masked.candidates, self._hooks.held
+        replaced = replaced_layers(self._model, candidates, held)
+        masked = {weight.name for weight in self._masked.shown}
+        dense = set(replaced) - masked - self._admission.late.asleep.keys()
+        new = [name for name in new_layers(self._model, candidates, held) if name not in dense]
+        return list(dict.fromkeys([*(name for name in replaced if name in masked), *new]))
 
     def decisions(self) -> tuple[LayerDecision, ...]:
         """Return the decision for every linear and convolution layer of the model."""

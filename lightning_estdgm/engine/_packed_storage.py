@@ -26,6 +26,7 @@ from lightning_estdgm.engine._optimizer_state import OptimizerStates
 from lightning_estdgm.engine._packed_states import PackedStates
 from lightning_estdgm.engine._reducers import rebuild_reducer_
 from lightning_estdgm.method._masks import BlockSize, sides
+from lightning_estdgm.method._schedules import EstDgm
 from lightning_estdgm.modules._candidates import Candidate, find_candidates
 from lightning_estdgm.modules._packed_forward import PackedForward, unpack_free_, why_not_packed
 
@@ -73,16 +74,20 @@ class PackedStorage:
 
         Args:
             model: the model.
-            length: function that returns the number of optimizer steps; called if the schedule fits one length only.
+            length: function that returns the number of optimizer steps; called if a schedule other than `EstDgm` fits
+                one length only.
 
         """
         self._masked = self._found(model, None, None, None)
         self._map(True)
+        schedule = self._config.schedule
         try:
-            schedule = self._config.schedule.resolve(_UNTIMED)
-        except ValueError:
-            schedule = self._config.schedule.resolve(length())
-        self._drawn = schedule(0).density
+            self._drawn = schedule.resolve(_UNTIMED)(0).density
+        except ValueError:  # lengths in steps, of each of several optimizers maybe, whose number is not known yet
+            if isinstance(schedule, EstDgm):
+                self._drawn = schedule.first_density
+            else:
+                self._drawn = schedule.resolve(length())(0).density
         self._masked.take_in(self._weights)
         late = LateValues(model)
         self.keeps_originals = not any(weight.parameter.is_meta for weight in self._masked.every)

@@ -57,6 +57,7 @@ class StepHooks:
         self._note_step: Callable[[Sequence[MaskedWeight]], None] = lambda _: None
         self._scaling = StepScaling(optimizers, exponent, grows=grows)
         self._weights: dict[int, MaskedWeight] = {}  # by the id of its parameter
+        self._awaits_first = False
         self._depth = 0  # number of nested steps that have begun and not ended
         self._idle = False  # whether the current step is not one of training
         # Of the current step, noted before it, as an optimizer may clear gradients in it; None: not known yet.
@@ -71,25 +72,35 @@ class StepHooks:
         """Ids of the parameters that an optimizer holds."""
         return frozenset(id(p) for optimizer in self.optimizers for p in parameters_of(optimizer))
 
+    @property
+    def _counts_all(self) -> bool:
+        return self._awaits_first and not self._weights
+
     def weights_of(self, optimizer: Optimizer) -> list[MaskedWeight]:
         """Return the masked weights that an optimizer, or a wrapper of one, holds."""
         weights = (self._weights.get(id(parameter)) for parameter in parameters_of(optimizer))
         return [weight for weight in weights if weight is not None]
 
     def register(
-        self, weights: Sequence[MaskedWeight], note_step: Callable[[Sequence[MaskedWeight]], None] = lambda _: None
+        self,
+        weights: Sequence[MaskedWeight],
+        note_step: Callable[[Sequence[MaskedWeight]], None] = lambda _: None,
+        *,
+        awaits_first: bool = False,
     ) -> None:
         """Hook the optimizers that hold weights.
 
         Args:
             weights: weights that are or can be masked.
             note_step: function that is called with the weights that a step of training has moved.
+            awaits_first: whether all optimizers are hooked, and their steps count, while there is no weight: layers may
+                begin to train in mid-run, and the schedule goes on until then.
 
         Raises:
             ValueError: if a weight is held by no optimizer that runs torch's step hooks.
 
         """
-        self._note_step = note_step
+        self._note_step, self._awaits_first = note_step, awaits_first
         self._weights = {id(weight.parameter): weight for weight in weights}
         self._hook()
         self._scaling.register(self._weights)  # after the hooks above: they see the groups as the user made them
@@ -116,7 +127,7 @@ class StepHooks:
         for optimizer in self._hooked:
             for weight in self.weights_of(optimizer):
                 unseen.pop(id(weight.parameter), None)
-            if self.weights_of(optimizer):
+            if self.weights_of(optimizer) or self._counts_all:
                 self._handles.append(optimizer.register_step_pre_hook(self._before_step))
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
         if unseen:
@@ -269,10 +280,10 @@ class StepHooks:
         With sharded weights a rank may hold no part of the masked ones, so all parameters count; if a rank holds no
         part of any parameter, the ranks agree.
         """
-        if not any(weight.placement.is_sharded for weight in weights):
-            return bool(self._moved)
         parameters = parameters_of(optimizer)
         here = any(parameter.grad is not None for parameter in parameters)
+        if not any(weight.placement.is_sharded for weight in weights):
+            return here if self._counts_all else bool(self._moved)
         shards = [weight.shard for weight in weights]
         if id(optimizer) not in self._unevenly_held:
             nothing_here = all(parameter.numel() == 0 for parameter in parameters)

@@ -295,8 +295,8 @@ def _add_note(weight: MaskedWeight, note: str) -> None:
 def _settings(group: Group) -> list[tuple[str, str]]:
     """Return what a group is set to, but its learning rate."""
     rate = group.get("lr")
-    kept = {"lr": type(rate).__name__, **{key: repr(value) for key, value in group.items() if "lr" not in key}}
-    return sorted((key, value) for key, value in kept.items() if key not in ("params", "param_names"))
+    kept = {key: repr(group[key]) for key in group.keys() - {"params", "param_names"} if "lr" not in key}
+    return sorted((kept | {"lr": type(rate).__name__}).items())
 
 
 def _needs_counts(optimizer: Optimizer) -> bool:

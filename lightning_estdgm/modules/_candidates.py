@@ -9,12 +9,14 @@ from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_estdgm.distributed._shard import Shard
 from lightning_estdgm.distributed.adapters._protocol import shard_of
 from lightning_estdgm.distributed.adapters.whole import Whole
+from lightning_estdgm.method._masks import keep_active_
 from lightning_estdgm.modules._expert_adapter import ExpertAdapter
 from lightning_estdgm.modules._expert_kinds import expert_kinds
 from lightning_estdgm.modules._expert_layout import stack_shard, whole_shape, why_no_stack
@@ -210,6 +212,8 @@ def find_candidates(
             return False, "its weight is shared with another module"
         if kind.experts and (reason := why_no_stack(model, module, kind)):
             return False, reason
+        if reason := _why_no_zeros(weight):
+            return False, reason
         if any(_matches(selector, name, module) for selector in include):
             return True, "included"
         if kind.experts:
@@ -269,6 +273,23 @@ def _three_dimensional(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {clean_name(n): tuple(p.shape) for n, p in model.named_parameters() if p.dim() == 3}
 
 
+def _why_no_zeros(weight: Tensor) -> str:
+    """Return why a tensor subclass, such as a quantised weight, cannot be masked; empty for what can be.
+
+    Weights that are spread over ranks are left to their adapters: those know their parts.
+    """
+    if not hasattr(weight, "__tensor_flatten__") or hasattr(weight, "placements"):
+        return ""
+    try:
+        with torch.no_grad():
+            copy = weight.detach().clone()
+            keep_active_(copy, torch.zeros(copy.shape, dtype=torch.bool, device=copy.device), 1)
+            is_zero = not bool(copy.abs().any())
+    except Exception:  # whatever a class raises that does not know an operator
+        is_zero = False
+    return "" if is_zero else f"its weight is of class {type(weight).__name__}, in which units cannot be set to zero"
+
+
 def _stored_weight(module: nn.Module, kind: LayerKind) -> Any:
     """Return a layer's weight as stored; of a parametrized one the parameter of its shape that it is made from.
 
@@ -303,6 +324,42 @@ def thawed_layers(candidates: Sequence[Candidate], held: Container[int]) -> list
     """
     waiting = (candidate for candidate in candidates if candidate.why in (_FROZEN, _NOT_HELD))
     return [c.name for c in waiting if c.weight.requires_grad and id(c.weight) in held]
+
+
+def replaced_layers(model: nn.Module, candidates: Sequence[Candidate], held: Container[int]) -> list[str]:
+    """Return the names of layers that the model no longer has, or whose weight is another parameter now.
+
+    Where weights are sharded, a layer's attribute is another object in its forward, which no optimizer holds.
+
+    Args:
+        model: the model that `find_candidates` was called of.
+        candidates: candidates of it.
+        held: ids of the parameters that an optimizer holds now.
+
+    """
+    modules = set(model.modules())
+
+    def is_replaced(candidate: Candidate) -> bool:
+        now = candidate.module._parameters.get(candidate.kind.weight_name)
+        is_other = isinstance(now, nn.Parameter) and now is not candidate.weight
+        return candidate.module not in modules or (is_other and (id(now) in held or isinstance(candidate.shard, Whole)))
+
+    return [candidate.name for candidate in candidates if is_replaced(candidate)]
+
+
+def new_layers(model: nn.Module, candidates: Sequence[Candidate], held: Container[int]) -> list[str]:
+    """Return the names of linear and convolution layers that train and that the model did not have before.
+
+    Args:
+        model: the model that `find_candidates` was called of.
+        candidates: all candidates of it.
+        held: ids of the parameters that an optimizer holds now.
+
+    """
+    known = {candidate.module for candidate in candidates}
+    found = ((name, module, kind) for name, module, kind in _maskable(model, (), ()) if module not in known)
+    stored = [(name, _stored_weight(module, kind)) for name, module, kind in found]
+    return [name for name, weight in stored if weight.requires_grad and id(weight) in held]
 
 
 def unlisted_weights(model: nn.Module, candidates: Sequence[Candidate]) -> dict[str, int]:

@@ -254,3 +254,72 @@ def test_layers_whose_gradients_torch_func_makes_are_masked_as_others_are():
     assert all(torch.equal(masks[name], mask) for name, mask in expected.items())
     for a, b in zip(module.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+class Int8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, whole := weight.values())
+        return x @ whole.T + bias
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, whole = ctx.saved_tensors
+        return gradient @ whole, gradient.T @ x, gradient.sum(0)
+
+
+class Int8Weight(torch.Tensor):
+    """A weight kept in int8, which knows the operators of its training alone, as that of torchao does."""
+
+    @staticmethod
+    def __new__(cls, whole):
+        return torch.Tensor._make_wrapper_subclass(cls, whole.shape, dtype=torch.float32)
+
+    def __init__(self, whole):
+        self.scale = whole.abs().max() / 127
+        self.int8 = (whole / self.scale).round().to(torch.int8)
+
+    def __tensor_flatten__(self):
+        return ["int8", "scale"], None
+
+    def values(self):
+        return self.int8 * self.scale
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            return Int8Product.apply(*args)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].values())
+        if function is torch.ops.aten.add_.Tensor:
+            args[0].__init__(args[0].values() + args[1] * kwargs["alpha"])
+            return args[0]
+        raise NotImplementedError(f"{cls.__name__} has no {function}")
+
+
+class PartlyInt8(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = mlp()
+        self.net[2].weight = nn.Parameter(Int8Weight(self.net[2].weight.detach()))
+
+    def training_step(self, x, batch_idx):
+        return (self.net(x) - x.sin()).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1, foreach=False)
+
+
+def test_a_quantised_weight_stays_dense_with_the_reason():
+    module = PartlyInt8()
+    before = module.net[2].weight.values()
+    dgm = fit(module)
+    assert dgm.masks().keys() == {"net.0"}
+    assert "its weight is of class Int8Weight, in which units cannot be set to zero" in [d.why for d in dgm.decisions()]
+    assert not torch.equal(module.net[2].weight.values(), before)

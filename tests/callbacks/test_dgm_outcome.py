@@ -188,8 +188,8 @@ class Tuned(pl.LightningModule):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.01)
 
 
-def tuned(*head: int, thawed: int = 2) -> tuple[Tuned, DGMCallback]:
-    dgm, module = callback(), Tuned(*head)
+def tuned(*head: int, thawed: int = 2, dgm: DGMCallback | None = None) -> tuple[Tuned, DGMCallback]:
+    dgm, module = dgm or callback(), Tuned(*head)
     thaw = BackboneFinetuning(unfreeze_backbone_at_epoch=thawed, lambda_func=lambda epoch: 1.0)
     make_trainer(thaw, dgm, max_epochs=STEPS // EPOCH).fit(module, TinyMLP.batches(EPOCH))
     return module, dgm
@@ -212,6 +212,13 @@ def test_a_backbone_that_is_thawed_in_mid_run_is_masked_from_the_next_update_on(
 def test_a_backbone_that_is_thawed_after_the_last_update_is_named() -> None:
     with pytest.warns(UserWarning, match=r"1 layers \(backbone\.0\) have begun to train in mid-run and stay dense"):
         _, dgm = tuned(16, 4, thawed=4)
+    assert dgm.run_summary()["thawed_and_dense"] == ["backbone.0"]
+
+
+def test_a_backbone_that_is_thawed_under_packed_storage_is_named_with_the_way_out() -> None:
+    dgm = DGMCallback(DGMConfig(SCHEDULE, Units(size=1), storage="packed"))
+    with pytest.warns(UserWarning, match=r"1 layers \(backbone\.0\) .*'packed' has masks .* storage='dense' does\. To"):
+        tuned(16, 4, dgm=dgm)
     assert dgm.run_summary()["thawed_and_dense"] == ["backbone.0"]
 
 
@@ -248,6 +255,129 @@ def test_nothing_to_mask_but_what_is_thawed_too_late_is_said_at_both_ends() -> N
         pytest.warns(UserWarning, match="stay dense"),
     ):
         tuned(4, thawed=4)
+
+
+class NormAlone(pl.LightningModule):
+    """Linear layers that are frozen, as under peft's LoHa or IA3, up to a step; a norm trains."""
+
+    def __init__(self, thawed: int, *, held: bool) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 16)).requires_grad_(False)
+        self.net[1].requires_grad_(True)
+        self.thawed, self.held = thawed, held
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == self.thawed:
+            self.net.requires_grad_(True)
+            if not self.held:
+                self.trainer.optimizers[0].add_param_group({"params": [*self.net[0].parameters()]})
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters() if self.held else self.net[1].parameters(), 0.01)
+
+
+def norm_alone(thawed: int = -1, *, held: bool) -> tuple[NormAlone, DGMCallback]:
+    dgm, module = callback(), NormAlone(thawed, held=held)
+    with pytest.warns(RuntimeWarning, match=r"the run goes on dense.*2 layers \(net\.0, net\.2\) are masked once they"):
+        make_trainer(dgm, max_epochs=STEPS // EPOCH).fit(module, TinyMLP.batches(EPOCH))
+    return module, dgm
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["held by the optimizer", "not held"])
+def test_a_run_whose_every_layer_is_frozen_says_that_nothing_is_masked(
+    held: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.warns(UserWarning, match="nothing was masked in this run"):
+        _, dgm = norm_alone(held=held)
+    assert dgm.run_summary()["ended_as_asked"] is False
+    assert "its weight takes no gradient" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["held by the optimizer", "added to it"])
+def test_the_first_layer_of_a_run_that_is_thawed_in_mid_run_is_masked(held: bool) -> None:
+    module, dgm = norm_alone(7, held=held)
+    assert_final(module, dgm)
+    assert dgm.masks().keys() == {"net.0"}  # the other is the output head
+    assert dgm.run_summary()["ended_as_asked"] is True
+
+
+class Changing(TinyMLP):
+    """Has its layers changed before step 9, in mid-epoch; its optimizer is given what is new."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        self.change = change
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == 9 and (new := self.change(self.net)):
+            self.trainer.optimizers[0].add_param_group({"params": new})
+
+
+def other_layer(net: nn.Sequential) -> list[nn.Parameter]:
+    net[2] = nn.Linear(16, 16)
+    return [*net[2].parameters()]
+
+
+def other_parameter(net: nn.Sequential) -> list[nn.Parameter]:
+    net[2].weight = nn.Parameter(torch.randn(16, 16))
+    return [net[2].weight]
+
+
+def other_parameter_that_no_optimizer_holds(net: nn.Sequential) -> None:
+    net[2].weight = nn.Parameter(torch.randn(16, 16))
+
+
+def further_layer(net: nn.Sequential) -> list[nn.Parameter]:
+    net.insert(0, new := nn.Linear(16, 16))
+    return [*new.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("change", "storage", "name"),
+    [
+        (other_layer, "dense", "net.2"),
+        (other_layer, "packed", "net.2"),
+        (other_parameter, "dense", "net.2"),
+        (other_parameter_that_no_optimizer_holds, "dense", "net.2"),
+        (further_layer, "dense", "net.0"),
+        (further_layer, "packed", "net.0"),
+    ],
+)
+def test_layers_that_are_replaced_or_put_in_are_named(change: Any, storage: Any, name: str) -> None:
+    dgm = DGMCallback(DGMConfig(SCHEDULE, Units(size=1), storage=storage))
+    with pytest.warns(UserWarning, match=rf"1 layers \({name}\) were put in or replaced since the fit began"):
+        make_trainer(dgm, max_epochs=STEPS // EPOCH).fit(module := Changing(change), TinyMLP.batches(EPOCH))
+    assert module.get_submodule(name).weight.count_nonzero() == 16 * 16
+    assert dgm.run_summary()["replaced_and_dense"] == [name]
+    assert dgm.run_summary()["ended_as_asked"] is False
+
+
+def other_head(net: nn.Sequential) -> list[nn.Parameter]:
+    net[4] = nn.Linear(16, 1)
+    return [*net[4].parameters()]
+
+
+def frozen_layer(net: nn.Sequential) -> None:
+    net.insert(0, nn.Linear(16, 16).requires_grad_(False))
+
+
+def other_values(net: nn.Sequential) -> None:
+    net[2].reset_parameters()
+
+
+def wrapped(net: nn.Sequential) -> None:
+    net[2] = nn.Sequential(net[2])
+
+
+@pytest.mark.parametrize("change", [other_head, frozen_layer, other_values, wrapped])
+def test_other_changes_of_a_model_are_not_taken_for_a_replaced_layer(change: Any) -> None:
+    dgm = callback()
+    make_trainer(dgm, max_epochs=STEPS // EPOCH).fit(Changing(change), TinyMLP.batches(EPOCH))
+    assert dgm.run_summary()["replaced_and_dense"] == []
+    assert dgm.run_summary()["ended_as_asked"] is True
 
 
 def test_an_old_style_spectral_norm_is_not_taken_for_a_frozen_layer(recwarn: Any) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from helpers.models import MLP, NO_VALIDATION_LOADER, ConvNet, ResumableLoader, make_trainer
 from helpers.runs import EPOCH_STEPS, SCHEDULE, STEPS
-from lightning_estdgm import DGMCallback, DGMConfig, DGMController, Units
+from lightning_estdgm import DGMCallback, DGMConfig, DGMController, EstDgm, Units
 from lightning_estdgm.method._schedules import ConstantDensity
 from lightning_estdgm.method._update_rule import UpdateRule
 from lightning_estdgm.modules._packed_forward import PackedForward
@@ -148,6 +148,38 @@ def test_a_checkpoint_of_either_storage_goes_on_in_the_other(tmp_path, storages)
     assert difference(expected, state_of(trainer)) < ROUNDING
 
 
+class FrozenFrom9(Double):
+    """A layer that trains in the first steps only."""
+
+    def on_train_batch_start(self, *args):
+        self.net[0].requires_grad_(self.trainer.global_step < 9)
+
+
+def test_a_layer_that_is_frozen_before_the_checkpoint_has_trained(tmp_path):
+    _, trainer = fit(DGMCallback(config()), _save(tmp_path, 12), module=FrozenFrom9())
+    expected = state_of(trainer)
+    _, trainer = fit(DGMCallback(config()), ckpt=tmp_path / "12.ckpt", module=FrozenFrom9(), seed=1)
+    assert difference(expected, state_of(trainer)) == 0.0
+
+
+class Unused(Double):
+    """A layer that no forward calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.net.insert(0, odd := nn.Linear(32, 32).double())
+        odd.forward = lambda x: x
+
+
+@pytest.mark.filterwarnings("ignore:no gradient has reached the weights of 1 layers")
+def test_a_layer_that_no_gradient_reaches_ends_a_resumed_run_as_well(tmp_path):
+    with pytest.raises(ValueError, match="in the first 20 steps") as straight:
+        fit(DGMCallback(config()), _save(tmp_path, 12), module=Unused())
+    with pytest.raises(ValueError, match="in the first 20 steps") as resumed:
+        fit(DGMCallback(config()), ckpt=tmp_path / "12.ckpt", module=Unused())
+    assert str(resumed.value) == str(straight.value)
+
+
 def test_a_checkpoint_without_this_callback_goes_on(tmp_path):
     fit(DGMCallback(config()), _save(tmp_path, 18))
     checkpoint = torch.load(tmp_path / "18.ckpt", weights_only=True)
@@ -267,6 +299,41 @@ def test_manual_optimization():
     module, _ = fit(callback, module=Manual())
     assert callback.density == pytest.approx(0.1, abs=0.02)
     assert module.net[0]._parameters["weight"].shape[0] == int(callback.masks()["net.0"].sum())
+
+
+class TwoOptimizers(Manual):
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.AdamW(layer.parameters(), 1e-3) for layer in (self.net[:2], self.net[2:])]
+
+
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+def test_phases_in_steps_are_those_of_one_of_several_optimizers(storage):
+    callback = DGMCallback(config(storage))
+    fit(callback, module=TwoOptimizers(), max_steps=2 * STEPS)
+    assert callback.controller.steps == STEPS
+    assert callback.density == pytest.approx(0.1, abs=0.02)
+    module = TwoOptimizers()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match=f"make {STEPS} steps, but the run has {STEPS // 2};"):
+        fit(DGMCallback(config(storage)), module=module, max_steps=STEPS)
+    assert not [layer for layer in module.modules() if isinstance(layer, PackedForward)]
+    assert difference([module.state_dict()], [before]) == 0.0
+
+
+def test_weights_are_as_they_were_if_the_run_is_too_short():
+    module = Double()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match="a run of 2 steps is too short"):
+        fit(DGMCallback(DGMConfig(EstDgm(), units=Units(size=4), storage="packed")), module=module, max_steps=2)
+    assert not [layer for layer in module.modules() if isinstance(layer, PackedForward)]
+    assert difference([module.state_dict()], [before]) == 0.0
 
 
 class SinceMasked(WeightAveraging):

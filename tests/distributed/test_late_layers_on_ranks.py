@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -112,6 +112,59 @@ def test_what_is_sharded_stays_dense_with_the_reason() -> None:
         assert late == ["frozen"]
         assert before == after
         assert "took no gradient when the run began, and sharded weights are not taken in later" in after
+
+
+def train_frozen() -> str:
+    """Return the error of a run whose every layer is frozen and sharded."""
+    net = Net().requires_grad_(False)
+    norm = nn.LayerNorm(16)
+    model = nn.Sequential(net, norm)
+    fully_shard(model)
+    optimizer = torch.optim.Adam(norm.parameters(), 1e-2)
+    with pytest.raises(ValueError, match="no layer to mask") as error:
+        DGMController(model, optimizer, CONFIG, total_steps=STEPS, group=dist.group.WORLD)
+    return str(error.value)
+
+
+def test_frozen_and_sharded_layers_alone_are_refused() -> None:
+    for error in jobs.run(train_frozen, 2):
+        assert "'0.frozen': 'its weight took no gradient" in error
+        assert "sharded weights are not taken in later: thaw it before the fit" in error
+
+
+def wrap(net: nn.Module, how: str) -> nn.Module:
+    if how == "FSDP2":
+        return fully_shard(net, reshard_after_forward=False)
+    settings = {"sharding_strategy": ShardingStrategy[how], "device_id": torch.device("cpu")}
+    return FullyShardedDataParallel(net, use_orig_params=True, **settings)
+
+
+def look_for_replaced(how: str) -> dict[str, list[str]]:
+    """Return the names of replaced layers before and after forwards and steps, and after one was replaced."""
+    net = Net()
+    model = wrap(net, how)
+    x, optimizer = torch.randn(4, 16), torch.optim.Adam(model.parameters(), 1e-2)
+    found = {}
+    with DGMController(model, optimizer, CONFIG, total_steps=STEPS, group=dist.group.WORLD) as dgm:
+        for step in range(2):
+            with torch.no_grad():
+                model(x, True)  # which leaves weights gathered
+            found[f"gathered, {step}"] = dgm.unmasked_layers()
+            model(x, True).square().mean().backward()
+            found[f"backward, {step}"] = dgm.unmasked_layers()
+            dgm.mask_gradients()
+            optimizer.step()
+            dgm.advance()
+            found[f"stepped, {step}"] = dgm.unmasked_layers()
+        net.branch = nn.Linear(16, 16)
+        return found | {"replaced": dgm.unmasked_layers()}
+
+
+@pytest.mark.parametrize("how", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "FSDP2"])
+def test_gathered_weights_are_not_taken_for_others(how: str) -> None:
+    for found in jobs.run(look_for_replaced, 2, how):
+        assert found.pop("replaced") == ["branch"]
+        assert set(map(tuple, found.values())) == {()}
 
 
 class Module(pl.LightningModule):

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from lightning_estdgm.modules._candidates import find_candidates
 
@@ -126,3 +127,12 @@ def test_fused_projections_are_recognised(name, module, parts):
 def test_complex_weights_stay_dense():
     model = nn.Sequential(nn.Linear(8, 8, dtype=torch.complex64), nn.Linear(8, 8), nn.Linear(8, 2))
     assert verdicts(model)["0"] == (False, "its weight is complex")
+
+
+def test_a_tensor_subclass_that_can_hold_zeros_is_masked():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    values = torch.randn(8, 8)
+    model[0].weight = nn.Parameter(TwoTensor(values, values.clone()))
+    assert verdicts(model)["0"] == (True, "")
+    assert torch.equal(model[0].weight.a, values)
+    assert torch.equal(model[0].weight.b, values)

@@ -26,6 +26,9 @@ class PackedWeights:
         config: settings.
         total_steps: number of optimizer steps; ``None``: the Trainer's.
 
+    Attributes:
+        began: whether the run has begun; until then its failure puts the weights back as they were.
+
     Raises:
         ValueError: if the strategy shards weights, or sends gradients by a hook of its own.
 
@@ -37,7 +40,7 @@ class PackedWeights:
         self._check(trainer)
         plain = trainer.accumulate_grad_batches == 1 and trainer.world_size == 1 and module.automatic_optimization
         self.storage = storage = PackedStorage(config, has_one_backward=plain)
-        self._began = False
+        self.began = False
         self._checkpoints: PackedCheckpoints | None = None
         self._module: Any = module
         self._extended: dict[str, tuple[Any, Any]] = {}  # by the hook's name: what stands there now, and stood before
@@ -65,7 +68,6 @@ class PackedWeights:
 
     def begin(self, trainer: pl.Trainer) -> PackedStorage:
         """Return the storage once the strategy is set up."""
-        self._began = True
         wrapper = trainer.strategy.model
         if isinstance(wrapper, DistributedDataParallel):
             self.storage.wrappers = [wrapper]
@@ -74,7 +76,7 @@ class PackedWeights:
     def end(self, exception: BaseException | None = None) -> None:
         """Put the weights back as they were if the run did not begin."""
         self._give_back()
-        if self._began:
+        if self.began:
             return
         if self._checkpoints is not None:
             self._checkpoints.end()

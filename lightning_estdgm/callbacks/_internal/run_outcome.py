@@ -17,6 +17,13 @@ _BEFORE_ITS_END = (
     "Resume it to go on. Where a callback such as EarlyStopping ended it, have that wait for the final density "
     "(`dgm/density` is in trainer.callback_metrics), or give the length of the run as DGMCallback(total_steps=...)"
 )
+_TAKES_NO_MORE = (
+    "layers are taken in at mask updates, and no more are to come; or several ranks train the model, where layers are "
+    "taken in that are whole and equal on all of them. DGMCallback.decisions() has the reason of each. "
+)
+_PACKED_TAKES_NONE = (
+    "storage='packed' has masks before the first step, and takes no layer in later; storage='dense' does. "
+)
 _AT_ITS_END = (
     "Either too few steps were left for the last mask update, or the pattern or the units do not come nearer in layers "
     "as small as these: leave those out by Selection(exclude=...), or take Units(size=1) and no pattern"
@@ -42,7 +49,7 @@ class BestCheckpoint:
 
 
 class RunOutcome:
-    """Outcome of a fit: its final density, its best checkpoints, and layers that were thawed too late to be masked.
+    """Outcome of a fit: its final density, its best checkpoints, and layers that came too late to be masked.
 
     Args:
         trainer: Trainer of the fit.
@@ -58,6 +65,7 @@ class RunOutcome:
         self._controller = controller
         self._best: dict[ModelCheckpoint, BestCheckpoint] = {}
         self._thawed: list[str] = []
+        self._replaced: list[str] = []
         self.resumes = False
 
     def watch(self) -> None:
@@ -92,18 +100,34 @@ class RunOutcome:
         new = [name for name in now if name not in self._thawed]
         if new:
             self._thawed += new
+            packed = self._controller.config.storage == "packed"
             rank_zero_warn(
                 f"DGMCallback: {len(new)} layers ({first_names(new)}) have begun to train in mid-run and stay dense: "
-                "layers are taken in at mask updates, and no more are to come; or several ranks train the model, where "
-                "layers are taken in that are whole and equal on all of them. DGMCallback.decisions() has the reason "
-                "of each. To mask them, thaw them before the fit, or begin another fit"
+                + (_PACKED_TAKES_NONE if packed else _TAKES_NO_MORE)
+                + "To mask them, thaw them before the fit, or begin another fit"
+            )
+
+    def watch_replaced(self) -> None:
+        """Warn of layers that were replaced or put in since the fit began, which nothing masks.
+
+        Call it at the start of each epoch, after mask updates, and at the end of training.
+        """
+        new = [name for name in self._controller.unmasked_layers() if name not in self._replaced]
+        if new:
+            self._replaced += new
+            rank_zero_warn(
+                f"DGMCallback: {len(new)} layers ({first_names(new)}) were put in or replaced since the fit began, or "
+                "their weight is another parameter: these are not masked, and what density is reported of them is that "
+                "of the layers before. To mask them, begin another fit; to give a layer other values, keep it and its "
+                "parameter, and copy them into it (layer.weight.copy_, layer.reset_parameters)"
             )
 
     def summary(self) -> dict[str, Any]:
-        """Return the outcome in plain types: whether the final density was met, late layers, the best checkpoints."""
+        """Return the outcome in plain types: whether the final density was met, dense layers, the best checkpoints."""
         return {
-            "ended_as_asked": self._is_asked(self._controller.density),
+            "ended_as_asked": self._masks_any and not self._replaced and self._is_asked(self._controller.density),
             "thawed_and_dense": list(self._thawed),
+            "replaced_and_dense": list(self._replaced),
             "best_checkpoints": [asdict(best) for best in self._best.values()],
         }
 
@@ -115,11 +139,12 @@ class RunOutcome:
         asked = controller.final_density
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if controller.steps and not controller.masks():
-            rank_zero_warn(
-                "nothing was masked in this run, it trained dense: the first step showed no layer that can be masked. "
-                "The reason of each is in DGMCallback.decisions()"
-            )
+        if not self._masks_any:
+            if trainer.global_step:  # the controller counts the steps of weights that it could mask alone
+                rank_zero_warn(
+                    "nothing was masked in this run, it trained dense: no step showed a layer that can be masked. "
+                    "The reason of each is in DGMCallback.decisions()"
+                )
         elif not self._is_asked(controller.density):
             length = controller.schedule.total_steps
             rank_zero_warn(
@@ -134,6 +159,10 @@ class RunOutcome:
                     f"{best.density:.2f}; asked for was {asked:.2f} at the end. To keep the best at the final "
                     "density, monitor a metric that is logged there only: see docs/guides/checkpoints.md"
                 )
+
+    @property
+    def _masks_any(self) -> bool:
+        return bool(self._controller.layer_densities())
 
     def _is_asked(self, density: float) -> bool:
         asked = self._controller.final_density

@@ -157,6 +157,11 @@ class EstDgm(ScheduleConfig):
         half = times(0.5, density)
         return cls(Phase(half, half, 0.40), Phase(density, density, 0.10), Phase(density, density, 0.50), **settings)
 
+    @property
+    def first_density(self) -> float:
+        """Density of the first masks of a run, whatever its length: phases given in steps fit only one."""
+        return 1.0 if self.warmup else self.exploration.start
+
     def resolve(self, total_steps: int) -> Schedule:
         """Return the schedule of a run of `total_steps` optimizer steps.
 

@@ -91,6 +91,13 @@ def test_the_run_ends_at_the_final_density_exactly(run):
 
 
 @given(runs())
+def test_the_first_density_is_known_without_a_length(run):
+    config, schedule = run
+    if not 0.0 < config.warmup < 1.0:  # a share may be less than half a step
+        assert config.first_density == schedule(0).density
+
+
+@given(runs())
 def test_the_last_mask_is_frozen(run):
     config, schedule = run
     last = schedule.segments[-1]
