@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+_DEPTH = 3  # of nested containers that are searched
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -15,15 +17,25 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
 
 
 def nested_optimizers(optimizer: Optimizer) -> list[Any]:
-    """Return an optimizer and those that it wraps, outermost first."""
+    """Return an optimizer and those that it wraps, as attributes or in containers of these, outermost first."""
     found: list[Any] = []
     waiting: list[Any] = [optimizer]
     while waiting:
         candidate = waiting.pop(0)
         if not any(candidate is known for known in found):
             found.append(candidate)
-            waiting += [value for value in getattr(candidate, "__dict__", {}).values() if isinstance(value, Optimizer)]
+            for name, value in getattr(candidate, "__dict__", {}).items():
+                if name not in ("state", "param_groups"):
+                    waiting += _optimizers_in(value)
     return found
+
+
+def _optimizers_in(value: Any, depth: int = 0) -> Iterator[Optimizer]:
+    if isinstance(value, Optimizer):
+        yield value
+    elif isinstance(value, Mapping | list | tuple) and depth < _DEPTH:
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _optimizers_in(item, depth + 1)
 
 
 def with_step_hooks(optimizer: Optimizer) -> list[Optimizer]:

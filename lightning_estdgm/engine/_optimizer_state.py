@@ -19,7 +19,7 @@ from lightning_estdgm.distributed._collectives import local_tensor
 from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._state_entries import Path, state_entries
-from lightning_estdgm.engine._state_rules import Constant, CopyOfWeight, StateRule, oriented
+from lightning_estdgm.engine._state_rules import Constant, StateRule, Strided, copies_weight, oriented
 from lightning_estdgm.engine._state_trial import StateUnknownError, TrialFailedError, fresh_state_rules
 from lightning_estdgm.method._masks import expand_mask
 
@@ -87,15 +87,20 @@ class OptimizerStates:
                 rule = self._observed(f"{name}.{'.'.join(path)}", state, weight, before)
             if rule is not None:
                 rule.reset_(state, weight, units)
+        for state, strided in self._strided(weight):
+            strided.reset_(state, weight, units)
 
     @torch.no_grad()
     def follow_drawn_(self, weight: MaskedWeight) -> None:
         """Bring state that exists already in line with a mask just drawn, for which weights were zeroed and scaled."""
         every = torch.ones_like(weight.mask)
-        for name, path, state in self.entries(weight):
-            rule = self._rules.get(id(weight.parameter), {}).get((name, path))
+        known: list[tuple[Tensor, StateRule | None]] = [
+            (state, self._rules.get(id(weight.parameter), {}).get((name, path)))
+            for name, path, state in self.entries(weight)
+        ]
+        for state, rule in [*known, *self._strided(weight)]:
             if rule is not None:
-                rule.reset_(state, weight, every if isinstance(rule, CopyOfWeight) else ~weight.mask)
+                rule.reset_(state, weight, every if copies_weight(rule) else ~weight.mask)
 
     def forget_curvature(self) -> None:
         """Clear the history of L-BFGS, whose differences of gradients are those of other weights after an update."""
@@ -128,6 +133,20 @@ class OptimizerStates:
                 if known is None or (known[:2] not in rules and (name, path) in rules):
                     found[id(state)] = name, path, state
         yield from found.values()
+
+    def _strided(self, weight: MaskedWeight) -> Iterator[tuple[Tensor, Strided]]:
+        """Yield the entries with an element for every so many weights."""
+        rules = self._rules.get(id(weight.parameter), {})
+        if not any(isinstance(rule, Strided) for rule in rules.values()):
+            return
+        for optimizer in self._every:
+            name = type(optimizer).__name__
+            for path, state in state_entries(optimizer, weight.parameter, shorter=True):
+                rule = rules.get((name, path))
+                if isinstance(rule, Strided) and rule.fits(state, weight):
+                    yield state, rule
+                elif isinstance(rule, Strided):
+                    self._warn_of_kept(f"{name}.{'.'.join(path)}", weight)
 
     def _tried(self, optimizer: Optimizer, weight: MaskedWeight, changes_masks: bool) -> Rules:
         if local_tensor(weight.parameter).numel() < 2 or any(
@@ -173,11 +192,14 @@ class OptimizerStates:
             if values.numel() and bool((values == values[0]).all()):
                 rule = Constant(values[0].item())
         if rule is None:
-            self._warn(
-                f"the optimizer's state {entry!r} is kept as it is where weights of layer {weight.name!r} were dropped "
-                "or grown: what a fresh parameter has there could not be found"
-            )
+            self._warn_of_kept(entry, weight)
         return rule
+
+    def _warn_of_kept(self, entry: str, weight: MaskedWeight) -> None:
+        self._warn(
+            f"the optimizer's state {entry!r} is kept as it is where weights of layer {weight.name!r} were dropped "
+            "or grown: what a fresh parameter has there could not be found"
+        )
 
     def _warn(self, message: str) -> None:
         if message.split(" of layer")[0] not in self._warned:

@@ -18,6 +18,7 @@ from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.engine._absent_weights import AbsentWeights
 from lightning_estdgm.engine._element_trial import why_not_by_element
 from lightning_estdgm.engine._freed_memory import map_allocations, return_freed_memory
+from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
 from lightning_estdgm.engine._inactive import Treatment
 from lightning_estdgm.engine._late_values import LateValues
 from lightning_estdgm.engine._masked_model import MaskedModel
@@ -25,6 +26,7 @@ from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._optimizer_state import OptimizerStates
 from lightning_estdgm.engine._packed_states import PackedStates
 from lightning_estdgm.engine._reducers import rebuild_reducer_
+from lightning_estdgm.engine._resize_trial import why_not_resized
 from lightning_estdgm.method._masks import BlockSize, sides
 from lightning_estdgm.method._schedules import EstDgm
 from lightning_estdgm.modules._candidates import Candidate, find_candidates
@@ -202,7 +204,7 @@ class PackedStorage:
 
     def _check(self, optimizers: Sequence[Optimizer]) -> None:
         known: dict[Any, str] = {}
-        for optimizer in optimizers:
+        for optimizer in (inner for outer in optimizers for inner in nested_optimizers(outer)):
             for index, group in enumerate(optimizer.param_groups):
                 held = {id(parameter) for parameter in group["params"]}
                 for weight in self._weights:
@@ -211,7 +213,9 @@ class PackedStorage:
                     like = _like(weight)
                     key = (id(optimizer), index, like.shape, like.dtype, like.device)
                     if key not in known:
-                        known[key] = why_not_by_element(optimizer, index, like)
+                        known[key] = why_not_by_element(optimizer, index, like) or why_not_resized(
+                            optimizer, weight.parameter, like
+                        )
                     if known[key]:
                         raise ValueError(
                             f"layer {weight.name!r} cannot be stored packed under {type(optimizer).__name__}: "

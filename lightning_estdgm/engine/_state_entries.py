@@ -18,27 +18,33 @@ Path = tuple[str, ...]
 _DEPTH = 6  # of nested containers that are searched
 
 
-def state_entries(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[Path, Tensor]]:
+def state_entries(optimizer: Optimizer, parameter: Tensor, *, shorter: bool = False) -> Iterator[tuple[Path, Tensor]]:
     """Yield the tensors with one element for each element of a parameter that one optimizer keeps for it.
 
     They are looked for in all attributes of the optimizer: in containers keyed by the parameter or its id, and in lists
     with one item for each parameter. Optimizers that it wraps are not searched. Of a tensor subclass, such as a
     quantised one, the inner tensors are yielded if they have as many elements, else the tensor itself; of a stack of
     tensors of the parameter's shape, each. Step counts and factored moments have fewer elements, and are left out.
+
+    Args:
+        optimizer: optimizer, or a wrapper of one.
+        parameter: parameter that it holds.
+        shorter: whether the vectors of fewer elements, but more than one, are yielded instead.
+
     """
     every = parameters_of(optimizer)
     index = next((i for i, known in enumerate(every) if known is parameter), None)
-    search = _Search(parameter, index, len(every))
+    search = _Search(parameter, index, len(every), shorter=shorter)
     for name, value in getattr(optimizer, "__dict__", {}).items():
         if not isinstance(value, Optimizer | nn.Module):
             yield from search.visit(value, (name,), belongs=False)
 
 
 class _Search:
-    """Search of nested containers for what belongs to one parameter, the `index`-th of `count`."""
+    """Search of nested containers for what belongs to one parameter, the `index`-th of `count`; see `state_entries`."""
 
-    def __init__(self, parameter: Tensor, index: int | None, count: int) -> None:
-        self._parameter, self._index, self._count = parameter, index, count
+    def __init__(self, parameter: Tensor, index: int | None, count: int, *, shorter: bool) -> None:
+        self._parameter, self._index, self._count, self._shorter = parameter, index, count, shorter
 
     def visit(self, value: Any, path: Path, *, belongs: bool) -> Iterator[tuple[Path, Tensor]]:
         """Yield the entries in a value; `belongs` says whether it is the parameter's own."""
@@ -70,6 +76,10 @@ class _Search:
 
     def _tensors(self, value: Tensor, path: Path) -> Iterator[tuple[Path, Tensor]]:
         local, expected = local_tensor(value), local_tensor(self._parameter)
+        if self._shorter:
+            if type(local) is Tensor and local.dim() == 1 and 1 < local.numel() < expected.numel():
+                yield path, value
+            return
         if not hasattr(local, "__tensor_flatten__"):
             if _has_an_element_for_each(local, expected):
                 yield path, value

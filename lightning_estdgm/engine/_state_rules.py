@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from lightning_estdgm.distributed._collectives import local_tensor
 from lightning_estdgm.method._masks import keep_active_, masked_select_units
 
 if TYPE_CHECKING:
@@ -105,6 +106,41 @@ class Requantised:
         dense = state.dequantize()
         Constant(self.value).reset_(dense, weight, units)
         state.copy_(dense)
+
+
+@dataclass(frozen=True)
+class Strided:
+    """The entry has an element for every `stride`-th weight alone, as the copies of Prodigy with ``slice_p``.
+
+    Attributes:
+        rule: rule of a whole entry, by which these elements are reset.
+        stride: distance of their weights in the flattened parameter.
+
+    """
+
+    rule: StateRule
+    stride: int
+
+    def __str__(self) -> str:
+        return f"{self.rule}, for one in {self.stride}"
+
+    def fits(self, state: Tensor, weight: MaskedWeight) -> bool:
+        """Whether a state entry has an element for every `stride`-th weight that is here."""
+        weights = local_tensor(weight.parameter).numel()
+        return local_tensor(state).numel() == len(range(0, weights, self.stride))
+
+    def reset_(self, state: Tensor, weight: MaskedWeight, units: Tensor) -> None:
+        """Reset a whole entry that has these elements, and copy them back."""
+        local = local_tensor(state).detach()
+        whole = local.new_zeros(local_tensor(weight.parameter).shape)
+        whole.view(-1)[:: self.stride] = local
+        self.rule.reset_(whole, weight, units)
+        local.copy_(whole.view(-1)[:: self.stride])
+
+
+def copies_weight(rule: StateRule) -> bool:
+    """Whether a fresh parameter has a copy of itself, or of every so many of its weights."""
+    return isinstance(rule.rule if isinstance(rule, Strided) else rule, CopyOfWeight)
 
 
 def oriented(state: Tensor, weight: SteppedWeight) -> Tensor:

@@ -9,6 +9,9 @@ every step, as that of inactive weights is. Each tensor of its state is one of
   the weight's shape by chance (Shampoo's statistics of a square weight);
 - a **table**, which depends on neither weights nor gradients;
 - a **choice** of weights, in bools, which has state of its size beside it (SaRA).
+
+A vector of fewer elements is looked at where one of its length is a copy of every so many weights (Prodigy's
+``slice_p``). Others are left out: factored moments.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from lightning_estdgm.distributed._collectives import local_tensor
 from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
 from lightning_estdgm.engine._optimizer_trial import apart_from_the_run, remade, trial_optimizer
 from lightning_estdgm.engine._state_entries import Path, state_entries
-from lightning_estdgm.engine._state_rules import Constant, CopyOfWeight, Kept, Requantised, StateRule
+from lightning_estdgm.engine._state_rules import Constant, CopyOfWeight, Kept, Requantised, StateRule, Strided
 
 _STEPS = (3, 12)  # of a trial, and of one more if an entry is the same everywhere after the first
 _ROUNDING = 0.02  # relative error of copies in bfloat16 or after weight decay
@@ -87,6 +90,8 @@ def fresh_state_rules(optimizer: Optimizer, parameter: Tensor) -> dict[tuple[str
             else:
                 other = other or trials.run(steps, quiet_weights=True, seed=1)
                 rules[key] = _shared(entry, moving[key], other.get(key), ".".join(key[1]))
+            if entry.stride > 1:
+                rules[key] = Strided(rules[key], entry.stride)
         if not any(entry.is_uniform for key, entry in still.items() if key not in rules):
             break
     return rules
@@ -111,10 +116,15 @@ class _Entry:
         is_copy: whether it equals the weight at quiet elements, before or after the steps.
         is_choice: whether it holds bools.
         rule: rule that was found by writing to it, if it is a packed quantised tensor.
+        stride: distance of the weights that it has an element for.
 
     """
 
-    def __init__(self, state: Tensor, quiet: Tensor, before: Tensor, after: Tensor) -> None:
+    def __init__(self, state: Tensor, quiet: Tensor, before: Tensor, after: Tensor, stride: int = 1) -> None:
+        self.stride = stride
+        if stride > 1:
+            quiet = quiet[quiet % stride == 0] // stride
+            before, after = before[::stride], after[::stride]
         packed = hasattr(state, "__tensor_flatten__")
         values = state.dequantize() if packed else state
         values = values.detach().reshape(-1)
@@ -197,7 +207,22 @@ class _Trials:
         for inner in nested_optimizers(trial):
             for path, state in state_entries(inner, weight):
                 entries.setdefault((type(inner).__name__, path), _Entry(state, quiet, before, after))
+            vectors = [(path, local_tensor(state)) for path, state in state_entries(inner, weight, shorter=True)]
+            strides = {len(vector): stride for _, vector in vectors if (stride := _stride(vector, before))}
+            for path, vector in vectors:
+                if len(vector) in strides:
+                    entry = _Entry(vector, quiet, before, after, strides[len(vector)])
+                    entries.setdefault((type(inner).__name__, path), entry)
         return entries
+
+
+def _stride(vector: Tensor, weights: Tensor) -> int:
+    """Return the stride of a copy of every so many weights; 0 if a vector is none."""
+    least, most = -(-len(weights) // len(vector)), (len(weights) - 1) // (len(vector) - 1)  # by its length
+    for offset in (weights[least : most + 1] == vector[1].item()).nonzero().flatten().tolist():
+        if torch.equal(weights[:: least + offset].to(vector), vector):
+            return int(least + offset)
+    return 0
 
 
 def _step(trial: Any, weight: nn.Parameter, gradient: Tensor, closure: bool) -> None:

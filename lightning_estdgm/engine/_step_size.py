@@ -306,9 +306,11 @@ def _needs_counts(optimizer: Optimizer) -> bool:
 
 def _holds_part(outer: Optimizer, optimizer: Optimizer) -> bool:
     """Whether an optimizer steps this rank's part of what an outer one holds, as in a ZeroRedundancyOptimizer."""
-    if optimizer is outer or all(optimizer is not inner for inner in with_step_hooks(outer)):
+    inner = with_step_hooks(outer)[1:]
+    if all(optimizer is not other for other in inner):
         return False
-    return _delegates(outer, optimizer) and len(parameters_of(optimizer)) < len(parameters_of(outer))
+    held = {id(parameter) for other in inner for parameter in parameters_of(other)}  # by all: they may share the work
+    return _delegates(outer, optimizer) and len(held) < len(parameters_of(outer))
 
 
 def _delegates(optimizer: Optimizer, inner: Optimizer) -> bool:

@@ -11,7 +11,8 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
-from helpers.controller_runs import STEPS, WEIGHTS
+from helpers.controller_runs import STEPS, WEIGHTS, adamw, batch, loss_of
+from helpers.storages import config, double, largest_difference
 from lightning_estdgm import DGMController
 
 
@@ -82,8 +83,29 @@ class Blind(torch.optim.Optimizer):
         pass
 
 
+class Chained(torch.optim.Optimizer):
+    """Several optimizers as one, in a container: their groups one after another, or one group of its own over all."""
+
+    def __init__(self, several: list[torch.optim.Optimizer], hold: Callable[[Any], Any], *, own_group: bool) -> None:
+        groups = [group for optimizer in several for group in optimizer.param_groups]
+        super().__init__([p for group in groups for p in group["params"]], {})
+        if not own_group:
+            self.param_groups = groups
+        self.several = hold(several)
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure else None
+        for optimizer in self.several.values() if isinstance(self.several, dict) else self.several:
+            optimizer.step()
+        return loss
+
+
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), 0.1)
+
+
+def momentum(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
 
 
 WRAPPED: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
@@ -125,6 +147,30 @@ def test_a_wrapped_optimizer_trains_as_the_one_it_wraps(mlp: Any, name: str, exp
     assert told[0] == STEPS
     for mine, theirs in zip(model.parameters(), expected[0].parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+@pytest.mark.parametrize("own_group", [False, True], ids=["their groups", "one group"])
+@pytest.mark.parametrize("hold", [list, tuple, lambda several: dict(enumerate(several))], ids=["list", "tuple", "dict"])
+def test_several_optimizers_in_one_train_as_they_do_apart(mlp: Any, hold: Any, own_group: bool, storage: str) -> None:
+    models = []
+    for apart in (True, False):
+        model = double(mlp(32, 64, 64, 4))
+        halves = [adamw(model[:2]), momentum(model[2:])]
+        given = halves if apart else [Chained(halves, hold, own_group=own_group)]
+        with DGMController(model, given, config(1, storage), total_steps=STEPS, audit=False) as dgm:
+            for step in range(STEPS):
+                for optimizer in halves:
+                    optimizer.zero_grad()
+                loss_of(model, batch(step, 32)).backward()
+                for optimizer in given:
+                    optimizer.step()
+                if dgm.advance() and storage == "dense":
+                    dropped = ~dgm.masks()["0"]
+                    assert not halves[0].state[model[0].weight]["exp_avg"][dropped].any()
+            assert not any(weight.note for weight in dgm.masked_weights)
+        models.append(model)
+    assert largest_difference(*models) == 0.0
 
 
 def test_fabrics_optimizer_trains_as_the_one_it_wraps(mlp: Any, expected: tuple[nn.Module, Any]) -> None:

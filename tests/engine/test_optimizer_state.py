@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.controller_runs import STEPS, WEIGHTS, adamw, batch, constant, fit, loss_of, run, saved
+from helpers.controller_runs import BLOCKS, STEPS, WEIGHTS, adamw, batch, constant, fit, loss_of, run, saved
 from helpers.masked_weights import numbered
 from lightning_estdgm.config import DGMConfig, Units
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._optimizer_state import OptimizerStates
 from lightning_estdgm.engine._state_entries import state_entries
-from lightning_estdgm.engine._state_rules import Constant, CopyOfWeight, Kept, Requantised
+from lightning_estdgm.engine._state_rules import Constant, CopyOfWeight, Kept, Requantised, Strided
 from lightning_estdgm.engine._state_trial import StateUnknownError, TrialFailedError, fresh_state_rules
 from lightning_estdgm.method._schedules import EstDgm
 
@@ -87,6 +87,16 @@ class Flat(Custom):
         state.setdefault("flat", torch.zeros(p.numel())).add_(p.grad.flatten())
 
 
+class Sliced(Custom):
+    """Keeps the first weights and a sum of gradients, whole and of every third weight, as Prodigy with ``slice_p``."""
+
+    def update(self, p, state):
+        state.setdefault("first", p.clone())
+        state.setdefault("sum", torch.zeros_like(p)).add_(p.grad)
+        state.setdefault("first_sliced", p.flatten()[::3].clone())
+        state.setdefault("sum_sliced", torch.zeros_like(p).flatten()[::3].clone()).add_(p.grad.flatten()[::3])
+
+
 class Look(Custom):
     """Slow weights, made where the parameter is added."""
 
@@ -155,6 +165,15 @@ def weight_of(shape=(16, 16), dtype=torch.float32):
         (Outside, {"by_parameter": Constant(0.0), "by_id.sum": Constant(0.0)}),
         (Stacked, {"state.both.0": Constant(0.0), "state.both.1": Constant(0.0)}),
         (Flat, {"state.flat": Constant(0.0)}),
+        (
+            Sliced,
+            {
+                "state.first": CopyOfWeight(),
+                "state.sum": Constant(0.0),
+                "state.first_sliced": Strided(CopyOfWeight(), 3),
+                "state.sum_sliced": Strided(Constant(0.0), 3),
+            },
+        ),
     ],
 )
 def test_a_trial_finds_what_a_fresh_parameter_has(make, expected):
@@ -291,6 +310,35 @@ def test_copies_follow_the_first_mask_and_every_update(mlp, make, entry):
                 inactive = ~dgm.masks()["0"]
                 assert torch.count_nonzero(state[entry][inactive]) == 0
     assert dgm.density == pytest.approx(0.1, abs=0.01)
+
+
+@pytest.mark.parametrize("settings", [WEIGHTS, BLOCKS], ids=["weights", "blocks"])
+@pytest.mark.parametrize("first", ["masks", "state"])
+def test_state_of_one_in_three_weights_is_that_part_of_the_whole_state(mlp, settings, first):
+    model = mlp(32, 64, 64, 4)
+    optimizer = Sliced(model.parameters())
+    if first == "state":
+        loss_of(model, batch(0, 32)).backward()
+        optimizer.step()
+    with DGMController(model, optimizer, settings, total_steps=STEPS, audit=False) as dgm:
+        for _ in fit(model, optimizer, dgm):
+            for layer in (model[0], model[2]):
+                state = optimizer.state[layer.weight]
+                for entry in ("first", "sum"):
+                    assert torch.equal(state[f"{entry}_sliced"], state[entry].flatten()[::3])
+    assert dgm.updates > 2
+
+
+def test_prodigy_that_keeps_every_eleventh_weight_estimates_its_rate_as_with_all(mlp):
+    prodigy = pytest.importorskip("prodigyopt").Prodigy
+    rates = {}
+    for slice_p in (1, 11):
+        model = mlp(32, 64, 64, 4)
+        optimizer = prodigy(model.parameters(), lr=1.0, slice_p=slice_p)
+        with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False) as dgm:
+            run(model, optimizer, dgm)
+        rates[slice_p] = optimizer.param_groups[0]["d"]
+    assert rates[1] / 2 < rates[11] < 2 * rates[1]
 
 
 def test_a_run_is_refused_at_its_start_by_the_name_of_optimizer_and_entry(mlp):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import types
 from contextlib import nullcontext
 
 import pytest
@@ -503,7 +504,34 @@ def by_mean(model):
     return ScaledByItsMean(model.parameters(), lr=1e-3)
 
 
-@pytest.mark.parametrize("make", [factored, shampoo, lbfgs, by_mean], ids=lambda make: make.__name__)
+class Hiding(torch.optim.Optimizer):
+    """Steps by another optimizer, whose groups it shows, and which it holds in an object that nobody looks into."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.param_groups, self.held = inner.param_groups, types.SimpleNamespace(optimizer=inner)
+
+    def step(self, closure=None):
+        return self.held.optimizer.step(closure)
+
+
+def hidden(model):
+    return Hiding(momentum(model))
+
+
+class OneOfTwo(torch.optim.Optimizer):
+    """Steps by two optimizers in a list, of which the second does not work element by element."""
+
+    def __init__(self, several):
+        super().__init__([p for optimizer in several for p in optimizer.param_groups[0]["params"]], {})
+        self.several = several
+
+    def step(self, closure=None):
+        for optimizer in self.several:
+            optimizer.step(closure)
+
+
+@pytest.mark.parametrize("make", [factored, shampoo, lbfgs, by_mean, hidden], ids=lambda make: make.__name__)
 def test_optimizers_that_do_not_work_element_by_element_are_refused(mlp, make):
     model = mlp(32, 256, 128, 4)
     before, weights = dense_traces(model), copy.deepcopy(model)
@@ -514,6 +542,13 @@ def test_optimizers_that_do_not_work_element_by_element_are_refused(mlp, make):
         DGMController(model, optimizer, config(4), total_steps=STEPS)
     assert dense_traces(model) == before
     assert largest_difference(model, weights) == 0.0
+
+
+def test_each_of_several_optimizers_in_one_is_tried(mlp):
+    model = mlp(32, 256, 128, 4)
+    optimizer = OneOfTwo([momentum(model[:2]), by_mean(model[2:])])
+    with pytest.raises(ValueError, match="layer '2' cannot be stored packed under ScaledByItsMean: "):
+        DGMController(model, optimizer, config(4), total_steps=STEPS)
 
 
 @pytest.mark.parametrize(

@@ -97,9 +97,11 @@ OTHERS = [
     case("pytorch_optimizer", "SOAP", 3e-3),
     case("pytorch_optimizer", "Shampoo", 3e-2),
     case("pytorch_optimizer", "Lion", 1e-3),
+    case("pytorch_optimizer", "CAME", 3e-4),
     case("pytorch_optimizer", "FTRL", 3e-2),
     case("pytorch_optimizer", "Prodigy", 1.0),
     case("prodigyopt", "Prodigy", 1.0),
+    case("prodigyopt", "Prodigy", 1.0, slice_p=11),
     case("transformers.optimization", "Adafactor", 3e-3, relative_step=False, scale_parameter=False),
     case("transformers.optimization", "Adafactor", 3e-3, relative_step=False, scale_parameter=False, beta1=0.9),
 ]
