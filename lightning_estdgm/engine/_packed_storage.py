@@ -305,7 +305,8 @@ def _why_whole(candidate: Candidate) -> str:
 
 
 def _like(weight: MaskedWeight) -> Tensor:
-    """Return a tensor with the unit, dtype and device of a packed weight."""
+    """Return a tensor of all units of a weight, with its dtype and device, and the memory of one unit."""
     rows, columns = sides(weight.block_size)
     taps = int(torch.Size(weight.shape[2:]).numel()) if weight.block_size != 1 else 1
-    return torch.empty(2, rows, columns * taps, dtype=weight.parameter.dtype, device=weight.parameter.device)
+    unit = torch.empty(1, rows, columns * taps, dtype=weight.parameter.dtype, device=weight.parameter.device)
+    return unit.expand(weight.units, -1, -1)

@@ -362,6 +362,53 @@ def test_optimizers_that_do_not_work_element_by_element_are_refused(mlp, make):
     assert largest_difference(model, weights) == 0.0
 
 
+class InBlocks(torch.optim.SGD):
+    """Keeps its moment in codes with a scale for each 256, for weights of `least` elements or more."""
+
+    least = 4096
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state, in_codes = self.state[p], p.numel() >= self.least and p.numel() % 256 == 0
+                moment = state.get("moment", torch.zeros_like(p))
+                moment = (moment.view(-1, 256) * state["scales"]).view_as(p) if "scales" in state else moment
+                moment = state["moment"] = 0.9 * moment + p.grad
+                p.sub_(moment, alpha=group["lr"])
+                if in_codes:
+                    state["scales"] = moment.view(-1, 256).abs().amax(1, keepdim=True) / 127 + 1e-30
+                    state["moment"] = (moment.view(-1, 256) / state["scales"]).round().to(torch.int8).view_as(p)
+
+
+class InBlocksIfLarger(InBlocks):
+    least = 8192
+
+
+def of_library(name, **settings):
+    return lambda model: getattr(pytest.importorskip("pytorch_optimizer"), name)(model.parameters(), 1e-3, **settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda model: InBlocks(model.parameters(), 1e-3), "InBlocks keeps a state 'scales'"),
+        (lambda model: InBlocksIfLarger(model.parameters(), 1e-3), "InBlocksIfLarger keeps a state 'scales'"),
+        (of_library("FlashAdamW"), "FlashAdamW keeps a state 'exp_avg::scales'"),
+        (of_library("SaRA"), "SaRA keeps a state 'exp_avg'"),
+        (of_library("ScalableShampoo"), "ScalableShampoo could not be tried .RuntimeError"),
+    ],
+    ids=["codes", "codes of larger weights", "FlashAdamW", "SaRA", "ScalableShampoo"],
+)
+def test_state_that_cannot_follow_single_weights_is_refused_at_the_start(mlp, make, why):
+    model = mlp(32, 256, 128, 4)
+    before, weights = dense_traces(model), copy.deepcopy(model)
+    with pytest.raises(ValueError, match=f"layer '0' cannot be stored packed under .*: {why}.* Use storage='dense'"):
+        DGMController(model, make(model), config(1), total_steps=STEPS)
+    assert dense_traces(model) == before
+    assert largest_difference(model, weights) == 0.0
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
