@@ -21,7 +21,8 @@ class PackedStates:
     """Hooks by which ``optimizer.state_dict()`` unpacks, and ``load_state_dict`` packs the state of packed weights.
 
     Only optimizers whose own ``state_dict`` runs torch's hooks are reached, so a wrapper with one of its own saves the
-    packed shapes; these are loaded as they are.
+    packed shapes; these are loaded as they are. A ``load_state_dict`` that runs none, as that of bitsandbytes, leaves
+    whole state, which `pack_left` packs.
 
     Args:
         weights: packed weights.
@@ -33,6 +34,7 @@ class PackedStates:
         self._weights = {id(weight.parameter): weight for weight in weights}
         self._fill = fill
         self._handles: list[Any] = []
+        self._load_by_themselves: list[Optimizer] = []
 
     def use(self, optimizers: Sequence[Optimizer]) -> None:
         """Hook these optimizers, and no others."""
@@ -42,12 +44,24 @@ class PackedStates:
             if "_optimizer_state_dict_post_hooks" in vars(optimizer):
                 self._handles.append(optimizer.register_state_dict_post_hook(OwnHook(self._unpack)))
                 self._handles.append(optimizer.register_load_state_dict_pre_hook(OwnHook(self._pack)))
+                if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+                    self._load_by_themselves.append(optimizer)
+
+    def pack_left(self, weight: MaskedWeight) -> None:
+        """Pack the state of a packed weight that a ``load_state_dict`` has left whole."""
+        module: Any = weight.candidate.module
+        for optimizer in self._load_by_themselves:
+            state = optimizer.state.get(weight.parameter, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and tuple(value.shape) == module._estdgm_packing.stored_shape:
+                    state[name] = _packed(weight, name, value)
 
     def close(self) -> None:
         """Remove the hooks. May be called twice."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._load_by_themselves.clear()
 
     def _unpack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         changed = dict(state_dict["state"])

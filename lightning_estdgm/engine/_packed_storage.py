@@ -170,6 +170,11 @@ class PackedStorage:
             for name, path, entry in self._states.entries(weight):
                 yield f"{name}.{'.'.join(path)}", entry
 
+    def pack_loaded_states(self, weight: MaskedWeight) -> None:
+        """Pack the state of a weight that an optimizer has loaded whole."""
+        if self._hooks is not None:
+            self._hooks.pack_left(weight)
+
     def sums_gradients(self, block_size: BlockSize) -> bool:
         """Whether scores need the sum of the gradients of several steps."""
         steps = getattr(self._config.schedule, "observe_steps", None)  # None: it depends on the run's length

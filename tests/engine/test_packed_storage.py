@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from helpers.controller_runs import SCHEDULE, STEPS, adamw, constant, fit, loss_of, run, saved, sgd
 from helpers.storages import (
     ROUNDING,
+    LoadsByItself,
     check_equal,
     config,
     double,
@@ -168,14 +169,14 @@ def test_growth_at_random_sees_no_gradient_of_inactive_units(mlp, monkeypatch):
 # --------------------------------------------------------------------------- state
 
 
-def resumed(mlp, first, second, stop):
+def resumed(mlp, first, second, stop, make=adamw):
     model = double(mlp(32, 256, 128, 4))
-    optimizer = adamw(model)
+    optimizer = make(model)
     with DGMController(model, optimizer, first, total_steps=STEPS, audit=False) as dgm:
         run(model, optimizer, dgm, last=stop)
         state = saved({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "dgm": dgm.state_dict()})
     model = double(mlp(32, 256, 128, 4, seed=99))
-    optimizer = adamw(model)
+    optimizer = make(model)
     model.load_state_dict(state["model"])
     with DGMController(model, optimizer, second, total_steps=STEPS, state=state["dgm"], audit=False) as dgm:
         optimizer.load_state_dict(state["optimizer"])
@@ -189,6 +190,21 @@ def test_a_run_goes_on_from_either_storage_in_either(mlp, storages, stop):
     first, second = (config(4, storage) for storage in storages)
     model, optimizer = resumed(mlp, first, second, stop)
     straight = trained(double(mlp(32, 256, 128, 4)), adamw, second)
+    exact = 0.0 if storages == ("packed", "packed") else ROUNDING
+    assert largest_difference(model, straight[0]) <= exact
+    assert largest_state_difference(optimizer, straight[1]) <= exact
+
+
+def by_itself(model):
+    return LoadsByItself(model.parameters(), 1e-2)
+
+
+@pytest.mark.parametrize("unit", [1, 16])
+@pytest.mark.parametrize("storages", [("packed", "packed"), ("packed", "dense"), ("dense", "packed")], ids="-".join)
+def test_an_optimizer_that_loads_its_state_without_torchs_hooks_goes_on(mlp, storages, unit):
+    first, second = (config(unit, storage) for storage in storages)
+    model, optimizer = resumed(mlp, first, second, 17, by_itself)
+    straight = trained(double(mlp(32, 256, 128, 4)), by_itself, second)
     exact = 0.0 if storages == ("packed", "packed") else ROUNDING
     assert largest_difference(model, straight[0]) <= exact
     assert largest_state_difference(optimizer, straight[1]) <= exact
