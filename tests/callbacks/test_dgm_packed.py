@@ -130,7 +130,7 @@ def test_resume_is_exact(tmp_path, at):
     assert difference(expected, state_of(trainer)) == 0.0
 
 
-@pytest.mark.parametrize("kind", [LoadsByItself], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [torch.optim.Rprop, LoadsByItself], ids=lambda kind: kind.__name__)
 def test_resume_of_other_optimizers_is_exact(tmp_path, kind):
     class Other(Double):
         def configure_optimizers(self):

@@ -195,6 +195,17 @@ def test_a_run_goes_on_from_either_storage_in_either(mlp, storages, stop):
     assert largest_state_difference(optimizer, straight[1]) <= exact
 
 
+def rprop(model):
+    return torch.optim.Rprop(model.parameters(), lr=1.3e-3)
+
+
+def test_state_that_does_not_begin_at_0_goes_on_to_the_bit(mlp):
+    model, optimizer = resumed(mlp, config(4), config(4), 17, rprop)
+    straight = trained(double(mlp(32, 256, 128, 4)), rprop, config(4))
+    assert largest_difference(model, straight[0]) == 0.0
+    assert largest_state_difference(optimizer, straight[1]) == 0.0
+
+
 def by_itself(model):
     return LoadsByItself(model.parameters(), 1e-2)
 
