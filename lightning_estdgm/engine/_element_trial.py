@@ -119,7 +119,7 @@ class _Trial:
                 weight.detach().mul_(self._mask)
             move = (weight.detach() - before).double().cpu()
             moves.append(move if packed else self._in_order(move))
-        return torch.stack(moves), _too_small(trial, weight)
+        return torch.stack(moves), _too_small(trial, weight) or _shared(trial, weight)
 
     def _copy(self, weight: nn.Parameter) -> Optimizer:
         trial = trial_optimizer(self._optimizer, {self._optimizer.param_groups[self._index]["params"][0]: weight})
@@ -158,6 +158,16 @@ def _too_small(trial: Optimizer, weight: nn.Parameter) -> str:
                     (tensor.numel() > 1 and id(tensor) not in fitting) or hasattr(tensor, "__tensor_flatten__")
                 ):
                     return f"{str(name)!r} that has no element for each of the weight's"
+    return ""
+
+
+def _shared(trial: Optimizer, weight: nn.Parameter) -> str:
+    """Return in words which state has one number in every element, after steps by gradients that differ."""
+    for inner in nested_optimizers(trial):
+        for path, entry in state_entries(inner, weight):
+            first = entry.reshape(-1)[0]
+            if bool(first) and bool((entry == first).all()):
+                return f"{path[-1]!r} that is one number for the whole weight"
     return ""
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
 from lightning_estdgm.engine._masked_weight import MaskedWeight
@@ -66,11 +68,12 @@ class PackedStates:
     def _unpack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         changed = dict(state_dict["state"])
         for index, weight, state in self._held(optimizer, state_dict):
-            changed[index] = {name: self._whole(optimizer, weight, name, x) for name, x in state.items()}
+            make = partial(self._whole, optimizer, weight)
+            changed[index] = {name: tree_map_only(Tensor, partial(make, name), x) for name, x in state.items()}
         return {**state_dict, "state": changed}
 
-    def _whole(self, optimizer: Optimizer, weight: MaskedWeight, name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.shape != weight.parameter.shape:
+    def _whole(self, optimizer: Optimizer, weight: MaskedWeight, name: str, value: Tensor) -> Tensor:
+        if value.shape != weight.parameter.shape:
             return value
         packing: Any = weight.candidate.module._estdgm_packing
         return packing.saved(value, self._fill(weight, type(optimizer).__name__, name))
@@ -80,9 +83,8 @@ class PackedStates:
         changed = dict(state_dict["state"])
         for index, state in changed.items():
             if isinstance(state, Mapping):
-                weight = weights.get(index)
-                whole = ((name, plain(value)) for name, value in state.items())  # one at a time
-                changed[index] = {name: x if weight is None else _packed(weight, name, x) for name, x in whole}
+                make = partial(_packed, weights.get(index))
+                changed[index] = {name: tree_map_only(Tensor, partial(make, name), x) for name, x in state.items()}
         return {**state_dict, "state": changed}
 
     def _held(
@@ -96,10 +98,11 @@ class PackedStates:
                 yield index, weight, state
 
 
-def _packed(weight: MaskedWeight, name: str, value: Any) -> Any:
-    packing: Any = weight.candidate.module._estdgm_packing
-    if not isinstance(value, Tensor) or value.numel() < 2:
+def _packed(weight: MaskedWeight | None, name: str, value: Tensor) -> Tensor:
+    value = plain(value)
+    if weight is None or value.numel() < 2:
         return value
+    packing: Any = weight.candidate.module._estdgm_packing
     if tuple(value.shape) == packing.stored_shape:
         return packing.pack(value.to(packing.topology.device))
     if value.shape != weight.parameter.shape and value.dim() > 1:

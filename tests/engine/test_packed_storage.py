@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections import deque
 
 import pytest
 import torch
@@ -169,12 +170,12 @@ def test_growth_at_random_sees_no_gradient_of_inactive_units(mlp, monkeypatch):
 # --------------------------------------------------------------------------- state
 
 
-def resumed(mlp, first, second, stop, make=adamw):
+def resumed(mlp, first, second, stop, make=adamw, through=saved):
     model = double(mlp(32, 256, 128, 4))
     optimizer = make(model)
     with DGMController(model, optimizer, first, total_steps=STEPS, audit=False) as dgm:
         run(model, optimizer, dgm, last=stop)
-        state = saved({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "dgm": dgm.state_dict()})
+        state = through({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "dgm": dgm.state_dict()})
     model = double(mlp(32, 256, 128, 4, seed=99))
     optimizer = make(model)
     model.load_state_dict(state["model"])
@@ -219,6 +220,32 @@ def test_an_optimizer_that_loads_its_state_without_torchs_hooks_goes_on(mlp, sto
     exact = 0.0 if storages == ("packed", "packed") else ROUNDING
     assert largest_difference(model, straight[0]) <= exact
     assert largest_state_difference(optimizer, straight[1]) <= exact
+
+
+class Queued(torch.optim.SGD):
+    """Descends the oldest of some last gradients, which it keeps in a queue."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                queue = self.state[p].setdefault("queue", deque())
+                queue.append(p.grad.clone())
+                p.sub_(queue.popleft() if len(queue) > 3 else queue[0], alpha=group["lr"])
+
+
+def queued(model):
+    return Queued(model.parameters(), 0.05)
+
+
+def test_state_in_a_queue_moves_along_and_goes_on(mlp):
+    dense, packed = (trained(double(mlp(32, 256, 128, 4)), queued, config(4, s)) for s in ("dense", "packed"))
+    assert largest_difference(dense[0], packed[0]) < ROUNDING
+    queues = [[s["queue"] for s in o.state_dict()["state"].values()] for _, o, _ in (dense, packed)]
+    pairs = [(x, y) for one, other in zip(*queues, strict=True) for x, y in zip(one, other, strict=True)]
+    assert max((x - y).abs().max().item() for x, y in pairs) < ROUNDING
+    model, _ = resumed(mlp, config(4), config(4), 7, queued, copy.deepcopy)
+    assert largest_difference(model, packed[0]) == 0.0
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["masks first", "model first"])
@@ -423,9 +450,10 @@ def of_library(name, **settings):
         (lambda model: InBlocksIfLarger(model.parameters(), 1e-3), "InBlocksIfLarger keeps a state 'scales'"),
         (of_library("FlashAdamW"), "FlashAdamW keeps a state 'exp_avg::scales'"),
         (of_library("SaRA"), "SaRA keeps a state 'exp_avg'"),
+        (of_library("AdaShift"), "AdaShift keeps a state 'exp_avg_sq' that is one number for the whole weight"),
         (of_library("ScalableShampoo"), "ScalableShampoo could not be tried .RuntimeError"),
     ],
-    ids=["codes", "codes of larger weights", "FlashAdamW", "SaRA", "ScalableShampoo"],
+    ids=["codes", "codes of larger weights", "FlashAdamW", "SaRA", "AdaShift", "ScalableShampoo"],
 )
 def test_state_that_cannot_follow_single_weights_is_refused_at_the_start(mlp, make, why):
     model = mlp(32, 256, 128, 4)
