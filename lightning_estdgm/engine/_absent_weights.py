@@ -52,7 +52,7 @@ class AbsentWeights(InactiveWeights):
         self._layout: PackedWeight | None = None
 
     def before_step(self, weight: MaskedWeight) -> None:
-        """Refuse to step a weight that was loaded without its mask."""
+        """Refuse to step a weight that was loaded without its mask; pack what was loaded whole."""
         if self._layout is None:
             return
         if self._module._estdgm_loaded is not None:
@@ -61,6 +61,7 @@ class AbsentWeights(InactiveWeights):
                 "load the state of its run too (ckpt_path=, or DGMController.load_state_dict), or load it before the "
                 "run; nothing of it is lost, state_dict() has it"
             )
+        self._store.pack_loaded_states(weight)
 
     def with_gradients(self, weight: MaskedWeight, grad_scale: float | Tensor) -> None:
         """Refuse a step of weights that are used in a way that is not theirs."""

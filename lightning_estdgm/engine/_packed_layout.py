@@ -43,6 +43,10 @@ class Store(Protocol):
         """Yield the name and tensor of each state entry of a weight that has an element for each of its."""
         ...
 
+    def pack_loaded_states(self, weight: MaskedWeight) -> None:
+        """Pack the state of a weight that an optimizer has loaded whole."""
+        ...
+
     def sums_gradients(self, block_size: BlockSize) -> bool:
         """Whether scores need the sum of the gradients of several steps."""
         ...

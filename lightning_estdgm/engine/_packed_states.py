@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
 from lightning_estdgm.engine._masked_weight import MaskedWeight
@@ -21,7 +23,8 @@ class PackedStates:
     """Hooks by which ``optimizer.state_dict()`` unpacks, and ``load_state_dict`` packs the state of packed weights.
 
     Only optimizers whose own ``state_dict`` runs torch's hooks are reached, so a wrapper with one of its own saves the
-    packed shapes; these are loaded as they are.
+    packed shapes; these are loaded as they are. A ``load_state_dict`` that runs none, as that of bitsandbytes, leaves
+    whole state, which `pack_left` packs.
 
     Args:
         weights: packed weights.
@@ -33,6 +36,7 @@ class PackedStates:
         self._weights = {id(weight.parameter): weight for weight in weights}
         self._fill = fill
         self._handles: list[Any] = []
+        self._load_by_themselves: list[Optimizer] = []
 
     def use(self, optimizers: Sequence[Optimizer]) -> None:
         """Hook these optimizers, and no others."""
@@ -42,21 +46,34 @@ class PackedStates:
             if "_optimizer_state_dict_post_hooks" in vars(optimizer):
                 self._handles.append(optimizer.register_state_dict_post_hook(OwnHook(self._unpack)))
                 self._handles.append(optimizer.register_load_state_dict_pre_hook(OwnHook(self._pack)))
+                if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+                    self._load_by_themselves.append(optimizer)
+
+    def pack_left(self, weight: MaskedWeight) -> None:
+        """Pack the state of a packed weight that a ``load_state_dict`` has left whole."""
+        module: Any = weight.candidate.module
+        for optimizer in self._load_by_themselves:
+            state = optimizer.state.get(weight.parameter, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and tuple(value.shape) == module._estdgm_packing.stored_shape:
+                    state[name] = _packed(weight, name, value)
 
     def close(self) -> None:
         """Remove the hooks. May be called twice."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._load_by_themselves.clear()
 
     def _unpack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         changed = dict(state_dict["state"])
         for index, weight, state in self._held(optimizer, state_dict):
-            changed[index] = {name: self._whole(optimizer, weight, name, x) for name, x in state.items()}
+            make = partial(self._whole, optimizer, weight)
+            changed[index] = {name: tree_map_only(Tensor, partial(make, name), x) for name, x in state.items()}
         return {**state_dict, "state": changed}
 
-    def _whole(self, optimizer: Optimizer, weight: MaskedWeight, name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.shape != weight.parameter.shape:
+    def _whole(self, optimizer: Optimizer, weight: MaskedWeight, name: str, value: Tensor) -> Tensor:
+        if value.shape != weight.parameter.shape:
             return value
         packing: Any = weight.candidate.module._estdgm_packing
         return packing.saved(value, self._fill(weight, type(optimizer).__name__, name))
@@ -66,9 +83,8 @@ class PackedStates:
         changed = dict(state_dict["state"])
         for index, state in changed.items():
             if isinstance(state, Mapping):
-                weight = weights.get(index)
-                whole = ((name, plain(value)) for name, value in state.items())  # one at a time
-                changed[index] = {name: x if weight is None else _packed(weight, name, x) for name, x in whole}
+                make = partial(_packed, weights.get(index))
+                changed[index] = {name: tree_map_only(Tensor, partial(make, name), x) for name, x in state.items()}
         return {**state_dict, "state": changed}
 
     def _held(
@@ -82,10 +98,11 @@ class PackedStates:
                 yield index, weight, state
 
 
-def _packed(weight: MaskedWeight, name: str, value: Any) -> Any:
-    packing: Any = weight.candidate.module._estdgm_packing
-    if not isinstance(value, Tensor) or value.numel() < 2:
+def _packed(weight: MaskedWeight | None, name: str, value: Tensor) -> Tensor:
+    value = plain(value)
+    if weight is None or value.numel() < 2:
         return value
+    packing: Any = weight.candidate.module._estdgm_packing
     if tuple(value.shape) == packing.stored_shape:
         return packing.pack(value.to(packing.topology.device))
     if value.shape != weight.parameter.shape and value.dim() > 1:

@@ -182,6 +182,11 @@ class PackedStorage:
             for name, path, entry in self._states.entries(weight):
                 yield f"{name}.{'.'.join(path)}", entry
 
+    def pack_loaded_states(self, weight: MaskedWeight) -> None:
+        """Pack the state of a weight that an optimizer has loaded whole."""
+        if self._hooks is not None:
+            self._hooks.pack_left(weight)
+
     def sums_gradients(self, block_size: BlockSize) -> bool:
         """Whether scores need the sum of the gradients of several steps."""
         steps = getattr(self._config.schedule, "observe_steps", None)  # None: it depends on the run's length
@@ -320,7 +325,8 @@ def _why_whole(candidate: Candidate) -> str:
 
 
 def _like(weight: MaskedWeight) -> Tensor:
-    """Return a tensor with the unit, dtype and device of a packed weight."""
+    """Return a tensor of all units of a weight, with its dtype and device, and the memory of one unit."""
     rows, columns = sides(weight.block_size)
     taps = int(torch.Size(weight.shape[2:]).numel()) if weight.block_size != 1 else 1
-    return torch.empty(2, rows, columns * taps, dtype=weight.parameter.dtype, device=weight.parameter.device)
+    unit = torch.empty(1, rows, columns * taps, dtype=weight.parameter.dtype, device=weight.parameter.device)
+    return unit.expand(weight.units, -1, -1)

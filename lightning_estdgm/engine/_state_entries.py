@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -55,7 +56,7 @@ class _Search:
             return
         elif isinstance(value, Mapping):
             yield from self._items(value, path, belongs)
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, list | tuple | deque):
             if belongs:
                 for position, item in enumerate(value):
                     yield from self.visit(item, (*path, str(position)), belongs=True)

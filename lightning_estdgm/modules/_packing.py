@@ -46,23 +46,19 @@ class Packing:
         """Return the active units of a tensor as the state dict has it, ``[units, rows, columns]``."""
         return gather(self.oriented(stored).flatten(1), self.topology, self.order)
 
-    def unpack(self, values: Tensor) -> Tensor:
-        """Return the whole tensor of packed values, as the state dict has it; differentiable."""
-        whole = expand(values, self.topology, self.order).view(self.shape)
+    def unpack(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """Return the whole tensor of packed values, as the state dict has it, `fill` elsewhere; differentiable."""
+        whole = expand(values, self.topology, self.order, fill).view(self.shape)
         return whole.t().contiguous() if self.transposed else whole
 
     def saved(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Return the whole tensor for a state dict: a copy, `fill` where nothing is stored; maybe a `LaterWhole`."""
-
-        def whole(packing: Packing, values: Tensor) -> Tensor:
-            return packing.unpack(values - fill) + fill if fill else packing.unpack(values)
-
         values = values.detach()
         if not is_made_later(self.stored_shape):
-            return whole(self, values)
+            return self.unpack(values, fill)
         order = None if self.order is None else self.order.clone()
         then = replace(self, topology=self.topology.apply(torch.clone), order=order)
-        return LaterWhole(values, self.stored_shape, partial(whole, then, values.clone()))
+        return LaterWhole(values, self.stored_shape, partial(then.unpack, values.clone(), fill))
 
     def oriented(self, stored: Tensor) -> Tensor:
         """Return a tensor as the state dict has it, oriented ``(out, in, ...)``."""

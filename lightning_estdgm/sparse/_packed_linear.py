@@ -30,14 +30,15 @@ def _places(topology: BlockTopology, units: int) -> tuple[Tensor, Tensor]:
     return rows, topology.col_idx[:units].long()
 
 
-def expand(values: Tensor, topology: BlockTopology, order: Tensor | None = None) -> Tensor:
-    """Return the weight ``(out, in)`` of which these are the active units, 0 elsewhere. Differentiable.
+def expand(values: Tensor, topology: BlockTopology, order: Tensor | None = None, fill: float = 0.0) -> Tensor:
+    """Return the weight ``(out, in)`` of which these are the active units, `fill` elsewhere. Differentiable.
 
     Args:
         values: ``[units, rows, columns]``.
         topology: Where the units are.
         order: Place among `values` of each unit of the topology's row-major lists, int32 ``[units]``; None: they are in
             the order of these lists.
+        fill: Value of inactive weights.
 
     Raises:
         ValueError: The shape of `values` is another.
@@ -49,11 +50,11 @@ def expand(values: Tensor, topology: BlockTopology, order: Tensor | None = None)
     """
     check_values(values, topology)
     _check_units(values.shape[0], topology)
-    return _expand(values, topology, order)
+    return _expand(values, topology, order, fill)
 
 
-def _expand(values: Tensor, topology: BlockTopology, order: Tensor | None) -> Tensor:
-    weight = values.new_zeros(topology.shape)
+def _expand(values: Tensor, topology: BlockTopology, order: Tensor | None, fill: float = 0.0) -> Tensor:
+    weight = values.new_full(topology.shape, fill)
     in_order = values if order is None else values.index_select(0, order)
     _grid(weight, topology).index_put_(_places(topology, values.shape[0]), in_order)
     return weight

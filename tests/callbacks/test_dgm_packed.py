@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from helpers.models import MLP, NO_VALIDATION_LOADER, ConvNet, ResumableLoader, make_trainer
 from helpers.runs import EPOCH_STEPS, SCHEDULE, STEPS
+from helpers.storages import LoadsByItself
 from lightning_estdgm import DGMCallback, DGMConfig, DGMController, EstDgm, Units
 from lightning_estdgm.method._schedules import ConstantDensity
 from lightning_estdgm.method._update_rule import UpdateRule
@@ -127,6 +128,18 @@ def test_resume_is_exact(tmp_path, at):
     _, trainer = fit(DGMCallback(config()), _save(tmp_path, at))
     expected = state_of(trainer)
     _, trainer = fit(DGMCallback(config()), ckpt=tmp_path / f"{at}.ckpt", seed=1)
+    assert difference(expected, state_of(trainer)) == 0.0
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Rprop, LoadsByItself], ids=lambda kind: kind.__name__)
+def test_resume_of_other_optimizers_is_exact(tmp_path, kind):
+    class Other(Double):
+        def configure_optimizers(self):
+            return kind(self.parameters(), 1.3e-3)
+
+    _, trainer = fit(DGMCallback(config()), _save(tmp_path, 18), module=Other())
+    expected = state_of(trainer)
+    _, trainer = fit(DGMCallback(config()), module=Other(), ckpt=tmp_path / "18.ckpt", seed=1)
     assert difference(expected, state_of(trainer)) == 0.0
 
 

@@ -1,6 +1,7 @@
 """State of dropped and grown units: what the optimizer gives a fresh parameter, whatever kind of state it keeps."""
 
 import copy
+from collections import deque
 
 import pytest
 import torch
@@ -111,6 +112,11 @@ class Look(Custom):
         self.calls = getattr(self, "calls", 0) + 1
         for p in self.param_groups[0]["params"] if self.calls % 5 == 0 else ():
             p.copy_(self.state[p]["slow"].lerp_(p, 0.5))
+
+
+class Queue(Custom):
+    def update(self, p, state):
+        state.setdefault("queue", deque(maxlen=3)).append(p.grad.clone())
 
 
 class Leader(Custom):
@@ -294,6 +300,17 @@ def test_codes_are_reset_in_a_run_and_after_load_state_dict_has_made_them_floats
                 optimizer.load_state_dict(saved(optimizer.state_dict()))
                 assert optimizer.state[weight]["codes"].is_floating_point()
             old = new
+    assert dgm.updates > 2
+
+
+def test_queued_gradients_are_reset(mlp):
+    model = mlp(32, 32, 32, 4)
+    optimizer = Queue(model.parameters())
+    with DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False) as dgm:
+        for _, updated in fit(model, optimizer, dgm):
+            if updated:
+                queue = optimizer.state[model[0].weight]["queue"]
+                assert all(torch.count_nonzero(gradient[~dgm.masks()["0"]]) == 0 for gradient in queue)
     assert dgm.updates > 2
 
 

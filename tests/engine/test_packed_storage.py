@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import types
+from collections import deque
 from contextlib import nullcontext
 
 import pytest
@@ -14,6 +15,7 @@ from helpers.controller_runs import SCHEDULE, STEPS, adamw, constant, fit, loss_
 from helpers.expert_models import SortedExperts, adapter, sorted_forward
 from helpers.storages import (
     ROUNDING,
+    LoadsByItself,
     check_equal,
     config,
     double,
@@ -294,14 +296,14 @@ def test_growth_at_random_sees_no_gradient_of_inactive_units(mlp, monkeypatch):
 # --------------------------------------------------------------------------- state
 
 
-def resumed(mlp, first, second, stop):
+def resumed(mlp, first, second, stop, make=adamw, through=saved):
     model = double(mlp(32, 256, 128, 4))
-    optimizer = adamw(model)
+    optimizer = make(model)
     with DGMController(model, optimizer, first, total_steps=STEPS, audit=False) as dgm:
         run(model, optimizer, dgm, last=stop)
-        state = saved({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "dgm": dgm.state_dict()})
+        state = through({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "dgm": dgm.state_dict()})
     model = double(mlp(32, 256, 128, 4, seed=99))
-    optimizer = adamw(model)
+    optimizer = make(model)
     model.load_state_dict(state["model"])
     with DGMController(model, optimizer, second, total_steps=STEPS, state=state["dgm"], audit=False) as dgm:
         optimizer.load_state_dict(state["optimizer"])
@@ -318,6 +320,58 @@ def test_a_run_goes_on_from_either_storage_in_either(mlp, storages, stop):
     exact = 0.0 if storages == ("packed", "packed") else ROUNDING
     assert largest_difference(model, straight[0]) <= exact
     assert largest_state_difference(optimizer, straight[1]) <= exact
+
+
+def rprop(model):
+    return torch.optim.Rprop(model.parameters(), lr=1.3e-3)
+
+
+def test_state_that_does_not_begin_at_0_goes_on_to_the_bit(mlp):
+    model, optimizer = resumed(mlp, config(4), config(4), 17, rprop)
+    straight = trained(double(mlp(32, 256, 128, 4)), rprop, config(4))
+    assert largest_difference(model, straight[0]) == 0.0
+    assert largest_state_difference(optimizer, straight[1]) == 0.0
+
+
+def by_itself(model):
+    return LoadsByItself(model.parameters(), 1e-2)
+
+
+@pytest.mark.parametrize("unit", [1, 16])
+@pytest.mark.parametrize("storages", [("packed", "packed"), ("packed", "dense"), ("dense", "packed")], ids="-".join)
+def test_an_optimizer_that_loads_its_state_without_torchs_hooks_goes_on(mlp, storages, unit):
+    first, second = (config(unit, storage) for storage in storages)
+    model, optimizer = resumed(mlp, first, second, 17, by_itself)
+    straight = trained(double(mlp(32, 256, 128, 4)), by_itself, second)
+    exact = 0.0 if storages == ("packed", "packed") else ROUNDING
+    assert largest_difference(model, straight[0]) <= exact
+    assert largest_state_difference(optimizer, straight[1]) <= exact
+
+
+class Queued(torch.optim.SGD):
+    """Descends the oldest of some last gradients, which it keeps in a queue."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                queue = self.state[p].setdefault("queue", deque())
+                queue.append(p.grad.clone())
+                p.sub_(queue.popleft() if len(queue) > 3 else queue[0], alpha=group["lr"])
+
+
+def queued(model):
+    return Queued(model.parameters(), 0.05)
+
+
+def test_state_in_a_queue_moves_along_and_goes_on(mlp):
+    dense, packed = (trained(double(mlp(32, 256, 128, 4)), queued, config(4, s)) for s in ("dense", "packed"))
+    assert largest_difference(dense[0], packed[0]) < ROUNDING
+    queues = [[s["queue"] for s in o.state_dict()["state"].values()] for _, o, _ in (dense, packed)]
+    pairs = [(x, y) for one, other in zip(*queues, strict=True) for x, y in zip(one, other, strict=True)]
+    assert max((x - y).abs().max().item() for x, y in pairs) < ROUNDING
+    model, _ = resumed(mlp, config(4), config(4), 7, queued, copy.deepcopy)
+    assert largest_difference(model, packed[0]) == 0.0
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["masks first", "model first"])
@@ -549,6 +603,54 @@ def test_each_of_several_optimizers_in_one_is_tried(mlp):
     optimizer = OneOfTwo([momentum(model[:2]), by_mean(model[2:])])
     with pytest.raises(ValueError, match="layer '2' cannot be stored packed under ScaledByItsMean: "):
         DGMController(model, optimizer, config(4), total_steps=STEPS)
+
+
+class InBlocks(torch.optim.SGD):
+    """Keeps its moment in codes with a scale for each 256, for weights of `least` elements or more."""
+
+    least = 4096
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state, in_codes = self.state[p], p.numel() >= self.least and p.numel() % 256 == 0
+                moment = state.get("moment", torch.zeros_like(p))
+                moment = (moment.view(-1, 256) * state["scales"]).view_as(p) if "scales" in state else moment
+                moment = state["moment"] = 0.9 * moment + p.grad
+                p.sub_(moment, alpha=group["lr"])
+                if in_codes:
+                    state["scales"] = moment.view(-1, 256).abs().amax(1, keepdim=True) / 127 + 1e-30
+                    state["moment"] = (moment.view(-1, 256) / state["scales"]).round().to(torch.int8).view_as(p)
+
+
+class InBlocksIfLarger(InBlocks):
+    least = 8192
+
+
+def of_library(name, **settings):
+    return lambda model: getattr(pytest.importorskip("pytorch_optimizer"), name)(model.parameters(), 1e-3, **settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda model: InBlocks(model.parameters(), 1e-3), "InBlocks keeps a state 'scales'"),
+        (lambda model: InBlocksIfLarger(model.parameters(), 1e-3), "InBlocksIfLarger keeps a state 'scales'"),
+        (of_library("FlashAdamW"), "FlashAdamW keeps a state 'exp_avg::scales'"),
+        (of_library("SaRA"), "SaRA keeps a state 'exp_avg'"),
+        (of_library("AdaShift"), "AdaShift keeps a state 'exp_avg_sq' that is one number for the whole weight"),
+        (of_library("ScalableShampoo"), "ScalableShampoo could not be tried .RuntimeError"),
+    ],
+    ids=["codes", "codes of larger weights", "FlashAdamW", "SaRA", "AdaShift", "ScalableShampoo"],
+)
+def test_state_that_cannot_follow_single_weights_is_refused_at_the_start(mlp, make, why):
+    model = mlp(32, 256, 128, 4)
+    before, weights = dense_traces(model), copy.deepcopy(model)
+    with pytest.raises(ValueError, match=f"layer '0' cannot be stored packed under .*: {why}.* Use storage='dense'"):
+        DGMController(model, make(model), config(1), total_steps=STEPS)
+    assert dense_traces(model) == before
+    assert largest_difference(model, weights) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """Runs of one model by both storages, and how far apart they end."""
 
+import copy
+from collections import defaultdict
+
 import torch
 
 from helpers.controller_runs import SCHEDULE, STEPS, fit
@@ -7,6 +10,18 @@ from lightning_estdgm.config import DGMConfig, Units
 from lightning_estdgm.engine._controller import DGMController
 
 ROUNDING = 1e-12  # of 40 steps in float64; a step of another size or a lost state shows at 1e-4 and more
+
+
+class LoadsByItself(torch.optim.AdamW):
+    """Has a ``load_state_dict`` that runs none of torch's hooks, as bitsandbytes has."""
+
+    def load_state_dict(self, state_dict):
+        state, held = defaultdict(dict), [p for group in self.param_groups for p in group["params"]]
+        for index, entries in copy.deepcopy(state_dict["state"]).items():
+            state[held[index]] = entries
+        groups = zip(state_dict["param_groups"], self.param_groups, strict=True)
+        groups = [{**loaded, "params": group["params"]} for loaded, group in groups]
+        self.__setstate__({"state": state, "param_groups": groups})
 
 
 def config(unit=4, storage="packed", schedule=SCHEDULE, **settings):

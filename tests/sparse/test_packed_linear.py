@@ -174,6 +174,8 @@ def test_expand_is_the_inverse_of_gather(mask, block_size):
     assert values.shape == (topology.nnz, *topology.sides)
     assert torch.equal(expand(values, topology), weight * topology.weight_mask())
     assert torch.equal(gather(expand(values, topology), topology), values)
+    filled = torch.where(topology.weight_mask(), weight, 0.1)
+    assert torch.equal(expand(values, topology, fill=0.1), filled)
     assert torch.equal(gather(weight.t().contiguous().t(), topology), values)
 
 
