@@ -26,7 +26,6 @@ from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._optimizer_state import OptimizerStates
 from lightning_estdgm.engine._packed_states import PackedStates
 from lightning_estdgm.engine._reducers import rebuild_reducer_
-from lightning_estdgm.engine._resize_trial import why_not_resized
 from lightning_estdgm.method._masks import BlockSize, sides
 from lightning_estdgm.method._schedules import EstDgm
 from lightning_estdgm.modules._candidates import Candidate, find_candidates
@@ -218,9 +217,7 @@ class PackedStorage:
                     like = _like(weight)
                     key = (id(optimizer), index, like.shape, like.dtype, like.device)
                     if key not in known:
-                        known[key] = why_not_by_element(optimizer, index, like) or why_not_resized(
-                            optimizer, weight.parameter, like
-                        )
+                        known[key] = why_not_by_element(optimizer, index, like)
                     if known[key]:
                         raise ValueError(
                             f"layer {weight.name!r} cannot be stored packed under {type(optimizer).__name__}: "
