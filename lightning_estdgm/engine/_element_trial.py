@@ -67,7 +67,12 @@ class _Trial:
         self._packed_shape = (units // 2, rows, columns)
         noise = torch.randn(_STEPS + 1, *self._mask.shape, generator=generator, device="cpu").to(like.device)
         self._values = ((noise[0] * 2.0**-4) * self._mask).to(like.dtype)
-        self._gradients = (noise[1:] * self._mask).to(like.dtype)
+        gradients = noise[1:] * self._mask
+        # The first has no part along the weight in any of its rows, on which projections such as AdamP's depend.
+        values = self._values.float()
+        along = (values * gradients[0]).sum(1, keepdim=True) / values.square().sum(1, keepdim=True).clamp(min=1e-12)
+        gradients[0] -= along * values
+        self._gradients = gradients.to(like.dtype)
         self._tolerance = max(_ALIKE, 4 * torch.finfo(like.dtype).eps)
 
     def verdict(self, kind: str) -> str:

@@ -573,6 +573,10 @@ def hidden(model):
     return Hiding(momentum(model))
 
 
+def projected(model):
+    return pytest.importorskip("pytorch_optimizer").AdamP(model.parameters(), 1e-3)
+
+
 class OneOfTwo(torch.optim.Optimizer):
     """Steps by two optimizers in a list, of which the second does not work element by element."""
 
@@ -585,7 +589,7 @@ class OneOfTwo(torch.optim.Optimizer):
             optimizer.step(closure)
 
 
-@pytest.mark.parametrize("make", [factored, shampoo, lbfgs, by_mean, hidden], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [factored, shampoo, lbfgs, by_mean, hidden, projected], ids=lambda make: make.__name__)
 def test_optimizers_that_do_not_work_element_by_element_are_refused(mlp, make):
     model = mlp(32, 256, 128, 4)
     before, weights = dense_traces(model), copy.deepcopy(model)
