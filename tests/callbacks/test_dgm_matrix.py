@@ -422,6 +422,17 @@ def test_manual_optimization_that_skips_batches() -> None:
     assert_final(module, callback)
 
 
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+@pytest.mark.parametrize("manual", [False, True])
+def test_a_step_in_every_second_batch_of_many(storage: str, manual: bool) -> None:
+    module = ManualAccumulation(factor=2) if manual else TinyMLP()
+    settings = {} if manual else {"accumulate_grad_batches": 2}
+    callback = DGMCallback(DGMConfig(units=Units(size=1), storage=storage))
+    make_trainer(callback, max_epochs=4, **settings).fit(module, TinyMLP.batches(40))
+    assert callback.controller.steps == module.optimizer_steps == 80
+    assert_final(module, callback)
+
+
 @pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`")
 @pytest.mark.filterwarnings("ignore:the run ended at position")
 @pytest.mark.parametrize("accumulate", [1, 2])
