@@ -249,7 +249,10 @@ class ScheduleClock:
                 self.forget_loader()
         if not math.isfinite(trainer.num_training_batches):
             return None
-        return sum(self._epoch_steps(trainer, e) for e in range(epoch, self._max_epochs))
+        epochs = range(epoch, self._max_epochs)
+        if self._accumulation is None:  # all are alike
+            return len(epochs) * self._epoch_steps(trainer, epoch)
+        return sum(self._epoch_steps(trainer, e) for e in epochs)
 
     def _epoch_steps(self, trainer: pl.Trainer, epoch: int) -> int:
         announced, expected = trainer.num_training_batches, self._expected
