@@ -55,6 +55,8 @@ class EnergyMonitor(Callback):
     Whatever fails here (a source, a logger, a file, a GPU that is lost) costs joules and a warning, never the run;
     what the functions of `per` raise is raised.
 
+    A Trainer takes one of them, since two would log by the same names: name all sources in it.
+
     The phase is the `phase` (a str) of another callback of the trainer, such as `DGMCallback`; without one
     it is "train". Each device is read by one process of its host, and rank 0 logs the sums of all.
 
@@ -85,7 +87,7 @@ class EnergyMonitor(Callback):
 
     def __init__(
         self,
-        sources: Iterable[str | EnergySource] | None = None,
+        sources: Iterable[str | EnergySource] | str | None = None,  # a str is refused with a hint, also from YAML
         interval_s: float = 1.0,
         *,
         per: Mapping[str, Callable[[Any], int]] | None = None,
@@ -169,7 +171,13 @@ class EnergyMonitor(Callback):
     # Hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Note the stage of the Trainer, and the model before a strategy shards it."""
+        """Refuse a second monitor; note the stage of the Trainer, and the model before a strategy shards it."""
+        count = sum(isinstance(callback, EnergyMonitor) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if count > 1:
+            raise ValueError(
+                f"expected one EnergyMonitor in the Trainer, got {count}: they would log by the same names. One "
+                'takes several sources: EnergyMonitor(["nvml", "rapl"])'
+            )
         self._stage = stage
         self._model = describe_model(pl_module) if next(pl_module.parameters(), None) is not None else None
 

@@ -72,7 +72,7 @@ class Admission:
         self._group = group
         self._saw_gradient: set[MaskedWeight] = set()
         self._stepped: set[MaskedWeight] = set()
-        self._versions: dict[MaskedWeight, int] = {}  # torch's count of writes, between the last two batches
+        self._versions: dict[MaskedWeight, int] = {}  # torch's count of writes, at the last batch without a step
         self._unseen_steps = 0
         self._audit = ForwardAudit(model, candidates if waiting else ())
 
@@ -169,6 +169,7 @@ class Admission:
 
     def note_step(self, weights: Sequence[MaskedWeight]) -> None:
         """Note the waiting weights that an optimizer has stepped."""
+        self._versions.clear()  # what was written since may be this step's
         self._stepped.update(self._unseen(weights, self._stepped))
 
     def _unseen(self, weights: Sequence[MaskedWeight], seen: set[MaskedWeight]) -> list[MaskedWeight]:

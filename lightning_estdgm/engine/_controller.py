@@ -40,7 +40,7 @@ from lightning_estdgm.engine._pace import Pace, saved_pace
 from lightning_estdgm.engine._refusals import check_state
 from lightning_estdgm.engine._step_hooks import StepHooks
 from lightning_estdgm.engine._storage import Storage, storage_of
-from lightning_estdgm.method._schedules import Schedule
+from lightning_estdgm.method._schedules import Schedule, sampled_densities, updates_in
 from lightning_estdgm.modules._candidates import Candidate, new_layers, replaced_layers, thawed_layers
 
 _STATE_VERSION = 1
@@ -217,7 +217,7 @@ class DGMController:
         if due:
             self._intake.wake_late()
         if taken_in or is_first or (updated and self._masked.rule.moves_budgets):
-            every_density = (self._final_density(), *self.schedule.densities)
+            every_density = (self._final_density(), *sampled_densities(self.schedule))
             self._dispatch.choose_all([self._masked.layer_densities_at(density) for density in every_density])
         if updated or taken_in or is_first:
             self._dispatch.apply()
@@ -252,7 +252,7 @@ class DGMController:
     def _is_due(self, before: int) -> bool:
         """Whether a mask update was due since position `before`."""
         crossed = range(before + 1, min(self.position, self.schedule.total_steps - 1) + 1)
-        return self._waiting or any(self.schedule(p).update for p in crossed)
+        return self._waiting or updates_in(self.schedule, crossed)
 
     def _update_if_observed(self, due: bool) -> bool:
         """Update the masks if an update is due and the gradients it needs were observed; return whether it was made."""
@@ -428,8 +428,8 @@ class DGMController:
         """Return the names of layers that have begun to train in mid-run, and that no mask update will take in."""
         late = self._admission.late
         begun = dict.fromkeys([*thawed_layers(self._masked.candidates, self._hooks.held), *late.begun()])
-        left = range(self.schedule.total_steps - 1, self.position, -1)
-        are_taken_in = any(name in late.asleep for name in begun) and any(self.schedule(p).update for p in left)
+        left = range(self.position + 1, self.schedule.total_steps)
+        are_taken_in = any(name in late.asleep for name in begun) and updates_in(self.schedule, left)
         return [name for name in begun if name not in late.asleep or not are_taken_in]
 
     def unmasked_layers(self) -> list[str]:

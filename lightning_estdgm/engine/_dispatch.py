@@ -155,7 +155,7 @@ class Dispatch:
         the one that users are shown, and its measurements often answer for the others. Only the first rank measures.
 
         Args:
-            densities: densities of the layers: first for the final density of the whole, then for each of the schedule.
+            densities: densities of the layers: first for the final density of the whole, then for the schedule's.
 
         Raises:
             RuntimeError: on the other ranks, if the first one raised.

@@ -280,6 +280,7 @@ def test_the_monitor_is_set_up_on_the_command_line(tmp_path: Path) -> None:
     [
         ("interval_s=0", "interval_s must be > 0 seconds, got 0"),
         ("sources=[sun]", "unknown energy source 'sun'"),
+        ("sources=rapl", r"a list of names and energy sources, got 'rapl': write \['rapl'\]"),
         ("footprint.pue=1", "expected grams_co2_per_kwh or price_per_kwh, got neither"),
         ("idle=3", "'idle' is not accepted"),
     ],

@@ -30,7 +30,9 @@ from helpers.models import (
     weight_masks,
 )
 from lightning_estdgm import DGMCallback, DGMConfig
+from lightning_estdgm.callbacks._internal.schedule_clock import ScheduleClock
 from lightning_estdgm.config import Units
+from lightning_estdgm.method._schedules import Plan, SteppedSchedule
 from lightning_estdgm.method._update_rule import UpdateRule
 from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.autotune._choice import BackendSelector
@@ -422,6 +424,17 @@ def test_manual_optimization_that_skips_batches() -> None:
     assert_final(module, callback)
 
 
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+@pytest.mark.parametrize("manual", [False, True])
+def test_a_step_in_every_second_batch_of_many(storage: str, manual: bool) -> None:
+    module = ManualAccumulation(factor=2) if manual else TinyMLP()
+    settings = {} if manual else {"accumulate_grad_batches": 2}
+    callback = DGMCallback(DGMConfig(units=Units(size=1), storage=storage))
+    make_trainer(callback, max_epochs=4, **settings).fit(module, TinyMLP.batches(40))
+    assert callback.controller.steps == module.optimizer_steps == 80
+    assert_final(module, callback)
+
+
 @pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`")
 @pytest.mark.filterwarnings("ignore:the run ended at position")
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -528,6 +541,27 @@ def test_time_limit_that_comes_first_still_ends_in_refinement() -> None:
     module, callback = TinyMLP(), DGMCallback()
     make_trainer(callback, max_epochs=100_000, max_time={"seconds": 2}).fit(module, TinyMLP.batches(10))
     assert callback.controller.steps < 100_000
+    assert_final(module, callback)
+
+
+def test_a_time_limit_far_before_the_last_epoch_costs_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step goes past thousands of steps of the schedule then, and past the hundredth part of the epochs."""
+    plan, epoch_steps, calls = SteppedSchedule.__call__, ScheduleClock._epoch_steps, {"plan": 0, "epoch": 0}
+
+    def counted_plan(self: SteppedSchedule, step: int) -> Plan:
+        calls["plan"] += 1
+        return plan(self, step)
+
+    def counted_epoch(self: ScheduleClock, trainer: pl.Trainer, epoch: int) -> int:
+        calls["epoch"] += 1
+        return epoch_steps(self, trainer, epoch)
+
+    monkeypatch.setattr(SteppedSchedule, "__call__", counted_plan)
+    monkeypatch.setattr(ScheduleClock, "_epoch_steps", counted_epoch)
+    module, callback = TinyMLP(), DGMCallback()
+    make_trainer(callback, max_epochs=100_000, max_time={"seconds": 2}).fit(module, TinyMLP.batches(10))
+    assert calls["plan"] < 100 * callback.controller.steps
+    assert calls["epoch"] < 10
     assert_final(module, callback)
 
 

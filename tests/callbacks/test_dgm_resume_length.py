@@ -118,6 +118,21 @@ def test_a_run_of_another_length_goes_on_at_its_share(tmp_path, caplog, name, be
     assert_final(module, dgm)
 
 
+def test_a_run_that_is_past_its_new_length_goes_on_at_a_position_a_step(tmp_path, caplog):
+    path = tmp_path / "saved.ckpt"
+    saved(path, 8, 24, max_steps=40)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        module, dgm, _, positions = fit(8, ckpt=path, total_steps=20, max_steps=60)
+    (said,) = [record.message for record in caplog.records if "the checkpoint is of a run of" in record.message]
+    assert (
+        "this one has 20. It goes on where 60% of the schedule are done, and the rest of it goes on a position" in said
+    )
+    assert "since so many steps are done already. DGMCallback(total_steps=40)" in said
+    assert positions.seen == [*range(24, 61)]
+    assert_final(module, dgm)
+
+
 def test_a_run_of_the_same_length_says_nothing(tmp_path, caplog):
     saved(tmp_path / "saved.ckpt", 8, 13, max_steps=40)
     with caplog.at_level(logging.INFO):

@@ -222,6 +222,23 @@ def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], message: 
         EnergyMonitor(**kwargs)
 
 
+def test_two_monitors(tmp_path: Path) -> None:
+    """Lightning itself refuses two callbacks with one key, where the Trainer is made."""
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `EnergyMonitor`"):
+        trainer(tmp_path, monitor(), monitor())
+
+
+def test_second_monitor_that_lightning_lets_pass(tmp_path: Path) -> None:
+    class Own(EnergyMonitor):
+        """Has a key of its own."""
+
+    made = trainer(tmp_path, monitor(), Own([ConstantPower(watts=WATTS)]))
+    with pytest.raises(ValueError, match=r"one EnergyMonitor in the Trainer, got 2: .*\(\[\"nvml\", \"rapl\"\]\)"):
+        made.fit(Net(), data())
+    assert list(tmp_path.iterdir()) == []
+    assert no_thread()
+
+
 class InWorkers(TensorDataset):
     """Tells in which process it is asked, and what that process inherited."""
 

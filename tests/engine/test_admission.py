@@ -346,6 +346,43 @@ def test_accumulated_gradients_are_no_unseen_steps(recwarn):
     assert [str(w.message) for w in recwarn if "steps was seen" in str(w.message)] == []
 
 
+@pytest.mark.parametrize("batches", [2, 3, 4])
+def test_steps_that_are_seen_every_few_batches_are_not_called_unseen(batches):
+    """At 2 every batch without a step follows one with: the weights have moved whenever they are looked at."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    with DGMController(model, optimizer, CONFIG, total_steps=60) as dgm:
+        for batch in range(1, 60 * batches + 1):
+            model(torch.randn(8, 16)).square().mean().backward()
+            if batch % batches == 0:
+                dgm.mask_gradients()
+                optimizer.step()
+                optimizer.zero_grad()
+            dgm.advance()
+        assert (dgm.steps, dgm.position) == (60, 60)
+        assert dgm.density == dgm.final_density
+
+
+def test_steps_that_are_not_seen_any_more_are_said_in_a_run_with_masks():
+    model = Net()
+    optimizer = Unseen(model.parameters(), 1e-2)
+    with DGMController(model, optimizer, CONFIG, total_steps=60) as dgm:
+
+        def batches(n, step):
+            for _ in range(n):
+                optimizer.zero_grad()
+                model(torch.randn(8, 16)).square().mean().backward()
+                dgm.mask_gradients()
+                step()
+                dgm.advance()
+
+        batches(10, optimizer.step)
+        batches(50, optimizer.apply_update)  # the first of them has nothing to compare with
+        with pytest.warns(RuntimeWarning, match=r"steps was seen.*Masks stay as they are, and the schedule stands"):
+            batches(1, optimizer.apply_update)
+        assert dgm.steps == 10
+
+
 def test_heads_that_start_at_zero_are_all_heads():
     """In the first step only they get a gradient: what is behind them trains from the second on."""
 

@@ -25,8 +25,9 @@ from helpers.controller_runs import (
     traces,
 )
 from lightning_estdgm.config import DGMConfig, Selection, Units
+from lightning_estdgm.engine import _masked_model
 from lightning_estdgm.engine._controller import DGMController
-from lightning_estdgm.method._schedules import EstDgm, Phase
+from lightning_estdgm.method._schedules import EstDgm, Phase, SteppedSchedule
 
 # ------------------------------------------------------------------ what it promises in a plain loop
 
@@ -54,6 +55,36 @@ def test_the_loop_ends_at_the_final_density_with_exact_zeros_elsewhere(mlp, conf
         assert sum(int(mask.sum()) for mask in dgm.masks().values()) * unit == dgm.density * total
         assert set(dgm.masks()) == {"0", "2"}
     assert updates >= 8
+
+
+def test_a_step_costs_no_more_in_a_long_schedule(mlp, monkeypatch):
+    """Every budget and plan that is worked out counts, also where a step goes past much of the schedule."""
+    calls = []
+    plan, budgets = SteppedSchedule.__call__, _masked_model.unit_budgets
+    monkeypatch.setattr(SteppedSchedule, "__call__", lambda self, step: calls.append("plan") or plan(self, step))
+    monkeypatch.setattr(_masked_model, "unit_budgets", lambda *args: calls.append("budgets") or budgets(*args))
+
+    def counted(total):
+        calls.clear()
+        model = mlp(32, 128, 64, 4)
+        model[2].requires_grad_(False)
+        optimizer = adamw(model)
+        config = DGMConfig(EstDgm(update_every=5), backend="dense", units=Units(size=1))
+        with DGMController(model, optimizer, config, total_steps=total) as dgm:
+            for step in range(10):
+                optimizer.zero_grad()
+                loss_of(model, batch(step, 32)).backward()
+                dgm.mask_gradients()
+                optimizer.step()
+                dgm.advance((step + 1) * total // 10)
+                if step == 0:
+                    model[2].requires_grad_(True)
+                    assert dgm.late_layers() == []  # an update that is left takes it in
+        return {name: calls.count(name) for name in ("plan", "budgets")}
+
+    short, long = counted(1000), counted(200_000)
+    assert long["plan"] <= short["plan"] + 20
+    assert long["budgets"] < 2 * 1000 + short["budgets"]  # of 40,000
 
 
 def test_densities_follow_the_schedule_at_every_step(mlp):

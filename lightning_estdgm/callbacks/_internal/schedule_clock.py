@@ -150,13 +150,15 @@ class ScheduleClock:
             rest = "the rest of it is spread over the steps that are left"
         if pace.run[0] == run[0] and (None in (pace.run[1], run[1]) or pace.run[1] == run[1]):
             return ""
-        left = self._left(controller.steps)
+        left = max(0, self._left(controller.steps))
+        if left == 0 and controller.position < pace.total_steps:  # by `total_steps`; the Trainer goes on
+            rest = "the rest of it goes on a position a step, since so many steps are done already"
         controller.pace = pace.with_length(
             run, progress=self._progress(controller.steps), position=controller.position, left=left
         )
         return (
             f"the checkpoint is of a run of {pace.run[0]} steps, and this one has {run[0]}. It goes on where "
-            f"{share:.0%} of the schedule are done, and {rest}: {left} steps. "
+            f"{share:.0%} of the schedule are done, and {rest}{f': {left} steps' if left else ''}. "
             f"DGMCallback(total_steps={pace.run[0]}) would leave the schedule as long as it was"
         )
 
@@ -249,7 +251,10 @@ class ScheduleClock:
                 self.forget_loader()
         if not math.isfinite(trainer.num_training_batches):
             return None
-        return sum(self._epoch_steps(trainer, e) for e in range(epoch, self._max_epochs))
+        epochs = range(epoch, self._max_epochs)
+        if self._accumulation is None:  # all are alike
+            return len(epochs) * self._epoch_steps(trainer, epoch)
+        return sum(self._epoch_steps(trainer, e) for e in epochs)
 
     def _epoch_steps(self, trainer: pl.Trainer, epoch: int) -> int:
         announced, expected = trainer.num_training_batches, self._expected

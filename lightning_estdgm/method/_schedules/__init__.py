@@ -7,7 +7,15 @@ here.
 
 from lightning_estdgm.method._schedules.drop_fraction import DropTo, StagedDrop
 from lightning_estdgm.method._schedules.estdgm import WARMUP, EstDgm, Phase
-from lightning_estdgm.method._schedules.protocol import Plan, Schedule, ScheduleConfig, Segment, SteppedSchedule
+from lightning_estdgm.method._schedules.protocol import (
+    Plan,
+    Schedule,
+    ScheduleConfig,
+    Segment,
+    SteppedSchedule,
+    sampled_densities,
+    updates_in,
+)
 from lightning_estdgm.method._schedules.published import AlternatingDensity, ConstantDensity, CubicDensity
 
 __all__ = [
@@ -24,4 +32,6 @@ __all__ = [
     "Segment",
     "StagedDrop",
     "SteppedSchedule",
+    "sampled_densities",
+    "updates_in",
 ]

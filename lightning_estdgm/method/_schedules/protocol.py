@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -54,7 +55,10 @@ class Segment:
 
 @runtime_checkable
 class Schedule(Protocol):
-    """A pure function of the optimizer step, for a run of `total_steps` steps."""
+    """A pure function of the optimizer step, for a run of `total_steps` steps.
+
+    It may have a method `updates_in(steps)` as well, as `SteppedSchedule` does; see the function of that name.
+    """
 
     @property
     def total_steps(self) -> int:
@@ -73,6 +77,28 @@ class Schedule(Protocol):
 
     def drop_progress(self, step: int) -> float:
         """Return the progress of the drop fraction at `step`: 0 at the start, 1 at the last mask update."""
+
+
+def updates_in(schedule: Schedule, steps: range) -> bool:
+    """Return whether the masks are updated at any of some consecutive steps of the run.
+
+    A schedule with a method `updates_in` answers by itself; of another every step is asked for. In a run limited by
+    time one optimizer step may go past thousands of steps of the schedule.
+    """
+    own: Callable[[range], bool] | None = getattr(schedule, "updates_in", None)
+    return any(schedule(step).update for step in steps) if own is None else own(steps)
+
+
+def sampled_densities(schedule: Schedule, most: int = 1000) -> list[float]:
+    """Return the distinct densities of a schedule; of more than `most` those at the ends of phases, and every so many.
+
+    These stay close enough together for what is rounded to buckets, such as a choice of backends.
+    """
+    distinct = list(dict.fromkeys(sorted(schedule.densities)))
+    if len(distinct) <= most:
+        return distinct
+    ends = {schedule(step).density for segment in schedule.segments for step in (segment.first, segment.last - 1)}
+    return sorted(ends.union(distinct[:: math.ceil(len(distinct) / most)]))
 
 
 class ScheduleConfig(ABC):
@@ -146,6 +172,11 @@ class SteppedSchedule:
             observe=upcoming - self.observe_steps <= step,
             cycle=segment.cycle,
         )
+
+    def updates_in(self, steps: range) -> bool:
+        """Return whether the masks are updated at any of some consecutive steps of the run."""
+        index = bisect.bisect_left(self._at, max(steps.start, 1))
+        return index < len(self._at) and self._at[index] < steps.stop
 
     def drop_progress(self, step: int) -> float:
         """Return the progress of the drop fraction at `step`."""

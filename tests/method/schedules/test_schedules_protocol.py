@@ -9,10 +9,19 @@ from lightning_estdgm.method._schedules import (
     AlternatingDensity,
     ConstantDensity,
     CubicDensity,
+    EstDgm,
+    Phase,
     Schedule,
     ScheduleConfig,
 )
-from lightning_estdgm.method._schedules.protocol import Segment, SteppedSchedule, intervals
+from lightning_estdgm.method._schedules.protocol import (
+    Segment,
+    SteppedSchedule,
+    intervals,
+    sampled_densities,
+    updates_in,
+)
+from lightning_estdgm.sparse._buckets import bucket_of
 
 PUBLISHED = {
     "constant": ConstantDensity(0.1, update_every=7),
@@ -56,6 +65,57 @@ def test_masks_change_at_given_steps_to_given_densities():
     assert schedule(99) == schedule(9)
     with pytest.raises(ValueError, match="step must not be negative, got -1"):
         schedule(-1)
+
+
+class Asked:
+    """A schedule of one's own, with what the protocol asks for and no more."""
+
+    def __init__(self, schedule):
+        self.total_steps, self.segments, self.densities = schedule.total_steps, schedule.segments, schedule.densities
+        self.drop_progress = schedule.drop_progress
+        self.schedule, self.steps = schedule, []
+
+    def __call__(self, step):
+        self.steps.append(step)
+        return self.schedule(step)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_updates_are_found_without_a_visit_to_each_step(name):
+    schedule = PUBLISHED[name].resolve(60)
+    for first, stop in itertools.combinations_with_replacement(range(61), 2):
+        steps = range(first, stop)
+        assert updates_in(schedule, steps) == any(schedule(step).update for step in steps)
+
+
+def test_of_a_schedule_that_cannot_find_its_updates_every_step_is_asked_for():
+    own = Asked(PUBLISHED["constant"].resolve(60))
+    assert isinstance(own, Schedule)
+    assert updates_in(own, range(3, 20))
+    assert own.steps == [3, 4, 5, 6, 7]
+    assert not updates_in(own, range(8, 14))
+    assert own.steps[5:] == [8, 9, 10, 11, 12, 13]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_of_short_schedules_every_density_is_sampled(name):
+    densities = PUBLISHED[name].resolve(5000).densities
+    assert sampled_densities(PUBLISHED[name].resolve(5000)) == sorted(set(densities))
+
+
+@pytest.mark.parametrize("total", [40_000, 400_000])
+@pytest.mark.parametrize("cycles", [1, 3])
+def test_of_long_schedules_the_ends_of_phases_and_some_between_are_sampled(total, cycles):
+    schedule = EstDgm(Phase(0.75, 0.5, 0.15), Phase(0.3, 0.25, 0.35), Phase(0.2, 0.125, 0.5), cycles, update_every=5)
+    schedule = schedule.resolve(total)
+    found = sampled_densities(schedule)
+    assert found == sorted(set(found) & set(schedule.densities))
+    assert len(found) <= 1000 + 2 * 3 * cycles
+    for segment in schedule.segments:
+        assert {schedule(segment.first).density, schedule(segment.last - 1).density} <= set(found)
+    for factor in (0.3, 1.0, 10.0):  # by how much a layer is denser than the whole
+        every, sampled = [{bucket_of(min(1.0, factor * x)) for x in some} for some in (schedule.densities, found)]
+        assert sampled == every
 
 
 @pytest.mark.parametrize(
