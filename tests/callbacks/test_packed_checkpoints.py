@@ -52,8 +52,8 @@ def most_alive(monkeypatch):
     alive, most = weakref.WeakSet(), []
     unpack = Packing.unpack
 
-    def unpacked(packing, values):
-        whole = unpack(packing, values)
+    def unpacked(packing, values, fill=0.0):
+        whole = unpack(packing, values, fill)
         alive.add(whole)
         most.append(len(alive))
         return whole
