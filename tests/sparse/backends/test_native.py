@@ -37,10 +37,12 @@ def target(request, monkeypatch):
     if "clang" in request.param:
         monkeypatch.setenv("CXX", "clang++")
     build.library.cache_clear()
-    if "clang" in request.param and isinstance(why := build.library(), str):
-        pytest.skip(why)
-    yield request.param
-    build.library.cache_clear()
+    try:
+        if "clang" in request.param and isinstance(why := build.library(), str):
+            pytest.skip(why)
+        yield request.param
+    finally:
+        build.library.cache_clear()
 
 
 @pytest.fixture
