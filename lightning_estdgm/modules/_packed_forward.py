@@ -151,7 +151,11 @@ class PackedForward:
         packing = self._estdgm_packing
         order = None if packing.order is None else fn(packing.order)
         self._estdgm_packing = replace(packing, topology=packing.topology.apply(fn), order=order)
-        return super()._apply(fn, recurse)  # type: ignore[misc]
+        is_observed = self._estdgm_probe is not None
+        self.observe(False)
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        self.observe(is_observed)  # by a probe of the parameter's dtype and device
+        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]

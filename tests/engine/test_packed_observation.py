@@ -87,6 +87,12 @@ def frozen_meanwhile(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
     net(x).square().mean().backward()
 
 
+def cast_between(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
+    net.float()
+    net.double()
+    net(x).square().mean().backward()
+
+
 def reentrant_checkpoint(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
     y = net(checkpoint(net.first, x.clone().requires_grad_(), use_reentrant=True)[:, :32])
     y.square().mean().backward()
@@ -116,6 +122,7 @@ WAYS: list[Backward] = [
     cleared_after_the_forward,
     side_gradient,
     frozen_meanwhile,
+    cast_between,
     reentrant_checkpoint,
     checkpointed,
     per_sample,
