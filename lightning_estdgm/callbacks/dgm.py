@@ -207,9 +207,10 @@ class DGMCallback(pl.Callback):
             "schedule": config.to_dict(),
         }
         if (known := self._known()) is None:
-            unknown = ("final_density", "density", "flops_ratio", "flops_executed_ratio", "phases", "block_sizes")
-            more = ("backends", "sparse_operators_ran", "ended_as_asked", "thawed_and_dense", "replaced_and_dense")
-            return summary | dict.fromkeys((*unknown, *more, "best_checkpoints"))
+            of_masks = ("final_density", "density", "flops_ratio", "flops_executed_ratio", "phases", "block_sizes")
+            of_products = ("backends", "sparse_operators_ran")
+            of_end = ("ended_as_asked", "thawed_and_dense", "replaced_and_dense", "best_checkpoints")
+            return summary | dict.fromkeys((*of_masks, *of_products, *of_end))
         flops, masked = known.flops, [d for d in known.decisions() if d.masked]
         return summary | {
             "final_density": known.final_density,

@@ -280,10 +280,13 @@ class StepHooks:
         With sharded weights a rank may hold no part of the masked ones, so all parameters count; if a rank holds no
         part of any parameter, the ranks agree.
         """
+        is_sharded = any(weight.placement.is_sharded for weight in weights)
+        if not is_sharded and not self._counts_all:
+            return bool(self._moved)
         parameters = parameters_of(optimizer)
         here = any(parameter.grad is not None for parameter in parameters)
-        if not any(weight.placement.is_sharded for weight in weights):
-            return here if self._counts_all else bool(self._moved)
+        if not is_sharded:
+            return here
         shards = [weight.shard for weight in weights]
         if id(optimizer) not in self._unevenly_held:
             nothing_here = all(parameter.numel() == 0 for parameter in parameters)
