@@ -422,7 +422,7 @@ class DGMController:
 
     def layer_densities(self) -> dict[str, float]:
         """Return the density of each layer that `masks` returns."""
-        return {weight.name: weight.density for weight in self._masked.shown}
+        return self._masked.layer_densities
 
     def late_layers(self) -> list[str]:
         """Return the names of layers that have begun to train in mid-run, and that no mask update will take in."""
@@ -432,16 +432,18 @@ class DGMController:
         are_taken_in = any(name in late.asleep for name in begun) and updates_in(self.schedule, left)
         return [name for name in begun if name not in late.asleep or not are_taken_in]
 
-    def unmasked_layers(self) -> list[str]:
+    def note_unmasked_layers(self) -> list[str]:
         """Return the names of layers that are masked no longer, as another is in their place, or that are new.
 
         Layers are found once, when the controller is made. What has taken the place of a dense layer is not named.
+        Densities count those as dense from now on whose place another has taken.
         """
         candidates, held = self._masked.candidates, self._hooks.held
         replaced = replaced_layers(self._model, candidates, held)
         masked = {weight.name for weight in self._masked.shown}
         dense = set(replaced) - masked - self._admission.late.asleep.keys()
         new = [name for name in new_layers(self._model, candidates, held) if name not in dense]
+        self._masked.replaced = masked.intersection(replaced)
         return list(dict.fromkeys([*(name for name in replaced if name in masked), *new]))
 
     def decisions(self) -> tuple[LayerDecision, ...]:

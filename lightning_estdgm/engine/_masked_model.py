@@ -47,6 +47,7 @@ class MaskedModel:
         weights: those that are masked; the others wait, or stay dense.
         rule: update rule.
         group: process group of the ranks that have to hold the same masks.
+        replaced: names of masked layers that the model no longer has; another is in their place, which counts as dense.
 
     Raises:
         ValueError: if a unit does not fit a layer.
@@ -70,6 +71,7 @@ class MaskedModel:
         self._chosen = not wait
         self._config = config
         self.group = group
+        self.replaced: set[str] = set()
 
     def wake(self, candidates: Sequence[Candidate]) -> list[MaskedWeight]:
         """Return the weights of layers that begin to train in mid-run, all active; they keep their order in the model.
@@ -114,7 +116,15 @@ class MaskedModel:
     @property
     def density(self) -> float:
         """Active share of the masked weights; before any is, of those that can be."""
-        return _share(self.shown, [weight.active for weight in self.shown])
+        return _share(self.shown, [self._computed_units(weight) for weight in self.shown])
+
+    @property
+    def layer_densities(self) -> dict[str, float]:
+        """Active share of each masked layer; before any is masked, of each that can be."""
+        return {weight.name: self._computed_units(weight) / weight.units for weight in self.shown}
+
+    def _computed_units(self, weight: MaskedWeight) -> int:
+        return weight.units if weight.name in self.replaced else weight.active
 
     @property
     def explored(self) -> float:

@@ -327,7 +327,7 @@ def thawed_layers(candidates: Sequence[Candidate], held: Container[int]) -> list
 
 
 def replaced_layers(model: nn.Module, candidates: Sequence[Candidate], held: Container[int]) -> list[str]:
-    """Return the names of layers that the model no longer has, or whose weight is another parameter now.
+    """Return the names of layers that the model no longer has, or whose weight is another parameter or computed now.
 
     Where weights are sharded, a layer's attribute is another object in its forward, which no optimizer holds.
 
@@ -340,9 +340,12 @@ def replaced_layers(model: nn.Module, candidates: Sequence[Candidate], held: Con
     modules = set(model.modules())
 
     def is_replaced(candidate: Candidate) -> bool:
-        now = candidate.module._parameters.get(candidate.kind.weight_name)
+        module, name = candidate.module, candidate.kind.weight_name
+        now = module._parameters.get(name)
         is_other = isinstance(now, nn.Parameter) and now is not candidate.weight
-        return candidate.module not in modules or (is_other and (id(now) in held or isinstance(candidate.shard, Whole)))
+        is_computed = is_parametrized(module, name) or f"{name}_v" in module._parameters  # the latter: old weight_norm
+        is_own = not is_computed and not (is_other and (id(now) in held or isinstance(candidate.shard, Whole)))
+        return module not in modules or not is_own
 
     return [candidate.name for candidate in candidates if is_replaced(candidate)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +331,10 @@ def other_parameter_that_no_optimizer_holds(net: nn.Sequential) -> None:
     net[2].weight = nn.Parameter(torch.randn(16, 16))
 
 
+def parametrization(net: nn.Sequential) -> list[nn.Parameter]:
+    return [*nn.utils.parametrizations.weight_norm(net[2]).parametrizations.weight.parameters()]
+
+
 def further_layer(net: nn.Sequential) -> list[nn.Parameter]:
     net.insert(0, new := nn.Linear(16, 16))
     return [*new.parameters()]
@@ -342,16 +347,24 @@ def further_layer(net: nn.Sequential) -> list[nn.Parameter]:
         (other_layer, "packed", "net.2"),
         (other_parameter, "dense", "net.2"),
         (other_parameter_that_no_optimizer_holds, "dense", "net.2"),
+        (parametrization, "dense", "net.2"),
         (further_layer, "dense", "net.0"),
         (further_layer, "packed", "net.0"),
     ],
 )
 def test_layers_that_are_replaced_or_put_in_are_named(change: Any, storage: Any, name: str) -> None:
     dgm = DGMCallback(DGMConfig(SCHEDULE, Units(size=1), storage=storage))
-    with pytest.warns(UserWarning, match=rf"1 layers \({name}\) were put in or replaced since the fit began"):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
         make_trainer(dgm, max_epochs=STEPS // EPOCH).fit(module := Changing(change), TinyMLP.batches(EPOCH))
-    assert module.get_submodule(name).weight.count_nonzero() == 16 * 16
+    said = "\n".join(str(warning.message) for warning in seen)
+    assert f"1 layers ({name}) were put in or replaced since the fit began" in said
+    assert (f"asked for was 0.10 at the end. Replaced layers are dense: {name}" in said) is (
+        change is not further_layer
+    )
+    assert module.get_submodule(name).weight.count_nonzero() > 0.2 * 16 * 16
     assert dgm.run_summary()["replaced_and_dense"] == [name]
+    assert dgm.density == pytest.approx(0.10 if change is further_layer else 0.55, abs=0.01)  # of two layers
     assert dgm.run_summary()["ended_as_asked"] is False
 
 

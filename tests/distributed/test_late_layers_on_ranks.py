@@ -149,15 +149,15 @@ def look_for_replaced(how: str) -> dict[str, list[str]]:
         for step in range(2):
             with torch.no_grad():
                 model(x, True)  # which leaves weights gathered
-            found[f"gathered, {step}"] = dgm.unmasked_layers()
+            found[f"gathered, {step}"] = dgm.note_unmasked_layers()
             model(x, True).square().mean().backward()
-            found[f"backward, {step}"] = dgm.unmasked_layers()
+            found[f"backward, {step}"] = dgm.note_unmasked_layers()
             dgm.mask_gradients()
             optimizer.step()
             dgm.advance()
-            found[f"stepped, {step}"] = dgm.unmasked_layers()
+            found[f"stepped, {step}"] = dgm.note_unmasked_layers()
         net.branch = nn.Linear(16, 16)
-        return found | {"replaced": dgm.unmasked_layers()}
+        return found | {"replaced": dgm.note_unmasked_layers()}
 
 
 @pytest.mark.parametrize("how", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "FSDP2"])

@@ -112,14 +112,14 @@ class RunOutcome:
 
         Call it at the start of each epoch, after mask updates, and at the end of training.
         """
-        new = [name for name in self._controller.unmasked_layers() if name not in self._replaced]
+        new = [name for name in self._controller.note_unmasked_layers() if name not in self._replaced]
         if new:
             self._replaced += new
             rank_zero_warn(
                 f"DGMCallback: {len(new)} layers ({first_names(new)}) were put in or replaced since the fit began, or "
-                "their weight is another parameter: these are not masked, and what density is reported of them is that "
-                "of the layers before. To mask them, begin another fit; to give a layer other values, keep it and its "
-                "parameter, and copy them into it (layer.weight.copy_, layer.reset_parameters)"
+                "their weight is another parameter or computed by a parametrization: these are not masked, and one "
+                "that was replaced counts as dense from now on. To mask them, begin another fit; to give a layer other "
+                "values, keep it and its parameter, and copy them into it (layer.weight.copy_, layer.reset_parameters)"
             )
 
     def summary(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class RunOutcome:
             rank_zero_warn(
                 f"the run ended at position {controller.position} of {length} of the schedule, in {controller.phase}, "
                 f"at density {controller.density:.2f}; asked for was {asked:.2f} at the end. "
-                + (_AT_ITS_END if controller.position >= length else _BEFORE_ITS_END)
+                + self._why_not_as_asked(controller.position >= length)
             )
         for best in self._best.values():
             if not self._is_asked(best.density):
@@ -159,6 +159,11 @@ class RunOutcome:
                     f"{best.density:.2f}; asked for was {asked:.2f} at the end. To keep the best at the final "
                     "density, monitor a metric that is logged there only: see docs/guides/checkpoints.md"
                 )
+
+    def _why_not_as_asked(self, is_at_end: bool) -> str:
+        if not is_at_end:
+            return _BEFORE_ITS_END
+        return f"Replaced layers are dense: {first_names(self._replaced)}" if self._replaced else _AT_ITS_END
 
     @property
     def _masks_any(self) -> bool:
