@@ -67,6 +67,20 @@ def test_state_that_only_the_constructor_makes_is_there_in_the_trial():
     assert reason(lambda p: MadeAtOnce(p, 0.1)) == ""
 
 
+class Normed(torch.optim.SGD):
+    """Steps of one norm for the whole weight, as LARS: an entry's grows by the root of 1 / density, and is scaled."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad / p.grad.norm())
+
+
+def test_steps_that_grow_less_than_the_rate_is_scaled_are_scaled():
+    assert reason(lambda p: Normed(p, 0.1)) == ""
+
+
 class FirstGroup(torch.optim.SGD):
     """Reads the rate of its first group alone."""
 
@@ -111,6 +125,18 @@ class DualAveraging(torch.optim.SGD):
                 p.copy_(state["first"] - group["lr"] * state["sum"])
 
 
+class Cautious(torch.optim.SGD):
+    """Divides its steps by the share of entries of the weight that go along with the gradient."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p)).lerp_(p.grad, 0.1)
+                agrees = (m * p.grad > 0).to(p.dtype)
+                p.sub_(group["lr"] * m.sign() * agrees / agrees.mean().clamp(min=1e-3))
+
+
 class Still(torch.optim.SGD):
     def step(self, closure=None):
         pass
@@ -142,6 +168,7 @@ FAILING = {
     "one for all": (lambda p: OneRate(p, 0.1), "OneRate does not step each parameter by the learning rate of its own"),
     "relative": (lambda p: Relative(p, 0.1), "Relative does not step by the learning rate of the parameter group"),
     "anew": (lambda p: DualAveraging(p, 0.1), "DualAveraging computes weights anew by the learning rate: a change of"),
+    "cautious": (lambda p: Cautious(p, 0.1), "steps of Cautious grow by 1 / density by themselves"),
     "none": (without_rate, "SGD has no learning rate of its own"),
     "still": (lambda p: Still(p, 0.1), "Still did not move a parameter in 16 steps"),
     "refusing": (lambda p: Refusing(p, 0.1), r"Refusing could not be tried \(RuntimeError: rates of groups must be"),
