@@ -429,6 +429,18 @@ def test_weights_are_as_they_were_if_the_fit_does_not_begin(failing):
     fit(DGMCallback(config()), module=Double())
 
 
+def test_groups_of_computed_weights_are_refused_with_the_way_out():
+    class ByLayer(Double):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(
+                [{"params": [self.net[0].weight], "lr": 1e-4}, {"params": self.net[2:].parameters()}]
+            )
+
+    with pytest.raises(ValueError, match="can't optimize a non-leaf Tensor") as caught:
+        fit(DGMCallback(config()), module=ByLayer())
+    assert "Optimizers get them from named_parameters(), as layer.weight is computed" in str(caught.value.__notes__)
+
+
 def test_a_start_on_the_meta_device_that_fails_ends_with_its_own_error():
     class WithoutValues(nn.Module):
         def __init__(self):
