@@ -44,6 +44,8 @@ def why_not_scaled(optimizer: Optimizer, index: int, parameters: Sequence[Tensor
     kind = type(optimizer).__name__
     if not isinstance(optimizer.param_groups[index].get("lr"), int | float | Tensor):
         return f"{kind} has no learning rate of its own in the parameter group"
+    if _keeps_group(optimizer, optimizer.param_groups[index]):
+        return f"{kind} keeps the parameter group in its state, and may read the learning rate there"
     with apart_from_the_run(like.device):
         trial = _Trial(optimizer, index, parameters, like)
         try:
@@ -178,6 +180,12 @@ def set_rate(group: Group, rate: float) -> None:
         group["lr"].fill_(rate)
     else:
         group["lr"] = rate
+
+
+def _keeps_group(optimizer: Optimizer, group: Group) -> bool:
+    """Whether state holds the group itself, as for steps of one parameter within the backward, by `step(param=...)`."""
+    states = (state for state in optimizer.state.values() if isinstance(state, Mapping))
+    return any(value is group for state in states for value in state.values())
 
 
 def _further(move: Tensor, than: Tensor) -> bool:

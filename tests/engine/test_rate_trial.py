@@ -137,6 +137,22 @@ class Cautious(torch.optim.SGD):
                 p.sub_(group["lr"] * m.sign() * agrees / agrees.mean().clamp(min=1e-3))
 
 
+class Released(torch.optim.SGD):
+    """Steps each parameter by the group in its state, which the user made, as optimi does in the backward."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["group"] = group
+
+    @torch.no_grad()
+    def step(self, closure=None, param=None):
+        if param is None:
+            return super().step(closure)
+        return param.sub_(self.state[param]["group"]["lr"] * param.grad)
+
+
 class Still(torch.optim.SGD):
     def step(self, closure=None):
         pass
@@ -168,6 +184,7 @@ FAILING = {
     "one for all": (lambda p: OneRate(p, 0.1), "OneRate does not step each parameter by the learning rate of its own"),
     "relative": (lambda p: Relative(p, 0.1), "Relative does not step by the learning rate of the parameter group"),
     "anew": (lambda p: DualAveraging(p, 0.1), "DualAveraging computes weights anew by the learning rate: a change of"),
+    "released": (lambda p: Released(p, 0.1), "Released keeps the parameter group in its state, and may read the"),
     "cautious": (lambda p: Cautious(p, 0.1), "steps of Cautious grow by 1 / density by themselves"),
     "none": (without_rate, "SGD has no learning rate of its own"),
     "still": (lambda p: Still(p, 0.1), "Still did not move a parameter in 16 steps"),
