@@ -1,9 +1,12 @@
 """Trial of an optimizer: whether its steps follow the rate of each parameter's group."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_estdgm.engine._optimizer_trial import trial_optimizer
@@ -215,6 +218,29 @@ def test_a_trial_leaves_the_run_as_it_was():
     assert torch.equal(p.grad, torch.ones_like(p))
     assert len(called) == 1
     scheduler.step()
+
+
+class Drawing(torch.optim.SGD):
+    """Draws from each of the global generators in each step."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        random.random()
+        np.random.rand()  # noqa: NPY002
+        torch.rand(())
+        super().step(closure)
+
+
+def test_a_run_draws_the_random_numbers_that_it_draws_without_a_trial():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(()).item()  # noqa: NPY002
+
+    p = weight()
+    with isolate_rng():
+        expected = draw()
+    with isolate_rng():
+        assert why_not_scaled(Drawing([p], 0.1), 0, [p], p) == ""
+        assert draw() == expected
 
 
 def test_a_copy_keeps_what_the_optimizer_holds_of_its_own():
