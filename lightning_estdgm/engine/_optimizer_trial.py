@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import random
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -94,10 +96,15 @@ def apart_from_the_run(device: torch.device) -> Iterator[None]:
 
     """
     on_cpu = device.type == "cpu"
+    drawn, drawn_by_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     with (
         torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type),
         torch.compiler.set_stance("force_eager"),  # an optimizer that compiles its step would do so for these shapes
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        yield
+        try:
+            yield
+        finally:
+            random.setstate(drawn)
+            np.random.set_state(drawn_by_numpy)  # noqa: NPY002 (what optimizers may draw from)

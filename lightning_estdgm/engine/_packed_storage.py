@@ -198,9 +198,13 @@ class PackedStorage:
     # ------------------------------------------------------------------ the run
 
     def begin(self, states: OptimizerStates, density: float) -> None:
-        """Refuse optimizers that do not work element by element; begin anew if masks are drawn for another density."""
+        """Refuse optimizers that do not work element by element; begin anew if masks are drawn for another density.
+
+        Warn of packed weights that groups of matrices have left out.
+        """
         self._states = states
         self._check(states.optimizers)
+        self._warn_of_no_decay(states.optimizers)
         if self._drawn not in (0.0, density):
             for weight in self._weights:
                 module: Any = weight.candidate.module
@@ -223,6 +227,25 @@ class PackedStorage:
                             f"layer {weight.name!r} cannot be stored packed under {type(optimizer).__name__}: "
                             f"{known[key]}. Use storage='dense', or another optimizer"
                         )
+
+    def _warn_of_no_decay(self, optimizers: Sequence[Optimizer]) -> None:
+        """Warn if weight decay reaches each matrix and nothing else, as of groups by ``p.ndim == 2``.
+
+        Groups by the names of layers have a layer's bias beside its weight; those by the names of weights, all weights.
+        """
+        packed = {id(weight.parameter) for weight in self._weights}
+        decayed: dict[str, set[bool]] = {"packed": set(), "matrix": set(), "other": set()}
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            for parameter in group["params"]:
+                kind = "packed" if id(parameter) in packed else "matrix" if parameter.dim() == 2 else "other"
+                decayed[kind].add(bool(group.get("weight_decay")))
+        if decayed == {"packed": {False}, "matrix": {True}, "other": {False}}:
+            warnings.warn(
+                "weight decay reaches the matrices that are stored whole, and none of the packed weights, which have "
+                "the shape [units, rows, columns]: if parameters are chosen by p.ndim == 2, choose by p.ndim >= 2",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def began(self) -> None:
         """Free the weights as they were, and have state dicts of optimizers show whole weights."""

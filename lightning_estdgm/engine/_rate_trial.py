@@ -19,6 +19,8 @@ _ALIKE = 1e-2  # largest difference of two equal moves, as a share: what a low-p
 _REST = 2.0**-10  # factor on the rate of a half in which no parameter should move far
 _UNDONE = 0.9  # share of the moves before that such a half undoes where the rate is one of all steps so far
 _MORE = 1.1  # smallest factor on a move by twice the rate that shows that the rate is read
+_SPARSE = 4  # of so many entries, a sparse throw-away parameter has one
+_GROWN = _SPARSE**0.75  # between the root, by which a norm over the parameter makes moves grow, and `_SPARSE` itself
 
 
 def why_not_scaled(optimizer: Optimizer, index: int, parameters: Sequence[Tensor], like: Tensor) -> str:
@@ -26,10 +28,11 @@ def why_not_scaled(optimizer: Optimizer, index: int, parameters: Sequence[Tensor
 
     Copies of the optimizer take some steps with two throw-away parameters of equal values and gradients. Where the
     groups are split by `ScaledGroups`, each of the two has to move as it does where the user gives both its rate; a
-    rate twice as large has to move a parameter further, at the start and later; and steps by a tiny rate must not undo
-    those before. So an optimizer fails that has no rate per group, mixes its groups' rates, reads a rate once,
-    evaluates the loss several times in a step, or computes weights anew from sums of gradients, as FTRL and dual
-    averaging do: their rate multiplies all that was learned, whenever the density changes.
+    rate twice as large has to move a parameter further, at the start and later; steps by a tiny rate must not undo
+    those before; and entries of a sparse parameter must not move further by 1 / density. So an optimizer fails that has
+    no rate per group, mixes its groups' rates, reads a rate once, evaluates the loss several times in a step, divides
+    its step by the share of the entries that it moves, as cautious ones do, or computes weights anew from sums of
+    gradients, as FTRL and dual averaging do: their rate multiplies all that was learned, whenever the density changes.
 
     Args:
         optimizer: optimizer whose own step reads its groups.
@@ -41,6 +44,8 @@ def why_not_scaled(optimizer: Optimizer, index: int, parameters: Sequence[Tensor
     kind = type(optimizer).__name__
     if not isinstance(optimizer.param_groups[index].get("lr"), int | float | Tensor):
         return f"{kind} has no learning rate of its own in the parameter group"
+    if _keeps_group(optimizer, optimizer.param_groups[index]):
+        return f"{kind} keeps the parameter group in its state, and may read the learning rate there"
     with apart_from_the_run(like.device):
         trial = _Trial(optimizer, index, parameters, like)
         try:
@@ -50,6 +55,8 @@ def why_not_scaled(optimizer: Optimizer, index: int, parameters: Sequence[Tensor
             kept, raised = trial.moves((2.0, 2.0), (2.0, 2.0)), trial.moves((2.0, 2.0), (4.0, 4.0))
             split = trial.moves((1.0, 2.0), (1.0, 4.0), split=True)
             before, rest = trial.moves((1.0, 1.0), (_REST, _REST), zeros=True)
+            few = _Trial(optimizer, index, parameters, like, sparse=True)
+            sparse = few.moves((1.0, 1.0), (1.0, 1.0))
         except Exception as error:  # whatever an optimizer raises, it is left unscaled
             return not_tried(optimizer, error)
     if not all(bool(move.isfinite().all()) and bool(move.any()) for move in plain):
@@ -61,24 +68,35 @@ def why_not_scaled(optimizer: Optimizer, index: int, parameters: Sequence[Tensor
         return f"{kind} does not step each parameter by the learning rate of its own group"
     if bool((-rest * before).sum() > _UNDONE * before.square().sum()):
         return f"{kind} computes weights anew by the learning rate: a change of it multiplies them"
+    if all(_growth(move, full, few.active) > _GROWN for move, full in zip(sparse, plain, strict=True)):
+        return f"steps of {kind} grow by 1 / density by themselves"
     return ""
 
 
 class _Trial:
     """Trials of one optimizer, each with a fresh copy of it.
 
+    Args:
+        optimizer: as in `why_not_scaled`, and so are `index`, `parameters` and `like`.
+        sparse: whether parameters and gradients are 0 but for some entries, as many in each row and column.
+
     Attributes:
+        active: mask of the entries that have a gradient.
         evaluations: largest number of calls of a step's closure, of all steps so far.
 
     """
 
-    def __init__(self, optimizer: Optimizer, index: int, parameters: Sequence[Tensor], like: Tensor) -> None:
+    def __init__(
+        self, optimizer: Optimizer, index: int, parameters: Sequence[Tensor], like: Tensor, *, sparse: bool = False
+    ) -> None:
         self.evaluations = 0
         self._optimizer, self._index, self._parameters = optimizer, index, parameters[:2]
         generator = torch.Generator().manual_seed(0)
         shape = [_SIDE] * max(1, like.dim())
+        self.active = torch.stack(torch.meshgrid([torch.arange(_SIDE, device="cpu")] * len(shape), indexing="ij"))
+        self.active = self.active.sum(0) % (_SPARSE if sparse else 1) == 0
         self._values, self._gradient = (
-            (torch.randn(shape, generator=generator, device="cpu") * size).to(like.device, like.dtype)
+            (torch.randn(shape, generator=generator, device="cpu") * size * self.active).to(like.device, like.dtype)
             for size in (2.0**-7, 1.0)
         )
         self._way: tuple[bool, bool] | None = None  # whether it is made anew, and takes a closure: the first that works
@@ -164,9 +182,20 @@ def set_rate(group: Group, rate: float) -> None:
         group["lr"] = rate
 
 
+def _keeps_group(optimizer: Optimizer, group: Group) -> bool:
+    """Whether state holds the group itself, as for steps of one parameter within the backward, by `step(param=...)`."""
+    states = (state for state in optimizer.state.values() if isinstance(state, Mapping))
+    return any(value is group for state in states for value in state.values())
+
+
 def _further(move: Tensor, than: Tensor) -> bool:
     """Whether a move goes further than another, along it."""
     return bool((move * than).sum() > _MORE * than.square().sum())
+
+
+def _growth(move: Tensor, than: Tensor, active: Tensor) -> float:
+    """Return how many times as far a move goes as another, over the active entries."""
+    return float(move[:, active].norm() / than[:, active].norm())
 
 
 def _alike(move: Tensor, other: Tensor) -> bool:

@@ -240,9 +240,11 @@ def find_candidates(
         return tuple(candidates)
     if not any(candidate.masked and not candidate.seems_head for candidate in candidates):
         reasons = {candidate.name: candidate.why or HEAD for candidate in candidates}
-        thawed_later = any(candidate.why in (_FROZEN, _NOT_HELD) for candidate in candidates)
+        unmade = held is not None and not held
+        thawed_later = not unmade and any(candidate.why in (_FROZEN, _NOT_HELD) for candidate in candidates)
         raise ValueError(
             "the model has no layer to mask: expected at least one linear or convolution layer besides the output head"
+            + ("; there is no optimizer yet: make it in configure_optimizers, not in a later hook" if unmade else "")
             + (
                 "; what BackboneFinetuning or the like thaws later is not seen: thaw it before the fit, or begin "
                 "another fit once it trains"

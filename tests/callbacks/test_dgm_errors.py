@@ -224,6 +224,19 @@ def test_model_whose_every_layer_is_outside_the_optimizer() -> None:
     refuse("optimizer", callback_for(), HeadOnly(), TinyMLP.batches(20))
 
 
+def test_an_optimizer_that_is_made_once_the_fit_has_begun() -> None:
+    class MadeLate(TinyMLP):
+        def configure_optimizers(self) -> Any:
+            return None
+
+        def on_fit_start(self) -> None:
+            self.own = torch.optim.SGD(self.parameters(), 0.1)
+
+    message = "there is no optimizer yet: make it in configure_optimizers, not in a later hook; found"
+    with pytest.warns(UserWarning, match="returned `None`"):
+        refuse(message, callback_for(), MadeLate(), TinyMLP.batches(20))
+
+
 # --------------------------------------------------------------------------- checkpoints
 
 

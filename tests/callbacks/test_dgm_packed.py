@@ -429,6 +429,48 @@ def test_weights_are_as_they_were_if_the_fit_does_not_begin(failing):
     fit(DGMCallback(config()), module=Double())
 
 
+def test_groups_of_computed_weights_are_refused_with_the_way_out():
+    class ByLayer(Double):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(
+                [{"params": [self.net[0].weight], "lr": 1e-4}, {"params": self.net[2:].parameters()}]
+            )
+
+    with pytest.raises(ValueError, match="can't optimize a non-leaf Tensor") as caught:
+        fit(DGMCallback(config()), module=ByLayer())
+    assert "Optimizers get them from named_parameters(), as layer.weight is computed" in str(caught.value.__notes__)
+
+
+class Decaying(Double):
+    """Weight decay of what `decays` chooses by name and parameter."""
+
+    def __init__(self, decays):
+        super().__init__(scheduler=None)
+        self.decays = decays
+
+    def configure_optimizers(self):
+        chosen, others = [], []
+        for name, parameter in self.named_parameters():
+            (chosen if self.decays(name, parameter) else others).append(parameter)
+        return torch.optim.AdamW(
+            [{"params": chosen, "weight_decay": 3.0}, {"params": others, "weight_decay": 0.0}], 1e-3
+        )
+
+
+def test_weight_decay_by_a_number_of_dimensions_that_packed_weights_do_not_have_is_warned_of():
+    with pytest.warns(RuntimeWarning, match=r"none of the packed weights, .* choose by p\.ndim >= 2"):
+        fit(DGMCallback(config()), module=Decaying(lambda name, p: p.ndim == 2))
+
+
+@pytest.mark.parametrize(
+    "decays",
+    [lambda name, p: p.ndim >= 2, lambda name, p: "weight" in name, lambda name, p: "net.4" in name],
+    ids=["dimensions", "weights", "head"],
+)
+def test_weight_decay_by_other_signs_is_not_warned_of(decays):  # warnings are errors
+    fit(DGMCallback(config()), module=Decaying(decays))
+
+
 def test_a_start_on_the_meta_device_that_fails_ends_with_its_own_error():
     class WithoutValues(nn.Module):
         def __init__(self):

@@ -1,9 +1,12 @@
 """Trial of an optimizer: whether its steps follow the rate of each parameter's group."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_estdgm.engine._optimizer_trial import trial_optimizer
@@ -67,6 +70,20 @@ def test_state_that_only_the_constructor_makes_is_there_in_the_trial():
     assert reason(lambda p: MadeAtOnce(p, 0.1)) == ""
 
 
+class Normed(torch.optim.SGD):
+    """Steps of one norm for the whole weight, as LARS: an entry's grows by the root of 1 / density, and is scaled."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad / p.grad.norm())
+
+
+def test_steps_that_grow_less_than_the_rate_is_scaled_are_scaled():
+    assert reason(lambda p: Normed(p, 0.1)) == ""
+
+
 class FirstGroup(torch.optim.SGD):
     """Reads the rate of its first group alone."""
 
@@ -111,6 +128,34 @@ class DualAveraging(torch.optim.SGD):
                 p.copy_(state["first"] - group["lr"] * state["sum"])
 
 
+class Cautious(torch.optim.SGD):
+    """Divides its steps by the share of entries of the weight that go along with the gradient."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p)).lerp_(p.grad, 0.1)
+                agrees = (m * p.grad > 0).to(p.dtype)
+                p.sub_(group["lr"] * m.sign() * agrees / agrees.mean().clamp(min=1e-3))
+
+
+class Released(torch.optim.SGD):
+    """Steps each parameter by the group in its state, which the user made, as optimi does in the backward."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["group"] = group
+
+    @torch.no_grad()
+    def step(self, closure=None, param=None):
+        if param is None:
+            return super().step(closure)
+        return param.sub_(self.state[param]["group"]["lr"] * param.grad)
+
+
 class Still(torch.optim.SGD):
     def step(self, closure=None):
         pass
@@ -142,6 +187,8 @@ FAILING = {
     "one for all": (lambda p: OneRate(p, 0.1), "OneRate does not step each parameter by the learning rate of its own"),
     "relative": (lambda p: Relative(p, 0.1), "Relative does not step by the learning rate of the parameter group"),
     "anew": (lambda p: DualAveraging(p, 0.1), "DualAveraging computes weights anew by the learning rate: a change of"),
+    "released": (lambda p: Released(p, 0.1), "Released keeps the parameter group in its state, and may read the"),
+    "cautious": (lambda p: Cautious(p, 0.1), "steps of Cautious grow by 1 / density by themselves"),
     "none": (without_rate, "SGD has no learning rate of its own"),
     "still": (lambda p: Still(p, 0.1), "Still did not move a parameter in 16 steps"),
     "refusing": (lambda p: Refusing(p, 0.1), r"Refusing could not be tried \(RuntimeError: rates of groups must be"),
@@ -171,6 +218,29 @@ def test_a_trial_leaves_the_run_as_it_was():
     assert torch.equal(p.grad, torch.ones_like(p))
     assert len(called) == 1
     scheduler.step()
+
+
+class Drawing(torch.optim.SGD):
+    """Draws from each of the global generators in each step."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        random.random()
+        np.random.rand()  # noqa: NPY002
+        torch.rand(())
+        super().step(closure)
+
+
+def test_a_run_draws_the_random_numbers_that_it_draws_without_a_trial():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(()).item()  # noqa: NPY002
+
+    p = weight()
+    with isolate_rng():
+        expected = draw()
+    with isolate_rng():
+        assert why_not_scaled(Drawing([p], 0.1), 0, [p], p) == ""
+        assert draw() == expected
 
 
 def test_a_copy_keeps_what_the_optimizer_holds_of_its_own():

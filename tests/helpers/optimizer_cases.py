@@ -97,6 +97,7 @@ OTHERS = [
     case("pytorch_optimizer", "SOAP", 3e-3),
     case("pytorch_optimizer", "Shampoo", 3e-2),
     case("pytorch_optimizer", "Lion", 1e-3),
+    case("pytorch_optimizer", "Lion", 3e-3, cautious=True),
     case("pytorch_optimizer", "CAME", 3e-4),
     case("pytorch_optimizer", "FTRL", 3e-2),
     case("pytorch_optimizer", "Prodigy", 1.0),

@@ -85,8 +85,9 @@ class PackedWeights:
             self._stay_on_meta()
         if exception is not None and hasattr(exception, "add_note"):
             exception.add_note(
-                "DGMCallback: with storage='packed' masked weights are parameters of shape [units, rows, columns]; "
-                "what needs matrices needs storage='dense'. The weights are as they were before the fit"
+                "DGMCallback: with storage='packed' masked weights are parameters of shape [units, rows, columns]. "
+                "Optimizers get them from named_parameters(), as layer.weight is computed from them; what needs "
+                "matrices needs storage='dense'. The weights are as they were before the fit"
             )
 
     def _stay_on_meta(self) -> None:
