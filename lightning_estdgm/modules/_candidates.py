@@ -20,7 +20,7 @@ from lightning_estdgm.method._masks import keep_active_
 from lightning_estdgm.modules._expert_adapter import ExpertAdapter
 from lightning_estdgm.modules._expert_kinds import expert_kinds
 from lightning_estdgm.modules._expert_layout import stack_shard, whole_shape, why_no_stack
-from lightning_estdgm.modules._kinds import LAYER_KINDS, LayerKind, own_class
+from lightning_estdgm.modules._kinds import LAYER_KINDS, LayerKind, is_computed, own_class
 from lightning_estdgm.modules._sparse_forward import SparseForward
 
 Selector = str | Callable[[str, nn.Module], bool]
@@ -343,9 +343,8 @@ def replaced_layers(model: nn.Module, candidates: Sequence[Candidate], held: Con
         module, name = candidate.module, candidate.kind.weight_name
         now = module._parameters.get(name)
         is_other = isinstance(now, nn.Parameter) and now is not candidate.weight
-        is_computed = is_parametrized(module, name) or f"{name}_v" in module._parameters  # the latter: old weight_norm
-        is_own = not is_computed and not (is_other and (id(now) in held or isinstance(candidate.shard, Whole)))
-        return module not in modules or not is_own
+        is_other = is_other and (id(now) in held or isinstance(candidate.shard, Whole))
+        return module not in modules or is_other or is_computed(module, name)
 
     return [candidate.name for candidate in candidates if is_replaced(candidate)]
 
