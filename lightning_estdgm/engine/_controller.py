@@ -206,7 +206,7 @@ class DGMController:
         if is_first := self._dispatch.probing:
             self._dispatch.read_probes(self._admission.used_by_themselves())
         self._flops.count(
-            self._masked.candidates, self._masked.weights, self._dispatch.positions, observing=self.observing
+            self._masked.candidates, self._masked.weights, self._dispatch.step_positions, observing=self.observing
         )
         self.steps += 1
         self.position = after
