@@ -240,6 +240,7 @@ def find_candidates(
         return tuple(candidates)
     if not any(candidate.masked and not candidate.seems_head for candidate in candidates):
         reasons = {candidate.name: candidate.why or HEAD for candidate in candidates}
+        stacked = _three_dimensional(model)
         thawed_later = any(candidate.why in (_FROZEN, _NOT_HELD) for candidate in candidates)
         raise ValueError(
             "the model has no layer to mask: expected at least one linear or convolution layer besides the output head"
@@ -250,6 +251,7 @@ def find_candidates(
                 else ""
             )
             + (f"; found {reasons} (name one in include=)" if reasons else "")
+            + (f"; experts or the like stacked in one parameter are named in experts=: {stacked}" if stacked else "")
         )
     return tuple(candidates)
 

@@ -93,6 +93,7 @@ def test_a_selector_that_matches_nothing_is_refused(label):
     [
         (nn.Sequential(nn.LayerNorm(8), nn.ReLU()), ""),
         (nn.Sequential(nn.Linear(8, 2)), "; found {'0': 'output head'} (name one in include=)"),
+        (nn.ParameterDict({"w": nn.Parameter(torch.zeros(3, 8, 8))}), "are named in experts=: {'w': (3, 8, 8)}"),
     ],
 )
 def test_a_model_without_a_layer_to_mask_is_refused(model, found):
