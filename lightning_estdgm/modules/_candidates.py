@@ -192,7 +192,7 @@ def find_candidates(
     owners: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(id(module))
+            owners.setdefault(_place(parameter), set()).add(id(module))
 
     def verdict(name: str, module: nn.Module, kind: LayerKind, is_last: bool, trains: bool) -> tuple[bool, str]:
         weight = _stored_weight(module, kind)
@@ -208,7 +208,7 @@ def find_candidates(
             return False, _FROZEN
         if not trains and held is not None and id(weight) not in held:
             return False, _NOT_HELD
-        if len(owners[id(weight)]) > 1:
+        if len(owners[_place(weight)]) > 1:
             return False, "its weight is shared with another module"
         if kind.experts and (reason := why_no_stack(model, module, kind)):
             return False, reason
@@ -269,6 +269,15 @@ def _adapters(model: nn.Module, experts: Sequence[str | ExpertAdapter]) -> list[
                 f"count); parameters of three dimensions are {_three_dimensional(model)}"
             )
     return list(adapters.values())
+
+
+def _place(parameter: Tensor) -> int:
+    """Return what two parameters have in common that are one weight, tied by ``b.data = a.data.t()``, or are the same.
+
+    That is their address; parts of FSDP's flat parameters have their own. What has none here is told by its object.
+    """
+    is_plain = type(parameter) is nn.Parameter and parameter.layout is torch.strided and parameter.numel() > 0
+    return (is_plain and parameter.data_ptr()) or id(parameter)
 
 
 def _three_dimensional(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -101,6 +101,14 @@ def test_a_model_without_a_layer_to_mask_is_refused(model, found):
         find_candidates(model)
 
 
+def test_weights_that_are_tied_by_their_storage_are_shared():
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    model[1].weight.data = model[0].weight.data.t()
+    found = {c.name: c.why for c in find_candidates(model)}
+    shared = "its weight is shared with another module"
+    assert found == {"0": shared, "1": shared, "2": "", "3": "output head"}
+
+
 def test_a_lazy_layer_is_refused_by_name():
     with pytest.raises(ValueError, match="layer '0' is lazy and has no weight yet"):
         find_candidates(nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 2)))
