@@ -206,7 +206,7 @@ class DGMController:
         if is_first := self._dispatch.probing:
             self._dispatch.read_probes(self._admission.used_by_themselves())
         self._flops.count(
-            self._masked.candidates, self._masked.weights, self._dispatch.positions, observing=self.observing
+            self._masked.candidates, self._masked.weights, self._dispatch.step_positions, observing=self.observing
         )
         self.steps += 1
         self.position = after
@@ -538,6 +538,8 @@ class DGMController:
         self._check_ranks(f"where masks were drawn, at step {self.steps}")
 
     def _update_masks(self) -> None:
+        for weight in self._masked.weights:
+            weight.leave_storage_()
         density = self.schedule(self.position).density
         drop_fraction = self._masked.rule.drop_share(self.schedule.drop_progress(self.position), density)
         self.churn = self._masked.update(density, drop_fraction, self._states, self.updates)

@@ -56,6 +56,7 @@ class Dispatch:
         probing: whether the current step records the shapes of the layers' inputs.
         positions: number of positions that each layer's weight is applied to in a forward, by the layer's name; empty
             until probed.
+        step_positions: the same in all forwards of the first step, for FLOPs.
 
     Raises:
         ValueError: if a forced backend cannot compute a weight.
@@ -82,6 +83,7 @@ class Dispatch:
         self.check_forced(can_mask)
         self.probing = True
         self.positions: dict[str, int] = {}
+        self.step_positions: dict[str, int] = {}
         self._dtypes: dict[str, torch.dtype] = {}  # dtype that each layer computes in, as probed
         self._images: dict[str, Image] = {}  # input of each convolution, as probed
         self._forms: dict[str, str] = {}  # how each stack of experts is computed by its module itself
@@ -107,22 +109,26 @@ class Dispatch:
 
         """
         self.probing = False
-        self.positions = dict(used_by_themselves)
+        self.positions, all_forwards = dict(used_by_themselves), dict(used_by_themselves)
         self._remove_hooks()
         for name, probe in self._probes.items():
             if probe.dtype is None:  # MultiheadAttention computes its out_proj without a call of it
                 probe = self._probes.get(name.rpartition(".")[0], probe)
             if probe.dtype is not None:
                 self.positions[name], self._dtypes[name] = probe.positions, probe.dtype
+                all_forwards[name] = max(probe.positions, probe.all_positions)
             if probe.image is not None:
                 self._images[name] = probe.image
         self._forms = {c.name: c.kind.dense_form(c.module) for c in self._candidates if c.kind.experts}
         for _, check in self._checks:
             check.warn_if_not_made()
+            for name, rows in check.rows.items():
+                all_forwards[name] = rows * all_forwards.get(name, 1) // self.positions.get(name, 1)
             self.positions |= check.rows
             self._forms |= check.forms
-        seen = self.positions, self._dtypes, self._images, self._forms
-        self.positions, self._dtypes, self._images, self._forms = self._from_first_rank(seen)
+        seen = self.positions, all_forwards, self._dtypes, self._images, self._forms
+        found = self._from_first_rank(seen)
+        self.positions, self.step_positions, self._dtypes, self._images, self._forms = found
 
     # ------------------------------------------------------------------ choosing
 
@@ -207,6 +213,7 @@ class Dispatch:
         """Return the probed shapes and the choices, in plain types."""
         return {
             "positions": dict(self.positions),
+            "step_positions": dict(self.step_positions),
             "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in self._dtypes.items()},
             "images": {name: asdict(image) for name, image in self._images.items()},
             "expert_forms": dict(self._forms),
@@ -222,6 +229,7 @@ class Dispatch:
 
         """
         self.positions = dict(state["positions"])
+        self.step_positions = dict(state.get("step_positions", self.positions))  # newer than the rest
         self._dtypes = {name: getattr(torch, dtype) for name, dtype in state["dtypes"].items()}
         self._images = {name: Image(**image) for name, image in state.get("images", {}).items()}  # newer than the rest
         self._forms = dict(state.get("expert_forms", {}))

@@ -22,6 +22,7 @@ from lightning_estdgm.engine._placement import Placement, placement_of
 from lightning_estdgm.engine._young_units import YoungUnits
 from lightning_estdgm.method._masks import BlockSize, active_units, keep_active_, mask_shape, pack_bits, unpack_bits
 from lightning_estdgm.modules._candidates import Candidate
+from lightning_estdgm.modules._kinds import is_computed
 from lightning_estdgm.sparse.backends.native._memory import zero_outside_
 
 
@@ -221,6 +222,18 @@ class MaskedWeight:
             return
         self.fill_inactive_(self.weight)
         self.note_written()
+
+    @torch.no_grad()
+    def leave_storage_(self) -> None:
+        """Go on with a copy if the layer computes its weight by now from a parameter of the same storage (weight_norm).
+
+        That one is dense: masks of later updates, which may leave a row without units and a norm of 0, are not for it.
+        """
+        module = self.candidate.module
+        if self.placement.is_sharded or not is_computed(module, self.candidate.kind.weight_name):
+            return
+        if not any(parameter is self.parameter for parameter in module.parameters()):
+            self.parameter.set_(self.parameter.clone())  # type: ignore[call-overload]
 
     @property
     def _version(self) -> tuple[int, int]:

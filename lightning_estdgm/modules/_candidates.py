@@ -20,7 +20,7 @@ from lightning_estdgm.method._masks import keep_active_
 from lightning_estdgm.modules._expert_adapter import ExpertAdapter
 from lightning_estdgm.modules._expert_kinds import expert_kinds
 from lightning_estdgm.modules._expert_layout import stack_shard, whole_shape, why_no_stack
-from lightning_estdgm.modules._kinds import LAYER_KINDS, LayerKind, own_class
+from lightning_estdgm.modules._kinds import LAYER_KINDS, LayerKind, is_computed, own_class
 from lightning_estdgm.modules._sparse_forward import SparseForward
 
 Selector = str | Callable[[str, nn.Module], bool]
@@ -192,7 +192,7 @@ def find_candidates(
     owners: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(id(module))
+            owners.setdefault(_place(parameter), set()).add(id(module))
 
     def verdict(name: str, module: nn.Module, kind: LayerKind, is_last: bool, trains: bool) -> tuple[bool, str]:
         weight = _stored_weight(module, kind)
@@ -208,7 +208,7 @@ def find_candidates(
             return False, _FROZEN
         if not trains and held is not None and id(weight) not in held:
             return False, _NOT_HELD
-        if len(owners[id(weight)]) > 1:
+        if len(owners[_place(weight)]) > 1:
             return False, "its weight is shared with another module"
         if kind.experts and (reason := why_no_stack(model, module, kind)):
             return False, reason
@@ -242,6 +242,7 @@ def find_candidates(
         reasons = {candidate.name: candidate.why or HEAD for candidate in candidates}
         unmade = held is not None and not held
         thawed_later = not unmade and any(candidate.why in (_FROZEN, _NOT_HELD) for candidate in candidates)
+        stacked = _three_dimensional(model)
         raise ValueError(
             "the model has no layer to mask: expected at least one linear or convolution layer besides the output head"
             + ("; there is no optimizer yet: make it in configure_optimizers, not in a later hook" if unmade else "")
@@ -252,6 +253,7 @@ def find_candidates(
                 else ""
             )
             + (f"; found {reasons} (name one in include=)" if reasons else "")
+            + (f"; experts or the like stacked in one parameter are named in experts=: {stacked}" if stacked else "")
         )
     return tuple(candidates)
 
@@ -269,6 +271,15 @@ def _adapters(model: nn.Module, experts: Sequence[str | ExpertAdapter]) -> list[
                 f"count); parameters of three dimensions are {_three_dimensional(model)}"
             )
     return list(adapters.values())
+
+
+def _place(parameter: Tensor) -> int:
+    """Return what two parameters have in common that are one weight, tied by ``b.data = a.data.t()``, or are the same.
+
+    That is their address; parts of FSDP's flat parameters have their own. What has none here is told by its object.
+    """
+    is_plain = type(parameter) is nn.Parameter and parameter.layout is torch.strided and parameter.numel() > 0
+    return (is_plain and parameter.data_ptr()) or id(parameter)
 
 
 def _three_dimensional(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -345,9 +356,8 @@ def replaced_layers(model: nn.Module, candidates: Sequence[Candidate], held: Con
         module, name = candidate.module, candidate.kind.weight_name
         now = module._parameters.get(name)
         is_other = isinstance(now, nn.Parameter) and now is not candidate.weight
-        is_computed = is_parametrized(module, name) or f"{name}_v" in module._parameters  # the latter: old weight_norm
-        is_own = not is_computed and not (is_other and (id(now) in held or isinstance(candidate.shard, Whole)))
-        return module not in modules or not is_own
+        is_other = is_other and (id(now) in held or isinstance(candidate.shard, Whole))
+        return module not in modules or is_other or is_computed(module, name)
 
     return [candidate.name for candidate in candidates if is_replaced(candidate)]
 

@@ -43,6 +43,7 @@ class ForwardProbe:
 
     Attributes:
         positions: Tokens or pixels of the last forward; 0 before one.
+        all_positions: Sum over all forwards, without those that a checkpoint's backward computes again.
         dtype: Dtype of its output, of experts that of their products; ``None`` before one.
         image: Its input, for a convolution that has an operator.
 
@@ -52,7 +53,7 @@ class ForwardProbe:
         self._count = candidate.kind.positions
         self._is_stack = candidate.kind.experts > 0
         self._sees_images = candidate.is_convolution and candidate.has_operator
-        self.positions = 0
+        self.positions = self.all_positions = 0
         self.dtype: torch.dtype | None = None
         self.image: Image | None = None
 
@@ -61,6 +62,8 @@ class ForwardProbe:
         if torch.compiler.is_compiling():
             return
         self.positions = max(1, self._count(module, args, output))
+        if torch._C._current_graph_task_id() == -1:  # not inside a backward
+            self.all_positions += self.positions
         out = output[0] if isinstance(output, tuple) else output
         self.dtype = out.dtype
         if self._is_stack and torch.is_autocast_enabled(out.device.type):  # whose outputs are cast back

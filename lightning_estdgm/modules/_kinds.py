@@ -63,6 +63,11 @@ def own_class(module: nn.Module) -> type:
     return next(cls for cls in type(module).__mro__ if not issubclass(cls, fsdp.FSDPModule))
 
 
+def is_computed(module: Any, name: str) -> bool:
+    """Whether a parameter is computed by now: by a parametrization, or by torch's older ``weight_norm``."""
+    return name in module._modules.get("parametrizations", ()) or f"{name}_v" in module._parameters
+
+
 def _is_a(cls: type | tuple[type, ...], module: nn.Module) -> bool:
     return isinstance(module, cls)
 

@@ -62,7 +62,8 @@ class WholeWeight(Tensor):
 _SAY = (
     "the layer stores its active units only (storage='packed'). Load a whole weight by "
     "`module.load_state_dict({'weight': ...}, strict=False)`, or write to the packed values, "
-    "`dict(module.named_parameters())['weight']`; an average of state dicts is kept in clones of their tensors"
+    "`dict(module.named_parameters())['weight']`; an average of state dicts is kept in clones of their tensors. "
+    "Register a parametrization, such as weight_norm, before the fit: its layer is left dense"
 )
 
 
@@ -126,8 +127,8 @@ class PackedForward:
 
     def observe(self, observing: bool) -> None:
         """Have each backward that adds to the parameter's gradient show the observer that of the whole weight."""
-        observer, parameter = self._estdgm_observer, self.packed_weight
-        observing = observing and observer is not None and parameter.requires_grad
+        observer = self._estdgm_observer
+        observing = observing and observer is not None and self.packed_weight.requires_grad
         if observing == (self._estdgm_probe is not None):
             return
         if self._estdgm_hook is not None:
@@ -135,7 +136,7 @@ class PackedForward:
         self._estdgm_probe = self._estdgm_hook = None
         if observing:
             assert observer is not None
-            packing = self._estdgm_packing
+            packing, parameter = self._estdgm_packing, self.packed_weight
             see = partial(_see, observer, packing.transposed)
             self._estdgm_probe = probe(parameter, packing.stored_shape, see)
             self._estdgm_hook = parameter.register_hook(partial(_begin, observer, weakref.ref(parameter)))

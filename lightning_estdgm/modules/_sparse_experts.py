@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_estdgm.modules._expert_adapter import dense_product, flat_rows
+from lightning_estdgm.modules._kinds import is_computed
 from lightning_estdgm.modules._sparse_forward import SparseForward
 from lightning_estdgm.sparse._expert_topology import ExpertTopology
 from lightning_estdgm.sparse._experts import masked_experts
@@ -72,4 +73,7 @@ class SparseExperts(SparseForward):
         return self._estdgm_forward(self, self._estdgm_product, *args, **kwargs)
 
     def _estdgm_product(self, name: str, x: Tensor, counts: Tensor | None = None) -> Tensor:
-        return self._estdgm_stacks[name].product(name, x, counts, getattr(self, name))
+        stack = self._estdgm_stacks[name]
+        if is_computed(self, name):
+            stack = ExpertStack(stack.layout)
+        return stack.product(name, x, counts, getattr(self, name))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_estdgm.modules._kinds import CONVOLUTIONS, as_images, conv_geometry
+from lightning_estdgm.modules._kinds import CONVOLUTIONS, as_images, conv_geometry, is_computed
 from lightning_estdgm.sparse._conv import masked_conv2d
 from lightning_estdgm.sparse._linear import masked_linear
 from lightning_estdgm.sparse._topology import BlockTopology
@@ -42,6 +42,8 @@ class SparseForward:
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy is the plain layer: nobody would tell it of later masks, and inactive weights are zero anyway (or, if
         # frozen, take part in the forward). So it is right for ever, and unpickles without this package.
+        if "parametrizations" in self.__dict__["_modules"]:
+            return super().__reduce_ex__(protocol)  # torch's refusal: its class cannot be pickled
         state = {name: value for name, value in self.__dict__.items() if not name.startswith(STATE_PREFIX)}
         return object.__new__, (self._estdgm_dense_class,), state
 
@@ -50,7 +52,7 @@ class _SparseLinear(SparseForward):
     """A linear layer on active blocks."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._estdgm_backend == "dense" or x.layout is not torch.strided:
+        if self._estdgm_backend == "dense" or x.layout is not torch.strided or is_computed(self, "weight"):
             return super().forward(x)  # type: ignore[misc]
         return masked_linear(
             x,
@@ -70,7 +72,7 @@ class _SparseConv(SparseForward):
         spatial = self.weight.dim() - 2  # type: ignore[attr-defined]
         geometry = conv_geometry(self)  # type: ignore[arg-type]
         as_given = x.layout is not torch.strided or x.dim() not in (spatial + 1, spatial + 2)
-        if self._estdgm_backend == "dense" or geometry is None or as_given:
+        if self._estdgm_backend == "dense" or geometry is None or as_given or is_computed(self, "weight"):
             return super().forward(x)  # type: ignore[misc]
         y = masked_conv2d(
             as_images(self, x),
@@ -104,11 +106,14 @@ def swapped_class(cls: type[nn.Module], mixin: type[SparseForward] | None = None
 
 
 def dense_class(cls: type) -> type:
-    """Return the class that `swapped_class` was given, also where ``fully_shard`` has put its own on top since."""
+    """Return the class that `swapped_class` was given, also where torch has put its own on top since.
+
+    ``fully_shard`` and ``register_parametrization`` do, each as a class made for the one module.
+    """
     if "_estdgm_dense_class" in vars(cls):
         return cls._estdgm_dense_class  # type: ignore[attr-defined]
-    top, *rest = cls.__bases__  # (FSDPModule, the swapped class)
-    (swapped,) = rest
+    (swapped,) = (base for base in cls.__bases__ if issubclass(base, SparseForward))
     dense = dense_class(swapped)
+    bases = tuple(dense if base is swapped else base for base in cls.__bases__)
     own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__", "__doc__")}
-    return type(f"FSDP{dense.__name__}", (top, dense), own)
+    return type(cls.__name__.replace(swapped.__name__, dense.__name__), bases, own)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -366,6 +368,44 @@ def test_layers_that_are_replaced_or_put_in_are_named(change: Any, storage: Any,
     assert dgm.run_summary()["replaced_and_dense"] == [name]
     assert dgm.density == pytest.approx(0.10 if change is further_layer else 0.55, abs=0.01)  # of two layers
     assert dgm.run_summary()["ended_as_asked"] is False
+
+
+def spectral_norm(net: nn.Sequential) -> None:
+    nn.utils.parametrizations.spectral_norm(net[2])
+
+
+def orthogonal(net: nn.Sequential) -> None:
+    nn.utils.parametrizations.orthogonal(net[2], "weight", "cayley")
+
+
+@pytest.mark.filterwarnings("ignore:.*(replaced|Replaced)")
+@pytest.mark.parametrize("change", [spectral_norm, parametrization, orthogonal])
+def test_a_sparse_layer_that_is_parametrized_in_mid_run_computes_with_the_whole_new_weight(change: Any) -> None:
+    class Compared(Changing):
+        def on_train_batch_end(self, *args: Any) -> None:
+            if self.trainer.global_step > 9:
+                layer, x = self.net[2].eval(), torch.randn(8, 16)  # no power iteration
+                wanted = nn.functional.linear(x, layer.weight, layer.bias)
+                torch.testing.assert_close(layer(x), wanted, equal_nan=True)  # weight_norm's, of a row without units
+                torch.testing.assert_close(copy.deepcopy(layer)(x), wanted, equal_nan=True)
+                with pytest.raises(RuntimeError, match="parametrized modules"):  # as torch has it
+                    pickle.dumps(layer)
+                layer.train()
+
+    dgm, module = DGMCallback(DGMConfig(SCHEDULE, Units(size=1), backend="native")), Compared(change)
+    make_trainer(dgm, max_epochs=STEPS // EPOCH).fit(module, TinyMLP.batches(EPOCH))
+    assert dgm.run_summary()["replaced_and_dense"] == ["net.2"]
+    assert type(module.net[2]).__name__ == "ParametrizedLinear"
+    nn.utils.parametrize.remove_parametrizations(module.net[2], "weight")
+    assert type(module.net[2]) is nn.Linear
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm")
+@pytest.mark.parametrize("change", [spectral_norm, parametrization, lambda net: nn.utils.weight_norm(net[2])])
+def test_a_packed_layer_refuses_a_parametrization_with_the_way_out(change: Any) -> None:
+    dgm = DGMCallback(DGMConfig(SCHEDULE, Units(size=1), storage="packed"))
+    with pytest.raises((AttributeError, RuntimeError), match=r"Register a parametrization.* before the fit"):
+        make_trainer(dgm, max_epochs=STEPS // EPOCH).fit(Changing(change), TinyMLP.batches(EPOCH))
 
 
 def other_head(net: nn.Sequential) -> list[nn.Parameter]:

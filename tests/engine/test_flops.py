@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from helpers.controller_runs import IMAGES, IN_BLOCKS, STEPS, constant, fit_images, run, sgd
 from helpers.masked_weights import candidates_of, numbered
@@ -66,6 +67,28 @@ def test_flops_count_every_position_that_a_weight_is_applied_to():
         dgm.advance()
         sizes = {"up": 24 * 20, "in_proj": 192 * 15, "out_proj": 64 * 15, "last": 16 * 15}  # weights x positions
         assert dgm.flops["dense"] == 6 * sum(sizes.values())
+
+
+@pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "checkpointed"])
+def test_flops_count_every_forward_of_a_step_and_no_recomputation(recomputes):
+    class Repeated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            for _ in range(10):
+                x = checkpoint(self.body, x, use_reentrant=False) if recomputes else self.body(x)
+            return self.head(x)
+
+    model = Repeated()
+    optimizer = sgd(model)
+    with DGMController(model, optimizer, DGMConfig(units=Units(size=1)), total_steps=STEPS, audit=False) as dgm:
+        model(torch.randn(5, 8)).sum().backward()
+        optimizer.step()
+        dgm.advance()
+        assert dgm.flops["dense"] == 6 * 64 * 5 * (10 + 1)
+        assert dgm.state_dict()["positions"] == {"body": 5, "head": 5}  # of one forward, which is timed
 
 
 # ------------------------------------------------------------------ the counter by itself

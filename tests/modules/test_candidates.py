@@ -93,11 +93,20 @@ def test_a_selector_that_matches_nothing_is_refused(label):
     [
         (nn.Sequential(nn.LayerNorm(8), nn.ReLU()), ""),
         (nn.Sequential(nn.Linear(8, 2)), "; found {'0': 'output head'} (name one in include=)"),
+        (nn.ParameterDict({"w": nn.Parameter(torch.zeros(3, 8, 8))}), "are named in experts=: {'w': (3, 8, 8)}"),
     ],
 )
 def test_a_model_without_a_layer_to_mask_is_refused(model, found):
     with pytest.raises(ValueError, match=re.escape("the model has no layer to mask") + ".*" + re.escape(found)):
         find_candidates(model)
+
+
+def test_weights_that_are_tied_by_their_storage_are_shared():
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    model[1].weight.data = model[0].weight.data.t()
+    found = {c.name: c.why for c in find_candidates(model)}
+    shared = "its weight is shared with another module"
+    assert found == {"0": shared, "1": shared, "2": "", "3": "output head"}
 
 
 def test_a_lazy_layer_is_refused_by_name():
