@@ -220,8 +220,8 @@ class Admission:
             _, called, changed, *_ = seen[weight]
             if not called:
                 self.reasons[weight.name] = "its weight is used by itself: its forward was not called"
-            elif changed:
-                self.reasons[weight.name] = self._why_changed(weight)
+            elif changed or not (seen[weight][7] or weight.candidate.kind.is_adapted):  # adapters are compared
+                self.reasons[weight.name] = self._why_changed(weight, bool(changed))
             else:
                 passed.append(weight)
         heads = self._heads(passed, seen, graph, none_masked=none_masked)
@@ -258,8 +258,10 @@ class Admission:
             return [weight for weight in asked_for if weight.candidate.seems_head]
         return heads
 
-    def _why_changed(self, weight: MaskedWeight) -> str:
-        by = self._audit.records[weight.name].changed_by or "something that another rank saw"
+    def _why_changed(self, weight: MaskedWeight, changed: bool) -> str:
+        by = self._audit.records[weight.name].changed_by or (
+            "something that another rank saw" if changed else "no product with it was seen"
+        )
         name = type(weight.candidate.module).__name__
         return f"{name} does not compute with its weight as it is stored ({by}): masked places would not be zero"
 
@@ -268,7 +270,7 @@ class Admission:
 
         Of a weight: whether it trained, and `ForwardRecord.flags`.
         """
-        rows = [[int(self._audit.saw_graph), int(self._audit.has_end), 0, 0, 0, 0, 0]]
+        rows = [[int(self._audit.saw_graph), int(self._audit.has_end), 0, 0, 0, 0, 0, 0]]
         for weight in self.waiting:
             record = self._audit.records[weight.name]
             trained = weight in self._saw_gradient and weight in self._stepped
