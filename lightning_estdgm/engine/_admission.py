@@ -263,7 +263,10 @@ class Admission:
             "something that another rank saw" if changed else "no product with it was seen"
         )
         name = type(weight.candidate.module).__name__
-        return f"{name} does not compute with its weight as it is stored ({by}): masked places would not be zero"
+        return (
+            f"{name} does not compute with its weight as it is stored ({by}): masked places may not be zero; "
+            "views, casts, selections and products with a mask of 0 and 1 keep them"
+        )
 
     def _seen_by_any_rank(self) -> tuple[dict[MaskedWeight, list[int]], _Graph]:
         """Return what was seen of each waiting weight, and of the whole forward; the same on every rank.

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-# Torch's functions by name, without underscores around it. Products take a weight; the next keep every zero of one, in any
-# order, as views, casts, scalings and selections do; the last yield statistics of it. What any other function makes of a
-# weight is not the weight as it is stored.
+# Torch's functions by name, without underscores around it. Products take a weight; the next keep every zero of one, in
+# any order, as views, casts, scalings and selections do; the last yield statistics of it, or no more than its shape.
+# What any other function makes of a weight is not followed.
 _PRODUCTS = frozenset(
     (
         "linear",
@@ -85,6 +86,12 @@ _KEEP_ZEROS = frozenset(
         "neg",
         "abs",
         "square",
+        "tril",
+        "triu",
+        "flip",
+        "roll",
+        "pad",
+        "zeros_like",
         "dropout",
         "fake_quantize_per_tensor_affine",
         "fake_quantize_per_channel_affine",
@@ -112,6 +119,17 @@ _STATISTICS = frozenset(
         "aminmax",
         "isnan",
         "isfinite",
+        "eq",
+        "ne",
+        "gt",
+        "ge",
+        "lt",
+        "le",
+        "empty_like",
+        "ones_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
     )
 )
 
@@ -160,6 +178,8 @@ class WeightWatch(TorchFunctionMode):
         if name == "pow":
             exponent = operands[1]
             return self._of(operands[0]) is not None and isinstance(exponent, (int, float)) and exponent > 0
+        if name in ("where", "masked_fill"):
+            return all(self._is_followed_or_zero(x) for x in operands if getattr(x, "dtype", None) != torch.bool)
         if name in _WRITES:
             return self._is_followed_or_zero(operands[_WRITES[name]])
         return name in _KEEP_ZEROS

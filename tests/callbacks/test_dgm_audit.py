@@ -341,6 +341,12 @@ def set_to(weight, value):
     return weight
 
 
+def masked_in_place(weight):
+    weight.data *= UPPER  # as PixelCNN's convolutions do
+    return weight
+
+
+UPPER = torch.ones(32, 32).triu().bool()
 OTHER_WEIGHTS = {
     "abs": lambda w: w.abs() + 1e-2,
     "square": lambda w: w.square() + 1e-2,
@@ -348,6 +354,9 @@ OTHER_WEIGHTS = {
     "negative pow": lambda w: w.pow(-2.0).clamp(max=1.0),
     "max": lambda w: torch.max(w, torch.tensor(0.01)),
     "min": lambda w: torch.min(w, torch.tensor(-0.01)),
+    "masked_fill": lambda w: w.masked_fill(UPPER, 0.1),
+    "where": lambda w: torch.where(UPPER, w, 0.1),
+    "compared": lambda w: w + 0.1 * (w >= 0),
     "vmap": torch.func.vmap(lambda row: row - row.mean()),
     "written": lambda w: with_columns(w, 0.1),
     "set": lambda w: set_to(w, 0.1),
@@ -359,6 +368,14 @@ SAME_ZEROS = {
     "max": lambda w: w / torch.max(w.abs(), 1, keepdim=True)[0],
     "vmap": torch.func.vmap(lambda row: row * 2.0),
     "written": lambda w: with_columns(w, 0.0),
+    "masked_fill": lambda w: w.masked_fill(UPPER, 0.0),
+    "where": lambda w: torch.where(UPPER, w, torch.zeros_like(w)),
+    "triu": torch.triu,
+    "flip": lambda w: w.flip(0, 1).flip(1, 0),
+    "pad": lambda w: F.pad(w, (1, 1))[:, 1:-1],
+    "pruned": lambda w: w * (w.abs() > w.abs().mean()),
+    "noise": lambda w: w * (1.0 + 0.1 * torch.rand_like(w)),
+    "in place": masked_in_place,
     "copied": lambda w: torch.zeros(32, 32).copy_(w),
 }
 
