@@ -45,6 +45,7 @@ class ForwardRecord:
         unrecorded: whether it was called without gradients, also if other calls had some: what it feeds is not known
             then, as where reentrant checkpoints compute a forward again in the backward.
         order: index of its last call among those of all layers.
+        used_by_itself: whether the forward of the module above got its weight in any step.
         used_by_parent: number of positions that the forward of the module above applies the weight to, this step.
 
     """
@@ -56,12 +57,16 @@ class ForwardRecord:
     feeds_frozen: bool = False
     unrecorded: bool = False
     order: int = -1
+    used_by_itself: bool = False
     used_by_parent: int = 0
 
     def flags(self) -> tuple[int, ...]:
-        """Return what was seen as numbers: called, changed, feeds, order, unrecorded, feeds_frozen, multiplied."""
+        """Return what was seen as numbers.
+
+        In this order: called, changed, feeds, order, unrecorded, feeds_frozen, is_multiplied, used_by_itself.
+        """
         seen = (self.called, self.changed_by != "", self.feeds, self.order, self.unrecorded, self.feeds_frozen)
-        return tuple(int(flag) for flag in (*seen, self.is_multiplied))
+        return tuple(int(flag) for flag in (*seen, self.is_multiplied, self.used_by_itself))
 
 
 class ForwardAudit:

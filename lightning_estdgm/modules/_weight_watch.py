@@ -251,7 +251,12 @@ class ProductCount(WeightWatch):
     def product(self, result: Tensor, found: Sequence[Any]) -> None:
         outputs = sum(outputs for _, outputs in found)
         for record, _ in found:
+            record.used_by_itself = True
             record.used_by_parent += max(1, result.numel() // outputs)
+
+    def other(self, name: str, *found: Any) -> None:
+        record, _ = found
+        record.used_by_itself = True
 
 
 def _is_statistic(name: str, operands: Sequence[Any]) -> bool:
