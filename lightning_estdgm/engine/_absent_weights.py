@@ -69,8 +69,8 @@ class AbsentWeights(InactiveWeights):
             return
         if not self._module._estdgm_called:
             raise ValueError(
-                f"layer {weight.name!r}: its weight is used by itself: its forward was not called. storage='packed' "
-                "computes in the forward: leave it out by Selection(exclude=...), or use storage='dense'"
+                f"layer {weight.name!r}: its weight is used by itself, or by a copy: its forward was not called. "
+                "storage='packed' computes there: leave it out by Selection(exclude=...), or use storage='dense'"
             )
         self.has_trained = True
 

@@ -29,6 +29,11 @@ _UNSEEN_STEPS = 5  # in a row, before it is said
 _UNSEEN_STEPS_LATER = 50  # more than micro-batches that a loop accumulates while it writes to weights by itself
 _OUTPUT = "output head: its output goes into no other layer"
 _LAST_TRAINED = "last layer that trains: its output goes only into layers frozen in its step (include= masks it)"
+_BY_ITSELF = "its weight is used by itself: its forward was not called"
+_NOT_CALLED = (
+    "no forward of it was seen in the step that trained it, as where a copy of the model computes: call the layer "
+    "itself, or mask without looking (DGMController(audit=False))"
+)
 _WAITS = "no gradient has reached it yet: dense until then"
 
 
@@ -219,9 +224,9 @@ class Admission:
         for weight in trained:
             _, called, changed, *_ = seen[weight]
             if not called:
-                self.reasons[weight.name] = "its weight is used by itself: its forward was not called"
-            elif changed:
-                self.reasons[weight.name] = self._why_changed(weight)
+                self.reasons[weight.name] = _BY_ITSELF if seen[weight][8] else _NOT_CALLED
+            elif changed or not (seen[weight][7] or weight.candidate.kind.is_adapted):  # adapters are compared
+                self.reasons[weight.name] = self._why_changed(weight, bool(changed))
             else:
                 passed.append(weight)
         heads = self._heads(passed, seen, graph, none_masked=none_masked)
@@ -258,17 +263,22 @@ class Admission:
             return [weight for weight in asked_for if weight.candidate.seems_head]
         return heads
 
-    def _why_changed(self, weight: MaskedWeight) -> str:
-        by = self._audit.records[weight.name].changed_by or "something that another rank saw"
+    def _why_changed(self, weight: MaskedWeight, changed: bool) -> str:
+        by = self._audit.records[weight.name].changed_by or (
+            "something that another rank saw" if changed else "no product with it was seen"
+        )
         name = type(weight.candidate.module).__name__
-        return f"{name} does not compute with its weight as it is stored ({by}): masked places would not be zero"
+        return (
+            f"{name} does not compute with its weight as it is stored ({by}): masked places may not be zero; "
+            "views, casts, selections and products with a mask of 0 and 1 keep them"
+        )
 
     def _seen_by_any_rank(self) -> tuple[dict[MaskedWeight, list[int]], _Graph]:
         """Return what was seen of each waiting weight, and of the whole forward; the same on every rank.
 
         Of a weight: whether it trained, and `ForwardRecord.flags`.
         """
-        rows = [[int(self._audit.saw_graph), int(self._audit.has_end), 0, 0, 0, 0, 0]]
+        rows = [[int(self._audit.saw_graph), int(self._audit.has_end), 0, 0, 0, 0, 0, 0, 0]]
         for weight in self.waiting:
             record = self._audit.records[weight.name]
             trained = weight in self._saw_gradient and weight in self._stepped

@@ -170,7 +170,7 @@ def _found(name: str, module: Any, kind: LayerKind) -> _Found:
     weight = getattr(module, kind.weight_name).detach()
     matrix = weight.t() if kind.transposed else weight.movedim(1, -1).flatten(1)
     stored = weight.data_ptr(), weight.shape, weight.stride(), kind.transposed
-    why = "" if isinstance(module, SparseForward) else kind.why_dense(module)
+    why = "" if isinstance(module, SparseForward) else kind.why_no_operator(module)
     if not why and weight.dim() == 3:
         why = "1-D convolution"
     if not why and has_hooks(module):

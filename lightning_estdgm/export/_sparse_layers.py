@@ -98,7 +98,7 @@ def _density(module: Any, kind: LayerKind) -> float:
 def _why_dense(name: str, module: nn.Module, kind: LayerKind, inside_encoder: set[int]) -> str:
     if isinstance(module, CONVOLUTIONS) or "convolution" in kind.name:
         return "as this form holds linear layers only"
-    if why := kind.why_dense(module):
+    if why := kind.why_no_operator(module):
         return why
     if id(module) in inside_encoder:
         return "nn.TransformerEncoderLayer reads the weights of its layers itself"

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_estdgm.modules._candidates import Candidate
 from lightning_estdgm.modules._forward_watch import replaced_forward, watch_forward
 from lightning_estdgm.modules._own_hook import OwnHook
-from lightning_estdgm.modules._weight_watch import Changes, ProductCount, takes_gradients, tensors_of
+from lightning_estdgm.modules._weight_watch import Changes, ProductCount, takes_gradients, tensors_of, unwrapped
 
 _FORWARDS = {
     cls.forward
@@ -40,27 +39,34 @@ class ForwardRecord:
         called: whether its forward was called.
         changed_by: function that the weight went through before a product, or another reason why the forward is not
             that of the stored weight; empty if it is.
+        is_multiplied: whether a forward was seen to multiply by it.
         feeds: whether its output goes into another layer that trains; False too where autograd recorded nothing.
         feeds_frozen: whether its output goes into a layer that takes no gradient.
         unrecorded: whether it was called without gradients, also if other calls had some: what it feeds is not known
             then, as where reentrant checkpoints compute a forward again in the backward.
         order: index of its last call among those of all layers.
+        used_by_itself: whether the forward of the module above got its weight in any step.
         used_by_parent: number of positions that the forward of the module above applies the weight to, this step.
 
     """
 
     called: bool = False
     changed_by: str = ""
+    is_multiplied: bool = False
     feeds: bool = False
     feeds_frozen: bool = False
     unrecorded: bool = False
     order: int = -1
+    used_by_itself: bool = False
     used_by_parent: int = 0
 
     def flags(self) -> tuple[int, ...]:
-        """Return what was seen as numbers: called, changed, feeds, order, unrecorded, feeds_frozen."""
+        """Return what was seen as numbers.
+
+        In this order: called, changed, feeds, order, unrecorded, feeds_frozen, is_multiplied, used_by_itself.
+        """
         seen = (self.called, self.changed_by != "", self.feeds, self.order, self.unrecorded, self.feeds_frozen)
-        return tuple(int(flag) for flag in seen)
+        return tuple(int(flag) for flag in (*seen, self.is_multiplied, self.used_by_itself))
 
 
 class ForwardAudit:
@@ -179,6 +185,7 @@ class ForwardAudit:
                 del self._own[before:]
             for record in records:
                 record.called = True
+                record.is_multiplied |= is_torchs
                 record.unrecorded |= not torch.is_grad_enabled()
                 record.order = self._calls
             self._calls += 1
@@ -251,8 +258,7 @@ def _is_stored(tensor: Any, weight: Tensor) -> bool:
     """Whether a tensor is a weight, or shows its storage as it is, as `detach` and transforms of torch.func do."""
     if tensor is weight or not isinstance(tensor, Tensor):
         return tensor is weight
-    while is_functorch_wrapped_tensor(tensor):
-        tensor = get_unwrapped(tensor)
+    tensor = unwrapped(tensor)
     if tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter):
         return False
     same = tensor.data_ptr() == weight.data_ptr() and tensor.device == weight.device and tensor.dtype == weight.dtype

@@ -230,7 +230,7 @@ def find_candidates(
             masked, why = True, ""
         weight = _stored_weight(module, kind)
         shard = _shard(model, name, module, kind, asked_for=masked or not isinstance(weight, nn.Parameter))
-        why_dense = f"no sparse operator: {shard.why_dense}" if shard.why_dense else kind.why_dense(module)
+        why_dense = f"no sparse operator: {shard.why_dense}" if shard.why_dense else kind.why_no_operator(module)
         parts = _fused_parts(name, shard.shape, kind) if masked else 1
         later = candidate_of(index, trains=True) if masks_late and why in (_FROZEN, _NOT_HELD) else None
         return Candidate(name, module, kind, weight, shard, why_dense, parts, masked, why, seems_head, later)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_estdgm.modules._forward_watch import replaced_forward
 from lightning_estdgm.sparse._conv_geometry import ConvGeometry
 
 
@@ -25,8 +26,8 @@ class LayerKind:
         matches: Test of whether a module is of this kind.
         positions: Count of the positions (tokens, pixels) that a forward applies the weight to, from the module, its
             inputs and its output.
-        why_dense: Reason why no sparse operator can replace a module's forward, such as a subclass's own; empty where
-            one can.
+        why_dense: Reason why no sparse operator can replace the forward of a module's class, such as a subclass's own;
+            empty where one can.
         weight_name: Name of the parameter that is masked.
         transposed: Whether the weight is stored ``(in, out)``.
         experts: Number of matrices that the parameter stacks in a first dimension of its own; 0: it is one matrix.
@@ -53,6 +54,12 @@ class LayerKind:
     layouts: Mapping[str, str] = field(default_factory=dict)
     is_adapted: bool = False
     dense_form: Callable[[Any], str] = lambda module: ""
+
+    def why_no_operator(self, module: nn.Module) -> str:
+        """Return the reason why no sparse operator can replace a module's forward; empty where one can."""
+        if replaced_forward(module) is not None:  # which goes before that of any class
+            return "no sparse operator for a forward that is set on the module itself"
+        return self.why_dense(module)
 
 
 def own_class(module: nn.Module) -> type:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_estdgm.modules._forward_watch import replaced_forward
 from lightning_estdgm.modules._gradient_probe import probe, with_probe
 from lightning_estdgm.modules._kinds import CONVOLUTIONS, LayerKind, own_class
 from lightning_estdgm.modules._later_whole import LaterWhole, plain
@@ -267,6 +268,8 @@ _PACKED: dict[type, type] = {}
 def why_not_packed(module: nn.Module, kind: LayerKind) -> str:
     """Return the reason why a layer's weight cannot be packed; empty if it can."""
     cls = own_class(module)
+    if replaced_forward(module) is not None:
+        return kind.why_no_operator(module)
     if cls in CONVOLUTIONS:
         return ""
     if kind.experts or kind.weight_name != _WEIGHT or isinstance(module, CONVOLUTIONS):

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-# Torch's functions by name. Products take a weight; the next keep every zero of one, in any order, as views, casts,
-# scalings and selections do; the last yield statistics of it. What any other function makes of a weight is not the
-# weight as it is stored.
+# Torch's functions by name, without underscores around it. Products take a weight; the next keep every zero of one, in
+# any order, as views, casts, scalings and selections do; the last yield statistics of it, or no more than its shape.
+# What any other function makes of a weight is not followed.
 _PRODUCTS = frozenset(
     (
         "linear",
@@ -23,8 +25,7 @@ _PRODUCTS = frozenset(
         "conv_transpose2d",
         "conv_transpose3d",
         "matmul",
-        "__matmul__",
-        "__rmatmul__",
+        "rmatmul",
         "mm",
         "bmm",
         "addmm",
@@ -33,7 +34,6 @@ _PRODUCTS = frozenset(
         "einsum",
         "tensordot",
         "multi_head_attention_forward",
-        "_grouped_mm",
         "grouped_mm",
         "grouped_mm_fallback",
     )
@@ -59,7 +59,7 @@ _KEEP_ZEROS = frozenset(
         "expand",
         "detach",
         "clone",
-        "__getitem__",
+        "getitem",
         "narrow",
         "chunk",
         "split",
@@ -77,24 +77,29 @@ _KEEP_ZEROS = frozenset(
         "reshape_as",
         "view_as",
         "type_as",
-        "__get__",
+        "get",
         "cuda",
         "cpu",
         "mul",
-        "__mul__",
-        "__rmul__",
+        "rmul",
         "multiply",
-        "div",
-        "__truediv__",
-        "divide",
         "neg",
-        "__neg__",
+        "abs",
+        "square",
+        "tril",
+        "triu",
+        "flip",
+        "roll",
+        "pad",
+        "zeros_like",
         "dropout",
         "fake_quantize_per_tensor_affine",
         "fake_quantize_per_channel_affine",
         "fused_moving_avg_obs_fake_quant",
     )
 )
+_DIVISIONS = frozenset(("div", "divide", "truediv"))
+_WRITES = {"setitem": 2, "copy": 1, "set": 1}  # which of the operands is written into the first one
 _STATISTICS = frozenset(
     (
         "norm",
@@ -112,14 +117,19 @@ _STATISTICS = frozenset(
         "amax",
         "amin",
         "aminmax",
-        "max",
-        "min",
-        "abs",
-        "square",
-        "pow",
-        "__pow__",
         "isnan",
         "isfinite",
+        "eq",
+        "ne",
+        "gt",
+        "ge",
+        "lt",
+        "le",
+        "empty_like",
+        "ones_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
     )
 )
 
@@ -130,29 +140,52 @@ class WeightWatch(TorchFunctionMode):
     def __init__(self, weights: Sequence[tuple[Any, ...]]) -> None:
         super().__init__()
         # What is known of the weight, or of those that `cat` and `stack` put together.
-        self._found = {id(weight): [tuple(rest)] for weight, *rest in weights}
+        self._found = {id(unwrapped(weight)): [tuple(rest)] for weight, *rest in weights}
         self._derived: list[Tensor] = []  # kept, so that ids stay theirs
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        met = {id(x): found for x in tensors_of((args, kwargs)) if (found := self._found.get(id(x))) is not None}
+        met = {id(x): found for x in tensors_of((args, kwargs)) if (found := self._of(x)) is not None}
         result = func(*args, **kwargs)
-        if not met or not (results := tensors_of(result)):
+        called = getattr(func, "__name__", str(func))
+        name = called.strip("_")
+        operands = (*args, *kwargs.values())
+        writes = name == "setitem" or (getattr(func, "__self__", None) is Tensor.data and name == "set")
+        if not met or not (results := tensors_of(operands[0] if writes else result)):
             return result
-        name = getattr(func, "__name__", str(func))
         every = list({id(one): one for found in met.values() for one in found}.values())
         if name in _PRODUCTS:
             for found in met.values():
                 self.product(results[0], found)
-        elif name in _KEEP_ZEROS:
-            self._derived += results
-            self._found |= dict.fromkeys(map(id, results), every)
-        elif name not in _STATISTICS:
+        elif self._keeps_zeros(name, operands):
+            inner = list(map(unwrapped, results))
+            self._derived += inner
+            self._found |= dict.fromkeys(map(id, inner), every)
+        elif not _is_statistic(name, operands):
             for one in every:
-                self.other(name, *one)
+                self.other(called, *one)
         return result
+
+    def _of(self, x: Any) -> list[tuple[Any, ...]] | None:
+        return self._found.get(id(unwrapped(x)))
+
+    def _keeps_zeros(self, name: str, operands: Sequence[Any]) -> bool:
+        """Whether what a function yields is zero wherever the weight is that it takes."""
+        if name in _DIVISIONS:
+            return self._of(operands[0]) is not None
+        if name == "pow":
+            exponent = operands[1]
+            return self._of(operands[0]) is not None and isinstance(exponent, (int, float)) and exponent > 0
+        if name in ("where", "masked_fill"):
+            return all(self._is_followed_or_zero(x) for x in operands if getattr(x, "dtype", None) != torch.bool)
+        if name in _WRITES:
+            return self._is_followed_or_zero(operands[_WRITES[name]])
+        return name in _KEEP_ZEROS
+
+    def _is_followed_or_zero(self, x: Any) -> bool:
+        return self._of(x) is not None or (isinstance(x, (int, float)) and x == 0)
 
     def product(self, result: Tensor, found: Sequence[Any]) -> None:
         """Note a product of a weight, or of several that were put together."""
@@ -162,7 +195,11 @@ class WeightWatch(TorchFunctionMode):
 
 
 class Changes(WeightWatch):
-    """Watch of a layer's own forward: pairs of weight and record, where the first function that is no product goes."""
+    """Watch of a layer's own forward: pairs of weight and record, where products and the first other function go."""
+
+    def product(self, result: Tensor, found: Sequence[Any]) -> None:
+        for (record,) in found:
+            record.is_multiplied = True
 
     def other(self, name: str, *found: Any) -> None:
         (record,) = found
@@ -214,7 +251,25 @@ class ProductCount(WeightWatch):
     def product(self, result: Tensor, found: Sequence[Any]) -> None:
         outputs = sum(outputs for _, outputs in found)
         for record, _ in found:
+            record.used_by_itself = True
             record.used_by_parent += max(1, result.numel() // outputs)
+
+    def other(self, name: str, *found: Any) -> None:
+        record, _ = found
+        record.used_by_itself = True
+
+
+def _is_statistic(name: str, operands: Sequence[Any]) -> bool:
+    if name in ("max", "min"):  # of two tensors they are what is larger, or smaller, at each place
+        return not any(isinstance(x, Tensor) for x in operands[1:])
+    return name in _STATISTICS
+
+
+def unwrapped(x: Any) -> Any:
+    """Return the tensor that transforms of torch.func have wrapped in others, or what is none of theirs as it is."""
+    while isinstance(x, Tensor) and is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
+    return x
 
 
 def takes_gradients(weight: Any) -> bool:

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from helpers import distributed_jobs as jobs
@@ -323,3 +324,98 @@ def test_a_quantised_weight_stays_dense_with_the_reason():
     assert dgm.masks().keys() == {"net.0"}
     assert "its weight is of class Int8Weight, in which units cannot be set to zero" in [d.why for d in dgm.decisions()]
     assert not torch.equal(module.net[2].weight.values(), before)
+
+
+def centred(weight: torch.Tensor) -> torch.Tensor:
+    return weight - weight.mean(1, keepdim=True)
+
+
+def with_columns(weight, value):
+    copied = weight.clone()
+    copied[:, :16] = value
+    return copied
+
+
+def set_to(weight, value):
+    weight.data = torch.full_like(weight.data, value)
+    return weight
+
+
+def masked_in_place(weight):
+    weight.data *= UPPER  # as PixelCNN's convolutions do
+    return weight
+
+
+UPPER = torch.ones(32, 32).triu().bool()
+OTHER_WEIGHTS = {
+    "abs": lambda w: w.abs() + 1e-2,
+    "square": lambda w: w.square() + 1e-2,
+    "pow": lambda w: torch.exp(-(w**2)),
+    "negative pow": lambda w: w.pow(-2.0).clamp(max=1.0),
+    "max": lambda w: torch.max(w, torch.tensor(0.01)),
+    "min": lambda w: torch.min(w, torch.tensor(-0.01)),
+    "masked_fill": lambda w: w.masked_fill(UPPER, 0.1),
+    "where": lambda w: torch.where(UPPER, w, 0.1),
+    "compared": lambda w: w + 0.1 * (w >= 0),
+    "vmap": torch.func.vmap(lambda row: row - row.mean()),
+    "written": lambda w: with_columns(w, 0.1),
+    "set": lambda w: set_to(w, 0.1),
+}
+SAME_ZEROS = {
+    "abs": torch.abs,
+    "square": lambda w: w.square() / w.norm(),
+    "pow": lambda w: w**3 / w.pow(2).sum(1, keepdim=True),
+    "max": lambda w: w / torch.max(w.abs(), 1, keepdim=True)[0],
+    "vmap": torch.func.vmap(lambda row: row * 2.0),
+    "written": lambda w: with_columns(w, 0.0),
+    "masked_fill": lambda w: w.masked_fill(UPPER, 0.0),
+    "where": lambda w: torch.where(UPPER, w, torch.zeros_like(w)),
+    "triu": torch.triu,
+    "flip": lambda w: w.flip(0, 1).flip(1, 0),
+    "pad": lambda w: F.pad(w, (1, 1))[:, 1:-1],
+    "pruned": lambda w: w * (w.abs() > w.abs().mean()),
+    "noise": lambda w: w * (1.0 + 0.1 * torch.rand_like(w)),
+    "in place": masked_in_place,
+    "copied": lambda w: torch.zeros(32, 32).copy_(w),
+}
+
+
+class Own(nn.Linear):
+    """Computes with what it makes of its weight."""
+
+    def __init__(self, make):
+        super().__init__(32, 32)
+        self.make = make
+
+    def forward(self, x):
+        return F.linear(x, self.make(self.weight), self.bias).tanh()
+
+
+class Owns(pl.LightningModule):
+    def __init__(self, makes):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(*map(Own, makes), nn.Linear(32, 32), nn.Linear(32, 32))
+
+    def training_step(self, x, batch_idx):
+        return (self.net(x) - x.sin()).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_a_layer_is_masked_where_its_forward_computes_with_the_zeros_of_its_weight_and_nowhere_else():
+    scripted = torch.jit.script(centred)
+    made = {
+        "script": scripted,
+        **OTHER_WEIGHTS,
+        **{f"{name}, with its zeros": make for name, make in SAME_ZEROS.items()},
+    }
+    module = Owns(made.values())
+    masks = fit(module).masks()
+    stored = torch.randn(32, 32, generator=torch.Generator().manual_seed(0)) * (torch.arange(32) % 4 == 0)
+    for i, (name, make) in enumerate(made.items()):
+        weight = nn.Parameter(stored.clone())
+        keeps_zeros = bool((make(weight)[stored == 0] == 0).all())
+        assert (f"net.{i}" in masks) is keeps_zeros is name.endswith("zeros"), name

@@ -294,6 +294,28 @@ def test_convolutions():
     assert callback.density == pytest.approx(0.1, abs=0.02)
 
 
+class Hooked(MLP):
+    """The forward of one layer is replaced on the layer itself, as accelerate's hooks do."""
+
+    def __init__(self):
+        super().__init__(32)
+        layer = self.net[2]
+        own = layer.forward
+        layer.forward = lambda x: 2.0 * own(x)
+
+
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+def test_a_forward_that_is_set_on_the_layer_itself_has_no_operator(storage):
+    dgm = DGMCallback(config(storage, backend="native" if storage == "dense" else "auto"))
+    module, _ = fit(dgm, cls=Hooked)
+    plain, hooked, _ = dgm.decisions()
+    assert plain.backend != "dense"
+    assert (hooked.masked, hooked.backend) == (True, "dense")
+    assert "no sparse operator for a forward that is set on the module itself" in hooked.why
+    assert (module.net[2].weight != 0).double().mean() == pytest.approx(0.1, abs=0.02)
+    assert dgm.run_summary()["flops_executed_ratio"] > dgm.run_summary()["flops_ratio"]
+
+
 class Manual(Double):
     def __init__(self):
         super().__init__(scheduler=None)

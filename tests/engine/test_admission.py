@@ -215,6 +215,27 @@ def test_the_layer_before_a_cosine_head_is_masked():
     assert reasons(dgm) == {"head": "its weight is used by itself: its forward was not called"}
 
 
+def test_layers_whose_gradients_a_copy_computes_are_named_and_masked_without_the_audit():
+    def reptile(**settings):
+        model = Net()
+        copied = copy.deepcopy(model)
+
+        def hand_over():
+            for parameter, other in zip(model.parameters(), copied.parameters(), strict=True):
+                parameter.grad, other.grad = other.grad, None
+
+        loss = lambda x, step: copied(x).square().mean()  # noqa: E731
+        return train(model, loss=loss, after_backward=hand_over, **settings)[0]
+
+    dgm = reptile(audit=False)
+    assert dgm.masks().keys() == {"body.0", "body.2"}
+    with pytest.warns(RuntimeWarning, match=r"the run goes on dense"):
+        dgm = reptile()
+    why = reasons(dgm)["body.0"]
+    assert why.startswith("no forward of it was seen")
+    assert "audit=False" in why
+
+
 def test_a_run_in_which_nothing_can_be_masked_says_so_and_goes_on():
     model = nn.Sequential(Standardised(16, 16), nn.ReLU(), nn.Linear(16, 1))
     with pytest.warns(

@@ -101,6 +101,23 @@ def test_selections_of_a_weight_keep_its_zeros(name):
     assert torch.equal(SELECTIONS[name](weight * mask), SELECTIONS[name](weight) * SELECTIONS[name](mask))
 
 
+@pytest.mark.parametrize(
+    ("make", "seen"),
+    [(lambda w: w, ("", True)), (torch.tanh, ("tanh()", False)), (lambda w: w.abs() + 1.0, ("add()", False))],
+)
+def test_experts_that_run_under_vmap_are_followed(make, seen):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_experts, self.up = 2, nn.Parameter(torch.randn(2, 8, 8))
+
+        def forward(self, x):
+            return torch.func.vmap(lambda w: F.linear(x, make(w)))(self.up)
+
+    record = audited(nn.Sequential(Experts()), torch.randn(4, 8)).records["0.up"]
+    assert (record.changed_by, record.is_multiplied) == seen
+
+
 def test_of_weights_that_are_put_together_each_is_found_and_counted_by_its_positions():
     class Together(nn.Module):
         def __init__(self, of_all):
