@@ -207,5 +207,5 @@ class Sampler:
 
     def _run(self) -> None:
         interval_s = self._thread_interval_s()
-        while not self._stop.wait(interval_s):
+        while not self._stop.wait(min(interval_s, threading.TIMEOUT_MAX)):
             self.read()
