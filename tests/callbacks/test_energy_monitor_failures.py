@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,22 @@ def test_a_counter_of_any_type_of_number_gives_its_joules(tmp_path: Path, kind: 
     trainer(tmp_path, mon).fit(Net(), data())
     assert mon.total_joules == source.events.count("read") - 1 > 3
     assert mon.summary()["gaps"] == 0
+
+
+def test_where_no_thread_can_be_started_the_boundaries_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading, "_start_new_thread", refuse)
+    monkeypatch.setattr(threading, "_start_joinable_thread", refuse, raising=False)  # Python 3.13
+    mon = monitor()
+    with pytest.warns(UserWarning, match="can't start new thread: energy is read when it is logged or the phase"):
+        trainer(tmp_path, mon).fit(Net(), data())
+    summary = mon.summary()
+    assert (summary["steps"], summary["gaps"], summary["coverage_ratio"]) == (8, 0, pytest.approx(1.0, abs=0.2))
+    assert summary["total_joules"] == pytest.approx(WATTS * summary["seconds"], rel=0.2)
 
 
 class NoEnergy(CSVLogger):
