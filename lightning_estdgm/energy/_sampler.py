@@ -136,8 +136,8 @@ class Sampler:
                 thread.start()
             except RuntimeError as e:  # a container's limit on processes
                 warnings.warn(
-                    f"{e}: energy is read when it is logged or the phase changes, not every {self._interval_s:g} s. Power "
-                    "that is read too rarely is a gap (energy/coverage_ratio); a higher limit on threads helps",
+                    f"{e}: energy is read when it is logged or the phase changes, not every {self._interval_s:g} s. "
+                    "Power that is read too rarely is a gap (energy/coverage_ratio); a higher limit on threads helps",
                     stacklevel=2,
                 )
             else:
