@@ -127,7 +127,10 @@ def report(
     for headline in document(comparison).headlines:
         typer.echo(headline.text)
     for path in out:
-        write(comparison, path)
+        try:
+            write(comparison, path)
+        except OSError as e:
+            raise typer.BadParameter(str(e), param_hint="--out") from e
         typer.echo(str(path))
 
 

@@ -8,7 +8,8 @@ import os
 import re
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import index
 from typing import Literal
 
 HOSTNAME_ENVIRONMENT = "ESTDGM_HOSTNAME"
@@ -86,6 +87,20 @@ class Reading:
     energy_uj: int | None = None
     power_mw: int | None = None
     status: Status = Status.OK
+
+
+def check_reading(reading: object) -> Reading:
+    """Return a reading with its figures as Python ints: sums of fixed-width ones overflow, and NaN spreads.
+
+    Raises:
+        TypeError: It is no `Reading`, or a figure of it is no number.
+        ValueError: A figure is NaN.
+        OverflowError: A figure is infinite.
+    """
+    if not isinstance(reading, Reading):
+        raise TypeError(f"expected a Reading, got {reading!r}")
+    energy_uj, power_mw = (None if x is None else index(round(x)) for x in (reading.energy_uj, reading.power_mw))
+    return replace(reading, monotonic_ns=index(round(reading.monotonic_ns)), energy_uj=energy_uj, power_mw=power_mw)
 
 
 class SourceUnavailable(Exception):

@@ -7,10 +7,14 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 FILE_NAME = "energy.json"
 FORMAT, VERSION = "lightning_estdgm.energy", 1
@@ -43,31 +47,38 @@ def is_run_file(path: Path) -> bool:
     return re.fullmatch(r"energy(-\d+)?\.json", path.name) is not None
 
 
-def write_run_file(folder: Path, content: Mapping[str, Any]) -> Path:
-    """Write `energy.json` in one move: readers see the old file or the new one, whole.
+def write_run_file(folder: str | Path, content: Mapping[str, Any]) -> PurePath:
+    """Write `energy.json`; on a local disk in one move: readers see the old file or the new one, whole.
 
     The file of another run stays as it is: this run's is then ``energy-1.json``, or the next free number. A file that
     is there is replaced if this run continues the one that wrote it.
 
     Args:
-        folder: Folder of the run; made where it is missing.
+        folder: Folder of the run, local or any URL that fsspec can write; made where it is missing.
         content: Content, as `run_file_content` gives it.
 
     Returns:
-        The path of the file.
+        The path of the file; a remote one without its protocol.
 
     Raises:
         OSError: The folder cannot be made or written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{FILE_NAME}.", dir=folder)
+    files, place = url_to_fs(str(folder))
+    text = json.dumps(content, indent=1) + "\n"
+    files.makedirs(place, exist_ok=True)
+    names = (f"energy-{number}.json" if number else FILE_NAME for number in itertools.count())
+    if not isinstance(files, LocalFileSystem):
+        files.invalidate_cache()  # else a run that came since is not seen
+        paths = (f"{place}/{name}" for name in names)
+        free = next(p for p in paths if not files.exists(p) or _continues(content, partial(files.cat_file, p)))
+        files.pipe_file(free, text.encode())
+        return PurePosixPath(free)
+    handle, temporary = tempfile.mkstemp(prefix=f".{FILE_NAME}.", dir=place)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
+            file.write(text)
         os.chmod(temporary, 0o644)  # mkstemp keeps it from everybody else
-        paths = (folder / (f"energy-{number}.json" if number else FILE_NAME) for number in itertools.count())
-        return next(path for path in paths if _take(path, temporary, content))
+        return next(path for name in names if _take(path := Path(place, name), temporary, content))
     finally:
         with suppress(FileNotFoundError):  # moved
             os.unlink(temporary)
@@ -84,16 +95,16 @@ def _take(path: Path, temporary: str, content: Mapping[str, Any]) -> bool:
         except OSError:  # no links on this file system
             os.replace(temporary, path)
             return True
-    if not _continues(content, path):
+    if not _continues(content, path.read_bytes):
         return False
     os.replace(temporary, path)
     return True
 
 
-def _continues(content: Mapping[str, Any], path: Path) -> bool:
-    """Return whether a run continues the one whose file this is, or repeats an attempt of its own that failed."""
+def _continues(content: Mapping[str, Any], read: Callable[[], bytes]) -> bool:
+    """Return whether a run continues the one whose file `read` gives, or repeats an attempt of its own that failed."""
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = json.loads(read())
         theirs, ours = ({fit["id"]: fit["steps"] for fit in each["run"]["fits"]} for each in (before, content))
         first, last = next(iter(theirs)), next(reversed(theirs))
     except (OSError, ValueError, LookupError, TypeError, StopIteration):  # of an older version, or no run's file

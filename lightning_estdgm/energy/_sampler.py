@@ -7,6 +7,7 @@ import math
 import os
 import threading
 import time
+import warnings
 from collections.abc import Iterable
 
 from lightning_estdgm._checks import is_number
@@ -115,7 +116,7 @@ class Sampler:
         return {device: mw / 1000 for device, mw in self._idle_mw.items()}
 
     def start(self, label: str, stage: str) -> None:
-        """Read once and start the thread; opens the sources if `open` did not.
+        """Read once and start the thread; opens the sources if `open` did not. No thread to be had costs a warning.
 
         Raises:
             RuntimeError: The sampler was started before.
@@ -130,8 +131,17 @@ class Sampler:
         with self._lock:
             self._read_into(self._accumulator, at_once=True)
         if self._sources:
-            self._thread = threading.Thread(target=self._run, name="estdgm-energy", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="estdgm-energy", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as e:  # a container's limit on processes
+                warnings.warn(
+                    f"{e}: energy is read when it is logged or the phase changes, not every {self._interval_s:g} s. "
+                    "Power that is read too rarely is a gap (energy/coverage_ratio); a higher limit on threads helps",
+                    stacklevel=2,
+                )
+            else:
+                self._thread = thread
 
     # While it runs
 
@@ -207,5 +217,5 @@ class Sampler:
 
     def _run(self) -> None:
         interval_s = self._thread_interval_s()
-        while not self._stop.wait(interval_s):
+        while not self._stop.wait(min(interval_s, threading.TIMEOUT_MAX)):
             self.read()

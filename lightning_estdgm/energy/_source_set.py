@@ -7,8 +7,16 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from lightning_estdgm.energy._accumulator import Accumulator
 from lightning_estdgm.energy._device_assignment import ActiveSource, UnavailableSource
-from lightning_estdgm.energy._reading import DeviceId, DeviceInfo, Reading, SourceUnavailable, Status
-from lightning_estdgm.energy.sources._protocol import EnergySource
+from lightning_estdgm.energy._reading import (
+    KINDS,
+    DeviceId,
+    DeviceInfo,
+    Reading,
+    SourceUnavailable,
+    Status,
+    check_reading,
+)
+from lightning_estdgm.energy.sources._protocol import EnergySource, check_source
 
 Select = Callable[[EnergySource, Mapping[DeviceId, DeviceInfo]], Collection[DeviceId]]
 """Choice of the devices of a source that this process reads."""
@@ -100,8 +108,12 @@ class SourceSet:
                 )
 
     def read(self, source: ActiveSource) -> Mapping[DeviceId, Reading]:
-        """Read the devices of one active source; raises whatever the source raises."""
-        return self._sources[source.name].read(source.devices)
+        """Read the devices of one active source, without those whose reading is none; raises what the source raises."""
+        readings: dict[DeviceId, Reading] = {}
+        for device, reading in self._sources[source.name].read(source.devices).items():
+            with contextlib.suppress(Exception):
+                readings[device] = check_reading(reading)
+        return readings
 
     def close(self) -> None:
         """Close the sources. May be called twice."""
@@ -164,9 +176,15 @@ def _choose(
 def _open(source: EnergySource) -> dict[DeviceId, DeviceInfo]:
     source.open()
     try:
+        check_source(source)  # again: what it knows of its hardware only now
         devices = dict(source.devices())
         if not devices:
             raise SourceUnavailable(Status.UNAVAILABLE, "it has no devices")
+        for device, info in devices.items():
+            if not isinstance(device, DeviceId) or not isinstance(info, DeviceInfo):
+                raise TypeError(f"devices must be {{DeviceId: DeviceInfo}}, got {{{device!r}: {info!r}}}")
+            if not set(info.covers) <= set(KINDS):
+                raise ValueError(f"{device}: covers must be kinds of {KINDS}, got {info.covers!r}")
     except BaseException:
         _close(source)
         raise
@@ -177,7 +195,7 @@ def _wrap_range_uj(source: EnergySource, device: DeviceId) -> int | None:
     range_uj = source.wrap_range_uj(device)
     if range_uj is not None and not range_uj > 0:
         raise ValueError(f"{device}: wrap_range_uj must be > 0 or None, got {range_uj!r}")
-    return range_uj
+    return None if range_uj is None else int(range_uj)
 
 
 def _close(source: EnergySource) -> None:

@@ -117,7 +117,11 @@ class InactiveWeights(ABC):
         """
         if self.learn != (_KEY in state):
             found = "none" if self.learn else "some"
-            raise ValueError(f"layer {name!r}: the checkpoint holds {found} of the weights that a backward set trains")
+            raise ValueError(
+                f"layer {name!r}: the checkpoint holds {found} of the weights that a backward set trains. Pass the "
+                "inactive= of its run to go on; to train on under this run's, load the weights and begin a run without "
+                "ckpt_path="
+            )
 
 
 class ZeroWeights(InactiveWeights):

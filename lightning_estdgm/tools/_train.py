@@ -205,7 +205,7 @@ class RecipeCLI(LightningCLI):
         parser.add_argument("--density", type=float | None, default=None, help="Of the final masks; 0.1 by default.")
         parser.add_argument(
             "--override",
-            type=dict[str, Any],
+            type=dict[str, dict[str, Any] | Any],  # of Any alone, fields of a part stay strings
             default={},
             help="Settings of the method, such as --override.update_every 100 or '--override.units={size: 16}'.",
         )

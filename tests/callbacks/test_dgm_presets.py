@@ -103,6 +103,8 @@ def test_a_checkpoint_without_a_reserve_is_refused(tmp_path: Path) -> None:
         del layer["held_back"]
     torch.save(checkpoint, path)
     with pytest.raises(
-        ValueError, match=r"layer 'net\.0': the checkpoint holds none of the weights that a backward set"
+        ValueError,
+        match=r"layer 'net\.0': the checkpoint holds none of the weights that a backward set trains\. "
+        r"Pass the inactive= of its run to go on; .* load the weights and begin a run without ckpt_path=",
     ):
         PresetRun("top-kast").fit(ckpt=path, seed=1)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from helpers.energy_parts import ConstantPower, FakeGpu, Machine
-from helpers.energy_runs import Net, Phases, data, monitor, rows, trainer
+from helpers.energy_runs import WATTS, Net, Phases, data, monitor, rows, trainer
 from lightning_estdgm.callbacks._internal import energy_fit
 from lightning_estdgm.callbacks.energy import EnergyMonitor
+from lightning_estdgm.energy._reading import DeviceId, DeviceInfo, Reading
 from lightning_estdgm.energy._totals import Totals
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*")
@@ -112,6 +116,72 @@ def test_a_source_that_answers_with_nonsense_is_a_gap(tmp_path: Path) -> None:
     mon = monitor(Nonsense())
     trainer(tmp_path, mon).fit(Net(), data())
     assert (mon.total_joules, mon.summary()["steps"], mon.summary()["gaps"]) == (None, 8, 1)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        (1, 2),
+        Reading(0, energy_uj="7"),  # type: ignore[arg-type]
+        Reading(0, energy_uj=float("inf")),  # type: ignore[arg-type]
+        Reading(0, power_mw=float("nan")),  # type: ignore[arg-type]
+        Reading("now", energy_uj=7),  # type: ignore[arg-type]
+    ],
+    ids=str,
+)
+def test_a_reading_that_is_none_is_a_gap_of_its_device(tmp_path: Path, odd: Any) -> None:
+    class Odd(ConstantPower):
+        other = DeviceId("host", "gpu", "c1")
+
+        def devices(self) -> Any:
+            return {**super().devices(), self.other: DeviceInfo("the other")}
+
+        def read(self, devices: Any = None) -> Any:
+            return {**super().read(), self.other: odd}
+
+    mon = monitor(Odd(watts=WATTS))
+    trainer(tmp_path, mon).fit(Net(), data())
+    summary = json.loads((tmp_path / "energy.json").read_text(), parse_constant=pytest.fail)["energy"]
+    assert (summary["gaps"], [device["uid"] for device in summary["failing"]]) == (1, ["c1"])
+    assert summary["total_joules"] == pytest.approx(WATTS * summary["seconds"], rel=0.2)
+
+
+@pytest.mark.parametrize("kind", [np.uint32, np.int64, np.float64, int], ids=lambda kind: kind.__name__)
+def test_a_counter_of_any_type_of_number_gives_its_joules(tmp_path: Path, kind: Any) -> None:
+    class Numbers(ConstantPower):
+        range_uj = 2**32 - 1
+        at_uj = range_uj - 2_500_000
+
+        def wrap_range_uj(self, device: Any) -> Any:
+            return kind(self.range_uj)
+
+        def read(self, devices: Any = None) -> Any:
+            time.sleep(0.002)  # 1 J in it is 500 W: less than what is taken for a reset
+            self.events.append("read")
+            self.at_uj += 1_000_000
+            return {self.device: Reading(time.monotonic_ns(), energy_uj=kind(self.at_uj % self.range_uj))}
+
+    source = Numbers()
+    mon = monitor(source, interval_s=3600.0)
+    trainer(tmp_path, mon).fit(Net(), data())
+    assert mon.total_joules == source.events.count("read") - 1 > 3
+    assert mon.summary()["gaps"] == 0
+
+
+def test_where_no_thread_can_be_started_the_boundaries_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading, "_start_new_thread", refuse)
+    monkeypatch.setattr(threading, "_start_joinable_thread", refuse, raising=False)  # Python 3.13
+    mon = monitor()
+    with pytest.warns(UserWarning, match="can't start new thread: energy is read when it is logged or the phase"):
+        trainer(tmp_path, mon).fit(Net(), data())
+    summary = mon.summary()
+    assert (summary["steps"], summary["gaps"], summary["coverage_ratio"]) == (8, 0, pytest.approx(1.0, abs=0.2))
+    assert summary["total_joules"] == pytest.approx(WATTS * summary["seconds"], rel=0.2)
 
 
 class NoEnergy(CSVLogger):

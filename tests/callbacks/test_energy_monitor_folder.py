@@ -7,10 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
+from fsspec.core import url_to_fs
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -123,6 +126,65 @@ def test_two_runs_into_one_folder_keep_a_file_each_and_the_second_says_so(tmp_pa
     assert list(found) == ["energy-1.json", "energy.json"]
     assert found["energy.json"]["energy"] == mons[0].summary()
     assert found["energy-1.json"]["energy"] == mons[1].summary()
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    files = fsspec.filesystem("memory")
+    yield "memory://bucket"
+    if files.exists("/bucket"):
+        files.rm("/bucket", recursive=True)
+
+
+def remote_files(url: str) -> dict[str, dict[str, Any]]:
+    files, root = url_to_fs(url)
+    found = [path for path in files.find(root) if path.endswith(".json")]
+    return {path.removeprefix(f"{root}/"): json.loads(files.cat_file(path)) for path in sorted(found)}
+
+
+@pytest.mark.parametrize(
+    ("logger", "folder"),
+    [
+        (lambda url: CSVLogger(url, "name"), "name/version_0"),
+        (lambda url: Remote(url, "project", "a1b2c3"), "project/a1b2c3"),
+        (lambda url: Remote(None, "project", "a1b2c3"), "project/a1b2c3"),
+        (lambda url: False, ""),
+    ],
+    ids=["csv", "with a save_dir", "without one", "no logger"],
+)
+@pytest.mark.parametrize("local", [False, True], ids=["remote", "file URL"])
+def test_it_lies_beside_the_checkpoints_at_a_url(
+    tmp_path: Path, bucket: str, logger: Any, folder: str, local: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = (tmp_path / "bucket").as_uri() if local else bucket
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    mon = monitor()
+    run = trainer(tmp_path, mon, default_root_dir=url, logger=logger(url), enable_checkpointing=True)
+    run.fit(Net(), data())
+    assert os.listdir() == []
+    ((name, content),) = remote_files(url).items()
+    assert name == os.path.join(folder, "energy.json")
+    files, root = url_to_fs(url)
+    (checkpoint,) = (path for path in files.find(root) if path.endswith(".ckpt"))
+    assert os.path.dirname(os.path.dirname(checkpoint)) == os.path.dirname(f"{root}/{name}")
+    assert (content["status"], content["energy"]) == ("finished", mon.summary())
+
+
+def test_at_a_url_another_runs_file_stays_and_a_resumed_run_goes_on_with_its_own(tmp_path: Path, bucket: str) -> None:
+    mons = [monitor(), monitor(), monitor()]
+    trainer(tmp_path, mons[0], default_root_dir=bucket).fit(Net(), data())
+    run = trainer(tmp_path, mons[1], default_root_dir=bucket)
+    with pytest.warns(UserWarning, match=r"bucket holds the energy\.json of another run: this run's is energy-1\.json"):
+        run.fit(Net(), data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    run = trainer(tmp_path, mons[2], default_root_dir=bucket, max_epochs=2)
+    with pytest.warns(UserWarning, match="this run's is energy-1"):
+        run.fit(Net(), data(), ckpt_path=tmp_path / "a.ckpt")
+    found = remote_files(bucket)
+    assert list(found) == ["energy-1.json", "energy.json"]
+    assert found["energy.json"]["energy"] == mons[0].summary()
+    assert found["energy-1.json"]["energy"] == mons[2].summary()
 
 
 class Spy(Callback):

@@ -84,6 +84,13 @@ def test_a_source_is_read_no_more_often_than_it_is_renewed() -> None:
     assert sum(by_stage.values()) == pytest.approx(100 * totals.device_ns[slow.device] / 1000, abs=2)
 
 
+def test_an_interval_longer_than_a_thread_can_wait_ends_no_thread() -> None:
+    sampler = started_sampler(ConstantPower(), interval_s=2 * threading.TIMEOUT_MAX)
+    time.sleep(0.05)
+    assert [t for t in threading.enumerate() if t.name == "estdgm-energy"]
+    sampler.stop()
+
+
 def test_the_idle_baseline_is_measured_before_and_booked_apart() -> None:
     source = ConstantPower(watts=40.0)
     sampler = Sampler([("constant", source)], interval_s=0.002)

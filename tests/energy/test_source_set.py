@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
 
 from helpers.energy_parts import NEVER_S, ConstantPower, started_sampler
 from lightning_estdgm.energy._reading import DeviceId, DeviceInfo, Reading, SourceUnavailable, Status
 from lightning_estdgm.energy._sampler import Sampler
+
+GPU = DeviceId("host", "gpu", "c0")
 
 
 def test_absent_sources_say_why() -> None:
@@ -110,4 +116,33 @@ def test_a_source_with_a_wrap_range_that_makes_no_sense_is_absent() -> None:
     sampler = started_sampler(source)
     sampler.stop()
     assert "wrap_range_uj must be > 0 or None, got 0" in sampler.unavailable[0].reason
+    assert source.events == ["open", "close"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "update_period_s", "reason"),
+    [
+        ({GPU: "rail"}, 0.0, "TypeError: devices must be {DeviceId: DeviceInfo}, got .*'rail'"),
+        ({"c0": DeviceInfo("rail")}, 0.0, "TypeError: devices must be {DeviceId: DeviceInfo}, got {'c0'"),
+        ({GPU: DeviceInfo("rail", covers=("npu",))}, 0.0, "ValueError: .*covers must be kinds"),  # type: ignore[arg-type]
+        ({GPU: DeviceInfo("rail", covers=None)}, 0.0, "TypeError"),  # type: ignore[arg-type]
+        ({GPU: DeviceInfo("rail")}, None, "ValueError: .*update_period_s must be >= 0, got None"),
+    ],
+)
+def test_a_source_that_describes_itself_wrongly_once_open_is_absent(
+    devices: Any, update_period_s: Any, reason: str
+) -> None:
+    @dataclass
+    class Odd(ConstantPower):
+        def open(self) -> None:
+            super().open()
+            self.update_period_s = update_period_s
+
+        def devices(self) -> Mapping[DeviceId, DeviceInfo]:
+            return devices
+
+    source = Odd()
+    sampler = started_sampler(source)
+    sampler.stop()
+    assert re.match(reason, sampler.unavailable[0].reason)
     assert source.events == ["open", "close"]

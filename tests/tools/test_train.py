@@ -12,7 +12,7 @@ from helpers.recipe_data import images, ogb, planetoid, wikitext
 from lightning_estdgm import DGMCallback, DGMConfig
 from lightning_estdgm.cli import app
 from lightning_estdgm.recipes import GPT
-from lightning_estdgm.tools._train import CONFIGS, arguments, bundled_configs, callback_for
+from lightning_estdgm.tools._train import CONFIGS, arguments, bundled_configs, callback_for, prepare
 
 pytest.importorskip("jsonargparse")
 pytestmark = [
@@ -171,6 +171,23 @@ def test_a_method_by_its_name_with_settings_of_its_own(tmp_path):
     weights = torch.load(saved, weights_only=True)["state_dict"]
     dense = {k.rpartition(".lin")[0] for k, w in weights.items() if "lin" in k and w.ndim > 1 and (w != 0).all()}
     assert dense == {"model.convs.0", "model.convs.2"}, "the excluded layer, and the head"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--override.units.size=1",
+        "--override.units={size: 1}",
+        "--override={units: {size: 1}}",
+        "--override.units.size 1",
+    ],
+)
+def test_a_field_of_a_part_is_what_it_is_in_yaml(given, tmp_path):
+    (tmp_path / "text").write_text("some text " * 1000)
+    more = ["--data", str(tmp_path / "text"), "--method=rigl", "--trainer.accelerator=cpu", "--override.update_every=4"]
+    run = prepare("gpt", [*given.split(" ", 1), *more] if given.endswith(" 1") else [given, *more])
+    (callback,) = (each for each in run.trainer.callbacks if isinstance(each, DGMCallback))
+    assert (callback.config.units.size, callback.config.schedule.update_every) == (1, 4)
 
 
 # Errors -------------------------------------------------------------------------------------------------------------

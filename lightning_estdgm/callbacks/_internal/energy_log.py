@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -81,7 +81,7 @@ class EnergyLog:
         with self._never_ends_the_run(f"the Prometheus file {path}"):
             write_prometheus(path, values)
 
-    def warn_of_another_file(self, path: Path) -> None:
+    def warn_of_another_file(self, path: PurePath) -> None:
         """Warn once that the run's file has another name, because another run's is there."""
         if path.name != FILE_NAME and path not in self._said:
             self._said.add(path)

@@ -42,7 +42,7 @@ def describe_run(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]
     name = "/".join(str(part) for part in (logger.name, logger.version) if part not in (None, "")) if logger else ""
     seed = os.environ.get("PL_GLOBAL_SEED", "")
     return {
-        "name": name or run_folder(trainer).name,
+        "name": name or Path(run_folder(trainer)).name,
         "host": hostname(),
         "world_size": trainer.world_size,
         "strategy": type(trainer.strategy).__name__,
@@ -83,8 +83,8 @@ def _phase(callback: Callback) -> str | None:
     return phase if isinstance(phase, str) else None
 
 
-def run_folder(trainer: Trainer) -> Path:
-    """Return the folder of a run: the first logger's own, else the one in which its checkpoints lie.
+def run_folder(trainer: Trainer) -> str:
+    """Return the folder of a run, a path or a URL: the first logger's own, else the one in which its checkpoints lie.
 
     A logger without a `log_dir` of its own for each run (W&B, MLflow, Comet, Neptune, SwanLab) has checkpoints in
     ``save_dir/name/version``, as Lightning's `ModelCheckpoint` resolves its `dirpath`. Without a logger it is the
@@ -93,13 +93,13 @@ def run_folder(trainer: Trainer) -> Path:
     # Not trainer.log_dir: it broadcasts, and after an exception the other ranks may be gone.
     logger = trainer.logger
     if logger is None:
-        return Path(trainer.default_root_dir)
+        return str(trainer.default_root_dir)
     folder = getattr(logger, "log_dir", None)
     # Where it is `save_dir` itself (SwanLab), all runs share it.
     if isinstance(folder, str) and folder and Path(folder) != Path(logger.save_dir or ""):
-        return Path(folder)
+        return folder
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
+    return os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
 
 
 def _is_compiled(module: LightningModule) -> bool:

@@ -10,9 +10,11 @@ That is the accumulator's work (`lightning_estdgm.energy._accumulator`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
+from lightning_estdgm._checks import is_number
 from lightning_estdgm._registry import offers
 from lightning_estdgm.energy import sources as sources_folder
 from lightning_estdgm.energy._reading import (
@@ -99,8 +101,11 @@ def check_source(source: object) -> EnergySource:
         raise ValueError(f"source {source.name!r}: method must be one of {METHODS}, got {source.method!r}")
     if source.scope not in ("host", "process"):
         raise ValueError(f"source {source.name!r}: scope must be 'host' or 'process', got {source.scope!r}")
-    if not source.update_period_s >= 0:
-        raise ValueError(f"source {source.name!r}: update_period_s must be >= 0, got {source.update_period_s!r}")
+    period_s = source.update_period_s
+    if not (is_number(period_s) and 0 <= period_s < math.inf):
+        raise ValueError(
+            f"source {source.name!r}: update_period_s must be >= 0, got {period_s!r}, expected finite seconds"
+        )
     return source
 
 

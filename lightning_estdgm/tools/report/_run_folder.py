@@ -69,7 +69,8 @@ def read_run(folder: str | Path, label: str | None = None) -> FinishedRun:
     Of several runs in one folder no curves are read, as nothing tells whose they are.
 
     Raises:
-        RunError: The folder does not hold one run, or its summary is broken, or of a newer version than this one reads.
+        RunError: The folder does not hold one run, or its summary is broken or of a newer version than this one reads,
+            or its curves are no CSV.
     """
     folder = Path(folder)
     path = find_summary(folder)
@@ -113,11 +114,14 @@ def _read_csv(path: Path) -> dict[str, Curve]:
     if not path.is_file():
         return {}
     points: dict[str, list[tuple[int, float]]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for tag, text in row.items():
-                with suppress(TypeError, ValueError):  # empty cells, and the line that a crash cut off
-                    points.setdefault(tag, []).append((int(float(row["step"])), float(text)))
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                for tag, text in row.items():
+                    with suppress(TypeError, ValueError):  # empty cells, and the line that a crash cut off
+                        points.setdefault(tag, []).append((int(float(row["step"])), float(text)))
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise RunError(f"{path}: not readable as CSV ({e})") from e
     return {tag: Curve.of(series) for tag, series in points.items() if tag != "step"}
 
 

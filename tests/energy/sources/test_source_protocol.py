@@ -106,6 +106,7 @@ def test_resolve_takes_names_and_objects() -> None:
         ([ConstantPower(scope="rack")], ValueError, "scope must be 'host' or 'process', got 'rack'"),  # type: ignore[arg-type]
         ([ConstantPower(name="")], ValueError, "non-empty string"),
         ([ConstantPower(update_period_s=-1)], ValueError, "update_period_s must be >= 0, got -1"),
+        ([ConstantPower(update_period_s=float("inf"))], ValueError, "update_period_s must be >= 0, got inf"),
     ],
 )
 def test_bad_sources(given: object, error: type[Exception], message: str) -> None:

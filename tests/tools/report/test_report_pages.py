@@ -335,6 +335,7 @@ def test_labels_name_the_arms_and_folders_may_hold_an_equals_sign(tmp_path, monk
         (["nowhere"], "nowhere: expected the folder of a run, got nothing there"),
         (["dense", "-o", "report.pdf"], "got 'report.pdf', expected a file that ends in .html, .md, .json"),
         (["dense", "-o", "folder.html"], "got 'folder.html', expected a file that ends in"),
+        (["dense", "-o", "dense/energy.json/x.html"], "dense/energy.json"),
         (["dense", "--metric", "bleu"], "dense has no metric 'bleu'; it has val_loss"),
         (["dense", "--metric", "val_loss", "--mode", "low"], "got 'low', expected min or max"),
         (["dense", "--target", "2"], "a target or a mode needs the metric"),

@@ -56,6 +56,14 @@ def test_events_of_a_restart_come_after_those_before_it(tmp_path):
     assert run.joules.at(50) == 100.0
 
 
+def test_curves_that_are_no_text_are_named_with_their_file(tmp_path):
+    folder = write_run(tmp_path / "run", falling(2.0))
+    with (folder / "metrics.csv").open("ab") as file:
+        file.write(b"0,1,\xff\xfe\n")
+    with pytest.raises(RunError, match=r"run/metrics\.csv: not readable as CSV \('utf-8' codec can't decode"):
+        read_run(folder)
+
+
 def test_a_line_that_a_crash_cut_off_is_left_out(tmp_path):
     folder = write_run(tmp_path / "run", falling(2.0))
     with (folder / "metrics.csv").open("a") as file:
