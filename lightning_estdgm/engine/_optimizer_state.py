@@ -91,16 +91,24 @@ class OptimizerStates:
             strided.reset_(state, weight, units)
 
     @torch.no_grad()
-    def follow_drawn_(self, weight: MaskedWeight) -> None:
-        """Bring state that exists already in line with a mask just drawn, for which weights were zeroed and scaled."""
-        every = torch.ones_like(weight.mask)
+    def follow_drawn_(self, weight: MaskedWeight, scale: float) -> None:
+        """Bring state that exists already in line with a mask just drawn: copies of kept weights are scaled as these.
+
+        Args:
+            weight: weight, with its new values.
+            scale: factor by which it was scaled. A packed weight may have been loaded anew: its copies are made anew.
+
+        """
         known: list[tuple[Tensor, StateRule | None]] = [
             (state, self._rules.get(id(weight.parameter), {}).get((name, path)))
             for name, path, state in self.entries(weight)
         ]
         for state, rule in [*known, *self._strided(weight)]:
             if rule is not None:
-                rule.reset_(state, weight, every if copies_weight(rule) else ~weight.mask)
+                keeps = weight.inactive.stored or not copies_weight(rule)
+                if copies_weight(rule) and scale != 1:
+                    local_tensor(state).detach().mul_(scale)
+                rule.reset_(state, weight, ~weight.mask if keeps else torch.ones_like(weight.mask))
 
     def forget_curvature(self) -> None:
         """Clear the history of L-BFGS, whose differences of gradients are those of other weights after an update."""

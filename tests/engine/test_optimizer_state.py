@@ -2,12 +2,26 @@
 
 import copy
 from collections import deque
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from helpers.controller_runs import BLOCKS, STEPS, WEIGHTS, adamw, batch, constant, fit, loss_of, run, saved
+from helpers.controller_runs import (
+    BLOCKS,
+    STEPS,
+    WEIGHTS,
+    adamw,
+    batch,
+    constant,
+    equal,
+    fit,
+    full_masks,
+    loss_of,
+    run,
+    saved,
+)
 from helpers.masked_weights import numbered
 from lightning_estdgm.config import DGMConfig, Units
 from lightning_estdgm.engine._controller import DGMController
@@ -327,6 +341,42 @@ def test_copies_follow_the_first_mask_and_every_update(mlp, make, entry):
                 inactive = ~dgm.masks()["0"]
                 assert torch.count_nonzero(state[entry][inactive]) == 0
     assert dgm.density == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_first_mask_that_drops_nothing_leaves_copies_as_they_are(mlp):
+    ends = []
+    for masked in (True, False):
+        model = mlp(32, 32, 32, 4)
+        optimizer = Look(model.parameters())
+        if masked:
+            config = replace(WEIGHTS, schedule=constant(1.0))
+            with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:  # masks are drawn after a step
+                run(model, optimizer, dgm)
+                assert dgm.masks()
+        else:
+            for step in range(STEPS):
+                optimizer.zero_grad()
+                loss_of(model, batch(step, 32)).backward()
+                optimizer.step()
+        ends.append(model)
+    assert equal(*ends)
+
+
+@pytest.mark.parametrize(("entry", "settings"), [("slow", WEIGHTS), ("slow", BLOCKS), ("first_sliced", WEIGHTS)])
+def test_copies_of_kept_weights_are_scaled_as_these_when_the_first_mask_is_drawn(mlp, entry, settings):
+    model = mlp(32, 64, 64, 4)
+    optimizer = (Look if entry == "slow" else Sliced)(model.parameters())
+    weight, stride = model[2].weight, 1 if entry == "slow" else 3
+    with DGMController(model, optimizer, settings, total_steps=STEPS) as dgm:
+        for _ in fit(model, optimizer, dgm, last=1):
+            pass
+        active = full_masks(dgm)["2"]
+        assert 0 < active.sum() < active.numel()
+        scale = dgm.layer_densities()["2"] ** -0.5
+    untouched = mlp(32, 64, 64, 4)[2].weight.detach()  # of which there is a copy from before the step
+    assert not torch.equal(untouched * scale * active, weight)
+    expected = (untouched * scale * active).flatten()[::stride]
+    assert torch.equal(optimizer.state[weight][entry].flatten(), expected)
 
 
 @pytest.mark.parametrize("settings", [WEIGHTS, BLOCKS], ids=["weights", "blocks"])
