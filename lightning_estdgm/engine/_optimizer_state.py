@@ -20,7 +20,7 @@ from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._state_entries import Path, state_entries
 from lightning_estdgm.engine._state_rules import Constant, StateRule, Strided, copies_weight, oriented
-from lightning_estdgm.engine._state_trial import StateUnknownError, TrialFailedError, fresh_state_rules
+from lightning_estdgm.engine._state_trial import StateUnknownError, TrialFailedError, fresh_state_rules, keeps_more
 from lightning_estdgm.method._masks import expand_mask
 
 Rules = dict[tuple[str, Path], StateRule]
@@ -166,7 +166,7 @@ class OptimizerStates:
             if _group_of(candidate, weight.parameter) is None:
                 continue
             try:
-                return fresh_state_rules(candidate, weight.parameter)
+                rules = fresh_state_rules(candidate, weight.parameter)
             except TrialFailedError as error:
                 failures.append(f"{type(candidate).__name__}: {error}")
             except StateUnknownError as error:
@@ -179,10 +179,18 @@ class OptimizerStates:
                     "grown. Exclude the layers that this optimizer holds (Selection(exclude=...)), or take a schedule "
                     "whose masks do not change"
                 ) from error
+            else:
+                if changes_masks and keeps_more(candidate, weight.parameter, rules):
+                    self._warn(
+                        f"{type(candidate).__name__} keeps state of layer {weight.name!r} in a place that is not "
+                        "searched: it stays as it is where weights are dropped or grown. Have the optimizer keep it by "
+                        "parameter, as optimizer.state[parameter][name], in the parameter's shape"
+                    )
+                return rules
         if failures and changes_masks:
             self._warn(
                 f"could not try {failures[0]}. What its state is for a fresh parameter is read from weights that have "
-                "had no gradient, at the first mask update"
+                "had no gradient, at the first mask update; what is not kept by parameter stays"
             )
         return {}
 

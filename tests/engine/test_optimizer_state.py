@@ -28,8 +28,9 @@ from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._optimizer_state import OptimizerStates
 from lightning_estdgm.engine._state_entries import state_entries
 from lightning_estdgm.engine._state_rules import Constant, CopyOfWeight, Kept, Requantised, Strided
-from lightning_estdgm.engine._state_trial import StateUnknownError, TrialFailedError, fresh_state_rules
+from lightning_estdgm.engine._state_trial import StateUnknownError, TrialFailedError, fresh_state_rules, keeps_more
 from lightning_estdgm.method._schedules import EstDgm
+from lightning_estdgm.presets import preset
 
 
 class Custom(torch.optim.SGD):
@@ -416,12 +417,74 @@ def test_a_run_is_refused_at_its_start_by_the_name_of_optimizer_and_entry(mlp):
 
 
 def test_a_schedule_without_mask_updates_runs_with_any_state(mlp):
-    from lightning_estdgm import preset
-
     model = mlp(32, 32, 32, 4)
     optimizer = Unknown(model.parameters())
     with DGMController(model, optimizer, preset("static", density=0.5), total_steps=STEPS, audit=False) as dgm:
         run(model, optimizer, dgm)
+
+
+class InOneVector(Custom):
+    """Keeps a sum of gradients and of their squares, of all parameters in one vector each."""
+
+    def __init__(self, params, lr=0.01, momentum=True):
+        super().__init__(params, lr)
+        size = sum(p.numel() for group in self.param_groups for p in group["params"])
+        self.momentum, self.sums, self.squares = momentum, torch.zeros(size), torch.zeros(size)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        start = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                part, start = slice(start, start + p.numel()), start + p.numel()
+                sums, squares = self.sums[part].view_as(p), self.squares[part].view_as(p)
+                sums.mul_(0.9 if self.momentum else 0.0).add_(p.grad)
+                squares.addcmul_(p.grad, p.grad)
+                p.addcdiv_(sums, squares.sqrt() + 1e-8, value=-group["lr"])
+
+
+@pytest.mark.parametrize("lr", [0.01, 0.0])
+@pytest.mark.parametrize("momentum", [True, False])
+def test_state_in_a_place_that_is_not_searched_is_kept_and_said(mlp, lr, momentum):
+    model = mlp(32, 32, 32, 4)
+    optimizer = InOneVector(model.parameters(), lr, momentum=momentum)
+    message = r"InOneVector keeps state of layer '0' in a place that is not searched: it stays.*optimizer\.state"
+    with pytest.warns(RuntimeWarning, match=message) as caught:
+        dgm = DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False)
+    dgm.close()
+    assert len(caught) == 1
+    static = preset("static", density=0.5)  # masks do not change, so nothing is said
+    DGMController(model, optimizer, static, total_steps=STEPS, audit=False).close()
+
+
+@pytest.mark.parametrize("lr", [1e-2, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, nesterov=True, weight_decay=0.1),
+        lambda p, lr: torch.optim.AdamW(p, lr, amsgrad=True),
+        torch.optim.Rprop,
+        lambda p, lr: torch.optim.Adagrad(p, lr, initial_accumulator_value=0.5),
+        lambda p, lr: torch.optim.RMSprop(p, lr, momentum=0.5, centered=True),
+        torch.optim.Adafactor,  # its steps depend on other elements
+        torch.optim.Muon,
+        Master,
+        Look,
+        Sliced,
+        Rotated,
+        Statistics,
+        Outside,
+        Queue,
+    ],
+)
+def test_an_optimizer_whose_state_is_found_keeps_no_more(make, dtype, lr):
+    weight = weight_of(dtype=dtype)
+    optimizer = make([weight], lr)
+    before = copy.deepcopy(optimizer.state_dict()), weight.detach().clone()
+    assert not keeps_more(optimizer, weight, fresh_state_rules(optimizer, weight))
+    assert str(optimizer.state_dict()) == str(before[0])
+    assert torch.equal(weight, before[1])
 
 
 class Handle:
