@@ -178,8 +178,8 @@ class PackedStorage:
     def states_of(self, weight: MaskedWeight) -> Iterator[tuple[str, Tensor]]:
         """Yield the state entries of a weight that have an element for each of its."""
         if self._states is not None:
-            for name, path, entry in self._states.entries(weight):
-                yield f"{name}.{'.'.join(path)}", entry
+            for optimizer, path, entry in self._states.entries(weight):
+                yield f"{type(optimizer).__name__}.{'.'.join(path)}", entry
 
     def pack_loaded_states(self, weight: MaskedWeight) -> None:
         """Pack the state of a weight that an optimizer has loaded whole."""

@@ -544,6 +544,31 @@ def test_a_choice_of_weights_stays_as_it_is(mlp):
         assert state["exp_avg"].numel() == mask.sum()
 
 
+@pytest.mark.parametrize(
+    "settings", [WEIGHTS, replace(WEIGHTS, backend="auto", storage="packed")], ids=["dense", "packed"]
+)
+def test_each_of_two_optimizers_of_one_class_over_the_same_weights_has_its_own_values(mlp, settings):
+    model = mlp(32, 32, 32, 4)
+    starts = (0.25, 2.0)
+    pair = [torch.optim.Adagrad(model.parameters(), 0.01, initial_accumulator_value=start) for start in starts]
+    with DGMController(model, pair, settings, total_steps=STEPS, audit=False) as dgm:
+        old = dgm.masks()["0"]
+        for step in range(STEPS):
+            optimizer = pair[step % 2]
+            optimizer.zero_grad()
+            loss_of(model, batch(step, 32)).backward()
+            dgm.mask_gradients()
+            optimizer.step()
+            if dgm.advance():
+                changed = old ^ dgm.masks()["0"]
+                for each, start in zip(pair, starts, strict=True):
+                    sums = each.state_dict()["state"][0]["sum"]
+                    assert changed.any()
+                    assert sums[changed].eq(start).all()
+                old = dgm.masks()["0"]
+    assert dgm.updates > 2
+
+
 class Sharing(torch.optim.Optimizer):
     """Steps by another optimizer, and keeps its state as its own, as `ZeroRedundancyOptimizer` does once loaded."""
 
