@@ -215,9 +215,9 @@ class PackedStorage:
                     if id(weight.parameter) not in held:
                         continue
                     like = _like(weight)
-                    key = (id(optimizer), index, like.shape, like.dtype, like.device)
+                    key = (id(optimizer), index, like.shape, weight.shape, like.dtype, like.device)
                     if key not in known:
-                        known[key] = why_not_by_element(optimizer, index, like)
+                        known[key] = why_not_by_element(optimizer, index, like, weight.shape)
                     if known[key]:
                         raise ValueError(
                             f"layer {weight.name!r} cannot be stored packed under {type(optimizer).__name__}: "
