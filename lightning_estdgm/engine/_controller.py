@@ -136,8 +136,8 @@ class DGMController:
         try:
             if not can_mask and not self._admission.late.asleep:  # frozen and sharded
                 raise ValueError(f"the model has no layer to mask; found {self._admission.reasons}")
+            self._storage.begin(self._states, self.schedule(self.position).density)  # refuses before others warn
             self._intake.check(can_mask)
-            self._storage.begin(self._states, self.schedule(self.position).density)
             if state is not None:
                 self.load_state_dict(state)
             elif draw_masks:
@@ -302,8 +302,8 @@ class DGMController:
         """
         every = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
         self._states.optimizers = every
-        self._states.prepare(self._masked.every, changes_masks=self._changes_masks)
         self._storage.use(every)
+        self._states.prepare(self._masked.every, changes_masks=self._changes_masks)
         self._hooks.use(every)
 
     def _take_over(self, optimizer: Optimizer) -> None:

@@ -19,7 +19,6 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_estdgm.distributed._collectives import local_tensor
 from lightning_estdgm.distributed.adapters.whole import Whole
-from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
 from lightning_estdgm.engine._optimizer_trial import apart_from_the_run, not_tried, remade, trial_optimizer
 from lightning_estdgm.engine._rate_trial import set_rate
 from lightning_estdgm.engine._state_entries import state_entries
@@ -56,7 +55,9 @@ class UnitCounts:
     own_state: bool = True
 
 
-_known: dict[str, tuple[weakref.ref[type], UnitCounts]] = {}  # by settings
+_NO_SETTINGS = ("defaults", "param_groups", "state", "step")  # with torch's hooks: what schedulers and users patch
+
+_known: dict[str, tuple[weakref.ref[Any], UnitCounts]] = {}  # by settings
 
 
 def unit_counts(optimizer: Optimizer, index: int, like: Tensor) -> UnitCounts:
@@ -71,23 +72,34 @@ def unit_counts(optimizer: Optimizer, index: int, like: Tensor) -> UnitCounts:
     if isinstance(optimizer, LBFGS):  # its history is cleared at mask updates
         return UnitCounts()
     real = local_tensor(like).detach()
-    key, kind = _settings(optimizer, index, real), type(optimizer)
-    if key not in _known or _known[key][0]() is not kind:
+    key, valid_for = _settings(optimizer, index, real)
+    if key not in _known or _known[key][0]() is not valid_for:
         with apart_from_the_run(real.device):
-            _known[key] = weakref.ref(kind), _tried(optimizer, index, real)
+            _known[key] = weakref.ref(valid_for), _tried(optimizer, index, real)
     found = _known[key][1]
     if found.lifetime and (why := _why_not_in_parts(optimizer, index, real)):
         return UnitCounts(0, why)
     return found
 
 
-def _settings(optimizer: Optimizer, index: int, like: Tensor) -> str:
-    """Return all that a trial depends on; what is met once only if that is more than numbers and words."""
-    own = {key: value for key, value in vars(optimizer).items() if isinstance(value, _PLAIN)}
+def _settings(optimizer: Optimizer, index: int, like: Tensor) -> tuple[str, Any]:
+    """Return all that a trial depends on, and for what it is the same: the class, or this optimizer alone.
+
+    The class if settings are numbers, words, and dicts and lists of these.
+    """
+    own = {k: v for k, v in vars(optimizer).items() if k not in _NO_SETTINGS and not k.startswith("_optimizer_")}
+    defaults = {k: v for k, v in getattr(optimizer, "defaults", {}).items() if k != "lr"}
     group = {k: v for k, v in optimizer.param_groups[index].items() if k not in ("params", "param_names")}
     rate = group.pop("lr", None)
-    alone = repr(object()) if nested_optimizers(optimizer)[1:] else ""
-    return repr((id(type(optimizer)), own, group, type(rate), like.dim(), like.dtype, like.device, alone))
+    settings = (own, defaults, group)
+    valid_for: Any = type(optimizer) if _is_plain(settings) else optimizer
+    return repr((id(valid_for), settings, type(rate), like.dim(), like.dtype, like.device)), valid_for
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
+    return all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, _PLAIN)
 
 
 def _tried(optimizer: Optimizer, index: int, like: Tensor) -> UnitCounts:

@@ -18,23 +18,26 @@ from lightning_estdgm.modules._packed_forward import resize_
 
 _STEPS = 12  # rectified optimizers change their ways after the fifth
 _ROWS, _COLUMNS = 4, 6  # of the grid of units, half of which are active
+_SIDE = 256  # of a whole weight whose state is looked at: from a size on, some optimizers factor it
 _RATE = 2.0**-10  # of every trial: the run's own may be 0, as where it is warmed up
 _ALIKE = 1e-5
 _QUANTISED, _BLOCK = 4096, 256  # states are quantised from this size on, or where it is a multiple of the block's
 
 
-def why_not_by_element(optimizer: Optimizer, index: int, like: Tensor) -> str:
+def why_not_by_element(optimizer: Optimizer, index: int, like: Tensor, shape: tuple[int, ...] = ()) -> str:
     """Return the reason why an optimizer does not work element by element; empty if it does.
 
     It steps two throw-away parameters, each in a copy of it: a matrix of which half the units are masked, and these
     units' active elements alone, in another order. An optimizer of matrices, one that factors its moments or scales a
     step by a mean over the weight steps the two differently. A third one, as large as the whole weight, has units taken
-    away between two steps: quantised states, which are kept for large weights only, do not follow that.
+    away between two steps: quantised states, which are kept for large weights only, do not follow that. The state of a
+    weight of `shape`, or of 256 rows and columns if it has more, must not be factored.
 
     Args:
         optimizer: optimizer whose own step reads its groups; left as it is.
         index: index of the group whose settings are tried.
         like: parameter of all units, ``[units, rows, columns]``, whose units, dtype and device the trial has.
+        shape: shape of the weight as it is stored whole; empty: no such state is looked at.
 
     """
     kind = type(optimizer).__name__
@@ -44,7 +47,7 @@ def why_not_by_element(optimizer: Optimizer, index: int, like: Tensor) -> str:
     with apart_from_the_run(like.device):
         for makes_anew, closure in product((False, True), (False, True)):
             try:
-                return _Trial(optimizer, index, like, makes_anew=makes_anew, closure=closure).verdict(kind)
+                return _Trial(optimizer, index, like, shape, makes_anew, closure).verdict(kind)
             except Exception as error:  # whatever an optimizer that is not ours may raise
                 failure = failure or error
     assert failure is not None
@@ -54,8 +57,11 @@ def why_not_by_element(optimizer: Optimizer, index: int, like: Tensor) -> str:
 class _Trial:
     """One trial of an optimizer; `makes_anew` and `closure` say how a copy is made and stepped."""
 
-    def __init__(self, optimizer: Optimizer, index: int, like: Tensor, *, makes_anew: bool, closure: bool) -> None:
+    def __init__(
+        self, optimizer: Optimizer, index: int, like: Tensor, shape: tuple[int, ...], makes_anew: bool, closure: bool
+    ) -> None:
         self._optimizer, self._index = optimizer, index
+        self._shape = tuple(min(side, _SIDE) for side in shape)
         self._makes_anew, self._closure, self._like = makes_anew, closure, like
         generator = torch.Generator().manual_seed(0)
         _, rows, columns = like.shape
@@ -83,8 +89,17 @@ class _Trial:
             difference, size = (whole - packed).abs().max(), whole.abs().max()
             if bool(whole.isfinite().all()) and not bool(difference <= self._tolerance * size):
                 return f"a step of {kind} is made of the whole weight, not element by element"
-            misfit = self._misfit_when_large()
+            misfit = self._misfit_when_whole() or self._misfit_when_large()
         return f"{kind} keeps a state {misfit}" if misfit else ""
+
+    def _misfit_when_whole(self) -> str:
+        """Return which state of a weight that is stored whole has no element for each of its; empty if all have."""
+        if not self._shape:
+            return ""
+        weight = nn.Parameter(torch.zeros(self._shape, dtype=self._like.dtype, device=self._like.device))
+        trial = self._copy(weight)
+        self._step(trial, weight, torch.ones_like(weight))
+        return _too_small(trial, weight)
 
     def _misfit_when_large(self) -> str:
         """Return which state of a large weight is no element's own, in words; empty if the weight can lose units.

@@ -110,6 +110,7 @@ def draw_masks(
     *,
     largest: bool = False,
     arrive: Callable[[MaskedWeight], None] = lambda weight: None,
+    drawn: Callable[[MaskedWeight, float], None] = lambda weight, scale: None,
 ) -> list[int]:
     """Draw masks by `_masks.initial_mask` and bring the weights in line with them.
 
@@ -122,6 +123,7 @@ def draw_masks(
         config: settings; seed, pattern and scaling are used.
         largest: whether the largest units are chosen, to recover masks from weights.
         arrive: called with each weight before it is read.
+        drawn: called with each weight once it is in line with its mask, and the factor by which it was scaled.
 
     Returns:
         Number of units of each weight that were not zero before.
@@ -145,8 +147,11 @@ def draw_masks(
         weight.set_mask(torch.cat(parts))
         held.append(active_units(norms > 0))
         weight.inactive.apply_mask_(weight)
+        scale = 1.0
         if scaled and not weight.inactive.act_in_forward and held[-1] > weight.active:
-            weight.weight.mul_(weight.density**-0.5)
+            scale = weight.density**-0.5
+            weight.weight.mul_(scale)
+        drawn(weight, scale)
     return held
 
 

@@ -82,9 +82,8 @@ class Intake:
     def take_in(self, weights: Sequence[MaskedWeight], density: float, *, largest: bool = False) -> list[int]:
         """Draw masks of weights for a density of them all; return each one's number of units that were not zero."""
         self._masked.take_in(weights)
-        held = self._masked.draw(weights, density, largest=largest)
+        held = self._masked.draw(weights, density, largest=largest, drawn=self._states.follow_drawn_)
         for weight in weights:
-            self._states.follow_drawn_(weight)
             self._dispatch.begin(weight)
         return held
 

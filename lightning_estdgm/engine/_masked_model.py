@@ -188,9 +188,11 @@ class MaskedModel:
         *,
         largest: bool = False,
         arrive: Callable[[MaskedWeight], None] = lambda weight: None,
+        drawn: Callable[[MaskedWeight, float], None] = lambda weight, scale: None,
     ) -> list[int]:
-        """Draw masks of weights for a density of them all; return each one's number of units that were not zero."""
-        return draw_masks(weights, self.budgets(density, weights), self._config, largest=largest, arrive=arrive)
+        """Draw masks of weights for a density of them all, see `draw_masks`; return what that returns."""
+        budgets = self.budgets(density, weights)
+        return draw_masks(weights, budgets, self._config, largest=largest, arrive=arrive, drawn=drawn)
 
     @torch.no_grad()
     def update(self, density: float, drop_fraction: float, states: OptimizerStates, update: int) -> float:

@@ -20,11 +20,11 @@ from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._state_entries import Path, state_entries
 from lightning_estdgm.engine._state_rules import Constant, StateRule, Strided, copies_weight, oriented
-from lightning_estdgm.engine._state_trial import StateUnknownError, TrialFailedError, fresh_state_rules
+from lightning_estdgm.engine._state_trial import StateUnknownError, TrialFailedError, fresh_state_rules, keeps_more
 from lightning_estdgm.method._masks import expand_mask
 
-Rules = dict[tuple[str, Path], StateRule]
-"""Rules by the class of the optimizer that keeps the entry, and the entry's place in it."""
+Rules = dict[tuple[int, Path], StateRule]
+"""Rules by the id of the optimizer that keeps the entry, of which there may be several of one class, and its place."""
 
 
 class OptimizerStates:
@@ -81,26 +81,35 @@ class OptimizerStates:
             before: mask before the update, from which units are known that have had no gradient.
 
         """
-        for name, path, state in self.entries(weight):
-            rule = self._rules.get(id(weight.parameter), {}).get((name, path))
+        for optimizer, path, state in self.entries(weight):
+            rule = self._rules.get(id(weight.parameter), {}).get((id(optimizer), path))
             if rule is None:
-                rule = self._observed(f"{name}.{'.'.join(path)}", state, weight, before)
+                entry = f"{type(optimizer).__name__}.{'.'.join(path)}"
+                rule = self._observed(entry, state, weight, before)
             if rule is not None:
                 rule.reset_(state, weight, units)
         for state, strided in self._strided(weight):
             strided.reset_(state, weight, units)
 
     @torch.no_grad()
-    def follow_drawn_(self, weight: MaskedWeight) -> None:
-        """Bring state that exists already in line with a mask just drawn, for which weights were zeroed and scaled."""
-        every = torch.ones_like(weight.mask)
+    def follow_drawn_(self, weight: MaskedWeight, scale: float) -> None:
+        """Bring state that exists already in line with a mask just drawn: copies of kept weights are scaled as these.
+
+        Args:
+            weight: weight, with its new values.
+            scale: factor by which it was scaled. A packed weight may have been loaded anew: its copies are made anew.
+
+        """
         known: list[tuple[Tensor, StateRule | None]] = [
-            (state, self._rules.get(id(weight.parameter), {}).get((name, path)))
-            for name, path, state in self.entries(weight)
+            (state, self._rules.get(id(weight.parameter), {}).get((id(optimizer), path)))
+            for optimizer, path, state in self.entries(weight)
         ]
         for state, rule in [*known, *self._strided(weight)]:
             if rule is not None:
-                rule.reset_(state, weight, every if copies_weight(rule) else ~weight.mask)
+                keeps = weight.inactive.stored or not copies_weight(rule)
+                if copies_weight(rule) and scale != 1:
+                    local_tensor(state).detach().mul_(scale)
+                rule.reset_(state, weight, ~weight.mask if keeps else torch.ones_like(weight.mask))
 
     def forget_curvature(self) -> None:
         """Clear the history of L-BFGS, whose differences of gradients are those of other weights after an update."""
@@ -108,9 +117,9 @@ class OptimizerStates:
             if isinstance(optimizer, LBFGS):
                 optimizer.state.clear()
 
-    def fresh_value(self, weight: MaskedWeight, kind: str, name: str) -> float:
+    def fresh_value(self, weight: MaskedWeight, optimizer: Optimizer, name: str) -> float:
         """Return the number that a fresh parameter has in an entry of ``optimizer.state``; 0 where there is no one."""
-        rule = self._rules.get(id(weight.parameter), {}).get((kind, ("state", name)))
+        rule = self._rules.get(id(weight.parameter), {}).get((id(optimizer), ("state", name)))
         return rule.value if isinstance(rule, Constant) else 0.0
 
     # ------------------------------------------------------------------
@@ -120,18 +129,17 @@ class OptimizerStates:
         found = [inner for optimizer in self.optimizers for inner in nested_optimizers(optimizer)]
         return list({id(optimizer): optimizer for optimizer in found}.values())
 
-    def entries(self, weight: MaskedWeight) -> Iterator[tuple[str, Path, Tensor]]:
+    def entries(self, weight: MaskedWeight) -> Iterator[tuple[Optimizer, Path, Tensor]]:
         """Yield each tensor once, by a place with a rule if any: a wrapper may hold the state of what it wraps."""
         rules = self._rules.get(id(weight.parameter), {})
-        found: dict[int, tuple[str, Path, Tensor]] = {}  # by id; kept, as ids of gone ones are used again
+        found: dict[int, tuple[Optimizer, Path, Tensor]] = {}  # by id; kept, as ids of gone ones are used again
         for optimizer in self._every:
             if isinstance(optimizer, LBFGS):
                 continue
-            name = type(optimizer).__name__
             for path, state in state_entries(optimizer, weight.parameter):
                 known = found.get(id(state))
-                if known is None or (known[:2] not in rules and (name, path) in rules):
-                    found[id(state)] = name, path, state
+                if known is None or ((id(known[0]), known[1]) not in rules and (id(optimizer), path) in rules):
+                    found[id(state)] = optimizer, path, state
         yield from found.values()
 
     def _strided(self, weight: MaskedWeight) -> Iterator[tuple[Tensor, Strided]]:
@@ -140,13 +148,12 @@ class OptimizerStates:
         if not any(isinstance(rule, Strided) for rule in rules.values()):
             return
         for optimizer in self._every:
-            name = type(optimizer).__name__
             for path, state in state_entries(optimizer, weight.parameter, shorter=True):
-                rule = rules.get((name, path))
+                rule = rules.get((id(optimizer), path))
                 if isinstance(rule, Strided) and rule.fits(state, weight):
                     yield state, rule
                 elif isinstance(rule, Strided):
-                    self._warn_of_kept(f"{name}.{'.'.join(path)}", weight)
+                    self._warn_of_kept(f"{type(optimizer).__name__}.{'.'.join(path)}", weight)
 
     def _tried(self, optimizer: Optimizer, weight: MaskedWeight, changes_masks: bool) -> Rules:
         if local_tensor(weight.parameter).numel() < 2 or any(
@@ -158,7 +165,7 @@ class OptimizerStates:
             if _group_of(candidate, weight.parameter) is None:
                 continue
             try:
-                return fresh_state_rules(candidate, weight.parameter)
+                rules = fresh_state_rules(candidate, weight.parameter)
             except TrialFailedError as error:
                 failures.append(f"{type(candidate).__name__}: {error}")
             except StateUnknownError as error:
@@ -171,10 +178,23 @@ class OptimizerStates:
                     "grown. Exclude the layers that this optimizer holds (Selection(exclude=...)), or take a schedule "
                     "whose masks do not change"
                 ) from error
+            else:
+                if changes_masks and keeps_more(candidate, weight.parameter, rules):
+                    self._warn(
+                        f"{type(candidate).__name__} keeps state of layer {weight.name!r} in a place that is not "
+                        "searched: it stays as it is where weights are dropped or grown. Have the optimizer keep it by "
+                        "parameter, as optimizer.state[parameter][name], in the parameter's shape"
+                    )
+                return {
+                    (id(inner), path): rule
+                    for inner in nested_optimizers(candidate)
+                    for (kind, path), rule in rules.items()
+                    if kind == type(inner).__name__
+                }
         if failures and changes_masks:
             self._warn(
                 f"could not try {failures[0]}. What its state is for a fresh parameter is read from weights that have "
-                "had no gradient, at the first mask update"
+                "had no gradient, at the first mask update; what is not kept by parameter stays"
             )
         return {}
 

@@ -15,8 +15,8 @@ from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.modules._later_whole import plain
 from lightning_estdgm.modules._own_hook import OwnHook
 
-Fill = Callable[[MaskedWeight, str, str], float]
-"""Number that an optimizer's state has outside the mask, by weight, the optimizer's class and the entry's name."""
+Fill = Callable[[MaskedWeight, Optimizer, str], float]
+"""Number that an optimizer's state has outside the mask, by weight, the optimizer and the entry's name."""
 
 
 class PackedStates:
@@ -76,7 +76,7 @@ class PackedStates:
         if value.shape != weight.parameter.shape:
             return value
         packing: Any = weight.candidate.module._estdgm_packing
-        return packing.saved(value, self._fill(weight, type(optimizer).__name__, name))
+        return packing.saved(value, self._fill(weight, optimizer, name))
 
     def _pack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         weights = {index: weight for index, weight, _ in self._held(optimizer, state_dict)}

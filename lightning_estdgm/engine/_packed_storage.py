@@ -178,8 +178,8 @@ class PackedStorage:
     def states_of(self, weight: MaskedWeight) -> Iterator[tuple[str, Tensor]]:
         """Yield the state entries of a weight that have an element for each of its."""
         if self._states is not None:
-            for name, path, entry in self._states.entries(weight):
-                yield f"{name}.{'.'.join(path)}", entry
+            for optimizer, path, entry in self._states.entries(weight):
+                yield f"{type(optimizer).__name__}.{'.'.join(path)}", entry
 
     def pack_loaded_states(self, weight: MaskedWeight) -> None:
         """Pack the state of a weight that an optimizer has loaded whole."""
@@ -219,9 +219,9 @@ class PackedStorage:
                     if id(weight.parameter) not in held:
                         continue
                     like = _like(weight)
-                    key = (id(optimizer), index, like.shape, like.dtype, like.device)
+                    key = (id(optimizer), index, like.shape, weight.shape, like.dtype, like.device)
                     if key not in known:
-                        known[key] = why_not_by_element(optimizer, index, like)
+                        known[key] = why_not_by_element(optimizer, index, like, weight.shape)
                     if known[key]:
                         raise ValueError(
                             f"layer {weight.name!r} cannot be stored packed under {type(optimizer).__name__}: "

@@ -16,27 +16,40 @@ A vector of fewer elements is looked at where one of its length is a copy of eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_estdgm.distributed._collectives import local_tensor
+from lightning_estdgm.distributed.adapters.whole import Whole
 from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
 from lightning_estdgm.engine._optimizer_trial import apart_from_the_run, remade, trial_optimizer
+from lightning_estdgm.engine._placement import Placement, WholeWeight
+from lightning_estdgm.engine._rate_trial import set_rate
 from lightning_estdgm.engine._state_entries import Path, state_entries
 from lightning_estdgm.engine._state_rules import Constant, CopyOfWeight, Kept, Requantised, StateRule, Strided
 
+if TYPE_CHECKING:
+    from lightning_estdgm.engine._masked_weight import MaskedWeight
+
 _STEPS = (3, 12)  # of a trial, and of one more if an entry is the same everywhere after the first
 _ROUNDING = 0.02  # relative error of copies in bfloat16 or after weight decay
+_HISTORY = 3  # steps before a reset that is compared
+_RATE = 2.0**-10  # of the step after it, where the run's own is 0, as where it is warmed up
+_EXACT, _APART = 1e-6, 0.02  # differences of moves, as shares of the largest, up to which and from which on they count
 _REQUANTISED = 0.15  # largest error of a 4-bit state that is written back, as a share of its largest value
 
 _MIXED = Kept("its elements mix the gradients of several weights")
 _TABLE = Kept("it depends on neither weights nor gradients")
 _CHOICE = Kept("it says which weights have state")
+
+
+_T = TypeVar("_T")
 
 
 class TrialFailedError(Exception):
@@ -95,6 +108,34 @@ def fresh_state_rules(optimizer: Optimizer, parameter: Tensor) -> dict[tuple[str
         if not any(entry.is_uniform for key, entry in still.items() if key not in rules):
             break
     return rules
+
+
+def keeps_more(optimizer: Optimizer, parameter: Tensor, rules: Mapping[tuple[str, Path], StateRule]) -> bool:
+    """Return whether an optimizer keeps state of a parameter that a reset by these rules leaves as it is.
+
+    Such state is kept where it is not looked for, as in one flat vector of all parameters. It shows in the step after a
+    reset, which is then another than that of elements which begin anew. Where that step depends on other elements, or
+    the rules keep entries, nothing is compared.
+
+    Args:
+        optimizer: optimizer of the run, or a wrapper of one; left as it is.
+        parameter: parameter that it holds.
+        rules: result of `fresh_state_rules`.
+
+    """
+    if any(isinstance(rule, Kept) for rule in rules.values()):
+        return False
+    trials = _Trials(optimizer, parameter)
+    try:
+        fresh = [trials.moves(seed) for seed in (0, 1)]
+        size = max(part.abs().max().item() for part in fresh[0])
+        return any(
+            _largest(one - other) <= _EXACT * size
+            and all(_largest(one - trials.moves(seed, rules)[part]) > _APART * size for seed in (0, 1))
+            for part, (one, other) in enumerate(zip(*fresh, strict=True))
+        )
+    except TrialFailedError:
+        return False
 
 
 def _shared(still: _Entry, moving: _Entry, other: _Entry | None, name: str) -> StateRule:
@@ -169,6 +210,20 @@ class _Trials:
             seed: seed of the gradients.
 
         """
+        return self._first_way(lambda make, closure: self._run(make, closure, steps, quiet_weights, seed))
+
+    def moves(self, seed: int, rules: Mapping[tuple[str, Path], StateRule] | None = None) -> tuple[Tensor, Tensor]:
+        """Return how far elements go in the step in which they begin: without a gradient, and with one.
+
+        Args:
+            seed: seed of the gradients before that step, and of other elements in it.
+            rules: rules by which they are reset, after steps with gradients; ``None``: they have had none.
+
+        """
+        return self._first_way(lambda make, closure: self._moves(make, closure, seed, rules))
+
+    def _first_way(self, run: Callable[[Callable[..., Any], bool], _T]) -> _T:
+        """Return the result of a run in the first way that works."""
         ways = [self._way] if self._way else list(product((_added, _emptied, _remade), (False, True)))
         failure: Exception | None = None
         device = local_tensor(self._parameter).device
@@ -176,12 +231,12 @@ class _Trials:
             try:
                 with apart_from_the_run(device):
                     torch.manual_seed(0)
-                    entries = self._run(make, closure, steps, quiet_weights, seed)
+                    result = run(make, closure)
             except Exception as error:  # whatever an optimizer that is not ours may raise
                 failure = failure or error
                 continue
             self._way = (make, closure)
-            return entries
+            return result
         raise TrialFailedError(f"{type(failure).__name__}: {failure}") from failure
 
     def _run(
@@ -214,6 +269,61 @@ class _Trials:
                     entry = _Entry(vector, quiet, before, after, strides[len(vector)])
                     entries.setdefault((type(inner).__name__, path), entry)
         return entries
+
+    def _moves(
+        self, make: Callable[..., Any], closure: bool, seed: int, rules: Mapping[tuple[str, Path], StateRule] | None
+    ) -> tuple[Tensor, Tensor]:
+        real = local_tensor(self._parameter).detach()
+        generator = torch.Generator(real.device).manual_seed(7)
+        begin, quiet = torch.rand(2, *real.shape, generator=generator, device=real.device) < 0.5
+        for mask in (begin, quiet):
+            mask.view(-1)[0], mask.view(-1)[-1] = True, False
+        begin.view(-1)[1], quiet.view(-1)[1] = True, False
+        weight = nn.Parameter(torch.empty_like(real).copy_(_spread(real.shape, generator)))
+        first = _spread(real.shape, generator).masked_fill_(quiet, 0)
+        trial = make(self._optimizer, self._parameter, weight)
+        gradients = torch.Generator(real.device).manual_seed(100 + seed)
+        for _ in range(_HISTORY):
+            gradient = _spread(real.shape, gradients)
+            if rules is None:
+                gradient.masked_fill_(begin, 0)
+                weight.detach().masked_fill_(begin, 0)
+            _step(trial, weight, torch.empty_like(weight).copy_(gradient).detach(), closure)
+        weight.detach().masked_fill_(begin, 0)
+        if rules is not None:
+            _reset_(trial, weight, begin, rules)
+        for group in (group for inner in nested_optimizers(trial) for group in inner.param_groups):
+            if isinstance(group.get("lr"), int | float | Tensor) and group["lr"] == 0:
+                set_rate(group, _RATE)
+        gradient = torch.where(begin, first, _spread(real.shape, gradients))
+        _step(trial, weight, torch.empty_like(weight).copy_(gradient).detach(), closure)
+        moved = weight.detach().double()
+        return moved[begin & quiet], moved[begin & ~quiet]
+
+
+@dataclass
+class _StandIn:
+    """A throw-away parameter in the place of a masked weight, for `StateRule.reset_`."""
+
+    parameter: nn.Parameter
+    shard: Whole
+    placement: Placement
+
+    @property
+    def weight(self) -> Tensor:
+        return self.parameter.detach()
+
+
+def _reset_(trial: Any, weight: nn.Parameter, units: Tensor, rules: Mapping[tuple[str, Path], StateRule]) -> None:
+    shard = Whole(weight)
+    stand_in = cast("MaskedWeight", _StandIn(weight, shard, WholeWeight(shard, 1)))
+    for inner in nested_optimizers(trial):
+        kind = type(inner).__name__
+        for path, state in state_entries(inner, weight):
+            rules[kind, path].reset_(state, stand_in, units)  # raises where nothing is known of an entry
+        for path, state in state_entries(inner, weight, shorter=True):
+            if isinstance(rule := rules.get((kind, path)), Strided):
+                rule.reset_(state, stand_in, units)
 
 
 def _stride(vector: Tensor, weights: Tensor) -> int:
@@ -276,6 +386,10 @@ def _remade(optimizer: Optimizer, parameter: Any, weight: nn.Parameter) -> Any:
 
 def _small(like: Tensor) -> nn.Parameter:
     return nn.Parameter(torch.ones(2, 2, dtype=like.dtype, device=like.device))
+
+
+def _largest(difference: Tensor) -> float:
+    return difference.abs().max().item()
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

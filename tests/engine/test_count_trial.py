@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from helpers.counting_optimizers import CountedAverage
 from helpers.default_device import set_default_device
+from lightning_estdgm.engine import _count_trial
 from lightning_estdgm.engine._count_trial import SETTLED, UnitCounts, unit_counts
 
 
@@ -66,6 +68,44 @@ def test_state_that_a_count_changes_is_of_their_own():
     found = counts(CountedAverage)
     assert 20 < found.lifetime < 1_500
     assert found.own_state
+
+
+class Configured(torch.optim.Adam):
+    """Takes its betas from a setting of its own, kept as `keep` makes it."""
+
+    def __init__(self, params, b2, keep):
+        super().__init__(params, 1e-3)
+        self.config = keep(b2)
+
+    def step(self, closure=None):
+        kept = self.config
+        b2 = kept["b2"] if isinstance(kept, dict) else kept.b2 if isinstance(kept, SimpleNamespace) else kept[0]
+        self.param_groups[0]["betas"] = 0.9, float(b2)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [lambda b2: {"b2": b2}, lambda b2: [b2], lambda b2: SimpleNamespace(b2=b2), lambda b2: (torch.tensor(b2),)],
+    ids=["dict", "list", "object", "tensor"],
+)
+def test_settings_of_every_kind_count(keep):
+    short, long = (counts(lambda p, b2=b2: Configured(p, b2, keep)) for b2 in (0.95, 0.999))
+    assert (short.lifetime, long.lifetime) == (
+        pytest.approx(adam_lifetime(0.9, 0.95), abs=1),
+        pytest.approx(adam_lifetime(0.9, 0.999), abs=1),
+    )
+
+
+@pytest.mark.parametrize("keep", [lambda b2: {"b2": b2}, lambda b2: SimpleNamespace(b2=b2)], ids=["dict", "object"])
+def test_an_optimizer_is_tried_once(keep, monkeypatch):
+    parameter = nn.Parameter(torch.ones(16, 16))
+    optimizer = Configured([parameter], 0.93, keep)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    found = unit_counts(optimizer, 0, parameter)
+    monkeypatch.setattr(_count_trial, "_tried", None)
+    optimizer.param_groups[0]["lr"] = 0.5
+    assert unit_counts(optimizer, 0, parameter) == found
 
 
 NOT_NEEDED = {

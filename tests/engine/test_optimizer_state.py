@@ -2,20 +2,35 @@
 
 import copy
 from collections import deque
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from helpers.controller_runs import BLOCKS, STEPS, WEIGHTS, adamw, batch, constant, fit, loss_of, run, saved
+from helpers.controller_runs import (
+    BLOCKS,
+    STEPS,
+    WEIGHTS,
+    adamw,
+    batch,
+    constant,
+    equal,
+    fit,
+    full_masks,
+    loss_of,
+    run,
+    saved,
+)
 from helpers.masked_weights import numbered
 from lightning_estdgm.config import DGMConfig, Units
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._optimizer_state import OptimizerStates
 from lightning_estdgm.engine._state_entries import state_entries
 from lightning_estdgm.engine._state_rules import Constant, CopyOfWeight, Kept, Requantised, Strided
-from lightning_estdgm.engine._state_trial import StateUnknownError, TrialFailedError, fresh_state_rules
+from lightning_estdgm.engine._state_trial import StateUnknownError, TrialFailedError, fresh_state_rules, keeps_more
 from lightning_estdgm.method._schedules import EstDgm
+from lightning_estdgm.presets import preset
 
 
 class Custom(torch.optim.SGD):
@@ -329,6 +344,42 @@ def test_copies_follow_the_first_mask_and_every_update(mlp, make, entry):
     assert dgm.density == pytest.approx(0.1, abs=0.01)
 
 
+def test_a_first_mask_that_drops_nothing_leaves_copies_as_they_are(mlp):
+    ends = []
+    for masked in (True, False):
+        model = mlp(32, 32, 32, 4)
+        optimizer = Look(model.parameters())
+        if masked:
+            config = replace(WEIGHTS, schedule=constant(1.0))
+            with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:  # masks are drawn after a step
+                run(model, optimizer, dgm)
+                assert dgm.masks()
+        else:
+            for step in range(STEPS):
+                optimizer.zero_grad()
+                loss_of(model, batch(step, 32)).backward()
+                optimizer.step()
+        ends.append(model)
+    assert equal(*ends)
+
+
+@pytest.mark.parametrize(("entry", "settings"), [("slow", WEIGHTS), ("slow", BLOCKS), ("first_sliced", WEIGHTS)])
+def test_copies_of_kept_weights_are_scaled_as_these_when_the_first_mask_is_drawn(mlp, entry, settings):
+    model = mlp(32, 64, 64, 4)
+    optimizer = (Look if entry == "slow" else Sliced)(model.parameters())
+    weight, stride = model[2].weight, 1 if entry == "slow" else 3
+    with DGMController(model, optimizer, settings, total_steps=STEPS) as dgm:
+        for _ in fit(model, optimizer, dgm, last=1):
+            pass
+        active = full_masks(dgm)["2"]
+        assert 0 < active.sum() < active.numel()
+        scale = dgm.layer_densities()["2"] ** -0.5
+    untouched = mlp(32, 64, 64, 4)[2].weight.detach()  # of which there is a copy from before the step
+    assert not torch.equal(untouched * scale * active, weight)
+    expected = (untouched * scale * active).flatten()[::stride]
+    assert torch.equal(optimizer.state[weight][entry].flatten(), expected)
+
+
 @pytest.mark.parametrize("settings", [WEIGHTS, BLOCKS], ids=["weights", "blocks"])
 @pytest.mark.parametrize("first", ["masks", "state"])
 def test_state_of_one_in_three_weights_is_that_part_of_the_whole_state(mlp, settings, first):
@@ -366,12 +417,74 @@ def test_a_run_is_refused_at_its_start_by_the_name_of_optimizer_and_entry(mlp):
 
 
 def test_a_schedule_without_mask_updates_runs_with_any_state(mlp):
-    from lightning_estdgm import preset
-
     model = mlp(32, 32, 32, 4)
     optimizer = Unknown(model.parameters())
     with DGMController(model, optimizer, preset("static", density=0.5), total_steps=STEPS, audit=False) as dgm:
         run(model, optimizer, dgm)
+
+
+class InOneVector(Custom):
+    """Keeps a sum of gradients and of their squares, of all parameters in one vector each."""
+
+    def __init__(self, params, lr=0.01, momentum=True):
+        super().__init__(params, lr)
+        size = sum(p.numel() for group in self.param_groups for p in group["params"])
+        self.momentum, self.sums, self.squares = momentum, torch.zeros(size), torch.zeros(size)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        start = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                part, start = slice(start, start + p.numel()), start + p.numel()
+                sums, squares = self.sums[part].view_as(p), self.squares[part].view_as(p)
+                sums.mul_(0.9 if self.momentum else 0.0).add_(p.grad)
+                squares.addcmul_(p.grad, p.grad)
+                p.addcdiv_(sums, squares.sqrt() + 1e-8, value=-group["lr"])
+
+
+@pytest.mark.parametrize("lr", [0.01, 0.0])
+@pytest.mark.parametrize("momentum", [True, False])
+def test_state_in_a_place_that_is_not_searched_is_kept_and_said(mlp, lr, momentum):
+    model = mlp(32, 32, 32, 4)
+    optimizer = InOneVector(model.parameters(), lr, momentum=momentum)
+    message = r"InOneVector keeps state of layer '0' in a place that is not searched: it stays.*optimizer\.state"
+    with pytest.warns(RuntimeWarning, match=message) as caught:
+        dgm = DGMController(model, optimizer, WEIGHTS, total_steps=STEPS, audit=False)
+    dgm.close()
+    assert len(caught) == 1
+    static = preset("static", density=0.5)  # masks do not change, so nothing is said
+    DGMController(model, optimizer, static, total_steps=STEPS, audit=False).close()
+
+
+@pytest.mark.parametrize("lr", [1e-2, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, nesterov=True, weight_decay=0.1),
+        lambda p, lr: torch.optim.AdamW(p, lr, amsgrad=True),
+        torch.optim.Rprop,
+        lambda p, lr: torch.optim.Adagrad(p, lr, initial_accumulator_value=0.5),
+        lambda p, lr: torch.optim.RMSprop(p, lr, momentum=0.5, centered=True),
+        torch.optim.Adafactor,  # its steps depend on other elements
+        torch.optim.Muon,
+        Master,
+        Look,
+        Sliced,
+        Rotated,
+        Statistics,
+        Outside,
+        Queue,
+    ],
+)
+def test_an_optimizer_whose_state_is_found_keeps_no_more(make, dtype, lr):
+    weight = weight_of(dtype=dtype)
+    optimizer = make([weight], lr)
+    before = copy.deepcopy(optimizer.state_dict()), weight.detach().clone()
+    assert not keeps_more(optimizer, weight, fresh_state_rules(optimizer, weight))
+    assert str(optimizer.state_dict()) == str(before[0])
+    assert torch.equal(weight, before[1])
 
 
 class Handle:
@@ -429,6 +542,31 @@ def test_a_choice_of_weights_stays_as_it_is(mlp):
         state = optimizer.state[p]
         assert torch.equal(state["mask"], mask)
         assert state["exp_avg"].numel() == mask.sum()
+
+
+@pytest.mark.parametrize(
+    "settings", [WEIGHTS, replace(WEIGHTS, backend="auto", storage="packed")], ids=["dense", "packed"]
+)
+def test_each_of_two_optimizers_of_one_class_over_the_same_weights_has_its_own_values(mlp, settings):
+    model = mlp(32, 32, 32, 4)
+    starts = (0.25, 2.0)
+    pair = [torch.optim.Adagrad(model.parameters(), 0.01, initial_accumulator_value=start) for start in starts]
+    with DGMController(model, pair, settings, total_steps=STEPS, audit=False) as dgm:
+        old = dgm.masks()["0"]
+        for step in range(STEPS):
+            optimizer = pair[step % 2]
+            optimizer.zero_grad()
+            loss_of(model, batch(step, 32)).backward()
+            dgm.mask_gradients()
+            optimizer.step()
+            if dgm.advance():
+                changed = old ^ dgm.masks()["0"]
+                for each, start in zip(pair, starts, strict=True):
+                    sums = each.state_dict()["state"][0]["sum"]
+                    assert changed.any()
+                    assert sums[changed].eq(start).all()
+                old = dgm.masks()["0"]
+    assert dgm.updates > 2
 
 
 class Sharing(torch.optim.Optimizer):

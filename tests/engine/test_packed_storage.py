@@ -632,6 +632,23 @@ class InBlocksIfLarger(InBlocks):
     least = 8192
 
 
+class FactoredIfLarge(torch.optim.SGD):
+    """Keeps sums of squares, of matrices from 16 x 16 on by row and column alone."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state, square = self.state[p], p.grad.square()
+                if p.dim() == 2 and min(p.shape) >= 16:
+                    rows = state.setdefault("rows", torch.zeros(len(p), 1)).add_(square.mean(1, keepdim=True))
+                    columns = state.setdefault("columns", torch.zeros(1, p.shape[1])).add_(square.mean(0, keepdim=True))
+                    sums = rows * columns / rows.mean()
+                else:
+                    sums = state.setdefault("sums", torch.zeros_like(p)).add_(square)
+                p.sub_(p.grad / (sums.sqrt() + 1e-8), alpha=group["lr"])
+
+
 def of_library(name, **settings):
     return lambda model: getattr(pytest.importorskip("pytorch_optimizer"), name)(model.parameters(), 1e-3, **settings)
 
@@ -641,12 +658,21 @@ def of_library(name, **settings):
     [
         (lambda model: InBlocks(model.parameters(), 1e-3), "InBlocks keeps a state 'scales'"),
         (lambda model: InBlocksIfLarger(model.parameters(), 1e-3), "InBlocksIfLarger keeps a state 'scales'"),
+        (lambda model: FactoredIfLarge(model.parameters(), 1e-3), "FactoredIfLarge keeps a state 'rows'"),
         (of_library("FlashAdamW"), "FlashAdamW keeps a state 'exp_avg::scales'"),
         (of_library("SaRA"), "SaRA keeps a state 'exp_avg'"),
         (of_library("AdaShift"), "AdaShift keeps a state 'exp_avg_sq' that is one number for the whole weight"),
         (of_library("ScalableShampoo"), "ScalableShampoo could not be tried .RuntimeError"),
     ],
-    ids=["codes", "codes of larger weights", "FlashAdamW", "SaRA", "AdaShift", "ScalableShampoo"],
+    ids=[
+        "codes",
+        "codes of larger weights",
+        "factors of larger weights",
+        "FlashAdamW",
+        "SaRA",
+        "AdaShift",
+        "ScalableShampoo",
+    ],
 )
 def test_state_that_cannot_follow_single_weights_is_refused_at_the_start(mlp, make, why):
     model = mlp(32, 256, 128, 4)
