@@ -17,7 +17,7 @@ from lightning_estdgm.modules._hugging_face_experts import (
     is_hugging_face,
     why_dense,
 )
-from lightning_estdgm.modules._kinds import LayerKind, own_class
+from lightning_estdgm.modules._kinds import LayerKind, own_class, tokens
 
 _COUNTS = ("num_experts", "n_experts", "num_local_experts", "n_routed_experts", "num_routed_experts")
 _CHOSEN = ("top_k", "num_experts_per_tok", "num_experts_per_token", "experts_per_token")
@@ -130,6 +130,5 @@ def _routed_tokens(module: Any, args: tuple[Any, ...], output: Any) -> int:
             and given.element_size() > 1
         ):
             return given.numel()
-    out = output[0] if isinstance(output, tuple) else output
     chosen = next((n for n in (getattr(module, a, None) for a in _CHOSEN) if type(n) is int and n > 0), 1)
-    return out.numel() // out.shape[-1] * chosen
+    return tokens(module, args, output) * chosen

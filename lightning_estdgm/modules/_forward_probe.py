@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_estdgm.modules._candidates import Candidate
-from lightning_estdgm.modules._kinds import as_images
+from lightning_estdgm.modules._kinds import activations, as_images
 
 
 def is_channels_last(tensor: Tensor) -> bool:
@@ -60,11 +61,15 @@ class ForwardProbe:
         """Note one forward."""
         if torch.compiler.is_compiling():
             return
+        with contextlib.suppress(Exception):  # a forward of the user's own may return anything: then no more is known
+            self._note(module, args, output)
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.positions = max(1, self._count(module, args, output))
-        out = output[0] if isinstance(output, tuple) else output
+        out = activations((output, args))[0]
         self.dtype = out.dtype
         if self._is_stack and torch.is_autocast_enabled(out.device.type):  # whose outputs are cast back
             self.dtype = torch.get_autocast_dtype(out.device.type)
         if self._sees_images and args:  # not where the input was passed by name
             batch, _, height, width = as_images(module, args[0]).shape
-            self.image = Image(max(1, batch), height, width, is_channels_last(as_images(module, output)))
+            self.image = Image(max(1, batch), height, width, is_channels_last(as_images(module, out)))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from helpers import models
+from helpers.expert_models import BmmExperts
 from helpers.models import (
     GAN,
     MLP,
@@ -602,6 +603,79 @@ def test_flops_know_how_often_each_weight_is_used(cls: Any) -> None:
     expected = {"MLP": {8}, "ConvNet": {4, 4 * 36, 4 * 16}, "Encoder": {10}}[cls.__name__]
     assert uses.keys() == {d.name for d in callback.decisions()}
     assert set(uses.values()) == expected
+
+
+FORMS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "tensor": (lambda y: y, lambda got: got),
+    "list": (lambda y: [y, y.mean()], lambda got: got[0]),
+    "dict": (lambda y: {"mask": y > 0, "y": y}, lambda got: got["y"]),
+    "loss first": (lambda y: (y.square().mean(), y), lambda got: got[1]),
+}
+LAYERS: dict[str, tuple[Any, ...]] = {
+    "linear": (nn.Linear, (32, 32)),
+    "convolution": (nn.Conv2d, (8, 8, 3, 1, 1), nn.Unflatten(1, (8, 2, 2)), nn.Flatten()),
+    "transposed": (nn.ConvTranspose2d, (8, 8, 3, 1, 1), nn.Unflatten(1, (8, 2, 2)), nn.Flatten()),
+    "experts": (BmmExperts, (4, 32, 32), nn.Identity(), nn.Flatten(0, 1)),
+}
+
+
+class Apply(nn.Module):
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, given: Any) -> Any:
+        return self.function(given)
+
+
+class Returning(models.Task):
+    """Has a layer whose own forward returns its output in some form."""
+
+    def __init__(self, layer: str, form: str) -> None:
+        super().__init__()
+        cls, sizes, *(before, after) = *LAYERS[layer], *[nn.Identity()] * (4 - len(LAYERS[layer]))
+        put, take = FORMS[form]
+        own = type("Own", (cls,), {"forward": lambda self, x: put(cls.forward(self, x))})
+        self.net = nn.Sequential(nn.Linear(16, 32), before, own(*sizes), Apply(take), after, nn.Linear(32, 1))
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.mse_loss(self.net(batch[0]).squeeze(-1), batch[1])
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_may_return_its_output_in_any_form(layer: str) -> None:
+    ends = {}
+    for form in FORMS:
+        pl.seed_everything(0, verbose=False)
+        module, callback = Returning(layer, form), DGMCallback(DGMConfig(units=Units(size=1), backend="dense"))
+        make_trainer(callback, max_epochs=1).fit(module, TinyMLP.batches(24))
+        assert_final(module, callback)
+        assert any(name.startswith("net.2") for name in callback.masks())
+        ends[form] = module.state_dict(), callback.state_dict()["positions"], callback.flops_ratio
+    for weights, positions, flops in ends.values():
+        assert (positions, flops) == ends["tensor"][1:]
+        assert all(torch.equal(weights[name], weight) for name, weight in ends["tensor"][0].items())
+
+
+class LossHead(nn.Linear):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        return F.mse_loss(super().forward(x).squeeze(-1), y)
+
+
+class EndsInItsLoss(TinyMLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[-1] = LossHead(16, 1)
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return self.net[-1](self.net[:-1](batch[0]), batch[1])
+
+
+def test_a_head_may_return_its_loss() -> None:
+    module, callback = EndsInItsLoss(), DGMCallback()
+    make_trainer(callback, max_epochs=1).fit(module, TinyMLP.batches(24))
+    assert_final(module, callback)
+    assert callback.state_dict()["positions"] == {"net.0": 8, "net.2": 8, "net.4": 8}
 
 
 # --------------------------------------------------------------------------- torch.compile

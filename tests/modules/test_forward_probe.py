@@ -29,3 +29,30 @@ def test_a_probe_sees_what_a_layer_is_given(module, x, positions, image):
     module.register_forward_hook(probe)
     module(x)
     assert (probe.positions, probe.dtype, probe.image) == (positions, torch.float32, image)
+
+
+@pytest.mark.parametrize(
+    ("module", "x", "output", "positions"),
+    [
+        (nn.Linear(4, 8), torch.randn(5, 3, 4), torch.tensor(1.0), 15),  # the head's loss
+        (nn.Linear(4, 8), torch.randn(5, 3, 4), (torch.arange(9), {"y": [torch.randn(7, 2)]}), 7),
+        (nn.Conv2d(4, 8, 3, padding=1), torch.randn(5, 4, 9, 7), torch.tensor(1.0), 5 * 9 * 7),
+        (nn.Conv2d(4, 8, 3), torch.randn(5, 4, 9, 7), (torch.randn(5, 8, 7, 5), torch.ones(5, 1, 7, 5)), 5 * 7 * 5),
+        (nn.Linear(4, 8), torch.randn(5, 3, 4), torch.randn(5, 0), 0),
+        (nn.Linear(4, 8), "words", None, 0),
+    ],
+)
+def test_a_probe_never_fails_whatever_a_forward_of_ones_own_returns(module, x, output, positions):
+    probe = ForwardProbe(candidate(module))
+    probe(module, (x,), output)
+    assert probe.positions == positions
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_probe_counts_the_rows_of_nested_tensors(layout):
+    module = nn.Linear(4, 8)
+    probe = ForwardProbe(candidate(module))
+    module.register_forward_hook(probe)
+    module(torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(7, 4)], layout=layout))
+    assert (probe.positions, probe.dtype) == (10, torch.float32)
