@@ -117,13 +117,13 @@ def _kind(own: str, experts: int, **settings: Any) -> LayerKind:
     )
 
 
-def _routed_tokens(module: Any, args: tuple[Any, ...], output: Any) -> int:
+def _routed_tokens(module: Any, inputs: tuple[Any, ...], output: Any) -> int:
     """Return the number of pairs of a token and an expert that it was sent to.
 
     By the indices of the chosen experts if the module is given any (a tensor of integers); otherwise by its output and
     the number of experts that it says it chooses for a token, or 1.
     """
-    for given in args:
+    for given in inputs:
         if (
             isinstance(given, Tensor)
             and not (given.is_floating_point() or given.is_complex())
@@ -131,4 +131,4 @@ def _routed_tokens(module: Any, args: tuple[Any, ...], output: Any) -> int:
         ):
             return given.numel()
     chosen = next((n for n in (getattr(module, a, None) for a in _CHOSEN) if type(n) is int and n > 0), 1)
-    return tokens(module, args, output) * chosen
+    return tokens(module, inputs, output) * chosen

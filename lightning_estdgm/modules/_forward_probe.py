@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,19 +58,19 @@ class ForwardProbe:
         self.dtype: torch.dtype | None = None
         self.image: Image | None = None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Note one forward."""
         if torch.compiler.is_compiling():
             return
         with contextlib.suppress(Exception):  # a forward of the user's own may return anything: then no more is known
-            self._note(module, args, output)
+            self._note(module, (*args, *kwargs.values()), output)
 
-    def _note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.positions = max(1, self._count(module, args, output))
-        out = activations((output, args))[0]
+    def _note(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self.positions = max(1, self._count(module, inputs, output))
+        out = activations((output, inputs))[0]
         self.dtype = out.dtype
         if self._is_stack and torch.is_autocast_enabled(out.device.type):  # whose outputs are cast back
             self.dtype = torch.get_autocast_dtype(out.device.type)
-        if self._sees_images and args:  # not where the input was passed by name
-            batch, _, height, width = as_images(module, args[0]).shape
+        if self._sees_images:
+            batch, _, height, width = as_images(module, activations(inputs)[0]).shape
             self.image = Image(max(1, batch), height, width, is_channels_last(as_images(module, out)))

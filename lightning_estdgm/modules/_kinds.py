@@ -25,7 +25,7 @@ class LayerKind:
         name: Name as shown to the user.
         matches: Test of whether a module is of this kind.
         positions: Count of the positions (tokens, pixels) that a forward applies the weight to, from the module, its
-            inputs and its output; raises where these do not show it.
+            inputs, those passed by name included, and its output; raises where these do not show it.
         why_dense: Reason why no sparse operator can replace a module's forward, such as a subclass's own; empty where
             one can.
         weight_name: Name of the parameter that is masked.
@@ -83,19 +83,19 @@ def activations(tree: Any) -> list[Tensor]:
     return [x for x in tensors_of(tree) if (x.is_floating_point() or x.is_complex()) and x.dim() > 0]
 
 
-def tokens(module: Any, args: tuple[Any, ...], output: Any) -> int:
+def tokens(module: Any, inputs: tuple[Any, ...], output: Any) -> int:
     """Return the number of rows of the output, or of the input where the output has none."""
-    rows = activations((output, args))[0]
+    rows = activations((output, inputs))[0]
     return rows.numel() // rows.size(-1)  # of a nested tensor, too, which has no shape
 
 
-def _pixels(module: Any, args: tuple[Any, ...], output: Any) -> int:
+def _pixels(module: Any, inputs: tuple[Any, ...], output: Any) -> int:
     images = activations(output)
-    return images[0].numel() // module.out_channels if images else _input_pixels(module, args, output)
+    return images[0].numel() // module.out_channels if images else _input_pixels(module, inputs, output)
 
 
-def _input_pixels(module: Any, args: tuple[Any, ...], output: Any) -> int:
-    return activations(args)[0].numel() // module.in_channels
+def _input_pixels(module: Any, inputs: tuple[Any, ...], output: Any) -> int:
+    return activations(inputs)[0].numel() // module.in_channels
 
 
 def _no_operator(module: nn.Module) -> str:

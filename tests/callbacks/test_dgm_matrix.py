@@ -32,7 +32,7 @@ from helpers.models import (
 )
 from lightning_estdgm import DGMCallback, DGMConfig
 from lightning_estdgm.callbacks._internal.schedule_clock import ScheduleClock
-from lightning_estdgm.config import Units
+from lightning_estdgm.config import Selection, Units
 from lightning_estdgm.method._schedules import Plan, SteppedSchedule
 from lightning_estdgm.method._update_rule import UpdateRule
 from lightning_estdgm.sparse._topology import BlockTopology
@@ -655,6 +655,37 @@ def test_a_layer_may_return_its_output_in_any_form(layer: str) -> None:
     for weights, positions, flops in ends.values():
         assert (positions, flops) == ends["tensor"][1:]
         assert all(torch.equal(weights[name], weight) for name, weight in ends["tensor"][0].items())
+
+
+class Named(TinyMLP):
+    """Passes inputs by torch's own name for them, or by position."""
+
+    def __init__(self, by_name: bool) -> None:
+        super().__init__()
+        self.by_name = by_name
+        self.conv, self.up, self.linear = nn.Conv2d(4, 4, 3, 1, 1), nn.ConvTranspose2d(4, 4, 3, 1, 1), nn.Linear(16, 16)
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        def call(layer: nn.Module, x: Tensor) -> Tensor:
+            return layer(input=x) if self.by_name else layer(x)
+
+        x = call(self.up, call(self.conv, batch[0].view(8, 4, 2, 2)).relu())
+        return super().loss((call(self.linear, x.flatten(1)), batch[1]))
+
+
+@pytest.mark.parametrize("settings", [{"backend": "reference"}, {"storage": "packed"}], ids=["swapped", "packed"])
+def test_an_input_may_be_passed_by_name(settings: dict[str, Any]) -> None:
+    ends = []
+    for by_name in (False, True):
+        pl.seed_everything(0, verbose=False)
+        config = DGMConfig(units=Units(size=1), selection=Selection(include=["linear"]), **settings)
+        module, callback = Named(by_name), DGMCallback(config)
+        make_trainer(callback, max_epochs=1).fit(module, TinyMLP.batches(24))
+        backends = {d.name: d.backend for d in callback.decisions()}
+        assert backends["conv"] == backends["linear"] == next(iter(settings.values()))
+        ends.append((module.state_dict(), callback.state_dict()["positions"], callback.flops_ratio))
+    assert ends[0][1:] == ends[1][1:]
+    assert all(torch.equal(ends[0][0][name], weight) for name, weight in ends[1][0].items())
 
 
 class LossHead(nn.Linear):
