@@ -118,6 +118,8 @@ def _maskable(
     model: nn.Module, experts: Sequence[str], adapters: Sequence[ExpertAdapter]
 ) -> Iterator[tuple[str, nn.Module, LayerKind]]:
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # its forward is no Python that could be watched or replaced
+            continue
         kind = next((kind for kind in LAYER_KINDS if kind.matches(module)), None)
         if kind is not None:
             yield clean_name(name), module, kind

@@ -688,6 +688,29 @@ def test_an_input_may_be_passed_by_name(settings: dict[str, Any]) -> None:
     assert all(torch.equal(ends[0][0][name], weight) for name, weight in ends[1][0].items())
 
 
+class Compiled(TinyMLP):
+    """Has a submodule that torch.jit has made."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        part = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+        made = {"script": torch.jit.script, "trace": lambda part: torch.jit.trace(part, torch.randn(2, 16))}[how](part)
+        self.net = nn.Sequential(made, torch.jit.script(nn.Tanh()), *self.net)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_a_submodule_of_torch_jit_trains_as_it_is(how: str, storage: Any) -> None:
+    module, callback = Compiled(how), DGMCallback(DGMConfig(units=Units(size=1), storage=storage))
+    made = module.net[0]
+    before = [p.detach().clone() for p in made.parameters()]
+    make_trainer(callback, max_epochs=1).fit(module, TinyMLP.batches(24))
+    assert_final(module, callback)
+    assert {d.name: d.masked for d in callback.decisions()} == {"net.2": True, "net.4": True, "net.6": False}
+    assert all((p != q).all() for p, q in zip(made.parameters(), before, strict=True))
+
+
 class LossHead(nn.Linear):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
         return F.mse_loss(super().forward(x).squeeze(-1), y)
