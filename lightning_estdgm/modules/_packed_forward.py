@@ -238,6 +238,8 @@ class _PackedLinear(PackedForward):
         packing, bias = self._estdgm_packing, self._parameters.get("bias")
         if self._estdgm_loaded is not None:
             return F.linear(input, packing.oriented(self._whole_weight()), bias)
+        if input.layout is not torch.strided or input.is_nested:
+            return F.linear(input, packing.oriented(self._whole_in_graph()), bias)
         y = packed_linear(input, self.packed_weight, packing.topology, bias, order=packing.order)
         probed = self._probe
         return y if probed is None else with_probe(y, input, packing.oriented(probed))

@@ -50,7 +50,7 @@ class _SparseLinear(SparseForward):
     """A linear layer on active blocks."""
 
     def forward(self, input: Tensor) -> Tensor:  # as torch names it: it may be passed by name
-        if self._estdgm_backend == "dense" or input.layout is not torch.strided:
+        if self._estdgm_backend == "dense" or input.layout is not torch.strided or input.is_nested:
             return super().forward(input)  # type: ignore[misc]
         return masked_linear(
             input,

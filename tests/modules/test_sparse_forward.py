@@ -54,6 +54,15 @@ def test_sparse_input_takes_the_layers_own_forward():
     torch.testing.assert_close(c.module(x.to_sparse()), c.module(x))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_a_nested_input_takes_the_layers_own_forward():
+    c, full = swapped()
+    with torch.no_grad():
+        c.module.weight.mul_(full)
+    x = torch.randn(4, 32)
+    torch.testing.assert_close(torch.cat(c.module(torch.nested.nested_tensor([x[:1], x[1:]])).unbind()), c.module(x))
+
+
 CONVOLUTIONS = {
     "2d": (lambda: nn.Conv2d(32, 48, 3, stride=2, padding=1), (3, 32, 7, 6)),
     "2d pointwise": (lambda: nn.Conv2d(32, 48, 1, stride=2, bias=False), (3, 32, 7, 6)),
