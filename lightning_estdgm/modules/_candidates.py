@@ -212,6 +212,8 @@ def find_candidates(
             return False, _NOT_HELD
         if len(owners[id(weight)]) > 1:
             return False, "its weight is shared with another module"
+        if 0 in whole_shape(model, module, kind.weight_name):
+            return False, "its weight is empty"
         if kind.experts and (reason := why_no_stack(model, module, kind)):
             return False, reason
         if reason := _why_no_zeros(weight):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -709,6 +710,32 @@ def test_a_submodule_of_torch_jit_trains_as_it_is(how: str, storage: Any) -> Non
     assert_final(module, callback)
     assert {d.name: d.masked for d in callback.decisions()} == {"net.2": True, "net.4": True, "net.6": False}
     assert all((p != q).all() for p, q in zip(made.parameters(), before, strict=True))
+
+
+class WithEmptyLayer(TinyMLP):
+    """Has a layer of no outputs, whose weight is used by its forward or by itself."""
+
+    def __init__(self, by_itself: bool) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+            self.none = nn.Linear(16, 0)
+        self.by_itself = by_itself
+        self.net[1] = Apply(self.with_none)
+
+    def with_none(self, x: Tensor) -> Tensor:
+        nothing = F.linear(x, self.none.weight) if self.by_itself else self.none(x)
+        return torch.cat([x, nothing], 1).relu()
+
+
+@pytest.mark.parametrize("by_itself", [False, True], ids=["called", "by itself"])
+@pytest.mark.parametrize("settings", [{"backend": "reference"}, {"storage": "packed"}], ids=["swapped", "packed"])
+def test_a_layer_of_no_outputs_stays_dense(settings: dict[str, Any], by_itself: bool) -> None:
+    module, callback = WithEmptyLayer(by_itself), DGMCallback(DGMConfig(units=Units(size=1), **settings))
+    make_trainer(callback, max_epochs=1).fit(module, TinyMLP.batches(24))
+    assert_final(module, callback)
+    why = {d.name: d.why for d in callback.decisions() if not d.masked}
+    assert why["none"] == "its weight is empty"
 
 
 class LossHead(nn.Linear):
