@@ -97,7 +97,7 @@ class Dispatch:
         """Watch the layers' forwards if the first step is still to come."""
         if self.probing:
             for module, check in self._checks:
-                self._handles.append(probe_forward(module, check, with_kwargs=True))
+                self._handles.append(probe_forward(module, check))
             for candidate in self._candidates:
                 self._handles.append(probe_forward(candidate.module, self._probes[candidate.name]))
 

@@ -42,15 +42,15 @@ class CSRLinear(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply it to the last dimension of x."""
-        flat = x.reshape(-1, self.inputs)
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply it to the last dimension of the input."""
+        flat = input.reshape(-1, self.inputs)
         if flat.shape[0] == 0:
-            return x.new_zeros(*x.shape[:-1], self.outputs)
+            return input.new_zeros(*input.shape[:-1], self.outputs)
         y = (self.weight @ flat[0])[None] if flat.shape[0] == 1 else (self.weight @ flat.t()).t()
         if self.bias is not None:
             y = y + self.bias
-        return y.reshape(*x.shape[:-1], self.outputs)
+        return y.reshape(*input.shape[:-1], self.outputs)
 
 
 def load(model: nn.Module, path: str) -> nn.Module:

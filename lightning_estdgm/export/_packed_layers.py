@@ -93,9 +93,9 @@ class PackedLinear(_PackedLayer):
 
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply it to the last dimension of x."""
-        return self.multiply(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply it to the last dimension of the input."""
+        return self.multiply(input)
 
 
 class PackedConv2d(_PackedLayer):
@@ -114,9 +114,9 @@ class PackedConv2d(_PackedLayer):
         super().__init__(weight, bias)
         self.geometry = geometry
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply it to an image or a batch of images."""
-        images = x if x.dim() == 4 else x.unsqueeze(0)
+        images = input if input.dim() == 4 else input.unsqueeze(0)
         g = self.geometry
         height, width = g.output_size(*images.shape[2:])
         pixels = images.permute(0, 2, 3, 1).contiguous()  # no copy in channels-last memory
@@ -129,7 +129,7 @@ class PackedConv2d(_PackedLayer):
             seen = padded.unfold(1, spans[0], rows).unfold(2, spans[1], columns)[..., ::down, ::across]
             patches = seen.permute(0, 1, 2, 4, 5, 3).reshape(images.shape[0], height, width, self.in_features)
         y = self.multiply(patches.contiguous()).permute(0, 3, 1, 2)
-        return y if x.dim() == 4 else y.squeeze(0)
+        return y if input.dim() == 4 else y.squeeze(0)
 
     def extra_repr(self) -> str:
         """Sizes and geometry."""

@@ -99,6 +99,8 @@ class ForwardAudit:
         for module, group in _by_called_module(model, candidates):
             self._watch(module, group)
         for module in model.modules() if candidates else ():
+            if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                continue
             if any(p.dim() > 1 and id(p) not in weights for p in module.parameters(recurse=False)):
                 self._watch_other(module)
 

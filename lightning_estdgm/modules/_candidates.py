@@ -118,6 +118,8 @@ def _maskable(
     model: nn.Module, experts: Sequence[str], adapters: Sequence[ExpertAdapter]
 ) -> Iterator[tuple[str, nn.Module, LayerKind]]:
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # its forward is no Python that could be watched or replaced
+            continue
         kind = next((kind for kind in LAYER_KINDS if kind.matches(module)), None)
         if kind is not None:
             yield clean_name(name), module, kind
@@ -210,6 +212,8 @@ def find_candidates(
             return False, _NOT_HELD
         if len(owners[_place(weight)]) > 1:
             return False, "its weight is shared with another module"
+        if 0 in whole_shape(model, module, kind.weight_name):
+            return False, "its weight is empty"
         if kind.experts and (reason := why_no_stack(model, module, kind)):
             return False, reason
         if reason := _why_no_zeros(weight):

@@ -17,7 +17,7 @@ from lightning_estdgm.modules._hugging_face_experts import (
     is_hugging_face,
     why_dense,
 )
-from lightning_estdgm.modules._kinds import LayerKind, own_class
+from lightning_estdgm.modules._kinds import LayerKind, own_class, tokens
 
 _COUNTS = ("num_experts", "n_experts", "num_local_experts", "n_routed_experts", "num_routed_experts")
 _CHOSEN = ("top_k", "num_experts_per_tok", "num_experts_per_token", "experts_per_token")
@@ -117,19 +117,18 @@ def _kind(own: str, experts: int, **settings: Any) -> LayerKind:
     )
 
 
-def _routed_tokens(module: Any, args: tuple[Any, ...], output: Any) -> int:
+def _routed_tokens(module: Any, inputs: tuple[Any, ...], output: Any) -> int:
     """Return the number of pairs of a token and an expert that it was sent to.
 
     By the indices of the chosen experts if the module is given any (a tensor of integers); otherwise by its output and
     the number of experts that it says it chooses for a token, or 1.
     """
-    for given in args:
+    for given in inputs:
         if (
             isinstance(given, Tensor)
             and not (given.is_floating_point() or given.is_complex())
             and given.element_size() > 1
         ):
             return given.numel()
-    out = output[0] if isinstance(output, tuple) else output
     chosen = next((n for n in (getattr(module, a, None) for a in _CHOSEN) if type(n) is int and n > 0), 1)
-    return out.numel() // out.shape[-1] * chosen
+    return tokens(module, inputs, output) * chosen

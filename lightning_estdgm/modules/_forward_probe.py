@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_estdgm.modules._candidates import Candidate
-from lightning_estdgm.modules._kinds import as_images
+from lightning_estdgm.modules._kinds import activations, as_images
 
 
 def is_channels_last(tensor: Tensor) -> bool:
@@ -57,17 +59,21 @@ class ForwardProbe:
         self.dtype: torch.dtype | None = None
         self.image: Image | None = None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Note one forward."""
         if torch.compiler.is_compiling():
             return
-        self.positions = max(1, self._count(module, args, output))
+        with contextlib.suppress(Exception):  # a forward of the user's own may return anything: then no more is known
+            self._note(module, (*args, *kwargs.values()), output)
+
+    def _note(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self.positions = max(1, self._count(module, inputs, output))
         if torch._C._current_graph_task_id() == -1:  # not inside a backward
             self.all_positions += self.positions
-        out = output[0] if isinstance(output, tuple) else output
+        out = activations((output, inputs))[0]
         self.dtype = out.dtype
         if self._is_stack and torch.is_autocast_enabled(out.device.type):  # whose outputs are cast back
             self.dtype = torch.get_autocast_dtype(out.device.type)
-        if self._sees_images and args:  # not where the input was passed by name
-            batch, _, height, width = as_images(module, args[0]).shape
-            self.image = Image(max(1, batch), height, width, is_channels_last(as_images(module, output)))
+        if self._sees_images:
+            batch, _, height, width = as_images(module, activations(inputs)[0]).shape
+            self.image = Image(max(1, batch), height, width, is_channels_last(as_images(module, out)))

@@ -27,12 +27,15 @@ def watch_forward(module: nn.Module, watch: Watch) -> WatchHandle:
     return WatchHandle(watched, watch)
 
 
-def probe_forward(module: nn.Module, hook: Callable[..., None], *, with_kwargs: bool = False) -> WatchHandle:
-    """Have a function with the arguments of a forward hook be called after each forward; see `watch_forward`."""
+def probe_forward(module: nn.Module, hook: Callable[..., None]) -> WatchHandle:
+    """Have a function with the arguments of a forward hook with kwargs be called after each forward.
+
+    See `watch_forward`.
+    """
 
     def watch(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        hook(module, args, *([kwargs] if with_kwargs else []), output)
+        hook(module, args, kwargs, output)
         return output
 
     return watch_forward(module, watch)

@@ -69,5 +69,5 @@ class _WithProduct(torch.autograd.Function):
             dx = with_probe(torch.zeros_like(x), dy, weight.t())
         if not ctx.needs_input_grad[2]:
             return dy, dx, None
-        rows = dy.flatten(0, -2)
-        return dy, dx, rows.t() @ x.flatten(0, -2).to(dy.dtype)
+        rows = dy.reshape(-1, dy.shape[-1])  # of a vector, one
+        return dy, dx, rows.t() @ x.reshape(-1, x.shape[-1]).to(dy.dtype)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_estdgm.modules._forward_watch import replaced_forward
+from lightning_estdgm.modules._weight_watch import tensors_of
 from lightning_estdgm.sparse._conv_geometry import ConvGeometry
 
 
@@ -25,7 +26,7 @@ class LayerKind:
         name: Name as shown to the user.
         matches: Test of whether a module is of this kind.
         positions: Count of the positions (tokens, pixels) that a forward applies the weight to, from the module, its
-            inputs and its output.
+            inputs, those passed by name included, and its output; raises where these do not show it.
         why_dense: Reason why no sparse operator can replace the forward of a module's class, such as a subclass's own;
             empty where one can.
         weight_name: Name of the parameter that is masked.
@@ -89,17 +90,24 @@ def _is_fused_attention(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None
 
 
-def _tokens(module: Any, args: tuple[Any, ...], output: Any) -> int:
-    out = output[0] if isinstance(output, tuple) else output
-    return out.numel() // out.shape[-1]
+def activations(tree: Any) -> list[Tensor]:
+    """Return the tensors of a forward's inputs or output that can be activations: not indices, not a loss."""
+    return [x for x in tensors_of(tree) if (x.is_floating_point() or x.is_complex()) and x.dim() > 0]
 
 
-def _pixels(module: Any, args: tuple[Any, ...], output: Any) -> int:
-    return output.numel() // module.out_channels
+def tokens(module: Any, inputs: tuple[Any, ...], output: Any) -> int:
+    """Return the number of rows of the output, or of the input where the output has none."""
+    rows = activations((output, inputs))[0]
+    return rows.numel() // rows.size(-1)  # of a nested tensor, too, which has no shape
 
 
-def _input_pixels(module: Any, args: tuple[Any, ...], output: Any) -> int:
-    return args[0].numel() // module.in_channels
+def _pixels(module: Any, inputs: tuple[Any, ...], output: Any) -> int:
+    images = activations(output)
+    return images[0].numel() // module.out_channels if images else _input_pixels(module, inputs, output)
+
+
+def _input_pixels(module: Any, inputs: tuple[Any, ...], output: Any) -> int:
+    return activations(inputs)[0].numel() // module.in_channels
 
 
 def _no_operator(module: nn.Module) -> str:
@@ -162,7 +170,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 LAYER_KINDS: tuple[LayerKind, ...] = (
-    LayerKind("linear", partial(_is_a, nn.Linear), _tokens, _why_linear_is_dense),
+    LayerKind("linear", partial(_is_a, nn.Linear), tokens, _why_linear_is_dense),
     LayerKind("convolution", partial(_is_a, CONVOLUTIONS), _pixels, _why_convolution_is_dense),
     LayerKind(
         "transposed convolution",
@@ -173,17 +181,17 @@ LAYER_KINDS: tuple[LayerKind, ...] = (
     LayerKind(
         "attention projection",
         _is_fused_attention,
-        _tokens,
+        tokens,
         partial(_no_operator_for, "attention projections"),
         weight_name="in_proj_weight",
     ),
     LayerKind(
         "Hugging Face Conv1D",
         partial(_is_named, "transformers", "Conv1D"),
-        _tokens,
+        tokens,
         _has_operator,
         transposed=True,
     ),
-    LayerKind("PyG linear", partial(_is_named, "torch_geometric", "Linear"), _tokens, _has_operator),
+    LayerKind("PyG linear", partial(_is_named, "torch_geometric", "Linear"), tokens, _has_operator),
 )
 """Kinds of maskable layers, the first match wins."""

@@ -235,21 +235,31 @@ class PackedForward:
 class _PackedLinear(PackedForward):
     """A linear layer on its active units."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # as torch names it: it may be passed by name
         self._estdgm_called = True
         packing, bias = self._estdgm_packing, self._parameters.get("bias")
         if self._estdgm_loaded is not None:
-            return F.linear(x, packing.oriented(self._whole_weight()), bias)
-        y, probed = packed_linear(x, self.packed_weight, packing.topology, bias, order=packing.order), self._probe
-        return y if probed is None else with_probe(y, x, packing.oriented(probed))
+            return F.linear(input, packing.oriented(self._whole_weight()), bias)
+        if input.layout is not torch.strided or input.is_nested:
+            return F.linear(input, packing.oriented(self._whole_in_graph()), bias)
+        y = packed_linear(input, self.packed_weight, packing.topology, bias, order=packing.order)
+        probed = self._probe
+        return y if probed is None else with_probe(y, input, packing.oriented(probed))
+
+
+class _PackedLinearOfX(_PackedLinear):
+    """The same for classes of other libraries, which name their input ``x``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
 
 
 class _PackedConv(PackedForward):
     """A convolution that stores its active units; the whole weight of the one layer is made for the product."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         self._estdgm_called = True
-        y: Tensor = self._conv_forward(x, self._whole_in_graph(), self._parameters.get("bias"))  # type: ignore[attr-defined]
+        y: Tensor = self._conv_forward(input, self._whole_in_graph(), self._parameters.get("bias"))  # type: ignore[attr-defined]
         return y
 
 
@@ -288,7 +298,8 @@ def pack_(module: Any, packing: Packing) -> None:
     values = packing.pack(module._parameters[_WEIGHT].detach())
     cls = type(module)
     if cls not in _PACKED:
-        mixin = _PackedConv if issubclass(cls, CONVOLUTIONS) else _PackedLinear
+        linear = _PackedLinear if issubclass(cls, nn.Linear) else _PackedLinearOfX
+        mixin = _PackedConv if issubclass(cls, CONVOLUTIONS) else linear
         _PACKED[cls] = type(f"Packed{cls.__name__}", (mixin, cls), {"_estdgm_dense_class": cls})
     vars(module).update(
         _estdgm_packing=packing,

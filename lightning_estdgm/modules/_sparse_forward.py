@@ -51,11 +51,12 @@ class SparseForward:
 class _SparseLinear(SparseForward):
     """A linear layer on active blocks."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self._estdgm_backend == "dense" or x.layout is not torch.strided or is_computed(self, "weight"):
-            return super().forward(x)  # type: ignore[misc]
+    def forward(self, input: Tensor) -> Tensor:  # as torch names it: it may be passed by name
+        as_given = input.layout is not torch.strided or input.is_nested or is_computed(self, "weight")
+        if self._estdgm_backend == "dense" or as_given:
+            return super().forward(input)  # type: ignore[misc]
         return masked_linear(
-            x,
+            input,
             self.weight.t() if self._estdgm_transposed else self.weight,  # type: ignore[attr-defined]
             self.bias,  # type: ignore[attr-defined]
             self._estdgm_topology,
@@ -65,17 +66,24 @@ class _SparseLinear(SparseForward):
         )
 
 
+class _SparseLinearOfX(_SparseLinear):
+    """The same for classes of other libraries, which name their input ``x``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 class _SparseConv(SparseForward):
     """A convolution on active blocks; one over a length is computed as of height 1."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         spatial = self.weight.dim() - 2  # type: ignore[attr-defined]
         geometry = conv_geometry(self)  # type: ignore[arg-type]
-        as_given = x.layout is not torch.strided or x.dim() not in (spatial + 1, spatial + 2)
+        as_given = input.layout is not torch.strided or input.dim() not in (spatial + 1, spatial + 2)
         if self._estdgm_backend == "dense" or geometry is None or as_given or is_computed(self, "weight"):
-            return super().forward(x)  # type: ignore[misc]
+            return super().forward(input)  # type: ignore[misc]
         y = masked_conv2d(
-            as_images(self, x),
+            as_images(self, input),
             self.weight if spatial == 2 else self.weight.unsqueeze(2),  # type: ignore[attr-defined]
             self.bias,  # type: ignore[attr-defined]
             self._estdgm_topology,
@@ -85,7 +93,7 @@ class _SparseConv(SparseForward):
             frozen=self._estdgm_frozen,
         )
         y = y if spatial == 2 else y.squeeze(2)
-        return y if x.dim() == spatial + 2 else y.squeeze(0)
+        return y if input.dim() == spatial + 2 else y.squeeze(0)
 
 
 _SWAPPED: dict[type, type] = {}
@@ -100,8 +108,10 @@ def swapped_class(cls: type[nn.Module], mixin: type[SparseForward] | None = None
 
     """
     if cls not in _SWAPPED:
-        sparse = mixin or (_SparseConv if issubclass(cls, CONVOLUTIONS) else _SparseLinear)
-        _SWAPPED[cls] = type(f"Masked{cls.__name__}", (sparse, cls), {"_estdgm_dense_class": cls})
+        if mixin is None:
+            linear = _SparseLinear if issubclass(cls, nn.Linear) else _SparseLinearOfX
+            mixin = _SparseConv if issubclass(cls, CONVOLUTIONS) else linear
+        _SWAPPED[cls] = type(f"Masked{cls.__name__}", (mixin, cls), {"_estdgm_dense_class": cls})
     return _SWAPPED[cls]
 
 

@@ -249,7 +249,7 @@ class ProductCount(WeightWatch):
         return self._is_parameter(x) and x.dim() > 1 and takes_gradients(x)
 
     def product(self, result: Tensor, found: Sequence[Any]) -> None:
-        outputs = sum(outputs for _, outputs in found)
+        outputs = max(1, sum(outputs for _, outputs in found))
         for record, _ in found:
             record.used_by_itself = True
             record.used_by_parent += max(1, result.numel() // outputs)

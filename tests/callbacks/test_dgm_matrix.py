@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from helpers import models
+from helpers.expert_models import BmmExperts
 from helpers.models import (
     GAN,
     MLP,
@@ -31,7 +33,7 @@ from helpers.models import (
 )
 from lightning_estdgm import DGMCallback, DGMConfig
 from lightning_estdgm.callbacks._internal.schedule_clock import ScheduleClock
-from lightning_estdgm.config import Units
+from lightning_estdgm.config import Selection, Units
 from lightning_estdgm.method._schedules import Plan, SteppedSchedule
 from lightning_estdgm.method._update_rule import UpdateRule
 from lightning_estdgm.sparse._topology import BlockTopology
@@ -602,6 +604,159 @@ def test_flops_know_how_often_each_weight_is_used(cls: Any) -> None:
     expected = {"MLP": {8}, "ConvNet": {4, 4 * 36, 4 * 16}, "Encoder": {10}}[cls.__name__]
     assert uses.keys() == {d.name for d in callback.decisions()}
     assert set(uses.values()) == expected
+
+
+FORMS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "tensor": (lambda y: y, lambda got: got),
+    "list": (lambda y: [y, y.mean()], lambda got: got[0]),
+    "dict": (lambda y: {"mask": y > 0, "y": y}, lambda got: got["y"]),
+    "loss first": (lambda y: (y.square().mean(), y), lambda got: got[1]),
+}
+LAYERS: dict[str, tuple[Any, ...]] = {
+    "linear": (nn.Linear, (32, 32)),
+    "convolution": (nn.Conv2d, (8, 8, 3, 1, 1), nn.Unflatten(1, (8, 2, 2)), nn.Flatten()),
+    "transposed": (nn.ConvTranspose2d, (8, 8, 3, 1, 1), nn.Unflatten(1, (8, 2, 2)), nn.Flatten()),
+    "experts": (BmmExperts, (4, 32, 32), nn.Identity(), nn.Flatten(0, 1)),
+}
+
+
+class Apply(nn.Module):
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, given: Any) -> Any:
+        return self.function(given)
+
+
+class Returning(models.Task):
+    """Has a layer whose own forward returns its output in some form."""
+
+    def __init__(self, layer: str, form: str) -> None:
+        super().__init__()
+        cls, sizes, *(before, after) = *LAYERS[layer], *[nn.Identity()] * (4 - len(LAYERS[layer]))
+        put, take = FORMS[form]
+        own = type("Own", (cls,), {"forward": lambda self, x: put(cls.forward(self, x))})
+        self.net = nn.Sequential(nn.Linear(16, 32), before, own(*sizes), Apply(take), after, nn.Linear(32, 1))
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.mse_loss(self.net(batch[0]).squeeze(-1), batch[1])
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_may_return_its_output_in_any_form(layer: str) -> None:
+    ends = {}
+    for form in FORMS:
+        pl.seed_everything(0, verbose=False)
+        module, callback = Returning(layer, form), DGMCallback(DGMConfig(units=Units(size=1), backend="dense"))
+        make_trainer(callback, max_epochs=1).fit(module, TinyMLP.batches(24))
+        assert_final(module, callback)
+        assert any(name.startswith("net.2") for name in callback.masks())
+        ends[form] = module.state_dict(), callback.state_dict()["positions"], callback.flops_ratio
+    for weights, positions, flops in ends.values():
+        assert (positions, flops) == ends["tensor"][1:]
+        assert all(torch.equal(weights[name], weight) for name, weight in ends["tensor"][0].items())
+
+
+class Named(TinyMLP):
+    """Passes inputs by torch's own name for them, or by position."""
+
+    def __init__(self, by_name: bool) -> None:
+        super().__init__()
+        self.by_name = by_name
+        self.conv, self.up, self.linear = nn.Conv2d(4, 4, 3, 1, 1), nn.ConvTranspose2d(4, 4, 3, 1, 1), nn.Linear(16, 16)
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        def call(layer: nn.Module, x: Tensor) -> Tensor:
+            return layer(input=x) if self.by_name else layer(x)
+
+        x = call(self.up, call(self.conv, batch[0].view(8, 4, 2, 2)).relu())
+        return super().loss((call(self.linear, x.flatten(1)), batch[1]))
+
+
+@pytest.mark.parametrize("settings", [{"backend": "reference"}, {"storage": "packed"}], ids=["swapped", "packed"])
+def test_an_input_may_be_passed_by_name(settings: dict[str, Any]) -> None:
+    ends = []
+    for by_name in (False, True):
+        pl.seed_everything(0, verbose=False)
+        config = DGMConfig(units=Units(size=1), selection=Selection(include=["linear"]), **settings)
+        module, callback = Named(by_name), DGMCallback(config)
+        make_trainer(callback, max_epochs=1).fit(module, TinyMLP.batches(24))
+        backends = {d.name: d.backend for d in callback.decisions()}
+        assert backends["conv"] == backends["linear"] == next(iter(settings.values()))
+        ends.append((module.state_dict(), callback.state_dict()["positions"], callback.flops_ratio))
+    assert ends[0][1:] == ends[1][1:]
+    assert all(torch.equal(ends[0][0][name], weight) for name, weight in ends[1][0].items())
+
+
+class Compiled(TinyMLP):
+    """Has a submodule that torch.jit has made."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        part = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+        made = {"script": torch.jit.script, "trace": lambda part: torch.jit.trace(part, torch.randn(2, 16))}[how](part)
+        self.net = nn.Sequential(made, torch.jit.script(nn.Tanh()), *self.net)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_a_submodule_of_torch_jit_trains_as_it_is(how: str, storage: Any) -> None:
+    module, callback = Compiled(how), DGMCallback(DGMConfig(units=Units(size=1), storage=storage))
+    made = module.net[0]
+    before = [p.detach().clone() for p in made.parameters()]
+    make_trainer(callback, max_epochs=1).fit(module, TinyMLP.batches(24))
+    assert_final(module, callback)
+    assert {d.name: d.masked for d in callback.decisions()} == {"net.2": True, "net.4": True, "net.6": False}
+    assert all((p != q).all() for p, q in zip(made.parameters(), before, strict=True))
+
+
+class WithEmptyLayer(TinyMLP):
+    """Has a layer of no outputs, whose weight is used by its forward or by itself."""
+
+    def __init__(self, by_itself: bool) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+            self.none = nn.Linear(16, 0)
+        self.by_itself = by_itself
+        self.net[1] = Apply(self.with_none)
+
+    def with_none(self, x: Tensor) -> Tensor:
+        nothing = F.linear(x, self.none.weight) if self.by_itself else self.none(x)
+        return torch.cat([x, nothing], 1).relu()
+
+
+@pytest.mark.parametrize("by_itself", [False, True], ids=["called", "by itself"])
+@pytest.mark.parametrize("settings", [{"backend": "reference"}, {"storage": "packed"}], ids=["swapped", "packed"])
+def test_a_layer_of_no_outputs_stays_dense(settings: dict[str, Any], by_itself: bool) -> None:
+    module, callback = WithEmptyLayer(by_itself), DGMCallback(DGMConfig(units=Units(size=1), **settings))
+    make_trainer(callback, max_epochs=1).fit(module, TinyMLP.batches(24))
+    assert_final(module, callback)
+    why = {d.name: d.why for d in callback.decisions() if not d.masked}
+    assert why["none"] == "its weight is empty"
+
+
+class LossHead(nn.Linear):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        return F.mse_loss(super().forward(x).squeeze(-1), y)
+
+
+class EndsInItsLoss(TinyMLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[-1] = LossHead(16, 1)
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return self.net[-1](self.net[:-1](batch[0]), batch[1])
+
+
+def test_a_head_may_return_its_loss() -> None:
+    module, callback = EndsInItsLoss(), DGMCallback()
+    make_trainer(callback, max_epochs=1).fit(module, TinyMLP.batches(24))
+    assert_final(module, callback)
+    assert callback.state_dict()["positions"] == {"net.0": 8, "net.2": 8, "net.4": 8}
 
 
 # --------------------------------------------------------------------------- torch.compile

@@ -74,6 +74,24 @@ def cleared_after_the_forward(net: Net, x: Tensor, optimizer: torch.optim.Optimi
     loss.backward()
 
 
+def vectors(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
+    torch.stack([net(one) for one in x]).square().mean().backward()
+
+
+def jagged(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
+    net(torch.nested.nested_tensor([x[:3], x[3:]], layout=torch.jagged)).values().square().mean().backward()
+
+
+def nested(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
+    h = torch.tanh(net.first(x.double()))
+    h = net.middle(torch.nested.as_nested_tensor([h[:3], h[3:]])).to_padded_tensor(0.0)
+    net.last(torch.tanh(h)).square().mean().backward()
+
+
+def sparse(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
+    net(x.relu().to_sparse()).square().mean().backward()
+
+
 def side_gradient(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
     loss = net(x).square().mean()
     torch.autograd.grad(net(x).sum(), list(net.parameters()))  # to log its norm, say
@@ -121,6 +139,10 @@ WAYS: list[Backward] = [
     cleared_to_zero,
     cleared_after_the_forward,
     side_gradient,
+    vectors,
+    jagged,
+    nested,
+    sparse,
     frozen_meanwhile,
     cast_between,
     reentrant_checkpoint,
@@ -147,6 +169,7 @@ def train(storage: str, rule: UpdateRule, way: Backward, *, convolution: bool = 
     return net, optimizer, history
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of vmap
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # which torch's jvp uses
 @pytest.mark.parametrize("rule", RULES)

@@ -32,6 +32,19 @@ def mlp(unit: int = 1, width: int = 128) -> nn.Module:
     return sparse_(nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)), unit)
 
 
+class ByName(nn.Module):
+    """A convolution and a linear layer that are given their inputs by torch's own name for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(32, 64, 3, padding=1), nn.Linear(128, 128)
+        sparse_(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(input=self.first(input=x).flatten(1).relu())
+
+
 def trained_example() -> Tensor:
     """Example input of `models.MLP`, for ``--example helpers.exported:trained_example``."""
     return MLP.batches(1)[0][0]

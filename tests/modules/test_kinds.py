@@ -17,6 +17,7 @@ def test_hugging_face_conv1d_is_masked_as_out_by_in():
     x = torch.randn(2, 3, 32)
     expected = x @ (c.module.weight * full.t()) + c.module.bias
     torch.testing.assert_close(c.module(x), expected)
+    torch.testing.assert_close(c.module(x=x), expected)
     assert torch.count_nonzero(run(c.module, x)[2].t()[~full]) == 0
 
 
@@ -25,7 +26,9 @@ def test_pyg_linear_is_masked():
     c, full = swapped(module=pyg.Linear(32, 48))
     assert c.has_operator
     x = torch.randn(5, 32)
-    torch.testing.assert_close(c.module(x), x @ (c.module.weight * full).t() + c.module.bias)
+    expected = x @ (c.module.weight * full).t() + c.module.bias
+    torch.testing.assert_close(c.module(x), expected)
+    torch.testing.assert_close(c.module(x=x), expected)
     gcn = nn.ModuleList([pyg.GCNConv(16, 16), nn.Linear(16, 2)])
     verdicts = {found.name: (found.masked, found.why) for found in find_candidates(gcn)}
     assert verdicts == {"0.lin": (True, ""), "1": (False, "output head")}

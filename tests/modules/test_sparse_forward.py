@@ -40,12 +40,27 @@ def test_frozen_layers_keep_a_dense_forward_and_a_sparse_weight_gradient():
     torch.testing.assert_close((y, dx, dw), (y0, dx0, dw0 * full))
 
 
+def test_an_input_may_be_passed_by_name():
+    for module, x in ((nn.Linear(32, 48), torch.randn(4, 32)), (nn.Conv2d(32, 48, 3), torch.randn(2, 32, 5, 5))):
+        c, _ = swapped(module=module)
+        assert torch.equal(c.module(input=x), c.module(x))
+
+
 def test_sparse_input_takes_the_layers_own_forward():
     c, full = swapped()
     with torch.no_grad():
         c.module.weight.mul_(full)
     x = torch.randn(4, 32)
     torch.testing.assert_close(c.module(x.to_sparse()), c.module(x))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_a_nested_input_takes_the_layers_own_forward():
+    c, full = swapped()
+    with torch.no_grad():
+        c.module.weight.mul_(full)
+    x = torch.randn(4, 32)
+    torch.testing.assert_close(torch.cat(c.module(torch.nested.nested_tensor([x[:1], x[1:]])).unbind()), c.module(x))
 
 
 CONVOLUTIONS = {

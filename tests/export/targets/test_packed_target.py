@@ -37,6 +37,14 @@ def test_networks(kind: str, tmp_path: Path) -> None:
     assert exported.relative_difference(loaded(*inputs), net(*inputs)) < 1e-4
 
 
+def test_an_input_may_be_passed_by_name(tmp_path: Path) -> None:
+    net, x = exported.ByName(), torch.randn(3, 32, 2, 1)
+    export_model(net, x, "packed", tmp_path / "net")
+    loaded = load_packed(tmp_path / "net.pt", exported.ByName())
+    assert not any(isinstance(layer, nn.Linear | nn.Conv2d) for layer in loaded.children())
+    assert exported.relative_difference(loaded(x), net(x)) < 1e-4
+
+
 def test_a_gpt_generates_the_same_text_from_it(tmp_path: Path) -> None:
     net, example, _ = exported.network("gpt", unit=16)
     export_model(net, example, "packed", tmp_path / "gpt")

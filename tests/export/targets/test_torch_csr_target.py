@@ -65,6 +65,12 @@ def test_networks(kind: str, tmp_path: Path) -> None:
     assert exported.relative_difference(loaded(*inputs), net(*inputs)) < 1e-5
 
 
+def test_an_input_may_be_passed_by_name(tmp_path: Path) -> None:
+    net, x = exported.ByName(), torch.randn(3, 32, 2, 1)
+    export_model(net, x, "torch-csr", tmp_path / "net")
+    torch.testing.assert_close(load(exported.ByName(), str(tmp_path / "net.pt"))(x), net(x), rtol=1e-4, atol=1e-6)
+
+
 def test_shared_layers_are_stored_once(tmp_path: Path) -> None:
     torch.manual_seed(0)
     layer = exported.sparse_(nn.Linear(128, 128))
