@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import product
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ def why_not_scaled(optimizer: Optimizer, index: int, parameters: Sequence[Tensor
 
     """
     kind = type(optimizer).__name__
-    if not isinstance(optimizer.param_groups[index].get("lr"), int | float | Tensor):
+    if not has_rate(optimizer.param_groups[index]):
         return f"{kind} has no learning rate of its own in the parameter group"
     with apart_from_the_run(like.device):
         trial = _Trial(optimizer, index, parameters, like)
@@ -154,6 +155,11 @@ class _Trial:
             trial.step()
         rates.leave()
         self.evaluations = max(self.evaluations, calls)
+
+
+def has_rate(group: Group) -> bool:
+    """Whether a group has a learning rate: a number, also one of numpy's, or a tensor."""
+    return isinstance(group.get("lr"), Real | Tensor)
 
 
 def set_rate(group: Group, rate: float) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ def reason(make, dtype=torch.float32):
 
 FOLLOWING = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1),
+    "rate of numpy's": lambda p: torch.optim.SGD(p, numpy.float32(0.1)),
     "SGD, momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
     "rate of 0, as a warm-up begins": lambda p: torch.optim.SGD(p, 0.0),
     "Adam": lambda p: torch.optim.Adam(p, 1e-3),
