@@ -113,6 +113,41 @@ class DualAveraging(torch.optim.SGD):
                 p.copy_(state["first"] - group["lr"] * state["sum"])
 
 
+class ListInGroup(torch.optim.SGD):
+    """Keeps momenta in a list in the group, one for each of its parameters, as LDoG keeps its distances."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            momenta = group.setdefault("momenta", [torch.zeros_like(p) for p in group["params"]])
+            for p, momentum in zip(group["params"], momenta, strict=False):
+                p.sub_(group["lr"] * momentum.lerp_(p.grad, 0.5))
+
+
+class NormsInGroup(ListInGroup):
+    """Keeps one number for each parameter there."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            norms = group.setdefault("norms", [0.0] * len(group["params"]))
+            for i, p in enumerate(group["params"]):
+                norms[i] += float(p.grad.norm())
+                p.sub_(group["lr"] * p.grad / norms[i])
+
+
+class ByParameterInGroup(torch.optim.SGD):
+    """Keeps momenta by parameter in a dictionary in the group, and makes them anew in each step."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            momenta = group.setdefault("momenta", {})
+            for p in group["params"]:
+                momenta[p] = p.grad if p not in momenta else 0.9 * momenta[p] + p.grad
+                p.sub_(group["lr"] * momenta[p])
+
+
 class Still(torch.optim.SGD):
     def step(self, closure=None):
         pass
@@ -144,6 +179,12 @@ FAILING = {
     "one for all": (lambda p: OneRate(p, 0.1), "OneRate does not step each parameter by the learning rate of its own"),
     "relative": (lambda p: Relative(p, 0.1), "Relative does not step by the learning rate of the parameter group"),
     "anew": (lambda p: DualAveraging(p, 0.1), "DualAveraging computes weights anew by the learning rate: a change of"),
+    "list in the group": (
+        lambda p: ListInGroup(p, 0.1),
+        "ListInGroup steps otherwise once its parameter group is split",
+    ),
+    "norms in the group": (lambda p: NormsInGroup(p, 0.1), "NormsInGroup steps otherwise once its parameter group is"),
+    "by parameter in the group": (lambda p: ByParameterInGroup(p, 0.1), "ByParameterInGroup steps otherwise once its"),
     "none": (without_rate, "SGD has no learning rate of its own"),
     "still": (lambda p: Still(p, 0.1), "Still did not move a parameter in 16 steps"),
     "refusing": (lambda p: Refusing(p, 0.1), r"Refusing could not be tried \(RuntimeError: rates of groups must be"),
