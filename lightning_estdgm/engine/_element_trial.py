@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
 from lightning_estdgm.engine._optimizer_trial import apart_from_the_run, not_tried, remade, trial_optimizer
-from lightning_estdgm.engine._rate_trial import set_rate
+from lightning_estdgm.engine._rate_trial import has_rate, set_rate
 from lightning_estdgm.engine._state_entries import state_entries
 from lightning_estdgm.modules._packed_forward import resize_
 
@@ -148,7 +148,7 @@ class _Trial:
         trial.param_groups[self._index]["params"][:] = [weight]
         if self._makes_anew:
             trial = remade(trial)
-        if isinstance(trial.param_groups[self._index].get("lr"), int | float | Tensor):
+        if has_rate(trial.param_groups[self._index]):
             set_rate(trial.param_groups[self._index], _RATE)
         return trial
 

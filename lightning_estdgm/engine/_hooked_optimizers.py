@@ -53,8 +53,12 @@ def with_step_hooks(optimizer: Optimizer) -> list[Optimizer]:
 
 
 def closure_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Return the closure that ``step`` was called with (its first argument is the optimizer); ``None`` without one."""
-    return kwargs.get("closure", args[1] if len(args) > 1 else None)
+    """Return the closure that ``step`` was called with (its first argument is the optimizer); ``None`` without one.
+
+    What cannot be called is another argument: a loss, as of a step by Polyak's rule, or a batch size.
+    """
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    return closure if callable(closure) else None
 
 
 def with_closure(args: Sequence[Any], kwargs: Mapping[str, Any], closure: Any) -> tuple[Any, Any]:

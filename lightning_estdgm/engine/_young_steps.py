@@ -106,7 +106,11 @@ class YoungSteps:
             if weight is None or not weight.young.cohorts:
                 continue
             living, gradient = weight.young.living, weight.gradient
-            if living and gradient is not None and self._optimizer.state.get(parameter):
+            if not living or gradient is None:
+                continue
+            if _is_older(living[0], self._optimizer.state.get(parameter)):
+                weight.young.let_go(is_sharded=bool(weight.shard.groups))
+            else:
                 yield weight, living, gradient
 
 
@@ -223,6 +227,26 @@ def _shown(optimizer: Optimizer, parts: Sequence[_Part]) -> list[_Shown]:
             else:
                 slots[key].append([(part, cohort)])
     return [_Shown(optimizer, slot) for same in slots.values() for slot in same]
+
+
+def _is_older(cohort: Cohort, state: Mapping[str, Any] | None) -> bool:
+    """Whether a weight's state was begun anew since a cohort was grown: there is none, or it counts fewer steps.
+
+    Counts on other devices are not looked at, for which each step would wait.
+    """
+    if not state:
+        return True
+    for key, number in cohort.numbers.items():
+        own, whole = _read(number), _read(state.get(key))
+        if own is not None and whole is not None and whole < own == cohort.age:
+            return True
+    return False
+
+
+def _read(number: Any) -> float | None:
+    if isinstance(number, Tensor) and number.device.type != "cpu":
+        return None
+    return float(number) if isinstance(number, Tensor | int | float) else None
 
 
 def _in_memory(tensor: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:

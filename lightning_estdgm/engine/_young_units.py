@@ -99,6 +99,20 @@ class YoungUnits:
         if self.cohorts and oldest >= self.lifetime:
             self._keep([c for c in self.cohorts if c.age < self.lifetime or c.elements is None])
 
+    def let_go(self, *, is_sharded: bool) -> None:
+        """Have no unit be young any more, as where an optimizer begins anew: its count is that of all units.
+
+        Args:
+            is_sharded: whether other ranks may not see it: they all have the same cohorts, so that these stay, empty.
+
+        """
+        for cohort in self.cohorts:
+            if is_sharded and cohort.elements is not None:
+                cohort.units, cohort.elements, cohort.numbers = cohort.units[:0], cohort.elements[:0], {}
+            else:
+                cohort.age = self.lifetime
+        self._keep(self.cohorts)
+
     def _keep(self, cohorts: list[Cohort]) -> None:
         self.cohorts, self.views = cohorts, None
 

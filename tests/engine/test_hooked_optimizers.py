@@ -202,3 +202,36 @@ def test_an_optimizer_whose_steps_cannot_be_seen_is_refused_by_name(mlp: Any) ->
     model = mlp(16, 32, 32, 4)
     with pytest.raises(ValueError, match=r"steps of 2 masked layers \(0, 2\) cannot be seen: Blind runs no step hooks"):
         DGMController(model, Blind(model.parameters()), WEIGHTS, total_steps=STEPS, audit=False)
+
+
+class ByLoss(torch.optim.SGD):
+    """Its step takes the loss, as by Polyak's rule, or a batch size, where others take a closure."""
+
+    @torch.no_grad()
+    def step(self, loss: Any = 1.0) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=group["lr"] * float(loss))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("value", [2.0, torch.tensor(2.0)], ids=["number", "tensor"])
+def test_a_first_argument_that_is_no_closure_reaches_the_step(mlp: Any, value: Any, by_name: bool) -> None:
+    models = []
+    for make in (lambda p: ByLoss(p, 0.05), lambda p: torch.optim.SGD(p, 0.1)):
+        model = double(mlp(32, 64, 64, 4))
+        optimizer = make(model.parameters())
+        with DGMController(model, optimizer, config(1, "dense"), total_steps=STEPS, audit=False) as dgm:
+            for step in range(STEPS):
+                optimizer.zero_grad()
+                loss_of(model, batch(step, 32)).backward()
+                if not isinstance(optimizer, ByLoss):
+                    optimizer.step()
+                elif by_name:
+                    optimizer.step(loss=value)
+                else:
+                    optimizer.step(value)
+                dgm.advance()
+            assert dgm.steps == STEPS
+        models.append(model)
+    assert largest_difference(*models) == 0.0

@@ -25,6 +25,7 @@ def reason(make, dtype=torch.float32):
 
 FOLLOWING = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1),
+    "rate of numpy's": lambda p: torch.optim.SGD(p, np.float32(0.1)),
     "SGD, momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
     "rate of 0, as a warm-up begins": lambda p: torch.optim.SGD(p, 0.0),
     "Adam": lambda p: torch.optim.Adam(p, 1e-3),
@@ -156,6 +157,41 @@ class Released(torch.optim.SGD):
         return param.sub_(self.state[param]["group"]["lr"] * param.grad)
 
 
+class ListInGroup(torch.optim.SGD):
+    """Keeps momenta in a list in the group, one for each of its parameters, as LDoG keeps its distances."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            momenta = group.setdefault("momenta", [torch.zeros_like(p) for p in group["params"]])
+            for p, momentum in zip(group["params"], momenta, strict=False):
+                p.sub_(group["lr"] * momentum.lerp_(p.grad, 0.5))
+
+
+class NormsInGroup(ListInGroup):
+    """Keeps one number for each parameter there."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            norms = group.setdefault("norms", [0.0] * len(group["params"]))
+            for i, p in enumerate(group["params"]):
+                norms[i] += float(p.grad.norm())
+                p.sub_(group["lr"] * p.grad / norms[i])
+
+
+class ByParameterInGroup(torch.optim.SGD):
+    """Keeps momenta by parameter in a dictionary in the group, and makes them anew in each step."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            momenta = group.setdefault("momenta", {})
+            for p in group["params"]:
+                momenta[p] = p.grad if p not in momenta else 0.9 * momenta[p] + p.grad
+                p.sub_(group["lr"] * momenta[p])
+
+
 class Still(torch.optim.SGD):
     def step(self, closure=None):
         pass
@@ -189,6 +225,12 @@ FAILING = {
     "anew": (lambda p: DualAveraging(p, 0.1), "DualAveraging computes weights anew by the learning rate: a change of"),
     "released": (lambda p: Released(p, 0.1), "Released keeps the parameter group in its state, and may read the"),
     "cautious": (lambda p: Cautious(p, 0.1), "steps of Cautious grow by 1 / density by themselves"),
+    "list in the group": (
+        lambda p: ListInGroup(p, 0.1),
+        "ListInGroup steps otherwise once its parameter group is split",
+    ),
+    "norms in the group": (lambda p: NormsInGroup(p, 0.1), "NormsInGroup steps otherwise once its parameter group is"),
+    "by parameter in the group": (lambda p: ByParameterInGroup(p, 0.1), "ByParameterInGroup steps otherwise once its"),
     "none": (without_rate, "SGD has no learning rate of its own"),
     "still": (lambda p: Still(p, 0.1), "Still did not move a parameter in 16 steps"),
     "refusing": (lambda p: Refusing(p, 0.1), r"Refusing could not be tried \(RuntimeError: rates of groups must be"),

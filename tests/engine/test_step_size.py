@@ -535,3 +535,37 @@ def test_a_run_that_is_resumed_goes_on_with_what_the_optimizer_kept_of_each_laye
         with DGMController(again, other, WEIGHTS, total_steps=STEPS, state=state, audit=False) as dgm:
             run(again, other, dgm, first=9)
         assert equal(model, again) == same
+
+
+class Listed(torch.optim.SGD):
+    """Momenta in a list in the group that is made in its first step, one for each parameter."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            momenta = group.setdefault("momenta", [torch.zeros_like(p) for p in group["params"]])
+            for p, momentum in zip(group["params"], momenta, strict=False):
+                p.sub_(group["lr"] * momentum.mul_(0.9).add_(p.grad))
+
+
+def test_a_list_in_the_group_keeps_the_order_of_its_parameters():
+    """Where one of equal layers stays dense, splitting the group would give others its momentum."""
+    trained = []
+    for exponent in (1.0, 0.0):
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(32, 32, bias=False) for _ in range(4)])
+        optimizer = Listed(model.parameters(), 0.02)
+        settings = WEIGHTS.merged(step_size={"exponent": exponent}, selection={"exclude": ["0"]})
+        with DGMController(model, optimizer, settings, total_steps=STEPS, audit=False) as dgm:
+            for step in range(STEPS):
+                optimizer.zero_grad()
+                model(batch(step, 32)).square().mean().backward()
+                dgm.mask_gradients()
+                optimizer.step()
+                dgm.advance()
+            notes = {weight.note for weight in dgm.masked_weights}
+            assert all(
+                ("Listed steps otherwise once its parameter group is split" in n) == (exponent > 0) for n in notes
+            )
+        trained.append(model)
+    assert equal(*trained)

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.controller_runs import saved
+from helpers.controller_runs import STEPS, adamw, saved
+from helpers.controller_runs import run as fit_model
 from helpers.counting_optimizers import CountedAverage
 from helpers.masked_weights import numbered
+from helpers.storages import config as storage_config
+from helpers.storages import double, largest_difference
 from lightning_estdgm.config import DGMConfig, StepSize, Units
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._step_hooks import StepHooks
@@ -193,6 +196,64 @@ def test_the_optimizer_is_the_users_before_and_after_a_step():
     assert any(weight.young.cohorts for weight in run.dgm.masked_weights)
     assert len(run.optimizer.state_dict()["state"]) == len(list(run.net.parameters()))
     assert seen == [([id(run.optimizer.param_groups[0])], True)] * 80
+
+
+def cleared(run):
+    run.optimizer.state.clear()
+
+
+def set_back(run):
+    for state in run.optimizer.state.values():
+        for value in state.values():
+            value.zero_()
+
+
+def told(run):
+    taken_over(run)
+    run.dgm.use_optimizers(run.optimizer)
+
+
+def taken_over(run):
+    run.make = OPTIMIZERS["NAdam"]
+    run.optimizer = run.make(run.net.parameters())
+    run.schedule = torch.optim.lr_scheduler.StepLR(run.optimizer, 25, 0.7)
+
+
+@pytest.mark.parametrize("begin_anew", [cleared, set_back, told, taken_over])
+def test_where_the_optimizer_begins_anew_every_unit_is_stepped_as_a_fresh_parameter(begin_anew):
+    run = Run(OPTIMIZERS["AdamW, foreach"], config())
+    for step in range(66):
+        run.step(step)
+        run.dgm.advance()
+    assert all(weight.young.living for weight in run.dgm.masked_weights)
+    begin_anew(run)
+    fresh = [Fresh(run, name, expanded(mask, run.side).clone()) for name, mask in run.dgm.masks().items()]
+    for step in range(66, 85):
+        group, densities = dict(run.optimizer.param_groups[0]), run.dgm.layer_densities()
+        run.step(step)
+        for whole in fresh:
+            whole.step(group, 1 / densities[whole.layer])
+        run.dgm.advance()
+        for whole in fresh:
+            whole.units &= expanded(run.dgm.masks()[whole.layer], run.side)
+    assert all(whole.units.any() for whole in fresh)
+    assert all(weight.young.living for weight in run.dgm.masked_weights)  # grown since
+
+
+def test_packed_weights_go_on_as_others_where_the_optimizer_begins_anew(mlp):
+    models = []
+    for storage in ("dense", "packed"):
+        model = double(mlp(32, 64, 64, 4))
+        optimizer = adamw(model)
+        with DGMController(model, optimizer, storage_config(1, storage), total_steps=STEPS, audit=False) as dgm:
+            fit_model(model, optimizer, dgm, last=22)
+            assert any(weight.young.living for weight in dgm.masked_weights)
+            optimizer.state.clear()
+            fit_model(model, optimizer, dgm, first=22, last=23)
+            assert not any(weight.young.living for weight in dgm.masked_weights)
+            fit_model(model, optimizer, dgm, first=23)
+        models.append(model)
+    assert largest_difference(*models) < 1e-12
 
 
 class Breaking(torch.optim.AdamW):
