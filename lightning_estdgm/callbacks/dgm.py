@@ -298,7 +298,8 @@ class DGMCallback(pl.Callback):
             self._compression.register(self.controller)
         self._log = DGMLog(trainer, self.controller, unlisted_weights(pl_module, self.controller.candidates))
         self._at_end.callback(self._log.close)
-        self._outcome = RunOutcome(trainer, self.controller)
+        self._outcome = RunOutcome(trainer, self.controller, self._outcome)
+        self._outcome.load_state_dict(state or {})
         self._at_end.callback(GraphLimit(sum(c.masked for c in self.controller.candidates)).restore)
 
     def _make_clock(self, trainer: pl.Trainer, pl_module: pl.LightningModule, goes_on: bool) -> ScheduleClock:
@@ -323,6 +324,8 @@ class DGMCallback(pl.Callback):
             self._counts = clock_entries(state)
             controller = self._bound()
             controller.load_state_dict(state)
+            assert self._outcome is not None
+            self._outcome.load_state_dict(state)
             controller.pace = saved_pace(state)  # until the loops are restored, and tell what is left
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -502,7 +505,7 @@ class DGMCallback(pl.Callback):
         return known.state_dict() if isinstance(known, FitResult) else self._state(known)
 
     def _state(self, controller: DGMController) -> dict[str, Any]:
-        return controller.state_dict() | self._clock_state()
+        return controller.state_dict() | self._clock_state() | (self._outcome.state_dict() if self._outcome else {})
 
     def _result(self, controller: DGMController) -> FitResult:
         return FitResult.of(controller, self._state(controller), self._outcome_so_far())
