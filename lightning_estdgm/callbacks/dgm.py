@@ -265,6 +265,9 @@ class DGMCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the controller of the model and its optimizers; a fit with nothing left to do changes nothing."""
         model = adapter_for(trainer.strategy).model(trainer.strategy)
+        # Without a key "callbacks" in the checkpoint, Lightning calls no on_load_checkpoint.
+        loaded = trainer._checkpoint_connector._loaded_checkpoint
+        self._checkpoint_step = max(self._checkpoint_step, loaded.get("global_step", 0))
         may_be_over = self._restored is None and self._checkpoint_step == 0 and nothing_left(trainer)
         if may_be_over and not trainer.strategy.restore_checkpoint_after_setup:
             self._keep_earlier(model)
@@ -332,6 +335,9 @@ class DGMCallback(pl.Callback):
         """Load state that a strategy restores only now; without any, recover masks from a checkpoint's weights."""
         self._restore_late()
         controller = self._bound()
+        if trainer.ckpt_path is not None and not self._resumed and self._checkpoint_step == 0:  # as in on_fit_start
+            self._checkpoint_step = trainer.global_step
+            self._clock = self._make_clock(trainer, pl_module, goes_on=True)
         if self._resumed:
             assert self._clock is not None
             assert self._outcome is not None
