@@ -15,6 +15,7 @@ from lightning_estdgm.engine._pace import Pace
 
 _TIME_TICKS = 10_000  # a run limited by time alone is scheduled in this many parts of max_time
 _SAME_SHARE = 0.01  # by which the share of the time and of the schedule may differ in an unchanged run
+_SAME_STEPS = 1  # by which the steps left and those of the schedule may differ, as several optimizers are rounded
 _NOMINAL_STEPS = 100  # for fast_dev_run, or a fit with nothing left to do: enough for any schedule given in shares
 
 
@@ -130,6 +131,7 @@ class ScheduleClock:
     def go_on(self, controller: DGMController) -> str:
         """Let a resumed run go through the rest of its schedule in what is left of this fit, if lengths differ.
 
+        So they do in a run of the same length that was stopped in mid-epoch: Lightning goes on with the next epoch.
         Call it once the Trainer's loops are restored.
 
         Returns:
@@ -148,14 +150,21 @@ class ScheduleClock:
             return f"{share:.0%} of the schedule are done, and the rest of it is spread over the time that is left"
         else:
             rest = "the rest of it is spread over the steps that are left"
-        if pace.run[0] == run[0] and (None in (pace.run[1], run[1]) or pace.run[1] == run[1]):
+        as_long = pace.run[0] == run[0] and (None in (pace.run[1], run[1]) or pace.run[1] == run[1])
+        if as_long and controller.position >= pace.total_steps:
             return ""
-        left = max(0, self._left(controller.steps))
+        progress, left = self._progress(controller.steps), max(0, self._left(controller.steps))
+        due = max(0, pace.last - progress)
+        if as_long and abs(due - left) <= _SAME_STEPS:
+            return ""
         if left == 0 and controller.position < pace.total_steps:  # by `total_steps`; the Trainer goes on
             rest = "the rest of it goes on a position a step, since so many steps are done already"
-        controller.pace = pace.with_length(
-            run, progress=self._progress(controller.steps), position=controller.position, left=left
-        )
+        controller.pace = pace.with_length(run, progress=progress, position=controller.position, left=left)
+        if as_long:
+            return (
+                f"the Trainer has {left} steps left to do, and the schedule {due}, as where a run was stopped in "
+                f"mid-epoch. It goes on where {share:.0%} of the schedule are done, and {rest}"
+            )
         return (
             f"the checkpoint is of a run of {pace.run[0]} steps, and this one has {run[0]}. It goes on where "
             f"{share:.0%} of the schedule are done, and {rest}{f': {left} steps' if left else ''}. "
