@@ -265,6 +265,9 @@ class DGMCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the controller of the model and its optimizers; a fit with nothing left to do changes nothing."""
         model = adapter_for(trainer.strategy).model(trainer.strategy)
+        # Without a key "callbacks" in the checkpoint, Lightning calls no on_load_checkpoint.
+        loaded = trainer._checkpoint_connector._loaded_checkpoint
+        self._checkpoint_step = max(self._checkpoint_step, loaded.get("global_step", 0))
         may_be_over = self._restored is None and self._checkpoint_step == 0 and nothing_left(trainer)
         if may_be_over and not trainer.strategy.restore_checkpoint_after_setup:
             self._keep_earlier(model)
@@ -298,7 +301,8 @@ class DGMCallback(pl.Callback):
             self._compression.register(self.controller)
         self._log = DGMLog(trainer, self.controller, unlisted_weights(pl_module, self.controller.candidates))
         self._at_end.callback(self._log.close)
-        self._outcome = RunOutcome(trainer, self.controller)
+        self._outcome = RunOutcome(trainer, self.controller, self._outcome)
+        self._outcome.load_state_dict(state or {})
         self._at_end.callback(GraphLimit(sum(c.masked for c in self.controller.candidates)).restore)
 
     def _make_clock(self, trainer: pl.Trainer, pl_module: pl.LightningModule, goes_on: bool) -> ScheduleClock:
@@ -323,12 +327,17 @@ class DGMCallback(pl.Callback):
             self._counts = clock_entries(state)
             controller = self._bound()
             controller.load_state_dict(state)
+            assert self._outcome is not None
+            self._outcome.load_state_dict(state)
             controller.pace = saved_pace(state)  # until the loops are restored, and tell what is left
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Load state that a strategy restores only now; without any, recover masks from a checkpoint's weights."""
         self._restore_late()
         controller = self._bound()
+        if trainer.ckpt_path is not None and not self._resumed and self._checkpoint_step == 0:  # as in on_fit_start
+            self._checkpoint_step = trainer.global_step
+            self._clock = self._make_clock(trainer, pl_module, goes_on=True)
         if self._resumed:
             assert self._clock is not None
             assert self._outcome is not None
@@ -502,7 +511,7 @@ class DGMCallback(pl.Callback):
         return known.state_dict() if isinstance(known, FitResult) else self._state(known)
 
     def _state(self, controller: DGMController) -> dict[str, Any]:
-        return controller.state_dict() | self._clock_state()
+        return controller.state_dict() | self._clock_state() | (self._outcome.state_dict() if self._outcome else {})
 
     def _result(self, controller: DGMController) -> FitResult:
         return FitResult.of(controller, self._state(controller), self._outcome_so_far())

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from helpers.models import (
@@ -147,6 +148,34 @@ def test_units_that_an_update_has_just_grown_cannot_be_told_and_are_drawn(
         assert kept.any()
     assert differences(look.weights, dict(weights)) == []
     assert_final(module, callback)
+
+
+class LateStrategy(SingleDeviceStrategy):
+    """Restores checkpoints after the start of the fit, as FSDP does."""
+
+    restore_checkpoint_after_setup = True
+
+
+@pytest.mark.parametrize(
+    ("strategy", "storage"),
+    [(SingleDeviceStrategy, "dense"), (SingleDeviceStrategy, "packed"), (LateStrategy, "dense")],
+)
+def test_a_checkpoint_without_any_callback_s_state_is_as_one_without_ours(
+    strategy: Any, storage: str, tmp_path: Path
+) -> None:
+    run, path = Run(TinyMLP, config={"storage": storage}), tmp_path / "saved.ckpt"
+    run.fit(SaveAt("on_train_batch_end", 14, path))
+    without_state(path, tmp_path / "ours.ckpt")
+    checkpoint = load(path)
+    del checkpoint["callbacks"]
+    torch.save(checkpoint, tmp_path / "all.ckpt")
+    ends = []
+    for name in ("ours", "all"):
+        run.trainer["strategy"] = strategy("cpu")
+        with pytest.warns(UserWarning, match=f"is at step 14 but {NO_STATE}"):
+            ends.append(end_of(*run.fit(ckpt=tmp_path / f"{name}.ckpt")))
+    assert differences(*ends) == []
+    assert ends[0]["dgm"]["steps"] == STEPS
 
 
 def save_dense(run: Run, step: int, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,22 @@ def test_data_that_ends_before_the_limit_of_batches(limits: dict[str, int], toge
     module, dgm, _, positions = fit(loader, limit_train_batches=100, accumulate_grad_batches=together, **limits)
     assert positions[-1] == dgm.schedule.total_steps
     assert_final(module, dgm)
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_a_loader_without_a_length_that_max_epochs_ends_before_max_steps(
+    together: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loader: Any = DataLoader(Stream(16), batch_size=None)
+    settings: dict[str, Any] = {"max_epochs": 4, "max_steps": 200, "accumulate_grad_batches": together}
+    save = SaveAt("on_train_epoch_end", 2 * math.ceil(16 / together), tmp_path / "saved.ckpt")
+    with caplog.at_level(logging.INFO):
+        module, dgm, _, positions = fit(loader, save, **settings)
+    assert positions[-1] == dgm.schedule.total_steps == 200
+    assert_final(module, dgm)
+    assert "an epoch has 16 batches now, and their number was not known" in caplog.text
+    _, dgm, _, positions = fit(loader, ckpt=tmp_path / "saved.ckpt", **settings)
+    assert positions[-1] == 200
 
 
 def test_a_length_that_the_user_gave_stands() -> None:

@@ -21,6 +21,7 @@ from lightning_estdgm import DGMCallback, DGMConfig, EnergyMonitor, EstDgm, Unit
 pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
 
 STEPS, EPOCH = 20, 4  # of helpers.models.SCHEDULE
+NOT_EMPTY = "ignore:Checkpoint directory .* exists and is not empty"
 
 
 class Scored(TinyMLP):
@@ -39,9 +40,17 @@ def callback(**settings: Any) -> DGMCallback:
 
 
 def fit(score: Any, *callbacks: pl.Callback, **trainer: Any) -> pl.Trainer:
+    checkpoint = trainer.pop("ckpt_path", None)
     made = make_trainer(*callbacks, **{"max_epochs": STEPS // EPOCH} | trainer)
-    made.fit(Scored(score), TinyMLP.batches(EPOCH), TinyMLP.batches(1))
+    made.fit(Scored(score), TinyMLP.batches(EPOCH), TinyMLP.batches(1), ckpt_path=checkpoint)
     return made
+
+
+def density_of(path: str, dgm: DGMCallback) -> Any:
+    """Return the share of the masked weights that are not zero in a checkpoint."""
+    weights = torch.load(path, weights_only=True)["state_dict"]
+    masked = [weights[f"{name}.weight"] for name in dgm.masks()]
+    return pytest.approx(sum(int((w != 0).sum()) for w in masked) / sum(w.numel() for w in masked))
 
 
 def test_a_run_that_early_stopping_ends_in_exploration_says_so(tmp_path: Path) -> None:
@@ -78,10 +87,7 @@ def test_a_best_checkpoint_of_a_dense_phase_is_named_with_its_density(tmp_path: 
     (found,) = dgm.run_summary()["best_checkpoints"]
     assert found["path"] == best.best_model_path
     assert (found["monitor"], found["phase"]) == ("val_loss", "exploration")
-    weights = torch.load(best.best_model_path, weights_only=True)["state_dict"]
-    masked = [weights[f"{d.name}.weight"] for d in dgm.decisions() if d.masked]
-    nonzero = sum(int((w != 0).sum()) for w in masked) / sum(w.numel() for w in masked)
-    assert found["density"] == pytest.approx(nonzero)
+    assert found["density"] == density_of(best.best_model_path, dgm)
 
 
 def test_a_best_checkpoint_at_the_final_density_is_listed_without_a_warning(tmp_path: Path) -> None:
@@ -94,6 +100,58 @@ def test_a_best_checkpoint_at_the_final_density_is_listed_without_a_warning(tmp_
     )
     (found,) = dgm.run_summary()["best_checkpoints"]
     assert found["density"] == pytest.approx(dgm.density)
+
+
+def test_a_best_checkpoint_that_is_written_anew_under_one_name_has_its_own_density(tmp_path: Path) -> None:
+    dgm, best = callback(), ModelCheckpoint(tmp_path, "best", monitor="val_loss")
+    fit(lambda trainer: -trainer.global_step, dgm, best, enable_checkpointing=True)
+    assert best.best_model_path == str(tmp_path / "best.ckpt")
+    (found,) = dgm.run_summary()["best_checkpoints"]
+    assert (found["density"], found["phase"]) == (density_of(best.best_model_path, dgm), "refinement")
+
+
+@pytest.mark.filterwarnings(NOT_EMPTY)
+@pytest.mark.parametrize("resumed", ["the best file", "a later file"])
+def test_a_best_checkpoint_of_before_a_resume_keeps_its_density(tmp_path: Path, resumed: str) -> None:
+    def go(path: str | None = None) -> tuple[DGMCallback, ModelCheckpoint, ModelCheckpoint]:
+        dgm, best = callback(), ModelCheckpoint(tmp_path, monitor="val_loss")
+        later = ModelCheckpoint(tmp_path, "later", every_n_train_steps=3 * EPOCH)
+        with pytest.warns(UserWarning, match=r"the best checkpoint by 'val_loss', .* was saved in exploration, at"):
+            fit(lambda trainer: trainer.global_step, dgm, best, later, enable_checkpointing=True, ckpt_path=path)
+        return dgm, best, later
+
+    _, begun, later = go()
+    dgm, best, _ = go(begun.best_model_path if resumed == "the best file" else later.best_model_path)
+    assert best.best_model_path == begun.best_model_path
+    (found,) = dgm.run_summary()["best_checkpoints"]
+    assert (found["density"], found["phase"]) == (density_of(best.best_model_path, dgm), "exploration")
+
+
+def fit_twice(tmp_path: Path, first: list[pl.Callback], dgm: DGMCallback) -> ModelCheckpoint:
+    """Run two fits of one Trainer; the best file is of the first."""
+    best = ModelCheckpoint(tmp_path, monitor="val_loss")
+    trainer = fit(lambda trainer: trainer.global_step, *first, best, enable_checkpointing=True)
+    trainer.callbacks = [dgm, best]
+    trainer.fit_loop.max_epochs *= 2
+    trainer.fit(trainer.lightning_module, TinyMLP.batches(EPOCH), TinyMLP.batches(1))
+    return best
+
+
+@pytest.mark.filterwarnings(NOT_EMPTY, "ignore:the best checkpoint by 'val_loss', .* was saved in exploration")
+def test_a_best_checkpoint_of_an_earlier_fit_keeps_its_density(tmp_path: Path) -> None:
+    dgm = callback()
+    best = fit_twice(tmp_path, [dgm], dgm)
+    (found,) = dgm.run_summary()["best_checkpoints"]
+    assert (found["density"], found["phase"]) == (density_of(best.best_model_path, dgm), "exploration")
+
+
+@pytest.mark.filterwarnings(NOT_EMPTY)
+def test_a_best_checkpoint_of_a_fit_without_the_callback_has_no_known_density(tmp_path: Path) -> None:
+    dgm = callback()
+    with pytest.warns(UserWarning, match=r"best checkpoint by 'val_loss', .* was saved before this fit, and at what"):
+        best = fit_twice(tmp_path, [], dgm)
+    unknown = {"path": best.best_model_path, "monitor": "val_loss", "density": None, "phase": None}
+    assert dgm.run_summary()["best_checkpoints"] == [unknown]
 
 
 def test_density_and_phase_can_be_monitored_and_name_files(tmp_path: Path) -> None:

@@ -209,6 +209,32 @@ def test_phases_given_in_steps_keep_their_share(tmp_path):
     assert_final(module, dgm)
 
 
+class StopAt(pl.Callback):
+    """Ends the run after a step, as `EarlyStopping` does at a validation in mid-epoch."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.global_step == self.step
+
+
+@pytest.mark.parametrize("cls", [TinyMLP, GAN])
+def test_a_run_that_was_stopped_in_mid_epoch_ends_with_its_schedule(tmp_path, caplog, cls):
+    """Lightning goes on with the next epoch, so steps are missing that the schedule counts on."""
+    path, optimizers = tmp_path / "saved.ckpt", 2 if cls is GAN else 1
+    _, first, trainer, _ = fit(8, StopAt(13 * optimizers), cls=cls, max_epochs=5)
+    trainer.save_checkpoint(path)
+    with caplog.at_level(logging.INFO):
+        module, dgm, trainer, positions = fit(8, ckpt=path, cls=cls, max_epochs=5)
+    assert positions.seen[0] == first.controller.position == 13
+    assert trainer.global_step == (13 + 3 * 8) * optimizers
+    assert dgm.controller.position == dgm.schedule.total_steps == 40
+    assert positions.seen[-2] < 40
+    assert "the Trainer has 24 steps left to do, and the schedule 27" in caplog.text
+    assert_final(module, dgm)
+
+
 # ------------------------------------------------------------------ a fit with nothing left to do
 
 

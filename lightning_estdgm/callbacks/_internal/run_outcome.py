@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from lightning_estdgm._words import first_names
 from lightning_estdgm.engine._controller import DGMController
@@ -37,15 +39,15 @@ class BestCheckpoint:
     Attributes:
         path: path of the file.
         monitor: name of the metric that chose it.
-        density: active share of the masked weights when it was saved.
-        phase: phase of the schedule when it was saved.
+        density: active share of the masked weights when it was saved; None if not known.
+        phase: phase of the schedule when it was saved; None if not known.
 
     """
 
     path: str
     monitor: str
-    density: float
-    phase: str
+    density: float | None
+    phase: str | None
 
 
 class RunOutcome:
@@ -54,33 +56,59 @@ class RunOutcome:
     Args:
         trainer: Trainer of the fit.
         controller: controller of the fit.
+        before: outcome of the fit before, if any: a best checkpoint may be of that one.
 
     Attributes:
         resumes: whether the fit goes on from a checkpoint, and no step of it was seen yet.
 
     """
 
-    def __init__(self, trainer: pl.Trainer, controller: DGMController) -> None:
+    def __init__(self, trainer: pl.Trainer, controller: DGMController, before: RunOutcome | None = None) -> None:
         self._trainer = trainer
         self._controller = controller
-        self._best: dict[ModelCheckpoint, BestCheckpoint] = {}
+        # With its score, a new object for each file: where all have one path, it alone tells them apart.
+        self._best: dict[ModelCheckpoint, tuple[BestCheckpoint, Tensor | None]] = {}
+        self._earlier: list[dict[str, Any]] = [] if before is None else before._entries()  # those of other fits
+        self._watching = False
         self._thawed: list[str] = []
         self._replaced: list[str] = []
         self.resumes = False
 
     def watch(self) -> None:
-        """Note the density of new best checkpoints. Call it between any two steps."""
+        """Note the density of new best checkpoints. Call it between any two steps; the first call is before any."""
         if self.resumes:
             self.resumes = False
             self._say_frozen()
         for callback in self._trainer.checkpoint_callbacks:
             if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
                 continue
+            path, score = callback.best_model_path, callback.best_model_score
             known = self._best.get(callback)
-            path = callback.best_model_path
-            if path and (known is None or known.path != path):
-                controller = self._controller
-                self._best[callback] = BestCheckpoint(path, callback.monitor, controller.density, controller.phase)
+            if path and (known is None or known[0].path != path or known[1] is not score):
+                self._best[callback] = self._best_now(path, callback.monitor, score), score
+        self._watching = True
+
+    def _best_now(self, path: str, monitor: str, score: Tensor | None) -> BestCheckpoint:
+        if self._watching:
+            return BestCheckpoint(path, monitor, self._controller.density, self._controller.phase)
+        # Lightning restores no score where the folder has changed.
+        entry = {"path": path, "monitor": monitor} | ({} if score is None else {"score": float(score)})
+        known = next((e for e in self._earlier if e.items() >= entry.items()), {})
+        return BestCheckpoint(path, monitor, known.get("density"), known.get("phase"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best checkpoints in plain types, with the one that is being saved."""
+        if self._watching:
+            self.watch()
+        return {"best_checkpoints": self._entries()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the best checkpoints of the run that is resumed; states of earlier versions hold none."""
+        self._earlier = [*state.get("best_checkpoints", ()), *self._earlier]
+
+    def _entries(self) -> list[dict[str, Any]]:
+        now = [asdict(b) | {"score": None if score is None else float(score)} for b, score in self._best.values()]
+        return now or self._earlier
 
     def _say_frozen(self) -> None:
         # BackboneFinetuning of lightning 2.6.6 freezes in `setup`, and thaws in one epoch: resumed later, never.
@@ -128,12 +156,13 @@ class RunOutcome:
             "ended_as_asked": self._masks_any and not self._replaced and self._is_asked(self._controller.density),
             "thawed_and_dense": list(self._thawed),
             "replaced_and_dense": list(self._replaced),
-            "best_checkpoints": [asdict(best) for best in self._best.values()],
+            "best_checkpoints": [asdict(best) for best, _ in self._best.values()],
         }
 
     def say(self) -> None:
         """Warn if the run, or its best checkpoint, does not have the density that was asked for."""
         self.watch()
+        self._watching = False
         self.watch_thawed()
         controller, trainer = self._controller, self._trainer
         asked = controller.final_density
@@ -152,8 +181,13 @@ class RunOutcome:
                 f"at density {controller.density:.2f}; asked for was {asked:.2f} at the end. "
                 + self._why_not_as_asked(controller.position >= length)
             )
-        for best in self._best.values():
-            if not self._is_asked(best.density):
+        for best, _ in self._best.values():
+            if best.density is None:
+                rank_zero_warn(
+                    f"the best checkpoint by {best.monitor!r}, {best.path}, was saved before this fit, and at what "
+                    f"density is not known; asked for was {asked:.2f}. See docs/guides/checkpoints.md"
+                )
+            elif not self._is_asked(best.density):
                 rank_zero_warn(
                     f"the best checkpoint by {best.monitor!r}, {best.path}, was saved in {best.phase}, at density "
                     f"{best.density:.2f}; asked for was {asked:.2f} at the end. To keep the best at the final "

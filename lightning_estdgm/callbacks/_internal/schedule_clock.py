@@ -15,6 +15,7 @@ from lightning_estdgm.engine._pace import Pace
 
 _TIME_TICKS = 10_000  # a run limited by time alone is scheduled in this many parts of max_time
 _SAME_SHARE = 0.01  # by which the share of the time and of the schedule may differ in an unchanged run
+_SAME_STEPS = 1  # by which the steps left and those of the schedule may differ, as several optimizers are rounded
 _NOMINAL_STEPS = 100  # for fast_dev_run, or a fit with nothing left to do: enough for any schedule given in shares
 
 
@@ -130,6 +131,7 @@ class ScheduleClock:
     def go_on(self, controller: DGMController) -> str:
         """Let a resumed run go through the rest of its schedule in what is left of this fit, if lengths differ.
 
+        So they do in a run of the same length that was stopped in mid-epoch: Lightning goes on with the next epoch.
         Call it once the Trainer's loops are restored.
 
         Returns:
@@ -148,14 +150,21 @@ class ScheduleClock:
             return f"{share:.0%} of the schedule are done, and the rest of it is spread over the time that is left"
         else:
             rest = "the rest of it is spread over the steps that are left"
-        if pace.run[0] == run[0] and (None in (pace.run[1], run[1]) or pace.run[1] == run[1]):
+        as_long = pace.run[0] == run[0] and (None in (pace.run[1], run[1]) or pace.run[1] == run[1])
+        if as_long and controller.position >= pace.total_steps:
             return ""
-        left = max(0, self._left(controller.steps))
+        progress, left = self._progress(controller.steps), max(0, self._left(controller.steps))
+        due = max(0, pace.last - progress)
+        if as_long and abs(due - left) <= _SAME_STEPS:
+            return ""
         if left == 0 and controller.position < pace.total_steps:  # by `total_steps`; the Trainer goes on
             rest = "the rest of it goes on a position a step, since so many steps are done already"
-        controller.pace = pace.with_length(
-            run, progress=self._progress(controller.steps), position=controller.position, left=left
-        )
+        controller.pace = pace.with_length(run, progress=progress, position=controller.position, left=left)
+        if as_long:
+            return (
+                f"the Trainer has {left} steps left to do, and the schedule {due}, as where a run was stopped in "
+                f"mid-epoch. It goes on where {share:.0%} of the schedule are done, and {rest}"
+            )
         return (
             f"the checkpoint is of a run of {pace.run[0]} steps, and this one has {run[0]}. It goes on where "
             f"{share:.0%} of the schedule are done, and {rest}{f': {left} steps' if left else ''}. "
@@ -186,8 +195,9 @@ class ScheduleClock:
         if not changed or controller.position >= pace.total_steps or pace.last == progress + left:
             return ""
         controller.pace = pace.with_length(pace.run, progress=progress, position=controller.position, left=left)
+        before = "their number was not known" if expected == math.inf else f"{expected:.0f} were expected"
         return (
-            f"an epoch has {coming:.0f} batches now, and {expected:.0f} were expected: the rest of the schedule is "
+            f"an epoch has {coming:.0f} batches now, and {before}: the rest of the schedule is "
             f"spread over the {left} steps that are left"
         )
 
@@ -207,14 +217,13 @@ class ScheduleClock:
         if self._asked is not None:
             return self._asked - self._progress(steps)
         by_steps = None if trainer.max_steps == -1 else (trainer.max_steps - trainer.global_step) // self._together
-        by_epochs = self._left_by_epochs(trainer, trainer.current_epoch)
-        if by_epochs is not None:
-            epochs: Any = self._fit_loop.epoch_progress.current
+        epochs: Any = self._fit_loop.epoch_progress.current
+        epoch = epochs.processed  # not current_epoch: saved at the end of an epoch, that may still be this one
+        by_epochs = self._left_by_epochs(trainer, epoch)
+        if by_epochs is not None and epochs.started > epoch:  # in mid-epoch
             batches: Any = self._fit_loop.epoch_loop.batch_progress.current
-            if epochs.started > epochs.processed:  # in mid-epoch
-                done = batches.processed
-                whole = self._epoch_steps(trainer, trainer.current_epoch)
-                by_epochs -= min(whole, done // self._together_in(trainer.current_epoch))
+            done = batches.processed // self._together_in(epoch)
+            by_epochs -= min(self._epoch_steps(trainer, epoch), done)
         return self._agree(min(n for n in (by_steps, by_epochs) if n is not None), "min")
 
     def _progress(self, steps: int) -> int:
@@ -249,8 +258,8 @@ class ScheduleClock:
             trainer.fit_loop.setup_data()
             if trainer.ckpt_path is not None:
                 self.forget_loader()
-        if not math.isfinite(trainer.num_training_batches):
-            return None
+        if not math.isfinite(trainer.num_training_batches) and self._expected in (None, math.inf):
+            return None  # without a length, the first epoch shows it
         epochs = range(epoch, self._max_epochs)
         if self._accumulation is None:  # all are alike
             return len(epochs) * self._epoch_steps(trainer, epoch)
@@ -258,8 +267,10 @@ class ScheduleClock:
 
     def _epoch_steps(self, trainer: pl.Trainer, epoch: int) -> int:
         announced, expected = trainer.num_training_batches, self._expected
-        if expected is not None and expected < announced:  # no batch is known to be the last, so it makes no step
-            return int(expected // self._together_in(epoch))
+        if expected is not None and expected < announced:
+            if math.isfinite(announced):  # no batch is known to be the last, so it makes no step
+                return int(expected // self._together_in(epoch))
+            announced = expected  # without a length, Lightning fetches a batch ahead, and knows the last
         return math.ceil(announced / self._together_in(epoch))
 
     def _together_in(self, epoch: int) -> int:
