@@ -29,6 +29,9 @@ _UNSEEN_STEPS = 5  # in a row, before it is said
 _UNSEEN_STEPS_LATER = 50  # more than micro-batches that a loop accumulates while it writes to weights by itself
 _OUTPUT = "output head: its output goes into no other layer"
 _LAST_TRAINED = "last layer that trains: its output goes only into layers frozen in its step (include= masks it)"
+HEADS = (_OUTPUT, _LAST_TRAINED)
+"""Reasons why a layer stays dense that nobody asked for by ``include=``."""
+
 _WAITS = "no gradient has reached it yet: dense until then"
 
 

@@ -10,7 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from helpers import distributed_jobs as jobs
-from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase, Units
+from helpers.models import NO_VALIDATION_LOADER, TinyMLP
+from helpers.runs import Run, SaveAt
+from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase, Selection, Units
 
 SCHEDULE = EstDgm(
     Phase(0.7, 0.6, 5), Phase(0.3, 0.3, 5), Phase(0.2, 0.1, 10), update_every=5, observe_steps=2, freeze=0.5
@@ -323,3 +325,35 @@ def test_a_quantised_weight_stays_dense_with_the_reason():
     assert dgm.masks().keys() == {"net.0"}
     assert "its weight is of class Int8Weight, in which units cannot be set to zero" in [d.why for d in dgm.decisions()]
     assert not torch.equal(module.net[2].weight.values(), before)
+
+
+class Spared(TinyMLP):
+    """Has a layer that is never called."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.spare = nn.Linear(16, 16)
+
+
+def resume(path, cls, before=None, after=None):
+    """Resume a run of one selection with another one; return the callback."""
+    run = Run(cls, config={"selection": before or Selection()})
+    run.fit(SaveAt("on_train_batch_end", 30, path))
+    run.config = {"selection": after or Selection()}
+    return run.fit(ckpt=path)[1]
+
+
+@pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
+def test_a_head_that_a_resumed_run_includes_is_refused_by_name(tmp_path):
+    message = r"they differ in \['net\.4'\]; 'net\.4' is None there .* Pass that run's model, and its .* selection="
+    with pytest.raises(ValueError, match=message):
+        resume(tmp_path / "saved.ckpt", TinyMLP, after=Selection(include=["net.4"]))
+
+
+@pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
+def test_an_included_layer_that_the_audit_left_dense_is_resumed(tmp_path):
+    included = Selection(include=["spare", "net.4"])
+    dgm = resume(tmp_path / "saved.ckpt", Spared, included, included)
+    assert dgm.masks().keys() == {"net.0", "net.2", "net.4"}
+    (spare,) = (d for d in dgm.decisions() if d.name == "spare")
+    assert spare.why == "no gradient reached it in the first 20 steps"
