@@ -511,13 +511,21 @@ class DGMCallback(pl.Callback):
         return known.state_dict() if isinstance(known, FitResult) else self._state(known)
 
     def _state(self, controller: DGMController) -> dict[str, Any]:
-        return controller.state_dict() | self._clock_state() | (self._outcome.state_dict() if self._outcome else {})
+        return controller.state_dict() | self._clock_state()
 
     def _result(self, controller: DGMController) -> FitResult:
         return FitResult.of(controller, self._state(controller), self._outcome_so_far())
 
     def _clock_state(self) -> dict[str, Any]:
         return self._counts if self._clock is None else self._clock.state_dict()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the best checkpoints to the state, for a run that is resumed to know their density."""
+        states = checkpoint.get("callbacks", {})
+        if self._outcome is not None and self.state_key in states:
+            states[self.state_key] = states[self.state_key] | self._outcome.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until there is a controller: strategies restore before or after `on_fit_start`."""

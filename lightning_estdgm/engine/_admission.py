@@ -29,6 +29,8 @@ _UNSEEN_STEPS = 5  # in a row, before it is said
 _UNSEEN_STEPS_LATER = 50  # more than micro-batches that a loop accumulates while it writes to weights by itself
 _OUTPUT = "output head: its output goes into no other layer"
 _LAST_TRAINED = "last layer that trains: its output goes only into layers frozen in its step (include= masks it)"
+HEADS = (_OUTPUT, _LAST_TRAINED)
+"""Reasons why a layer stays dense that nobody asked for by ``include=``."""
 _BY_ITSELF = "its weight is used by itself: its forward was not called"
 _NOT_CALLED = (
     "no forward of it was seen in the step that trained it, as where a copy of the model computes: call the layer "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_estdgm.engine._admission import HEADS
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.method._update_rule import UpdateRule
 
@@ -53,7 +54,8 @@ def check_state(
         state: result of `DGMController.state_dict`.
         version: version of states that this package reads.
         schedule: settings of the schedule that the state must have.
-        weights: weights of this run's model that can be masked; those that the state leaves dense may be missing in it.
+        weights: weights of this run's model that can be masked; those that the state leaves dense may be missing in it,
+            but no output head that it leaves dense and this run includes.
 
     """
     if state.get("version") != version:
@@ -69,7 +71,10 @@ def check_state(
         )
     theirs = {name: (tuple(x["shape"]), x["block_size"]) for name, x in state["layers"].items()}
     optional = {weight.name for weight in weights if weight.candidate.seems_head}
-    optional |= {*state.get("dense_layers", ()), *state.get("waiting_layers", ())}
+    included = {weight.name for weight in weights if weight.candidate.why == "included"}
+    dense = state.get("dense_layers", {})
+    optional |= {name for name, why in dense.items() if not (name in included and why in HEADS)}
+    optional |= {*state.get("waiting_layers", ())}
     ours = {
         weight.name: (weight.shape, weight.block_size)
         for weight in weights

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from helpers import distributed_jobs as jobs
-from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase, Units
+from helpers.models import NO_VALIDATION_LOADER, TinyMLP
+from helpers.runs import Run, SaveAt
+from lightning_estdgm import DGMCallback, DGMConfig, EstDgm, Phase, Selection, Units
 
 SCHEDULE = EstDgm(
     Phase(0.7, 0.6, 5), Phase(0.3, 0.3, 5), Phase(0.2, 0.1, 10), update_every=5, observe_steps=2, freeze=0.5
@@ -419,3 +421,35 @@ def test_a_layer_is_masked_where_its_forward_computes_with_the_zeros_of_its_weig
         weight = nn.Parameter(stored.clone())
         keeps_zeros = bool((make(weight)[stored == 0] == 0).all())
         assert (f"net.{i}" in masks) is keeps_zeros is name.endswith("zeros"), name
+
+
+class Spared(TinyMLP):
+    """Has a layer that is never called."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.spare = nn.Linear(16, 16)
+
+
+def resume(path, cls, before=None, after=None):
+    """Resume a run of one selection with another one; return the callback."""
+    run = Run(cls, config={"selection": before or Selection()})
+    run.fit(SaveAt("on_train_batch_end", 30, path))
+    run.config = {"selection": after or Selection()}
+    return run.fit(ckpt=path)[1]
+
+
+@pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
+def test_a_head_that_a_resumed_run_includes_is_refused_by_name(tmp_path):
+    message = r"they differ in \['net\.4'\]; 'net\.4' is None there .* Pass that run's model, and its .* selection="
+    with pytest.raises(ValueError, match=message):
+        resume(tmp_path / "saved.ckpt", TinyMLP, after=Selection(include=["net.4"]))
+
+
+@pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
+def test_an_included_layer_that_the_audit_left_dense_is_resumed(tmp_path):
+    included = Selection(include=["spare", "net.4"])
+    dgm = resume(tmp_path / "saved.ckpt", Spared, included, included)
+    assert dgm.masks().keys() == {"net.0", "net.2", "net.4"}
+    (spare,) = (d for d in dgm.decisions() if d.name == "spare")
+    assert spare.why == "no gradient reached it in the first 20 steps"

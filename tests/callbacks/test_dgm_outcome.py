@@ -413,6 +413,7 @@ def further_layer(net: nn.Sequential) -> list[nn.Parameter]:
     ],
 )
 def test_layers_that_are_replaced_or_put_in_are_named(change: Any, storage: Any, name: str) -> None:
+    torch.manual_seed(0)
     dgm = DGMCallback(DGMConfig(SCHEDULE, Units(size=1), storage=storage))
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
