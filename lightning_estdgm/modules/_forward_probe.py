@@ -45,7 +45,7 @@ class ForwardProbe:
 
     Attributes:
         positions: Tokens or pixels of the last forward; 0 before one.
-        all_positions: Sum over all forwards, without those that a checkpoint's backward computes again.
+        all_positions: Sum over all forwards in training, without those that a checkpoint's backward computes again.
         dtype: Dtype of its output, of experts that of their products; ``None`` before one.
         image: Its input, for a convolution that has an operator.
 
@@ -68,7 +68,7 @@ class ForwardProbe:
 
     def _note(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self.positions = max(1, self._count(module, inputs, output))
-        if torch._C._current_graph_task_id() == -1:  # not inside a backward
+        if module.training and torch._C._current_graph_task_id() == -1:  # not in a sanity check, nor in a backward
             self.all_positions += self.positions
         out = activations((output, inputs))[0]
         self.dtype = out.dtype
