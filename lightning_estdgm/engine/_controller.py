@@ -196,6 +196,7 @@ class DGMController:
             weight.begin_step()
         if not self._hooks.stepped:
             self._hooks.begin_step()
+            self._dispatch.begin_batch()
             self._admission.warn_if_steps_are_not_seen(self._masked.weights)
             return False
         before = self.position

@@ -56,7 +56,7 @@ class Dispatch:
         probing: whether the current step records the shapes of the layers' inputs.
         positions: number of positions that each layer's weight is applied to in a forward, by the layer's name; empty
             until probed.
-        step_positions: the same in all forwards of the first step, for FLOPs.
+        step_positions: the same in all forwards of a batch, for FLOPs; of the last one where several are accumulated.
 
     Raises:
         ValueError: if a forced backend cannot compute a weight.
@@ -100,6 +100,12 @@ class Dispatch:
                 self._handles.append(probe_forward(module, check))
             for candidate in self._candidates:
                 self._handles.append(probe_forward(candidate.module, self._probes[candidate.name]))
+
+    def begin_batch(self) -> None:
+        """Count forwards anew: those before were of a batch that is accumulated, or whose step was skipped."""
+        if self.probing:
+            for probe in self._probes.values():
+                probe.all_positions = 0
 
     def read_probes(self, used_by_themselves: Mapping[str, int]) -> None:
         """Take over the shapes and dtypes that the first step's forwards showed.

@@ -46,7 +46,7 @@ class FlopCounter:
         Args:
             candidates: all linear and convolution layers.
             weights: masked weights.
-            positions: number of positions that each layer's weight is applied to in a step, by name; 1 where unknown.
+            positions: number of positions that each layer's weight is applied to in a batch, by name; 1 where unknown.
             observing: whether the step's weight gradients are whole.
 
         """

@@ -175,13 +175,23 @@ def test_a_layer_that_is_frozen_before_the_checkpoint_has_trained(tmp_path):
     assert difference(expected, state_of(trainer)) == 0.0
 
 
-class Unused(Double):
-    """A layer that no forward calls."""
+class Spare(nn.Module):
+    """Has a layer that its forward does not call."""
 
     def __init__(self):
         super().__init__()
-        self.net.insert(0, odd := nn.Linear(32, 32).double())
-        odd.forward = lambda x: x
+        self.layer = nn.Linear(32, 32).double()
+
+    def forward(self, x):
+        return x
+
+
+class Unused(Double):
+    """Begins with a layer that no forward calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.net.insert(0, Spare())
 
 
 @pytest.mark.filterwarnings("ignore:no gradient has reached the weights of 1 layers")
