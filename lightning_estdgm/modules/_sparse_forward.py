@@ -41,7 +41,7 @@ class SparseForward:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy is the plain layer: nobody would tell it of later masks, and inactive weights are zero anyway (or, if
-        # frozen, take part in the forward). So it is right for ever, and unpickles without this package.
+        # frozen, take part in the forward). So it is right for ever.
         if "parametrizations" in self.__dict__["_modules"]:
             return super().__reduce_ex__(protocol)  # torch's refusal: its class cannot be pickled
         state = {name: value for name, value in self.__dict__.items() if not name.startswith(STATE_PREFIX)}
