@@ -97,10 +97,11 @@ class RunOutcome:
         return BestCheckpoint(path, monitor, known.get("density"), known.get("phase"))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best checkpoints in plain types, with the one that is being saved."""
+        """Return the best checkpoints in plain types, with the one that is being saved; empty if there are none."""
         if self._watching:
             self.watch()
-        return {"best_checkpoints": self._entries()}
+        entries = self._entries()
+        return {"best_checkpoints": entries} if entries else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the best checkpoints of the run that is resumed; states of earlier versions hold none."""
