@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_estdgm.callbacks._internal.packed_checkpoints import PackedCheckpoints
@@ -83,12 +84,16 @@ class PackedWeights:
         self.storage.abandon()
         if exception is not None and any(parameter.is_meta for parameter in self._module.parameters()):
             self._stay_on_meta()
-        if exception is not None and hasattr(exception, "add_note"):
-            exception.add_note(
+        if exception is not None:
+            note = (
                 "DGMCallback: with storage='packed' masked weights are parameters of shape [units, rows, columns]. "
                 "Optimizers get them from named_parameters(), as layer.weight is computed from them; what needs "
                 "matrices needs storage='dense'. The weights are as they were before the fit"
             )
+            if hasattr(exception, "add_note"):
+                exception.add_note(note)
+            else:  # Python 3.10
+                rank_zero_info(note)
 
     def _stay_on_meta(self) -> None:
         """Have the strategy's teardown leave the module where it is: what has no storage cannot be moved.
