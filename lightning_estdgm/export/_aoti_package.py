@@ -74,7 +74,8 @@ class _Package:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == self._plain_inputs and not kwargs and all(isinstance(arg, Tensor) for arg in args):
-            return self._whole.loader.boxed_run(list(args))[0]
+            loader = self._whole.loader
+            return getattr(loader, "boxed_run", loader.run)(list(args))[0]  # torch 2.6 has no boxed_run
         return self._whole(*args, **kwargs)
 
     def get_metadata(self) -> Mapping[str, str]:
