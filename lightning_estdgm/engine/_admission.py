@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import distributed as dist
@@ -37,6 +37,20 @@ _NOT_CALLED = (
     "itself, or mask without looking (DGMController(audit=False))"
 )
 _WAITS = "no gradient has reached it yet: dense until then"
+
+
+class _Seen(NamedTuple):
+    """What any rank saw of a waiting weight: whether it trained, and fields of its `ForwardRecord`, as numbers."""
+
+    trained: int
+    called: int
+    changed: int
+    is_multiplied: int
+    used_by_itself: int
+    feeds: int
+    feeds_frozen: int
+    unrecorded: int
+    order: int
 
 
 @dataclass(frozen=True)
@@ -221,19 +235,19 @@ class Admission:
         """
         seen, graph = self._seen_by_any_rank()
         self._audit.end_step()
-        trained = [weight for weight in self.waiting if seen[weight][0]]
+        trained = [weight for weight in self.waiting if seen[weight].trained]
         passed = []
         for weight in trained:
-            _, called, changed, *_ = seen[weight]
-            if not called:
-                self.reasons[weight.name] = _BY_ITSELF if seen[weight][8] else _NOT_CALLED
-            elif changed or not (seen[weight][7] or weight.candidate.kind.is_adapted):  # adapters are compared
-                self.reasons[weight.name] = self._why_changed(weight, bool(changed))
+            its = seen[weight]
+            if not its.called:
+                self.reasons[weight.name] = _BY_ITSELF if its.used_by_itself else _NOT_CALLED
+            elif its.changed or not (its.is_multiplied or weight.candidate.kind.is_adapted):  # adapters are compared
+                self.reasons[weight.name] = self._why_changed(weight, bool(its.changed))
             else:
                 passed.append(weight)
         heads = self._heads(passed, seen, graph, none_masked=none_masked)
         for weight in heads:
-            self.reasons[weight.name] = _LAST_TRAINED if seen[weight][6] else _OUTPUT
+            self.reasons[weight.name] = _LAST_TRAINED if seen[weight].feeds_frozen else _OUTPUT
         decided = {weight.name for weight in trained}
         if steps >= AUDITED_STEPS:
             given_up = [weight for weight in self.waiting if weight.name not in decided]
@@ -249,7 +263,7 @@ class Admission:
     def _heads(
         self,
         weights: Sequence[MaskedWeight],
-        seen: Mapping[MaskedWeight, Sequence[int]],
+        seen: Mapping[MaskedWeight, _Seen],
         graph: _Graph,
         *,
         none_masked: bool,
@@ -258,9 +272,9 @@ class Admission:
         asked_for = [w for w in weights if w.candidate.why != "included" and not w.candidate.kind.experts]
         if not graph.was_seen:
             return [weight for weight in asked_for if weight.candidate.seems_head]
-        heads = [w for w in asked_for if not seen[w][3] and (w.candidate.seems_head or not seen[w][5])]
+        heads = [w for w in asked_for if not seen[w].feeds and (w.candidate.seems_head or not seen[w].unrecorded)]
         if none_masked and len(heads) == len(weights) == len(self.waiting) > 1:
-            return [max(heads, key=lambda weight: seen[weight][4])]
+            return [max(heads, key=lambda weight: seen[weight].order)]
         if none_masked and not graph.has_end:  # outputs are fed back, and all layers follow each other
             return [weight for weight in asked_for if weight.candidate.seems_head]
         return heads
@@ -275,21 +289,31 @@ class Admission:
             "views, casts, selections and products with a mask of 0 and 1 keep them"
         )
 
-    def _seen_by_any_rank(self) -> tuple[dict[MaskedWeight, list[int]], _Graph]:
-        """Return what was seen of each waiting weight, and of the whole forward; the same on every rank.
-
-        Of a weight: whether it trained, and `ForwardRecord.flags`.
-        """
-        rows = [[int(self._audit.saw_graph), int(self._audit.has_end), 0, 0, 0, 0, 0, 0, 0]]
+    def _seen_by_any_rank(self) -> tuple[dict[MaskedWeight, _Seen], _Graph]:
+        """Return what was seen of each waiting weight, and of the whole forward; the same on every rank."""
+        graph = (self._audit.saw_graph, self._audit.has_end)
+        rows: list[tuple[int, ...]] = [graph + (0,) * (len(_Seen._fields) - len(graph))]
         for weight in self.waiting:
             record = self._audit.records[weight.name]
-            trained = weight in self._saw_gradient and weight in self._stepped
-            rows.append([int(trained), *record.flags()])
+            rows.append(
+                _Seen(
+                    trained=weight in self._saw_gradient and weight in self._stepped,
+                    called=record.called,
+                    changed=record.changed_by != "",
+                    is_multiplied=record.is_multiplied,
+                    used_by_itself=record.used_by_itself,
+                    feeds=record.feeds,
+                    feeds_frozen=record.feeds_frozen,
+                    unrecorded=record.unrecorded,
+                    order=record.order,
+                )
+            )
         table = torch.tensor(rows, dtype=torch.int64, device=self.waiting[0].device)
         if self._group is not None:
             dist.all_reduce(table, dist.ReduceOp.MAX, group=self._group)
         first, *rest = table.tolist()
-        return dict(zip(self.waiting, rest, strict=True)), _Graph(was_seen=bool(first[0]), has_end=bool(first[1]))
+        seen = dict(zip(self.waiting, map(_Seen._make, rest), strict=True))
+        return seen, _Graph(was_seen=bool(first[0]), has_end=bool(first[1]))
 
     def _end(self, decided: Collection[str]) -> None:
         self.waiting = [weight for weight in self.waiting if weight.name not in decided]

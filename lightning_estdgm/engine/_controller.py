@@ -539,8 +539,6 @@ class DGMController:
         self._check_ranks(f"where masks were drawn, at step {self.steps}")
 
     def _update_masks(self) -> None:
-        for weight in self._masked.weights:
-            weight.leave_storage_()
         density = self.schedule(self.position).density
         drop_fraction = self._masked.rule.drop_share(self.schedule.drop_progress(self.position), density)
         self.churn = self._masked.update(density, drop_fraction, self._states, self.updates)

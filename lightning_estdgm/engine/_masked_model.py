@@ -209,6 +209,7 @@ class MaskedModel:
 
         """
         for weight in self.weights:
+            weight.leave_storage_()
             weight.inactive.before_update(weight)
         before = {weight.name: weight.mask for weight in self.weights}
         grown = 0

@@ -18,7 +18,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_estdgm.distributed._collectives import local_tensor
 from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
 from lightning_estdgm.engine._masked_weight import MaskedWeight
-from lightning_estdgm.engine._state_entries import Path, state_entries
+from lightning_estdgm.engine._state_entries import Path, entry_name, state_entries
 from lightning_estdgm.engine._state_rules import Constant, StateRule, Strided, copies_weight, oriented
 from lightning_estdgm.engine._state_trial import StateUnknownError, TrialFailedError, fresh_state_rules, keeps_more
 from lightning_estdgm.method._masks import expand_mask
@@ -82,10 +82,9 @@ class OptimizerStates:
 
         """
         for optimizer, path, state in self.entries(weight):
-            rule = self._rules.get(id(weight.parameter), {}).get((id(optimizer), path))
-            if rule is None:
-                entry = f"{type(optimizer).__name__}.{'.'.join(path)}"
-                rule = self._observed(entry, state, weight, before)
+            rule = self._rule(weight, optimizer, path) or self._observed(
+                entry_name(optimizer, path), state, weight, before
+            )
             if rule is not None:
                 rule.reset_(state, weight, units)
         for state, strided in self._strided(weight):
@@ -101,8 +100,7 @@ class OptimizerStates:
 
         """
         known: list[tuple[Tensor, StateRule | None]] = [
-            (state, self._rules.get(id(weight.parameter), {}).get((id(optimizer), path)))
-            for optimizer, path, state in self.entries(weight)
+            (state, self._rule(weight, optimizer, path)) for optimizer, path, state in self.entries(weight)
         ]
         for state, rule in [*known, *self._strided(weight)]:
             if rule is not None:
@@ -119,7 +117,7 @@ class OptimizerStates:
 
     def fresh_value(self, weight: MaskedWeight, optimizer: Optimizer, name: str) -> float:
         """Return the number that a fresh parameter has in an entry of ``optimizer.state``; 0 where there is no one."""
-        rule = self._rules.get(id(weight.parameter), {}).get((id(optimizer), ("state", name)))
+        rule = self._rule(weight, optimizer, ("state", name))
         return rule.value if isinstance(rule, Constant) else 0.0
 
     # ------------------------------------------------------------------
@@ -128,6 +126,9 @@ class OptimizerStates:
     def _every(self) -> list[Any]:
         found = [inner for optimizer in self.optimizers for inner in nested_optimizers(optimizer)]
         return list({id(optimizer): optimizer for optimizer in found}.values())
+
+    def _rule(self, weight: MaskedWeight, optimizer: Optimizer, path: Path) -> StateRule | None:
+        return self._rules.get(id(weight.parameter), {}).get((id(optimizer), path))
 
     def entries(self, weight: MaskedWeight) -> Iterator[tuple[Optimizer, Path, Tensor]]:
         """Yield each tensor once, by a place with a rule if any: a wrapper may hold the state of what it wraps."""
@@ -153,7 +154,7 @@ class OptimizerStates:
                 if isinstance(rule, Strided) and rule.fits(state, weight):
                     yield state, rule
                 elif isinstance(rule, Strided):
-                    self._warn_of_kept(f"{type(optimizer).__name__}.{'.'.join(path)}", weight)
+                    self._warn_of_kept(entry_name(optimizer, path), weight)
 
     def _tried(self, optimizer: Optimizer, weight: MaskedWeight, changes_masks: bool) -> Rules:
         if local_tensor(weight.parameter).numel() < 2 or any(

@@ -26,6 +26,7 @@ from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._optimizer_state import OptimizerStates
 from lightning_estdgm.engine._packed_states import PackedStates
 from lightning_estdgm.engine._reducers import rebuild_reducer_
+from lightning_estdgm.engine._state_entries import entry_name
 from lightning_estdgm.method._masks import BlockSize, sides
 from lightning_estdgm.method._schedules import EstDgm
 from lightning_estdgm.modules._candidates import Candidate, find_candidates
@@ -179,7 +180,7 @@ class PackedStorage:
         """Yield the state entries of a weight that have an element for each of its."""
         if self._states is not None:
             for optimizer, path, entry in self._states.entries(weight):
-                yield f"{type(optimizer).__name__}.{'.'.join(path)}", entry
+                yield entry_name(optimizer, path), entry
 
     def pack_loaded_states(self, weight: MaskedWeight) -> None:
         """Pack the state of a weight that an optimizer has loaded whole."""

@@ -41,6 +41,11 @@ def state_entries(optimizer: Optimizer, parameter: Tensor, *, shorter: bool = Fa
             yield from search.visit(value, (name,), belongs=False)
 
 
+def entry_name(optimizer: Optimizer, path: Path) -> str:
+    """Return what an entry is called in messages."""
+    return f"{type(optimizer).__name__}.{'.'.join(path)}"
+
+
 class _Search:
     """Search of nested containers for what belongs to one parameter, the `index`-th of `count`; see `state_entries`."""
 

@@ -30,7 +30,7 @@ from lightning_estdgm.distributed.adapters.whole import Whole
 from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
 from lightning_estdgm.engine._optimizer_trial import apart_from_the_run, remade, trial_optimizer
 from lightning_estdgm.engine._placement import Placement, WholeWeight
-from lightning_estdgm.engine._rate_trial import set_rate
+from lightning_estdgm.engine._rate_trial import has_rate, set_rate
 from lightning_estdgm.engine._state_entries import Path, state_entries
 from lightning_estdgm.engine._state_rules import Constant, CopyOfWeight, Kept, Requantised, StateRule, Strided
 
@@ -255,8 +255,7 @@ class _Trials:
         trial = make(self._optimizer, self._parameter, weight)
         gradients = torch.Generator(real.device).manual_seed(100 + seed)
         for _ in range(steps):
-            gradient = torch.empty_like(weight).copy_(_spread(real.shape, gradients)).masked_fill_(quiet_mask, 0)
-            _step(trial, weight, gradient.detach(), closure)
+            _step(trial, weight, _spread(real.shape, gradients).masked_fill_(quiet_mask, 0), closure)
         after, quiet = weight.detach().reshape(-1), quiet_mask.reshape(-1).nonzero().squeeze(1)
         entries: dict[tuple[str, Path], _Entry] = {}
         for inner in nested_optimizers(trial):
@@ -288,15 +287,15 @@ class _Trials:
             if rules is None:
                 gradient.masked_fill_(begin, 0)
                 weight.detach().masked_fill_(begin, 0)
-            _step(trial, weight, torch.empty_like(weight).copy_(gradient).detach(), closure)
+            _step(trial, weight, gradient, closure)
         weight.detach().masked_fill_(begin, 0)
         if rules is not None:
             _reset_(trial, weight, begin, rules)
         for group in (group for inner in nested_optimizers(trial) for group in inner.param_groups):
-            if isinstance(group.get("lr"), int | float | Tensor) and group["lr"] == 0:
+            if has_rate(group) and group["lr"] == 0:
                 set_rate(group, _RATE)
         gradient = torch.where(begin, first, _spread(real.shape, gradients))
-        _step(trial, weight, torch.empty_like(weight).copy_(gradient).detach(), closure)
+        _step(trial, weight, gradient, closure)
         moved = weight.detach().double()
         return moved[begin & quiet], moved[begin & ~quiet]
 
@@ -337,6 +336,7 @@ def _stride(vector: Tensor, weights: Tensor) -> int:
 
 def _step(trial: Any, weight: nn.Parameter, gradient: Tensor, closure: bool) -> None:
     every = [p for group in trial.param_groups for p in group["params"]]
+    gradient = torch.empty_like(weight).detach().copy_(gradient)
 
     def loss() -> Tensor:
         for p in every:

@@ -60,14 +60,6 @@ class ForwardRecord:
     used_by_itself: bool = False
     used_by_parent: int = 0
 
-    def flags(self) -> tuple[int, ...]:
-        """Return what was seen as numbers.
-
-        In this order: called, changed, feeds, order, unrecorded, feeds_frozen, is_multiplied, used_by_itself.
-        """
-        seen = (self.called, self.changed_by != "", self.feeds, self.order, self.unrecorded, self.feeds_frozen)
-        return tuple(int(flag) for flag in (*seen, self.is_multiplied, self.used_by_itself))
-
 
 class ForwardAudit:
     """Watches on the forwards of all layers that record how they use their weights, and which feeds which.

@@ -149,11 +149,13 @@ class WeightWatch(TorchFunctionMode):
         kwargs = kwargs or {}
         met = {id(x): found for x in tensors_of((args, kwargs)) if (found := self._of(x)) is not None}
         result = func(*args, **kwargs)
+        if not met:
+            return result
         called = getattr(func, "__name__", str(func))
         name = called.strip("_")
         operands = (*args, *kwargs.values())
         writes = name == "setitem" or (getattr(func, "__self__", None) is Tensor.data and name == "set")
-        if not met or not (results := tensors_of(operands[0] if writes else result)):
+        if not (results := tensors_of(operands[0] if writes else result)):
             return result
         every = list({id(one): one for found in met.values() for one in found}.values())
         if name in _PRODUCTS:
