@@ -47,6 +47,7 @@ def test_symmetric_8_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["gpt", "conv"])
 def test_networks(kind: str, tmp_path: Path) -> None:
+    exported.skip_without_onnx(kind)
     net, example, dynamic = exported.network(kind)
     export_model(net, example, "mnn", tmp_path / "net", dynamic=dynamic)
     other = exported.other_size(kind)

@@ -29,6 +29,7 @@ def run(path: Path, *inputs: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", exported.NETWORKS)
 def test_networks(kind: str, tmp_path: Path) -> None:
+    exported.skip_without_onnx(kind)
     net, example, dynamic = exported.network(kind)
     export_model(net, example, "onnx", tmp_path / "net", dynamic=dynamic)
     inputs = exported.other_size(kind)
@@ -84,7 +85,7 @@ def test_a_converter_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> N
         def forward(self, x: Tensor) -> Tensor:
             return torch.special.bessel_j1(x)
 
-    with pytest.raises(ExportError, match=r"torch\.onnx\.export failed:(.|\n)*bessel_j1"):
+    with pytest.raises(ExportError, match=r'torch\.onnx\.export failed:(.|\n)*bessel_j1(.|\n)*, dynamic="none",'):
         export_model(Unknown(), X, "onnx", tmp_path / "net")
     assert list(tmp_path.iterdir()) == []
 
