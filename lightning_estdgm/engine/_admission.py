@@ -49,7 +49,7 @@ class _Seen(NamedTuple):
     used_by_itself: int
     feeds: int
     feeds_frozen: int
-    unrecorded: int
+    recorded: int
     order: int
 
 
@@ -272,7 +272,7 @@ class Admission:
         asked_for = [w for w in weights if w.candidate.why != "included" and not w.candidate.kind.experts]
         if not graph.was_seen:
             return [weight for weight in asked_for if weight.candidate.seems_head]
-        heads = [w for w in asked_for if not seen[w].feeds and (w.candidate.seems_head or not seen[w].unrecorded)]
+        heads = [w for w in asked_for if not seen[w].feeds and (w.candidate.seems_head or seen[w].recorded)]
         if none_masked and len(heads) == len(weights) == len(self.waiting) > 1:
             return [max(heads, key=lambda weight: seen[weight].order)]
         if none_masked and not graph.has_end:  # outputs are fed back, and all layers follow each other
@@ -304,7 +304,7 @@ class Admission:
                     used_by_itself=record.used_by_itself,
                     feeds=record.feeds,
                     feeds_frozen=record.feeds_frozen,
-                    unrecorded=record.unrecorded,
+                    recorded=record.recorded,
                     order=record.order,
                 )
             )

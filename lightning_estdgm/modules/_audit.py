@@ -42,8 +42,8 @@ class ForwardRecord:
         is_multiplied: whether a forward was seen to multiply by it.
         feeds: whether its output goes into another layer that trains; False too where autograd recorded nothing.
         feeds_frozen: whether its output goes into a layer that takes no gradient.
-        unrecorded: whether it was called without gradients, also if other calls had some: what it feeds is not known
-            then, as where reentrant checkpoints compute a forward again in the backward.
+        recorded: whether autograd recorded a call of it outside a backward: what it feeds is known then, and is not
+            where reentrant checkpoints alone compute its forward again in the backward.
         order: index of its last call among those of all layers.
         used_by_itself: whether the forward of the module above got its weight in any step.
         used_by_parent: number of positions that the forward of the module above applies the weight to, this step.
@@ -55,7 +55,7 @@ class ForwardRecord:
     is_multiplied: bool = False
     feeds: bool = False
     feeds_frozen: bool = False
-    unrecorded: bool = False
+    recorded: bool = False
     order: int = -1
     used_by_itself: bool = False
     used_by_parent: int = 0
@@ -180,7 +180,7 @@ class ForwardAudit:
             for record in records:
                 record.called = True
                 record.is_multiplied |= is_torchs
-                record.unrecorded |= not torch.is_grad_enabled()
+                record.recorded |= torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
                 record.order = self._calls
             self._calls += 1
             given = tensors_of((args, kwargs, weights))  # a weight too may be the output of another layer

@@ -76,6 +76,32 @@ def test_a_target_network_follows_its_average_and_is_never_masked():
     assert dgm.density == pytest.approx(0.1, abs=0.002)
 
 
+class ActorCritic(pl.LightningModule):
+    """Plays without gradients before it learns, as PPO does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.actor, self.critic = mlp(out=4), mlp(out=1)
+
+    def training_step(self, x, batch_idx):
+        with torch.no_grad():
+            action = self.actor(x).argmax(1)
+        value = self.critic(x).squeeze(1)
+        gain = (x[:, 0] - value).detach() * torch.distributions.Categorical(logits=self.actor(x)).log_prob(action)
+        return (value - x[:, 0]).square().mean() - gain.mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+def test_heads_that_are_called_without_gradients_as_well_stay_dense():
+    dgm = fit(ActorCritic())
+    assert dgm.masks().keys() == {"actor.0", "actor.2", "critic.0", "critic.2"}
+    why = {d.name: d.why for d in dgm.decisions() if not d.masked}
+    assert why == dict.fromkeys(("actor.4", "critic.4"), "output head: its output goes into no other layer")
+
+
 class Lookahead(pl.LightningModule):
     """Writes slow weights into the network between steps, and moves it by ``.data`` in the last one."""
 

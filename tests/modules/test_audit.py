@@ -324,11 +324,11 @@ def test_recomputed_forwards_hide_what_the_last_layer_of_a_block_feeds_and_this_
     model = Checkpointed()
     audit = ForwardAudit(model, find_candidates(model, include=["*"]))
     model(torch.randn(2, 4, requires_grad=True)).sum().backward()
-    seen = [(name, record.feeds, record.unrecorded) for name, record in audit.records.items()]
+    seen = [(name, record.feeds, record.recorded) for name, record in audit.records.items()]
     assert seen == [
-        ("block.0", True, use_reentrant),
-        ("block.2", not use_reentrant, use_reentrant),
-        ("head", False, False),
+        ("block.0", True, not use_reentrant),
+        ("block.2", not use_reentrant, not use_reentrant),
+        ("head", False, True),
     ]
 
 

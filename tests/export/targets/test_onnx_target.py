@@ -85,7 +85,7 @@ def test_a_converter_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> N
         def forward(self, x: Tensor) -> Tensor:
             return torch.special.bessel_j1(x)
 
-    with pytest.raises(ExportError, match=r'torch\.onnx\.export failed:(.|\n)*bessel_j1(.|\n)*, dynamic="none",'):
+    with pytest.raises(ExportError, match=r'torch\.onnx\.export failed:(.|\n)*bessel_j1(.|\n)*dynamic="none"'):
         export_model(Unknown(), X, "onnx", tmp_path / "net")
     assert list(tmp_path.iterdir()) == []
 
