@@ -75,7 +75,7 @@ def write_onnx(given: ExportInput, path: Path) -> str:
             written.save(path, external_data=_exceeds_one_file(given))
     except Exception as e:
         lines = str(e).strip().splitlines() or said.getvalue().strip().splitlines()
-        way_out = "" if given.dynamic == "none" else '\nWith fixed sizes, dynamic="none" or `--dynamic none`, it may do it.'
+        way_out = "" if given.dynamic == "none" else '\nFixed sizes, dynamic="none", may help.'
         raise ExportError("torch.onnx.export failed:\n" + "\n".join(lines[-12:]) + way_out) from e
     return varying
 
