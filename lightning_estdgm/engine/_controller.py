@@ -143,7 +143,7 @@ class DGMController:
             elif draw_masks:
                 self._begin(audit)
             awaits_first = bool(self._admission.late.asleep)
-            self._hooks.register(self._masked.every, self._admission.note_step, awaits_first=awaits_first)
+            self._hooks.register(self._intake.counted, self._admission.note_step, awaits_first=awaits_first)
             self._dispatch.hook_up()
             self._storage.began()
         except BaseException:

@@ -55,6 +55,11 @@ class Intake:
         self._hooks = hooks
         self._changes_masks = changes_masks
 
+    @property
+    def counted(self) -> list[MaskedWeight]:
+        """Weights whose steps count: those that are masked or wait; all that can be masked if there is none."""
+        return [*self._masked.weights, *self._admission.waiting] or self._masked.every
+
     def check(self, weights: Sequence[MaskedWeight]) -> None:
         """Find what the optimizers' fresh state of weights is.
 
@@ -168,4 +173,4 @@ class Intake:
             self._treat_known()
 
     def _treat_known(self) -> None:
-        self._hooks.keep([*self._masked.weights, *self._admission.waiting])
+        self._hooks.keep(self.counted)

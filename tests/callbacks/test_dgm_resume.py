@@ -94,6 +94,21 @@ def test_resumed_equals_straight(straight: Callable[[str], Straight], name: str,
         assert_final(module, callback)
 
 
+class FrozenForAnEpoch(TinyMLP):
+    """The head, which stays dense, trains alone in the third epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        self.net[:-1].requires_grad_(self.current_epoch != 2)
+
+
+@pytest.mark.parametrize("step", [1, 15])
+def test_steps_of_dense_layers_alone_do_not_count_after_a_resume_either(step: int, tmp_path: Path) -> None:
+    run = Straight(Run(FrozenForAnEpoch), tmp_path)
+    module, callback, trainer = run.run.fit(ckpt=run.checkpoint(step), seed=1)
+    assert differences(run.end, end_of(module, callback, trainer)) == []
+    assert callback.controller.steps == STEPS - EPOCH_STEPS
+
+
 def test_comparison_sees_another_seed(straight: Callable[[str], Straight]) -> None:
     run = straight("single weights")
     different = differences(run.end, end_of(*run.run.fit(seed=1)))
