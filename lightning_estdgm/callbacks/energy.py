@@ -37,7 +37,7 @@ from lightning_estdgm.energy._run_file import (
 )
 from lightning_estdgm.energy._sampler import check_seconds
 from lightning_estdgm.energy._summary import TRAIN, VAL, announcement, metrics, summary
-from lightning_estdgm.energy.sources._protocol import EnergySource, resolve
+from lightning_estdgm.energy.sources._protocol import EnergySource, listed, resolve
 
 
 class EnergyMonitor(Callback):
@@ -96,7 +96,7 @@ class EnergyMonitor(Callback):
         prometheus: str | os.PathLike[str] | None = None,
     ) -> None:
         self._interval_s = check_seconds("interval_s", interval_s)
-        self._sources = None if sources is None else (sources if isinstance(sources, str) else list(sources))
+        self._sources = listed(sources)
         resolve(self._sources)  # a bad argument shows here, not after an hour in the queue
         self._per = check_per(per)
         self._idle_s = None if idle_s is None else check_seconds("idle_s", idle_s, "seconds or None")

@@ -10,7 +10,7 @@ from typing import Any
 from lightning_estdgm.energy._sampler import Sampler, check_seconds
 from lightning_estdgm.energy._summary import joules_and_sources
 from lightning_estdgm.energy._totals import Totals
-from lightning_estdgm.energy.sources._protocol import EnergySource, resolve
+from lightning_estdgm.energy.sources._protocol import EnergySource, listed, resolve
 
 OUTSIDE = ""
 """Label of the energy outside all windows."""
@@ -42,7 +42,7 @@ class EnergyMeter:
 
     def __init__(self, sources: Iterable[str | EnergySource] | None = None, interval_s: float = 1.0) -> None:
         self._interval_s = check_seconds("interval_s", interval_s)
-        self._sources = None if sources is None else (sources if isinstance(sources, str) else list(sources))
+        self._sources = listed(sources)
         resolve(self._sources)
         self._base = Totals()
         self._sampler: Sampler | None = None

@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 # Torch's functions by name, without underscores around it. Products take a weight; the next keep every zero of one, in
-# any order, as views, casts, scalings and selections do; the last yield statistics of it, or no more than its shape.
-# What any other function makes of a weight is not followed.
+# any order, as views, casts, scalings and selections do; those by element keep them if they make 0 of 0; the last yield
+# statistics of it, or no more than its shape. What any other function makes of a weight is not followed.
 _PRODUCTS = frozenset(
     (
         "linear",
@@ -89,13 +89,43 @@ _KEEP_ZEROS = frozenset(
         "tril",
         "triu",
         "flip",
+        "rot90",
         "roll",
         "pad",
         "zeros_like",
+        "normalize",
         "dropout",
         "fake_quantize_per_tensor_affine",
         "fake_quantize_per_channel_affine",
         "fused_moving_avg_obs_fake_quant",
+    )
+)
+_BY_ELEMENT = frozenset(
+    (
+        "relu",
+        "relu6",
+        "leaky_relu",
+        "elu",
+        "gelu",
+        "silu",
+        "hardtanh",
+        "softshrink",
+        "hardshrink",
+        "tanh",
+        "sin",
+        "asinh",
+        "sqrt",
+        "erf",
+        "sign",
+        "round",
+        "trunc",
+        "floor",
+        "ceil",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "clip",
+        "nan_to_num",
     )
 )
 _DIVISIONS = frozenset(("div", "divide", "truediv"))
@@ -161,7 +191,7 @@ class WeightWatch(TorchFunctionMode):
         if name in _PRODUCTS:
             for found in met.values():
                 self.product(results[0], found)
-        elif self._keeps_zeros(name, operands):
+        elif self._keeps_zeros(name, operands) or _makes_0_of_0(name, func, args, kwargs):
             inner = list(map(unwrapped, results))
             self._derived += inner
             self._found |= dict.fromkeys(map(id, inner), every)
@@ -259,6 +289,13 @@ class ProductCount(WeightWatch):
     def other(self, name: str, *found: Any) -> None:
         record, _ = found
         record.used_by_itself = True
+
+
+def _makes_0_of_0(name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a function by element, with these settings, yields 0 for 0."""
+    if name not in _BY_ELEMENT or any(isinstance(x, Tensor) for x in (*args[1:], *kwargs.values())):
+        return False
+    return bool(func(torch.zeros(()), *args[1:], **kwargs) == 0)
 
 
 def _is_statistic(name: str, operands: Sequence[Any]) -> bool:

@@ -388,6 +388,9 @@ OTHER_WEIGHTS = {
     "vmap": torch.func.vmap(lambda row: row - row.mean()),
     "written": lambda w: with_columns(w, 0.1),
     "set": lambda w: set_to(w, 0.1),
+    "sigmoid": lambda w: w.sigmoid(),
+    "clamp": lambda w: w.clamp(min=0.1, max=1.0),
+    "clamp by a tensor": lambda w: w.clamp(torch.tensor(0.1)),
 }
 SAME_ZEROS = {
     "abs": torch.abs,
@@ -405,6 +408,12 @@ SAME_ZEROS = {
     "noise": lambda w: w * (1.0 + 0.1 * torch.rand_like(w)),
     "in place": masked_in_place,
     "copied": lambda w: torch.zeros(32, 32).copy_(w),
+    "normalize": F.normalize,
+    "rot90": lambda w: w.rot90(2).rot90(2),
+    "relu": lambda w: F.relu(w).relu(),
+    "tanh": torch.tanh,
+    "ternary": lambda w: (w / w.abs().mean()).round().clamp(-1, 1) * w,
+    "clamp": lambda w: w.clamp(max=0.1).clamp_(min=-0.1),
 }
 
 

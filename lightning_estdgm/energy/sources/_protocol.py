@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from lightning_estdgm._checks import is_number
 from lightning_estdgm._registry import offers
@@ -148,6 +148,11 @@ def discover() -> list[tuple[str, EnergySource | SourceUnavailable]]:
     return sorted(found.items(), key=rank)
 
 
+def listed(sources: Any) -> Any:
+    """Return sources as a list, which can be read again and again; what `resolve` refuses as it is."""
+    return list(sources) if isinstance(sources, Iterable) and not isinstance(sources, str) else sources
+
+
 def resolve(
     sources: Iterable[str | EnergySource] | None,
 ) -> list[tuple[str, EnergySource | SourceUnavailable]]:
@@ -163,8 +168,10 @@ def resolve(
     if sources is None:
         return discover()
     if isinstance(sources, str) or not isinstance(sources, Iterable):
-        hint = f": write [{sources!r}]" if isinstance(sources, str) else ""
-        raise TypeError(f"sources must be None or a list of names and energy sources, got {sources!r}{hint}")
+        raise TypeError(
+            f"sources must be None or a list of names and energy sources, got {sources!r}: a single one goes into a "
+            "list as well, sources=[...]"
+        )
     known: dict[str, EnergySource | SourceUnavailable] | None = None
     chosen: list[tuple[str, EnergySource | SourceUnavailable]] = []
     for item in sources:
