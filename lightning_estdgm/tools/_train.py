@@ -134,12 +134,31 @@ def arguments(recipe: str, given: Sequence[str]) -> list[str]:
         if before in ("--config", "-c") and word in names:
             word, bundled = str(CONFIGS / f"{word}.yaml"), True
         result.append("--data.path" if word == "--data" else word)
+    result = _with_whole_parts(result)
     return result if bundled else ["--config", str(CONFIGS / f"{RECIPES[recipe].config}.yaml"), *result]
 
 
 def _split(word: str) -> list[str]:
     name, equals, value = word.partition("=")
     return [name, value] if equals and name in ("--data", "--config") else [word]
+
+
+def _with_whole_parts(words: Sequence[str]) -> list[str]:
+    """Have all fields of a part that are overridden be one mapping: of several, jsonargparse would keep the last.
+
+    >>> _with_whole_parts(["--override.units.size", "16", "--density=0.2", "--override.units.distribution=erk"])
+    ['--density=0.2', '--override.units={size: 16, distribution: erk}']
+    """
+    parts: dict[str, list[str]] = {}
+    others = []
+    left = iter(words)
+    for word in left:
+        name, equals, value = word.partition("=")
+        if found := re.fullmatch(r"--override\.(\w+)\.(\w+)", name):
+            parts.setdefault(found[1], []).append(f"{found[2]}: {value if equals else next(left, '')}")
+        else:
+            others.append(word)
+    return others + [f"--override.{part}={{{', '.join(fields)}}}" for part, fields in parts.items()]
 
 
 @dataclass(frozen=True)

@@ -176,18 +176,19 @@ def test_a_method_by_its_name_with_settings_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     "given",
     [
-        "--override.units.size=1",
-        "--override.units={size: 1}",
-        "--override={units: {size: 1}}",
-        "--override.units.size 1",
+        ["--override.units.size=1", "--override.units.distribution=erk"],
+        ["--override.units={size: 1, distribution: erk}"],
+        ["--override={units: {size: 1, distribution: erk}}"],
+        ["--override.units.distribution", "erk", "--override.seed=0", "--override.units.size", "1"],
     ],
 )
-def test_a_field_of_a_part_is_what_it_is_in_yaml(given, tmp_path):
+def test_fields_of_a_part_are_what_they_are_in_yaml(given, tmp_path):
     (tmp_path / "text").write_text("some text " * 1000)
     more = ["--data", str(tmp_path / "text"), "--method=rigl", "--trainer.accelerator=cpu", "--override.update_every=4"]
-    run = prepare("gpt", [*given.split(" ", 1), *more] if given.endswith(" 1") else [given, *more])
+    run = prepare("gpt", [*given, *more])
     (callback,) = (each for each in run.trainer.callbacks if isinstance(each, DGMCallback))
-    assert (callback.config.units.size, callback.config.schedule.update_every) == (1, 4)
+    units = callback.config.units
+    assert (units.size, units.distribution, callback.config.schedule.update_every) == (1, "erk", 4)
 
 
 # Errors -------------------------------------------------------------------------------------------------------------
