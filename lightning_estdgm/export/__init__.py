@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_estdgm.export._aoti_package import load_aoti as load_aoti
     from lightning_estdgm.export._checkpoint import export_checkpoint as export_checkpoint
     from lightning_estdgm.export._densify import densify_checkpoint as densify_checkpoint
+    from lightning_estdgm.export._densify import densify_model as densify_model
     from lightning_estdgm.export._export import ExportReport as ExportReport
     from lightning_estdgm.export._export import export_model as export_model
     from lightning_estdgm.export._packed import load_packed as load_packed
@@ -38,6 +39,7 @@ else:
             "PackedConv2d": "lightning_estdgm.export._packed_layers",
             "PackedLinear": "lightning_estdgm.export._packed_layers",
             "densify_checkpoint": "lightning_estdgm.export._densify",
+            "densify_model": "lightning_estdgm.export._densify",
             "export_checkpoint": "lightning_estdgm.export._checkpoint",
             "export_model": "lightning_estdgm.export._export",
             "ExportError": "lightning_estdgm.export.targets._protocol",

@@ -1,4 +1,4 @@
-"""Copies of models for export: on the CPU, in evaluation mode, without gradients and without negative zeros."""
+"""Copies of models for export: plain layers on the CPU, in evaluation mode, without gradients or negative zeros."""
 
 from __future__ import annotations
 
@@ -9,15 +9,24 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from lightning_estdgm.modules._packed_forward import unpack_free_
+
 
 def copied(model: nn.Module, replaced: Mapping[int, nn.Module] = MappingProxyType({})) -> nn.Module:
-    """Return a copy of a model for inference; the model is left alone.
+    """Return a copy of a model for inference, of plain layers; the model is left alone.
 
     Args:
         model: the model.
         replaced: modules to put in the place of others, by the others' ids; the weights of these are not copied.
 
     """
+    made = without_trainer(model, replaced).cpu()
+    unpack_free_(made)
+    return clean_zeros_(made).eval().requires_grad_(False)
+
+
+def without_trainer(model: nn.Module, replaced: Mapping[int, nn.Module] = MappingProxyType({})) -> nn.Module:
+    """Return a deepcopy of a model, with modules in the place of others as `copied` has them."""
     trainer, holder = getattr(model, "_trainer", None), model
     if trainer is not None:  # a LightningModule's Trainer holds loaders and loggers, which no copy needs
         holder._trainer = None  # type: ignore[assignment]
@@ -26,7 +35,7 @@ def copied(model: nn.Module, replaced: Mapping[int, nn.Module] = MappingProxyTyp
     finally:
         if trainer is not None:
             holder._trainer = trainer
-    return clean_zeros_(made.cpu()).eval().requires_grad_(False)
+    return made
 
 
 def clean_zeros_(model: nn.Module) -> nn.Module:

@@ -1,9 +1,13 @@
-"""Ordinary checkpoints from sparse ones."""
+"""Ordinary checkpoints from sparse ones, and plain models from packed ones."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from torch import nn
+
+from lightning_estdgm.export._copies import without_trainer
+from lightning_estdgm.modules._packed_forward import unpack_free_
 from lightning_estdgm.plugins._packing import unpack
 from lightning_estdgm.plugins._sparse_file import read_sparse, write_ordinary
 
@@ -34,3 +38,22 @@ def densify_checkpoint(path: str | Path, out: str | Path | None = None, *, weigh
         raise ValueError(f"{path} is not a (complete) sparse checkpoint: expected a file saved by SparseCheckpointIO")
     write_ordinary(unpack(content), out)
     return out
+
+
+def densify_model(model: nn.Module) -> nn.Module:
+    """Return a copy of a model in which every layer stores its whole weight, in its own class.
+
+    Layers that ``storage="packed"`` has trained stay packed after the fit. Their copies are plain layers of torch, with
+    zeros, for what reads weights or sources: ``to_onnx``, ``torch.export``, ``torch.jit.script``. The copy has no
+    Trainer; device, mode and ``requires_grad`` are the model's, which is left alone.
+
+    Args:
+        model: trained model, or a part of one.
+
+    Example:
+        >>> densify_model(nn.Linear(4, 2))
+        Linear(in_features=4, out_features=2, bias=True)
+    """
+    made = without_trainer(model)
+    unpack_free_(made)  # a layer at a time
+    return made

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from lightning_estdgm.export._copies import clean_zeros_, copied
 from lightning_estdgm.export._packed_layers import PackedConv2d, PackedLinear
 from lightning_estdgm.export._sparse_layers import has_hooks, other_sparse_weights
 from lightning_estdgm.modules._kinds import LAYER_KINDS, LayerKind, conv_geometry
+from lightning_estdgm.modules._packed_forward import PackedForward, unpack_free_
 from lightning_estdgm.modules._sparse_forward import SparseForward
 from lightning_estdgm.plugins._whole_file import write_whole
 from lightning_estdgm.sparse._packed_weight import PackedWeight, pack_weight
@@ -41,7 +43,8 @@ def packed(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
 
     What is zero decides, as training leaves it: no masks are asked for. A linear layer or convolution with zeros enough
     becomes a `PackedLinear` or `PackedConv2d` under its name, by the coarsest unit that its zeros come in; the others
-    stay as they are. The copy is on the CPU, in evaluation mode, and takes no gradients; the model is left alone.
+    stay as they are, with whole weights. The copy is on the CPU, in evaluation mode, and takes no gradients; the model
+    is left alone.
 
     Args:
         model: trained model, or one with the state of a checkpoint.
@@ -134,6 +137,7 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
         raise ValueError(
             f"expected a packed model of version {_VERSION}, got {content['version']} in {path}; export the model anew"
         )
+    unpack_free_(model)  # what the file has dense may have been packed in training
     state, made = content["state_dict"], {}
     layers = {found.name: found for found in _layers(model)}
     for name, layer in content["layers"].items():
@@ -157,20 +161,20 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
     return _for_inference(model)
 
 
-def _layers(model: nn.Module) -> list[_Found]:
-    found = []
+def _layers(model: nn.Module) -> Iterator[_Found]:
     for name, module in model.named_modules(remove_duplicate=False):
-        kind = next((kind for kind in LAYER_KINDS if kind.matches(module)), None)
-        if kind is not None and isinstance(getattr(module, kind.weight_name), Tensor):
-            found.append(_found(name, module, kind))
-    return found
+        plain: Any = copy.copy(module) if isinstance(module, PackedForward) else module  # whole for this turn
+        kind = next((kind for kind in LAYER_KINDS if kind.matches(plain)), None)
+        if kind is not None and isinstance(getattr(plain, kind.weight_name), Tensor):
+            yield _found(name, module, plain, kind)
 
 
-def _found(name: str, module: Any, kind: LayerKind) -> _Found:
-    weight = getattr(module, kind.weight_name).detach()
+def _found(name: str, module: Any, plain: Any, kind: LayerKind) -> _Found:
+    weight = getattr(plain, kind.weight_name).detach()
     matrix = weight.t() if kind.transposed else weight.movedim(1, -1).flatten(1)
-    stored = weight.data_ptr(), weight.shape, weight.stride(), kind.transposed
-    why = "" if isinstance(module, SparseForward) else kind.why_no_operator(module)
+    held = module.packed_weight if isinstance(module, PackedForward) else weight  # not by memory that is used again
+    stored = held.data_ptr(), weight.shape, weight.stride(), kind.transposed
+    why = "" if isinstance(plain, SparseForward) else kind.why_no_operator(plain)
     if not why and weight.dim() == 3:
         why = "1-D convolution"
     if not why and has_hooks(module):

@@ -1,4 +1,4 @@
-"""Ordinary checkpoints from sparse ones: the same as Lightning's own plugin would have saved."""
+"""Ordinary checkpoints from sparse ones, as Lightning's own plugin would have saved; plain models from packed ones."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 from typer.testing import CliRunner
 
+from helpers import exported
 from helpers.checkpoints import STEPS, Alien, SaveAt, fit, ordinary
 from helpers.exact import differences
 from helpers.models import MLP, NO_VALIDATION_LOADER
 from lightning_estdgm import SparseCheckpointIO, densify_checkpoint
 from lightning_estdgm.cli import app
+from lightning_estdgm.export import densify_model
+from lightning_estdgm.modules._packed_forward import PackedForward
 
 pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
 
@@ -72,3 +75,26 @@ def test_densify_command_with_objects_in_it(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["densify", str(path), "--no-weights-only"])
     assert done.exit_code == 0, done.output
     assert torch.load(tmp_path / "alien.dense.ckpt", weights_only=False)["hyper_parameters"]["alien"].x == 1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("kind", exported.PACKED_IN_TRAINING)
+def test_the_plain_copy_of_a_packed_model(kind: str) -> None:
+    module, x = exported.trained_packed(kind)
+    module.net[0].requires_grad_(False)
+    before = exported.parts(module)
+    plain = densify_model(module)
+    assert differences(exported.parts(module), before) == []
+    assert module._trainer is not None
+    assert any(isinstance(layer, PackedForward) for layer in module.modules())
+    assert [layer for layer in plain.modules() if isinstance(layer, PackedForward)] == []
+    assert not [name for layer in plain.modules() for name in vars(layer) if name.startswith("_estdgm_")]
+    assert differences(dict(plain.state_dict()), {name: t.clone() for name, t in module.state_dict().items()}) == []
+    for (name, parameter), (_, packed) in zip(plain.named_parameters(), module.named_parameters(), strict=True):
+        assert parameter.shape == plain.state_dict()[name].shape
+        assert parameter.requires_grad == packed.requires_grad
+        assert parameter is not packed
+    assert [layer.training for layer in plain.modules()] == [layer.training for layer in module.modules()]
+    made = torch.jit.script(plain.net), torch.export.export(plain.net, (x,)).module()
+    for form in (plain, *made):
+        torch.testing.assert_close(form(x), module(x))

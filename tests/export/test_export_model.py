@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from helpers import exported
 from helpers.exact import differences
+from helpers.models import NO_VALIDATION_LOADER
 from lightning_estdgm.export import ExportError, ExportInput, export_model
 from lightning_estdgm.export import _export as export_module
 from lightning_estdgm.export._copies import clean_zeros_
 from lightning_estdgm.export._sparse_layers import sparse_linear_layers
 from lightning_estdgm.export.targets import _protocol
 from lightning_estdgm.export.targets._protocol import ExportTarget, discover, missing_runtime
+from lightning_estdgm.method._masks import BlockSize
 
 X = torch.randn(3, 128, generator=torch.Generator().manual_seed(3))
 
@@ -162,6 +164,34 @@ def test_the_model_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(parameter.requires_grad for parameter in net.parameters())
     assert differences(dict(before), dict(net.state_dict())) == []
     assert negative_zeros(net) > 1000, "the control: its zeros are of both signs still"
+
+
+@pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
+@pytest.mark.parametrize(
+    ("to", "kind", "unit"),
+    [
+        ("packed", "convolution", 1),
+        ("torch-csr", "experts", (4, 1)),
+        ("onnx", "linear", 1),
+        ("mnn", "convolution", (4, 1)),
+        ("2:4", "linear", (4, 1)),
+    ],
+    ids=str,
+)
+def test_a_model_that_was_trained_packed_is_exported(to: str, kind: str, unit: BlockSize, tmp_path: Path) -> None:
+    if lack := missing_runtime(discover()[to]):
+        pytest.skip(lack)
+    if to in ("onnx", "mnn"):
+        exported.skip_without_onnx("conv")
+    module, x = exported.trained_packed(kind, unit)
+    before, expected = exported.parts(module), module(x)
+    report = export_model(
+        module, x, to, tmp_path / "net", evaluate=lambda run: exported.relative_difference(run(x), expected)
+    )
+    assert differences(exported.parts(module), before) == []
+    assert report.quality is not None
+    assert report.quality[0] < 1e-5
+    assert to == "2:4" or report.quality[1] < 1e-4
 
 
 def negative_zeros(model: nn.Module) -> int:

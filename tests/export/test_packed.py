@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from lightning import Trainer
 from torch import nn
 
+from helpers import exported
+from helpers.exact import differences
+from helpers.models import NO_VALIDATION_LOADER
 from lightning_estdgm import DGMCallback, DGMConfig, Units
 from lightning_estdgm.export import (
     ExportError,
@@ -18,6 +21,7 @@ from lightning_estdgm.export import (
     packed,
     save_packed,
 )
+from lightning_estdgm.modules._packed_forward import PackedForward
 from lightning_estdgm.recipes import ByteGPT
 
 
@@ -66,6 +70,27 @@ def test_trained_gpt_is_packed_and_computes_the_same(tmp_path):
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
     weights = {id(p) for p in model.parameters()}
     assert not any(p.requires_grad or id(p) in weights for p in small.parameters())
+
+
+@pytest.mark.filterwarnings(NO_VALIDATION_LOADER, "ignore:these layers have zeros but:UserWarning")
+@pytest.mark.parametrize("unit", [1, (4, 1)], ids=str)
+@pytest.mark.parametrize("kind", exported.PACKED_IN_TRAINING)
+def test_a_model_that_was_trained_packed_is_packed(kind, unit, tmp_path):
+    """Layers of one shape, whose whole weights may lie in the same memory one after the other, stay two."""
+    module, x = exported.trained_packed(kind, unit)
+    before = exported.parts(module)
+    small = packed(module)
+    assert differences(exported.parts(module), before) == []
+    masked = [name for name, layer in module.named_modules() if isinstance(layer, PackedForward)]
+    grouped = [name for name in masked if getattr(module.get_submodule(name), "groups", 1) > 1]
+    assert {type(small.get_submodule(name)) for name in masked if name not in grouped} <= {PackedLinear, PackedConv2d}
+    assert {type(small.get_submodule(name)) for name in grouped} <= {nn.Conv2d}
+    save_packed(small, tmp_path / "net.packed")
+    again = load_packed(tmp_path / "net.packed", copy.deepcopy(module))  # whose dense layers may be packed, too
+    assert not [layer for layer in again.modules() if isinstance(layer, PackedForward)]
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), module(x), rtol=1e-4, atol=1e-5)
+        assert torch.equal(again(x), small(x))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.models import MLP
+from helpers.expert_models import EinsumExperts
+from helpers.models import MLP, SCHEDULE, Task, make_trainer
+from lightning_estdgm import DGMCallback, DGMConfig, Selection, Units
+from lightning_estdgm.method._masks import BlockSize
 from lightning_estdgm.recipes import ByteGPT, GraphNet, ImageClassifier
 
 DENSITY = 0.1
@@ -44,6 +47,51 @@ class ByName(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(input=self.first(input=x).flatten(1).relu())
+
+
+class _Trained(Task):
+    """A network of linear layers, convolutions or stacked experts, with two layers of one shape."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        body: dict[str, Any] = {
+            "linear": lambda: [nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)],
+            "convolution": lambda: [nn.Unflatten(1, (4, 4, 4)), *_convolutions(), nn.Flatten(), nn.Linear(512, 64)],
+            "experts": lambda: [nn.Linear(64, 16), EinsumExperts(), nn.Linear(16, 64)],
+        }
+        self.net = nn.Sequential(*body[kind](), nn.GELU(), nn.Linear(64, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def loss(self, batch: Any) -> Tensor:
+        return (self(batch[0])[:, 0] - batch[1]).square().mean()
+
+
+def _convolutions() -> list[nn.Module]:
+    first, *alike = (nn.Conv2d(inputs, 32, 3, padding=1) for inputs in (4, 32, 32))
+    return [first, nn.ReLU(), alike[0], nn.ReLU(), alike[1], nn.ReLU(), nn.Conv2d(32, 32, 1, groups=4)]
+
+
+PACKED_IN_TRAINING = ("linear", "convolution", "experts")
+"""Kinds of networks that `trained_packed` makes."""
+
+
+def trained_packed(kind: str, unit: BlockSize = 1) -> tuple[Task, Tensor]:
+    """A network that ``storage="packed"`` has trained and left packed, in evaluation mode, and an example input."""
+    stacked = Selection(experts=["*.w1", "*.w2"]) if kind == "experts" else Selection()
+    dgm = DGMCallback(DGMConfig(SCHEDULE, units=Units(size=unit), storage="packed", selection=stacked))
+    module, batches = _Trained(kind), MLP.batches(20, 64)
+    make_trainer(dgm, max_epochs=1).fit(module, batches)
+    return module.eval(), batches[0][0]
+
+
+def parts(model: nn.Module) -> list[Any]:
+    """What an export must not change of a model: its modules and their classes, its parameters and buffers."""
+    tensors = [(id(tensor), tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
+    modes = [(id(module), type(module), module.training, sorted(vars(module))) for module in model.modules()]
+    return [modes, tensors]
 
 
 def trained_example() -> Tensor:
