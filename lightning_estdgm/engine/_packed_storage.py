@@ -128,7 +128,8 @@ class PackedStorage:
         if unheld:
             raise ValueError(
                 f"no optimizer holds the weights of {len(unheld)} layers ({first_names(unheld)}), which would be "
-                "stored packed and never train: leave them out by Selection(exclude=...), or use storage='dense'"
+                "stored packed and never train: freeze them before the fit (requires_grad_(False)), leave them out by "
+                "Selection(exclude=...), or use storage='dense'"
             )
         return self._masked
 

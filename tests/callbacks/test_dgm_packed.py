@@ -180,6 +180,24 @@ def assert_said(error: BaseException, text: str) -> None:
         assert text in str(error.__notes__)
 
 
+class Followed(Double):
+    """Has a frozen copy of its network, as of a target or a teacher."""
+
+    def __init__(self):
+        super().__init__()
+        self.target = copy.deepcopy(self.net).requires_grad_(False)
+
+
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+def test_the_head_stays_dense_before_a_frozen_copy_of_the_network(storage):
+    callback = DGMCallback(config(storage))
+    module, _ = fit(callback, module=Followed())
+    decisions = {d.name: d for d in callback.decisions()}
+    assert [n for n, d in decisions.items() if d.masked] == ["net.0", "net.2"]
+    assert decisions["net.4"].why.startswith("output head")
+    assert module.state_dict()["net.4.weight"].count_nonzero() == module.net[4].weight.numel()
+
+
 class Spare(nn.Module):
     """Has a layer that its forward does not call."""
 
