@@ -368,6 +368,18 @@ def test_a_wrapper_with_slow_weights_of_its_own_goes_on_packed(mlp, first, stop)
     assert largest_difference(model, straight[0]) <= (0.0 if first == "packed" else ROUNDING)
 
 
+def test_a_loop_that_zips_parameters_with_a_copys_ends_with_a_note_on_state_dict(mlp):
+    net = mlp(32, 256, 128, 4)
+    model = nn.ModuleList([net, copy.deepcopy(net)])
+    with (
+        pytest.raises(RuntimeError, match="doesn't match") as error,
+        DGMController(model, sgd(net), config(1), total_steps=STEPS, audit=False),
+    ):
+        model[1][0].weight.detach().copy_(dict(net.named_parameters())["0.weight"].detach())
+    said = "".join([str(error.value), *getattr(error.value, "__notes__", [])])
+    assert "its copy (1 of 0) cannot be zipped" in said
+
+
 class Queued(torch.optim.SGD):
     """Descends the oldest of some last gradients, which it keeps in a queue."""
 
