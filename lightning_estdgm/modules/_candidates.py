@@ -155,9 +155,9 @@ def find_candidates(
 ) -> tuple[Candidate, ...]:
     """List linear layers, convolutions and stacked experts of `model`, and decide for each whether it is masked.
 
-    All are masked but the output head (the last such layer that trains, and layers named like one), weights that take
-    no gradient, weights that no optimizer holds, and weights shared with another module, such as an embedding.
-    `include` overrides the head rule, `exclude` the rest. Norms, biases and embeddings are never listed.
+    All are masked but the output head (the last such layer that trains, if several do, and layers named like one),
+    weights that take no gradient, weights that no optimizer holds, and weights shared with another module, such as an
+    embedding. `include` overrides the head rule, `exclude` the rest. Norms, biases and embeddings are never listed.
 
     Args:
         model: Any module.
@@ -227,8 +227,9 @@ def find_candidates(
         return True, ""
 
     end = len(found) - 1
-    # What trains, as a frozen copy of the network may be registered after it.
-    last = max((i for i, (_, module, kind) in enumerate(found) if _trains(module, kind, held)), default=end)
+    # A frozen copy of the network may be registered after it. Where one layer alone trains, it need not be a head.
+    training = [i for i, (_, module, kind) in enumerate(found) if _trains(module, kind, held)]
+    last = training[-1] if len(training) > 1 else end
 
     def candidate_of(index: int, *, trains: bool = False) -> Candidate:
         name, module, kind = found[index]

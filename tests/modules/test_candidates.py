@@ -86,6 +86,8 @@ def test_the_head_is_the_last_layer_that_trains():
     model["target"].requires_grad_(False)
     assert verdicts(model)["net.2"] == (False, "output head")
     assert verdicts(model)["net.0"] == (True, "")
+    model["net"][2].requires_grad_(False)  # of one layer that trains, nothing says that it is the head
+    assert verdicts(model)["net.0"] == (True, "")
 
 
 def test_a_head_whose_weight_is_computed_from_what_trains_is_the_last():
