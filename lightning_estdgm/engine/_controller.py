@@ -340,7 +340,9 @@ class DGMController:
     def __enter__(self) -> DGMController:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self._storage.explain(error)
         self.close()
 
     # ------------------------------------------------------------------ properties

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from math import gcd
 
@@ -11,7 +12,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_leaves
 
 from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
-from lightning_estdgm.engine._optimizer_trial import apart_from_the_run, not_tried, remade, trial_optimizer
+from lightning_estdgm.engine._optimizer_trial import added, apart_from_the_run, not_tried, remade, trial_optimizer
 from lightning_estdgm.engine._rate_trial import has_rate, set_rate
 from lightning_estdgm.engine._state_entries import state_entries
 from lightning_estdgm.modules._packed_forward import resize_
@@ -45,9 +46,9 @@ def why_not_by_element(optimizer: Optimizer, index: int, like: Tensor, shape: tu
         return f"{kind} keeps a history of the whole model"
     failure: Exception | None = None
     with apart_from_the_run(like.device):
-        for makes_anew, closure in product((False, True), (False, True)):
+        for make, closure in product((_as_it_is, added, remade), (False, True)):
             try:
-                return _Trial(optimizer, index, like, shape, makes_anew, closure).verdict(kind)
+                return _Trial(optimizer, index, like, shape, make, closure).verdict(kind)
             except Exception as error:  # whatever an optimizer that is not ours may raise
                 failure = failure or error
     assert failure is not None
@@ -55,14 +56,20 @@ def why_not_by_element(optimizer: Optimizer, index: int, like: Tensor, shape: tu
 
 
 class _Trial:
-    """One trial of an optimizer; `makes_anew` and `closure` say how a copy is made and stepped."""
+    """One trial of an optimizer; `make` and `closure` say how a copy is made and stepped."""
 
     def __init__(
-        self, optimizer: Optimizer, index: int, like: Tensor, shape: tuple[int, ...], makes_anew: bool, closure: bool
+        self,
+        optimizer: Optimizer,
+        index: int,
+        like: Tensor,
+        shape: tuple[int, ...],
+        make: Callable[[Optimizer], Optimizer],
+        closure: bool,
     ) -> None:
         self._optimizer, self._index = optimizer, index
         self._shape = tuple(min(side, _SIDE) for side in shape)
-        self._makes_anew, self._closure, self._like = makes_anew, closure, like
+        self._make, self._closure, self._like = make, closure, like
         generator = torch.Generator().manual_seed(0)
         _, rows, columns = like.shape
         units = _ROWS * _COLUMNS
@@ -146,8 +153,7 @@ class _Trial:
         for group in trial.param_groups:
             group["params"][:] = []
         trial.param_groups[self._index]["params"][:] = [weight]
-        if self._makes_anew:
-            trial = remade(trial)
+        trial = self._make(trial)
         if has_rate(trial.param_groups[self._index]):
             set_rate(trial.param_groups[self._index], _RATE)
         return trial
@@ -165,6 +171,10 @@ class _Trial:
 
     def _in_order(self, whole: Tensor) -> Tensor:
         return whole[self._mask.to(whole.device)][self._order.to(whole.device)].view(self._packed_shape)
+
+
+def _as_it_is(trial: Optimizer) -> Optimizer:
+    return trial
 
 
 def _too_small(trial: Optimizer, weight: nn.Parameter) -> str:

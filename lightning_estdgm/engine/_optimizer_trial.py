@@ -66,6 +66,20 @@ def trial_optimizer(optimizer: Optimizer, stand_ins: Mapping[Tensor, Tensor]) ->
     return trial
 
 
+def added(trial: Optimizer) -> Optimizer:
+    """Return a trial to which its groups are added again: of one that makes its state in ``add_param_group``.
+
+    Args:
+        trial: copy of an optimizer, see `trial_optimizer`.
+
+    """
+    groups = list(trial.param_groups)
+    trial.param_groups.clear()
+    for group in groups:
+        trial.add_param_group(group)
+    return trial
+
+
 def remade(trial: Optimizer) -> Optimizer:
     """Return an optimizer of the class of a trial's, made anew of its groups: one that makes its state in ``__init__``.
 

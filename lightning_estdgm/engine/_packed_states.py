@@ -23,8 +23,8 @@ class PackedStates:
     """Hooks by which ``optimizer.state_dict()`` unpacks, and ``load_state_dict`` packs the state of packed weights.
 
     Only optimizers whose own ``state_dict`` runs torch's hooks are reached, so a wrapper with one of its own saves the
-    packed shapes; these are loaded as they are. A ``load_state_dict`` that runs none, as that of bitsandbytes, leaves
-    whole state, which `pack_left` packs.
+    packed shapes; these are loaded as they are. A ``load_state_dict`` that runs none, as that of bitsandbytes or of a
+    wrapper, leaves whole state, which `pack_left` packs.
 
     Args:
         weights: packed weights.
@@ -46,8 +46,8 @@ class PackedStates:
             if "_optimizer_state_dict_post_hooks" in vars(optimizer):
                 self._handles.append(optimizer.register_state_dict_post_hook(OwnHook(self._unpack)))
                 self._handles.append(optimizer.register_load_state_dict_pre_hook(OwnHook(self._pack)))
-                if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
-                    self._load_by_themselves.append(optimizer)
+            if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+                self._load_by_themselves.append(optimizer)
 
     def pack_left(self, weight: MaskedWeight) -> None:
         """Pack the state of a packed weight that a ``load_state_dict`` has left whole."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -29,7 +30,7 @@ from lightning_estdgm.engine._reducers import rebuild_reducer_
 from lightning_estdgm.engine._state_entries import entry_name
 from lightning_estdgm.method._masks import BlockSize, sides
 from lightning_estdgm.method._schedules import EstDgm
-from lightning_estdgm.modules._candidates import Candidate, find_candidates
+from lightning_estdgm.modules._candidates import Candidate, clean_name, find_candidates
 from lightning_estdgm.modules._packed_forward import PackedForward, unpack_free_, why_not_packed
 
 _UNTIMED = 100_000  # steps of a schedule of which the first density alone is asked
@@ -63,6 +64,7 @@ class PackedStorage:
         self._config = config
         self._masked: MaskedModel | None = None
         self._drawn = 0.0  # density of masks that were drawn before there were optimizers
+        self._copies: dict[str, str] = {}
         self._states: OptimizerStates | None = None
         self._hooks: PackedStates | None = None
         self._resized = False
@@ -128,8 +130,10 @@ class PackedStorage:
         if unheld:
             raise ValueError(
                 f"no optimizer holds the weights of {len(unheld)} layers ({first_names(unheld)}), which would be "
-                "stored packed and never train: leave them out by Selection(exclude=...), or use storage='dense'"
+                "stored packed and never train: freeze them before the fit (requires_grad_(False)), leave them out by "
+                "Selection(exclude=...), or use storage='dense'"
             )
+        self._copies = _copies(model, self._weights, held)
         return self._masked
 
     def _found(
@@ -317,6 +321,20 @@ class PackedStorage:
             self._maps = wanted
             map_allocations(self, wanted)
 
+    def explain(self, error: BaseException) -> None:
+        """Note on torch's error of two shapes that copies of a packed network follow it by ``state_dict()``."""
+        if not self._copies or not isinstance(error, RuntimeError) or not re.search("shape|size|dimension", str(error)):
+            return
+        note = (
+            "with storage='packed' masked weights are parameters of shape [units, rows, columns], so that parameters() "
+            f"of a network and its copy ({first_names([f'{a} of {b}' for a, b in self._copies.items()])}) cannot be "
+            "zipped: a copy that follows takes state_dict() of both, and load_state_dict()"
+        )
+        if hasattr(error, "add_note"):
+            error.add_note(note)
+        else:  # Python 3.10
+            error.args = (f"{error}\n{note}",)
+
     def abandon(self) -> None:
         """Put the whole weights back, as they were before the run."""
         for weight in self._weights:
@@ -343,6 +361,37 @@ def _why_whole(candidate: Candidate) -> str:
     if candidate.weight.is_sparse or candidate.shard.groups:
         return "its weight is sharded"
     return why_not_packed(module, candidate.kind)
+
+
+def _copies(model: nn.Module, weights: Sequence[MaskedWeight], held: Collection[int]) -> dict[str, str]:
+    """Return the networks that do not train and have the class, names and shapes of one that is packed.
+
+    Args:
+        model: the model.
+        weights: weights that are or will be packed.
+        held: ids of the parameters that an optimizer holds.
+
+    Returns:
+        Name of the packed network by that of the copy; of networks in others, the outermost.
+
+    """
+    stored = {id(weight.parameter): weight.candidate.stored_shape for weight in weights}
+    packed: dict[Any, str] = {}
+    still: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if not any(True for _ in module.children()):  # single layers are alike by chance
+            continue
+        parameters = dict(module.named_parameters())
+        form = type(module), *((n, stored.get(id(p), tuple(p.shape))) for n, p in parameters.items())
+        if any(id(p) in stored for p in parameters.values()):
+            packed.setdefault(form, clean_name(name))
+        elif not any(p.requires_grad and id(p) in held for p in parameters.values()):
+            still[clean_name(name)] = form
+    found: dict[str, str] = {}
+    for name, form in still.items():
+        if form in packed and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = packed[form]
+    return found
 
 
 def _like(weight: MaskedWeight) -> Tensor:

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from lightning_estdgm.distributed._collectives import local_tensor
 from lightning_estdgm.distributed.adapters.whole import Whole
 from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
-from lightning_estdgm.engine._optimizer_trial import apart_from_the_run, remade, trial_optimizer
+from lightning_estdgm.engine._optimizer_trial import added, apart_from_the_run, remade, trial_optimizer
 from lightning_estdgm.engine._placement import Placement, WholeWeight
 from lightning_estdgm.engine._rate_trial import has_rate, set_rate
 from lightning_estdgm.engine._state_entries import Path, state_entries
@@ -371,12 +371,7 @@ def _emptied(optimizer: Optimizer, parameter: Any, weight: nn.Parameter) -> Any:
 
 def _added(optimizer: Optimizer, parameter: Any, weight: nn.Parameter) -> Any:
     """Return a copy to which the parameter is added: state is made in ``add_param_group``."""
-    trial = trial_optimizer(optimizer, {parameter: weight})
-    groups = list(trial.param_groups)
-    trial.param_groups.clear()
-    for group in groups:
-        trial.add_param_group({**group, "params": group["params"] or [_small(weight)]})
-    return trial
+    return added(_emptied(optimizer, parameter, weight))
 
 
 def _remade(optimizer: Optimizer, parameter: Any, weight: nn.Parameter) -> Any:

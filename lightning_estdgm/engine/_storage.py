@@ -71,6 +71,10 @@ class Storage(Protocol):
         """Prepare for a step whose gradients are observed."""
         ...
 
+    def explain(self, error: BaseException) -> None:
+        """Add a note to an error that has ended the run, if it may come from how weights are stored."""
+        ...
+
     def abandon(self) -> None:
         """Put the weights back as they were before the run, if it has not begun."""
         ...
@@ -135,6 +139,9 @@ class DenseStorage:
         """Do nothing."""
 
     def begin_observed(self) -> None:
+        """Do nothing."""
+
+    def explain(self, error: BaseException) -> None:
         """Do nothing."""
 
     def abandon(self) -> None:

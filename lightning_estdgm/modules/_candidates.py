@@ -155,9 +155,9 @@ def find_candidates(
 ) -> tuple[Candidate, ...]:
     """List linear layers, convolutions and stacked experts of `model`, and decide for each whether it is masked.
 
-    All are masked but the output head (the last such layer, and layers named like one), weights that take no gradient,
-    weights that no optimizer holds, and weights shared with another module, such as an embedding. `include` overrides
-    the head rule, `exclude` the rest. Norms, biases and embeddings are never listed.
+    All are masked but the output head (the last such layer that trains, if several do, and layers named like one),
+    weights that take no gradient, weights that no optimizer holds, and weights shared with another module, such as an
+    embedding. `include` overrides the head rule, `exclude` the rest. Norms, biases and embeddings are never listed.
 
     Args:
         model: Any module.
@@ -226,9 +226,14 @@ def find_candidates(
             return False, HEAD
         return True, ""
 
+    end = len(found) - 1
+    # A frozen copy of the network may be registered after it. Where one layer alone trains, it need not be a head.
+    training = [i for i, (_, module, kind) in enumerate(found) if _trains(module, kind, held)]
+    last = training[-1] if len(training) > 1 else end
+
     def candidate_of(index: int, *, trains: bool = False) -> Candidate:
         name, module, kind = found[index]
-        masked, why = verdict(name, module, kind, index == len(found) - 1, trains)
+        masked, why = verdict(name, module, kind, index == (end if trains else last), trains)
         seems_head = why == HEAD
         if seems_head and mask_heads:
             masked, why = True, ""
@@ -315,6 +320,13 @@ def _stored_weight(module: nn.Module, kind: LayerKind) -> Any:
     if is_parametrized(module, kind.weight_name):
         return max(module.parametrizations[kind.weight_name].parameters(recurse=False), key=Tensor.numel)  # type: ignore[index,union-attr]
     return getattr(module, kind.weight_name)
+
+
+def _trains(module: nn.Module, kind: LayerKind, held: Container[int] | None) -> bool:
+    """Return whether a layer's weight, or what it is computed from, takes gradients and is held by an optimizer."""
+    weight = _stored_weight(module, kind)
+    parameters = [weight] if isinstance(weight, nn.Parameter) else module.parameters()
+    return any(p.requires_grad and (held is None or id(p) in held) for p in parameters)
 
 
 def _shard(model: nn.Module, name: str, module: nn.Module, kind: LayerKind, asked_for: bool) -> Shard:

@@ -180,6 +180,75 @@ def assert_said(error: BaseException, text: str) -> None:
         assert text in str(error.__notes__)
 
 
+class Followed(Double):
+    """Has a frozen copy of its network, as of a target or a teacher."""
+
+    def __init__(self):
+        super().__init__()
+        self.target = copy.deepcopy(self.net).requires_grad_(False)
+
+
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+def test_the_head_stays_dense_before_a_frozen_copy_of_the_network(storage):
+    callback = DGMCallback(config(storage))
+    module, _ = fit(callback, module=Followed())
+    decisions = {d.name: d for d in callback.decisions()}
+    assert [n for n, d in decisions.items() if d.masked] == ["net.0", "net.2"]
+    assert decisions["net.4"].why.startswith("output head")
+    assert module.state_dict()["net.4.weight"].count_nonzero() == module.net[4].weight.numel()
+
+
+class Zipped(Followed):
+    """Its copy follows by zipped parameters, as is common."""
+
+    def on_train_batch_end(self, *args):
+        for ours, theirs in zip(self.net.parameters(), self.target.parameters(), strict=True):
+            theirs.data.copy_(0.9 * theirs.data + 0.1 * ours.data)
+
+
+class Reassigned(Followed):
+    """The copy's parameters become others, with which its next forward ends."""
+
+    def loss(self, batch):
+        self.target(batch[0].double())
+        return super().loss(batch)
+
+    def on_train_batch_end(self, *args):
+        for ours, theirs in zip(self.net.parameters(), self.target.parameters(), strict=True):
+            theirs.data = 0.9 * theirs.data + 0.1 * ours.data
+
+
+@pytest.mark.parametrize("cls", [Zipped, Reassigned])
+def test_parameters_that_are_zipped_with_a_copys_end_with_a_note_on_state_dict(cls):
+    with pytest.raises(RuntimeError, match=r"shape|dimension") as error:
+        fit(DGMCallback(config(unit=1)), module=cls())
+    assert_said(error.value, "a network and its copy (target of net)")
+
+
+def test_other_errors_of_such_a_run_have_no_note():
+    class Failing(Followed):
+        def on_train_batch_end(self, *args):
+            raise RuntimeError("a step failed")
+
+    with pytest.raises(RuntimeError, match="a step failed") as error:
+        fit(DGMCallback(config()), module=Failing())
+    assert not getattr(error.value, "__notes__", [])
+
+
+class Averaged(Followed):
+    """Its copy follows by state dicts."""
+
+    def on_train_batch_end(self, *args):
+        ours, theirs = self.net.state_dict(), self.target.state_dict()
+        self.target.load_state_dict({name: 0.9 * theirs[name] + 0.1 * ours[name] for name in theirs})
+
+
+def test_a_copy_follows_by_state_dicts():
+    module, _ = fit(DGMCallback(config()), module=Averaged())
+    assert not torch.equal(module.target[0].weight, Averaged().target[0].weight)
+    assert module.target[0].weight.shape == (32, 32)
+
+
 class Spare(nn.Module):
     """Has a layer that its forward does not call."""
 

@@ -348,6 +348,38 @@ def test_an_optimizer_that_loads_its_state_without_torchs_hooks_goes_on(mlp, sto
     assert largest_state_difference(optimizer, straight[1]) <= exact
 
 
+def lookahead(model):
+    return pytest.importorskip("pytorch_optimizer").Lookahead(torch.optim.AdamW(model.parameters(), 1e-2))
+
+
+def test_a_wrapper_with_slow_weights_of_its_own_trains_as_with_dense_storage(mlp):
+    dense, packed = (trained(double(mlp(32, 256, 128, 4)), lookahead, config(4, s)) for s in ("dense", "packed"))
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(dense[2], packed[2], strict=True) for n in a)
+    assert largest_difference(dense[0], packed[0]) < ROUNDING
+    plain = trained(double(mlp(32, 256, 128, 4)), adamw, config(4))
+    assert largest_difference(plain[0], packed[0]) > 1e-4
+
+
+@pytest.mark.parametrize("stop", [2, 17], ids=["in a window", "between windows"])
+@pytest.mark.parametrize("first", ["packed", "dense"])
+def test_a_wrapper_with_slow_weights_of_its_own_goes_on_packed(mlp, first, stop):
+    model, _ = resumed(mlp, config(4, first), config(4), stop, lookahead)
+    straight = trained(double(mlp(32, 256, 128, 4)), lookahead, config(4))
+    assert largest_difference(model, straight[0]) <= (0.0 if first == "packed" else ROUNDING)
+
+
+def test_a_loop_that_zips_parameters_with_a_copys_ends_with_a_note_on_state_dict(mlp):
+    net = mlp(32, 256, 128, 4)
+    model = nn.ModuleList([net, copy.deepcopy(net)])
+    with (
+        pytest.raises(RuntimeError, match="doesn't match") as error,
+        DGMController(model, sgd(net), config(1), total_steps=STEPS, audit=False),
+    ):
+        model[1][0].weight.detach().copy_(dict(net.named_parameters())["0.weight"].detach())
+    said = "".join([str(error.value), *getattr(error.value, "__notes__", [])])
+    assert "its copy (1 of 0) cannot be zipped" in said
+
+
 class Queued(torch.optim.SGD):
     """Descends the oldest of some last gradients, which it keeps in a queue."""
 

@@ -1,10 +1,12 @@
 """Layers that are masked or not, and why."""
 
+import copy
 import re
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import spectral_norm
 from torch.testing._internal.two_tensor import TwoTensor
 
 from lightning_estdgm.modules._candidates import find_candidates
@@ -69,6 +71,29 @@ def test_attention_without_a_fused_projection_and_parametrised_weights_are_left_
     assert verdicts(model)["1"] == (False, "its weight is not a plain parameter")
     apart = nn.Sequential(nn.MultiheadAttention(8, 2, kdim=4, vdim=4), nn.Linear(8, 8))
     assert set(verdicts(apart)) == {"0.out_proj", "1"}
+
+
+def followed():
+    """Return a network, and a copy that is registered after it."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    return nn.ModuleDict({"net": net, "target": copy.deepcopy(net)})
+
+
+def test_the_head_is_the_last_layer_that_trains():
+    model = followed()
+    assert verdicts(model)["net.2"] == (True, "")
+    assert verdicts(model, held={id(p) for p in model["net"].parameters()})["net.2"] == (False, "output head")
+    model["target"].requires_grad_(False)
+    assert verdicts(model)["net.2"] == (False, "output head")
+    assert verdicts(model)["net.0"] == (True, "")
+    model["net"][2].requires_grad_(False)  # of one layer that trains, nothing says that it is the head
+    assert verdicts(model)["net.0"] == (True, "")
+
+
+def test_a_head_whose_weight_is_computed_from_what_trains_is_the_last():
+    model = nn.Sequential(nn.Linear(8, 8), spectral_norm(nn.Linear(8, 2)))
+    assert verdicts(model)["0"] == (True, "")
+    assert verdicts(model, held={id(p) for p in model.parameters()})["0"] == (True, "")
 
 
 def test_a_layer_used_twice_is_one_layer():

@@ -78,6 +78,8 @@ class PackedWeights:
         """Put the weights back as they were if the run did not begin."""
         self._give_back()
         if self.began:
+            if exception is not None:
+                self.storage.explain(exception)
             return
         if self._checkpoints is not None:
             self._checkpoints.end()
