@@ -32,7 +32,7 @@ from helpers.models import (
     weight_masks,
 )
 from helpers.runs import EPOCH_STEPS, SCHEDULE, STEPS, SaveAt, differences, end_of, load
-from lightning_estdgm import DGMCallback, DGMConfig, DGMController
+from lightning_estdgm import DGMCallback, DGMConfig, DGMController, EstDgm
 
 pytestmark = [
     pytest.mark.filterwarnings(NO_VALIDATION_LOADER),
@@ -378,6 +378,17 @@ class FineTuneLearningRateFinder(LearningRateFinder):
             self.lr_find(trainer, pl_module)
 
 
+class FineTuneBatchSizeFinder(BatchSizeFinder):
+    """As in Lightning's documentation, at the first epoch: later ones are cut short by lightning 2.6.6 itself."""
+
+    def on_fit_start(self, *args: Any) -> None:
+        return
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 0:
+            self.scale_batch_size(trainer, pl_module)
+
+
 class Watched(Tuned):
     """Counts the nonzero inactive weights that its forwards see."""
 
@@ -456,3 +467,19 @@ def test_finder_of_a_second_fit_of_a_trainer_is_no_resume(first: bool, tmp_path:
     assert len(module.seen) == len(fresh.seen) + 9
     assert dgm.controller.steps == STEPS == dgm.schedule.total_steps
     assert differences(end_of(module, dgm, trainer), end_of(fresh, other, plain)) == []
+
+
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+@pytest.mark.parametrize("size", [4, 16, 64])
+def test_batch_size_finder_in_mid_run(size: int, storage: str, tmp_path: Path) -> None:
+    """It goes on as a run of that batch size from the start, and the schedule follows the epochs' new length."""
+    finder = FineTuneBatchSizeFinder(max_trials=1, steps_per_trial=2, init_val=size)
+    config = {"storage": storage, "schedule": EstDgm(update_every=4, observe_steps=2)}
+    module, dgm, trainer = fit_in_epochs(Watched, finder, folder=tmp_path, **config)
+    fresh, other, plain = fit_in_epochs(Watched, folder=tmp_path, batch_size=size, **config)
+    assert module.batch_size == size
+    assert trainer.global_step == plain.global_step == dgm.controller.steps
+    assert dgm.density == other.density
+    assert dgm.run_summary()["ended_as_asked"]
+    if size == 16:
+        assert differences(end_of(module, dgm, trainer), end_of(fresh, other, plain)) == []
