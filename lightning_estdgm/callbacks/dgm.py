@@ -265,9 +265,8 @@ class DGMCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the controller of the model and its optimizers; a fit with nothing left to do changes nothing."""
         model = adapter_for(trainer.strategy).model(trainer.strategy)
-        # Without a key "callbacks" in the checkpoint, Lightning calls no on_load_checkpoint.
-        loaded = trainer._checkpoint_connector._loaded_checkpoint
-        self._checkpoint_step = max(self._checkpoint_step, loaded.get("global_step", 0))
+        # Not by on_load_checkpoint: a tuner calls it too, and Lightning does not without "callbacks" in the checkpoint.
+        self._checkpoint_step = trainer._checkpoint_connector._loaded_checkpoint.get("global_step", 0)
         may_be_over = self._restored is None and self._checkpoint_step == 0 and nothing_left(trainer)
         if may_be_over and not trainer.strategy.restore_checkpoint_after_setup:
             self._keep_earlier(model)
@@ -316,26 +315,11 @@ class DGMCallback(pl.Callback):
         self._end_packing()
         rank_zero_info("DGMCallback: this fit has nothing left to train, so weights and masks stay as they are")
 
-    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Load state that a strategy restores only now: it belongs to the weights that are checked."""
-        self._restore_late()
-
-    def _restore_late(self) -> None:
-        state, self._restored = self._restored, None
-        if state is not None:
-            self._resumed = True
-            self._counts = clock_entries(state)
-            controller = self._bound()
-            controller.load_state_dict(state)
-            assert self._outcome is not None
-            self._outcome.load_state_dict(state)
-            controller.pace = saved_pace(state)  # until the loops are restored, and tell what is left
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Load state that a strategy restores only now; without any, recover masks from a checkpoint's weights."""
-        self._restore_late()
+        """Go on where a checkpoint was saved; without state of this callback, recover masks from its weights."""
         controller = self._bound()
-        if trainer.ckpt_path is not None and not self._resumed and self._checkpoint_step == 0:  # as in on_fit_start
+        late = trainer.strategy.restore_checkpoint_after_setup and trainer.ckpt_path is not None
+        if late and not self._resumed and self._checkpoint_step == 0:  # as in on_fit_start
             self._checkpoint_step = trainer.global_step
             self._clock = self._make_clock(trainer, pl_module, goes_on=True)
         if self._resumed:
@@ -451,7 +435,6 @@ class DGMCallback(pl.Callback):
         self._release()
 
     def _end_of_fit(self, trainer: pl.Trainer) -> None:
-        self._restore_late()  # of a finished run, which a strategy restores after on_fit_start, no batch is trained
         goes_on = self._resumed or self._checkpoint_step > 0
         if trainer.strategy.restore_checkpoint_after_setup and not goes_on and self._bound().steps == 0:
             self._keep_earlier(adapter_for(trainer.strategy).model(trainer.strategy))
@@ -528,16 +511,29 @@ class DGMCallback(pl.Callback):
             states[self.state_key] = states[self.state_key] | self._outcome.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until there is a controller: strategies restore before or after `on_fit_start`."""
-        self._restored = state_dict or None
+        """Load state, or keep it until there is a controller: strategies restore before or after `on_fit_start`.
+
+        In mid-run a tuner, such as ``lr_find``, puts back what it has saved: the steps between were not the run's.
+        """
+        if self._clock is None:
+            self._restored = state_dict or None
+        elif state_dict:
+            self._resumed = True
+            self._counts = clock_entries(state_dict)
+            controller = self._bound()
+            controller.load_state_dict(state_dict)
+            assert self._outcome is not None
+            self._outcome.load_state_dict(state_dict)
+            controller.pace = saved_pace(state_dict)  # until the loops are restored, and tell what is left
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Note the step of a checkpoint, in case it holds no state of this callback."""
-        self._checkpoint_step = max(self._checkpoint_step, checkpoint["global_step"])
-        if self._clock is not None:  # the strategy restores only now: the Trainer's earlier fits do not count
-            self._clock = self._make_clock(trainer, pl_module, goes_on=True)
+        """Note the step of a checkpoint that the strategy restores only now; of a tuner's in mid-run nothing is new."""
+        begins = self._clock is not None and self._loaded is None
+        if begins and trainer.strategy.restore_checkpoint_after_setup:
+            self._checkpoint_step = checkpoint["global_step"]
+            self._clock = self._make_clock(trainer, pl_module, goes_on=True)  # the Trainer's earlier fits do not count
             self._clock.forget_loader()
 
 

@@ -134,7 +134,7 @@ class Admission:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], candidates: Sequence[Candidate]) -> None:
-        """Load who may come in late, and go on with the audit of those who wait for one; `keep_waiting` does the rest.
+        """Load who may come in late, and begin the audit of those who wait for one; `keep_waiting` does the rest.
 
         Args:
             state: mapping with the entries of `state_dict`, and maybe others.
@@ -144,7 +144,9 @@ class Admission:
         if "late_layers" in state:
             self.late.load_state_dict(state["late_layers"], candidates)
         self.reopened = set(state.get("reopened_layers", ()))
-        if self.reopening:
+        self._saw_gradient.clear()
+        self._stepped.clear()
+        if self.waiting:
             self._audit_again(candidates)
 
     def _audit_again(self, candidates: Sequence[Candidate]) -> None:

@@ -241,6 +241,7 @@ class Dispatch:
         self._forms = dict(state.get("expert_forms", {}))
         self._selector.load_state_dict(state["selector"])
         self.probing = probing
+        self.begin_batch()  # of what ran since the state was saved, no step is to be counted
         if not probing:
             self._remove_hooks()
 

@@ -290,7 +290,7 @@ class MaskedWeight:
         } | self.inactive.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the state of a layer of the same shape and block size."""
+        """Load the state of a layer of the same shape and block size, as it is between two steps."""
         shape = mask_shape(self.shape, self.block_size)
         before = self.mask
         self.set_mask(unpack_bits(state["mask"], shape), unpack_bits(state["explored"], shape))
@@ -304,3 +304,4 @@ class MaskedWeight:
         if state["window"]:
             self.window = self.placement.window(self.weight, self.mask)
             self.window.load_state_dict(state["window"], self)
+        self.begin_step()

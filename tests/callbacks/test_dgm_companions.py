@@ -32,7 +32,7 @@ from helpers.models import (
     weight_masks,
 )
 from helpers.runs import EPOCH_STEPS, SCHEDULE, STEPS, SaveAt, differences, end_of, load
-from lightning_estdgm import DGMCallback, DGMConfig, DGMController
+from lightning_estdgm import DGMCallback, DGMConfig, DGMController, EstDgm
 
 pytestmark = [
     pytest.mark.filterwarnings(NO_VALIDATION_LOADER),
@@ -358,3 +358,128 @@ def test_finder_callbacks_leave_masks_weights_and_counters(
     assert module.seen == fresh.seen
     assert differences(end_of(module, dgm, trainer), end_of(fresh, other, plain)) == []
     assert_final(module, dgm)
+
+
+# --------------------------------------------------------------------------- tuners in mid-run
+
+
+class FineTuneLearningRateFinder(LearningRateFinder):
+    """As in Lightning's documentation: searches at the start of some epochs."""
+
+    def __init__(self, milestones: tuple[int, ...], **settings: Any) -> None:
+        super().__init__(early_stop_threshold=None, **{"num_training_steps": 9, "update_attr": False} | settings)
+        self.milestones = milestones
+
+    def on_fit_start(self, *args: Any) -> None:
+        return
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch in self.milestones:
+            self.lr_find(trainer, pl_module)
+
+
+class FineTuneBatchSizeFinder(BatchSizeFinder):
+    """As in Lightning's documentation, at the first epoch: later ones are cut short by lightning 2.6.6 itself."""
+
+    def on_fit_start(self, *args: Any) -> None:
+        return
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 0:
+            self.scale_batch_size(trainer, pl_module)
+
+
+class Watched(Tuned):
+    """Counts the nonzero inactive weights that its forwards see."""
+
+    def __init__(self, dgm: DGMCallback) -> None:
+        super().__init__()
+        self.dgm, self.outside = dgm, 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        if self.dgm.density < 1.0 and self.dgm.config.inactive == "zero":
+            self.outside += inactive(self, self.dgm)
+        return super().training_step(batch, batch_idx)
+
+
+class Unvalidated(Watched):
+    """With validation, `lr_find` of lightning 2.6.6 makes no step in later epochs."""
+
+    val_dataloader = pl.LightningModule.val_dataloader
+
+
+def fit_in_epochs(
+    cls: type[Watched], *callbacks: pl.Callback, folder: Path, batch_size: int = 16, **config: Any
+) -> tuple[Any, ...]:
+    """Fit four epochs of 160 samples; with batches of 16 they begin in open windows, of 3 steps before each 4th."""
+    pl.seed_everything(0, verbose=False)
+    dgm = DGMCallback(DGMConfig(schedule=SCHEDULE).merged(**config))
+    module = cls(dgm)
+    module.batch_size = batch_size
+    trainer = make_trainer(*callbacks, dgm, max_epochs=4, default_root_dir=folder)
+    trainer.fit(module)
+    assert module.outside == 0
+    return module, dgm, trainer
+
+
+@pytest.mark.parametrize("milestones", [(0,), (1,), (0, 1, 2)])
+@pytest.mark.parametrize("config", [{}, {"storage": "packed"}, {"inactive": "frozen"}], ids=str)
+def test_rate_finder_in_mid_run_leaves_the_run_as_it_was(
+    config: dict[str, Any], milestones: tuple[int, ...], tmp_path: Path
+) -> None:
+    finder = FineTuneLearningRateFinder(milestones)
+    module, dgm, trainer = fit_in_epochs(Unvalidated, finder, folder=tmp_path, **config)
+    fresh, other, plain = fit_in_epochs(Unvalidated, folder=tmp_path, **config)
+    assert len(module.seen) == len(fresh.seen) + 9 * len(milestones)
+    assert dgm.controller.steps == STEPS
+    assert differences(end_of(module, dgm, trainer), end_of(fresh, other, plain)) == []
+    assert dgm.run_summary() == other.run_summary()
+    assert dgm.run_summary()["ended_as_asked"]
+
+
+def test_rate_that_is_found_in_mid_run_is_gone_on_with(tmp_path: Path) -> None:
+    class Set(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                trainer.optimizers[0].param_groups[0]["lr"] = module.lr
+
+    finder = FineTuneLearningRateFinder((1,), update_attr=True, num_training_steps=25, min_lr=1e-4, max_lr=1e-2)
+    module, dgm, trainer = fit_in_epochs(Unvalidated, finder, folder=tmp_path)
+    assert module.lr != 1e-3
+    fresh, other, plain = fit_in_epochs(Unvalidated, Set(), folder=tmp_path)
+    assert differences(end_of(module, dgm, trainer), end_of(fresh, other, plain)) == []
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_finder_of_a_second_fit_of_a_trainer_is_no_resume(first: bool, tmp_path: Path) -> None:
+    """What it restores is at the step of the fit before, and holds no state of ours."""
+
+    def fit_twice(*callbacks: pl.Callback) -> tuple[Any, ...]:
+        module, dgm, trainer = fit_in_epochs(Unvalidated, folder=tmp_path)
+        trainer.callbacks = [*callbacks, dgm] if first else [dgm, *callbacks]  # type: ignore[attr-defined]
+        trainer.fit_loop.max_epochs = 8
+        trainer.fit(module)
+        return module, dgm, trainer
+
+    finder = LearningRateFinder(num_training_steps=9, early_stop_threshold=None, update_attr=False)
+    module, dgm, trainer = fit_twice(finder)
+    fresh, other, plain = fit_twice()
+    assert len(module.seen) == len(fresh.seen) + 9
+    assert dgm.controller.steps == STEPS == dgm.schedule.total_steps
+    assert differences(end_of(module, dgm, trainer), end_of(fresh, other, plain)) == []
+
+
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+@pytest.mark.parametrize("size", [4, 16, 64])
+def test_batch_size_finder_in_mid_run(size: int, storage: str, tmp_path: Path) -> None:
+    """It goes on as a run of that batch size from the start, and the schedule follows the epochs' new length."""
+    finder = FineTuneBatchSizeFinder(max_trials=1, steps_per_trial=2, init_val=size)
+    config = {"storage": storage, "schedule": EstDgm(update_every=4, observe_steps=2)}
+    module, dgm, trainer = fit_in_epochs(Watched, finder, folder=tmp_path, **config)
+    fresh, other, plain = fit_in_epochs(Watched, folder=tmp_path, batch_size=size, **config)
+    assert module.batch_size == size
+    assert trainer.global_step == plain.global_step == dgm.controller.steps
+    assert dgm.density == other.density
+    assert dgm.run_summary()["ended_as_asked"]
+    if size == 16:
+        assert differences(end_of(module, dgm, trainer), end_of(fresh, other, plain)) == []

@@ -132,3 +132,29 @@ def test_a_waiting_update_is_resumed(mlp):
 
     assert same(go(7), go(12))
     assert go(7)[1].updates == 3
+
+
+@pytest.mark.parametrize("stop", [0, 1, 5, 8])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_steps_that_a_load_takes_back_leave_nothing(mlp, config, stop):
+    """As of a tuner in mid-run: at step 5 in an open window, at 8 with young units; a layer trains in them alone."""
+
+    def go(searches):
+        model = mlp(32, 256, 128, 4)
+        torch.manual_seed(0)
+        model[0].side = torch.nn.Linear(32, 32)  # not in the forward
+        optimizer = adamw(model)
+        with DGMController(model, optimizer, config, total_steps=STEPS) as dgm:
+            run(model, optimizer, dgm, last=stop)
+            owners = {"model": model, "dgm": dgm, "optimizer": optimizer}
+            state = saved({name: owner.state_dict() for name, owner in owners.items()})
+            for step in range(3 * searches):
+                optimizer.zero_grad()
+                (loss_of(model, batch(100 + step, 32)) + model[0].side(batch(step, 32)).square().mean()).backward()
+                optimizer.step()
+            for name in owners if searches else ():
+                owners[name].load_state_dict(state[name])
+            run(model, optimizer, dgm, first=stop, last=25)
+        return model, optimizer, dgm
+
+    assert same(go(True), go(False))

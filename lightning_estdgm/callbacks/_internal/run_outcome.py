@@ -105,7 +105,8 @@ class RunOutcome:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the best checkpoints of the run that is resumed; states of earlier versions hold none."""
-        self._earlier = [*state.get("best_checkpoints", ()), *self._earlier]
+        known = state.get("best_checkpoints", ())
+        self._earlier = [*known, *(entry for entry in self._earlier if entry not in known)]
 
     def _entries(self) -> list[dict[str, Any]]:
         now = [asdict(b) | {"score": None if score is None else float(score)} for b, score in self._best.values()]

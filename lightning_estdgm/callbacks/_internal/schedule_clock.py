@@ -73,6 +73,8 @@ class ScheduleClock:
         if total_steps is None:
             by_steps = _left_by_steps(trainer, pl_module, resumed)
             by_epochs = self._left_by_epochs(trainer, 0 if resumed else trainer.current_epoch)
+            if by_epochs is not None:  # a tuner may change the loader before the first epoch begins
+                self._announced = self._expected = trainer.num_training_batches
         known = [n for n in (total_steps, by_steps, by_epochs) if n is not None]
         if not known and self._timer is None:
             raise ValueError(
