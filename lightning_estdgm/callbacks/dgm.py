@@ -301,7 +301,8 @@ class DGMCallback(pl.Callback):
         self._at_end.callback(self._log.close)
         self._outcome = RunOutcome(trainer, self.controller, self._outcome)
         self._outcome.load_state_dict(state or {})
-        self._at_end.callback(GraphLimit(sum(c.masked for c in self.controller.candidates)).restore)
+        layers = sum(c.masked for c in self.controller.candidates)
+        self._at_end.callback(GraphLimit(layers, packed=self._packed is not None).restore)
 
     def _make_clock(self, trainer: pl.Trainer, pl_module: pl.LightningModule, goes_on: bool) -> ScheduleClock:
         return ScheduleClock(trainer, pl_module, self.total_steps, epochs_with_steps(trainer, self), goes_on)
