@@ -55,7 +55,6 @@ _BOUND_TO_A_FIT = (
     "controller",
     "_earlier",
     "_compression",
-    "_eagerly",
     "_restored",
     "_clock",
     "_log",
@@ -128,7 +127,6 @@ class DGMCallback(pl.Callback):
         self._compression: GradientCompression | None = None
         self._packed: PackedWeights | None = None
         self._loaded: LoadedWeights | None = None
-        self._eagerly: Any = None  # torch's stance for the first step, whose exit lets torch.compile work again
         self._restored: dict[str, Any] | None = None
         self._checkpoint_step = 0  # step of the checkpoint that the fit goes on from
         self._resumed = False
@@ -302,7 +300,8 @@ class DGMCallback(pl.Callback):
         self._at_end.callback(self._log.close)
         self._outcome = RunOutcome(trainer, self.controller, self._outcome)
         self._outcome.load_state_dict(state or {})
-        self._at_end.callback(GraphLimit(sum(c.masked for c in self.controller.candidates)).restore)
+        layers = sum(c.masked for c in self.controller.candidates)
+        self._at_end.callback(GraphLimit(layers, packed=self._packed is not None).restore)
 
     def _make_clock(self, trainer: pl.Trainer, pl_module: pl.LightningModule, goes_on: bool) -> ScheduleClock:
         return ScheduleClock(trainer, pl_module, self.total_steps, epochs_with_steps(trainer, self), goes_on)
@@ -375,7 +374,7 @@ class DGMCallback(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Take over new optimizers; run the first step uncompiled, as it records the shapes that backends see."""
+        """Take over new optimizers; zero inactive weights that the user's code has written to since the last step."""
         assert self._outcome is not None
         controller = self._bound()
         if not _are_same(self._optimizers, trainer.optimizers):
@@ -389,8 +388,6 @@ class DGMCallback(pl.Callback):
         if batch_idx == 0:
             self._outcome.watch_thawed()
             self._outcome.watch_replaced()
-        if self._eagerly is None and self._bound().probing:
-            self._eagerly = torch.compiler.set_stance("force_eager")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -399,8 +396,6 @@ class DGMCallback(pl.Callback):
         controller = self._bound()
         before = controller.steps
         updated = self._advance()
-        if not controller.probing:
-            self._compile_again()
         if controller.steps == before:
             return
         if updated:
@@ -457,13 +452,7 @@ class DGMCallback(pl.Callback):
             self._packed.end(exception)
             self._packed = None
 
-    def _compile_again(self) -> None:
-        if self._eagerly is not None:
-            self._eagerly.__exit__(None, None, None)
-            self._eagerly = None
-
     def _release(self) -> None:
-        self._compile_again()
         self._end_packing()
         self._at_end.close()
         self._counts = self._clock_state()

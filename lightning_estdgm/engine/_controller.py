@@ -29,6 +29,7 @@ from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.engine._admission import Admission
 from lightning_estdgm.engine._decisions import LayerDecision
 from lightning_estdgm.engine._dispatch import Dispatch
+from lightning_estdgm.engine._eager_hold import EagerHold
 from lightning_estdgm.engine._flops import FlopCounter
 from lightning_estdgm.engine._gradient_mask import mask_gradients_
 from lightning_estdgm.engine._initialisation import describe_recovered
@@ -119,6 +120,7 @@ class DGMController:
         self._waiting = False  # a mask update is due but nothing could be observed yet
         self._warned_nonfinite = False
         self._flops = FlopCounter()
+        self._eagerly = EagerHold(self)
         every = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
         grows = len(self.schedule.densities) > 1 and not self.config.trains_inactive_weights
         exponent = self.config.step_size.exponent
@@ -146,6 +148,7 @@ class DGMController:
             self._hooks.register(self._intake.counted, self._admission.note_step, awaits_first=awaits_first)
             self._dispatch.hook_up()
             self._storage.began()
+            self._eagerly.hold(self.probing)
         except BaseException:
             self._storage.abandon()
             self.close()
@@ -223,6 +226,7 @@ class DGMController:
         if updated or taken_in or is_first:
             self._dispatch.apply()
         self._masked.yield_whole_gradients(self.observing)
+        self._eagerly.hold(self.probing)
         return updated or taken_in
 
     def _take_in_trained(self) -> bool:
@@ -287,6 +291,7 @@ class DGMController:
         held = self._take_in(self._admission.keep_waiting(names, {}), largest=True) if zeros else []
         self._storage.masks_changed()
         self.recovered = describe_recovered(zeros, held)
+        self._eagerly.hold(self.probing)
 
     def use_optimizers(self, optimizers: Optimizer | Sequence[Optimizer]) -> None:
         """Go on with other optimizers than before, such as ones made anew in mid-run.
@@ -330,6 +335,7 @@ class DGMController:
 
     def close(self) -> None:
         """Remove all hooks and swapped forwards; weights and masks stay as they are. May be called twice."""
+        self._eagerly.hold(False)
         self._hooks.remove()
         self._admission.close()
         self._dispatch.close()
@@ -367,8 +373,8 @@ class DGMController:
 
     @property
     def probing(self) -> bool:
-        """Whether the current step records the shapes of the layers' inputs; a compiled model has to run it eagerly."""
-        return self._dispatch.probing or self._admission.reopening
+        """Whether the current step's forwards are looked at: what torch.compile has made runs uncompiled then."""
+        return self._dispatch.probing or bool(self._admission.waiting)
 
     @property
     def phase(self) -> str:
@@ -507,6 +513,7 @@ class DGMController:
         self._dispatch.load_state_dict(state, probing=self.steps == 0)
         self._intake.load_state_dict(state, woken)
         self._masked.yield_whole_gradients(self.observing)
+        self._eagerly.hold(self.probing)
         self._check_ranks("where the run was resumed")
 
     # ------------------------------------------------------------------ gradients and masks

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -104,7 +105,8 @@ class StepHooks:
         self._weights = {id(weight.parameter): weight for weight in weights}
         self._hook()
         self._scaling.register(self._weights)  # after the hooks above: they see the groups as the user made them
-        self._global_handle = register_optimizer_step_pre_hook(self._meet_if_new)
+        meet = WeakMethod(self._meet_if_new)  # torch would keep a run that is never closed
+        self._global_handle = register_optimizer_step_pre_hook(lambda *step: (known := meet()) and known(*step))
 
     def use(self, optimizers: Sequence[Optimizer]) -> None:
         """Go on with other optimizers; what those that stay keep of their groups stays.

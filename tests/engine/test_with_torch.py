@@ -1,6 +1,7 @@
 """Masked layers under torch's own machinery: torch.compile, activation checkpointing, functional calls, CUDA graphs."""
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from helpers.swapped_layers import index_lists
-from lightning_estdgm.config import DGMConfig, Units
+from lightning_estdgm.config import DGMConfig, Selection, Units
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.method._schedules import EstDgm
 from lightning_estdgm.modules._candidates import find_candidates
@@ -104,9 +105,96 @@ def test_a_compiled_block_trains_as_the_plain_one_and_masks_never_recompile_it(b
     net = Net(around)
     its_masks = train(net, backend, each_step=lambda dgm: seen.append((dgm.updates, dgm.phase, counter.frame_count)))
     assert_same(net, its_masks, plain, masks)
-    # One graph for the first step, in which the controller looks on, one for steps outside windows, one for inside.
-    assert [count for updates, _, count in seen if updates >= 1] == [3] * sum(updates >= 1 for updates, *_ in seen)
+    # One graph for steps outside windows, one for inside; none for the first step, in which the controller looks on.
+    assert [count for updates, _, count in seen if updates >= 1] == [2] * sum(updates >= 1 for updates, *_ in seen)
     assert {phase for updates, phase, _ in seen if updates >= 1} == {"consolidation", "refinement"}
+
+
+COMPILED = {
+    "model": lambda net, step: (torch.compile(net, backend="aot_eager"), step),
+    "in place": lambda net, step: (net.compile(backend="aot_eager") or net, step),
+    "layers": lambda net, step: ([layer.compile(backend="aot_eager") for layer in net] and net, step),
+    "loss": lambda net, step: (net, torch.compile(step, backend="aot_eager")),
+}
+
+
+@QUIET
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at them
+@pytest.mark.parametrize("how", COMPILED)
+def test_what_is_compiled_in_a_plain_loop_is_masked_as_the_plain_model(how):
+    ends = []
+    for made in (lambda net, step: (net, step), COMPILED[how]):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 4))
+        model, loss_of = made(net, lambda model, x: F.mse_loss(model(x), x[:, :4].sin()))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        net[2].requires_grad_(False)
+        settings = DGMConfig(SCHEDULE, units=Units(size=16), backend="dense")
+        with DGMController(model, optimizer, settings, total_steps=STEPS) as dgm:
+            for step in range(STEPS):
+                net[2].requires_grad_(step >= 3)  # it is audited in mid-run
+                if step == 3:
+                    torch._dynamo.reset()  # torch 2.6 would not look again at what takes a gradient
+                optimizer.zero_grad()
+                loss_of(model, torch.randn(16, 32, generator=torch.Generator().manual_seed(step))).backward()
+                optimizer.step()
+                dgm.advance()
+                assert runs_compiled() != dgm.probing
+            ends.append((dgm.masks(), dict(net.named_parameters()), dgm.flops, dgm.density))
+    (masks, weights, *counts), (its_masks, its_weights, *its_counts) = ends
+    assert list(masks) == ["0", "2"]
+    torch.testing.assert_close((its_masks, its_weights), (masks, weights))
+    assert its_counts == counts
+
+
+def runs_compiled():
+    return bool(torch.compile(lambda x: x + torch.compiler.is_compiling(), backend="eager")(torch.zeros(1)))
+
+
+@QUIET
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_first_step_alone_is_uncompiled_however_it_ends():
+    def begun(net):
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        return DGMController(net, optimizer, DGMConfig(SCHEDULE), total_steps=STEPS), optimizer
+
+    def go_on(net, dgm, optimizer):
+        net(torch.randn(2, 16, 64)).square().mean().backward()
+        optimizer.step()
+        dgm.advance()
+
+    nets = Net(), Net()
+    (one, its), (two, others) = map(begun, nets)
+    assert not runs_compiled()
+    go_on(nets[0], one, its)  # began first, ends first
+    assert not runs_compiled()
+    go_on(nets[1], two, others)
+    assert runs_compiled()
+    one.close()
+    two.close()
+
+    with pytest.raises(KeyError), begun(Net())[0] as dgm:
+        dgm.masks()["not there"]
+    assert runs_compiled()
+
+    with pytest.raises(ValueError, match="matches none"):
+        DGMController(nets[0], its, DGMConfig(SCHEDULE, selection=Selection(include=["none"])), total_steps=STEPS)
+    assert runs_compiled()
+
+    left = begun(Net())
+    assert not runs_compiled()
+    del left
+    gc.collect()
+    assert runs_compiled()
+
+    net = Net()
+    dgm, optimizer = begun(net)
+    with torch.compiler.set_stance("eager_on_recompile"):  # of the user's own, around the loop
+        go_on(net, dgm, optimizer)
+    dgm.close()
+    assert runs_compiled()
 
 
 @QUIET

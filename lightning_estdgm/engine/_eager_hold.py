@@ -1,0 +1,42 @@
+"""`EagerHold`: what torch.compile has made runs uncompiled while a controller looks at forwards."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+_held: set[EagerHold] = set()
+_stance: Any = None  # torch's, as long as it is set for any of these
+
+
+class EagerHold:
+    """A hold on torch's stance ``"force_eager"``: watches on modules see nothing of a compiled forward.
+
+    The stance is the process's, and controllers do not end in the order in which they began. So all share one, and the
+    last hold to end sets back what was before the first. A stance that others have set since stays.
+
+    Args:
+        owner: object that the hold is for; it ends with it at the latest.
+
+    """
+
+    def __init__(self, owner: object) -> None:
+        weakref.finalize(owner, self.hold, False).atexit = False
+
+    def hold(self, wanted: bool) -> None:
+        """Begin or end the hold, if it is not so already."""
+        global _stance
+        (_held.add if wanted else _held.discard)(self)
+        if not _held and _stance is None:
+            return
+        new = torch.compiler.set_stance("force_eager")  # which alone tells what the stance was
+        is_ours = _stance is not None and new.prev is _stance.stance
+        if _held and not is_ours:
+            _stance = new
+            return
+        new.__exit__(None, None, None)
+        if not _held and is_ours:
+            _stance.__exit__(None, None, None)
+            _stance = None
