@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EMAWeightAveraging,
     LearningRateFinder,
+    ModelCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -416,7 +417,8 @@ def fit_in_epochs(
     dgm = DGMCallback(DGMConfig(schedule=SCHEDULE).merged(**config))
     module = cls(dgm)
     module.batch_size = batch_size
-    trainer = make_trainer(*callbacks, dgm, max_epochs=4, default_root_dir=folder)
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    trainer = make_trainer(*callbacks, dgm, max_epochs=4, default_root_dir=folder, enable_checkpointing=saves)
     trainer.fit(module)
     assert module.outside == 0
     return module, dgm, trainer
@@ -435,6 +437,15 @@ def test_rate_finder_in_mid_run_leaves_the_run_as_it_was(
     assert differences(end_of(module, dgm, trainer), end_of(fresh, other, plain)) == []
     assert dgm.run_summary() == other.run_summary()
     assert dgm.run_summary()["ended_as_asked"]
+
+
+@pytest.mark.filterwarnings("ignore:the best checkpoint by .*, was saved in exploration")
+def test_rate_finder_in_mid_run_leaves_what_is_known_of_the_best_checkpoint(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="train_loss", mode="max", save_on_train_epoch_end=True)
+    _, dgm, _ = fit_in_epochs(Unvalidated, FineTuneLearningRateFinder((2, 3)), best, folder=tmp_path)
+    (found,) = dgm.run_summary()["best_checkpoints"]
+    assert "step=10" in found["path"]
+    assert found["phase"] == "exploration"
 
 
 def test_rate_that_is_found_in_mid_run_is_gone_on_with(tmp_path: Path) -> None:

@@ -104,9 +104,14 @@ class RunOutcome:
         return {"best_checkpoints": entries} if entries else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the best checkpoints of the run that is resumed; states of earlier versions hold none."""
+        """Take over the best checkpoints of the run that is resumed; states of earlier versions hold none.
+
+        In mid-run, they are looked up anew: `ModelCheckpoint` restores its score as another object.
+        """
         known = state.get("best_checkpoints", ())
         self._earlier = [*known, *(entry for entry in self._earlier if entry not in known)]
+        self._best.clear()
+        self._watching = False
 
     def _entries(self) -> list[dict[str, Any]]:
         now = [asdict(b) | {"score": None if score is None else float(score)} for b, score in self._best.values()]
