@@ -497,7 +497,7 @@ class DGMController:
 
         """
         woken = self._intake.wake_saved(state)  # they may be thawed only after this
-        check_state(state, _STATE_VERSION, self.config.schedule.to_dict(), self._masked.every)
+        check_state(state, _STATE_VERSION, self.config.schedule.to_dict(), self._masked.every, self._storage.can_wait)
         self._intake.check(woken)
         self.pace = saved_pace(state)
         self.schedule = self.config.schedule.resolve(self.pace.total_steps)

@@ -15,7 +15,8 @@ class EagerHold:
     """A hold on torch's stance ``"force_eager"``: watches on modules see nothing of a compiled forward.
 
     The stance is the process's, and controllers do not end in the order in which they began. So all share one, and the
-    last hold to end sets back what was before the first. A stance that others have set since stays.
+    last hold to end sets back what was before the first. A stance that others have set since stays. A hold that begins
+    ends the others, as their owners may have failed in their first step; those that go on begin theirs again.
 
     Args:
         owner: object that the hold is for; it ends with it at the latest.
@@ -28,6 +29,8 @@ class EagerHold:
     def hold(self, wanted: bool) -> None:
         """Begin or end the hold, if it is not so already."""
         global _stance
+        if wanted and self not in _held:
+            _held.clear()
         (_held.add if wanted else _held.discard)(self)
         if not _held and _stance is None:
             return

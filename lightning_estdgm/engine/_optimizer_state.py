@@ -59,11 +59,12 @@ class OptimizerStates:
         known: dict[Any, Rules] = {}
         for weight in weights:
             for optimizer in self.optimizers:
-                group = _group_of(optimizer, weight.parameter)
-                if group is None:
+                if _group_of(optimizer, weight.parameter) is None:
                     continue
+                # Of ZeRO's optimizers, the inner one holds this rank's weights alone.
+                holders = [(id(o), _group_of(o, weight.parameter)) for o in nested_optimizers(optimizer)]
                 local = local_tensor(weight.parameter)
-                key = (id(optimizer), group, tuple(local.shape), local.stride(), local.dtype, local.device)
+                key = (*holders, tuple(local.shape), local.stride(), local.dtype, local.device)
                 if key not in known:
                     known[key] = self._tried(optimizer, weight, changes_masks)
                 self._rules.setdefault(id(weight.parameter), {}).update(known[key])
@@ -162,7 +163,9 @@ class OptimizerStates:
         ):
             return {}
         failures = []
-        for candidate in nested_optimizers(optimizer):
+        nested = nested_optimizers(optimizer)
+        is_elsewhere = len(nested) > 1 and all(_group_of(o, weight.parameter) is None for o in nested[1:])
+        for candidate in nested:
             if _group_of(candidate, weight.parameter) is None:
                 continue
             try:
@@ -192,7 +195,7 @@ class OptimizerStates:
                     for (kind, path), rule in rules.items()
                     if kind == type(inner).__name__
                 }
-        if failures and changes_masks:
+        if failures and changes_masks and not is_elsewhere:  # of ZeRO, another rank keeps the state
             self._warn(
                 f"could not try {failures[0]}. What its state is for a fresh parameter is read from weights that have "
                 "had no gradient, at the first mask update; what is not kept by parameter stays"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning_estdgm.engine._admission import HEADS
@@ -46,7 +46,11 @@ def check_rule(
 
 
 def check_state(
-    state: Mapping[str, Any], version: int, schedule: Mapping[str, Any], weights: Sequence[MaskedWeight]
+    state: Mapping[str, Any],
+    version: int,
+    schedule: Mapping[str, Any],
+    weights: Sequence[MaskedWeight],
+    can_wait: Callable[[MaskedWeight], bool],
 ) -> None:
     """Raise ValueError if a controller's state belongs to another model, schedule or version.
 
@@ -56,6 +60,7 @@ def check_state(
         schedule: settings of the schedule that the state must have.
         weights: weights of this run's model that can be masked; those that the state leaves dense may be missing in it,
             but no output head that it leaves dense and this run includes.
+        can_wait: whether a weight may stay dense; a packed one cannot.
 
     """
     if state.get("version") != version:
@@ -86,5 +91,11 @@ def check_state(
         raise ValueError(
             "the checkpoint was made with another model or other masked layers: they differ in "
             f"{differing}; {first!r} is {theirs.get(first)} there and {ours.get(first)} here (shape, block size). Pass "
-            "that run's model, and its units= and selection= to DGMConfig"
+            "that run's model, and its units= and selection= to DGMConfig, with the same layers frozen"
+        )
+    if masked := [weight.name for weight in weights if weight.name not in theirs and not can_wait(weight)]:
+        why = dense.get(masked[0], "it had not trained yet")
+        raise ValueError(
+            f"the run of the checkpoint had {len(masked)} layers dense that storage='packed' masks before it is read; "
+            f"{masked[0]!r} there: {why}. Leave them out, Selection(exclude={masked}), or use storage='dense'"
         )

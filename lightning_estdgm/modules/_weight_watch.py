@@ -12,8 +12,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 # Torch's functions by name, without underscores around it. Products take a weight; the next keep every zero of one, in
-# any order, as views, casts, scalings and selections do; those by element keep them if they make 0 of 0; the last yield
-# statistics of it, or no more than its shape. What any other function makes of a weight is not followed.
+# any order, as views, casts, scalings and selections do; those by element keep them if they make 0 of 0, and have a
+# finite slope there, unlike sqrt; the last yield statistics of it, or no more than its shape. What any other function
+# makes of a weight is not followed.
 _PRODUCTS = frozenset(
     (
         "linear",
@@ -114,7 +115,6 @@ _BY_ELEMENT = frozenset(
         "tanh",
         "sin",
         "asinh",
-        "sqrt",
         "erf",
         "sign",
         "round",
@@ -209,7 +209,7 @@ class WeightWatch(TorchFunctionMode):
             return self._of(operands[0]) is not None
         if name == "pow":
             exponent = operands[1]
-            return self._of(operands[0]) is not None and isinstance(exponent, (int, float)) and exponent > 0
+            return self._of(operands[0]) is not None and isinstance(exponent, (int, float)) and exponent >= 1
         if name in ("where", "masked_fill"):
             return all(self._is_followed_or_zero(x) for x in operands if getattr(x, "dtype", None) != torch.bool)
         if name in _WRITES:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from helpers.models import MLP, NO_VALIDATION_LOADER, ConvNet, ResumableLoader, make_trainer
 from helpers.runs import EPOCH_STEPS, SCHEDULE, STEPS
 from helpers.storages import LoadsByItself
-from lightning_estdgm import DGMCallback, DGMConfig, DGMController, EstDgm, Units
+from lightning_estdgm import DGMCallback, DGMConfig, DGMController, EstDgm, Selection, Units
 from lightning_estdgm.method._schedules import ConstantDensity
 from lightning_estdgm.method._update_rule import UpdateRule
 from lightning_estdgm.modules._packed_forward import PackedForward
@@ -196,6 +196,28 @@ def test_the_head_stays_dense_before_a_frozen_copy_of_the_network(storage):
     assert [n for n, d in decisions.items() if d.masked] == ["net.0", "net.2"]
     assert decisions["net.4"].why.startswith("output head")
     assert module.state_dict()["net.4.weight"].count_nonzero() == module.net[4].weight.numel()
+
+
+class TwoHeads(Double):
+    """Packed storage knows the head that is registered last; the audit of dense storage finds both."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(32, 4).double()
+        self.last = nn.Linear(32, 4).double()
+
+    def loss(self, batch):
+        hidden = self.net[:-1](batch[0].double())
+        return self.other(hidden).square().mean() + self.last(hidden).square().mean() + super().loss(batch)
+
+
+def test_a_checkpoint_whose_run_left_dense_what_is_packed_is_refused_with_the_way_out(tmp_path):
+    fit(DGMCallback(config("dense", unit=1)), _save(tmp_path, 12), module=TwoHeads())
+    with pytest.raises(ValueError, match=r"'net\.4' there: output head.*Selection\(exclude=\['net\.4', 'other'\]\)"):
+        fit(DGMCallback(config(unit=1)), ckpt=tmp_path / "12.ckpt", module=TwoHeads())
+    callback = DGMCallback(config(unit=1, selection=Selection(exclude=["net.4", "other"])))
+    fit(callback, ckpt=tmp_path / "12.ckpt", module=TwoHeads())
+    assert callback.density == pytest.approx(0.1, abs=0.01)
 
 
 class Zipped(Followed):

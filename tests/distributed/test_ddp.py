@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +356,28 @@ def curves(path: Path) -> dict[int, dict[str, str]]:
         for row in csv.DictReader(file):
             found.setdefault(int(row["step"]), {}).update({k: v for k, v in row.items() if v and k != "step"})
     return found
+
+
+def moments() -> tuple[dict[str, int], list[str]]:
+    """First moments that are not 0 at inactive weights, of the layers whose state this rank has; and warnings."""
+    pl.seed_everything(0, verbose=False)
+    module, callback = Shared(zero=True), DGMCallback(DGMConfig(schedule=SCHEDULE))
+    trainer = make_trainer(callback, devices=ranks(), strategy="ddp", max_steps=STEPS, max_epochs=-1, logger=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, ResumableLoader(TinyMLP.batches(EPOCH_STEPS * 2)[rank() :: 2]))
+    state = trainer.optimizers[0].optim.state
+    weights = {name: module.get_submodule(name).weight for name in callback.masks()}
+    kept = {name: state[weight]["exp_avg"] for name, weight in weights.items() if weight in state}
+    left = {name: int(torch.count_nonzero(kept[name][~callback.masks()[name]])) for name in kept}
+    return left, [text for entry in caught if "dropped or grown" in (text := str(entry.message))]
+
+
+def test_zero_resets_the_state_of_each_layer_on_the_rank_that_has_it() -> None:
+    (first, warned), (second, also_warned) = jobs.run(moments, 2)
+    assert first | second == {"net.0": 0, "net.2": 0}
+    assert len(first) == len(second) == 1
+    assert warned == also_warned == []
 
 
 def resumed(folder: Path) -> dict[tuple[str, str], tuple[list[str], list[str]]]:

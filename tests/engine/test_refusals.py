@@ -80,9 +80,20 @@ def state_of(weight, **changes):
 def test_the_entry_that_differs_is_named(changes, message):
     weight = numbered([[1, 0], [0, 1]])
     expected = {"cycles": 1}
-    check_state(state_of(weight), 1, expected, [weight])
+    check_state(state_of(weight), 1, expected, [weight], lambda _: True)
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_state(state_of(weight, **changes), 1, expected, [weight])
+        check_state(state_of(weight, **changes), 1, expected, [weight], lambda _: True)
+
+
+def test_a_layer_that_was_dense_and_is_packed_is_refused_with_the_way_out():
+    weight = numbered([[1, 0], [0, 1]])
+    state = state_of(weight, layers={}, dense_layers={"0": "its weight is used by itself"})
+    check_state(state, 1, {"cycles": 1}, [weight], lambda _: True)
+    message = (
+        "'0' there: its weight is used by itself. Leave them out, Selection(exclude=['0']), or use storage='dense'"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_state(state, 1, {"cycles": 1}, [weight], lambda _: False)
 
 
 def test_redistribution_needs_units_of_one_size():

@@ -189,6 +189,15 @@ def test_the_first_step_alone_is_uncompiled_however_it_ends():
     gc.collect()
     assert runs_compiled()
 
+    failed = begun(Net())  # kept by the traceback of its first forward, say
+    net = Net()
+    dgm, optimizer = begun(net)
+    go_on(net, dgm, optimizer)
+    assert runs_compiled()
+    failed[0].close()
+    dgm.close()
+    assert runs_compiled()
+
     net = Net()
     dgm, optimizer = begun(net)
     with torch.compiler.set_stance("eager_on_recompile"):  # of the user's own, around the loop

@@ -118,6 +118,15 @@ def test_experts_that_run_under_vmap_are_followed(make, seen):
     assert (record.changed_by, record.is_multiplied) == seen
 
 
+@pytest.mark.parametrize(("make", "by"), [(lambda w: w.abs().sqrt(), "sqrt()"), (lambda w: w.abs() ** 0.5, "pow()")])
+def test_functions_whose_slope_at_0_is_infinite_are_no_ways_to_keep_zeros(make, by):
+    class Root(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, make(self.weight))
+
+    assert audited(nn.Sequential(Root(4, 4)), torch.randn(2, 4)).records["0"].changed_by == by
+
+
 def test_of_weights_that_are_put_together_each_is_found_and_counted_by_its_positions():
     class Together(nn.Module):
         def __init__(self, of_all):
