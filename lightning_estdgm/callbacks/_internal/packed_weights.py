@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from traceback import walk_tb
 from typing import Any
 
 import lightning.pytorch as pl
@@ -86,7 +87,7 @@ class PackedWeights:
         self.storage.abandon()
         if exception is not None and any(parameter.is_meta for parameter in self._module.parameters()):
             self._stay_on_meta()
-        if exception is not None:
+        if exception is not None and not _is_ours(exception):
             note = (
                 "DGMCallback: with storage='packed' masked weights are parameters of shape [units, rows, columns]. "
                 "Optimizers get them from named_parameters(), as layer.weight is computed from them; what needs "
@@ -128,3 +129,9 @@ class PackedWeights:
                 if own is not None:
                     vars(self._module)[name] = own
         self._extended.clear()
+
+
+def _is_ours(exception: BaseException) -> bool:
+    """Whether this package has raised an error: these name their own ways out."""
+    frames = [frame for frame, _ in walk_tb(exception.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("lightning_estdgm.")
