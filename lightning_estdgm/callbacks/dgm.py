@@ -288,6 +288,7 @@ class DGMCallback(pl.Callback):
             storage=None if self._packed is None else self._packed.begin(trainer),
         )
         self._at_end.callback(self.controller.close)
+        self.controller.probe_uncompiled()
         if self._packed is not None:
             self._packed.began = True
             mask_averages_(trainer, self.controller)  # copies of the whole weights, exchanged from the sanity check on

@@ -34,7 +34,8 @@ HEADS = (_OUTPUT, _LAST_TRAINED)
 _BY_ITSELF = "its weight is used by itself: its forward was not called"
 _NOT_CALLED = (
     "no forward of it was seen in the step that trained it, as where a copy of the model computes: call the layer "
-    "itself, or mask without looking (DGMController(audit=False))"
+    "itself, or mask without looking (DGMController(audit=False)); where torch.compile has made the loss, call "
+    "DGMController.probe_uncompiled() before the first step"
 )
 _WAITS = "no gradient has reached it yet: dense until then"
 

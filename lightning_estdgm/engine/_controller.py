@@ -120,7 +120,7 @@ class DGMController:
         self._waiting = False  # a mask update is due but nothing could be observed yet
         self._warned_nonfinite = False
         self._flops = FlopCounter()
-        self._eagerly = EagerHold(self)
+        self._eagerly = EagerHold(self, model)
         every = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
         grows = len(self.schedule.densities) > 1 and not self.config.trains_inactive_weights
         exponent = self.config.step_size.exponent
@@ -291,6 +291,15 @@ class DGMController:
         held = self._take_in(self._admission.keep_waiting(names, {}), largest=True) if zeros else []
         self._storage.masks_changed()
         self.recovered = describe_recovered(zeros, held)
+        self._eagerly.hold(self.probing)
+
+    def probe_uncompiled(self) -> None:
+        """Have all that torch.compile has made run uncompiled in steps whose forwards are looked at, see `probing`.
+
+        A model with a compiled module in it has that anyway; a loss function that is compiled, or a compiled module
+        around the model, is known to its user alone. `close` ends it.
+        """
+        self._eagerly.is_needed = True
         self._eagerly.hold(self.probing)
 
     def use_optimizers(self, optimizers: Optimizer | Sequence[Optimizer]) -> None:

@@ -6,6 +6,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch import nn
 
 _held: set[EagerHold] = set()
 _stance: Any = None  # torch's, as long as it is set for any of these
@@ -20,15 +21,22 @@ class EagerHold:
 
     Args:
         owner: object that the hold is for; it ends with it at the latest.
+        model: the model that is looked at.
+
+    Attributes:
+        is_needed: whether a module of the model is compiled; without, nothing is held, as an owner that is never closed
+            would keep the compiled code of others from running.
 
     """
 
-    def __init__(self, owner: object) -> None:
+    def __init__(self, owner: object, model: nn.Module) -> None:
+        self.is_needed = any(_is_compiled(module) for module in model.modules())
         weakref.finalize(owner, self.hold, False).atexit = False
 
     def hold(self, wanted: bool) -> None:
         """Begin or end the hold, if it is not so already."""
         global _stance
+        wanted = wanted and self.is_needed
         if wanted and self not in _held:
             _held.clear()
         (_held.add if wanted else _held.discard)(self)
@@ -43,3 +51,8 @@ class EagerHold:
         if not _held and is_ours:
             _stance.__exit__(None, None, None)
             _stance = None
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether a module is what ``torch.compile`` returns, or was compiled in place."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None

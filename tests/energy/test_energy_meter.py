@@ -82,8 +82,8 @@ def test_a_device_that_is_gone_at_the_end_is_named() -> None:
         ({"interval_s": 0}, ValueError, "interval_s must be > 0 seconds, got 0"),
         ({"interval_s": True}, TypeError, "interval_s must be a number of seconds, got True"),
         ({"sources": ["nvlm"]}, ValueError, "unknown energy source 'nvlm'"),
-        ({"sources": "nvml"}, TypeError, "a list of names and energy sources, got 'nvml': a single one goes into"),
-        ({"sources": ConstantPower()}, TypeError, "got .*ConstantPower.*: a single one goes into"),
+        ({"sources": "nvml"}, TypeError, "a list of names and energy sources, got 'nvml'"),
+        ({"sources": ConstantPower()}, TypeError, "got .*ConstantPower.*: write sources=.* for a single one"),
     ],
 )
 def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:

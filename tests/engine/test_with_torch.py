@@ -105,8 +105,8 @@ def test_a_compiled_block_trains_as_the_plain_one_and_masks_never_recompile_it(b
     net = Net(around)
     its_masks = train(net, backend, each_step=lambda dgm: seen.append((dgm.updates, dgm.phase, counter.frame_count)))
     assert_same(net, its_masks, plain, masks)
-    # One graph for steps outside windows, one for inside; none for the first step, in which the controller looks on.
-    assert [count for updates, _, count in seen if updates >= 1] == [2] * sum(updates >= 1 for updates, *_ in seen)
+    # One graph for steps outside windows, one for inside, one for the first step, in which the controller looks on.
+    assert [count for updates, _, count in seen if updates >= 1] == [3] * sum(updates >= 1 for updates, *_ in seen)
     assert {phase for updates, phase, _ in seen if updates >= 1} == {"consolidation", "refinement"}
 
 
@@ -133,6 +133,8 @@ def test_what_is_compiled_in_a_plain_loop_is_masked_as_the_plain_model(how):
         net[2].requires_grad_(False)
         settings = DGMConfig(SCHEDULE, units=Units(size=16), backend="dense")
         with DGMController(model, optimizer, settings, total_steps=STEPS) as dgm:
+            if how == "loss" or made is not COMPILED[how]:
+                dgm.probe_uncompiled()
             for step in range(STEPS):
                 net[2].requires_grad_(step >= 3)  # it is audited in mid-run
                 if step == 3:
@@ -155,10 +157,22 @@ def runs_compiled():
 
 @QUIET
 @pytest.mark.usefixtures("fresh_compiler")
+def test_a_controller_of_a_model_that_is_not_compiled_leaves_others_compiled():
+    net = Net()
+    dgm = DGMController(net, torch.optim.SGD(net.parameters(), 0.1), DGMConfig(SCHEDULE), total_steps=STEPS)
+    assert dgm.probing
+    assert runs_compiled()
+    dgm.close()
+
+
+@QUIET
+@pytest.mark.usefixtures("fresh_compiler")
 def test_the_first_step_alone_is_uncompiled_however_it_ends():
     def begun(net):
         optimizer = torch.optim.SGD(net.parameters(), 0.1)
-        return DGMController(net, optimizer, DGMConfig(SCHEDULE), total_steps=STEPS), optimizer
+        dgm = DGMController(net, optimizer, DGMConfig(SCHEDULE), total_steps=STEPS)
+        dgm.probe_uncompiled()
+        return dgm, optimizer
 
     def go_on(net, dgm, optimizer):
         net(torch.randn(2, 16, 64)).square().mean().backward()

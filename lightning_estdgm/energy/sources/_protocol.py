@@ -168,10 +168,8 @@ def resolve(
     if sources is None:
         return discover()
     if isinstance(sources, str) or not isinstance(sources, Iterable):
-        raise TypeError(
-            f"sources must be None or a list of names and energy sources, got {sources!r}: a single one goes into a "
-            "list as well, sources=[...]"
-        )
+        one = f"[{sources!r}]" if isinstance(sources, str) else "sources=[...] for a single one"
+        raise TypeError(f"sources must be None or a list of names and energy sources, got {sources!r}: write {one}")
     known: dict[str, EnergySource | SourceUnavailable] | None = None
     chosen: list[tuple[str, EnergySource | SourceUnavailable]] = []
     for item in sources:
