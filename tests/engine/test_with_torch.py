@@ -167,6 +167,20 @@ def test_a_controller_of_a_model_that_is_not_compiled_leaves_others_compiled():
 
 @QUIET
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_loss_whose_first_step_was_not_seen_leaves_layers_dense_and_the_reason_names_the_way_out():
+    net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    with DGMController(net, optimizer, DGMConfig(SCHEDULE, units=Units(size=1)), total_steps=STEPS) as dgm:
+        torch.compile(lambda x: net(x).square().mean(), backend="aot_eager")(torch.randn(16, 32)).backward()
+        optimizer.step()
+        with pytest.warns(RuntimeWarning, match="probe_uncompiled"):
+            dgm.advance()
+        assert {d.why.partition("call DGMController.")[2][:18] for d in dgm.decisions()} == {"probe_uncompiled()"}
+
+
+@QUIET
+@pytest.mark.usefixtures("fresh_compiler")
 def test_the_first_step_alone_is_uncompiled_however_it_ends():
     def begun(net):
         optimizer = torch.optim.SGD(net.parameters(), 0.1)
