@@ -46,7 +46,7 @@ class OptimizerStates:
     def prepare(self, weights: Sequence[MaskedWeight], *, changes_masks: bool) -> None:
         """Find what a fresh parameter has, by trial. Neither the optimizers nor the random numbers of the run change.
 
-        One trial is made for each group, shape and dtype of the masked weights.
+        One trial is made for each shape and dtype of the masked weights and the groups that hold them.
 
         Args:
             weights: masked weights.
@@ -57,14 +57,15 @@ class OptimizerStates:
 
         """
         known: dict[Any, Rules] = {}
+        nested = [nested_optimizers(optimizer) for optimizer in self.optimizers]
         for weight in weights:
-            for optimizer in self.optimizers:
-                if _group_of(optimizer, weight.parameter) is None:
+            local = local_tensor(weight.parameter)
+            for optimizer, all_of_it in zip(self.optimizers, nested, strict=True):
+                groups = [_group_of(one, weight.parameter) for one in all_of_it]
+                if groups[0] is None:
                     continue
                 # Of ZeRO's optimizers, the inner one holds this rank's weights alone.
-                holders = [(id(o), _group_of(o, weight.parameter)) for o in nested_optimizers(optimizer)]
-                local = local_tensor(weight.parameter)
-                key = (*holders, tuple(local.shape), local.stride(), local.dtype, local.device)
+                key = (id(optimizer), *groups, tuple(local.shape), local.stride(), local.dtype, local.device)
                 if key not in known:
                     known[key] = self._tried(optimizer, weight, changes_masks)
                 self._rules.setdefault(id(weight.parameter), {}).update(known[key])
