@@ -295,7 +295,7 @@ def _makes_0_of_0(name: str, func: Callable[..., Any], args: Sequence[Any], kwar
     """Whether a function by element, with these settings, yields 0 for 0."""
     if name not in _BY_ELEMENT or any(isinstance(x, Tensor) for x in (*args[1:], *kwargs.values())):
         return False
-    return bool(func(torch.zeros(()), *args[1:], **kwargs) == 0)
+    return bool(func(torch.zeros((), device="cpu"), *args[1:], **kwargs) == 0)
 
 
 def _is_statistic(name: str, operands: Sequence[Any]) -> bool:

@@ -127,6 +127,17 @@ def test_functions_whose_slope_at_0_is_infinite_are_no_ways_to_keep_zeros(make, 
     assert audited(nn.Sequential(Root(4, 4)), torch.randn(2, 4)).records["0"].changed_by == by
 
 
+def test_a_function_by_element_is_tried_whatever_the_default_device_is():
+    class Rectified(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight.relu())
+
+    layer, x = Rectified(4, 4), torch.randn(2, 4)
+    with torch.device("meta"):
+        record = audited(nn.Sequential(layer), x).records["0"]
+    assert (record.changed_by, record.is_multiplied) == ("", True)
+
+
 def test_of_weights_that_are_put_together_each_is_found_and_counted_by_its_positions():
     class Together(nn.Module):
         def __init__(self, of_all):
