@@ -371,6 +371,11 @@ class DGMController:
         return self._waiting or self.schedule(self.position).observe
 
     @property
+    def update_waits(self) -> bool:
+        """Whether a mask update is due that waits for a step with finite gradients."""
+        return self._waiting
+
+    @property
     def timed(self) -> tuple[str, ...]:
         """What each choice of backends has timed in this process and how long it took, in words."""
         return tuple(self._dispatch.timed)

@@ -72,6 +72,27 @@ def test_a_density_that_a_pattern_does_not_meet_is_not_taken_for_a_run_cut_short
     assert dgm.run_summary()["ended_as_asked"] is False
 
 
+class NeverFinite(TinyMLP):
+    """Loses every gradient after the first, and leaves such steps out."""
+
+    def on_after_backward(self) -> None:
+        if self.trainer.global_step:
+            for weight in self.parameters():
+                weight.grad.fill_(torch.inf)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.trainer.global_step:
+            for weight in self.parameters():
+                weight.grad.zero_()
+
+
+@pytest.mark.filterwarnings("ignore:.*a gradient was NaN or infinite:RuntimeWarning")
+def test_a_run_whose_gradients_were_never_finite_is_told_so() -> None:
+    message = r"ended at position 20 of 20 .* at density 0\.70; .* no step since had finite gradients"
+    with pytest.warns(UserWarning, match=message):
+        make_trainer(callback(), max_epochs=STEPS // EPOCH).fit(NeverFinite(), TinyMLP.batches(EPOCH))
+
+
 def test_a_run_that_ends_as_asked_says_nothing() -> None:
     dgm = callback()
     fit(lambda trainer: 1.0, dgm)

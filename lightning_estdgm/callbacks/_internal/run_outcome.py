@@ -26,6 +26,10 @@ _TAKES_NO_MORE = (
 _PACKED_TAKES_NONE = (
     "storage='packed' has masks before the first step, and takes no layer in later; storage='dense' does. "
 )
+_UPDATE_WAITED = (
+    "A mask update was due, and no step since had finite gradients to decide it by: look for what makes them NaN or "
+    "infinite, lower the learning rate, or clip gradients (gradient_clip_val=)"
+)
 _AT_ITS_END = (
     "Either too few steps were left for the last mask update, or the pattern or the units do not come nearer in layers "
     "as small as these: leave those out by Selection(exclude=...), or take Units(size=1) and no pattern"
@@ -204,7 +208,9 @@ class RunOutcome:
     def _why_not_as_asked(self, is_at_end: bool) -> str:
         if not is_at_end:
             return _BEFORE_ITS_END
-        return f"Replaced layers are dense: {first_names(self._replaced)}" if self._replaced else _AT_ITS_END
+        if self._replaced:
+            return f"Replaced layers are dense: {first_names(self._replaced)}"
+        return _UPDATE_WAITED if self._controller.update_waits else _AT_ITS_END
 
     @property
     def _masks_any(self) -> bool:
