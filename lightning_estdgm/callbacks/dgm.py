@@ -384,7 +384,7 @@ class DGMCallback(pl.Callback):
             rank_zero_info("DGMCallback: the Trainer has other optimizers than before; the schedule goes on by them")
         if self._loaded is not None:
             self._loaded.say()
-        controller.mask_weights()
+        controller.mask_weights(every=batch_idx == 0)
         self._outcome.watch()
         if batch_idx == 0:
             self._outcome.watch_thawed()
@@ -416,11 +416,11 @@ class DGMCallback(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Zero inactive weights that the user's code has written to since the last step."""
         if self._clock is not None:
-            self._bound().mask_weights()
+            self._bound().mask_weights(every=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Zero inactive weights that the user's code has written to since the last step; name replaced layers."""
-        self._bound().mask_weights()
+        self._bound().mask_weights(every=True)
         assert self._outcome is not None
         self._outcome.watch_replaced()  # not later: what is done to the trained model is its owner's business
 

@@ -31,6 +31,7 @@ from lightning_estdgm.engine._decisions import LayerDecision
 from lightning_estdgm.engine._dispatch import Dispatch
 from lightning_estdgm.engine._eager_hold import EagerHold
 from lightning_estdgm.engine._flops import FlopCounter
+from lightning_estdgm.engine._foreign_writes import ForeignWrites
 from lightning_estdgm.engine._gradient_mask import mask_gradients_
 from lightning_estdgm.engine._initialisation import describe_recovered
 from lightning_estdgm.engine._intake import Intake
@@ -132,6 +133,7 @@ class DGMController:
         can_mask = self._masked.every
         self._dispatch = Dispatch(self.config, candidates, self._masked.weights, can_mask, group, say)
         self._admission = Admission(model, candidates, can_mask, group)
+        self._writes = ForeignWrites(model, lambda: self._masked.weights)
         self._intake = Intake(
             self.config, self._masked, self._states, self._dispatch, self._admission, self._hooks, self._changes_masks
         )
@@ -171,14 +173,18 @@ class DGMController:
         self._mask_gradients(weights, 1.0 / grad_scale)
 
     @torch.no_grad()
-    def mask_weights(self) -> None:
+    def mask_weights(self, *, every: bool = False) -> None:
         """Zero inactive weights that anything but an optimizer's step has written to, such as a hand-made average.
 
         Call it before a forward that may follow such a write. It costs next to nothing where nothing was written.
-        Sharded weights are left to the next step.
+        Sharded weights are left to the next step. ``model.state_dict()`` does it by itself, for every weight.
+
+        Args:
+            every: whether to read every weight. Torch counts no writes through ``weight.data``; otherwise these are
+                looked for at one place of one weight a call, on a GPU not at all.
+
         """
-        for weight in self._masked.weights:
-            weight.mask_if_written_()
+        self._writes.mask(every=every)
         if self.observing:
             self._storage.begin_observed()
 
@@ -348,6 +354,7 @@ class DGMController:
         self._hooks.remove()
         self._admission.close()
         self._dispatch.close()
+        self._writes.close()
         self._storage.close()
         for weight in self._masked.every:
             weight.inactive.forget()

@@ -195,6 +195,7 @@ class MaskedWeight:
         self.mask = mask.to(self.weight.device)
         self.addressed_mask = self.placement.address(self.mask)
         self.active = active
+        self._inactive_place: tuple[int, ...] | None = None  # (): units lie by age; None: not sought yet
         self.masked_gradient.forget()
 
     def set_mask(self, mask: Tensor, explored: Tensor | None = None) -> None:
@@ -216,12 +217,29 @@ class MaskedWeight:
         """Note that the weight is in line with its mask now."""
         self._written = self._version
 
-    def mask_if_written_(self) -> None:
-        """Zero inactive weights if anything has written to the weight since `note_written`; not if it is sharded."""
-        if self.inactive.act_in_forward or self.placement.is_sharded or self._written == self._version:
+    def mask_if_written_(self, *, surely: bool = False) -> None:
+        """Zero inactive weights if anything has written to the weight since `note_written`; not if it is sharded.
+
+        Args:
+            surely: whether something may have, whatever torch's count of writes says.
+
+        """
+        if self.inactive.act_in_forward or self.placement.is_sharded:
             return
-        self.fill_inactive_(self.weight)
-        self.note_written()
+        if surely or self._written != self._version:
+            self.fill_inactive_(self.weight.data)  # no write for autograd: `state_dict` may be called before a backward
+            self.note_written()
+
+    def is_written_uncounted(self) -> bool:
+        """Whether an inactive place holds a number though torch has counted no write since `note_written`."""
+        if self.inactive.act_in_forward or self.placement.is_sharded or self.is_dense or self._written != self._version:
+            return False
+        if self._inactive_place is None:
+            unit = self.mask.reshape(-1).to(torch.uint8).argmin().reshape(1)
+            places = self.placement.elements(unit, self.mask, self.weight)
+            index = () if places is None else torch.unravel_index(places[0], self.weight.shape)
+            self._inactive_place = tuple(map(int, index))
+        return bool(self._inactive_place) and bool(self.weight[self._inactive_place] != 0)
 
     @torch.no_grad()
     def leave_storage_(self) -> None:
