@@ -191,6 +191,10 @@ class Admission:
         """Return the positions that weights were applied to in this step without their layers' forwards, by name."""
         return self._audit.used_by_themselves()
 
+    def note_begun_step(self, weights: Sequence[MaskedWeight]) -> None:
+        """Note what the waiting weights hold that an optimizer is about to step."""
+        self._audit.note_begun_step(weight.name for weight in self._unseen(weights, self._stepped))
+
     def note_step(self, weights: Sequence[MaskedWeight]) -> None:
         """Note the waiting weights that an optimizer has stepped."""
         self._versions.clear()  # what was written since may be this step's

@@ -147,7 +147,8 @@ class DGMController:
             elif draw_masks:
                 self._begin(audit)
             awaits_first = bool(self._admission.late.asleep)
-            self._hooks.register(self._intake.counted, self._admission.note_step, awaits_first=awaits_first)
+            notes = self._admission.note_begun_step, self._admission.note_step
+            self._hooks.register(self._intake.counted, *notes, awaits_first=awaits_first)
             self._dispatch.hook_up()
             self._storage.began()
             self._eagerly.hold(self.probing)

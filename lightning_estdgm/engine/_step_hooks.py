@@ -55,6 +55,7 @@ class StepHooks:
         self._hooked = [inner for optimizer in optimizers for inner in with_step_hooks(optimizer)]
         self._meet = meet
         self._mask_gradients = mask_gradients
+        self._note_begun: Callable[[Sequence[MaskedWeight]], None] = lambda _: None
         self._note_step: Callable[[Sequence[MaskedWeight]], None] = lambda _: None
         self._scaling = StepScaling(optimizers, exponent, grows=grows)
         self._weights: dict[int, MaskedWeight] = {}  # by the id of its parameter
@@ -85,6 +86,7 @@ class StepHooks:
     def register(
         self,
         weights: Sequence[MaskedWeight],
+        note_begun: Callable[[Sequence[MaskedWeight]], None] = lambda _: None,
         note_step: Callable[[Sequence[MaskedWeight]], None] = lambda _: None,
         *,
         awaits_first: bool = False,
@@ -93,6 +95,7 @@ class StepHooks:
 
         Args:
             weights: weights that are or can be masked.
+            note_begun: function that is called with the weights that a step is about to move, once it has gradients.
             note_step: function that is called with the weights that a step of training has moved.
             awaits_first: whether all optimizers are hooked, and their steps count, while there is no weight: layers may
                 begin to train in mid-run, and the schedule goes on until then.
@@ -101,7 +104,7 @@ class StepHooks:
             ValueError: if a weight is held by no optimizer that runs torch's step hooks.
 
         """
-        self._note_step, self._awaits_first = note_step, awaits_first
+        self._note_begun, self._note_step, self._awaits_first = note_begun, note_step, awaits_first
         self._weights = {id(weight.parameter): weight for weight in weights}
         self._hook()
         self._scaling.register(self._weights)  # after the hooks above: they see the groups as the user made them
@@ -208,6 +211,7 @@ class StepHooks:
         return with_closure(args, kwargs, self._around(optimizer, closure))
 
     def _with_gradients(self, optimizer: Optimizer, weights: Sequence[MaskedWeight]) -> None:
+        self._note_begun(weights)
         self._note_gradients(optimizer, weights)
         grad_scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales by itself
         for weight in weights:

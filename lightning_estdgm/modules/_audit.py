@@ -8,7 +8,7 @@ watched by `engine._admission`, which decides.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ _FORWARDS = {
 }  # torch's own, which use a weight as it is stored
 
 _REPLACED = "another tensor in its place, as by functional_call"
+_PUT_IN = "values that are put in for the forward, and taken back before the step"
 
 
 @dataclass(eq=False)
@@ -79,6 +80,9 @@ class ForwardAudit:
         self.saw_graph = False
         weights = {id(candidate.weight) for candidate in candidates}
         self._gathered = any(_gathers(module) for module in model.modules())
+        self._candidates = {candidate.name: candidate for candidate in candidates}
+        self._sums = self._sums_now()
+        self._found: dict[str, Tensor | None] = {}  # in the first forward of this step, where not the same
         self._feeds_others = False
         self._calls = 0
         self._producers: dict[Any, list[ForwardRecord]] = {}  # by node of autograd's graph
@@ -105,9 +109,28 @@ class ForwardAudit:
         """Return the positions that weights were applied to in this step without their forwards, by layer."""
         return {name: r.used_by_parent for name, r in self.records.items() if r.used_by_parent and not r.called}
 
+    def note_begun_step(self, names: Iterable[str]) -> None:
+        """Note layers whose weights, about to be moved by an optimizer, have other values in their forward alone.
+
+        Args:
+            names: names of the layers.
+
+        """
+        for name in names:
+            found, record, weight = self._found.get(name), self.records[name], self._candidates[name].weight.detach()
+            if found is None or _sum(weight) != self._sums[name]:
+                continue
+            if not ((found == 0) | (found == weight)).all():  # a product with a mask of 0 and 1 keeps zeros
+                record.changed_by = record.changed_by or _PUT_IN
+
     def end_step(self) -> None:
         """Forget the graph and the counts of this step."""
+        self._forget()
+        self._sums = self._sums_now()
+
+    def _forget(self) -> None:
         self._producers.clear()
+        self._found.clear()
         for visited in self._visited.values():
             visited.clear()
         for record in self.records.values():
@@ -115,10 +138,21 @@ class ForwardAudit:
 
     def close(self) -> None:
         """Remove the watches. May be called twice."""
-        self.end_step()
+        self._forget()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def _sums_now(self) -> dict[str, float]:
+        """Return the sums of the weights, which tell whether a forward finds the values of before the step."""
+        return {name: _sum(c.weight) for name, c in self._candidates.items() if c.masked and not self._gathered}
+
+    def _look(self, candidate: Candidate) -> None:
+        name, is_traced = candidate.name, torch._C._is_tracing() or torch.compiler.is_compiling()
+        if is_traced or name in self._found or name not in self._sums:
+            return
+        is_as_before = _sum(candidate.weight) == self._sums[name]
+        self._found[name] = None if is_as_before else candidate.weight.detach().clone()
 
     def _watch_parent(self, module: nn.Module, group: Sequence[Candidate]) -> None:
         def before(module: nn.Module, args: Any) -> None:
@@ -169,6 +203,7 @@ class ForwardAudit:
             for candidate, weight, record in zip(group, weights, records, strict=True):
                 if not self._gathered and candidate.masked and not _is_stored(weight, candidate.weight):
                     record.changed_by = record.changed_by or _REPLACED
+                self._look(candidate)
             is_torchs = replaced_forward(module) is None and type(module).forward in _FORWARDS
             before = len(self._own)
             self._own += map(id, weights)
@@ -257,6 +292,13 @@ def _is_stored(tensor: Any, weight: Tensor) -> bool:
         return False
     same = tensor.data_ptr() == weight.data_ptr() and tensor.device == weight.device and tensor.dtype == weight.dtype
     return same and tensor.shape == weight.shape and tensor.stride() == weight.stride()
+
+
+def _sum(weight: Tensor) -> float:
+    """Return the sum of a plain weight's numbers; 0 for other tensors, such as parts of sharded ones."""
+    is_plain = type(weight) in (Tensor, nn.Parameter) and weight.layout is torch.strided and not weight.is_meta
+    is_summed = is_plain and weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return float(weight.detach().sum(dtype=torch.float64)) if is_summed else 0.0
 
 
 def _gathers(module: nn.Module) -> bool:

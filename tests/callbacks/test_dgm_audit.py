@@ -458,6 +458,48 @@ def test_a_layer_is_masked_where_its_forward_computes_with_the_zeros_of_its_weig
         assert (f"net.{i}" in masks) is keeps_zeros is name.endswith("zeros"), name
 
 
+class PutsIn(Owns):
+    """Has other weights in its forward than in its optimizer's steps, as XNOR-Net and pruners that hook the forward."""
+
+    def __init__(self, make, how):
+        super().__init__([torch.tanh])
+        self.make, self.layer = make, self.net[1]
+        if how == "hooks":
+            self.layer.register_forward_pre_hook(lambda *_: self.put_in())
+            self.layer.register_forward_hook(lambda *_: self.take_back())
+        self.how = how
+
+    def put_in(self):
+        weight = self.layer.weight
+        self.kept = weight.data.clone()
+        if self.how == "new":
+            weight.data = self.make(weight.data)
+        else:
+            weight.data.copy_(self.make(weight.data))
+
+    def take_back(self):
+        self.layer.weight.data.copy_(self.kept)
+
+    def training_step(self, batch, batch_idx):
+        if self.how != "hooks":
+            self.put_in()
+        return super().training_step(batch, batch_idx)
+
+    def on_after_backward(self):
+        if self.how != "hooks":
+            self.take_back()
+
+
+@pytest.mark.parametrize("how", ["hooks", "new", "written"])
+def test_a_layer_whose_forward_has_other_weights_than_its_steps_stays_dense(how):
+    binary = PutsIn(lambda w: torch.where(w < 0, -1.0, 1.0) * w.abs().mean(), how)
+    dgm = fit(binary)
+    assert bool(binary.layer.weight.all())
+    assert "values that are put in for the forward" in next(d.why for d in dgm.decisions() if d.name == "net.1")
+    assert "net.1" not in dgm.masks()
+    assert "net.1" in fit(PutsIn(lambda w: w * (w.abs() > 0.01), how)).masks()
+
+
 class Spared(TinyMLP):
     """Has a layer that is never called."""
 
