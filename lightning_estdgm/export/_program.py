@@ -11,7 +11,11 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from lightning_estdgm._environment import dynamo_settings
 from lightning_estdgm.export.targets._protocol import ExportError, ExportInput
+
+_LIMITS = {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16}
+"""Torch 2.6 refuses the ninth model of a process by these, as all ``nn.Sequential`` are one function to dynamo."""
 
 
 def exported_program(given: ExportInput) -> tuple[ExportedProgram, str]:
@@ -28,8 +32,10 @@ def exported_program(given: ExportInput) -> tuple[ExportedProgram, str]:
         args, kwargs = doubled((args, kwargs)) if _is_one((args, kwargs)) else (args, kwargs)
     named = inspect.signature(given.model.forward).bind(*args, **kwargs).arguments
     shapes = pytree.tree_map(lambda value: _dimensions(value, given.dynamic), named)
+    from torch._dynamo import config  # which takes a second to import
+
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), config.patch(dynamo_settings(config, **_LIMITS)):
             warnings.simplefilter("ignore")
             program = torch.export.export(given.model, args, kwargs, dynamic_shapes=shapes)
     except Exception as e:

@@ -23,7 +23,6 @@ from lightning_estdgm import EnergyMeter
 from lightning_estdgm.energy.sources import amdsmi
 
 A, B = "GPU-aaaa1111-0000", "GPU-bbbb2222-0000"
-MACHINE = Machine(Path(os.environ["FAKE_NVML"]))
 
 logging.disable(logging.CRITICAL)
 
@@ -96,7 +95,8 @@ def compare(*shows: Show) -> dict[str, float | str | None]:
 
 
 def counters(a_mj: int, b_mj: int, **fields: int) -> Show:
-    return lambda: MACHINE.show(FakeGpu(A, mj=a_mj, **fields), FakeGpu(B, mj=b_mj, **fields))
+    machine = Machine(Path(os.environ["FAKE_NVML"]))
+    return lambda: machine.show(FakeGpu(A, mj=a_mj, **fields), FakeGpu(B, mj=b_mj, **fields))
 
 
 def amd() -> dict[str, float]:
