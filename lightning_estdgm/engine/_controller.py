@@ -501,7 +501,7 @@ class DGMController:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load masks, windows and counters; weights and optimizers are restored by their owners.
+        """Load masks, windows and counters; weights and optimizers are restored by their owners, before it or after.
 
         The schedule is then the one of `state`. If that run had another length than this one, the rest of the schedule
         is gone through in the steps left of this one's `total_steps`.

@@ -351,6 +351,7 @@ class PackedStorage:
                 module._estdgm_held = False
                 module.observe(False)
                 module._estdgm_observer = None
+                module._estdgm_loaded_states = {}
 
 
 def _why_whole(candidate: Candidate) -> str:

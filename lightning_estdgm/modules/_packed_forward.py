@@ -25,7 +25,7 @@ from lightning_estdgm.modules._packing import Packing, topology_of
 from lightning_estdgm.modules._sparse_forward import STATE_PREFIX
 from lightning_estdgm.sparse._packed_linear import packed_linear
 
-OF_THE_RUN = ("_estdgm_observer", "_estdgm_probe", "_estdgm_hook")
+OF_THE_RUN = ("_estdgm_observer", "_estdgm_probe", "_estdgm_hook", "_estdgm_loaded_states")
 """Attributes of a packed layer that no copy of it has."""
 
 _WEIGHT = "weight"
@@ -94,6 +94,7 @@ class PackedForward:
     _estdgm_called: bool
     _estdgm_held: bool
     _estdgm_loaded: Tensor | None
+    _estdgm_loaded_states: dict[tuple[Any, str], Any]  # of an optimizer, whole, by it and the name
     _parameters: dict[str, Any]
 
     @property
@@ -309,6 +310,7 @@ def pack_(module: Any, packing: Packing) -> None:
         _estdgm_called=False,
         _estdgm_held=True,
         _estdgm_loaded=None,
+        _estdgm_loaded_states={},
     )
     module.__class__ = _PACKED[cls]
     resize_(module._parameters[_WEIGHT], values)
