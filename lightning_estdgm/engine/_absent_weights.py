@@ -83,7 +83,7 @@ class AbsentWeights(InactiveWeights):
     def forget(self) -> None:
         """Free the whole gradient."""
         if self._layout is not None:
-            self._layout.seen.take()
+            self._layout.seen.forget()
 
     def apply_mask_(self, weight: MaskedWeight) -> None:
         """Store the units of the mask, and no others."""

@@ -261,6 +261,8 @@ class DGMController:
 
     def _update_if_observed(self, due: bool) -> bool:
         """Update the masks if an update is due and the gradients it needs were observed; return whether it was made."""
+        if due and self._masked.needs_gradients:
+            self._storage.before_update()
         self._waiting = due and self._masked.needs_gradients and not self._masked.observed
         if self._waiting:
             self._masked.refuse_nan()

@@ -30,6 +30,7 @@ from lightning_estdgm.engine._storage import PackedStorage
 from lightning_estdgm.method._patterns import NofM
 from lightning_estdgm.method._schedules import ConstantDensity
 from lightning_estdgm.method._update_rule import UpdateRule
+from lightning_estdgm.modules import _packed_forward
 from lightning_estdgm.modules._packed_forward import PackedForward
 from lightning_estdgm.presets import preset
 
@@ -287,7 +288,8 @@ def test_parameters_stay_the_same_objects_in_the_same_order_under_the_same_names
 
 def test_growth_at_random_sees_no_gradient_of_inactive_units(mlp, monkeypatch):
     seen = []
-    monkeypatch.setattr("lightning_estdgm.modules._packed_forward._see", lambda *args: seen.append(args))
+    see = _packed_forward._see
+    monkeypatch.setattr(_packed_forward, "_see", lambda *args: (seen.append(args), see(*args)))
     trained(mlp(32, 256, 128, 4), adamw, config(4, update_rule=UpdateRule(keep="magnitude", grow="random")))
     assert not seen
     trained(mlp(32, 256, 128, 4), adamw, config(4, update_rule=UpdateRule(keep="magnitude", grow="gradient")), steps=3)
