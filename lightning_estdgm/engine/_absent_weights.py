@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_estdgm.engine._inactive import InactiveWeights
 from lightning_estdgm.engine._packed_layout import PackedShard, PackedWeight, Store
+from lightning_estdgm.engine._packed_states import pack_kept_
 from lightning_estdgm.engine._placement import placement_of
 from lightning_estdgm.method._masks import keep_active_
 from lightning_estdgm.modules._packed_forward import (
@@ -62,6 +63,7 @@ class AbsentWeights(InactiveWeights):
                 "run; nothing of it is lost, state_dict() has it"
             )
         self._store.pack_loaded_states(weight)
+        self._module._estdgm_loaded_states = {}  # this mask is the one to go on with
 
     def with_gradients(self, weight: MaskedWeight, grad_scale: float | Tensor) -> None:
         """Refuse a step of weights that are used in a way that is not theirs."""
@@ -81,7 +83,7 @@ class AbsentWeights(InactiveWeights):
     def forget(self) -> None:
         """Free the whole gradient."""
         if self._layout is not None:
-            self._layout.seen.take()
+            self._layout.seen.forget()
 
     def apply_mask_(self, weight: MaskedWeight) -> None:
         """Store the units of the mask, and no others."""
@@ -158,6 +160,7 @@ class AbsentWeights(InactiveWeights):
         shape = own.shape
         for entry, value in zip(carried, values, strict=True):
             resize_(entry, value.flatten() if entry.dim() == 1 else value.view(shape))
+        pack_kept_(weight)
         parameter.grad = gradient
         if is_resized:
             self._store.note_resized()

@@ -268,6 +268,8 @@ class DGMController:
 
     def _update_if_observed(self, due: bool) -> bool:
         """Update the masks if an update is due and the gradients it needs were observed; return whether it was made."""
+        if due and self._masked.needs_gradients:
+            self._storage.before_update()
         self._waiting = due and self._masked.needs_gradients and not self._masked.observed
         if self._waiting:
             self._masked.refuse_nan()
@@ -509,7 +511,7 @@ class DGMController:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load masks, windows and counters; weights and optimizers are restored by their owners.
+        """Load masks, windows and counters; weights and optimizers are restored by their owners, before it or after.
 
         The schedule is then the one of `state`. If that run had another length than this one, the rest of the schedule
         is gone through in the steps left of this one's `total_steps`.

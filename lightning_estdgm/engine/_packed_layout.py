@@ -66,9 +66,14 @@ class SeenGradient:
     Args:
         norms: function that returns these norms; ``None``: sums are kept until `take`.
 
+    Attributes:
+        added: whether a backward has added to the parameter's gradient since the last step: not that of
+            ``torch.autograd.grad``, whose result a loop may make the parameter's gradient by itself.
+
     """
 
     def __init__(self, norms: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.added = False
         self._norms = norms
         self._sum: Tensor | None = None
         # Of the latest backward: its number, its gradient, and whether the parameter's gradient was cleared before it.
@@ -81,6 +86,10 @@ class SeenGradient:
         """Note that a backward is about to add to the parameter's gradient, which is `accumulated` so far."""
         self._turn_to_this_backward()
         self._cleared = accumulated is None or (self._sum is not None and not bool(accumulated.any()))
+
+    def end(self) -> None:
+        """Note that a backward has added to the parameter's gradient."""
+        self.added = True
 
     def __call__(self, gradient: Tensor) -> None:
         """Take the gradient of all uses in one backward."""
@@ -105,6 +114,11 @@ class SeenGradient:
         self._add()
         taken, self._sum = self._sum, None
         return taken
+
+    def forget(self) -> None:
+        """Begin a step: free what was seen in the last one."""
+        self.take()
+        self.added = False
 
 
 class PackedShard:
@@ -175,6 +189,8 @@ class PackedWeight(WholeWeight):
     Attributes:
         stored: mask of the stored units.
         seen: whole gradients that are observed.
+        unseen: whether the parameter had a gradient when it was observed last, and no backward showed the whole one.
+        added: whether some backward had added to that gradient, maybe one that left the layer out.
 
     """
 
@@ -188,6 +204,7 @@ class PackedWeight(WholeWeight):
         self._signed = store.sums_gradients(weight.block_size)
         at_once = store.has_one_backward and not self._signed
         self.seen = SeenGradient(partial(pool_norm, block_size=self._block_size) if at_once else None)
+        self.unseen = self.added = False
 
     def mask_shape(self, weight: Tensor) -> tuple[int, ...]:
         """Return the shape of the whole mask."""
@@ -255,13 +272,21 @@ class PackedWeight(WholeWeight):
         seen = self.seen.take()
         if gradient is None:  # cleared after a backward, and none came since
             seen = None
+        is_seen = seen is not None
         group = self._store.group
-        if group is None or dist.get_world_size(group) == 1:
-            return seen
-        if seen is None:
-            seen = torch.zeros(self._shape, dtype=self._module.packed_weight.dtype, device=self.stored.device)
-        dist.all_reduce(seen, group=group)
-        return seen / dist.get_world_size(group)
+        if group is not None and dist.get_world_size(group) > 1:
+            if seen is None:
+                seen = torch.zeros(self._shape, dtype=self._module.packed_weight.dtype, device=self.stored.device)
+            dist.all_reduce(seen, group=group)
+            is_seen = is_seen or bool(seen.any())
+            seen = seen / dist.get_world_size(group)
+        self._note(gradient, is_seen=is_seen)
+        return seen
+
+    def _note(self, gradient: Tensor | None, *, is_seen: bool) -> None:
+        is_probed = self._module._estdgm_probe is not None  # not in the first step after the layer was thawed
+        self.unseen = is_probed and not is_seen and gradient is not None and bool(gradient.any())
+        self.added = self.seen.added
 
     def observation(self, gradient: Tensor | None, mask: Tensor) -> Tensor | None:
         """Return the norms of the gradient's units, which may have been taken before."""

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
 from lightning_estdgm.engine._masked_weight import MaskedWeight
@@ -21,6 +22,9 @@ Fill = Callable[[MaskedWeight, Optimizer, str], float]
 
 class PackedStates:
     """Hooks by which ``optimizer.state_dict()`` unpacks, and ``load_state_dict`` packs the state of packed weights.
+
+    State may be loaded before the masks of its run: what is not 0 outside the mask is kept whole beside it, until
+    `pack_kept_` or the next step.
 
     Only optimizers whose own ``state_dict`` runs torch's hooks are reached, so a wrapper with one of its own saves the
     packed shapes; these are loaded as they are. A ``load_state_dict`` that runs none, as that of bitsandbytes or of a
@@ -83,8 +87,11 @@ class PackedStates:
         changed = dict(state_dict["state"])
         for index, state in changed.items():
             if isinstance(state, Mapping):
-                make = partial(_packed, weights.get(index))
+                weight = weights.get(index)
+                make = partial(_packed, weight)
                 changed[index] = {name: tree_map_only(Tensor, partial(make, name), x) for name, x in state.items()}
+                if weight is not None:
+                    _keep_others(optimizer, weight, state, changed[index])
         return {**state_dict, "state": changed}
 
     def _held(
@@ -96,6 +103,39 @@ class PackedStates:
             weight, state = self._weights.get(id(parameter)), state_dict["state"].get(index)
             if weight is not None and weight.placement.product and isinstance(state, Mapping):
                 yield index, weight, state
+
+
+def pack_kept_(weight: MaskedWeight) -> None:
+    """Pack anew the state that was loaded before the mask that the weight has now, and let go of the whole."""
+    module: Any = weight.candidate.module
+    for (optimizer, name), kept in module._estdgm_loaded_states.items():
+        held = optimizer.state[weight.parameter].get(name)
+        if held is None:  # cleared since
+            continue
+        for entry, value in zip(tree_leaves(held), tree_leaves(kept), strict=True):
+            if _is_whole(weight, value):
+                entry.copy_(_packed(weight, name, value))
+    module._estdgm_loaded_states = {}
+
+
+def _keep_others(
+    optimizer: Optimizer, weight: MaskedWeight, state: Mapping[str, Any], packed: Mapping[str, Any]
+) -> None:
+    """Keep the entries that are not 0 outside the mask, so those of another one."""
+    module: Any = weight.candidate.module
+    for name, entry in state.items():
+        pairs = list(zip(tree_leaves(entry), tree_leaves(packed[name]), strict=True))
+        pairs = [(whole, values) for whole, values in pairs if _is_whole(weight, whole)]
+        if any(int(torch.count_nonzero(plain(x))) != int(torch.count_nonzero(y)) for x, y in pairs):
+            if module._estdgm_held:
+                module._estdgm_loaded_states[optimizer, name] = entry
+        elif pairs:
+            module._estdgm_loaded_states.pop((optimizer, name), None)
+
+
+def _is_whole(weight: MaskedWeight, value: Any) -> bool:
+    module: Any = weight.candidate.module
+    return isinstance(value, Tensor) and tuple(value.shape) == module._estdgm_packing.stored_shape and value.numel() > 1
 
 
 def _packed(weight: MaskedWeight | None, name: str, value: Tensor) -> Tensor:

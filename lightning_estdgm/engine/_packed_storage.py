@@ -25,6 +25,7 @@ from lightning_estdgm.engine._late_values import LateValues
 from lightning_estdgm.engine._masked_model import MaskedModel
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._optimizer_state import OptimizerStates
+from lightning_estdgm.engine._packed_layout import PackedWeight
 from lightning_estdgm.engine._packed_states import PackedStates
 from lightning_estdgm.engine._reducers import rebuild_reducer_
 from lightning_estdgm.engine._state_entries import entry_name
@@ -305,6 +306,28 @@ class PackedStorage:
             return
         raise ValueError(f"{found}{steps} steps, of which active units alone are stored: {way_out}")
 
+    def before_update(self) -> None:
+        """Refuse gradients that no backward has shown whole, such as ``torch.autograd.grad``'s: none would be grown.
+
+        Where some layers were observed, one may also have been left out by every loss, and have a penalty's gradient.
+        """
+        assert self._masked is not None
+        unseen = {
+            weight.name: weight.placement.added
+            for weight in self._masked.weights
+            if isinstance(weight.placement, PackedWeight) and weight.placement.unseen
+            if self._masked.rule.needs_gradients(weight.block_size) and not _has_sums(weight)
+        }
+        if unseen and any(map(_has_sums, self._masked.weights)):
+            unseen = {name: added for name, added in unseen.items() if not added}
+        if unseen:
+            raise ValueError(
+                f"a mask update is due, and storage='packed' has not observed the gradients of {len(unseen)} layers "
+                f"({first_names(list(unseen))}): they are not backward()'s, but come from torch.autograd.grad, "
+                "backward(inputs=...) or the like, which leave out those of inactive units. Call backward(), use "
+                "storage='dense', or grow without gradients: UpdateRule(keep='magnitude', grow='random')"
+            )
+
     def begin_observed(self) -> None:
         """Give freed memory back before the first observed step since masks changed: these steps take the most."""
         if not self._observing:
@@ -351,6 +374,7 @@ class PackedStorage:
                 module._estdgm_held = False
                 module.observe(False)
                 module._estdgm_observer = None
+                module._estdgm_loaded_states = {}
 
 
 def _why_whole(candidate: Candidate) -> str:
@@ -392,6 +416,11 @@ def _copies(model: nn.Module, weights: Sequence[MaskedWeight], held: Collection[
         if form in packed and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = packed[form]
     return found
+
+
+def _has_sums(weight: MaskedWeight) -> bool:
+    """Whether the window holds gradients; if no rank has seen any, those are zeros."""
+    return weight.window is not None and bool(weight.window.norm.any())
 
 
 def _like(weight: MaskedWeight) -> Tensor:

@@ -67,6 +67,10 @@ class Storage(Protocol):
         """Check what a step has shown."""
         ...
 
+    def before_update(self) -> None:
+        """Check what was observed for a mask update that is due."""
+        ...
+
     def begin_observed(self) -> None:
         """Prepare for a step whose gradients are observed."""
         ...
@@ -136,6 +140,9 @@ class DenseStorage:
         """Do nothing."""
 
     def end_step(self, steps: int) -> None:
+        """Do nothing."""
+
+    def before_update(self) -> None:
         """Do nothing."""
 
     def begin_observed(self) -> None:

@@ -25,7 +25,7 @@ from lightning_estdgm.modules._packing import Packing, topology_of
 from lightning_estdgm.modules._sparse_forward import STATE_PREFIX
 from lightning_estdgm.sparse._packed_linear import packed_linear
 
-OF_THE_RUN = ("_estdgm_observer", "_estdgm_probe", "_estdgm_hook")
+OF_THE_RUN = ("_estdgm_observer", "_estdgm_probe", "_estdgm_hooks", "_estdgm_loaded_states")
 """Attributes of a packed layer that no copy of it has."""
 
 _WEIGHT = "weight"
@@ -75,6 +75,10 @@ class GradientObserver(Protocol):
         """Note that a backward is about to add to the parameter's gradient, which is `accumulated` so far."""
         ...
 
+    def end(self) -> None:
+        """Note that a backward has added to the parameter's gradient."""
+        ...
+
     def __call__(self, gradient: Tensor) -> None:
         """Take the gradient of all uses in one backward, ``(out, in, ...)``."""
         ...
@@ -90,10 +94,11 @@ class PackedForward:
     _estdgm_packing: Packing
     _estdgm_observer: GradientObserver | None
     _estdgm_probe: Tensor | None  # the whole weight's place in the graph, where its gradient is observed
-    _estdgm_hook: Any  # on the parameter, for as long
+    _estdgm_hooks: Any  # on the parameter, for as long
     _estdgm_called: bool
     _estdgm_held: bool
     _estdgm_loaded: Tensor | None
+    _estdgm_loaded_states: dict[tuple[Any, str], Any]  # of an optimizer, whole, by it and the name
     _parameters: dict[str, Any]
 
     @property
@@ -132,15 +137,18 @@ class PackedForward:
         observing = observing and observer is not None and self.packed_weight.requires_grad
         if observing == (self._estdgm_probe is not None):
             return
-        if self._estdgm_hook is not None:
-            self._estdgm_hook.remove()
-        self._estdgm_probe = self._estdgm_hook = None
+        for hook in self._estdgm_hooks or ():
+            hook.remove()
+        self._estdgm_probe = self._estdgm_hooks = None
         if observing:
             assert observer is not None
             packing, parameter = self._estdgm_packing, self.packed_weight
             see = partial(_see, observer, packing.transposed)
             self._estdgm_probe = probe(parameter, packing.stored_shape, see)
-            self._estdgm_hook = parameter.register_hook(partial(_begin, observer, weakref.ref(parameter)))
+            self._estdgm_hooks = (
+                parameter.register_hook(partial(_begin, observer, weakref.ref(parameter))),
+                parameter.register_post_accumulate_grad_hook(partial(_end, observer)),
+            )
 
     @property
     def _probe(self) -> Tensor | None:
@@ -272,6 +280,10 @@ def _begin(observer: GradientObserver, parameter: Callable[[], Tensor | None], _
     observer.begin(None if held is None else held.grad)
 
 
+def _end(observer: GradientObserver, _: Tensor) -> None:
+    observer.end()
+
+
 _PACKED: dict[type, type] = {}
 
 
@@ -305,10 +317,11 @@ def pack_(module: Any, packing: Packing) -> None:
         _estdgm_packing=packing,
         _estdgm_observer=None,
         _estdgm_probe=None,
-        _estdgm_hook=None,
+        _estdgm_hooks=None,
         _estdgm_called=False,
         _estdgm_held=True,
         _estdgm_loaded=None,
+        _estdgm_loaded_states={},
     )
     module.__class__ = _PACKED[cls]
     resize_(module._parameters[_WEIGHT], values)

@@ -656,6 +656,23 @@ def test_a_layer_used_by_itself_ends_the_fit_with_its_name():
     assert torch.isfinite(module.net[0].weight).all()
 
 
+class ByGrad(Double):
+    def backward(self, loss):
+        parameters = list(self.parameters())
+        for parameter, slope in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = slope
+
+
+def test_gradients_that_no_backward_adds_end_the_fit_with_the_layers_names():
+    callback = DGMCallback(config())
+    with pytest.raises(ValueError, match=r"gradients of 2 layers \(net\.0, net\.2\).*torch\.autograd\.grad"):
+        fit(callback, module=ByGrad())
+    assert callback.controller.updates == 0
+    dense = DGMCallback(config("dense"))
+    fit(dense, module=ByGrad())
+    assert dense.run_summary()["ended_as_asked"]
+
+
 class Peak(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts the whole gradients of the hidden layers that are there at a time in the backward."""
 

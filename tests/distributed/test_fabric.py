@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -96,19 +98,27 @@ def test_two_ranks_train_as_one(ranks: list[dict[str, dict[str, Any]]], name: st
         torch.testing.assert_close(first["weights"][key], weight, rtol=1e-6, atol=1e-9)
 
 
-def one_device(storage: str, path: Path, start: int = 0, stop: int = STEPS) -> tuple[dict[str, Tensor], ...]:
-    """Train from step `start` to step `stop`; go on from `path` if it is not the first, save there if not the last."""
+def one_device(
+    storage: str, path: Path, start: int = 0, stop: int = STEPS, in_place: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], ...]:
+    """Train from step `start` to step `stop`; go on from `path` if it is not the first, save there if not the last.
+
+    Where `in_place` names objects, these are made first, and loaded in that order.
+    """
     fabric = Fabric(accelerator="cpu", devices=1)
     torch.manual_seed(start)  # a resumed run is drawn otherwise, and must not show it
     net = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
     model, optimizer = fabric.setup(net, torch.optim.AdamW(net.parameters(), 1e-2))
-    saved = fabric.load(path) if start else {}
+    saved = fabric.load(path) if start and not in_place else {}
     if saved:
         model.load_state_dict(saved["model"])
     config = DGMConfig(SCHEDULE, units=Units(size=1), storage=storage)  # type: ignore[arg-type]
     with DGMController(model, optimizer, config, total_steps=STEPS, state=saved.get("dgm")) as dgm:
         if saved:
             optimizer.load_state_dict(saved["optimizer"])
+        objects = {"model": model, "optimizer": optimizer, "dgm": dgm}
+        if start and in_place:
+            fabric.load(path, {name: objects[name] for name in in_place})
         for x in torch.randn(STEPS, BATCH, 16, generator=torch.Generator().manual_seed(1))[start:stop]:
             optimizer.zero_grad()
             fabric.backward((model(x) - x.sum(1, keepdim=True)).square().mean())
@@ -116,7 +126,7 @@ def one_device(storage: str, path: Path, start: int = 0, stop: int = STEPS) -> t
             optimizer.step()
             dgm.advance()
         if stop < STEPS:
-            fabric.save(path, {"model": model, "optimizer": optimizer, "dgm": dgm})
+            fabric.save(path, objects)
         return dgm.masks(), {name: weight.clone() for name, weight in model.state_dict().items()}
 
 
@@ -127,3 +137,12 @@ def test_resumed_equals_straight(storage: str, step: int, tmp_path: Path) -> Non
     assert straight[0].keys() == {"0", "2"}, "names are free of Fabric's wrapper"
     one_device(storage, tmp_path / "saved.ckpt", stop=step)
     assert differences(straight, one_device(storage, tmp_path / "saved.ckpt", start=step)) == []
+
+
+@pytest.mark.parametrize("order", [*permutations(("model", "optimizer", "dgm"))], ids="-".join)
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+def test_objects_load_in_place_in_any_order(storage: str, order: tuple[str, ...], tmp_path: Path) -> None:
+    path = tmp_path / "saved.ckpt"
+    straight = one_device(storage, path)
+    one_device(storage, path, stop=13)
+    assert differences(straight, one_device(storage, path, start=13, in_place=order)) == []

@@ -67,6 +67,34 @@ def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
     return max((a - b).abs().max().item() for a, b in pairs)
 
 
+def by_grad() -> str:
+    """Train with gradients that are averaged over the ranks by hand; return what ended it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 4)).double()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    parameters = list(model.parameters())
+    with DGMController(
+        model, optimizer, config("packed"), total_steps=STEPS, audit=False, group=dist.group.WORLD
+    ) as dgm:
+        for _ in range(STEPS):
+            loss = model(torch.randn(8, 32, dtype=torch.float64)).square().mean()
+            for parameter, slope in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                dist.all_reduce(slope)
+                parameter.grad = slope / 2
+            dgm.mask_gradients()
+            optimizer.step()
+            try:
+                dgm.advance()
+            except ValueError as error:
+                return str(error)
+    return ""
+
+
+def test_gradients_that_no_backward_adds_end_the_run_on_every_rank() -> None:
+    for said in jobs.run(by_grad, 2):
+        assert "has not observed the gradients of 2 layers (0, 2)" in said
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS.values(), ids=WRAPPERS)
 def test_ranks_train_as_with_dense_storage(wrapper: dict[str, Any]) -> None:
     dense, packed = (jobs.run(loop, 2, storage, "consistency", 1, wrapper) for storage in ("dense", "packed"))

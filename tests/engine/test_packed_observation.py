@@ -152,6 +152,40 @@ WAYS: list[Backward] = [
 ]
 
 
+def by_grad(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
+    parameters = list(net.parameters())
+    slopes = torch.autograd.grad(net(x).square().mean(), parameters)
+    for parameter, slope in zip(parameters, slopes, strict=True):
+        parameter.grad = slope  # as PCGrad and GradNorm do
+
+
+def by_func(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
+    parameters = dict(net.named_parameters())
+    slopes = torch.func.grad(lambda p: torch.func.functional_call(net, p, (x,)).square().mean())(parameters)
+    for name, parameter in parameters.items():
+        parameter.grad = slopes[name]
+
+
+def with_inputs(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
+    net(x).square().mean().backward(inputs=list(net.parameters()))
+
+
+def first_by_grad(net: Net, x: Tensor, _: torch.optim.Optimizer) -> None:
+    h = torch.tanh(net.first(x))
+    shared = h.detach().requires_grad_()
+    net.last(torch.tanh(net.middle(shared))).square().mean().backward()
+    parameters = list(net.first.parameters())
+    for parameter, slope in zip(parameters, torch.autograd.grad(h, parameters, shared.grad), strict=True):
+        parameter.grad = slope
+
+
+def middle_left_out(net: Net, x: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    is_first = not optimizer.state
+    h = torch.tanh(net.first(x))
+    net.last(torch.tanh(net.middle(h)) if is_first else h).square().mean().backward()
+    (1e-3 * sum(p.square().sum() for p in net.parameters())).backward()
+
+
 def train(storage: str, rule: UpdateRule, way: Backward, *, convolution: bool = False):
     net = Net(convolution)
     optimizer = adamw(net)
@@ -186,3 +220,29 @@ def test_convolutions_too(way: Backward) -> None:
 def test_another_gradient_gives_other_masks() -> None:
     one, other = (train("packed", RULES["sums"], way)[2] for way in (plain, gradient_penalty))
     assert not torch.equal(one[-1]["middle"], other[-1]["middle"])
+
+
+REFUSED: dict[Backward, str] = {
+    by_grad: r"2 layers \(first, middle\)",
+    by_func: r"2 layers \(first, middle\)",
+    with_inputs: r"2 layers \(first, middle\)",
+    first_by_grad: r"1 layers \(first\)",
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("way", REFUSED, ids=lambda way: way.__name__)
+def test_gradients_that_no_backward_adds_are_refused_where_masks_are_due(way: Backward, rule: str) -> None:
+    with pytest.raises(ValueError, match=f"has not observed the gradients of {REFUSED[way]}.*use storage='dense'"):
+        train("packed", RULES[rule], way)
+    train("dense", RULES[rule], way)
+
+
+def test_growth_at_random_takes_gradients_that_no_backward_adds() -> None:
+    rule = UpdateRule(keep="magnitude", grow="random")
+    check_equal(*(train(storage, rule, by_grad) for storage in ("dense", "packed")))
+
+
+def test_a_layer_that_losses_leave_out_and_a_penalty_reaches_is_not_refused() -> None:
+    history = train("packed", RULES["sums"], middle_left_out)[2]
+    assert history[-1]["middle"].float().mean() < 0.3 * history[0]["middle"].float().mean()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from helpers.controller_runs import SCHEDULE, STEPS, adamw, constant, fit, loss_of, run, saved, sgd
 from helpers.expert_models import SortedExperts, adapter, sorted_forward
@@ -29,6 +30,7 @@ from lightning_estdgm.engine._storage import PackedStorage
 from lightning_estdgm.method._patterns import NofM
 from lightning_estdgm.method._schedules import ConstantDensity
 from lightning_estdgm.method._update_rule import UpdateRule
+from lightning_estdgm.modules import _packed_forward
 from lightning_estdgm.modules._packed_forward import PackedForward
 from lightning_estdgm.presets import preset
 
@@ -286,7 +288,8 @@ def test_parameters_stay_the_same_objects_in_the_same_order_under_the_same_names
 
 def test_growth_at_random_sees_no_gradient_of_inactive_units(mlp, monkeypatch):
     seen = []
-    monkeypatch.setattr("lightning_estdgm.modules._packed_forward._see", lambda *args: seen.append(args))
+    see = _packed_forward._see
+    monkeypatch.setattr(_packed_forward, "_see", lambda *args: (seen.append(args), see(*args)))
     trained(mlp(32, 256, 128, 4), adamw, config(4, update_rule=UpdateRule(keep="magnitude", grow="random")))
     assert not seen
     trained(mlp(32, 256, 128, 4), adamw, config(4, update_rule=UpdateRule(keep="magnitude", grow="gradient")), steps=3)
@@ -473,6 +476,45 @@ def test_masks_are_recovered_from_weights(mlp):
         assert largest_difference(model, source) == 0.0
         run(model, optimizer, dgm, first=9)
     assert dgm.density == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("way", "make"),
+    [("load", adamw), ("load", rprop), ("load", queued), ("recover", adamw)],
+    ids=["load-adamw", "load-rprop", "load-queued", "recover-adamw"],
+)
+def test_state_that_is_loaded_before_the_masks_is_that_of_the_file(mlp, way, make):
+    model = mlp(32, 256, 128, 4)
+    optimizer = make(model)
+    settings = config(4, schedule=constant(0.2))
+    with DGMController(model, optimizer, settings, total_steps=STEPS) as dgm:
+        run(model, optimizer, dgm, last=7)
+        weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        masks = dgm.state_dict()
+    model = mlp(32, 256, 128, 4, seed=5)
+    storage = PackedStorage(settings)
+    storage.pack(model, lambda: STEPS)
+    optimizer = make(model)
+    with DGMController(model, optimizer, settings, total_steps=STEPS, draw_masks=False, storage=storage) as dgm:
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        dgm.load_state_dict(masks) if way == "load" else dgm.recover(7, 7)
+        loaded = optimizer.state_dict()
+        for expected, got in zip(tree_leaves(state["state"]), tree_leaves(loaded["state"]), strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        run(model, optimizer, dgm, first=7, last=8)
+
+
+def test_whole_state_of_other_masks_is_let_go_of_at_the_next_step(mlp):
+    model, other = mlp(32, 256, 128, 4), mlp(32, 256, 128, 4, seed=5)
+    optimizer, dense = adamw(model), adamw(other)
+    loss_of(other, torch.ones(8, 32)).backward()
+    dense.step()
+    with DGMController(model, optimizer, config(4), total_steps=STEPS) as dgm:
+        optimizer.load_state_dict(dense.state_dict())
+        assert len(model[2]._estdgm_loaded_states) == 2  # both moments
+        run(model, optimizer, dgm, last=1)
+        assert not model[2]._estdgm_loaded_states
 
 
 def test_writing_to_a_state_dict_raises_and_copies_of_it_are_plain(mlp, tmp_path):
