@@ -133,7 +133,7 @@ class DGMController:
         can_mask = self._masked.every
         self._dispatch = Dispatch(self.config, candidates, self._masked.weights, can_mask, group, say)
         self._admission = Admission(model, candidates, can_mask, group)
-        self._writes = ForeignWrites(model, lambda: self._masked.weights)
+        self._writes = ForeignWrites()
         self._intake = Intake(
             self.config, self._masked, self._states, self._dispatch, self._admission, self._hooks, self._changes_masks
         )
@@ -185,7 +185,7 @@ class DGMController:
                 looked for at one place of one weight a call, on a GPU not at all.
 
         """
-        self._writes.mask(every=every)
+        self._writes.mask(self._masked.weights, every=every)
         if self.observing:
             self._storage.begin_observed()
 
@@ -536,6 +536,7 @@ class DGMController:
         self._flops.load_state_dict(state["flops"])
         self._dispatch.load_state_dict(state, probing=self.steps == 0)
         self._intake.load_state_dict(state, woken)
+        self._writes.watch(self._masked.weights)
         self._masked.yield_whole_gradients(self.observing)
         self._eagerly.hold(self.probing)
         self._check_ranks("where the run was resumed")
@@ -568,6 +569,7 @@ class DGMController:
         return held
 
     def _note_drawn(self) -> None:
+        self._writes.watch(self._masked.weights)
         self._masked.yield_whole_gradients(self.observing)
         self._check_ranks(f"where masks were drawn, at step {self.steps}")
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.modules._own_hook import OwnHook
@@ -17,41 +17,62 @@ class ForeignWrites:
     """Writes to masked weights by hand-made averages, noise, clipping and the like.
 
     Torch counts the writes to a parameter, and its count is read for nothing. It counts none through ``weight.data``:
-    on a CPU these are looked for at one inactive place of one weight a call, in turn. Once found, or wherever weights
-    leave the run, as in `state_dict`, every weight is masked. Sharded weights are left to the next step.
-
-    Args:
-        model: model whose `state_dict` is masked.
-        weights: function that returns the masked weights of now.
-
+    on a CPU these are looked for at one inactive place of one weight a call, in turn. Once found, every weight is
+    masked at each call, and any weight where it leaves the run, in `state_dict`; not one that was just loaded, whose
+    masks may follow. Sharded weights are left to the next step.
     """
 
-    def __init__(self, model: nn.Module, weights: Callable[[], Sequence[MaskedWeight]]) -> None:
-        self._weights = weights
+    def __init__(self) -> None:
         self._turn = -1
         self._uncounted = False  # whether a write was found that torch had not counted
-        self._handle: Any = model.register_state_dict_pre_hook(OwnHook(lambda *_: self.mask(every=True)))
+        self._handles: dict[MaskedWeight, tuple[Any, Any]] = {}
+        self._loaded: dict[MaskedWeight, tuple[int, int]] = {}  # `MaskedWeight.version` of what was loaded last
+
+    def watch(self, weights: Sequence[MaskedWeight]) -> None:
+        """Mask these weights in `state_dict`, too."""
+        for weight in weights:
+            if weight not in self._handles:
+                leave, load = OwnHook(partial(self._leave, weight)), OwnHook(partial(self._load, weight))
+                module = weight.candidate.module
+                self._handles[weight] = (
+                    module.register_state_dict_pre_hook(leave),
+                    module.register_load_state_dict_post_hook(load),
+                )
 
     @torch.no_grad()
-    def mask(self, *, every: bool = False) -> None:
+    def mask(self, weights: Sequence[MaskedWeight], *, every: bool = False) -> None:
         """Zero inactive weights that were written to.
 
         Args:
+            weights: all that are masked.
             every: whether torch's count is not relied on, and all weights are read.
 
         """
-        weights = self._weights()
         if not self._uncounted:
             self._look(weights if every else self._next_of(weights))
         for weight in weights:
             weight.mask_if_written_(surely=every or self._uncounted)
 
     def close(self) -> None:
-        """Remove the hook. May be called twice."""
-        self._handle.remove()
+        """Remove the hooks. May be called twice."""
+        for handles in self._handles.values():
+            for handle in handles:
+                handle.remove()
+        self._handles.clear()
+
+    def _load(self, weight: MaskedWeight, *_: Any) -> None:
+        self._loaded[weight] = weight.version
+
+    @torch.no_grad()
+    def _leave(self, weight: MaskedWeight, *_: Any) -> None:
+        if self._loaded.get(weight) == weight.version:
+            return
+        if not self._uncounted:
+            self._look([weight])
+        weight.mask_if_written_(surely=True)
 
     def _next_of(self, weights: Sequence[MaskedWeight]) -> Sequence[MaskedWeight]:
-        here = [weight for weight in weights if weight.device.type == "cpu"]  # a look elsewhere waits for the device
+        here = [weight for weight in weights if weight.device.type == "cpu"]  # others would be waited for
         self._turn += 1
         return [here[self._turn % len(here)]] if here else []
 

@@ -215,7 +215,7 @@ class MaskedWeight:
 
     def note_written(self) -> None:
         """Note that the weight is in line with its mask now."""
-        self._written = self._version
+        self._written = self.version
 
     def mask_if_written_(self, *, surely: bool = False) -> None:
         """Zero inactive weights if anything has written to the weight since `note_written`; not if it is sharded.
@@ -226,13 +226,13 @@ class MaskedWeight:
         """
         if self.inactive.act_in_forward or self.placement.is_sharded:
             return
-        if surely or self._written != self._version:
+        if surely or self._written != self.version:
             self.fill_inactive_(self.weight.data)  # no write for autograd: `state_dict` may be called before a backward
             self.note_written()
 
     def is_written_uncounted(self) -> bool:
         """Whether an inactive place holds a number though torch has counted no write since `note_written`."""
-        if self.inactive.act_in_forward or self.placement.is_sharded or self.is_dense or self._written != self._version:
+        if self.inactive.act_in_forward or self.placement.is_sharded or self.is_dense or self._written != self.version:
             return False
         if self._inactive_place is None:
             unit = self.mask.reshape(-1).to(torch.uint8).argmin().reshape(1)
@@ -254,7 +254,7 @@ class MaskedWeight:
             self.parameter.set_(self.parameter.clone())  # type: ignore[call-overload]
 
     @property
-    def _version(self) -> tuple[int, int]:
+    def version(self) -> tuple[int, int]:
         """Torch's count of writes to the parameter, and its address, which ``weight.data = ...`` changes."""
         return self.parameter._version, self.parameter.data_ptr()
 

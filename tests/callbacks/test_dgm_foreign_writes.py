@@ -1,5 +1,6 @@
 """Weights that the user's code writes to between steps: masked again before they are computed with, saved or kept."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from helpers.models import NO_VALIDATION_LOADER, TinyMLP, make_trainer
 from helpers.runs import SCHEDULE
-from lightning_estdgm import DGMCallback, DGMConfig, Units
+from lightning_estdgm import DGMCallback, DGMConfig, DGMController, Units
 
 pytestmark = pytest.mark.filterwarnings(NO_VALIDATION_LOADER)
 SAID = "something wrote to its inactive weights through `.data`"
@@ -88,6 +89,23 @@ def test_what_is_written_to_a_part_of_a_weight_stays_for_an_epoch_at_most() -> N
     """The places that are looked at are not among what is written."""
     _, seen = fit("on_train_epoch_end", write_a_row)
     assert not any(seen)
+
+
+def test_loaded_weights_are_whole_until_their_masks_are_loaded() -> None:
+    config = DGMConfig(schedule=SCHEDULE, units=Units(size=1), backend="dense")
+
+    def run(seed: int) -> tuple[torch.nn.Module, DGMController]:
+        torch.manual_seed(seed)
+        net = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        return net, DGMController(net, torch.optim.Adam(net.parameters()), config, total_steps=40, audit=False)
+
+    (first, its), (second, other) = run(0), run(1)
+    with its, other:
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        torch.testing.assert_close(second.state_dict(), first.state_dict(), rtol=0, atol=0)
+        other.load_state_dict(its.state_dict())
+        other.mask_weights(every=True)
+        torch.testing.assert_close(second.state_dict(), first.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("write", [add_uncounted, add_counted])

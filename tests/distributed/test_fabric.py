@@ -146,3 +146,18 @@ def test_objects_load_in_place_in_any_order(storage: str, order: tuple[str, ...]
     straight = one_device(storage, path)
     one_device(storage, path, stop=13)
     assert differences(straight, one_device(storage, path, start=13, in_place=order)) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*something wrote to its inactive weights through `.data`:RuntimeWarning")
+def test_a_file_of_fabric_holds_no_more_than_the_masks(tmp_path: Path) -> None:
+    """Fabric asks the network for its state, not the wrapper that the controller was given."""
+    fabric = Fabric(accelerator="cpu", devices=1)
+    net = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 1))
+    model, optimizer = fabric.setup(net, torch.optim.AdamW(net.parameters(), 1e-2))
+    config = DGMConfig(SCHEDULE, units=Units(size=1))
+    with DGMController(model, optimizer, config, total_steps=STEPS, audit=False) as dgm:
+        net[0].weight.data.add_(1.0)
+        fabric.save(tmp_path / "file.ckpt", {"model": model})
+        (mask,) = dgm.masks().values()
+    saved = torch.load(tmp_path / "file.ckpt", weights_only=True)["model"]["0.weight"]
+    assert torch.equal(saved != 0, mask)
