@@ -92,10 +92,9 @@ def test_what_is_written_to_a_part_of_a_weight_stays_for_an_epoch_at_most() -> N
 
 
 def test_loaded_weights_are_whole_until_their_masks_are_loaded() -> None:
-    config = DGMConfig(schedule=SCHEDULE, units=Units(size=1), backend="dense")
-
     def run(seed: int) -> tuple[torch.nn.Module, DGMController]:
         torch.manual_seed(seed)
+        config = DGMConfig(schedule=SCHEDULE, units=Units(size=1), backend="dense", seed=seed)
         net = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
         return net, DGMController(net, torch.optim.Adam(net.parameters()), config, total_steps=40, audit=False)
 
