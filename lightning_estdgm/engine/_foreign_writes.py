@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lightning_estdgm.engine._masked_weight import MaskedWeight
+from lightning_estdgm.modules._forward_watch import is_traced
 from lightning_estdgm.modules._own_hook import OwnHook
 
 
@@ -65,7 +66,7 @@ class ForeignWrites:
 
     @torch.no_grad()
     def _leave(self, weight: MaskedWeight, *_: Any) -> None:
-        if self._loaded.get(weight) == weight.version:
+        if is_traced() or self._loaded.get(weight) == weight.version:
             return
         if not self._uncounted:
             self._look([weight])

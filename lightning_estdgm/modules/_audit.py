@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_estdgm.modules._candidates import Candidate
-from lightning_estdgm.modules._forward_watch import replaced_forward, watch_forward
+from lightning_estdgm.modules._forward_watch import is_traced, replaced_forward, watch_forward
 from lightning_estdgm.modules._own_hook import OwnHook
 from lightning_estdgm.modules._weight_watch import Changes, ProductCount, takes_gradients, tensors_of, unwrapped
 
@@ -82,7 +82,7 @@ class ForwardAudit:
         self._gathered = any(_gathers(module) for module in model.modules())
         self._candidates = {candidate.name: candidate for candidate in candidates}
         self._sums = self._sums_now()
-        self._found: dict[str, Tensor | None] = {}  # in the first forward of this step, where not the same
+        self._found: dict[str, Tensor | None] = {}  # in this step's forwards; None: what it was before the step
         self._feeds_others = False
         self._calls = 0
         self._producers: dict[Any, list[ForwardRecord]] = {}  # by node of autograd's graph
@@ -148,11 +148,15 @@ class ForwardAudit:
         return {name: _sum(c.weight) for name, c in self._candidates.items() if c.masked and not self._gathered}
 
     def _look(self, candidate: Candidate) -> None:
-        name, is_traced = candidate.name, torch._C._is_tracing() or torch.compiler.is_compiling()
-        if is_traced or name in self._found or name not in self._sums:
+        """Note what a recorded forward finds in a weight, until one finds the values of before the step."""
+        name = candidate.name
+        is_known = self._found.get(name, candidate) is None
+        if is_known or name not in self._sums or not _is_recorded() or is_traced():
             return
-        is_as_before = _sum(candidate.weight) == self._sums[name]
-        self._found[name] = None if is_as_before else candidate.weight.detach().clone()
+        if _sum(candidate.weight) == self._sums[name]:
+            self._found[name] = None
+        elif name not in self._found:
+            self._found[name] = candidate.weight.detach().clone()
 
     def _watch_parent(self, module: nn.Module, group: Sequence[Candidate]) -> None:
         def before(module: nn.Module, args: Any) -> None:
@@ -215,7 +219,7 @@ class ForwardAudit:
             for record in records:
                 record.called = True
                 record.is_multiplied |= is_torchs
-                record.recorded |= torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+                record.recorded |= _is_recorded()
                 record.order = self._calls
             self._calls += 1
             given = tensors_of((args, kwargs, weights))  # a weight too may be the output of another layer
@@ -292,6 +296,11 @@ def _is_stored(tensor: Any, weight: Tensor) -> bool:
         return False
     same = tensor.data_ptr() == weight.data_ptr() and tensor.device == weight.device and tensor.dtype == weight.dtype
     return same and tensor.shape == weight.shape and tensor.stride() == weight.stride()
+
+
+def _is_recorded() -> bool:
+    """Whether autograd records what is computed now, outside a backward."""
+    return torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
 
 
 def _sum(weight: Tensor) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._guards import detect_fake_mode
 
 Watch = Callable[..., Any]
 """Called with a module's forward and the arguments of a call; calls it and returns its output."""
@@ -39,6 +40,11 @@ def probe_forward(module: nn.Module, hook: Callable[..., None]) -> WatchHandle:
         return output
 
     return watch_forward(module, watch)
+
+
+def is_traced() -> bool:
+    """Whether torch traces what runs now, or computes with fake tensors: there are no numbers to look at."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or detect_fake_mode() is not None
 
 
 def replaced_forward(module: nn.Module) -> Any:

@@ -489,6 +489,12 @@ class PutsIn(Owns):
         if self.how != "hooks":
             self.take_back()
 
+    def validation_step(self, batch, batch_idx):
+        self.net(batch)
+
+    def val_dataloader(self):
+        return DataLoader(torch.ones(16, 32), 16)
+
 
 @pytest.mark.parametrize("how", ["hooks", "new", "written"])
 def test_a_layer_whose_forward_has_other_weights_than_its_steps_stays_dense(how):
@@ -498,6 +504,42 @@ def test_a_layer_whose_forward_has_other_weights_than_its_steps_stays_dense(how)
     assert "values that are put in for the forward" in next(d.why for d in dgm.decisions() if d.name == "net.1")
     assert "net.1" not in dgm.masks()
     assert "net.1" in fit(PutsIn(lambda w: w * (w.abs() > 0.01), how)).masks()
+
+
+class Teaches(Owns):
+    """Looks at the output of other weights, put in for that forward, before its own or after."""
+
+    def __init__(self, *, first, recorded):
+        super().__init__([torch.tanh])
+        self.first, self.recorded = first, recorded
+
+    def teach(self, x):
+        layers = [layer for layer in self.net if isinstance(layer, nn.Linear)]
+        kept = [layer.weight.data for layer in layers]
+        for layer in layers:
+            layer.weight.data = layer.weight.data + 0.1
+        with torch.set_grad_enabled(self.recorded):
+            output = self.net(x).detach()
+        for layer, weight in zip(layers, kept, strict=True):
+            layer.weight.data = weight
+        return output
+
+    def training_step(self, x, batch_idx):
+        taught = self.teach(x) if self.first else None
+        output = self.net(x)
+        return (output - (self.teach(x) if taught is None else taught)).square().mean()
+
+    def validation_step(self, x, batch_idx):
+        self.teach(x)
+
+    def val_dataloader(self):
+        return DataLoader(torch.ones(16, 32), 16)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_layer_that_other_forwards_find_other_weights_in_is_masked(first, recorded):
+    assert fit(Teaches(first=first, recorded=recorded)).masks().keys() == {"net.0", "net.1"}
 
 
 class Spared(TinyMLP):
