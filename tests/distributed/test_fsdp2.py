@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.nn import functional as F
 
 from helpers import distributed_jobs as jobs
@@ -107,6 +108,21 @@ def test_the_window_of_the_checkpoint_matters(folder: Path) -> None:
     record = jobs.run(train, 2, "FSDP2", resume=folder / f"{step}.ckpt", forget_window=True)[0]
     expected = on_one_device("plain")
     assert any(not torch.equal(record["masks"][name], mask) for name, mask in expected["masks"].items())
+
+
+def test_a_sharded_checkpoint_that_torch_joins_is_as_sparse_as_the_masks(
+    folder: Path, ranks: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """lightning 2.6.6's own ``consolidate_checkpoint`` ends in a KeyError for checkpoints of ModelParallelStrategy."""
+    step = CHECKPOINTS["mid-epoch"]
+    dcp_to_torch_save(folder / f"{step}.ckpt", tmp_path / "whole.ckpt")
+    weights = torch.load(tmp_path / "whole.ckpt", weights_only=True)["state_dict"]
+    masks, decisions = ranks[0]["plain"]["masks at"][step], ranks[0]["plain"]["decisions"]
+    single = {name: mask for name, mask in masks.items() if decisions[name][2] == 1}
+    assert single
+    for name, mask in single.items():
+        assert not weights[f"{name}.weight"][~mask].any(), name
+        assert weights[f"{name}.weight"][mask].any(), name
 
 
 def test_checkpoints_in_one_file_resume_too(tmp_path: Path) -> None:
