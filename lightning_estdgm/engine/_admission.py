@@ -241,7 +241,6 @@ class Admission:
 
         """
         seen, graph = self._seen_by_any_rank()
-        self._audit.end_step()
         trained = [weight for weight in self.waiting if seen[weight].trained]
         passed = []
         for weight in trained:
@@ -265,6 +264,8 @@ class Admission:
             self.reopened -= {weight.name for weight in given_up}
             decided |= {weight.name for weight in self.waiting}
         self._end(decided)
+        if self.waiting:
+            self._audit.end_step()
         return [weight for weight in passed if weight not in heads]
 
     def _heads(

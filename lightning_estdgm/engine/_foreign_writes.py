@@ -73,9 +73,9 @@ class ForeignWrites:
         weight.mask_if_written_(surely=True)
 
     def _next_of(self, weights: Sequence[MaskedWeight]) -> Sequence[MaskedWeight]:
-        here = [weight for weight in weights if weight.device.type == "cpu"]  # others would be waited for
         self._turn += 1
-        return [here[self._turn % len(here)]] if here else []
+        here = [weights[self._turn % len(weights)]] if weights else []
+        return [weight for weight in here if weight.device.type == "cpu"]  # another device would be waited for
 
     def _look(self, weights: Sequence[MaskedWeight]) -> None:
         found = next((weight for weight in weights if weight.is_written_uncounted()), None)

@@ -213,26 +213,29 @@ class MaskedWeight:
             if not zero_outside_(tensor, mask, grain):
                 keep_active_(tensor, mask, grain)
 
+    @property
+    def is_zero_outside(self) -> bool:
+        """Whether inactive weights are to be 0 here between steps: no frozen ones, nor parts of sharded weights."""
+        return not (self.inactive.act_in_forward or self.placement.is_sharded)
+
     def note_written(self) -> None:
         """Note that the weight is in line with its mask now."""
         self._written = self.version
 
     def mask_if_written_(self, *, surely: bool = False) -> None:
-        """Zero inactive weights if anything has written to the weight since `note_written`; not if it is sharded.
+        """Zero inactive weights if anything has written to the weight since `note_written`; see `is_zero_outside`.
 
         Args:
             surely: whether something may have, whatever torch's count of writes says.
 
         """
-        if self.inactive.act_in_forward or self.placement.is_sharded:
-            return
-        if surely or self._written != self.version:
+        if self.is_zero_outside and (surely or self._written != self.version):
             self.fill_inactive_(self.weight.data)  # no write for autograd: `state_dict` may be called before a backward
             self.note_written()
 
     def is_written_uncounted(self) -> bool:
         """Whether an inactive place holds a number though torch has counted no write since `note_written`."""
-        if self.inactive.act_in_forward or self.placement.is_sharded or self.is_dense or self._written != self.version:
+        if self.is_dense or not self.is_zero_outside or self._written != self.version:
             return False
         if self._inactive_place is None:
             unit = self.mask.reshape(-1).to(torch.uint8).argmin().reshape(1)

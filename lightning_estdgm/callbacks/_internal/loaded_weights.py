@@ -60,7 +60,7 @@ class LoadedWeights:
 
 @torch.no_grad()
 def _exceeds_mask(weight: MaskedWeight) -> bool:
-    if weight.is_dense or weight.inactive.act_in_forward or weight.placement.is_sharded:
+    if weight.is_dense or not weight.is_zero_outside:
         return False
     masked = weight.weight.clone()
     weight.fill_inactive_(masked)
