@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from helpers.controller_runs import STEPS, adamw, saved
 from helpers.controller_runs import run as fit_model
@@ -15,6 +16,8 @@ from helpers.storages import double, largest_difference
 from lightning_estdgm.config import DGMConfig, StepSize, Units
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._step_hooks import StepHooks
+from lightning_estdgm.engine._young_copies import YoungCopies
+from lightning_estdgm.engine._young_steps import YoungSteps
 from lightning_estdgm.method._schedules import EstDgm, Phase
 
 TOTAL = 120
@@ -374,3 +377,56 @@ def test_weights_of_one_age_that_have_missed_a_step_keep_their_count():
         optimizer.step()
     counts = [float(cohort.numbers["step"]) for weight in weights for cohort in weight.young.cohorts]
     assert counts == [4.0, 3.0]
+
+
+def test_where_young_units_lie_is_sought_once_until_masks_change(monkeypatch):
+    made = []
+    init = YoungCopies.__init__
+    monkeypatch.setattr(YoungCopies, "__init__", lambda copies, parts: made.append(len(parts)) or init(copies, parts))
+    run = Run(OPTIMIZERS["AdamW, foreach"], config(exponent=0.0))
+    made.clear()  # those of the trial
+    for step in range(100):
+        run.step(step)
+        run.dgm.advance()
+    assert 4 <= len(made) <= run.dgm.updates
+
+
+def test_a_gradient_is_freed_after_the_step():
+    run = Run(OPTIMIZERS["AdamW, foreach"], config())
+    for step in range(40):
+        run.step(step)
+        run.dgm.advance()
+    assert all(weight.young.living for weight in run.dgm.masked_weights)
+    gradients = [StorageWeakRef(parameter.grad.untyped_storage()) for parameter in run.net.parameters()]
+    run.optimizer.zero_grad()
+    assert all(gradient.expired() for gradient in gradients)
+
+
+class Forgetful(CountedAverage):
+    """Keeps no mean of a single number."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.numel() == 1:
+                    del self.state[p]["mean"]
+
+
+def test_where_the_optimizer_drops_an_entry_that_of_the_whole_weight_stays():
+    """Of two cohorts, one has a mean of its own after its first step, and one that of the whole weight's tenth."""
+    weight = numbered([[1, 1], [1, 1]])
+    optimizer = Forgetful([weight.parameter], 0.1)
+    optimizer.state[weight.parameter] = {"count": 9, "mean": torch.zeros(2, 2)}
+    weight.young.live(100)
+    weight.young.grow(weight, torch.tensor([[False, False], [False, True]]))
+    weight.young.cohorts[0].age = 1  # so that the two are no one parameter
+    weight.young.grow(weight, torch.tensor([[True, True], [False, False]]))
+    weight.parameter.grad = torch.ones(2, 2)
+    steps = YoungSteps(optimizer)
+    steps.enter({id(weight.parameter): weight})
+    optimizer.step()
+    steps.commit()
+    tenth = 0.1 / (1 - 0.9**10)
+    torch.testing.assert_close(optimizer.state[weight.parameter]["mean"], torch.tensor([[1, 1], [tenth, tenth]]))
+    assert [cohort.numbers for cohort in weight.young.cohorts] == [{"count": 1}, {"count": 1}]

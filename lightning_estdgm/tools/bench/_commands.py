@@ -21,6 +21,10 @@ _Output = Annotated[Path | None, typer.Option("--output", "-o", "--json", help=_
 def overhead(
     update_every: Annotated[int, typer.Option(help="Steps between mask updates; as many are timed.", min=20)] = 200,
     rounds: Annotated[int, typer.Option(help="How often it is repeated.", min=1)] = 3,
+    young: Annotated[
+        list[int] | None,
+        typer.Option(help="Time mask work besides with grown weights of so many updates young; repeatable.", min=1),
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Where a JSON goes.")] = None,
 ) -> None:
     """Time what single-weight masks add to a dense step of a small GPT; nothing is skipped there."""
@@ -28,7 +32,7 @@ def overhead(
     from lightning_estdgm.tools.bench._output import show
     from lightning_estdgm.tools.bench._overhead import OverheadConfig, measure_overhead, overhead_table
 
-    result = measure_overhead(OverheadConfig(update_every=update_every, rounds=rounds))
+    result = measure_overhead(OverheadConfig(update_every=update_every, rounds=rounds, young=tuple(young or ())))
     show(overhead_table(result), result, json)
 
 

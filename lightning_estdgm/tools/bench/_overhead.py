@@ -5,9 +5,10 @@ In time: of a whole step, and of what the masks do beside forward and backward. 
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,8 @@ class OverheadConfig:
         context: tokens a sequence.
         update_every: steps between mask updates; as many steps are timed, one observation window and one update in it.
         rounds: number of comparisons.
+        young: numbers of mask updates whose grown weights are young at once; for each, the mask work of a step is timed
+            besides. A long run with AdamW's default betas and an update every 200 steps has up to 31.
 
     """
 
@@ -41,6 +44,7 @@ class OverheadConfig:
     context: int = 256
     update_every: int = 200
     rounds: int = 1
+    young: tuple[int, ...] = ()
 
 
 def measure_overhead(config: OverheadConfig) -> dict[str, Any]:
@@ -51,7 +55,8 @@ def measure_overhead(config: OverheadConfig) -> dict[str, Any]:
         (their ratio minus 1) and its range over rounds, ``mask_work_s`` and its range (CPU time of all threads in a
         step without observation or update, seconds: of masking gradients, the optimizer's step and what follows it,
         less a dense optimizer's step), the mask ``updates`` and ``observed_steps`` in the interval, ``peak_bytes`` of a
-        step (`peak_memory`), and the configuration.
+        step (`peak_memory`), for each of ``young`` the numbers of ``updates`` and young ``weights``, with those of the
+        first ten steps, and the ``mask_work_s`` (with an update every 16 steps), and the configuration.
 
     """
     chunk = 10  # steps of one kind before the other takes over: a slow moment of the machine hits both
@@ -86,7 +91,24 @@ def measure_overhead(config: OverheadConfig) -> dict[str, Any]:
         "mask_work_s": statistics.median(work_s),
         "mask_work_range_s": [min(work_s), max(work_s)],
         "peak_bytes": peak_memory(config),
+        "young": [_young_work(config, updates) for updates in config.young],
     }
+
+
+def _young_work(config: OverheadConfig, updates: int) -> dict[str, Any]:
+    """Time the mask work of a step when the weights of some updates are young."""
+    close = replace(config, update_every=16)
+    dense, masked = (_Loop(close, masked=masked, intervals=math.ceil((updates + 1) / 4)) for masked in (False, True))
+    assert masked.dgm is not None
+    dense.run(10)
+    masked.run(10 + close.update_every * updates)
+    cohorts = [cohort for weight in masked.dgm.masked_weights for cohort in weight.young.cohorts]
+    for loop in (dense, masked):
+        loop.stepping_s.clear()
+        loop.run(close.update_every)
+    work = statistics.median(masked.stepping_s) - statistics.median(dense.stepping_s)
+    found = {"updates": len({cohort.age for cohort in cohorts}), "weights": sum(len(c.units) for c in cohorts)}
+    return found | {"mask_work_s": work}
 
 
 def peak_memory(config: OverheadConfig) -> dict[str, int]:
@@ -125,6 +147,11 @@ def overhead_table(result: dict[str, Any]) -> Table:
     shares = (f"{value:.1%}" for value in (result["overhead"], low, high))
     peaks = (f"{peak / 1e6:.1f}" for peak in result["peak_bytes"].values())
     table.add_row(*seconds, *shares, f"{result['mask_work_s'] * 1e3:.1f}", *peaks)
+    for young in result["young"]:
+        table.caption = (table.caption or "") + (
+            f"{young['weights']:,} weights of {young['updates']} updates young: mask work "
+            f"{young['mask_work_s'] * 1e3:.1f} CPU ms a step\n"
+        )
     return table
 
 
@@ -147,7 +174,7 @@ def one_interval(update_every: int, intervals: int = 1) -> EstDgm:
 class _Loop:
     """Training steps of a small GPT on one random batch, dense or with single-weight masks."""
 
-    def __init__(self, config: OverheadConfig, masked: bool) -> None:
+    def __init__(self, config: OverheadConfig, masked: bool, intervals: int = 1) -> None:
         generator = torch.Generator().manual_seed(0)
         self.model = ByteGPT(config.width, config.layers, heads=8, context=config.context)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
@@ -156,8 +183,8 @@ class _Loop:
         self.observed = 0
         self.stepping_s: list[float] = []  # CPU time from a backward's end to the next step, of those outside windows
         if masked:
-            dgm_config = DGMConfig(schedule=one_interval(config.update_every), units=Units(size=1))
-            total_steps = 4 * config.update_every + 10
+            dgm_config = DGMConfig(schedule=one_interval(config.update_every, intervals), units=Units(size=1))
+            total_steps = 4 * config.update_every * intervals + 10
             self.dgm = DGMController(self.model, self.optimizer, dgm_config, total_steps=total_steps)
 
     def run(self, steps: int) -> None:

@@ -23,6 +23,13 @@ def test_overhead_times_one_whole_interval_with_one_update():
     assert low <= result["mask_work_s"] <= high
 
 
+def test_overhead_times_steps_with_the_weights_of_several_updates_young():
+    config = OverheadConfig(width=32, layers=1, batch_size=2, context=16, update_every=20, young=(1, 6))
+    one, six = measure_overhead(config)["young"]
+    assert six["updates"] == one["updates"] + 5
+    assert all(0 < found["weights"] < 0.15 * 12 * 32**2 for found in (one, six))
+
+
 def test_peak_memory_of_a_step_is_what_it_allocates():
     held, peak = allocated(lambda: torch.zeros(1000, dtype=torch.uint8).float())
     assert held == 0
