@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lightning_estdgm.sparse import _conv_products as conv_products
 from lightning_estdgm.sparse._conv_geometry import ConvGeometry, empty_image, library_gradient, memory_format
 from lightning_estdgm.sparse._derivatives import differentiable, is_transforming
+from lightning_estdgm.sparse._flop_formulas import counts_multiplications, of_active
 from lightning_estdgm.sparse._operands import TOPOLOGY_SCHEMA, as_given, prepared, topology_arguments, topology_of
 from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.backends._protocol import get_backend, supporting_conv
@@ -180,6 +181,25 @@ def _(dy: Tensor, weight: Tensor, *others: Any) -> Tensor:
 def _(dy: Tensor, x: Tensor, *others: Any) -> Tensor:
     *_, kernel_size, _stride, _padding, _dilation, channels_last, _dense = others
     return empty_image(dy, dy.shape[1], x.shape[1], *kernel_size, channels_last=channels_last)
+
+
+@counts_multiplications("masked_conv2d")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any, out_val: Tensor, **_: Any) -> int:
+    return of_active(_pixels(out_val) * weight.numel(), others, dense=others[-1])
+
+
+@counts_multiplications("masked_conv2d_grad_input")
+def _(dy: Tensor, weight: Tensor, *others: Any, **_: Any) -> int:
+    return of_active(_pixels(dy) * weight.numel(), others, dense=others[-1])
+
+
+@counts_multiplications("masked_conv2d_grad_weight")
+def _(dy: Tensor, x: Tensor, *others: Any, **_: Any) -> int:
+    return of_active(dy.numel() * x.shape[1] * math.prod(others[6]), others, dense=others[-1])
+
+
+def _pixels(image: Tensor) -> int:
+    return image.shape[0] * math.prod(image.shape[2:])
 
 
 def _channels_last(image: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from lightning_estdgm.method._masks import block_size_of, sides
 from lightning_estdgm.sparse._derivatives import matrix_products
 from lightning_estdgm.sparse._expert_topology import ExpertTopology
-from lightning_estdgm.sparse._operands import TOPOLOGY_SCHEMA, as_given, prepared
+from lightning_estdgm.sparse._flop_formulas import can_read, counts_multiplications, of_active
+from lightning_estdgm.sparse._operands import TOPOLOGY_SCHEMA, as_given, prepared, topology_arguments
 from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.backends._protocol import get_backend, supporting
 
@@ -129,6 +130,33 @@ def _(dy: Tensor, weight: Tensor, *_: Any) -> Tensor:
 @_grad_weight_op.register_fake
 def _(dy: Tensor, x: Tensor, counts: Tensor, *_: Any) -> Tensor:
     return dy.new_empty(counts.shape[0], dy.shape[1], x.shape[1])
+
+
+@counts_multiplications("masked_experts")
+def _(x: Tensor, weight: Tensor, counts: Tensor, *others: Any, **_: Any) -> int:
+    return _of_busy(x.shape[0], weight.shape[1] * weight.shape[2], counts, others)
+
+
+@counts_multiplications("masked_experts_grad_input")
+def _(dy: Tensor, weight: Tensor, counts: Tensor, *others: Any, **_: Any) -> int:
+    return _of_busy(dy.shape[0], weight.shape[1] * weight.shape[2], counts, others)
+
+
+@counts_multiplications("masked_experts_grad_weight")
+def _(dy: Tensor, x: Tensor, counts: Tensor, *others: Any, **_: Any) -> int:
+    return _of_busy(dy.shape[0], dy.shape[1] * x.shape[1], counts, others)
+
+
+def _of_busy(rows: int, size: int, counts: Tensor, others: Sequence[Any]) -> int:
+    """Return the multiplications of all experts, of matrices of a size, with their rows."""
+    if not can_read(counts):
+        return rows * size
+    row_ptr, col_idx, col_ptr, row_idx, sides, backend = others[:6]
+    stack = ExpertTopology(block_size_of(*sides), row_ptr, col_idx, col_ptr, row_idx)
+    return sum(
+        of_active((own.stop - own.start) * size, (*topology_arguments(topology), backend), dense=others[-1])
+        for _, own, topology in _busy(counts, stack)
+    )
 
 
 _experts_product = matrix_products(_experts_op, _grad_input_op, _grad_weight_op, before=1)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_estdgm.sparse._derivatives import matrix_products
+from lightning_estdgm.sparse._flop_formulas import counts_multiplications, of_active
 from lightning_estdgm.sparse._operands import TOPOLOGY_SCHEMA, as_given, prepared, topology_arguments, topology_of
 from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.backends._protocol import get_backend, supporting
@@ -114,6 +115,21 @@ def _(dy: Tensor, weight: Tensor, *_: Any) -> Tensor:
 @_grad_weight_op.register_fake
 def _(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
     return dy.new_empty(dy.shape[1], x.shape[1])
+
+
+@counts_multiplications("masked_linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any, **_: Any) -> int:
+    return of_active(x.shape[0] * weight.numel(), others, dense=others[-1])
+
+
+@counts_multiplications("masked_linear_grad_input")
+def _(dy: Tensor, weight: Tensor, *others: Any, **_: Any) -> int:
+    return of_active(dy.shape[0] * weight.numel(), others, dense=others[-1])
+
+
+@counts_multiplications("masked_linear_grad_weight")
+def _(dy: Tensor, x: Tensor, *others: Any, **_: Any) -> int:
+    return of_active(dy.numel() * x.shape[1], others, dense=others[-1])
 
 
 _linear_product = matrix_products(_linear_op, _grad_input_op, _grad_weight_op, has_bias=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_estdgm.sparse._derivatives import differentiable
+from lightning_estdgm.sparse._flop_formulas import counts_multiplications
 from lightning_estdgm.sparse._operands import TOPOLOGY_SCHEMA, as_given, prepared, topology_arguments, topology_of
 from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.backends._protocol import Backend, PackedBackend, get_backend, supporting
@@ -120,6 +123,7 @@ class _Expanded:
 
     def __init__(self, whole: Backend | _Dense) -> None:
         self._whole = whole
+        self.is_dense = isinstance(whole, _Dense)
 
     def packed_linear(
         self, x2d: Tensor, values: Tensor, bias: Tensor | None, order: Tensor | None, topology: BlockTopology
@@ -244,6 +248,31 @@ def _(
 def _(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
     *_, sides, _, units = rest
     return dy.new_empty(units, *sides)
+
+
+@counts_multiplications("packed_values_linear")
+def _(x: Tensor, values: Tensor, bias: Tensor | None, order: Tensor | None, *lists: Any, **_: Any) -> int:
+    return _multiplications(x, values.numel(), lists)
+
+
+@counts_multiplications("packed_values_linear_grad_input")
+def _(dy: Tensor, values: Tensor, order: Tensor | None, *lists: Any, **_: Any) -> int:
+    return _multiplications(dy, values.numel(), lists)
+
+
+@counts_multiplications("packed_values_linear_grad_values")
+def _(dy: Tensor, x: Tensor, order: Tensor | None, *others: Any, **_: Any) -> int:
+    *lists, units = others
+    return _multiplications(dy, units * math.prod(lists[-2]), lists)
+
+
+def _multiplications(rows: Tensor, active: int, lists: Sequence[Any]) -> int:
+    """Return the multiplications of a product of rows with active elements; `lists` are those of the topology."""
+    *of_topology, backend = lists
+    topology = topology_of(*of_topology)
+    products = _products(backend, rows, topology)
+    is_dense = backend == "reference" or (isinstance(products, _Expanded) and products.is_dense)
+    return rows.shape[0] * (math.prod(topology.shape) if is_dense else active)
 
 
 # ---- derivatives: those of each product are the other two

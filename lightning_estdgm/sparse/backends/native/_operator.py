@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_estdgm.sparse._flop_formulas import counts_multiplications
 from lightning_estdgm.sparse.backends.native._build import CannotBuild, built
 
 _FOLDER = Path(__file__).parent
@@ -61,8 +62,13 @@ def _loaded() -> Path | str:
     except (CannotBuild, OSError) as e:
         return str(e)
     torch.library.register_fake("estdgm::packed_linear", _fake)
+    counts_multiplications("packed_linear")(_multiplications)
     return path
 
 
 def _fake(x: Tensor, *rest: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], rest[-1])  # type: ignore[call-overload]
+
+
+def _multiplications(x: Tensor, values: Tensor, *_: object, **__: object) -> int:
+    return x.shape[:-1].numel() * values.numel()
