@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.modules._candidates import Candidate
+from lightning_estdgm.sparse._flop_formulas import DENSE_BACKENDS
 
 _PRODUCTS = 3.0  # per layer: output, input gradient, weight gradient
 
@@ -58,7 +59,7 @@ class FlopCounter:
             if weight is not None:
                 through = 1.0 if weight.inactive.act_in_forward else weight.density
                 analytic = 2.0 * through + (1.0 if observing else weight.inactive.learning_density(weight))
-                executed = analytic if weight.backend not in ("dense", "reference") else _PRODUCTS
+                executed = analytic if weight.backend not in DENSE_BACKENDS else _PRODUCTS
             self.analytic += product * analytic
             self.executed += product * executed
             self.dense += product * _PRODUCTS

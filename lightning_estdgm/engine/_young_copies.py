@@ -74,18 +74,18 @@ class YoungCopies:
         self._parts = parts
         self._weights = [part.weight for part in parts]
         self._members = _joined(parts)  # of each parameter: numbers of parts, and their cohorts
+        elements = {id(cohort): part.elements(cohort) for part in parts for cohort in part.cohorts}
         self._sizes: list[int] = []
-        begin = 0
         ranges: dict[int, Tensor] = {}  # by the id of a cohort: places in the vector of all parameters
+        begin = 0
         for members in self._members:
-            size = 0
-            for number, cohort in members:
-                of_cohort = len(parts[number].elements(cohort))
-                ranges[id(cohort)] = _range(begin + size, of_cohort, parts[0].values.device)
-                size += of_cohort
-            self._sizes.append(size)
-            begin += size
-        in_memory = [torch.cat([part.elements(cohort) for cohort in part.cohorts]).sort() for part in parts]
+            first = begin
+            for _, cohort in members:
+                size = len(elements[id(cohort)])
+                ranges[id(cohort)] = _range(begin, size, parts[0].values.device)
+                begin += size
+            self._sizes.append(begin - first)
+        in_memory = [torch.cat([elements[id(cohort)] for cohort in part.cohorts]).sort() for part in parts]
         self._places = [places for places, _ in in_memory]  # int32, indices into each flattened weight
         own = [torch.cat([ranges[id(cohort)] for cohort in part.cohorts]) for part in parts]
         self._to = torch.cat([to[order] for to, (_, order) in zip(own, in_memory, strict=True)])

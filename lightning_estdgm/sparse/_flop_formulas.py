@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+DENSE_BACKENDS = ("dense", "reference")
+"""Names of backends that skip nothing: they multiply zeros."""
+
 
 def counts_multiplications(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Return a decorator for a function that returns the multiplications of an operator ``estdgm::name``.
@@ -39,7 +42,7 @@ def of_active(whole: int, arguments: Sequence[Any], *, dense: bool = False) -> i
 
     """
     row_ptr, _, col_ptr, _, _, backend = arguments[:6]
-    if dense or backend == "reference" or not can_read(row_ptr):
+    if dense or backend in DENSE_BACKENDS or not can_read(row_ptr):
         return whole
     return whole * int(row_ptr[-1]) // ((row_ptr.shape[0] - 1) * (col_ptr.shape[0] - 1))
 

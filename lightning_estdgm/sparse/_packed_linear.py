@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_estdgm.sparse._derivatives import differentiable
-from lightning_estdgm.sparse._flop_formulas import counts_multiplications
+from lightning_estdgm.sparse._flop_formulas import DENSE_BACKENDS, counts_multiplications
 from lightning_estdgm.sparse._operands import TOPOLOGY_SCHEMA, as_given, prepared, topology_arguments, topology_of
 from lightning_estdgm.sparse._topology import BlockTopology
 from lightning_estdgm.sparse.backends._protocol import Backend, PackedBackend, get_backend, supporting
@@ -271,7 +271,7 @@ def _multiplications(rows: Tensor, active: int, lists: Sequence[Any]) -> int:
     *of_topology, backend = lists
     topology = topology_of(*of_topology)
     products = _products(backend, rows, topology)
-    is_dense = backend == "reference" or (isinstance(products, _Expanded) and products.is_dense)
+    is_dense = backend in DENSE_BACKENDS or (isinstance(products, _Expanded) and products.is_dense)
     return rows.shape[0] * (math.prod(topology.shape) if is_dense else active)
 
 
