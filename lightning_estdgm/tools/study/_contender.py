@@ -56,11 +56,17 @@ class Contender:
         own = self.run(row["lr"], int(row["seed"]), row["length"])
         return bool(own.key == row["key"])
 
-    def runs(self, rows: Rows) -> Iterator[StudyRun]:
-        """Yield the runs that can be named by what a table holds: for choosing the rate, and then those to report."""
+    def runs_of_budget(self, rows: Rows) -> Iterator[StudyRun]:
+        """Yield the runs that rows let name: those for choosing the rate, and then those at `budget_length`."""
         yield from self.choosing(rows)
+        lr, length = self.rate(rows), self.budget_length(rows)
+        if lr is not None and length is not None:
+            yield from (self.run(lr, seed, length) for seed in SEEDS)
+
+    def runs_of_lengths(self, rows: Rows) -> Iterator[StudyRun]:
+        """Yield the runs at `lengths`, once the rate is chosen."""
         if (lr := self.rate(rows)) is not None:
-            for length in self.reported_lengths(rows):
+            for length in self.lengths:
                 yield from (self.run(lr, seed, length) for seed in SEEDS)
 
     def choosing(self, rows: Rows) -> list[StudyRun]:
@@ -86,11 +92,6 @@ class Contender:
     def cost_run(self, lr: float) -> StudyRun:
         """Return the run whose seconds and joules count, at the chosen rate, as long as those for choosing."""
         return self.run(lr, SEEDS[0], self.choice_length)
-
-    def reported_lengths(self, rows: Rows) -> tuple[float, ...]:
-        """Return `lengths`, and `budget_length` where that is known."""
-        equal = self.budget_length(rows)
-        return self.lengths if equal is None else tuple(sorted({*self.lengths, equal}))
 
     def budget_length(self, rows: Rows) -> float | None:
         """Return the length at which the FLOPs are `budget`, by a run for choosing; ``None`` while there is none."""

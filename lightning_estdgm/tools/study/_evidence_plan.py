@@ -73,10 +73,16 @@ def evidence(rows: Rows = ()) -> Iterator[StudyRun]:
     """Dense, small dense, other methods and EST-DGM on published data, each at its own best rate.
 
     A rate is chosen on seeds of its own; the runs to report, on three others, can be named only then, so the plan grows
-    with the table.
+    with the table. Of a task all are run at equal FLOPs before any is run at other lengths.
     """
-    for contender in EVIDENCE:
-        yield from contender.runs(rows)
+    known = {row["key"] for row in rows}
+    for task in dict.fromkeys(each.task for each in EVIDENCE):
+        entered = [each for each in EVIDENCE if each.task == task]
+        equal = [run for each in entered for run in each.runs_of_budget(rows)]
+        yield from equal
+        if all(run.key in known for run in equal):
+            for each in entered:
+                yield from each.runs_of_lengths(rows)
 
 
 def cost_runs(rows: Rows) -> Iterator[StudyRun]:

@@ -4,7 +4,9 @@ import math
 
 import pytest
 
+from lightning_estdgm.tools.study import _evidence_plan
 from lightning_estdgm.tools.study._contender import SEEDS, Contender
+from lightning_estdgm.tools.study._evidence_plan import evidence
 from lightning_estdgm.tools.study._standing import Standing, standings
 from lightning_estdgm.tools.study._study_run import StudyRun
 
@@ -23,23 +25,27 @@ def row(run: StudyRun, loss: float, **more) -> dict:
     return {**known, **more}
 
 
+def planned(rows=(), contender: Contender = GPT) -> list[StudyRun]:
+    return [*contender.runs_of_budget(rows), *contender.runs_of_lengths(rows)]
+
+
 def choices(losses: dict[float, float], contender: Contender = GPT) -> list[dict]:
     return [row(contender.run(lr, 100, contender.choice_length), loss) for lr, loss in losses.items()]
 
 
 def test_only_the_choice_of_the_rate_is_planned_at_first():
-    runs = list(GPT.runs(()))
+    runs = planned()
     assert [(run.lr, run.seed, run.length) for run in runs] == [(lr, 100, 0.5) for lr in (1e-3, 2e-3, 4e-3)]
     assert not {run.seed for run in runs} & set(SEEDS)
     assert GPT.rate(()) is None
     partly = choices({1e-3: 1.0, 2e-3: 2.0})
-    assert list(GPT.runs(partly)) == runs
+    assert planned(partly) == runs
 
 
 def test_a_best_rate_inside_is_reported_at_each_length_and_at_equal_flops():
     rows = choices({1e-3: 2.0, 2e-3: 1.0, 4e-3: 2.0})
     assert GPT.rate(rows) == 2e-3
-    reported = [run for run in GPT.runs(rows) if run.seed in SEEDS]
+    reported = [run for run in planned(rows) if run.seed in SEEDS]
     assert {(run.lr, run.length) for run in reported} == {(2e-3, 1.0), (2e-3, 2.5)}, "a quarter at a tenth a step"
     assert len(reported) == 2 * len(SEEDS)
 
@@ -50,15 +56,31 @@ def test_a_best_rate_inside_is_reported_at_each_length_and_at_equal_flops():
 def test_a_best_rate_at_the_edge_asks_for_one_more_beyond_it(losses, added):
     rows = choices(losses)
     assert GPT.rate(rows) is None
-    assert {run.lr for run in GPT.runs(rows)} == {*losses, added}
+    assert {run.lr for run in planned(rows)} == {*losses, added}
     inside = [*rows, *choices({added: 9.0})]
     assert GPT.rate(inside) == min(losses, key=losses.get)
+
+
+def test_all_of_a_task_are_run_at_equal_flops_before_any_is_at_another_length(monkeypatch):
+    other = Contender("stdlib", "dense", lengths=(0.5, 1.0), choice_length=0.5)
+    monkeypatch.setattr(_evidence_plan, "EVIDENCE", (other, GPT))
+    losses = {1e-3: 2.0, 2e-3: 1.0, 4e-3: 2.0}
+    rows = choices(losses, other)
+    assert {(run.method, run.seed) for run in evidence(rows)} == {
+        ("dense", 100), *(("dense", seed) for seed in SEEDS), ("set", 100)
+    }  # fmt: skip
+    rows += [*choices(losses), *(row(run, 1.0) for run in other.runs_of_budget(rows) if run.seed in SEEDS)]
+    assert {run.length for run in evidence(rows) if run.seed in SEEDS} == {2.5}
+    rows += [row(run, 1.0) for run in GPT.runs_of_budget(rows) if run.seed in SEEDS]
+    last = [(run.method, run.length) for run in evidence(rows) if run.key not in {each["key"] for each in rows}]
+    assert set(last) == {("dense", 0.5), ("dense", 1.0), ("set", 1.0)}
+    assert len(last) == 3 * len(SEEDS)
 
 
 def test_no_contender_tries_more_rates_than_the_others_may():
     losses = {lr: -lr for lr in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)}
     assert GPT.rate(choices(losses)) == 1.6e-2
-    assert {run.lr for run in GPT.runs(choices(losses))} == set(losses)
+    assert {run.lr for run in planned(choices(losses))} == set(losses)
 
 
 def test_a_rate_that_diverged_is_not_chosen_and_accuracy_decides_where_it_does():
