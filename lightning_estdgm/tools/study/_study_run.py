@@ -21,10 +21,13 @@ _PLACES = {
     "distribution": ("units", "distribution"),
     "step_exponent": ("step_size", "exponent"),
     "scale_init": ("step_size", "scale_initial_weights"),
+    "include": ("selection", "include"),
     "exclude": ("selection", "exclude"),
     **{name: ("update_rule", name) for name in ("keep", "grow", "gamma", "drop_fraction")},
 }
 """Settings by the short names in the tables of the study, and their places in `DGMConfig`."""
+
+_PARTS = ("", "model", "schedule", "with")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,9 @@ class StudyRun:
             arguments of the task's model as ``"model.<argument>"``; arguments of a callback of
             `_variants.VARIANTS` as ``"with.<name>"``.
 
+    Raises:
+        ValueError: A setting is of another part.
+
     """
 
     task: str
@@ -52,6 +58,10 @@ class StudyRun:
     density: float = 1.0
     length: float = 1.0
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.settings if name.rpartition(".")[0] not in _PARTS]:
+            raise ValueError(f"settings: got {unknown}, expected names without a dot, or of model, schedule or with")
 
     @property
     def steps(self) -> int:

@@ -65,6 +65,10 @@ def test_settings_of_a_schedule_reach_it():
     config = StudyRun("gpt", "est-dgm", 1e-3, 3, 0.1, settings=settings).callback().config
     assert (config.schedule.cycles, config.schedule.refinement.start) == (2, 0.2)
     assert (config.update_rule.gamma, config.seed) == (0.5, 3)
+    config = StudyRun("gpt", "est-dgm", 1e-3, 3, 0.1, settings={"include": ["head"]}).callback().config
+    assert config.selection.include == ["head"]
+    with pytest.raises(ValueError, match=r"settings: got \['selection.include'\], expected names without a dot"):
+        StudyRun("gpt", "est-dgm", 1e-3, 3, 0.1, settings={"selection.include": ["head"]})
 
 
 def test_a_table_knows_its_runs_again_and_leaves_out_a_line_that_was_cut_off(tmp_path):
