@@ -65,6 +65,8 @@ class StepSize:
         exponent: :math:`e`, at least 0; 0 leaves the optimizer's steps as they are.
         scale_initial_weights: whether the initial weights of a layer are scaled by :math:`1/\sqrt\rho` (not with a
             dense warm-up, nor with frozen inactive weights).
+        scale_weight_decay: whether weight decay is scaled as the rest of the step is. Where not, the optimizer sees the
+            layer's ``weight_decay`` divided by the factor, so that ``lr * weight_decay`` stays what you set.
 
     Raises:
         ValueError: for a negative or infinite exponent.
@@ -73,6 +75,7 @@ class StepSize:
 
     exponent: float = 1.0
     scale_initial_weights: bool = True
+    scale_weight_decay: bool = True
 
     def __post_init__(self) -> None:
         check_number("step_size.exponent", self.exponent, at_least=0)
@@ -206,8 +209,8 @@ class DGMConfig:
             TypeError: for an unknown field.
 
         Example:
-            >>> DGMConfig(seed=1).merged(step_size={"exponent": 0.5}).step_size
-            StepSize(exponent=0.5, scale_initial_weights=True)
+            >>> DGMConfig(seed=1).merged(step_size={"exponent": 0.5}).step_size == StepSize(exponent=0.5)
+            True
 
         """
         known = [field.name for field in fields(self)]

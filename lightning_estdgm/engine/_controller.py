@@ -124,8 +124,7 @@ class DGMController:
         self._eagerly = EagerHold(self, model)
         every = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
         grows = len(self.schedule.densities) > 1 and not self.config.trains_inactive_weights
-        exponent = self.config.step_size.exponent
-        self._hooks = StepHooks(every, self._mask_if_touched, exponent, self._take_over, grows=grows)
+        self._hooks = StepHooks(every, self._mask_if_touched, self.config.step_size, self._take_over, grows=grows)
         self._states = OptimizerStates(every)
         self._storage = storage or storage_of(self.config)
         self._masked = self._storage.masked(model, state, self._hooks.held, group, audit=audit)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 Group = dict[str, Any]
 
-_OF_THE_PART = ("params", "param_names", "lr")  # what a part has of its own, not from its group
+_NAMES = ("params", "param_names")
 
 
 class ScaledGroups:
@@ -31,15 +31,18 @@ class ScaledGroups:
 
     Args:
         optimizer: optimizer whose own step reads its groups.
+        scales_decay: whether ``weight_decay`` is the user's in each part, so that ``lr * weight_decay`` has the part's
+            factor; where not, it is divided by that, and their product is the user's.
 
     Attributes:
         resumed: values that the parts of the next split begin with, by the id of their first parameter.
 
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, *, scales_decay: bool = True) -> None:
         self.resumed: Mapping[int, Group] = {}
         self._optimizer = optimizer
+        self._powers = {"lr": 1} if scales_decay else {"lr": 1, "weight_decay": -1}
         self._splits: dict[int, _Split] = {}  # by the id of the user's group
         self._list: list[Group] | None = None  # the optimizer's list of groups, while it holds parts
         self._groups: list[Group] = []  # the user's groups meanwhile
@@ -65,7 +68,7 @@ class ScaledGroups:
                 continue
             split = self._splits.get(id(group))
             if split is None or not split.has(layout):
-                split = _Split(group, layout, split, self.resumed)
+                split = _Split(group, layout, split, self.resumed, self._powers)
             split.begin()
             splits[id(group)] = split
             shown += split.parts
@@ -105,13 +108,21 @@ class _Split:
         layout: parameters by the factor on their rate.
         before: the group's split with another layout, from which values go on; ``None``: they start as the group's.
         resumed: as `ScaledGroups.resumed`.
+        powers: what a part has of its own, scaled, not from its group, with the power of its factor.
 
     """
 
     def __init__(
-        self, group: Group, layout: Mapping[float, list[Tensor]], before: _Split | None, resumed: Mapping[int, Group]
+        self,
+        group: Group,
+        layout: Mapping[float, list[Tensor]],
+        before: _Split | None,
+        resumed: Mapping[int, Group],
+        powers: Mapping[str, int],
     ) -> None:
         self._group = group  # held, so that its id stays its own
+        self._powers = powers
+        self._own = {*_NAMES, *powers}
         self._scales = list(layout)
         self._known: dict[str, _Seen] = (
             _seen(group) if before is None else before._known
@@ -123,7 +134,7 @@ class _Split:
                 source = group | resumed.get(id(parameters[0]), {})
             else:
                 source = before._part_of(parameters[0], group)
-            part = {key: _copied(value) for key, value in source.items() if key not in _OF_THE_PART}
+            part = {key: _copied(value) for key, value in source.items() if key not in self._own}
             part["params"] = parameters
             if names:
                 part["param_names"] = [names[id(parameter)] for parameter in parameters]
@@ -141,22 +152,23 @@ class _Split:
     def begin(self) -> None:
         """Bring what was changed in the group since the last step into all parts, and scale its learning rate."""
         for key, value in self._group.items():
-            if key not in _OF_THE_PART and not (key in self._known and self._known[key].is_still(value)):
+            if key not in self._own and not (key in self._known and self._known[key].is_still(value)):
                 for part in self.parts:
                     part[key] = _copied(value)
         for key in self._known.keys() - self._group.keys():
             for part in self.parts:
                 part.pop(key, None)
         for part, scale in zip(self.parts, self._scales, strict=True):
-            part["lr"] = self._group["lr"] if scale == 1.0 else self._group["lr"] * scale
+            for key in self._powers.keys() & self._group.keys():
+                part[key] = self._group[key] if scale == 1.0 else self._group[key] * scale ** self._powers[key]
         self._given = _seen(self.parts[self._written])
 
     def end(self) -> None:
         """Write into the group what the optimizer has written into one of its parts."""
         for key, value in self.parts[self._written].items():
-            if key in ("params", "param_names") or (key in self._given and self._given[key].is_still(value)):
+            if key in _NAMES or (key in self._given and self._given[key].is_still(value)):
                 continue
-            new = value / self._scales[self._written] if key == "lr" else value
+            new = value / self._scales[self._written] ** self._powers[key] if key in self._powers else value
             old = self._group.get(key)
             if isinstance(old, Tensor) and isinstance(new, Tensor) and old.shape == new.shape:
                 if old is not new:
@@ -169,7 +181,7 @@ class _Split:
         """Return what parts hold that differs from the group, by the ids of their parameters."""
         found: dict[int, Group] = {}
         for part in self.parts:
-            own = {key: value for key, value in part.items() if key not in _OF_THE_PART and self._differs(key, value)}
+            own = {key: value for key, value in part.items() if key not in self._own and self._differs(key, value)}
             found |= {id(parameter): own for parameter in part["params"] if own}
         return found
 
@@ -198,7 +210,7 @@ class _Seen:
 
 
 def _seen(group: Group) -> dict[str, _Seen]:
-    return {key: _Seen(value) for key, value in group.items() if key not in ("params", "param_names")}
+    return {key: _Seen(value) for key, value in group.items() if key not in _NAMES}
 
 
 def _equal(one: Any, other: Any) -> bool:

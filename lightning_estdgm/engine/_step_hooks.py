@@ -6,7 +6,7 @@ The treatment itself is in `_inactive`; here it is decided which calls of `step`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakMethod
 
 import torch
@@ -20,6 +20,9 @@ from lightning_estdgm.engine._hooked_optimizers import closure_of, parameters_of
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._step_size import StepScaling
 
+if TYPE_CHECKING:
+    from lightning_estdgm.config import StepSize
+
 
 class StepHooks:
     """Hooks on the steps of all optimizers of one run.
@@ -31,7 +34,7 @@ class StepHooks:
     Args:
         optimizers: optimizers of the run.
         mask_gradients: function that masks the gradients of the given weights, unless they are masked already.
-        exponent: `StepSize.exponent`.
+        step_size: settings of the scaling of steps.
         meet: function that is called before the first step of an optimizer that holds weights and is none of these.
         grows: whether units are grown whose state is reset.
 
@@ -45,7 +48,7 @@ class StepHooks:
         self,
         optimizers: Sequence[Optimizer],
         mask_gradients: Callable[[Sequence[MaskedWeight]], None],
-        exponent: float,
+        step_size: StepSize,
         meet: Callable[[Optimizer], None] = lambda _: None,
         *,
         grows: bool = False,
@@ -57,7 +60,7 @@ class StepHooks:
         self._mask_gradients = mask_gradients
         self._note_begun: Callable[[Sequence[MaskedWeight]], None] = lambda _: None
         self._note_step: Callable[[Sequence[MaskedWeight]], None] = lambda _: None
-        self._scaling = StepScaling(optimizers, exponent, grows=grows)
+        self._scaling = StepScaling(optimizers, step_size, grows=grows)
         self._weights: dict[int, MaskedWeight] = {}  # by the id of its parameter
         self._awaits_first = False
         self._depth = 0  # number of nested steps that have begun and not ended

@@ -23,6 +23,7 @@ from lightning_estdgm.engine._scaled_groups import Group, ScaledGroups
 from lightning_estdgm.engine._young_steps import YoungSteps
 
 if TYPE_CHECKING:
+    from lightning_estdgm.config import StepSize
     from lightning_estdgm.engine._masked_weight import MaskedWeight
 
 _PLAIN = (bool, int, float, str, Tensor)  # what a checkpoint holds that loads with ``weights_only=True``
@@ -36,14 +37,14 @@ class StepScaling:
 
     Args:
         optimizers: optimizers of the run.
-        exponent: `StepSize.exponent`.
+        step_size: settings.
         grows: whether units are grown whose state is reset.
 
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], exponent: float, *, grows: bool = False) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer], step_size: StepSize, *, grows: bool = False) -> None:
         self._optimizers = _hooked(optimizers)
-        self._exponent = exponent
+        self._step_size = step_size
         self._grows = grows
         self._steps: list[_ScaledSteps] = []
         self._resumed: Sequence[dict[str, Group]] = ()  # state for `register`, or from before `remove`
@@ -58,7 +59,7 @@ class StepScaling:
 
         Weights whose optimizer fails the trial are not scaled; their `note` says why.
         """
-        if self._exponent == 0.0 and not self._grows:
+        if self._step_size.exponent == 0.0 and not self._grows:
             return
         for optimizer in self._optimizers:
             inner = self._inside(optimizer)
@@ -70,7 +71,7 @@ class StepScaling:
             if self._grows and not grows and _needs_counts(optimizer):
                 for key in own.keys() & {id(p) for outer in self._optimizers for p in parameters_of(outer)}:
                     _add_note(own[key], "grown weights share its count of steps: its optimizer's state is on one rank")
-            self._steps.append(_ScaledSteps(optimizer, own, self._exponent, grows=grows))
+            self._steps.append(_ScaledSteps(optimizer, own, self._step_size, grows=grows))
         self.load_state_dict(self._resumed)
 
     def use(self, optimizers: Sequence[Optimizer], weights: Mapping[int, MaskedWeight]) -> None:
@@ -125,18 +126,19 @@ class _ScaledSteps:
     Args:
         optimizer: optimizer whose own step moves weights.
         weights: masked weights that it may hold, now or later, by the id of their parameters.
-        exponent: `StepSize.exponent`.
+        step_size: settings.
         grows: whether units are grown whose state is reset.
 
     """
 
     def __init__(
-        self, optimizer: Optimizer, weights: Mapping[int, MaskedWeight], exponent: float, *, grows: bool
+        self, optimizer: Optimizer, weights: Mapping[int, MaskedWeight], step_size: StepSize, *, grows: bool
     ) -> None:
-        self.groups, self.young = ScaledGroups(optimizer), YoungSteps(optimizer)
+        self.groups = ScaledGroups(optimizer, scales_decay=step_size.scale_weight_decay)
+        self.young = YoungSteps(optimizer)
         self.optimizer = optimizer
         self._weights = weights
-        self._exponent = exponent
+        self._exponent = step_size.exponent
         self._depth = 0  # a subclass's step that calls its parent's runs the hooks twice
         self._reasons: dict[int, str] = {}  # against scaling, by the group's index; empty if it can be scaled
         self._reasons_by_settings: dict[str, str] = {}  # for groups that differ in their rate and parameters only

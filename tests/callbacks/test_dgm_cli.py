@@ -146,6 +146,7 @@ OVERRIDES = {
     "seed=4": 4,
     "step_size.exponent=0.5": 0.5,
     "step_size.scale_initial_weights=false": False,
+    "step_size.scale_weight_decay=false": False,
     "selection.exclude=[head, '*.attn']": ["head", "*.attn"],
     "selection.experts+=*.w1": ["*.w1"],
     "inactive=frozen": "frozen",

@@ -58,6 +58,32 @@ def test_nothing_is_touched_without_a_factor():
     assert rates(optimizer) == [(0.1, 2)]
 
 
+def test_a_product_of_rate_and_decay_stays_where_decay_is_not_to_be_scaled():
+    optimizer = torch.optim.SGD(parameters(3), 0.1, weight_decay=0.4)
+    groups = ScaledGroups(optimizer, scales_decay=False)
+    enter(groups, optimizer, p0=2.0, p2=8.0)
+    shown = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert shown == [(0.2, 0.2), (0.1, 0.4), (0.8, 0.05)]
+    optimizer.param_groups[1]["weight_decay"] = 0.3  # the optimizer's own doing, in the unscaled part
+    groups.leave()
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.1, 0.3)]
+    optimizer.param_groups[0]["weight_decay"] = 0.8
+    enter(groups, optimizer, p0=2.0, p1=2.0, p2=2.0)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.2, 0.4)]
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    groups.leave()
+    assert optimizer.param_groups[0]["weight_decay"] == 0.2
+    assert groups.own_values() == {}
+
+
+def test_a_group_without_decay_is_split_all_the_same():
+    optimizer = torch.optim.Rprop(parameters(2), 0.1)
+    groups = ScaledGroups(optimizer, scales_decay=False)
+    enter(groups, optimizer, p0=2.0)
+    assert rates(optimizer) == [(0.2, 1), (0.1, 1)]
+    assert all("weight_decay" not in group for group in optimizer.param_groups)
+
+
 def test_what_the_optimizer_counts_in_a_part_goes_on_and_is_shown_in_the_group():
     optimizer = torch.optim.SGD(parameters(2), 0.1)
     (group,) = optimizer.param_groups

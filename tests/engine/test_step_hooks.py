@@ -5,6 +5,7 @@ import torch
 
 from helpers.controller_runs import STEPS, WEIGHTS, batch, equal, fit, loss_of, run, sgd
 from helpers.masked_weights import numbered
+from lightning_estdgm.config import StepSize
 from lightning_estdgm.engine._controller import DGMController
 from lightning_estdgm.engine._step_hooks import StepHooks
 
@@ -100,7 +101,7 @@ def hooked(make, mask_gradients=lambda weights: None, exponent=0.0):
     weight = numbered([[1, 0], [0, 1]])
     weight.inactive.apply_mask_(weight)
     optimizer = make([weight.parameter])
-    hooks = StepHooks([optimizer], mask_gradients, exponent)
+    hooks = StepHooks([optimizer], mask_gradients, StepSize(exponent=exponent))
     hooks.register([weight])
     return weight, optimizer, hooks
 
@@ -112,7 +113,7 @@ def momentum(parameters):
 def test_the_optimizers_that_hold_masked_weights_are_known_and_let_go():
     weight, optimizer, hooks = hooked(momentum)
     other = momentum([torch.nn.Parameter(torch.ones(2, 2))])
-    both = StepHooks([optimizer, other], lambda weights: None, 0.0)
+    both = StepHooks([optimizer, other], lambda weights: None, StepSize(exponent=0))
     both.register([weight])
     assert both.held == {id(p) for o in (optimizer, other) for p in o.param_groups[0]["params"]}
     assert (both.weights_of(optimizer), both.weights_of(other)) == ([weight], [])

@@ -31,8 +31,8 @@ UNSCALED = WEIGHTS.merged(step_size={"exponent": 0.0})
 class Lion(torch.optim.Optimizer):
     """Sign of an interpolated momentum, decoupled weight decay."""
 
-    def __init__(self, parameters, lr):
-        super().__init__(parameters, {"lr": lr, "betas": (0.9, 0.99), "weight_decay": 0.1})
+    def __init__(self, parameters, lr, weight_decay=0.1):
+        super().__init__(parameters, {"lr": lr, "betas": (0.9, 0.99), "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -148,6 +148,48 @@ def test_a_layer_steps_as_its_density_asks(mlp, make, exponent):
                 born[name][mask.bool() & ~masks[name].bool()] = step + 1
             masks = full_masks(dgm)
         assert len(twins) > 1
+
+
+DECAYING = {
+    "AdamW": lambda p, decay: torch.optim.AdamW(p, 1e-2, weight_decay=decay),
+    "AdamW, rate a tensor": lambda p, decay: torch.optim.AdamW(
+        p, torch.tensor(1e-2, dtype=torch.float64), weight_decay=decay
+    ),
+    "Lion": lambda p, decay: Lion(p, 1e-3, decay),
+    "SGD": lambda p, decay: torch.optim.SGD(p, 0.05, weight_decay=decay),
+}
+
+
+@pytest.mark.parametrize("make", DECAYING.values(), ids=DECAYING)
+def test_weight_decay_that_is_not_scaled_is_the_users_rate_times_his_decay(mlp, make):
+    unscaled = {"scale_weight_decay": False}
+    config = DGMConfig(constant(0.25), units=Units(size=1, distribution="uniform")).merged(step_size=unscaled)
+    model = mlp(32, 128, 64, 4, dtype=torch.float64)
+    optimizer = make(model.parameters(), 0.1)
+    with DGMController(model, optimizer, config, total_steps=STEPS, audit=False) as dgm:
+        masks = full_masks(dgm)
+        for step, decay in enumerate((0.1, 0.1, 0.3)):  # before any unit is grown
+            optimizer.param_groups[0]["weight_decay"] = decay  # as a scheduler of it does
+            twin = copy.deepcopy(model)
+            plain = make(twin.parameters(), 0.0)
+            plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            plain.param_groups[0]["weight_decay"] = 0.0
+            before = {name: p.clone() for name, p in model.named_parameters()}
+            for each in (twin, model):
+                each.zero_grad()
+                loss_of(each, batch(step, 32).double()).backward()
+            for name, mask in masks.items():
+                twin.get_submodule(name).weight.grad.mul_(mask)
+            dgm.mask_gradients()
+            plain.step()
+            optimizer.step()
+            assert [group["weight_decay"] for group in optimizer.param_groups] == [decay]
+            rate = float(optimizer.param_groups[0]["lr"])
+            for name, ours in model.named_parameters():
+                scale = 4.0 if name.removesuffix(".weight") in masks else 1.0
+                moved = scale * (twin.get_parameter(name) - before[name])
+                torch.testing.assert_close(ours, before[name] + moved - rate * decay * before[name], rtol=0, atol=1e-9)
+            dgm.advance()
 
 
 def test_a_rate_in_the_momentum_keeps_the_density_of_its_step(mlp):

@@ -322,7 +322,7 @@ def test_a_step_that_a_scaler_skips_is_not_counted():
     weight = numbered([[1, 0], [0, 1]])
     weight.inactive.apply_mask_(weight)
     optimizer = torch.optim.AdamW([weight.parameter], 0.1, fused=True)
-    hooks = StepHooks([optimizer], lambda weights: None, 1.0, grows=True)
+    hooks = StepHooks([optimizer], lambda weights: None, StepSize(), grows=True)
     hooks.register([weight])
     assert weight.young.lifetime > 6_000
     for step in range(4):
@@ -364,7 +364,7 @@ def test_weights_of_one_age_that_have_missed_a_step_keep_their_count():
     for weight in weights:
         weight.inactive.apply_mask_(weight)
     optimizer = torch.optim.AdamW([weight.parameter for weight in weights], 0.1)
-    hooks = StepHooks([optimizer], lambda weights: None, 1.0, grows=True)
+    hooks = StepHooks([optimizer], lambda weights: None, StepSize(), grows=True)
     hooks.register(weights)
     for step in range(6):
         if step == 2:

@@ -34,8 +34,14 @@ _RIVALS: Sequence[tuple[str, str, dict[str, Any]]] = (
 """Name, preset and settings of the other methods; all have the density-aware step size, and count steps by unit."""
 
 _UNITS: Sequence[tuple[str, Any]] = (("1", 1), ("4x1", [4, 1]), ("4x4", 4), ("16x16", 16))
-_LOWER: Mapping[str, float] = {"fashion": 0.075}
-"""task -> a density below the others', for *rising* single weights: fewer FLOPs a step, and so more steps."""
+_OTHERS: Mapping[str, Sequence[tuple[str, float, dict[str, Any]]]] = {
+    "fashion": [(" to 0.075", 0.075, {})],
+    "wikitext": [
+        (", decay kept", DENSITY, {"scale_decay": False}),
+        (" to 0.25, width 80, decay kept", 0.25, {"model.width": 80, "include": ["head"], "scale_decay": False}),
+    ],
+}
+"""task -> other *rising* single weights: what they are, the final density, and what else differs."""
 
 _SCHEDULES: Sequence[tuple[str, dict[str, Any]]] = (("cycle", {}), ("rising", SPARSE_TO_DENSER))
 
@@ -56,9 +62,9 @@ def contenders(task: str) -> list[Contender]:
             stem = {"exclude": ["net.0"]} if task == "fashion" and size == 4 else {}  # it has one input
             settings = {"block_size": size, **keep, **stem, **changes}
             found.append(Contender(task, f"EST-DGM {unit}, {schedule}", "est-dgm", settings, DENSITY, **how))
-    if lower := _LOWER.get(task):
-        settings = {"block_size": 1, **SPARSE_TO_DENSER}
-        found.append(Contender(task, f"EST-DGM 1, rising to {lower}", "est-dgm", settings, lower, **how))
+    for name, density, changes in _OTHERS.get(task, ()):
+        settings = {"block_size": 1, **SPARSE_TO_DENSER, **changes}
+        found.append(Contender(task, f"EST-DGM 1, rising{name}", "est-dgm", settings, density, **how))
     for name, method, changes in _RIVALS:
         settings = {"block_size": 1, **SCALED, **changes}
         found.append(Contender(task, name, method, settings, DENSITY, **how))

@@ -21,6 +21,7 @@ _PLACES = {
     "distribution": ("units", "distribution"),
     "step_exponent": ("step_size", "exponent"),
     "scale_init": ("step_size", "scale_initial_weights"),
+    "scale_decay": ("step_size", "scale_weight_decay"),
     "include": ("selection", "include"),
     "exclude": ("selection", "exclude"),
     **{name: ("update_rule", name) for name in ("keep", "grow", "gamma", "drop_fraction")},
