@@ -12,7 +12,10 @@ from rich.console import Console
 
 def study(
     preset: Annotated[
-        str, typer.Option(help="Which runs: headline, rates, methods, ablations, references, evidence or quick.")
+        str,
+        typer.Option(
+            help="Which runs: headline, rates, methods, ablations, references, allocations, evidence or quick."
+        ),
     ] = "headline",
     out: Annotated[
         Path, typer.Option(help="Folder for the table, its Markdown and its picture; a study there goes on.")

@@ -86,9 +86,9 @@ def evidence(rows: Rows = ()) -> Iterator[StudyRun]:
         entered = [each for each in EVIDENCE if each.task == task]
         equal = [run for each in entered for run in each.runs_of_budget(rows)]
         yield from equal
-        if all(run.key in known for run in equal):
-            for each in entered:
-                yield from each.runs_of_lengths(rows)
+        are_level = all(run.key in known for run in equal)
+        for each in entered:
+            yield from (run for run in each.runs_of_lengths(rows) if are_level or run.key in known)
 
 
 def cost_runs(rows: Rows) -> Iterator[StudyRun]:

@@ -292,8 +292,31 @@ def references() -> Iterator[StudyRun]:
                 yield from (StudyRun(task.name, DENSE, published, seed) for seed in range(seeds))
 
 
+def allocations() -> Iterator[StudyRun]:
+    """Where a small text network's weights are best: width, density and the head, one short run of each.
+
+    *Rising* single weights and a narrower dense network on WikiText's files, at the rates that `evidence` has chosen.
+    """
+    short = partial(StudyRun, "wikitext", seed=100, length=0.25)
+    yield short(DENSE, 0.016, settings={"model.width": 48})
+    with_head = {"include": ["head"]}
+    for width, density, changes in (
+        (96, 0.1, {}),
+        (96, 0.2, {}),
+        (80, 0.2, {}),
+        (64, 0.3, {}),
+        (96, 0.1, with_head),
+        (96, 0.2, with_head),
+        (80, 0.25, with_head),
+        (128, 0.15, with_head),
+    ):
+        settings = {"block_size": 1, **SPARSE_TO_DENSER, "model.width": width, **changes}
+        yield short("est-dgm", 0.008, density=density, settings=settings)
+
+
 PLANS: dict[str, Callable[[], Iterator[StudyRun]]] = {
-    plan.__name__: plan for plan in (headline, rates, methods, ablations, blocks, units, references, evidence, quick)
+    plan.__name__: plan
+    for plan in (headline, rates, methods, ablations, blocks, units, references, allocations, evidence, quick)
 }
 """Plans by name."""
 
