@@ -160,7 +160,8 @@ class _Split:
                 part.pop(key, None)
         for part, scale in zip(self.parts, self._scales, strict=True):
             for key in self._powers.keys() & self._group.keys():
-                part[key] = self._group[key] if scale == 1.0 else self._group[key] * scale ** self._powers[key]
+                value = self._group[key]
+                part[key] = value if scale == 1.0 or value is None else value * scale ** self._powers[key]
         self._given = _seen(self.parts[self._written])
 
     def end(self) -> None:

@@ -82,6 +82,10 @@ def test_a_group_without_decay_is_split_all_the_same():
     enter(groups, optimizer, p0=2.0)
     assert rates(optimizer) == [(0.2, 1), (0.1, 1)]
     assert all("weight_decay" not in group for group in optimizer.param_groups)
+    groups.leave()
+    optimizer.param_groups[0]["weight_decay"] = None  # as some say that there is none
+    enter(groups, optimizer, p0=2.0)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [None, None]
 
 
 def test_what_the_optimizer_counts_in_a_part_goes_on_and_is_shown_in_the_group():
