@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -22,10 +23,11 @@ from lightning_estdgm._checks import check_int
 from lightning_estdgm._flat_settings import FlatSettings
 from lightning_estdgm.callbacks._internal.averages import mask_averages_
 from lightning_estdgm.callbacks._internal.dgm_log import DGMLog, say_on
+from lightning_estdgm.callbacks._internal.extended_hook import extend_hook
 from lightning_estdgm.callbacks._internal.fit_result import FitResult, FitResultFile
 from lightning_estdgm.callbacks._internal.gradient_compression import GradientCompression
 from lightning_estdgm.callbacks._internal.graph_limit import GraphLimit
-from lightning_estdgm.callbacks._internal.loaded_weights import LoadedWeights
+from lightning_estdgm.callbacks._internal.loaded_weights import LoadedWeights, say_foreign
 from lightning_estdgm.callbacks._internal.manual_clipping import ManualClipping
 from lightning_estdgm.callbacks._internal.packed_weights import PackedWeights
 from lightning_estdgm.callbacks._internal.run_outcome import RunOutcome
@@ -39,6 +41,7 @@ from lightning_estdgm.callbacks._internal.trainer_checks import (
     check_checkpoint_io,
     check_ddp,
     check_other_maskers,
+    check_trainer,
     grad_scale,
 )
 from lightning_estdgm.config import DGMConfig
@@ -241,6 +244,7 @@ class DGMCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a second callback of this kind, and strategies that are not supported."""
+        check_trainer(trainer)
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         count = sum(isinstance(callback, DGMCallback) for callback in callbacks)
         if count > 1:
@@ -261,7 +265,17 @@ class DGMCallback(pl.Callback):
                 self._at_end.callback(self._compression.close)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the controller of the model and its optimizers; a fit with nothing left to do changes nothing."""
+        """Make the controller of the model and its optimizers; a fit with nothing left to do changes nothing.
+
+        A module's own hook comes first: the length of the run may depend on the data or the limits that it makes.
+        """
+        if is_overridden("on_fit_start", pl_module) and self._packed is None:
+            give_back = extend_hook(pl_module, "on_fit_start", partial(self._begin, trainer, pl_module))
+            self._at_end.callback(give_back)
+        else:
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = adapter_for(trainer.strategy).model(trainer.strategy)
         # Not by on_load_checkpoint: a tuner calls it too, and Lightning does not without "callbacks" in the checkpoint.
         self._checkpoint_step = trainer._checkpoint_connector._loaded_checkpoint.get("global_step", 0)
@@ -344,6 +358,8 @@ class DGMCallback(pl.Callback):
             rank_zero_info(f"A new run starts from weights with zeros: {controller.recovered}")
         if not pl_module.automatic_optimization:
             self._at_end.callback(ManualClipping(trainer, controller.mask_gradients).end)
+        if self._resumed:
+            say_foreign(controller)
         self._loaded = LoadedWeights(controller)
         self._at_end.callback(self._loaded.close)
         mask_averages_(trainer, controller)
@@ -416,11 +432,24 @@ class DGMCallback(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Zero inactive weights that the user's code has written to since the last step."""
         if self._clock is not None:
+            if self._loaded is not None:
+                self._loaded.say()
+            self._bound().mask_weights(every=True)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Do so again at the first batch: hooks that come after this callback's may put averages in at the start."""
+        if self._clock is not None and batch_idx == 0 and dataloader_idx == 0:
             self._bound().mask_weights(every=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Zero inactive weights that the user's code has written to since the last step; name replaced layers."""
-        self._bound().mask_weights(every=True)
+        """Zero inactive weights that the user's code has written to since the last step; name replaced layers.
+
+        Weights that were loaded since are left as they are, as the best ones of the run: nothing trains them any more.
+        """
+        if self._loaded is None or not self._loaded.exceeding(as_loaded=True):
+            self._bound().mask_weights(every=True)
         assert self._outcome is not None
         self._outcome.watch_replaced()  # not later: what is done to the trained model is its owner's business
 
@@ -436,6 +465,7 @@ class DGMCallback(pl.Callback):
             self._keep_earlier(adapter_for(trainer.strategy).model(trainer.strategy))
             return
         assert self._outcome is not None
+        self._outcome.watch_weights()
         self._outcome.say()
         self._spawned.leave(trainer, lambda: self._result(self._bound()))
 

@@ -24,6 +24,7 @@ class _Track:
     method: Method
     wrap_uj: int | None
     idle_mw: int | None = None
+    longest_ns: int = 0  # over which power is integrated
     base: Reading | None = None  # the last good reading of the open segment
     in_gap: bool = False
     covered_ns: int = 0
@@ -43,7 +44,8 @@ class Accumulator:
       the gap used; after a lost device it does not.
 
     Args:
-        max_interval_s: longest interval between two readings of power over which power is integrated, in seconds.
+        max_interval_s: longest interval between two readings of power over which power is integrated, in seconds;
+            three update periods of the device's source, if that is longer.
 
     Raises:
         ValueError: `max_interval_s` is not positive.
@@ -66,6 +68,7 @@ class Accumulator:
         method: Method,
         wrap_range_uj: int | None = None,
         idle_mw: int | None = None,
+        update_period_s: float = 0.0,
     ) -> None:
         """Expect readings of `device` from now on.
 
@@ -75,6 +78,7 @@ class Accumulator:
             method: Method of that source.
             wrap_range_uj: Range of the counter in microjoules; None takes a counter that goes back for a reset.
             idle_mw: Idle power in milliwatts, where it was measured.
+            update_period_s: Time in which the source renews its values.
 
         Raises:
             ValueError: The device was added before, so it would be counted twice, or the wrap range is not positive.
@@ -83,7 +87,9 @@ class Accumulator:
             raise ValueError(f"{device} is already read by source {self._tracks[device].source!r}")
         if wrap_range_uj is not None and wrap_range_uj <= 0:
             raise ValueError(f"wrap_range_uj must be > 0 or None, got {wrap_range_uj!r}")
-        self._tracks[device] = _Track(source, method, wrap_range_uj, idle_mw)
+        self._tracks[device] = _Track(
+            source, method, wrap_range_uj, idle_mw, max(self._max_interval_ns, round(3e9 * update_period_s))
+        )
 
     @property
     def devices(self) -> tuple[DeviceId, ...]:
@@ -179,7 +185,7 @@ class Accumulator:
         if old.energy_uj is None and new.energy_uj is None:
             assert old.power_mw is not None
             assert new.power_mw is not None
-            if span_ns > self._max_interval_ns:
+            if span_ns > track.longest_ns:
                 return None
             return (old.power_mw + new.power_mw) * span_ns // 2_000_000  # mW * ns = pJ
         return None  # a device that changed from counter to power: the two do not continue each other

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from lightning_estdgm.energy._amd_visibility import AmdGpu, no_visible_gpu, visible_gpus
-from lightning_estdgm.energy._counter_check import MOST_W, STILL_NS, CounterCheck
+from lightning_estdgm.energy._counter_check import STILL_NS, CounterCheck, is_plausible
 from lightning_estdgm.energy._reading import (
     DeviceId,
     DeviceInfo,
@@ -239,8 +239,7 @@ class AmdGpus:
 
     def _power(self, gpu: AmdGpu) -> int:
         power = self._library.power_mw(gpu)
-        # What is switched on draws some: 0 W is a sensor that does not answer, 65535 W one that has no value.
-        if not 0 < power <= MOST_W * 1000:
+        if not is_plausible(power):
             raise AmdLibraryError(Status.ERROR, f"it reports {power / 1000:g} W")
         return power
 

@@ -70,7 +70,7 @@ def visible_gpus(gpus: list[AmdGpu]) -> list[AmdGpu]:
     """Return the GPUs that this process may use: torch's devices once HIP runs, else those the environment leaves.
 
     ROCR_VISIBLE_DEVICES is applied first, then HIP_VISIBLE_DEVICES or, without it, CUDA_VISIBLE_DEVICES: by
-    place in what the one before left, or by UUID, ending at the first entry that is not valid.
+    place in what the one before left, or by UUID or its beginning, ending at the first entry that is not valid.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.version.hip and torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -88,15 +88,19 @@ def visible_gpus(gpus: list[AmdGpu]) -> list[AmdGpu]:
             continue
         left: list[AmdGpu] = []
         for token in (t.strip() for t in text.split(",")):
-            if token.isdigit():
-                found = chosen[int(token) : int(token) + 1]
-            else:
-                found = [gpu for gpu in chosen if token.lower() in (uid.lower() for uid in gpu.ids)]
+            found = chosen[int(token) : int(token) + 1] if token.isdigit() else _by_uuid(chosen, token)
             if not found:
                 break
             left += [gpu for gpu in found if gpu not in left]
         chosen = left
     return chosen
+
+
+def _by_uuid(gpus: list[AmdGpu], token: str) -> list[AmdGpu]:
+    """Return the one GPU whose UUID is the token or begins with it, as ROCr and HIP take it; else none."""
+    start = token.lower()
+    found = [gpu for gpu in gpus if any(uid.lower().startswith(start) for uid in gpu.ids)]
+    return found if len(found) == 1 and len(start) > len("GPU-") else []
 
 
 def no_visible_gpu(count: int) -> SourceUnavailable:

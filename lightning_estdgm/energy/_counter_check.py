@@ -20,6 +20,14 @@ MOST_W = 3000
 _log = logging.getLogger(__name__)
 
 
+def is_plausible(power_mw: int) -> bool:
+    """Return whether a device that is switched on can draw this power, in milliwatts.
+
+    0 W is a sensor that does not answer; drivers give 65535 W and 2^32 - 1 mW where they have no value.
+    """
+    return 0 < power_mw <= MOST_W * 1000
+
+
 class CounterCheck:
     """Check of the readings of one counter; logs once that it stands still or jumps.
 

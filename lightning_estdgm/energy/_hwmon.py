@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from lightning_estdgm.energy._counter_check import CounterCheck, is_plausible
 from lightning_estdgm.energy._reading import (
     DeviceId,
     DeviceInfo,
@@ -80,7 +82,7 @@ def cards(root: str | os.PathLike[str], drivers: tuple[str, ...]) -> list[Card]:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sensor:
     """One file of energy or power.
 
@@ -88,11 +90,16 @@ class Sensor:
         path: File with a whole number of microjoules or microwatts.
         quantity: "energy" or "power".
         info: Device that it belongs to.
+        check: Check of a counter's readings.
     """
 
     path: Path
     quantity: Literal["energy", "power"]
     info: DeviceInfo
+    check: CounterCheck = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.check = CounterCheck(self.info.name)
 
 
 class HwmonSensors:
@@ -134,8 +141,16 @@ class HwmonSensors:
         return None
 
     def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
-        """Read the sensors, one file each."""
-        return {d: _read(sensor) for d, sensor in self._sensors.items() if devices is None or d in devices}
+        """Read the sensors, one file each. One whose file is gone is sought: drivers that load again number anew."""
+        readings = {}
+        for device, sensor in self._sensors.items():
+            if devices is None or device in devices:
+                readings[device] = _read(sensor)
+        for device in readings:
+            if not self._sensors[device].path.exists():
+                with contextlib.suppress(SourceUnavailable):
+                    self._sensors[device] = self._find().get(device.uid, self._sensors[device])
+        return readings
 
     def close(self) -> None:
         """Forget the sensors; nothing is held open."""
@@ -152,7 +167,8 @@ def _read(sensor: Sensor) -> Reading:
     if not isinstance(result, int) or result < 0:
         return Reading(now_ns, status=Status.ERROR)
     if sensor.quantity == "energy":
-        return Reading(now_ns, energy_uj=result)
-    if result == 0:  # what is switched on draws some: a sensor that does not answer
+        status = sensor.check.status(result, now_ns, lambda: None)
+        return Reading(now_ns, energy_uj=result if status is Status.OK else None, status=status)
+    if not is_plausible(result // 1000):
         return Reading(now_ns, status=Status.ERROR)
     return Reading(now_ns, power_mw=result // 1000)

@@ -41,12 +41,13 @@ def check_seconds(name: str, value: float, expected: str = "seconds") -> float:
 class Sampler:
     """Reads sources every `interval_s` from one daemon thread, and at once whenever `mark` or `read` is called.
 
-    No source is read more often than it renews its values. In a forked child every method does nothing: the thread
-    and the vendors' state stay with the parent.
+    No source is read more often than it renews its values. Methods may be called from a signal handler that has
+    interrupted one of them, as that of a job that is requeued, which saves a checkpoint: nothing is read then. In a
+    forked child every method does nothing: the thread and the vendors' state stay with the parent.
 
     Args:
         sources: Names with sources, or with the reason why there is none, as `resolve` gives them.
-        interval_s: Time between two readings of the thread; never shorter than a source renews its values.
+        interval_s: Time between two readings of the thread; see `SourceSet.due_s`.
     """
 
     def __init__(self, sources: Iterable[tuple[str, EnergySource | SourceUnavailable]], *, interval_s: float) -> None:
@@ -55,7 +56,8 @@ class Sampler:
         self._accumulator = self._new_accumulator()
         self._read_at_ns: dict[str, int] = {}
         self._idle_mw: dict[DeviceId, int] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._is_reading = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._pid: int | None = None
@@ -100,12 +102,10 @@ class Sampler:
         begin_ns = time.monotonic_ns()
         end_ns = begin_ns + round(seconds * 1e9)
         accumulator.switch(begin_ns, "idle", "idle")
-        while True:
-            self._read_into(accumulator, at_once=True)
-            left_s = (end_ns - time.monotonic_ns()) / 1e9
-            if left_s <= 0:
-                break
-            time.sleep(min(left_s, self._thread_interval_s()))
+        self._read_into(accumulator, at_once=True)
+        while (left_s := (end_ns - time.monotonic_ns()) / 1e9) > 0:
+            time.sleep(min(left_s, self._sources.due_s(self._interval_s)))
+            self._read_into(accumulator, at_once=time.monotonic_ns() >= end_ns)
         totals = accumulator.totals()
         energy_uj = totals.device_uj()
         self._idle_mw = {d: round(energy_uj[d] * 1_000_000 / ns) for d, ns in totals.device_ns.items()}
@@ -128,8 +128,7 @@ class Sampler:
         self._started = True
         self._sources.expect_in(self._accumulator, self._idle_mw)
         self._accumulator.switch(time.monotonic_ns(), label, stage)
-        with self._lock:
-            self._read_into(self._accumulator, at_once=True)
+        self._read_now(at_once=True)
         if self._sources:
             thread = threading.Thread(target=self._run, name="estdgm-energy", daemon=True)
             try:
@@ -150,15 +149,14 @@ class Sampler:
         if not self._is_ours():
             return
         with self._lock:
-            self._read_into(self._accumulator)
-            self._accumulator.switch(time.monotonic_ns(), label, stage)
+            if not self._is_reading:
+                self._read_now()
+                self._accumulator.switch(time.monotonic_ns(), label, stage)
 
     def read(self) -> None:
         """Read now."""
-        if not self._is_ours():
-            return
-        with self._lock:
-            self._read_into(self._accumulator)
+        if self._is_ours():
+            self._read_now()
 
     def stop(self) -> None:
         """Stop and join the thread, read a last time, close the sources. May be called twice."""
@@ -170,7 +168,7 @@ class Sampler:
         self._thread = None
         with self._lock:
             if self._started:
-                self._read_into(self._accumulator, at_once=True)
+                self._read_now(at_once=True)
             self._sources.close()
         self._closed = True
 
@@ -196,6 +194,16 @@ class Sampler:
     def _new_accumulator(self) -> Accumulator:
         return Accumulator(max_interval_s=max(5.0, 3 * self._interval_s))
 
+    def _read_now(self, *, at_once: bool = False) -> None:
+        with self._lock:
+            if self._is_reading:  # in this thread, which a signal has interrupted
+                return
+            self._is_reading = True
+            try:
+                self._read_into(self._accumulator, at_once)
+            finally:
+                self._is_reading = False
+
     def _read_into(self, accumulator: Accumulator, at_once: bool = False) -> None:
         readings: dict[DeviceId, Reading] = {}
         not_due: set[DeviceId] = set()
@@ -212,10 +220,7 @@ class Sampler:
                 continue  # its devices are missing from the readings, so they count as failed
         accumulator.update(time.monotonic_ns(), readings, not_due)
 
-    def _thread_interval_s(self) -> float:
-        return max([self._interval_s, *(source.update_period_s for source in self.active)])
-
     def _run(self) -> None:
-        interval_s = self._thread_interval_s()
+        interval_s = self._sources.due_s(self._interval_s)
         while not self._stop.wait(min(interval_s, threading.TIMEOUT_MAX)):
             self.read()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-from lightning_estdgm.energy._accumulator import Accumulator
+from lightning_estdgm.energy._accumulator import MAX_WRAP_POWER_W, Accumulator
 from lightning_estdgm.energy._device_assignment import ActiveSource, UnavailableSource
 from lightning_estdgm.energy._reading import (
     KINDS,
@@ -105,7 +106,19 @@ class SourceSet:
                     method=source.method,
                     wrap_range_uj=self._wrap_uj[device],
                     idle_mw=None if idle_mw is None else idle_mw.get(device),
+                    update_period_s=source.update_period_s,
                 )
+
+    def due_s(self, interval_s: float) -> float:
+        """Return the time until a reading is due, in seconds.
+
+        Args:
+            interval_s: Time that is asked for. It is as long as the fastest source takes to renew its values if that
+                is longer, and shorter where a counter might pass its end twice in it.
+        """
+        ranges = [self._wrap_uj[device] for source in self.active for device in source.devices]
+        wraps_s = min((range_uj / 1e6 / MAX_WRAP_POWER_W for range_uj in ranges if range_uj), default=math.inf)
+        return max(min(interval_s, wraps_s / 2), min((source.update_period_s for source in self.active), default=0.0))
 
     def read(self, source: ActiveSource) -> Mapping[DeviceId, Reading]:
         """Read the devices of one active source, without those whose reading is none; raises what the source raises."""
@@ -183,6 +196,8 @@ def _open(source: EnergySource) -> dict[DeviceId, DeviceInfo]:
         for device, info in devices.items():
             if not isinstance(device, DeviceId) or not isinstance(info, DeviceInfo):
                 raise TypeError(f"devices must be {{DeviceId: DeviceInfo}}, got {{{device!r}: {info!r}}}")
+            if any(type(text) is not str for text in (device.host, device.kind, device.uid)):  # a checkpoint holds them
+                raise TypeError(f"host, kind and uid of a device must be str, got {device!r}")
             if not set(info.covers) <= set(KINDS):
                 raise ValueError(f"{device}: covers must be kinds of {KINDS}, got {info.covers!r}")
     except BaseException:

@@ -233,6 +233,15 @@ class MaskedWeight:
             self.fill_inactive_(self.weight.data)  # no write for autograd: `state_dict` may be called before a backward
             self.note_written()
 
+    @torch.no_grad()
+    def exceeds_mask(self) -> bool:
+        """Whether an inactive place holds a number, where they are to be 0; reads the whole weight."""
+        if self.is_dense or not self.is_zero_outside or not self.inactive.stored:
+            return False
+        masked = self.weight.clone()
+        self.fill_inactive_(masked)
+        return bool(((masked == 0) & (self.weight != 0)).any())  # NaN equals nothing
+
     def is_written_uncounted(self) -> bool:
         """Whether an inactive place holds a number though torch has counted no write since `note_written`."""
         if self.is_dense or not self.is_zero_outside or self._written != self.version:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from helpers.models import NO_VALIDATION_LOADER, ResumableLoader, TinyMLP, assert_final, make_trainer
 from helpers.runs import SaveAt, differences, end_of
-from lightning_estdgm import DGMCallback
+from lightning_estdgm import DGMCallback, DGMConfig, Units
 
 pytestmark = [
     pytest.mark.filterwarnings(NO_VALIDATION_LOADER),
@@ -133,3 +133,39 @@ def test_a_length_that_the_user_gave_stands() -> None:
     _, dgm, _, positions = fit(Changing(LENGTHS["shorter"]), total_steps=70, **settings)
     assert dgm.schedule.total_steps == 70
     assert positions == list(range(1, 81))
+
+
+def test_accumulation_that_the_users_code_changes() -> None:
+    class Accumulates(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            trainer.accumulate_grad_batches = 1 if trainer.current_epoch < 2 else 4
+
+    dgm = DGMCallback(DGMConfig(units=Units(size=1), backend="dense"))
+    trainer = make_trainer(Accumulates(), dgm, max_epochs=6)
+    trainer.fit(TinyMLP(), TinyMLP.batches(16))
+    assert dgm.controller is not None
+    assert (trainer.global_step, dgm.controller.steps) == (48, 48)
+    assert dgm.controller.position == dgm.schedule.total_steps == 96
+    assert dgm.density == pytest.approx(0.1, rel=0.05)
+
+
+class MakesData(TinyMLP):
+    """Makes its data, and what limits the run, in its own hook."""
+
+    def on_fit_start(self) -> None:
+        self.asked: list[str] = []
+        self.made = TinyMLP.batches(16)
+        self.trainer.limit_train_batches = 4
+
+    def train_dataloader(self) -> Any:
+        self.asked.append("train")
+        return self.made
+
+
+def test_data_and_limits_that_the_module_makes_as_the_fit_starts() -> None:
+    module, dgm = MakesData(), DGMCallback(DGMConfig(units=Units(size=1), backend="dense"))
+    trainer = make_trainer(dgm, max_epochs=5)
+    trainer.fit(module)
+    assert (trainer.global_step, dgm.schedule.total_steps) == (20, 20)
+    assert module.asked == ["train"]
+    assert "on_fit_start" not in vars(module)

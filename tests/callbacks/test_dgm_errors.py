@@ -119,6 +119,14 @@ def test_two_callbacks() -> None:
         make_trainer(callback_for(), DGMCallback())
 
 
+def test_the_trainer_of_another_package() -> None:
+    other = type("Trainer", (), {"__module__": "pytorch_lightning.trainer.trainer"})()
+    with pytest.raises(
+        TypeError, match=r"got a Trainer of pytorch_lightning.trainer.trainer, expected lightning.pytor"
+    ):
+        DGMCallback().setup(other, TinyMLP(), "fit")
+
+
 def test_second_callback_added_later() -> None:
     module, callback = TinyMLP(), callback_for()
     trainer = make_trainer(callback, max_epochs=1)

@@ -467,6 +467,22 @@ def test_curves_with_accumulation_hold_each_step_once(tmp_path: Path, accumulate
     assert steps == sorted(set(steps))
 
 
+def test_a_trainer_that_never_logs_is_not_made_to(tmp_path: Path) -> None:
+    class Counts(CSVLogger):
+        calls = 0
+
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            self.calls += 1
+
+    calls = []
+    for callbacks in ([], [callback_for()]):
+        logger = Counts(tmp_path)
+        trainer = make_trainer(*callbacks, max_epochs=1, logger=logger, log_every_n_steps=0)
+        trainer.fit(TinyMLP(), TinyMLP.batches(20))
+        calls.append(logger.calls)
+    assert calls[0] == calls[1]
+
+
 def test_no_logger_is_fine() -> None:
     callback = callback_for()
     make_trainer(callback, max_epochs=1, logger=False).fit(TinyMLP(), TinyMLP.batches(20))

@@ -174,8 +174,8 @@ def test_control_a_spoiled_field_is_seen(straight: Callable[[str], Straight], fi
 
     try:
         end = end_of(*run.run.fit(Look(), ckpt=tmp_path / "spoiled.ckpt", seed=1))
-    except ValueError:
-        return  # refused outright
+    except (ValueError, UserWarning):
+        return  # refused outright, or said: weights outside the masks
     # Some leave no trace at the end, such as a common factor of all scores: then a step later.
     regular = load(run.checkpoint(7))["callbacks"]["DGMCallback"]
     assert differences(run.end, end) + differences(regular, after_one) != []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import pickle
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,22 @@ def test_totals_add_up_over_a_restart(tmp_path: Path, late: bool) -> None:
     run.fit(Net(), data(), ckpt_path=tmp_path / "a.ckpt")
     assert second.summary()["steps"] == 8
     assert second.summary()["total_joules"] < both["total_joules"]
+
+
+def test_a_phase_that_is_an_enum_is_its_text(tmp_path: Path) -> None:
+    class Phase(str, enum.Enum):
+        MAIN = "main"
+
+    class Schedule(Callback):
+        phase = Phase.MAIN
+
+    mon = monitor()
+    run = trainer(tmp_path, Schedule(), mon, max_epochs=1)
+    run.fit(Net(), data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert [type(phase) for phase in mon.summary()["by_phase"]] == [str]
+    assert list(mon.summary()["by_phase"]) == ["main"]
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["EnergyMonitor"]
 
 
 def test_a_checkpoint_in_mid_run_holds_the_joules_until_then(tmp_path: Path) -> None:

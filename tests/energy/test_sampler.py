@@ -6,12 +6,15 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Collection, Mapping
 
 import pytest
 
 from helpers.energy_parts import NEVER_S, ConstantPower, started_sampler
-from lightning_estdgm.energy._reading import Status
+from lightning_estdgm.energy._reading import DeviceId, Reading, Status
 from lightning_estdgm.energy._sampler import Sampler
+from lightning_estdgm.energy._source_set import SourceSet
+from lightning_estdgm.energy._totals import Totals
 
 
 def test_constant_power_gives_its_joules() -> None:
@@ -82,6 +85,75 @@ def test_a_source_is_read_no_more_often_than_it_is_renewed() -> None:
     by_stage = {c.stage: uj for c, uj in totals.energy_uj.items() if c.device == slow.device}
     assert by_stage["val"] >= 100 * 0.01 * 1e6 * 0.99  # the boundaries in between split it by time
     assert sum(by_stage.values()) == pytest.approx(100 * totals.device_ns[slow.device] / 1000, abs=2)
+
+
+def test_a_slow_source_holds_no_other_up() -> None:
+    slow, fast = ConstantPower(name="slow", update_period_s=3600.0), ConstantPower(name="fast", uid="c1")
+    sampler = started_sampler(slow, fast, interval_s=0.005)
+    deadline = time.monotonic() + 10
+    while fast.events.count("read") < 4 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert (slow.events.count("read"), fast.events.count("read") >= 4) == (1, True)
+    sampler.stop()
+
+
+def test_power_that_is_renewed_seldom_is_integrated_all_the_same() -> None:
+    class Power(ConstantPower):
+        def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
+            return {self.device: Reading(next(times), power_mw=100_000)}
+
+    now = time.monotonic_ns()
+    times = iter((now, now + 60 * 10**9))
+    sampler = started_sampler(Power(method="integrated", update_period_s=60.0), interval_s=1.0)
+    sampler.stop()
+    assert sampler.totals().joules() == pytest.approx(6000.0)
+    times = iter((now, now + 60 * 10**9))
+    sampler = started_sampler(Power(method="integrated", update_period_s=6.0), interval_s=1.0)
+    sampler.stop()
+    assert sampler.totals().joules() is None  # ten periods without a reading are a gap
+
+
+def test_a_counter_is_read_before_it_can_pass_its_end_twice() -> None:
+    class Wraps(ConstantPower):
+        def wrap_range_uj(self, device: DeviceId) -> int | None:
+            return 65_532_610_987
+
+    for source, interval_s, expected in (
+        (Wraps(), 70.0, 65_532.610987 / 1000 / 2),  # at 1 kW, which no CPU draws more of
+        (Wraps(), 1.0, 1.0),
+        (ConstantPower(), 70.0, 70.0),
+        (ConstantPower(update_period_s=90.0), 70.0, 90.0),
+    ):
+        sources = SourceSet([("one", source)])
+        sources.open()
+        assert sources.due_s(interval_s) == pytest.approx(expected)
+
+
+def test_a_signal_that_interrupts_a_reading_can_ask_for_totals() -> None:
+    sampler = started_sampler(source := ConstantPower())
+
+    def handle(number: int, frame: object) -> None:
+        sampler.read()
+        sampler.mark("train", "val")
+        seen.append(sampler.totals())
+
+    class Interrupted(ConstantPower):
+        def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
+            signal.raise_signal(signal.SIGUSR1)
+            return ConstantPower.read(self, devices)
+
+    seen: list[Totals] = []
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        source.__class__ = Interrupted
+        sampler.read()
+        assert len(seen) == 1
+        source.__class__ = ConstantPower
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    sampler.stop()
+    totals = sampler.totals()
+    assert totals.joules() == pytest.approx(100.0 * totals.covered_ns / 1e9, rel=1e-4)
 
 
 def test_an_interval_longer_than_a_thread_can_wait_ends_no_thread() -> None:

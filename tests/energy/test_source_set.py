@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -126,6 +127,7 @@ def test_a_source_with_a_wrap_range_that_makes_no_sense_is_absent() -> None:
         ({"c0": DeviceInfo("rail")}, 0.0, "TypeError: devices must be {DeviceId: DeviceInfo}, got {'c0'"),
         ({GPU: DeviceInfo("rail", covers=("npu",))}, 0.0, "ValueError: .*covers must be kinds"),  # type: ignore[arg-type]
         ({GPU: DeviceInfo("rail", covers=None)}, 0.0, "TypeError"),  # type: ignore[arg-type]
+        ({DeviceId("h", "gpu", UUID(int=7)): DeviceInfo("rail")}, 0.0, "TypeError: host, kind and uid"),  # type: ignore[arg-type]
         ({GPU: DeviceInfo("rail")}, None, "ValueError: .*update_period_s must be >= 0, got None"),
     ],
 )

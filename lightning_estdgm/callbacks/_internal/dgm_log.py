@@ -69,9 +69,12 @@ class DGMLog:
                 f"DGMCallback: {len(late)} layers ({first_names(late)}) have begun to train, and are masked from step "
                 f"{controller.steps} on"
             )
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every == 0:  # never, as for Lightning
+            return
         if updated or controller.steps == 1:
             self._log(self._metrics() | self._update_metrics())
-        elif controller.steps % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
+        elif controller.steps % every == 0:
             self._log(self._metrics())
 
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from traceback import walk_tb
 from typing import Any
 
@@ -10,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_estdgm.callbacks._internal.extended_hook import extend_hook
 from lightning_estdgm.callbacks._internal.packed_checkpoints import PackedCheckpoints
 from lightning_estdgm.config import DGMConfig
 from lightning_estdgm.distributed.adapters._protocol import adapter_for
@@ -45,14 +45,16 @@ class PackedWeights:
         self.began = False
         self._checkpoints: PackedCheckpoints | None = None
         self._module: Any = module
-        self._extended: dict[str, tuple[Any, Any]] = {}  # by the hook's name: what stands there now, and stood before
 
         def pack() -> None:
             storage.pack(module, lambda: total_steps or int(trainer.estimated_stepping_batches))
             self._checkpoints = PackedCheckpoints(trainer, storage.shapes)
 
         # Not at once: until its `setup`, other callbacks ask whether the module has a `configure_model` of its own.
-        self._extend("setup", lambda: self._extend("configure_model", pack))
+        def extend_configure_model() -> None:
+            self._give_back = extend_hook(module, "configure_model", pack)
+
+        self._give_back = extend_hook(module, "setup", extend_configure_model)
 
     @staticmethod
     def _check(trainer: pl.Trainer) -> None:
@@ -109,26 +111,6 @@ class PackedWeights:
             return self._module
 
         vars(self._module)["cpu"] = cpu
-
-    def _extend(self, name: str, then: Callable[[], None]) -> None:
-        """Have the module's hook call a function at its end, once."""
-        hook = getattr(self._module, name)
-
-        def extended(*args: Any, **kwargs: Any) -> None:
-            self._give_back()
-            hook(*args, **kwargs)
-            then()
-
-        self._extended[name] = extended, vars(self._module).get(name)
-        vars(self._module)[name] = extended
-
-    def _give_back(self) -> None:
-        for name, (extended, own) in self._extended.items():
-            if vars(self._module).get(name) is extended:
-                del vars(self._module)[name]
-                if own is not None:
-                    vars(self._module)[name] = own
-        self._extended.clear()
 
 
 def _is_ours(exception: BaseException) -> bool:

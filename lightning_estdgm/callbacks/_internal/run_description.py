@@ -80,7 +80,8 @@ def _phase(callback: Callback) -> str | None:
         phase = getattr(callback, "phase", None)
     except Exception:  # another's property, which may mean something else and not be ready yet
         return None
-    return phase if isinstance(phase, str) else None
+    # A str-Enum's own text, as its members would be in checkpoints, which load with ``weights_only=True``.
+    return str.__str__(phase) if isinstance(phase, str) else None
 
 
 def run_folder(trainer: Trainer) -> str:

@@ -76,6 +76,7 @@ class RunOutcome:
         self._watching = False
         self._thawed: list[str] = []
         self._replaced: list[str] = []
+        self._exceeding: list[str] = []
         self.resumes = False
 
     def watch(self) -> None:
@@ -161,10 +162,24 @@ class RunOutcome:
                 "values, keep it and its parameter, and copy them into it (layer.weight.copy_, layer.reset_parameters)"
             )
 
+    def watch_weights(self) -> None:
+        """Warn of weights outside the masks, which something has put in after the last step. Call it at the end."""
+        self._exceeding = names = [weight.name for weight in self._controller.masked_weights if weight.exceeds_mask()]
+        if names:
+            rank_zero_warn(
+                f"DGMCallback: the fit ends with weights outside the masks in {len(names)} layers "
+                f"({first_names(names)}): others were put in after the last step, as the best ones so far, saved at a "
+                "higher density, or an average. They are left as they are, so the network is denser than `density` "
+                "says, which is that of the last step. Keep the best of the final density alone, or mask an average: "
+                "see docs/guides/resume.md"
+            )
+
     def summary(self) -> dict[str, Any]:
         """Return the outcome in plain types: whether the final density was met, dense layers, the best checkpoints."""
         return {
-            "ended_as_asked": self._masks_any and not self._replaced and self._is_asked(self._controller.density),
+            "ended_as_asked": self._masks_any
+            and not (self._replaced or self._exceeding)
+            and self._is_asked(self._controller.density),
             "thawed_and_dense": list(self._thawed),
             "replaced_and_dense": list(self._replaced),
             "best_checkpoints": [asdict(best) for best, _ in self._best.values()],

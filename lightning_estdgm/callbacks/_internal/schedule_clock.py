@@ -65,6 +65,7 @@ class ScheduleClock:
         self._asked = total_steps
         self._max_epochs = max_epochs
         self._accumulation = next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+        self._together_before = trainer.accumulate_grad_batches
         # Number of batches of an epoch: as expected now, and as the Trainer said of the epoch before.
         self._expected: float | None = None
         self._announced: float = math.inf
@@ -176,7 +177,8 @@ class ScheduleClock:
     def begin_epoch(self, controller: DGMController) -> str:
         """Follow loaders whose length changes from epoch to epoch, or which end before ``limit_train_batches``.
 
-        Call it at the start of each epoch, on all ranks.
+        So is the Trainer's ``accumulate_grad_batches``, where code of the user's changes it. Call it at the start of
+        each epoch, on all ranks.
 
         Returns:
             A sentence on what has changed; empty if nothing has.
@@ -192,11 +194,18 @@ class ScheduleClock:
         if self._only_time or self._asked is not None or self._max_epochs in (None, -1) or not math.isfinite(coming):
             return ""
         progress, pace = self._progress(controller.steps), controller.pace
-        changed = self._agree(int(expected is not None and coming != expected), "max")
+        together, self._together_before = self._together_before, trainer.accumulate_grad_batches
+        accumulates_anew = self._accumulation is None and together != self._together_before
+        changed = self._agree(int((expected is not None and coming != expected) or accumulates_anew), "max")
         left = self._left(controller.steps) if changed else 0
         if not changed or controller.position >= pace.total_steps or pace.last == progress + left:
             return ""
         controller.pace = pace.with_length(pace.run, progress=progress, position=controller.position, left=left)
+        if accumulates_anew:
+            return (
+                f"a step takes {self._together_before} batches now, and {together} before: the rest of the schedule is "
+                f"spread over the {left} steps that are left"
+            )
         before = "their number was not known" if expected == math.inf else f"{expected:.0f} were expected"
         return (
             f"an epoch has {coming:.0f} batches now, and {before}: the rest of the schedule is "

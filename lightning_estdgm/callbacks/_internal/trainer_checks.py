@@ -8,6 +8,22 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 
 
+def check_trainer(trainer: object) -> None:
+    """Refuse the Trainer of another package, whose callbacks, loops and strategies are other classes.
+
+    Raises:
+        TypeError: It is no ``lightning.pytorch.Trainer``.
+
+    """
+    if not isinstance(trainer, pl.Trainer):
+        kind = type(trainer)
+        raise TypeError(
+            f"DGMCallback: got a Trainer of {kind.__module__}, expected lightning.pytorch.Trainer: write `import "
+            "lightning.pytorch as pl` in place of `import pytorch_lightning as pl`; both packages have the same names, "
+            "and neither knows the other's classes"
+        )
+
+
 def check_checkpoint_io(trainer: pl.Trainer) -> None:
     """Let a CheckpointIO refuse the strategy, as `SparseCheckpointIO` does; Lightning does not pass it the strategy."""
     plugin = trainer.strategy.checkpoint_io

@@ -31,6 +31,9 @@ either way."""
 
 ENVIRONMENT = "ESTDGM_WATTS_PER_CORE"
 
+_FIRST_NAMESPACE = 0xEFFFFFFC
+"""Inode of the machine's own namespace of process numbers, PROC_PID_INIT_INO of Linux."""
+
 
 class CpuEstimate:
     """Process CPU time times an assumed power; labelled *estimated* wherever it appears.
@@ -68,14 +71,14 @@ class CpuEstimate:
         text = os.environ.get(ENVIRONMENT)
         if self._asked is not None:
             self._watts = float(self._asked)
-        elif text is not None:
+        elif text:
             try:
                 self._watts = _check_watts(float(text), ENVIRONMENT)
             except ValueError:
                 raise SourceUnavailable(
                     Status.ERROR, f"{ENVIRONMENT} must be a positive number of watts, got {text!r}"
                 ) from None
-        self._device = DeviceId(hostname(), "cpu", f"process-{os.getpid()}")
+        self._device = DeviceId(hostname(), "cpu", _process())
 
     def devices(self) -> Mapping[DeviceId, DeviceInfo]:
         """Return the one device: the CPU as far as this process uses it."""
@@ -93,13 +96,23 @@ class CpuEstimate:
         if self._device is None:
             return {}
         now_ns = time.monotonic_ns()
-        if self._device.uid != f"process-{os.getpid()}":  # a fork has its own CPU time, from zero
+        if self._device.uid != _process():  # a fork has its own CPU time, from zero
             return {self._device: Reading(now_ns, status=Status.UNAVAILABLE)}
         return {self._device: Reading(now_ns, energy_uj=round(time.process_time_ns() * self._watts / 1000))}
 
     def close(self) -> None:
         """Forget the device; nothing is held."""
         self._device = None
+
+
+def _process() -> str:
+    """Return the name of this process, which no other one of the machine has; each container has a process 1."""
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = _FIRST_NAMESPACE
+    inside = "" if namespace == _FIRST_NAMESPACE else f"{namespace}-"
+    return f"process-{inside}{os.getpid()}"
 
 
 def _check_watts(value: float, what: str) -> float:

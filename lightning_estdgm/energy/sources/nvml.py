@@ -16,8 +16,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightning_estdgm.energy._counter_check import CounterCheck
-from lightning_estdgm.energy._cuda_visibility import as_str, visible_handles
+from lightning_estdgm.energy._counter_check import CounterCheck, is_plausible
+from lightning_estdgm.energy._cuda_visibility import NvmlHandle, as_str, visible_handles
 from lightning_estdgm.energy._reading import (
     DeviceId,
     DeviceInfo,
@@ -192,7 +192,7 @@ class Nvml:
             return Reading(time.monotonic_ns(), status=status)
         now_ns = time.monotonic_ns()
         if gpu.mode != "counter":
-            return Reading(now_ns, power_mw=value)
+            return Reading(now_ns, power_mw=value) if is_plausible(value) else Reading(now_ns, status=Status.ERROR)
         status = gpu.check.status(value * 1000, now_ns, lambda: self._power_mw(gpu))
         return Reading(now_ns, energy_uj=value * 1000 if status is Status.OK else None, status=status)
 
@@ -219,7 +219,7 @@ class Nvml:
         modes: tuple[_Mode, ...] = ("counter", "instant", "usage")
         for mode in modes:
             try:
-                self._call(gpu, self._function(mode))
+                value = self._call(gpu, self._function(mode))
             except self._nvml.NVMLError as e:
                 status = _status(e)
                 # Old drivers call an unknown field an invalid argument (2).
@@ -228,23 +228,36 @@ class Nvml:
                 if status is Status.ERROR:
                     return mode, Status.OK  # it passes: a gap at the start, not a device without energy
                 return None, status
+            if mode == "instant" and not is_plausible(value):
+                continue
             return mode, Status.OK
         return None, Status.UNSUPPORTED
 
     def _visible(self) -> list[_Gpu]:
         handles, self._note = visible_handles(self._nvml)
         gpus: dict[str, _Gpu] = {}
+        lost: list[Any] = []
         for each in handles:
-            handle = each.handle
-            whole = self._nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle) if each.is_mig else handle
-            uuid = as_str(self._nvml.nvmlDeviceGetUUID(whole))
-            if uuid not in gpus:
-                name = as_str(self._nvml.nvmlDeviceGetName(whole))
-                gpus[uuid] = _Gpu(uuid, name, self._pci(whole), handle=whole, shared=self._mig_mode(whole))
-            if each.is_mig:
-                gpus[uuid].shared = True
-                gpus[uuid].slices.append(as_str(self._nvml.nvmlDeviceGetUUID(handle)))
+            try:
+                self._add(each, gpus)
+            except self._nvml.NVMLError as e:  # a slice may still be known whose GPU is lost
+                lost.append(e)
+        if lost and not gpus:
+            raise lost[0]
+        if lost:
+            self._note += f", beside {len(lost)} lost ({lost[0]})"
         return list(gpus.values())
+
+    def _add(self, each: NvmlHandle, gpus: dict[str, _Gpu]) -> None:
+        handle = each.handle
+        whole = self._nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle) if each.is_mig else handle
+        uuid = as_str(self._nvml.nvmlDeviceGetUUID(whole))
+        if uuid not in gpus:
+            name = as_str(self._nvml.nvmlDeviceGetName(whole))
+            gpus[uuid] = _Gpu(uuid, name, self._pci(whole), handle=whole, shared=self._mig_mode(whole))
+        if each.is_mig:
+            gpus[uuid].shared = True
+            gpus[uuid].slices.append(as_str(self._nvml.nvmlDeviceGetUUID(handle)))
 
     def _pci(self, handle: Any) -> str | None:
         try:

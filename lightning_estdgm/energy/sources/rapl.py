@@ -69,7 +69,7 @@ class Rapl:
     driver = "powercap"
 
     def __init__(self, root: str | os.PathLike[str] | None = None) -> None:
-        self._root = Path(os.environ.get(ENVIRONMENT, ROOT) if root is None else root)
+        self._root = Path((os.environ.get(ENVIRONMENT) or ROOT) if root is None else root)
         self._zones: dict[DeviceId, _Zone] = {}
 
     def open(self) -> None:
@@ -170,7 +170,8 @@ class Rapl:
             ]
             for zone in parts:
                 seen = zones.get(zone.uid)
-                if seen is None:
+                is_unfed = seen is not None and _try_energy(seen.path) == 0
+                if seen is None or (zone.mmio and is_unfed):
                     zones[zone.uid] = zone
                 elif not zone.mmio:  # two sockets that share a name are two devices; MMIO is the same one again
                     zone = replace(zone, uid=f"{zone.uid}@{zone.path.name}")

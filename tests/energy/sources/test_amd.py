@@ -297,6 +297,8 @@ def test_an_mi300a_covers_the_cpu(amd_machine: AmdMachine, make: Make) -> None:
         (None, "1", "0", [B]),
         ("1,2", "1", None, [A]),  # HIP counts what ROCR left
         (f"GPU-{IDS[D]}", None, None, [D]),
+        (f"GPU-{IDS[D][:-1]}", None, None, [D]),  # its beginning, if no other has it
+        ("GPU-", None, None, []),
         (None, "0,7,1", None, [C]),
         (None, "-1", None, []),
         ("", None, None, []),

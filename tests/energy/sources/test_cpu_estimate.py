@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from lightning_estdgm.energy._reading import SourceUnavailable
-from lightning_estdgm.energy.sources.cpu_estimate import ENVIRONMENT, CpuEstimate
+from lightning_estdgm.energy._reading import SourceUnavailable, Status
+from lightning_estdgm.energy.sources import cpu_estimate
+from lightning_estdgm.energy.sources.cpu_estimate import ENVIRONMENT, WATTS_PER_CORE, CpuEstimate
 
 
 def test_the_cpu_estimate_is_cpu_time_times_watts() -> None:
@@ -40,3 +43,27 @@ def test_the_cpu_estimate_takes_watts_from_the_environment(monkeypatch: pytest.M
     monkeypatch.setenv(ENVIRONMENT, "lots")
     with pytest.raises(SourceUnavailable, match="ESTDGM_WATTS_PER_CORE must be a positive number of watts, got 'lots'"):
         CpuEstimate().open()
+
+
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT, "")
+    source = CpuEstimate()
+    source.open()
+    assert f"{WATTS_PER_CORE:g} W per busy core" in next(iter(source.devices().values())).name
+
+
+def test_process_1_of_each_container_is_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def uid(namespace: int) -> str:
+        def stat(path: str) -> SimpleNamespace:
+            assert path == "/proc/self/ns/pid"
+            return SimpleNamespace(st_ino=namespace)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_estimate.os, "stat", stat)
+            source = CpuEstimate()
+            source.open()
+            assert [reading.status for reading in source.read().values()] == [Status.OK]
+            return next(iter(source.devices())).uid
+
+    assert uid(0xEFFFFFFC) == f"process-{os.getpid()}"  # the machine's own
+    assert uid(4026532201) == f"process-4026532201-{os.getpid()}"

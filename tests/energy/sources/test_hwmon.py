@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers.hwmon_tree import amd_card, card, grace
+from lightning_estdgm.energy import _hwmon
 from lightning_estdgm.energy._accumulator import Accumulator
 from lightning_estdgm.energy._hwmon import HwmonSensors
 from lightning_estdgm.energy._reading import SourceUnavailable, Status
@@ -142,7 +143,8 @@ def test_no_graphics(make: type[AmdHwmon] | type[IntelHwmon], tmp_path: Path) ->
 def test_a_sensor_that_vanishes_or_fails_is_a_gap_and_never_0(tmp_path: Path) -> None:
     folder = amd_card(tmp_path, "card0", A)
     source = opened(AmdHwmon(tmp_path, tmp_path))
-    for text, status in (("0", Status.ERROR), ("-5", Status.ERROR), ("no number", Status.ERROR)):
+    no_power = ("0", "-5", "no number", "65535000000", str((2**32 - 1) * 1000))
+    for text, status in [(text, Status.ERROR) for text in no_power]:
         (folder / "power1_average").write_text(f"{text}\n")
         assert [(r.power_mw, r.status) for r in source.read().values()] == [(None, status)]
     (folder / "power1_average").unlink()
@@ -214,3 +216,27 @@ def test_power_is_integrated_and_a_counter_is_not(tmp_path: Path) -> None:
     span_ns = after[device].monotonic_ns - readings[device].monotonic_ns
     uj = {cell.source: uj for cell, uj in accumulator.totals().energy_uj.items()}
     assert uj == {"hwmon-amd": (100_000 + 300_000) * span_ns // 2_000_000, "hwmon-intel": 3_000_000}
+
+
+def test_an_intel_counter_that_stands_still_or_jumps_is_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = card(tmp_path, "card0", A, "xe", energy1_input=5_000_000) / "energy1_input"
+    source, clock = opened(IntelHwmon(tmp_path)), 10**9
+    monkeypatch.setattr(_hwmon.time, "monotonic_ns", lambda: clock)
+    statuses = []
+    for seconds, energy_uj in ((0, 5_000_000), (1, 105_000_000), (1, 105_000_000), (1, 205_000_000), (1, 4 * 10**12)):
+        clock += seconds * 10**9
+        path.write_text(f"{energy_uj}\n")
+        (reading,) = source.read().values()
+        assert (reading.energy_uj is None) == (reading.status is not Status.OK)
+        statuses.append(reading.status)
+    ok, bad = Status.OK, Status.UNAVAILABLE
+    assert statuses == [ok, ok, bad, ok, bad]
+
+
+def test_a_driver_that_was_loaded_again_numbers_anew_and_is_found(tmp_path: Path) -> None:
+    folder = amd_card(tmp_path, "card0", A)
+    source = opened(AmdHwmon(tmp_path, tmp_path))
+    folder.rename(folder.with_name("hwmon9"))
+    assert [r.status for r in source.read().values()] == [Status.UNAVAILABLE]
+    assert [r.power_mw for r in source.read().values()] == [180_000]
+    assert uids(source) == [A]

@@ -55,6 +55,16 @@ def test_without_a_counter_the_instant_power_is_read_then_the_average(machine: M
     assert readings[C].energy_uj is not None
 
 
+@pytest.mark.parametrize("mw", [0, 65_535_000, 2**32 - 1])
+def test_power_that_no_gpu_draws_is_a_gap_and_a_sensor_with_such_a_value_is_passed_over(
+    machine: Machine, mw: int
+) -> None:
+    machine.show(FakeGpu(A, energy=3, instant=3, avg=mw), FakeGpu(B, energy=3, mw=mw, avg=205_000))
+    readings = {device.uid: reading for device, reading in opened().read().items()}
+    assert (readings[A].power_mw, readings[A].status) == (None, Status.ERROR)
+    assert readings[B].power_mw == 205_000
+
+
 def test_an_old_driver_does_not_know_the_instant_field(machine: Machine) -> None:
     machine.show(FakeGpu(A, energy=13, instant=2, avg=99_000))
     source = opened()
@@ -189,6 +199,17 @@ def test_a_mig_slice_is_read_from_its_parent_once(machine: Machine, monkeypatch:
     assert info.shared
     assert "MIG" in info.name
     assert info.ids == ("MIG-1", "MIG-2")
+
+
+def test_a_slice_of_a_lost_gpu_leaves_the_others(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.show(FakeGpu(A, handle=15), FakeGpu(B), mig=[("MIG-1", 0), ("MIG-2", 1)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1,MIG-2")
+    source = opened()
+    assert uids(source) == [B]
+    assert all("beside 1 lost" in info.name for info in source.devices().values())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
+    with pytest.raises(SourceUnavailable, match="NVML: GPU is lost"):
+        Nvml().open()
 
 
 def test_a_reset_is_a_gap_and_no_negative_energy(machine: Machine) -> None:

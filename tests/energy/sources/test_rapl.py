@@ -8,7 +8,7 @@ import pytest
 from helpers.energy_parts import rapl_zone, totals_over
 from lightning_estdgm.energy._reading import SourceUnavailable, Status
 from lightning_estdgm.energy.sources import rapl
-from lightning_estdgm.energy.sources.rapl import Rapl
+from lightning_estdgm.energy.sources.rapl import ENVIRONMENT, ROOT, Rapl
 
 
 def opened(root: Path) -> Rapl:
@@ -49,6 +49,14 @@ def test_package_and_dram_are_read_and_nothing_that_contains_or_copies_them(desk
 def test_mmio_alone_is_used(tmp_path: Path) -> None:
     rapl_zone(tmp_path, "intel-rapl-mmio:0", "package-0", 5)
     assert uids(opened(tmp_path)) == {"package-0": "cpu"}
+
+
+def test_mmio_is_used_where_the_counter_of_the_same_zone_was_never_fed(tmp_path: Path) -> None:
+    rapl_zone(tmp_path, "intel-rapl:0", "package-0", 0)
+    rapl_zone(tmp_path, "intel-rapl-mmio:0", "package-0", 5)
+    source = opened(tmp_path)
+    assert uids(source) == {"package-0": "cpu"}
+    assert [reading.energy_uj for reading in source.read().values()] == [5]
 
 
 def test_amd_has_packages_without_dram(tmp_path: Path) -> None:
@@ -157,6 +165,11 @@ def test_masked_by_a_container(tmp_path: Path) -> None:
     (tmp_path / "intel-rapl:0").symlink_to(tmp_path / "masked")
     with pytest.raises(SourceUnavailable, match=r"container runtime masks them; mount .* set ESTDGM_POWERCAP to it"):
         Rapl(tmp_path).open()
+
+
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT, "")
+    assert Rapl()._root == Path(ROOT)
 
 
 def test_the_environment_tells_where_the_host_is_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
