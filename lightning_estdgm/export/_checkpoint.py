@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -73,11 +74,14 @@ def _filled(model: Callable[..., nn.Module], content: Mapping[str, Any], path: P
             whole = io.BytesIO()
             torch.save(content, whole)
             whole.seek(0)
-            made = load(whole, map_location="cpu", weights_only=weights_only)
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+                    made = load(whole, map_location="cpu", weights_only=weights_only)
+            except NotImplementedError:  # its `configure_model` makes parts of it on the meta device
+                made = _made(model, content)
         else:
-            made = model()
-            if isinstance(made, nn.Module):
-                made.load_state_dict(content.get("state_dict", content))
+            made = _made(model, content)
     except (TypeError, RuntimeError, KeyError) as e:
         name = getattr(model, "__name__", str(model))
         raise ValueError(
@@ -86,6 +90,16 @@ def _filled(model: Callable[..., nn.Module], content: Mapping[str, Any], path: P
         ) from e
     if not isinstance(made, nn.Module):
         raise ValueError(f"model must make an nn.Module, got {type(made).__name__}")
+    return made
+
+
+def _made(model: Callable[..., nn.Module], content: Mapping[str, Any]) -> nn.Module:
+    made = model()
+    if isinstance(made, nn.Module):
+        if (configure := getattr(made, "configure_model", None)) is not None:
+            configure()
+        is_meta = any(tensor.is_meta for tensor in (*made.parameters(), *made.buffers()))
+        made.load_state_dict(content.get("state_dict", content), assign=is_meta)
     return made
 
 

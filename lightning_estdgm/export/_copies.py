@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_estdgm.modules._packed_forward import unpack_free_
+
+_WITH_SUMS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def copied(model: nn.Module, replaced: Mapping[int, nn.Module] = MappingProxyType({})) -> nn.Module:
@@ -42,6 +44,11 @@ def clean_zeros_(model: nn.Module) -> nn.Module:
     """Turn every ``-0.0`` of parameters and buffers into ``+0.0``; products with a mask leave them. Returns `model`."""
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point() and tensor.layout is torch.strided:
+            if tensor.dtype in _WITH_SUMS and tensor.layout is torch.strided and not _overlaps(tensor):
                 tensor += 0.0
     return model
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether several elements lie at one place, as in what ``expand`` returns."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

@@ -203,7 +203,8 @@ def _unique(model: nn.Module) -> list[Tensor]:
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
 
 
 def _difference(found: Any, expected: Any) -> tuple[float, float]:

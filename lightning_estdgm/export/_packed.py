@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_estdgm._words import first_names
 from lightning_estdgm.export._copies import clean_zeros_, copied
 from lightning_estdgm.export._packed_layers import PackedConv2d, PackedLinear
 from lightning_estdgm.export._sparse_layers import has_hooks, other_sparse_weights
@@ -158,6 +159,11 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
         model.load_state_dict(state, assign=True)
     except RuntimeError as e:
         raise ValueError(f"{path} is of another model: {e}") from None
+    if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+        raise ValueError(
+            f"{path} does not hold {first_names(left)}, which the model has on the meta device, as buffers with "
+            "persistent=False: make the model without the meta device"
+        )
     return _for_inference(model)
 
 
@@ -165,7 +171,7 @@ def _layers(model: nn.Module) -> Iterator[_Found]:
     for name, module in model.named_modules(remove_duplicate=False):
         plain: Any = copy.copy(module) if isinstance(module, PackedForward) else module  # whole for this turn
         kind = next((kind for kind in LAYER_KINDS if kind.matches(plain)), None)
-        if kind is not None and isinstance(getattr(plain, kind.weight_name), Tensor):
+        if kind is not None and isinstance(getattr(plain, kind.weight_name, None), Tensor):
             yield _found(name, module, plain, kind)
 
 
@@ -175,6 +181,8 @@ def _found(name: str, module: Any, plain: Any, kind: LayerKind) -> _Found:
     held = module.packed_weight if isinstance(module, PackedForward) else weight  # not by memory that is used again
     stored = held.data_ptr(), weight.shape, weight.stride(), kind.transposed
     why = "" if isinstance(plain, SparseForward) else kind.why_no_operator(plain)
+    if weight.is_complex():
+        why = "complex weights"
     if not why and weight.dim() == 3:
         why = "1-D convolution"
     if not why and has_hooks(module):
@@ -196,4 +204,6 @@ def _for_inference(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # else its fast path reads the weights of its layers
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # which asks for that path with a mask of padding
     return clean_zeros_(model).eval().requires_grad_(False)

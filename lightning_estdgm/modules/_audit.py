@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_estdgm.modules._candidates import Candidate
 from lightning_estdgm.modules._forward_watch import is_traced, replaced_forward, watch_forward
+from lightning_estdgm.modules._kinds import CONVOLUTIONS, foreign_method
 from lightning_estdgm.modules._own_hook import OwnHook
 from lightning_estdgm.modules._weight_watch import Changes, ProductCount, takes_gradients, tensors_of, unwrapped
 
@@ -209,6 +210,7 @@ class ForwardAudit:
                     record.changed_by = record.changed_by or _REPLACED
                 self._look(candidate)
             is_torchs = replaced_forward(module) is None and type(module).forward in _FORWARDS
+            is_torchs = is_torchs and not (isinstance(module, CONVOLUTIONS) and foreign_method(module))
             before = len(self._own)
             self._own += map(id, weights)
             try:

@@ -122,7 +122,8 @@ def _maskable(
             continue
         kind = next((kind for kind in LAYER_KINDS if kind.matches(module)), None)
         if kind is not None:
-            yield clean_name(name), module, kind
+            if is_parametrized(module, kind.weight_name) or isinstance(getattr(module, kind.weight_name, None), Tensor):
+                yield clean_name(name), module, kind  # else another module makes its weight
             continue
         owner = clean_name(name)
         for stack in expert_kinds(owner, module, partial(whole_shape, model), experts, adapters):

@@ -122,8 +122,26 @@ def _has_operator(module: nn.Module) -> str:
     return ""
 
 
+def foreign_method(module: nn.Module) -> str:
+    """Return the name of a method that computes a linear layer or convolution and is not torch's; empty if none is.
+
+    Patches of ``nn.Linear.forward`` are such, and of ``_conv_forward``, on the class or on a module. Of a ``forward``
+    that is set on a module `replaced_forward` tells.
+    """
+    cls: Any = own_class(module)
+    if cls.forward not in _TORCHS_FORWARDS:
+        return "forward"
+    is_own = "_conv_forward" not in vars(module) and getattr(cls, "_conv_forward", None) in _TORCHS_CONV_FORWARDS
+    return "" if is_own else "_conv_forward"
+
+
+def _why_foreign(module: nn.Module) -> str:
+    name = foreign_method(module)
+    return name and f"no sparse operator for a {name} that is not torch's"
+
+
 def _why_linear_is_dense(module: nn.Module) -> str:
-    return "" if own_class(module) is nn.Linear else _no_operator(module)
+    return _why_foreign(module) if own_class(module) is nn.Linear else _no_operator(module)
 
 
 def _why_convolution_is_dense(module: Any) -> str:
@@ -135,7 +153,7 @@ def _why_convolution_is_dense(module: Any) -> str:
         return f"no sparse operator for padding_mode={module.padding_mode!r}"
     if conv_geometry(module) is None:
         return f"no sparse operator for padding='same' with a kernel of {'x'.join(map(str, module.kernel_size))}"
-    return ""
+    return _why_foreign(module)
 
 
 def conv_geometry(module: nn.Conv1d | nn.Conv2d) -> ConvGeometry | None:
@@ -168,6 +186,10 @@ def as_images(module: Any, x: Tensor) -> Tensor:
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+# As torch has them when this package is imported.
+_TORCHS_FORWARDS = frozenset(cls.forward for cls in (nn.Linear, *CONVOLUTIONS))
+_TORCHS_CONV_FORWARDS = frozenset((None, *(cls._conv_forward for cls in CONVOLUTIONS)))  # a linear layer has none
 
 LAYER_KINDS: tuple[LayerKind, ...] = (
     LayerKind("linear", partial(_is_a, nn.Linear), tokens, _why_linear_is_dense),

@@ -17,7 +17,10 @@ from torch.storage import TypedStorage
 from torch.utils._pytree import tree_map_only
 
 _SHAPES: ContextVar[Container[tuple[int, ...]]] = ContextVar("made_later", default=())
-_READ_MEMORY = frozenset({"numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage", "tolist"})
+_READ_MEMORY = frozenset(
+    {"numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage", "tolist"}
+    | {"_typed_storage", "storage_type", "share_memory_", "is_shared", "pin_memory", "is_pinned"}
+)
 _SAVED_LATE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 

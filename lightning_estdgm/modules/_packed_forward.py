@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lightning_estdgm.modules._forward_watch import replaced_forward
 from lightning_estdgm.modules._gradient_probe import probe, with_probe
-from lightning_estdgm.modules._kinds import CONVOLUTIONS, LayerKind, own_class
+from lightning_estdgm.modules._kinds import CONVOLUTIONS, LayerKind, foreign_method, own_class
 from lightning_estdgm.modules._later_whole import LaterWhole, plain
 from lightning_estdgm.modules._packing import Packing, topology_of
 from lightning_estdgm.modules._sparse_forward import STATE_PREFIX
@@ -292,6 +292,8 @@ def why_not_packed(module: nn.Module, kind: LayerKind) -> str:
     cls = own_class(module)
     if replaced_forward(module) is not None:
         return kind.why_no_operator(module)
+    if cls in (nn.Linear, *CONVOLUTIONS) and (name := foreign_method(module)):
+        return f"its {name} is not torch's"
     if cls in CONVOLUTIONS:
         return ""
     if kind.experts or kind.weight_name != _WEIGHT or isinstance(module, CONVOLUTIONS):

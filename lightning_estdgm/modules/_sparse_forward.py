@@ -80,6 +80,7 @@ class _SparseConv(SparseForward):
         spatial = self.weight.dim() - 2  # type: ignore[attr-defined]
         geometry = conv_geometry(self)  # type: ignore[arg-type]
         as_given = input.layout is not torch.strided or input.dim() not in (spatial + 1, spatial + 2)
+        as_given = as_given or self.padding_mode != "zeros"  # type: ignore[attr-defined]  # set in mid-run, as by what makes textures seamless
         if self._estdgm_backend == "dense" or geometry is None or as_given or is_computed(self, "weight"):
             return super().forward(input)  # type: ignore[misc]
         y = masked_conv2d(

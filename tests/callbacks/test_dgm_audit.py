@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from types import MethodType
 
 import lightning.pytorch as pl
 import pytest
@@ -22,6 +23,23 @@ SCHEDULE = EstDgm(
 
 def mlp(width=32, out=32):
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out))
+
+
+QUIET = {
+    "max_steps": 20,
+    "logger": False,
+    "enable_checkpointing": False,
+    "accelerator": "cpu",
+    "devices": 1,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def forced(storage):
+    """A callback that computes all it can sparse."""
+    backend = "native" if storage == "dense" else "auto"
+    return DGMCallback(DGMConfig(SCHEDULE, units=Units(size=1), backend=backend, storage=storage))
 
 
 def fit(module, *callbacks, steps=20, total=20, **settings):
@@ -572,3 +590,111 @@ def test_an_included_layer_that_the_audit_left_dense_is_resumed(tmp_path):
     assert dgm.masks().keys() == {"net.0", "net.2", "net.4"}
     (spare,) = (d for d in dgm.decisions() if d.name == "spare")
     assert spare.why == "no gradient reached it in the first 20 steps"
+
+
+class Convolves(pl.LightningModule):
+    """A convolution in the middle, the one that is asked about."""
+
+    def __init__(self, layer):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = layer
+        self.net = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), layer, nn.ReLU(), nn.Flatten(), nn.LazyLinear(4))
+        self.net(torch.ones(1, 2, 4, 4))
+
+    def training_step(self, x, batch_idx):
+        return self.net(x.view(-1, 2, 4, 4)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+class Standardised(nn.Conv2d):
+    """Standardises its weight where torch's class computes."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
+def seamless(self, x, weight, bias):
+    return nn.functional.conv2d(nn.functional.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+
+def convolution():
+    return nn.Conv2d(8, 8, 3, padding=1)
+
+
+def test_a_convolution_whose_class_computes_with_other_weights_stays_dense():
+    dgm = fit(Convolves(Standardised(8, 8, 3, padding=1)))
+    assert [name for name in dgm.masks() if name in ("layer", "net.2")] == []
+
+
+@pytest.mark.parametrize(("where", "storage"), [("module", "dense"), ("class", "dense"), ("module", "packed")])
+def test_what_computes_a_convolution_stays_the_users(where, storage, monkeypatch):
+    layer = convolution()
+    if where == "module":
+        layer._conv_forward = MethodType(seamless, layer)
+    else:
+        monkeypatch.setattr(nn.Conv2d, "_conv_forward", seamless)
+    module = Convolves(layer)
+    trainer = pl.Trainer(**QUIET, callbacks=[dgm := forced(storage)])
+    trainer.fit(module, DataLoader(torch.randn(320, 32), 16))
+    x = torch.randn(2, 8, 5, 5)
+    torch.testing.assert_close(module.layer(x), seamless(None, x, module.layer.weight, module.layer.bias))
+    assert "_conv_forward" in next(d.why for d in dgm.decisions() if d.name in ("layer", "net.2"))
+
+
+def test_a_linear_forward_that_is_patched_stays_the_users(monkeypatch):
+    own, module, seen = nn.Linear.forward, Owns([torch.tanh]), []
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: own(self, x) + 1.0)
+
+    class Looks(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            layer, x = pl_module.net[1], torch.ones(2, 32)
+            seen.append((layer(x), nn.functional.linear(x, layer.weight, layer.bias) + 1.0))
+
+    data = DataLoader(torch.randn(320, 32), 16)
+    pl.Trainer(**QUIET, callbacks=[forced("dense"), Looks()]).fit(module, data)
+    ((found, expected),) = seen
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match=r"'net.1': \"its forward is not torch's\""):
+        pl.Trainer(**QUIET, callbacks=[forced("packed")]).fit(module, data)
+
+
+def test_padding_that_is_made_circular_in_mid_run_is_heeded():
+    module, seen = Convolves(convolution()), []
+
+    class Looks(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            x, layer = torch.randn(2, 8, 5, 5), pl_module.layer
+            layer.padding_mode = "circular"
+            seen.append((type(layer), layer(x), seamless(None, x, layer.weight, layer.bias)))
+
+    pl.Trainer(**QUIET, callbacks=[forced("dense"), Looks()]).fit(module, DataLoader(torch.randn(320, 32), 16))
+    ((cls, found, expected),) = seen
+    assert cls is not nn.Conv2d  # computed sparse until then
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("weight", ["none", "deleted"])
+def test_a_layer_whose_weight_another_one_makes_is_none_to_mask(weight):
+    class Target(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.body, self.maker = nn.Linear(32, 32), nn.Linear(32, 128)
+            self.target = nn.Linear(32, 4, bias=False)
+            if weight == "deleted":
+                del self.target.weight
+            else:
+                self.target.weight = None
+
+        def training_step(self, x, batch_idx):
+            made = self.maker(x.mean(0)).view(4, 32)
+            return nn.functional.linear(self.body(x).relu(), made).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), 1e-3)
+
+    dgm = fit(Target())
+    assert "maker" in dgm.masks()
+    assert "target" not in {decision.name for decision in dgm.decisions()}

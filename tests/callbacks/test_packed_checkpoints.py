@@ -193,3 +193,7 @@ def test_a_whole_tensor_that_is_made_later_takes_torchs_functions():
     later.numpy()[0, 0] = 5.0
     assert later[0, 0] == 5.0
     assert not torch.equal(later.clone(), plain)
+    shared = LaterWhole(plain, (2, 3), plain.clone)
+    shared.share_memory_()  # for another process
+    assert shared.is_shared()
+    assert torch.equal(shared, plain)

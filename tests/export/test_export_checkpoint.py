@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -105,3 +106,24 @@ def test_the_modules_own_example_is_taken(saved: dict[str, Any], tmp_path: Path)
     torch.save([1], tmp_path / "list.ckpt")
     with pytest.raises(ValueError, match="holds a list, expected a checkpoint or a state dict"):
         export_checkpoint(tmp_path / "list.ckpt", "torch-csr", model=WithExample)
+
+
+class ConfiguredOnMeta(MLP):
+    """Makes its layers on the meta device, as a model that is never whole."""
+
+    def __init__(self) -> None:
+        pl.LightningModule.__init__(self)
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            self.net = MLP().net
+
+
+@pytest.mark.parametrize("model", [ConfiguredOnMeta, lambda: ConfiguredOnMeta()], ids=["class", "function"])
+def test_a_model_that_is_made_by_configure_model(model: Any, saved: dict[str, Any], tmp_path: Path) -> None:
+    torch.save(saved["last"], tmp_path / "last.ckpt")
+    x = exported.trained_example()
+    report = export_checkpoint(
+        tmp_path / "last.ckpt", "packed", tmp_path / "last.pt", model=model, example=x, weights_only=True
+    )
+    assert report.difference <= 1e-4 * report.largest

@@ -1,6 +1,7 @@
 """Models with packed layers: a GPT and convolutions against the model, files, and what cannot be packed."""
 
 import copy
+from types import MethodType
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from lightning_estdgm.export import (
     packed,
     save_packed,
 )
+from lightning_estdgm.export._export import _difference
 from lightning_estdgm.modules._packed_forward import PackedForward
 from lightning_estdgm.recipes import ByteGPT
 
@@ -279,3 +281,78 @@ def test_sparse_weights_of_other_layers_are_named():
         packed(model)
     with pytest.warns(UserWarning, match="no layer was packed: none of the others has zeros enough"):
         packed(lstm)
+
+
+def test_a_layer_with_complex_weights_stays_and_is_named(tmp_path):
+    class Complex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.real = _sparse_(nn.Linear(64, 64), (1, 1))
+            self.layer = _sparse_(nn.Linear(64, 64, dtype=torch.complex64), (1, 1))
+
+        def forward(self, x):
+            return self.layer(self.real(x).to(torch.complex64))
+
+    model, x = Complex(), torch.randn(2, 64)
+    with pytest.warns(UserWarning, match=r"stay dense: layer \(complex weights, density"):
+        small = packed(model)
+    torch.testing.assert_close(small(x), model(x))
+
+
+def test_the_check_of_an_export_sees_imaginary_parts():
+    model = torch.ones(2, dtype=torch.complex64)
+    assert _difference(model + 3j, model) == (3.0, 1.0)
+
+
+def test_a_convolution_that_computes_in_its_own_way_stays_and_is_named():
+    def seamless(self, x, weight, bias):
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+    layer = _sparse_(nn.Conv2d(64, 64, 3), (1, 1))
+    layer._conv_forward = MethodType(seamless, layer)
+    model = nn.Sequential(_sparse_(nn.Conv2d(64, 64, 1), (1, 1)), layer)
+    with pytest.warns(UserWarning, match=r"stay dense: 1 \(no sparse operator for a _conv_forward that is not torch's"):
+        small = packed(model)
+    x = torch.randn(1, 64, 5, 5)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_encoder_with_a_mask_of_padding_computes_the_same():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1).eval()
+    for linear in (model.layers[0].linear1, model.layers[0].linear2):
+        _sparse_(linear, (1, 1))
+    x, padding = torch.randn(2, 5, 64), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        expected, found = model(x, src_key_padding_mask=padding), packed(model)(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(found[~padding], expected[~padding], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "buffer", [torch.ones(1).expand(64), torch.zeros(4).to(torch.float8_e4m3fn)], ids=["expanded", "float8"]
+)
+def test_buffers_that_take_no_sum_in_place_are_copied(buffer):
+    model = nn.Sequential(_sparse_(nn.Linear(64, 64), (1, 1)), nn.Linear(64, 2))
+    del model[1].weight  # a layer whose weight another one makes
+    model.register_buffer("kept", buffer)
+    small = packed(model)
+    assert isinstance(small[0], PackedLinear)
+    assert torch.equal(small.kept.float(), buffer.float())
+
+
+def test_buffers_that_no_file_holds_are_named(tmp_path):
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = _sparse_(nn.Linear(64, 64), (1, 1))
+            self.register_buffer("positions", torch.arange(64.0), persistent=False)
+
+    save_packed(packed(Positions()), tmp_path / "model.packed")
+    with torch.device("meta"):
+        fresh = nn.Module()
+        fresh.layer = nn.Linear(64, 64)
+        fresh.register_buffer("positions", torch.empty(64), persistent=False)
+    with pytest.raises(ValueError, match="does not hold positions, which the model has on the meta device"):
+        load_packed(tmp_path / "model.packed", fresh)
