@@ -67,13 +67,13 @@ class FinishedRun:
         )
 
     @property
-    def devices(self) -> frozenset[tuple[str, str, str]]:
-        """Devices whose joules are in it, each as host, kind and id."""
+    def counted_devices(self) -> frozenset[tuple[str, str, str]]:
+        """Devices whose joules in it are those of all that used them, each as host, kind and id: no estimate is."""
         return frozenset(
             (str(device.get("host")), str(device["kind"]), str(device.get("uid")))
             for source in self.energy["sources"]
             for device in source["devices"]
-            if device["joules"] is not None
+            if device["joules"] is not None and source["method"] != "estimated"
         )
 
     @property

@@ -44,13 +44,14 @@ class Overlap:
 def overlaps_of(runs: Sequence[FinishedRun]) -> tuple[Overlap, ...]:
     """Return the pairs of runs that used one counter at the same time.
 
-    Fits that two runs share, such as one that both were resumed from, are no overlap. Runs whose files do not state
-    the times of their fits are taken to have had the machine to themselves.
+    Fits that two runs share, such as one that both were resumed from, are no overlap. Estimates are of a process
+    alone: those of two containers, whose process ids may be equal, hold nothing of each other. Runs whose files do not
+    state the times of their fits are taken to have had the machine to themselves.
     """
     found = []
     for one, other in combinations(runs, 2):
         seconds = _seconds_together(one, other)
-        devices = one.devices & other.devices
+        devices = one.counted_devices & other.counted_devices
         if seconds > 0 and devices:
             named = tuple(f"{kind} {uid} on {host}" for host, kind, uid in sorted(devices))
             found.append(Overlap((one.path, other.path), seconds, named))

@@ -12,9 +12,9 @@ from lightning_estdgm.tools.report._overlap import overlaps_of
 from lightning_estdgm.tools.report._render import markdown
 
 
-def device(uid="package-0", host="node", kind="cpu", **changes):
+def device(uid="package-0", host="node", kind="cpu", estimated=False, **changes):
     """The part of an energy.json that tells which device was read."""
-    (source,) = summary()["energy"]["sources"]
+    (source,) = summary(estimated=estimated)["energy"]["sources"]
     found = source["devices"][0] | {"host": host, "uid": uid, "kind": kind} | changes
     return {"energy": {"sources": [source | {"devices": [found]}]}}
 
@@ -64,6 +64,14 @@ def test_all_fits_of_a_run_count(tmp_path):
 def test_a_device_that_was_never_read_is_not_shared(tmp_path):
     silent = deep(at(1, (8, 10)), device("package-0", joules=None))
     assert overlaps_of(pair(tmp_path, silent, at(1, (8.5, 11)))) == ()
+
+
+@pytest.mark.parametrize("estimated", [True, False])
+def test_estimates_of_two_processes_with_one_number_are_not_shared(tmp_path, estimated):
+    process = device("process-7", estimated=estimated) | {"estimated": estimated}
+    runs = pair(tmp_path, deep(at(1, (8, 10)), process), deep(at(1, (8.5, 11)), process))
+    assert len(overlaps_of(runs)) == (0 if estimated else 1)
+    assert (compare(runs).contrasts[0].at_target is not None) == estimated
 
 
 def test_a_third_run_beside_them_spoils_the_comparison_too(tmp_path):
