@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import tempfile
@@ -50,6 +51,8 @@ def is_run_file(path: Path) -> bool:
 def write_run_file(folder: str | Path, content: Mapping[str, Any]) -> PurePath:
     """Write `energy.json`; on a local disk in one move: readers see the old file or the new one, whole.
 
+    It is strict JSON: numbers that are not finite, as a method may report, become null.
+
     The file of another run stays as it is: this run's is then ``energy-1.json``, or the next free number. A file that
     is there is replaced if this run continues the one that wrote it.
 
@@ -64,7 +67,7 @@ def write_run_file(folder: str | Path, content: Mapping[str, Any]) -> PurePath:
         OSError: The folder cannot be made or written.
     """
     files, place = url_to_fs(str(folder))
-    text = json.dumps(content, indent=1) + "\n"
+    text = json.dumps(_strict(content), indent=1, allow_nan=False) + "\n"
     files.makedirs(place, exist_ok=True)
     names = (f"energy-{number}.json" if number else FILE_NAME for number in itertools.count())
     if not isinstance(files, LocalFileSystem):
@@ -82,6 +85,15 @@ def write_run_file(folder: str | Path, content: Mapping[str, Any]) -> PurePath:
     finally:
         with suppress(FileNotFoundError):  # moved
             os.unlink(temporary)
+
+
+def _strict(value: Any) -> Any:
+    """Return the value with None in place of numbers that JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {_strict(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _take(path: Path, temporary: str, content: Mapping[str, Any]) -> bool:

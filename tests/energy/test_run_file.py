@@ -25,6 +25,19 @@ def test_it_is_replaced_in_one_move(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["energy.json"]
 
 
+def test_numbers_that_json_has_no_word_for_are_null(tmp_path: Path) -> None:
+    nan, inf = float("nan"), float("inf")
+    method = {"last_loss": nan, "bounds": [(-inf, 0.5), [inf]], "by_rate": {0.1: nan, 0.2: 1.5}, inf: 2}
+    path = write_run_file(tmp_path, {"method": method, "energy": {"steps": 3}})
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no JSON")
+
+    content = json.loads(Path(path).read_text(), parse_constant=refuse)
+    read_back = {"last_loss": None, "bounds": [[None, 0.5], [None]], "by_rate": {"0.1": None, "0.2": 1.5}, "null": 2}
+    assert content == {"method": read_back, "energy": {"steps": 3}}
+
+
 def of_run(*fits: tuple[str, int], status: str = "finished") -> dict[str, Any]:
     """The content of a run's file, as far as its owner is told by it."""
     return {"status": status, "run": {"fits": [{"id": fit, "steps": steps} for fit, steps in fits]}}
