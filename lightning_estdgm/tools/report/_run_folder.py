@@ -28,6 +28,18 @@ _NEEDED: Mapping[str, Mapping[str, tuple[type, ...]]] = {
         "gaps": (int,),
     },
 }
+_ENTRIES: Mapping[str, Mapping[str, tuple[type, ...]]] = {
+    "sources": {"name": (str,), "method": (str,), "devices": (list,)},
+    "absent": {"name": (str,), "reason": (str,)},
+    "failing": {"host": (str,), "kind": (str,), "uid": (str,)},
+}
+_DEVICE: Mapping[str, tuple[type, ...]] = {
+    "host": (str,),
+    "kind": (str,),
+    "uid": (str,),
+    "name": (str,),
+    "joules": (int, float, type(None)),
+}
 
 
 class RunError(ValueError):
@@ -97,12 +109,37 @@ def _read_summary(path: Path) -> dict[str, Any]:
     for part, keys in _NEEDED.items():
         if not isinstance(content.get(part), dict):
             raise RunError(f"{path}: {part!r} is missing")
-        for key, types in keys.items():
-            value = content[part].get(key, path)  # the path is of no type that is expected
-            if not isinstance(value, types):
-                got = "nothing" if value is path else repr(value)
-                raise RunError(f"{path}: {part}.{key}: got {got}, expected {' or '.join(t.__name__ for t in types)}")
+        _check(path, part, content[part], keys)
+    energy = content["energy"]
+    for part, keys in _ENTRIES.items():
+        if part in energy:
+            _check_each(path, f"energy.{part}", energy[part], keys)
+    for i, source in enumerate(energy["sources"]):
+        _check_each(path, f"energy.sources.{i}.devices", source["devices"], _DEVICE)
     return content
+
+
+def _check_each(path: Path, place: str, entries: Any, keys: Mapping[str, tuple[type, ...]]) -> None:
+    """Check a list of objects, as `_check` does each."""
+    if not isinstance(entries, list):
+        raise RunError(f"{path}: {place}: got {entries!r}, expected list")
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise RunError(f"{path}: {place}.{i}: got {entry!r}, expected dict")
+        _check(path, f"{place}.{i}", entry, keys)
+
+
+def _check(path: Path, place: str, content: Mapping[str, Any], keys: Mapping[str, tuple[type, ...]]) -> None:
+    """Check that an object of a summary has these keys, with values of these types.
+
+    Raises:
+        RunError: It does not; the message names the file, the place in it and what was expected.
+    """
+    for key, types in keys.items():
+        value = content.get(key, path)  # the path is of no type that is expected
+        if not isinstance(value, types):
+            got = "nothing" if value is path else repr(value)
+            raise RunError(f"{path}: {place}.{key}: got {got}, expected {' or '.join(t.__name__ for t in types)}")
 
 
 def _read_curves(folder: Path) -> dict[str, Curve]:
@@ -117,9 +154,12 @@ def _read_csv(path: Path) -> dict[str, Curve]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
+                if None in row or None in row.values():  # a line that a crash cut off, or that another runs on from
+                    continue
                 for tag, text in row.items():
-                    with suppress(TypeError, ValueError):  # empty cells, and the line that a crash cut off
-                        points.setdefault(tag, []).append((int(float(row["step"])), float(text)))
+                    with suppress(LookupError, OverflowError, ValueError):  # empty cells, and rows without a step
+                        point = int(float(row["step"])), float(text)
+                        points.setdefault(tag, []).append(point)
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise RunError(f"{path}: not readable as CSV ({e})") from e
     return {tag: Curve.of(series) for tag, series in points.items() if tag != "step"}

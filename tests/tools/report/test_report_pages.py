@@ -341,6 +341,7 @@ def test_labels_name_the_arms_and_folders_may_hold_an_equals_sign(tmp_path, monk
         (["dense", "--target", "2"], "a target or a mode needs the metric"),
         (["dense", "other"], "expected runs of one model, got two"),
         (["dense", "broken"], "not readable as JSON"),
+        (["dense", "unknown"], "unknown/energy.json: energy.sources.0.method: got nothing, expected str"),
         (["dense", "dense"], "named twice"),
         (["=dense"], "got '=dense', expected a folder, or a label, an equals sign and a folder"),
         (["empty"], "empty: no energy.json in it or below"),
@@ -352,6 +353,7 @@ def test_bad_input_exits_with_2_and_says_what_was_expected(tmp_path, monkeypatch
     write_run(tmp_path / "dense", falling(2.0))
     write_run(tmp_path / "other", falling(2.0), run={"model": {"fingerprint": "cd" * 32}})
     (write_run(tmp_path / "broken", falling(2.0)) / "energy.json").write_text(json.dumps(summary())[:99])
+    write_run(tmp_path / "unknown", falling(2.0), energy={"sources": [{"name": "x"}]})
     (tmp_path / "empty").mkdir()
     (tmp_path / "folder.html").mkdir()
     result = invoke(*arguments)

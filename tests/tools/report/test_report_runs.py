@@ -71,6 +71,31 @@ def test_a_line_that_a_crash_cut_off_is_left_out(tmp_path):
     assert read_run(folder).metrics["val_loss"].steps.tolist() == list(range(9, 100, 10))
 
 
+def test_a_line_that_runs_on_from_one_that_was_cut_off_is_left_out(tmp_path):
+    folder = write_run(tmp_path / "run", falling(2.0))
+    *before, last = (folder / "metrics.csv").read_text().splitlines()
+    cut = before.pop()
+    (folder / "metrics.csv").write_text("\n".join([*before, cut[:-2] + last, last.replace("99,", "101,")]) + "\n")
+    losses = read_run(folder).metrics["val_loss"]
+    assert losses.steps.tolist() == [*range(9, 80, 10), 101]
+    assert losses.values.max() == 5.0
+
+
+def test_a_number_that_was_cut_off_is_no_number(tmp_path):
+    folder = write_run(tmp_path / "run", {})
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("150,31.0,15")  # of 1550.0
+    assert read_run(folder).joules.steps.tolist()[-1] == 100
+
+
+def test_curves_without_steps_are_left_out(tmp_path):
+    folder = write_run(tmp_path / "run", falling(2.0))
+    (folder / "metrics.csv").write_text("epoch,val_loss\n0,1.0\n")
+    assert read_run(folder).metrics == {}
+    (folder / "metrics.csv").write_text("step,val_loss\ninf,1.0\n7,2.0\n")
+    assert read_run(folder).metrics["val_loss"].steps.tolist() == [7]
+
+
 def test_a_total_that_became_estimated_on_the_way_is_one_curve(tmp_path):
     folder = write_run(tmp_path / "run", {})
     (folder / "metrics.csv").write_text(
@@ -154,6 +179,14 @@ def test_several_runs_in_one_folder_are_named_by_their_files_and_read_without_cu
         (json.dumps(summary(run={"model": "GPT"})), "run.model: got 'GPT', expected dict"),
         (json.dumps(summary(energy={"total_joules": "9 J"})), "energy.total_joules: got '9 J', expected int or float"),
         (json.dumps(summary(energy={"sources": None})), "energy.sources: got None, expected list"),
+        (json.dumps(summary(energy={"sources": ["rapl"]})), "energy.sources.0: got 'rapl', expected dict"),
+        (json.dumps(summary(energy={"sources": [{"name": "x"}]})), "energy.sources.0.method: got nothing, expected str"),
+        (
+            json.dumps(summary(energy={"sources": [{"name": "x", "method": "counter", "devices": [{"host": "a"}]}]})),
+            "energy.sources.0.devices.0.kind: got nothing, expected str",
+        ),
+        (json.dumps(summary(energy={"absent": None})), "energy.absent: got None, expected list"),
+        (json.dumps(summary(energy={"failing": [{}]})), "energy.failing.0.host: got nothing, expected str"),
     ],
 )
 def test_a_broken_summary_is_named_with_what_is_wrong(tmp_path, text, message):
