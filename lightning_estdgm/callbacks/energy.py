@@ -186,6 +186,7 @@ class EnergyMonitor(Callback):
         self._close()
         self._fit = fit = EnergyFit(trainer, resolve(self._sources), interval_s=self._interval_s, per=self._per)
         fit.start(self._phase(trainer), TRAIN, idle_s=self._idle_s)
+        self._power_w = {}  # of the devices of the fit before
         self._assigned, self._unavailable = fit.assigned, fit.unavailable
         self._ledger.begin(fit.key, fit.totals)
         self._exchange(fit)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lightning_estdgm.energy._device_assignment import ActiveSource
 from lightning_estdgm.energy._reading import DeviceId, DeviceInfo, Kind
-from lightning_estdgm.energy._totals import Totals
+from lightning_estdgm.energy._totals import Cell, Totals
 
 _HW_TYPES: dict[Kind, str] = {"gpu": "gpu", "cpu": "cpu", "dram": "memory"}
 _UNITS = {"J": "joules", "W": "watts", "1": "ratio"}
@@ -40,11 +40,16 @@ def measurements(
 ) -> list[EnergyMeasurement]:
     """Return joules by device, phase and stage, watts by device, coverage, gaps and steps.
 
-    Estimates are told apart by the attribute `estdgm.method`. Source of the names:
+    What several sources of one method read of a device, as before and after a restart, is one value. Estimates
+    are told apart by the attribute `estdgm.method`. Source of the names:
     https://opentelemetry.io/docs/specs/semconv/hardware/common/ (status: development).
     """
     infos = {device: info for source in active for device, info in source.devices.items()}
     methods = {device: source.method for source in active for device in source.devices}
+    energy_uj: dict[Cell, int] = {}
+    for cell, uj in totals.energy_uj.items():
+        of_all = replace(cell, source="")  # it is no attribute, so two of them would be one series twice
+        energy_uj[of_all] = energy_uj.get(of_all, 0) + uj
     found = [
         EnergyMeasurement(
             "hw.energy",
@@ -57,7 +62,7 @@ def measurements(
                 "estdgm.stage": cell.stage,
             },
         )
-        for cell, uj in totals.energy_uj.items()
+        for cell, uj in energy_uj.items()
     ]
     found += [
         EnergyMeasurement("hw.power", "gauge", "W", w, _attributes(device, infos.get(device), methods[device]))

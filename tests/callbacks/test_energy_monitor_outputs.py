@@ -72,6 +72,23 @@ def test_a_prometheus_file_is_renewed_at_every_log(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir() if "prom" in p.name} == {"estdgm.prom"}
 
 
+def test_a_fit_on_other_devices_has_no_watts_of_those_before(tmp_path: Path) -> None:
+    mon = monitor(ConstantPower(watts=WATTS, uid="first"))
+    trainer(tmp_path, mon).fit(Net(), data())
+    assert [m.attributes["hw.id"] for m in mon.measurements() if m.name == "hw.power"] == ["first"]
+    seen = []
+
+    class Export(Callback):
+        def on_train_start(self, *args: Any) -> None:
+            seen.append(mon.measurements())
+
+    mon._sources = (ConstantPower(watts=WATTS, uid="second"),)
+    trainer(tmp_path, mon, Export()).fit(Net(), data())
+    assert {m.attributes["hw.id"] for m in seen[0] if m.name == "hw.energy"} >= {"first"}
+    assert [m for m in seen[0] if m.name == "hw.power"] == []
+    assert [m.attributes["hw.id"] for m in mon.measurements() if m.name == "hw.power"] == ["second"]
+
+
 def test_a_prometheus_file_that_cannot_be_written_costs_a_warning(tmp_path: Path) -> None:
     mon = monitor(prometheus=tmp_path / "nowhere" / "estdgm.prom")
     with pytest.warns(UserWarning, match="Prometheus file .*nowhere.* cannot be written") as caught:

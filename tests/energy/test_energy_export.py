@@ -85,6 +85,20 @@ def test_prometheus_reads_back_what_was_written(tmp_path: Path) -> None:
     }
 
 
+def test_what_two_sources_read_of_a_device_is_one_series(tmp_path: Path) -> None:
+    cells = {
+        Cell("rocm-smi", "counter", GPU, "refinement", "train"): 3_000_000,
+        Cell("amdsmi", "counter", GPU, "refinement", "train"): 1_500_000,
+        Cell("amdsmi", "integrated", GPU, "refinement", "train"): 250_000,
+    }
+    found = [m for m in measurements(Totals(cells), (), {}) if m.name == "hw.energy"]
+    assert [(m.value, m.attributes["estdgm.method"]) for m in found] == [(4.5, "counter"), (0.25, "integrated")]
+    write_prometheus(tmp_path / "estdgm.prom", found)
+    lines = (tmp_path / "estdgm.prom").read_text().splitlines()
+    series = [line.rsplit(" ", 1)[0] for line in lines if not line.startswith("#")]
+    assert len(series) == len(set(series)) == 2
+
+
 def test_without_prometheus_client_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(
