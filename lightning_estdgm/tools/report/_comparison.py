@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lightning_estdgm.tools.report._added_fits import added_fits_of
 from lightning_estdgm.tools.report._arms import check_runs, group, short_names
 from lightning_estdgm.tools.report._contrast import Contrast, contrast_arms
 from lightning_estdgm.tools.report._fairness import settings_of, warnings_of
@@ -93,6 +94,7 @@ def compare(
     )
     overlaps = overlaps_of(runs)
     by_run = {run.path: [overlap.sentence(names) for overlap in overlaps if run.path in overlap.runs] for run in runs}
+    added = {each.run: each.sentence(names) for each in added_fits_of(runs)}
     return Comparison(
         baseline=baseline,
         arms=results,
@@ -100,8 +102,14 @@ def compare(
         target=goal,
         no_target=no_target,
         budget_steps=budget,
-        contrasts=tuple(contrast_arms(results[0], arm, arms, goal, no_target, budget, by_run) for arm in results[1:]),
-        warnings=(*warnings_of(arms, names, settings, differing, overlaps), *coarse_warnings(results, goal)),
+        contrasts=tuple(
+            contrast_arms(results[0], arm, arms, goal, no_target, budget, by_run, added) for arm in results[1:]
+        ),
+        warnings=(
+            *added.values(),
+            *warnings_of(arms, names, settings, differing, overlaps),
+            *coarse_warnings(results, goal),
+        ),
         settings=settings,
         differing=differing,
     )

@@ -60,6 +60,7 @@ def contrast_arms(
     no_target: str,
     budget: int | None,
     overlaps: Mapping[Path, Sequence[str]],
+    added: Mapping[Path, str],
 ) -> Contrast:
     """Hold an arm against the baseline.
 
@@ -71,10 +72,12 @@ def contrast_arms(
         no_target: Reason why there is none.
         budget: Step that all runs came to.
         overlaps: By folder of a run, sentences on the runs that used one counter at the same time.
+        added: By folder of a run whose joules include fits of others, a sentence on them.
     """
     reasons = [*_missed(base, target), *_missed(arm, target)] if target else [f"no target: {no_target}"]
     reasons += _unlike(base, arm, runs)
     members = [run.path for each in (base, arm) for run in runs[each.name]]
+    reasons += [added[path] for path in members if path in added]
     reasons += some(dict.fromkeys(sentence for path in members for sentence in overlaps.get(path, ())))
     if not reasons:
         reasons += [

@@ -116,6 +116,57 @@ def test_a_copy_of_a_run_is_that_run(tmp_path):
         compare(runs)
 
 
+# Runs of one EnergyMonitor --------------------------------------------------------------------------------------------
+
+
+def steps(own, counted):
+    """The part of an energy.json that tells how far the run came, and the steps that its monitor counted."""
+    return {"run": {"global_step": own}, "energy": {"steps": counted}}
+
+
+def test_runs_of_one_monitor_are_not_comparable(tmp_path):
+    second = deep(at(1, (8, 10), (10, 12), ids="ab"), steps(100, 200))
+    comparison = compare(pair(tmp_path, at(1, (8, 10), ids="a"), second))
+    sentence = (
+        "the joules of dgm include a fit of dense: one EnergyMonitor adds up over all its fits. "
+        "Give each run a new EnergyMonitor"
+    )
+    (contrast,) = comparison.contrasts
+    assert (contrast.reasons, contrast.at_target, contrast.at_budget) == ((sentence,), None, None)
+    assert comparison.warnings[0] == sentence
+    assert "Not comparable: EST-DGM and dense." in markdown(comparison)
+
+
+def test_a_third_run_that_holds_no_other_is_comparable_with_the_first(tmp_path):
+    folders = [
+        write_run(tmp_path / "dense", falling(2.0), **at(1, (8, 10), ids="a")),
+        write_run(tmp_path / "dgm", falling(1.0), method=DGM, **at(1, (12, 14), ids="c")),
+        write_run(
+            tmp_path / "rigl",
+            falling(1.0),
+            **deep(at(1, (8, 10), (10, 12), ids="ab"), steps(100, 200) | {"method": DGM | {"name": "RigL"}}),
+        ),
+    ]
+    dgm, rigl = compare(read_runs(folders)).contrasts
+    assert dgm.at_target is not None
+    assert (len(rigl.reasons), rigl.at_target) == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("dense", "dgm"),
+    [
+        (at(1, (8, 10), ids="a"), deep(at(1, (8, 10), (10, 12), ids="ab"), steps(100, 100))),  # resumed
+        (at(1, (8, 10), ids="a"), deep(at(1, (8, 10), (10, 12), ids="ab"), steps(100, 97))),  # with steps skipped
+        (at(1, (8, 10), ids="a"), deep(at(1, (10, 12), (12, 14), ids="bc"), steps(100, 200))),  # fits of its own
+        (at(1, (8, 10), ids="a"), deep(at(1, (8, 10), (10, 12), ids="ab"), steps(100, None))),
+    ],
+)
+def test_runs_whose_fits_are_their_own_are_comparable(tmp_path, dense, dgm):
+    (contrast,) = compare(pair(tmp_path, dense, dgm)).contrasts
+    assert contrast.reasons == ()
+    assert contrast.at_target is not None
+
+
 # Runs that have not ended -------------------------------------------------------------------------------------------
 
 
