@@ -180,7 +180,10 @@ def test_several_runs_in_one_folder_are_named_by_their_files_and_read_without_cu
         (json.dumps(summary(energy={"total_joules": "9 J"})), "energy.total_joules: got '9 J', expected int or float"),
         (json.dumps(summary(energy={"sources": None})), "energy.sources: got None, expected list"),
         (json.dumps(summary(energy={"sources": ["rapl"]})), "energy.sources.0: got 'rapl', expected dict"),
-        (json.dumps(summary(energy={"sources": [{"name": "x"}]})), "energy.sources.0.method: got nothing, expected str"),
+        (
+            json.dumps(summary(energy={"sources": [{"name": "x"}]})),
+            "energy.sources.0.method: got nothing, expected str",
+        ),
         (
             json.dumps(summary(energy={"sources": [{"name": "x", "method": "counter", "devices": [{"host": "a"}]}]})),
             "energy.sources.0.devices.0.kind: got nothing, expected str",
