@@ -57,6 +57,32 @@ def test_tensorboard_opens_with_the_energy_curves(tmp_path: Path) -> None:
     assert {t for t in tags if re.match("(energy|power)/", t)} - told == set().union(*shown.values())
 
 
+def test_hyperparameters_of_the_module_keep_their_values_in_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    class Named(Net):
+        def __init__(self, method: str = "adamw-large", density: float = 0.25) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    logger = TensorBoardLogger(tmp_path, "tb", "", default_hp_metric=False)
+    trainer(tmp_path, monitor(), logger=logger).fit(Named(), data())
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    written = [HParamsPluginData.FromString(c) for c in events.PluginTagToContent("hparams").values()]
+    (row,) = [each.session_start_info.hparams for each in written if each.session_start_info.hparams]
+    values = {name: value.string_value or value.number_value for name, value in row.items()}
+    assert values == {
+        "method": "adamw-large",
+        "density": 0.25,
+        "estdgm/method": "dense",
+        "estdgm/density": 1.0,
+        "unit": "none",
+        "rate": values["rate"],
+    }
+
+
 def test_a_prometheus_file_is_renewed_at_every_log(tmp_path: Path) -> None:
     path, seen = tmp_path / "estdgm.prom", []
 

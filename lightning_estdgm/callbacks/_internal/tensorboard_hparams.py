@@ -16,6 +16,8 @@ def write_hparams(
 ) -> None:
     """Write the row: method, unit, density and rate beside the logged hyperparameters, with columns for metrics.
 
+    Those of the module that have one of these names keep it: then ours begins with ``estdgm/``.
+
     TensorBoard keeps the first row of a run. Where the module saves its hyperparameters, that is Lightning's own,
     unless the logger has ``default_hp_metric=False``.
 
@@ -28,7 +30,7 @@ def write_hparams(
     """
     own = [name for name in trainer.callback_metrics if name in trainer.logged_metrics]
     saved = {name: _plain(value) for name, value in logger.hparams.items()}
-    ours = hyperparameters(trainer, method)
+    ours = {f"estdgm/{k}" if k in saved else k: value for k, value in hyperparameters(trainer, method).items()}
     # The values of these columns are the last ones of the curves: here only their names count.
     experiment, start, end = hparams(saved | ours, dict.fromkeys([*own, *metrics], 0.0))
     _show_first(experiment, ours)

@@ -13,7 +13,8 @@ from lightning_estdgm.tools.study._tasks import ALL_TASKS
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """One table a task: every arm by its distance to the best dense one, mean and sample deviation over the seeds.
 
-    FLOPs, time and joules are those of the whole run over those of the best dense run.
+    FLOPs of the whole run are over those of the task's own model, dense in its full length; time and joules are over
+    those of the best dense run.
     """
     found = arms(rows)
     parts = []
@@ -37,5 +38,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             )
         parts.append("\n".join(lines))
     known = sorted({row["energy_method"] for row in rows if row["energy_method"]})
-    parts.append(f"Joules are {' or '.join(known)}. FLOPs, time and joules: of the whole run, over the best dense one.")
+    parts.append(
+        f"Joules are {' or '.join(known)}. FLOPs of the whole run are over those of the task's own model, dense in its "
+        "full length; time and joules are over the best dense run's."
+    )
     return "\n\n".join(parts) + "\n"
