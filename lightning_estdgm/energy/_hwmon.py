@@ -142,12 +142,9 @@ class HwmonSensors:
 
     def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
         """Read the sensors, one file each. One whose file is gone is sought: drivers that load again number anew."""
-        readings = {}
-        for device, sensor in self._sensors.items():
-            if devices is None or device in devices:
-                readings[device] = _read(sensor)
-        for device in readings:
-            if not self._sensors[device].path.exists():
+        readings = {d: _read(sensor) for d, sensor in self._sensors.items() if devices is None or d in devices}
+        for device, reading in readings.items():
+            if reading.status is Status.UNAVAILABLE and not self._sensors[device].path.exists():
                 with contextlib.suppress(SourceUnavailable):
                     self._sensors[device] = self._find().get(device.uid, self._sensors[device])
         return readings

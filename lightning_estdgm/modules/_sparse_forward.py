@@ -78,9 +78,9 @@ class _SparseConv(SparseForward):
 
     def forward(self, input: Tensor) -> Tensor:
         spatial = self.weight.dim() - 2  # type: ignore[attr-defined]
-        geometry = conv_geometry(self)  # type: ignore[arg-type]
+        is_padded_by_zeros = self.padding_mode == "zeros"  # type: ignore[attr-defined]  # else set in mid-run
+        geometry = conv_geometry(self) if is_padded_by_zeros else None  # type: ignore[arg-type]
         as_given = input.layout is not torch.strided or input.dim() not in (spatial + 1, spatial + 2)
-        as_given = as_given or self.padding_mode != "zeros"  # type: ignore[attr-defined]  # set in mid-run, as by what makes textures seamless
         if self._estdgm_backend == "dense" or geometry is None or as_given or is_computed(self, "weight"):
             return super().forward(input)  # type: ignore[misc]
         y = masked_conv2d(
