@@ -447,11 +447,13 @@ class DGMCallback(pl.Callback):
         """Zero inactive weights that the user's code has written to since the last step; name replaced layers.
 
         Weights that were loaded since are left as they are, as the best ones of the run: nothing trains them any more.
+        Layers are torch's own again from here on: the module's ``on_train_end`` may script or export them.
         """
         if self._loaded is None or not self._loaded.exceeding(as_loaded=True):
             self._bound().mask_weights(every=True)
         assert self._outcome is not None
         self._outcome.watch_replaced()  # not later: what is done to the trained model is its owner's business
+        self._bound().restore_layers()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove all hooks; masks and counters stay readable, also in the process that spawned this one."""

@@ -6,6 +6,7 @@ It has a method for each hook of Lightning and properties for users, so more tha
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,12 @@ class EnergyMonitor(Callback):
         self._model: dict[str, Any] | None = None
         self._stage: str | None = None
         self._fit: EnergyFit | None = None
+        self._restored = False  # since the fit before
+        self._measured: tuple[weakref.ref[Any], ...] = ()  # Trainer and module of the fit before
 
     def __getstate__(self) -> dict[str, Any]:
         # Threads, locks and library handles stay in the process that made them (ddp_spawn pickles callbacks).
-        return {**self.__dict__, "_fit": None}
+        return {**self.__dict__, "_fit": None, "_measured": ()}
 
     # Results
 
@@ -160,6 +163,7 @@ class EnergyMonitor(Callback):
         """
         if self._stage not in (None, "fit"):
             return  # `trainer.test(ckpt_path="best")` must not take back the joules of the fit before it
+        self._restored = True
         try:
             self._ledger.load_state_dict(state_dict)
         except (AttributeError, LookupError, TypeError, ValueError) as e:
@@ -197,6 +201,14 @@ class EnergyMonitor(Callback):
         rank_zero_info(announcement(self._active(), self._unavailable, self._idle_w))
         if trainer.is_global_zero:
             fit.log.add_layout(with_gpus=bool(gpu_names(self._assigned)))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn where the figures hold an earlier fit by another Trainer, or of another model; all is restored now."""
+        same = [each() for each in self._measured] == [trainer, pl_module]
+        if self._fit is not None and len(self._ledger.fits()) > 1 and not same and not self._restored:
+            self._fit.log.warn_of_earlier_fits()
+        self._measured = weakref.ref(trainer), weakref.ref(pl_module)
+        self._restored = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Enter a phase that changed at the end of the last batch, whatever the order of callbacks."""

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from lightning_estdgm._checks import is_number
 from lightning_estdgm.energy._accumulator import Accumulator
@@ -17,6 +17,9 @@ from lightning_estdgm.energy._reading import DeviceId, Reading, SourceUnavailabl
 from lightning_estdgm.energy._source_set import Select, SourceSet
 from lightning_estdgm.energy._totals import Totals
 from lightning_estdgm.energy.sources._protocol import EnergySource
+
+PATIENCE_S = 30.0
+"""Time for which a caller waits for a reading that the thread has begun, in seconds."""
 
 
 def check_seconds(name: str, value: float, expected: str = "seconds") -> float:
@@ -43,7 +46,8 @@ class Sampler:
 
     No source is read more often than it renews its values. Methods may be called from a signal handler that has
     interrupted one of them, as that of a job that is requeued, which saves a checkpoint: nothing is read then. In a
-    forked child every method does nothing: the thread and the vendors' state stay with the parent.
+    forked child every method does nothing: the thread and the vendors' state stay with the parent. A source that never
+    answers the thread costs a warning: from then on no source is read, and every device counts as failing.
 
     Args:
         sources: Names with sources, or with the reason why there is none, as `resolve` gives them.
@@ -58,6 +62,8 @@ class Sampler:
         self._idle_mw: dict[DeviceId, int] = {}
         self._lock = threading.RLock()
         self._is_reading = False
+        self._asked = ""  # name of the source that is being read
+        self._is_stuck = False  # whether the thread has waited too long for it
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._pid: int | None = None
@@ -148,7 +154,7 @@ class Sampler:
         """Read now, and attribute energy from here on to (label, stage)."""
         if not self._is_ours():
             return
-        with self._lock:
+        with self._held():
             if not self._is_reading:
                 self._read_now()
                 self._accumulator.switch(time.monotonic_ns(), label, stage)
@@ -164,12 +170,13 @@ class Sampler:
             return
         self._stop.set()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(0.0 if self._is_stuck else PATIENCE_S)
         self._thread = None
-        with self._lock:
+        with self._held():
             if self._started:
                 self._read_now(at_once=True)
-            self._sources.close()
+            if not self._is_stuck:
+                self._sources.close()
         self._closed = True
 
     def totals(self) -> Totals:
@@ -189,13 +196,39 @@ class Sampler:
 
     def _guard(self) -> contextlib.AbstractContextManager[object]:
         # A fork may have copied the lock while the thread held it; nobody in the child would ever release it.
-        return self._lock if self._is_ours() else contextlib.nullcontext()
+        return self._held() if self._is_ours() else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """Hold the lock; if the thread is stuck in a source and keeps it, give up reading and hold a new one."""
+        lock = self._lock
+        if not lock.acquire(timeout=PATIENCE_S):
+            if not self._is_stuck:
+                self._give_up()
+            lock = self._lock
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _give_up(self) -> None:
+        self._is_stuck, self._is_reading = True, False
+        self._lock = threading.RLock()
+        self._stop.set()
+        warnings.warn(
+            f"energy source {self._asked!r} has not answered for {PATIENCE_S:g} s: no energy is read from now on. What "
+            "was read before stays, and the rest of the run counts as not covered (energy/coverage_ratio). A driver or "
+            "a device that hangs is the usual cause",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def _new_accumulator(self) -> Accumulator:
         return Accumulator(max_interval_s=max(5.0, 3 * self._interval_s))
 
     def _read_now(self, *, at_once: bool = False) -> None:
-        with self._lock:
+        with self._held():
             if self._is_reading:  # in this thread, which a signal has interrupted
                 return
             self._is_reading = True
@@ -207,17 +240,21 @@ class Sampler:
     def _read_into(self, accumulator: Accumulator, at_once: bool = False) -> None:
         readings: dict[DeviceId, Reading] = {}
         not_due: set[DeviceId] = set()
-        for source in self.active:
+        was_stuck = self._is_stuck
+        for source in [] if was_stuck else self.active:
             now_ns = time.monotonic_ns()
             if not at_once and now_ns - self._read_at_ns[source.name] < 1e9 * source.update_period_s:
                 not_due.update(source.devices)  # the value may be the last one still, and would read as no energy
                 continue
             self._read_at_ns[source.name] = now_ns
+            self._asked = source.name
             try:
                 for device, reading in self._sources.read(source).items():
                     readings.setdefault(device, reading)
             except Exception:
                 continue  # its devices are missing from the readings, so they count as failed
+        if self._is_stuck != was_stuck:
+            return  # this is the thread, and its caller waits no longer
         accumulator.update(time.monotonic_ns(), readings, not_due)
 
     def _run(self) -> None:

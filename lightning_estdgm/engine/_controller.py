@@ -46,6 +46,7 @@ from lightning_estdgm.method._schedules import Schedule, sampled_densities, upda
 from lightning_estdgm.modules._candidates import Candidate, new_layers, replaced_layers, thawed_layers
 
 _STATE_VERSION = 1
+_MOST_MET = 4  # optimizers made in mid-run that are kept; one that steps after it was let go is met again
 
 
 class DGMController:
@@ -120,6 +121,7 @@ class DGMController:
         self._largest = False  # whether masks are drawn of the largest units, as after `recover`
         self._waiting = False  # a mask update is due but nothing could be observed yet
         self._warned_nonfinite = False
+        self._met: list[Optimizer] = []  # made since the run began, and met at a step
         self._flops = FlopCounter()
         self._eagerly = EagerHold(self, model)
         every = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
@@ -313,8 +315,8 @@ class DGMController:
     def use_optimizers(self, optimizers: Optimizer | Sequence[Optimizer]) -> None:
         """Go on with other optimizers than before, such as ones made anew in mid-run.
 
-        An optimizer that holds weights and was not given is met at its first step and added. This call lets go of those
-        that are not used any more.
+        An optimizer that holds weights and was not given is met at its first step and added; of those the last four are
+        kept, as there may be a new one for each batch. This call lets go of those that are not used any more.
 
         Args:
             optimizers: all optimizers of the run from now on.
@@ -323,14 +325,19 @@ class DGMController:
             ValueError: as when a controller is made: if steps cannot be seen, or state cannot be reset.
 
         """
-        every = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
-        self._states.optimizers = every
-        self._storage.use(every)
+        self._met = []
+        self._use(list(optimizers) if isinstance(optimizers, Sequence) else [optimizers])
+
+    def _use(self, every: Sequence[Optimizer], met: Sequence[Optimizer] = ()) -> None:
+        self._states.optimizers = [*every, *met]
+        self._storage.use(self._states.optimizers)
         self._states.prepare(self._masked.every, changes_masks=self._changes_masks)
-        self._hooks.use(every)
+        self._hooks.use(self._states.optimizers)
 
     def _take_over(self, optimizer: Optimizer) -> None:
-        self.use_optimizers([*self._hooks.optimizers, optimizer])
+        given = self._hooks.optimizers[: len(self._hooks.optimizers) - len(self._met)]
+        self._met = [*self._met, optimizer][-_MOST_MET:]
+        self._use(given, self._met)
 
     def mask_copy_(self, copy: nn.Module, *, as_stored: bool = False) -> None:
         """Zero the inactive weights of a copy of the model, such as an average of its weights over time.
@@ -349,6 +356,13 @@ class DGMController:
 
         """
         self._masked.mask_copy_(copy, as_stored=as_stored)
+
+    def restore_layers(self) -> None:
+        """Give the layers their own classes and forwards back, as for a script or an export at the end of a run.
+
+        They compute dense from then on. Masks stay, and so do the hooks that keep weights in line with them.
+        """
+        self._dispatch.close()
 
     def close(self) -> None:
         """Remove all hooks and swapped forwards; weights and masks stay as they are. May be called twice."""

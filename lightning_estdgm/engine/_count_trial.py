@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,14 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_estdgm.distributed._collectives import local_tensor
 from lightning_estdgm.distributed.adapters.whole import Whole
-from lightning_estdgm.engine._optimizer_trial import apart_from_the_run, not_tried, remade, trial_optimizer
+from lightning_estdgm.engine._optimizer_trial import (
+    PLAIN,
+    TrialMemory,
+    apart_from_the_run,
+    not_tried,
+    remade,
+    trial_optimizer,
+)
 from lightning_estdgm.engine._rate_trial import set_rate
 from lightning_estdgm.engine._state_entries import state_entries
 from lightning_estdgm.engine._young_steps import YoungSteps
@@ -36,7 +42,6 @@ _LATE = 1_000_000  # count of a late parameter, where it can be set
 _EQUAL = 128  # steps of one size before counts are set, so that moments have come to it
 _PROBES = 32  # counts that are tried at once
 _LONGEST = 12_000  # steps; what does not settle by then is no correction, but a schedule
-_PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,8 @@ class UnitCounts:
     own_state: bool = True
 
 
-_NO_SETTINGS = ("defaults", "param_groups", "state", "step")  # with torch's hooks: what schedulers and users patch
-
-_known: dict[str, tuple[weakref.ref[Any], UnitCounts]] = {}  # by settings
+_known: TrialMemory[UnitCounts] = TrialMemory()
+_why_not: TrialMemory[str] = TrialMemory()  # of `_why_not_in_parts`
 
 
 def unit_counts(optimizer: Optimizer, index: int, like: Tensor) -> UnitCounts:
@@ -72,34 +76,16 @@ def unit_counts(optimizer: Optimizer, index: int, like: Tensor) -> UnitCounts:
     if isinstance(optimizer, LBFGS):  # its history is cleared at mask updates
         return UnitCounts()
     real = local_tensor(like).detach()
-    key, valid_for = _settings(optimizer, index, real)
-    if key not in _known or _known[key][0]() is not valid_for:
+
+    def try_it() -> UnitCounts:
         with apart_from_the_run(real.device):
-            _known[key] = weakref.ref(valid_for), _tried(optimizer, index, real)
-    found = _known[key][1]
-    if found.lifetime and (why := _why_not_in_parts(optimizer, index, real)):
-        return UnitCounts(0, why)
-    return found
+            return _tried(optimizer, index, real)
 
-
-def _settings(optimizer: Optimizer, index: int, like: Tensor) -> tuple[str, Any]:
-    """Return all that a trial depends on, and for what it is the same: the class, or this optimizer alone.
-
-    The class if settings are numbers, words, and dicts and lists of these.
-    """
-    own = {k: v for k, v in vars(optimizer).items() if k not in _NO_SETTINGS and not k.startswith("_optimizer_")}
-    defaults = {k: v for k, v in getattr(optimizer, "defaults", {}).items() if k != "lr"}
-    group = {k: v for k, v in optimizer.param_groups[index].items() if k not in ("params", "param_names")}
-    rate = group.pop("lr", None)
-    settings = (own, defaults, group)
-    valid_for: Any = type(optimizer) if _is_plain(settings) else optimizer
-    return repr((id(valid_for), settings, type(rate), like.dim(), like.dtype, like.device)), valid_for
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
-    return all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, _PLAIN)
+    found = _known.recall(optimizer, index, real, try_it)
+    if not found.lifetime:
+        return found
+    why = _why_not.recall(optimizer, index, real, lambda: _why_not_in_parts(optimizer, index, real), tuple(real.shape))
+    return UnitCounts(0, why) if why else found
 
 
 def _tried(optimizer: Optimizer, index: int, like: Tensor) -> UnitCounts:
@@ -325,6 +311,6 @@ def _why_not_in_parts(optimizer: Optimizer, index: int, like: Tensor) -> str:
 
 def _is_in_parts(value: Any, weight: Tensor) -> bool:
     if not isinstance(value, Tensor):
-        return isinstance(value, _PLAIN)
+        return isinstance(value, PLAIN)
     plain = value.is_floating_point() and not hasattr(value, "__tensor_flatten__")
     return value.dim() == 0 or (plain and value.numel() == weight.numel())

@@ -8,7 +8,7 @@ that have had no gradient.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_estdgm.distributed._collectives import local_tensor
 from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
 from lightning_estdgm.engine._masked_weight import MaskedWeight
+from lightning_estdgm.engine._optimizer_trial import TrialMemory
 from lightning_estdgm.engine._state_entries import Path, entry_name, state_entries
 from lightning_estdgm.engine._state_rules import Constant, StateRule, Strided, copies_weight, oriented
 from lightning_estdgm.engine._state_trial import StateUnknownError, TrialFailedError, fresh_state_rules, keeps_more
@@ -58,6 +59,9 @@ class OptimizerStates:
         """
         known: dict[Any, Rules] = {}
         nested = [nested_optimizers(optimizer) for optimizer in self.optimizers]
+        ids = {id(inner) for all_of_it in nested for inner in all_of_it}
+        for parameter, rules in self._rules.items():  # another optimizer may have the id of one that is gone
+            self._rules[parameter] = {of: rule for of, rule in rules.items() if of[0] in ids}
         for weight in weights:
             local = local_tensor(weight.parameter)
             for optimizer, all_of_it in zip(self.optimizers, nested, strict=True):
@@ -170,7 +174,7 @@ class OptimizerStates:
             if _group_of(candidate, weight.parameter) is None:
                 continue
             try:
-                rules = fresh_state_rules(candidate, weight.parameter)
+                rules, keeps = _fresh(candidate, weight.parameter, changes_masks)
             except TrialFailedError as error:
                 failures.append(f"{type(candidate).__name__}: {error}")
             except StateUnknownError as error:
@@ -184,7 +188,7 @@ class OptimizerStates:
                     "whose masks do not change"
                 ) from error
             else:
-                if changes_masks and keeps_more(candidate, weight.parameter, rules):
+                if keeps:
                     self._warn(
                         f"{type(candidate).__name__} keeps state of layer {weight.name!r} in a place that is not "
                         "searched: it stays as it is where weights are dropped or grown. Have the optimizer keep it by "
@@ -230,6 +234,24 @@ class OptimizerStates:
         if message.split(" of layer")[0] not in self._warned:
             self._warned.add(message.split(" of layer")[0])
             warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+_found: TrialMemory[tuple[Mapping[tuple[str, Path], StateRule], bool]] = TrialMemory()
+
+
+def _fresh(
+    optimizer: Optimizer, parameter: Tensor, changes_masks: bool
+) -> tuple[Mapping[tuple[str, Path], StateRule], bool]:
+    """Return the rules of a parameter's state, and whether there is more, of which masks that change have to know."""
+
+    def try_it() -> tuple[Mapping[tuple[str, Path], StateRule], bool]:
+        rules = fresh_state_rules(optimizer, parameter)
+        return rules, changes_masks and keeps_more(optimizer, parameter, rules)
+
+    index, local = _group_of(optimizer, parameter), local_tensor(parameter)
+    assert index is not None
+    more = (type(parameter), tuple(local.shape), local.stride(), parameter.requires_grad, changes_masks)
+    return _found.recall(optimizer, index, local, try_it, *more)
 
 
 def _group_of(optimizer: Any, parameter: Tensor) -> int | None:

@@ -1,7 +1,7 @@
 """`trial_optimizer`: a copy of an optimizer that holds throw-away parameters, to see what it does with a parameter.
 
 What is looked for in a trial is elsewhere: whether ``lr`` is read per group in `_rate_trial`, what a fresh parameter's
-state is in `_optimizer_state`. No trial touches the optimizer of the run.
+state is in `_state_trial`. No trial touches the optimizer of the run. `TrialMemory` keeps what trials have found.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import copy
 import inspect
 import random
 import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,53 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_estdgm.engine._hooked_optimizers import nested_optimizers
+
+_T = TypeVar("_T")
+
+PLAIN = (bool, int, float, str, tuple, type(None))
+"""Types of plain settings."""
+
+_NO_SETTINGS = ("defaults", "param_groups", "state", "step")  # with torch's hooks: what schedulers and users patch
+
+
+class TrialMemory(Generic[_T]):
+    """Results of one kind of trial, by all that they depend on: a new optimizer of the same settings is not tried.
+
+    A result holds for all of a class if settings are numbers, words, and dicts and lists of these, else for one
+    optimizer alone.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[weakref.ref[Any], _T]] = {}
+
+    def recall(self, optimizer: Optimizer, index: int, like: Tensor, make: Callable[[], _T], *more: Any) -> _T:
+        """Return the result that is known, or else that of a trial.
+
+        Args:
+            optimizer: optimizer that the trial is of.
+            index: index of the group.
+            like: parameter whose number of dimensions, dtype and device the trial depends on.
+            make: makes the trial; what it raises is raised.
+            more: what the trial depends on besides, by its representation.
+
+        """
+        own = {k: v for k, v in vars(optimizer).items() if k not in _NO_SETTINGS and not k.startswith("_optimizer_")}
+        defaults = {k: v for k, v in getattr(optimizer, "defaults", {}).items() if k != "lr"}
+        group = {k: v for k, v in optimizer.param_groups[index].items() if k not in ("params", "param_names")}
+        rate = group.pop("lr", None)
+        settings = (own, defaults, group)
+        valid_for: Any = type(optimizer) if _is_plain(settings) else optimizer
+        key = repr((id(valid_for), settings, type(rate), like.dim(), like.dtype, like.device, more))
+        if key not in self._known or self._known[key][0]() is not valid_for:
+            self._known = {k: kept for k, kept in self._known.items() if kept[0]() is not None}
+            self._known[key] = weakref.ref(valid_for), make()
+        return self._known[key][1]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
+    return all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, PLAIN)
 
 
 def trial_optimizer(optimizer: Optimizer, stand_ins: Mapping[Tensor, Tensor]) -> Optimizer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 from lightning_estdgm.distributed._collectives import agree
 from lightning_estdgm.engine._count_trial import UnitCounts, unit_counts
 from lightning_estdgm.engine._hooked_optimizers import closure_of, parameters_of, with_closure, with_step_hooks
+from lightning_estdgm.engine._optimizer_trial import TrialMemory
 from lightning_estdgm.engine._rate_trial import why_not_scaled
 from lightning_estdgm.engine._scaled_groups import Group, ScaledGroups
 from lightning_estdgm.engine._young_steps import YoungSteps
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from lightning_estdgm.engine._masked_weight import MaskedWeight
 
 _PLAIN = (bool, int, float, str, Tensor)  # what a checkpoint holds that loads with ``weights_only=True``
+
+
+_reasons: TrialMemory[str] = TrialMemory()  # of `why_not_scaled`
 
 
 class StepScaling:
@@ -260,7 +265,8 @@ class _ScaledSteps:
         parameters = [weight.parameter for weight in held if weight.parameter.dim() == dims]
         settings = repr((_settings(group), dims, parameters[0].dtype, parameters[0].device))
         if settings not in self._reasons_by_settings:
-            reason = why_not_scaled(self.optimizer, index, parameters, parameters[0])
+            try_it = partial(why_not_scaled, self.optimizer, index, parameters, parameters[0])
+            reason = _reasons.recall(self.optimizer, index, parameters[0], try_it, len(parameters[:2]))
             self._reasons_by_settings[settings] = reason
         self._reasons[index] = reason = self._reasons_by_settings[settings]
         if reason:

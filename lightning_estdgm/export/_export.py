@@ -126,6 +126,7 @@ def export_model(
         raise ValueError("the model's parameters are on the meta device: load its weights first")
     dense = copied(model)
     given = ExportInput(copy.deepcopy(dense), args, kwargs, dynamic, values)
+    quality: tuple[float, float] | None = None
     with torch.no_grad(), whole_folder(path.parent) as (folder, publish):
         expected = _forward(dense, given)
         notes = target.write(given, folder / path.name)
@@ -135,7 +136,8 @@ def export_model(
         difference, largest = _difference(found, expected)
         _check(target, values, difference, largest)
         call_s, dense_s = _take_turns(lambda: run(*args, **kwargs), lambda: dense(*args, **kwargs))
-        quality = None if evaluate is None else (float(evaluate(dense)), float(evaluate(run)))
+        if evaluate is not None:
+            quality = float(evaluate(dense)), float(evaluate(_returning_as(expected, run)))
         files = publish(path.name)
     return ExportReport(
         target=target.name,
@@ -205,6 +207,24 @@ def _unique(model: nn.Module) -> list[Tensor]:
 def _tensors(outputs: Any) -> list[Tensor]:
     tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
     return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
+
+
+def _returning_as(expected: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `run` with outputs in the form of the model's: some runtimes return them as a list."""
+    leaves, form = pytree.tree_flatten(expected)
+
+    def in_form(*args: Any, **kwargs: Any) -> Any:
+        found = iter(leaf for leaf in pytree.tree_leaves(run(*args, **kwargs)) if isinstance(leaf, Tensor))
+        return pytree.tree_unflatten([_next_as(leaf, found) for leaf in leaves], form)
+
+    return in_form
+
+
+def _next_as(leaf: Any, found: Iterator[Tensor]) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    tensor = next(found)
+    return torch.view_as_complex(tensor) if leaf.is_complex() and not tensor.is_complex() else tensor
 
 
 def _difference(found: Any, expected: Any) -> tuple[float, float]:

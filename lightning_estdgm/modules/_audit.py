@@ -273,14 +273,21 @@ def _by_called_module(model: nn.Module, candidates: Sequence[Candidate]) -> Iter
 
 
 def _by_parent(model: nn.Module, candidates: Sequence[Candidate]) -> Iterator[tuple[nn.Module, list[Candidate]]]:
-    """Yield each module that holds layers, and these."""
+    """Yield each module that holds layers, itself or in a list, and these."""
     layers: dict[int, list[Candidate]] = {}
     for candidate in candidates:
         layers.setdefault(id(candidate.module), []).append(candidate)
     for module in model.modules():
-        group = [candidate for child in module.children() for candidate in layers.get(id(child), ())]
-        if group and not isinstance(module, nn.MultiheadAttention):
+        group = [candidate for child in _children(module) for candidate in layers.get(id(child), ())]
+        if group and not isinstance(module, (nn.MultiheadAttention, nn.ModuleList, nn.ModuleDict)):
             yield module, group
+
+
+def _children(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        yield child
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or type(child) is nn.Sequential:
+            yield from _children(child)
 
 
 def _current(candidate: Candidate) -> Any:

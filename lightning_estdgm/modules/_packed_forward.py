@@ -33,7 +33,7 @@ _READ_AGAIN = frozenset({"__get__", "detach"})  # what gives another view of the
 
 
 class WholeWeight(Tensor):
-    """The whole weight of a packed layer, to be read: what writes to it raises, as nothing would come of it.
+    """The whole weight of a packed layer, to be read: what writes to it or to a view raises, as it would be lost.
 
     Copies of it are plain tensors, and so is what a file gets.
     """
@@ -42,22 +42,40 @@ class WholeWeight(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run a function on plain tensors; refuse those that write in place."""
-        name = getattr(func, "__name__", "")
+        """Run a function on plain tensors; refuse those that write in place or to ``out``."""
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         writes = name in ("__setitem__", "__set__", "__delete__") or (name.endswith("_") and not name.endswith("__"))
-        if writes and any(isinstance(one, cls) for one in (args[0] if isinstance(args[0], list | tuple) else args[:1])):
+        written = [*(_several(args[0]) if writes else ()), *_several(kwargs.get("out"))]
+        if any(isinstance(one, cls) for one in written):
             raise RuntimeError(f"{name} would write to a copy: {_SAY}")
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-        if name in _READ_AGAIN and isinstance(result, Tensor) and result.dim() > 1:
-            return result.as_subclass(cls)
-        return result
+            result = func(*args, **kwargs)
+            if name in _READ_AGAIN and isinstance(result, Tensor) and result.dim() > 1:
+                return result.as_subclass(cls)
+            whole = args[0] if args and isinstance(args[0], cls) else None
+            if whole is None or torch.compiler.is_compiling():
+                return result
+            if isinstance(result, list | tuple):
+                return type(result)(_as_view(one, whole) for one in result) if type(result) in (list, tuple) else result
+            return _as_view(result, whole)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return copy.deepcopy(self.detach().as_subclass(Tensor), memo)
+
+
+def _several(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _as_view(result: Any, whole: WholeWeight) -> Any:
+    """Return what a function of a whole weight has returned: if it is a view of that, as one that cannot be written."""
+    if not isinstance(result, Tensor) or not result._is_view():
+        return result
+    base = whole._base if whole._is_view() else whole
+    return result.as_subclass(WholeWeight) if result._base is base else result
 
 
 _SAY = (

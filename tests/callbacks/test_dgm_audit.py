@@ -665,7 +665,9 @@ def test_padding_that_is_made_circular_in_mid_run_is_heeded():
     module, seen = Convolves(convolution()), []
 
     class Looks(pl.Callback):
-        def on_train_end(self, trainer, pl_module):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx < trainer.num_training_batches - 1:
+                return
             x, layer = torch.randn(2, 8, 5, 5), pl_module.layer
             layer.padding_mode = "circular"
             seen.append((type(layer), layer(x), seamless(None, x, layer.weight, layer.bias)))
@@ -674,6 +676,24 @@ def test_padding_that_is_made_circular_in_mid_run_is_heeded():
     ((cls, found, expected),) = seen
     assert cls is not nn.Conv2d  # computed sparse until then
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_a_module_may_script_itself_where_training_ends():
+    class Scripts(Convolves):
+        def on_train_end(self):
+            x = torch.randn(2, 8, 5, 5)
+            torch.testing.assert_close(torch.jit.script(self.layer)(x), self.layer(x))
+            assert [type(layer) for layer in self.modules()] == [type(layer) for layer in twin.modules()]
+            (mask,) = (m for name, m in dgm.masks().items() if self.get_submodule(name) is self.layer)
+            assert not self.layer.weight[~mask].any()
+            saved = self.state_dict()["layer.weight"]
+            assert torch.equal(saved, self.layer.weight)
+
+    twin, module = Scripts(convolution()), Scripts(convolution())
+    pl.Trainer(**QUIET, callbacks=[dgm := forced("dense")]).fit(module, DataLoader(torch.randn(320, 32), 16))
+    assert next(d.backend for d in dgm.decisions() if d.name in ("layer", "net.2")) == "native"
+    assert dgm.run_summary()["sparse_operators_ran"]
 
 
 @pytest.mark.parametrize("weight", ["none", "deleted"])

@@ -55,3 +55,23 @@ def test_an_optimizer_that_the_trainer_does_not_know_is_taken_over() -> None:
     make_trainer(callback, max_epochs=5).fit(module, TinyMLP.batches(8))
     assert callback.controller.steps == STEPS
     assert_final(module, callback)
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_steps": 1000}], ids=["by epochs", "and by steps"])
+def test_steps_that_the_trainer_does_not_count_move_the_schedule(limits: dict[str, int]) -> None:
+    class Raw(TinyMLP):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+    pl.seed_everything(0, verbose=False)
+    module, callback = Raw(), DGMCallback(DGMConfig(schedule=SCHEDULE))
+    trainer = make_trainer(callback, max_epochs=5, **limits)
+    trainer.fit(module, TinyMLP.batches(8))
+    assert trainer.global_step == 0
+    assert callback.controller.steps == callback.controller.position == STEPS
+    assert_final(module, callback)

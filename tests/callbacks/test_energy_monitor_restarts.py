@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from helpers.energy_parts import ConstantPower
@@ -23,8 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*")  
 
 @pytest.mark.parametrize("late", [False, True], ids=["restored before on_fit_start", "after it, as FSDP does"])
 def test_totals_add_up_over_a_restart(tmp_path: Path, late: bool) -> None:
-    from lightning.pytorch.strategies import SingleDeviceStrategy
-
     class Late(SingleDeviceStrategy):
         restore_checkpoint_after_setup = property(lambda self: late)
 
@@ -116,6 +115,48 @@ def test_fitting_on_adds_up(tmp_path: Path) -> None:
     for steps in (8, 16):
         trainer(tmp_path, mon).fit(Net(), data())
         assert mon.summary()["steps"] == steps
+
+
+def test_a_fit_of_another_run_on_top_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def said() -> int:
+        found = [r for r in caplog.records if "holds the joules of an earlier fit" in r.getMessage()]
+        caplog.clear()
+        return len(found)
+
+    def another(mon: EnergyMonitor, **settings: Any) -> Trainer:
+        folders.append(tmp_path / str(len(folders)))
+        return trainer(folders[-1], mon, **settings)
+
+    folders: list[Path] = []
+    mon, net = monitor(), Net()
+    run = another(mon)
+    run.fit(net, data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    run.fit_loop.max_epochs = 2
+    run.fit(net, data())
+    assert said() == 0  # the same run, which goes on
+    for late in (False, True):
+        strategy = SingleDeviceStrategy("cpu")
+        strategy.__class__ = type("Late", (SingleDeviceStrategy,), {"restore_checkpoint_after_setup": late})
+        another(mon, max_epochs=2, strategy=strategy).fit(Net(), data(), ckpt_path=tmp_path / "a.ckpt")
+        assert said() == 0  # its totals are those of the checkpoint
+    by_hand = monitor()
+    by_hand.load_state_dict(mon.state_dict())
+    another(by_hand).fit(net, data())
+    assert said() == 0
+
+    another(mon).fit(net, data())
+    assert said() == 1  # another Trainer
+    run = another(mon)
+    run.fit(Net(), data())
+    assert said() == 1
+    run.fit_loop.max_epochs = 2
+    run.fit(Net(), data())
+    assert said() == 1  # another model
+    another(pickle.loads(pickle.dumps(mon))).fit(Net(), data())
+    assert said() == 1
+    another(monitor()).fit(Net(), data())
+    assert said() == 0
 
 
 def test_it_can_be_pickled_in_mid_run(tmp_path: Path) -> None:

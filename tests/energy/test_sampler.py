@@ -156,6 +156,55 @@ def test_a_signal_that_interrupts_a_reading_can_ask_for_totals() -> None:
     assert totals.joules() == pytest.approx(100.0 * totals.covered_ns / 1e9, rel=1e-4)
 
 
+def stuck(sampler: Sampler, source: ConstantPower) -> tuple[threading.Thread, threading.Event]:
+    """Have the thread wait in the source until the event is set that is returned with it."""
+    asked, answers = threading.Event(), threading.Event()
+
+    class Stuck(ConstantPower):
+        def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
+            asked.set()
+            assert answers.wait(60)
+            return ConstantPower.read(self, devices)
+
+    thread = sampler._thread
+    assert thread is not None
+    source.__class__ = Stuck
+    assert asked.wait(60)
+    return thread, answers
+
+
+def test_a_source_that_never_answers_ends_the_reading_and_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_estdgm.energy._sampler.PATIENCE_S", 0.3)
+    sampler = started_sampler(source := ConstantPower(name="of the board"), interval_s=0.005)
+    time.sleep(0.05)
+    thread, answers = stuck(sampler, source)
+    with pytest.warns(RuntimeWarning, match=r"'of the board' has not answered for 0.3 s: no energy is read"):
+        sampler.read()
+    before = sampler.totals()
+    assert before.joules() is not None
+    sampler.mark("train", "val")  # warns no more, and books that nothing is known
+    assert sampler.failing() == tuple(sampler.active[0].devices)
+    answers.set()
+    thread.join(60)
+    assert not thread.is_alive()
+    sampler.stop()
+    after = sampler.totals()
+    assert (after.joules(), after.covered_ns, after.gaps) == (before.joules(), before.covered_ns, 1)
+    assert after.expected_ns > before.expected_ns
+
+
+def test_the_end_of_a_run_does_not_wait_for_a_source_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_estdgm.energy._sampler.PATIENCE_S", 0.3)
+    sampler = started_sampler(source := ConstantPower(), interval_s=0.005)
+    thread, answers = stuck(sampler, source)
+    with pytest.warns(RuntimeWarning, match="has not answered"):
+        sampler.stop()
+    assert "close" not in source.events  # its library is in a call still
+    sampler.stop()
+    answers.set()
+    thread.join(60)
+
+
 def test_an_interval_longer_than_a_thread_can_wait_ends_no_thread() -> None:
     sampler = started_sampler(ConstantPower(), interval_s=2 * threading.TIMEOUT_MAX)
     time.sleep(0.05)

@@ -189,6 +189,32 @@ def test_layers_that_do_not_compute_with_their_stored_weight_stay_dense_and_unsc
     assert torch.count_nonzero(model.first.weight) == torch.count_nonzero(model.second.weight) == 256
 
 
+@pytest.mark.parametrize("held", ["list", "dict", "sequential", "dict of lists"])
+def test_weights_of_layers_in_a_container_are_seen_where_the_module_around_it_uses_them(held):
+    containers = {
+        "list": nn.ModuleList,
+        "dict": lambda layers: nn.ModuleDict(zip("ab", layers, strict=True)),
+        "sequential": lambda layers: nn.Sequential(*layers),
+        "dict of lists": lambda layers: nn.ModuleDict({"all": nn.ModuleList(layers)}),
+    }
+
+    class Holds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layers = [nn.Linear(16, 16), nn.Linear(16, 1)]
+            self.first, self.held = nn.Linear(16, 16), containers[held](layers)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            for layer in (m for m in self.held.modules() if isinstance(m, nn.Linear)):
+                x = F.linear(x.relu(), layer.weight, layer.bias)
+            return x
+
+    dgm, _ = train(Holds())
+    assert dgm.masks().keys() == {"first"}  # which is no output head: it feeds them
+    assert set(reasons(dgm).values()) == {"its weight is used by itself: its forward was not called"}
+
+
 def test_layers_whose_forwards_are_called_by_themselves_are_masked_and_counted_as_others():
     class Direct(Net):
         def forward(self, x):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from helpers.runs import differences
 from lightning_estdgm import DGMConfig, DGMController, EstDgm, Phase, Units
+from lightning_estdgm.engine._optimizer_trial import trial_optimizer
 
 SCHEDULE = EstDgm(
     Phase(0.7, 0.6, 15), Phase(0.3, 0.3, 15), Phase(0.2, 0.1, 30), update_every=5, observe_steps=2, freeze=0.5
@@ -107,6 +109,73 @@ def test_a_new_optimizer_of_another_class_resets_its_own_state_and_scales_its_st
     assert set(_global_optimizer_pre_hooks) <= before_all
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_new_optimizer_at_each_step_costs_no_more_with_time() -> None:
+    net, met = model(), []
+    with DGMController(net, torch.optim.SGD(net.parameters(), 1e-2), CONFIG, total_steps=STEPS) as dgm:
+        for _ in range(STEPS):  # as by Reptile, whose inner loop trains the model itself
+            optimizer = adam(net)
+            met.append(weakref.ref(optimizer))
+            net(X).square().mean().backward()
+            dgm.mask_gradients()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert (
+                all(not net.get_submodule(n).weight[~m].count_nonzero() for n, m in dgm.masks().items())
+                or not dgm.steps
+            )
+            dgm.advance()
+            held = sum(ref() is not None for ref in met)
+            assert held <= 4
+            assert len(dgm._states._rules[id(net[0].weight)]) <= 4 * len(optimizer.state[net[0].weight])
+        assert held == 4
+        assert dgm.steps == STEPS
+        assert dgm.density == dgm.final_density
+
+
+def test_a_new_optimizer_is_tried_only_if_its_settings_are_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Optimizer] = []
+
+    def counted(optimizer: Optimizer, *args: Any) -> Optimizer:
+        tried.append(optimizer)
+        return trial_optimizer(optimizer, *args)
+
+    for module in ("_state_trial", "_rate_trial", "_count_trial"):
+        monkeypatch.setattr(f"lightning_estdgm.engine.{module}.trial_optimizer", counted)
+    net = model()
+    with DGMController(net, torch.optim.SGD(net.parameters(), 1e-2), CONFIG, total_steps=STEPS) as dgm:
+        for step, betas in enumerate([(0.9, 0.987), (0.9, 0.987), (0.9, 0.986), (0.9, 0.987)]):
+            tried.clear()
+            optimizer = torch.optim.Adam(net.parameters(), 10.0 ** -(2 + step), betas=betas)
+            net(X).square().mean().backward()
+            dgm.mask_gradients()
+            optimizer.step()
+            optimizer.zero_grad()
+            dgm.advance()
+            assert bool(tried) == (step in (0, 2))
+            assert all(one is optimizer for one in tried)
+
+
+def test_an_optimizer_that_was_let_go_of_is_met_again() -> None:
+    net = model()
+    first = torch.optim.SGD(net.parameters(), 0.1)
+    with DGMController(net, first, CONFIG, total_steps=STEPS) as dgm:
+        many = [torch.optim.SGD(net.parameters(), 0.1) for _ in range(6)]
+        for optimizer in [*many, *many, first]:
+            optimizer.zero_grad()
+            net(X).square().mean().backward()
+            dgm.mask_gradients()
+            optimizer.step()
+            dgm.advance()
+        assert dgm.steps == 13
+        before = net[0].weight.detach().clone()
+        many[0].zero_grad()
+        net(X).square().mean().backward()
+        dgm.mask_gradients()
+        gradient, density = net[0].weight.grad.clone(), dgm.layer_densities()["0"]
+        many[0].step()
+        torch.testing.assert_close(net[0].weight, before - 0.1 / density * gradient)
 
 
 def test_optimizers_of_other_models_are_left_alone() -> None:

@@ -517,15 +517,30 @@ def test_whole_state_of_other_masks_is_let_go_of_at_the_next_step(mlp):
         assert not model[2]._estdgm_loaded_states
 
 
+WRITES = (
+    lambda t: t.mul_(0.9),
+    lambda t: t.copy_(t + 1),
+    lambda t: torch._foreach_mul_([t], 0.9),
+    lambda t: torch.mul(t, 0.9, out=t),
+    lambda t: t[0].zero_(),
+    lambda t: t.view(-1).clamp_(min=0),
+    lambda t: t.T[:, :2].copy_(torch.ones(32, 2)),
+    lambda t: [row.div_(row.norm()) for row in t],
+    lambda t: t.chunk(2)[1].fill_(0.1),
+    lambda t: torch.unbind(t)[3].__setitem__(0, 1.0),
+)
+
+
 def test_writing_to_a_state_dict_raises_and_copies_of_it_are_plain(mlp, tmp_path):
     model = trained(mlp(32, 256, 128, 4), adamw, config(4))[0]
     average = copy.deepcopy(model)
     for tensor in (average.state_dict()["0.weight"], average[0].weight):
-        for write in (lambda t: t.mul_(0.9), lambda t: t.copy_(t + 1), lambda t: torch._foreach_mul_([t], 0.9)):
-            with pytest.raises(RuntimeError, match="would write to a copy: the layer stores its active units only"):
-                write(tensor)
+        for write in WRITES:
+            for value in (tensor, tensor.data):
+                with pytest.raises(RuntimeError, match="would write to a copy: the layer stores its active units only"):
+                    write(value)
         torch.ones(256, 32).add_(tensor)
-        for plain in (tensor.clone(), tensor + 1, copy.deepcopy(tensor)):
+        for plain in (tensor.clone(), tensor + 1, copy.deepcopy(tensor), tensor[0] + 1, tensor.T.clone()):
             assert type(plain) is torch.Tensor
         torch.save(tensor, tmp_path / "saved.pt")
         assert type(torch.load(tmp_path / "saved.pt", weights_only=True)) is torch.Tensor

@@ -90,6 +90,14 @@ class EnergyLog:
                 "Give each run a folder of its own: curves in one folder cannot be told apart"
             )
 
+    def warn_of_earlier_fits(self) -> None:
+        """Say that the joules of other fits are in this one's figures."""
+        if self._trainer.is_global_zero:
+            _log.warning(
+                "this EnergyMonitor holds the joules of an earlier fit, of another Trainer or model, and adds those of "
+                "this fit: to measure it alone, give it a new EnergyMonitor"
+            )
+
     def warn_of(self, failing: Iterable[DeviceId]) -> None:
         """Warn of each device whose last reading failed, the first time it does."""
         for device in failing:

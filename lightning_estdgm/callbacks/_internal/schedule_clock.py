@@ -26,7 +26,8 @@ class ScheduleClock:
     gradient, as where ``training_step`` returns None or a layer was dropped, so that the schedule ends with the run.
     Under ``max_time`` it is the share of the time that has passed, where that is further. In manual optimization only
     the user's code knows which batches step which optimizers, so the position is a number that the Trainer counts:
-    under ``max_steps`` the steps of all optimizers over the number of optimizers, under ``max_epochs`` the batches.
+    under ``max_steps`` the steps of all optimizers over the number of optimizers, under ``max_epochs`` the batches. Of
+    optimizers taken by ``use_pl_optimizer=False`` the Trainer counts no step: then it is the batches with one.
     Ranks agree on the position: the length is that of the shortest loader, and the time is rank 0's.
 
     A fit that goes on with another length keeps its place in the schedule, and goes through the rest in the steps or in
@@ -244,7 +245,8 @@ class ScheduleClock:
         if self._by_batches:
             return self._batches_done() - self._first_batch
         if self._by_global_step:
-            return (self._trainer.global_step - self._first_step) // self._together
+            counted = self._trainer.global_step - self._first_step
+            return counted // self._together if counted else steps  # none of optimizers that are not Lightning's
         if self._by_each_step:
             return max(steps, self._trainer.global_step - self._first_step)
         return steps

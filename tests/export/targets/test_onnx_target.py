@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,30 @@ def test_named_inputs_and_several_outputs(tmp_path: Path) -> None:
             y = self.net(x) * scale
             return {"y": y, "mean": y.mean(-1)}
 
-    report = export_model(Two(), {"x": X, "scale": torch.ones(1, 128)}, "onnx", tmp_path / "two")
+    def evaluate(run: Callable[..., Any]) -> float:
+        outputs = run(x=X, scale=torch.ones(1, 128))  # as the model takes and returns them, not a list
+        return float(outputs["y"].mean() - outputs["mean"].mean())
+
+    example = {"x": X, "scale": torch.ones(1, 128)}
+    report = export_model(Two(), example, "onnx", tmp_path / "two", evaluate=evaluate)
     assert "x [any, 128]" in str(report)
+    assert report.quality == pytest.approx((0.0, 0.0), abs=1e-5)
+
+
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_an_evaluation_gets_one_tensor_of_a_model_that_returns_one(is_complex: bool, tmp_path: Path) -> None:
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = exported.mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.net(x)
+            return torch.complex(y, 2 * y) if is_complex else y
+
+    report = export_model(One(), X, "onnx", tmp_path / "one", evaluate=lambda run: run(X).abs().square().mean().item())
+    assert report.quality is not None
+    assert report.quality[1] == pytest.approx(report.quality[0], rel=1e-4)
 
 
 def test_a_converter_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
