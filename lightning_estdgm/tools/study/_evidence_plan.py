@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lightning_estdgm.tools.study._contender import Contender, Rows
+from lightning_estdgm.tools.study._contender import SEEDS, Contender, Rows
 from lightning_estdgm.tools.study._evidence_tasks import EVIDENCE_TASKS
 from lightning_estdgm.tools.study._settings import FINE_UNITS, MAGNITUDE, SCALED, SPARSE_TO_DENSER
-from lightning_estdgm.tools.study._study_run import StudyRun
+from lightning_estdgm.tools.study._standing import standings
+from lightning_estdgm.tools.study._study_run import DENSE, StudyRun
 
 DENSITY = 0.1
 DENSE_NAME = "dense"
@@ -76,11 +78,12 @@ EVIDENCE: tuple[Contender, ...] = tuple(each for task in EVIDENCE_TASKS for each
 """All contenders, the tasks of the shortest runs first."""
 
 
-def evidence(rows: Rows = ()) -> Iterator[StudyRun]:
+def evidence(rows: Rows = (), costs: Rows = ()) -> Iterator[StudyRun]:
     """Dense, small dense, other methods and EST-DGM on published data, each at its own best rate.
 
     A rate is chosen on seeds of its own; the runs to report, on three others, can be named only then, so the plan grows
-    with the table. Of a task all are run at equal FLOPs before any is run at other lengths.
+    with the table. Of a task all are run at equal FLOPs before any is run at other lengths, and last, where its costs
+    are known, the best narrower dense network and the best of EST-DGM by as many joules as dense takes.
     """
     known = {row["key"] for row in rows}
     for task in dict.fromkeys(each.task for each in EVIDENCE):
@@ -90,6 +93,35 @@ def evidence(rows: Rows = ()) -> Iterator[StudyRun]:
         are_level = all(run.key in known for run in equal)
         for each in entered:
             yield from (run for run in each.runs_of_lengths(rows) if are_level or run.key in known)
+        if are_level:
+            yield from runs_of_joules(entered, rows, costs)
+
+
+def runs_of_joules(entered: Sequence[Contender], rows: Rows, costs: Rows) -> Iterator[StudyRun]:
+    """Yield runs of the best narrower dense network and the best of EST-DGM as long as dense's joules last.
+
+    Args:
+        entered: Contenders of one task; the best are so at equal FLOPs.
+        rows: Rows of the plan's table.
+        costs: Rows of its table of costs.
+
+    """
+    found = standings(entered, rows, costs)
+    dense = next((each for each in found if each.contender.name == DENSE_NAME), None)
+    for method in (DENSE, "est-dgm"):
+        mine = {
+            mean: each
+            for each in found
+            if each.contender.method == method and each is not dense
+            if (mean := each.scores(each.contender.budget_length(rows))["mean"]) is not None
+        }
+        if dense is None or not mine:
+            continue
+        best = mine[min(mine) if dense.less_is_better else max(mine)]
+        ratio = dense.costs.get("joules", math.nan) / best.costs.get("joules", math.nan)
+        if not math.isnan(ratio):
+            length = math.floor(10 * ratio) / 10
+            yield from (best.contender.run(best.lr, seed, length) for seed in SEEDS)
 
 
 def cost_runs(rows: Rows) -> Iterator[StudyRun]:

@@ -326,8 +326,8 @@ def is_evidence(name: str) -> bool:
     return PLANS.get(name) is evidence
 
 
-def plan_named(name: str, rows: Rows = ()) -> Sequence[StudyRun]:
-    """Return the runs of a plan, those that can be named by what its table holds.
+def plan_named(name: str, rows: Rows = (), costs: Rows = ()) -> Sequence[StudyRun]:
+    """Return the runs of a plan, those that can be named by what its table, and that of its costs, hold.
 
     Raises:
         ValueError: There is none of that name; the message lists the known ones.
@@ -335,7 +335,7 @@ def plan_named(name: str, rows: Rows = ()) -> Sequence[StudyRun]:
     """
     if name not in PLANS:
         raise ValueError(f"unknown preset {name!r}, expected one of: {', '.join(PLANS)}")
-    return list(evidence(rows) if is_evidence(name) else PLANS[name]())
+    return list(evidence(rows, costs) if is_evidence(name) else PLANS[name]())
 
 
 def runs_named(preset: str, names: Sequence[str], rows: Rows = ()) -> list[StudyRun]:

@@ -81,8 +81,11 @@ class Session:
         if self.names:
             runs: Iterable[StudyRun] = runs_named(self.preset, self.names, rows)
         else:
-            runs = cost_runs(rows) if self.is_quiet else plan_named(self.preset, rows)
+            runs = cost_runs(rows) if self.is_quiet else plan_named(self.preset, rows, self._costs())
         return [run for run in runs if not self.tasks or run.task in self.tasks]
+
+    def _costs(self) -> Sequence[dict[str, Any]]:
+        return self.rows(COSTS) if is_evidence(self.preset) else ()
 
     def train(self, jobs: int, minutes: float | None = None) -> None:
         """Train what the table lacks, round by round: what is found in one may name the runs of the next.
@@ -144,8 +147,7 @@ class Session:
         if self.names:
             text = _run_by_run(rows)
         else:
-            costs = self.rows(COSTS) if is_evidence(self.preset) else ()
-            text = summary(self.preset, rows, costs)
+            text = summary(self.preset, rows, self._costs())
             if is_evidence(self.preset):
                 pictures = draw_evidence(rows, self.out)
             else:

@@ -77,6 +77,29 @@ def test_all_of_a_task_are_run_at_equal_flops_before_any_is_at_another_length(mo
     assert len(last) == 3 * len(SEEDS)
 
 
+def test_the_best_of_each_kind_is_run_by_the_joules_of_dense_last(monkeypatch):
+    dense = Contender("stdlib", "dense", lengths=(1.0,), choice_length=0.5)
+    narrow = [Contender("stdlib", f"small dense, {w}", settings={"model.width": w}, choice_length=0.5) for w in (8, 9)]
+    ours = [Contender("stdlib", f"EST-DGM {u}", "est-dgm", {"block_size": u}, 0.1, choice_length=0.5) for u in (1, 4)]
+    plan = (dense, *narrow, *ours, GPT)
+    monkeypatch.setattr(_evidence_plan, "EVIDENCE", plan)
+    rows, losses = [], {"dense": 1.0, "small dense, 8": 1.2, "small dense, 9": 1.1, "EST-DGM 1": 1.4, "EST-DGM 4": 1.5}
+    for each in plan:
+        rows += choices({1e-3: 2.0, 2e-3: 1.0, 4e-3: 2.0}, each)
+        for runs in (each.runs_of_budget(rows), each.runs_of_lengths(rows)):
+            rows += [row(run, losses.get(each.name, 0.1)) for run in runs if run.seed in SEEDS]
+    keys = {each["key"] for each in rows}
+    assert [run for run in evidence(rows) if run.key not in keys] == [], "nothing is known of joules"
+    joules = {"dense": 1000.0, "small dense, 9": 190.0, "EST-DGM 1": 700.0, "small dense, 8": 1.0, "EST-DGM 4": 1.0}
+    costs = [
+        row(each.cost_run(2e-3), 1.0, joules=joules[each.name], served_joules=1.0) for each in plan if each is not GPT
+    ]
+    last = [(run.method, run.length) for run in evidence(rows, costs) if run.key not in keys]
+    assert last == 3 * [("dense", 5.2)] + 3 * [("est-dgm", 1.4)]
+    partly = [each for each in rows if each["method"] != "set"]
+    assert not {run.length for run in evidence(partly, costs)} & {5.2, 1.4}, "others are not level yet"
+
+
 def test_no_contender_tries_more_rates_than_the_others_may():
     losses = {lr: -lr for lr in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)}
     assert GPT.rate(choices(losses)) == 1.6e-2
