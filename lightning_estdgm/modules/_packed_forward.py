@@ -55,8 +55,8 @@ class WholeWeight(Tensor):
             whole = args[0] if args and isinstance(args[0], cls) else None
             if whole is None or torch.compiler.is_compiling():
                 return result
-            if isinstance(result, list | tuple):
-                return type(result)(_as_view(one, whole) for one in result) if type(result) in (list, tuple) else result
+            if type(result) in (list, tuple):
+                return type(result)(_as_view(one, whole) for one in result)
             return _as_view(result, whole)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
