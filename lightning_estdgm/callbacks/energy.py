@@ -117,7 +117,8 @@ class EnergyMonitor(Callback):
         self._stage: str | None = None
         self._fit: EnergyFit | None = None
         self._restored = False  # since the fit before
-        self._measured: tuple[weakref.ref[Any], ...] = ()  # Trainer and module of the fit before
+        self._measured: tuple[weakref.ref[Any], ...] = ()  # Trainer and module of the last fit
+        self._is_other = False  # whether those of the fit before were others
 
     def __getstate__(self) -> dict[str, Any]:
         # Threads, locks and library handles stay in the process that made them (ddp_spawn pickles callbacks).
@@ -188,6 +189,8 @@ class EnergyMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the sources, assign devices to ranks, start reading, and announce once what is measured."""
         self._close()
+        self._is_other = [each() for each in self._measured] != [trainer, pl_module]
+        self._measured = weakref.ref(trainer), weakref.ref(pl_module)
         self._fit = fit = EnergyFit(trainer, resolve(self._sources), interval_s=self._interval_s, per=self._per)
         fit.start(self._phase(trainer), TRAIN, idle_s=self._idle_s)
         self._power_w = {}  # of the devices of the fit before
@@ -204,10 +207,8 @@ class EnergyMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn where the figures hold an earlier fit by another Trainer, or of another model; all is restored now."""
-        same = [each() for each in self._measured] == [trainer, pl_module]
-        if self._fit is not None and len(self._ledger.fits()) > 1 and not same and not self._restored:
+        if self._fit is not None and len(self._ledger.fits()) > 1 and self._is_other and not self._restored:
             self._fit.log.warn_of_earlier_fits()
-        self._measured = weakref.ref(trainer), weakref.ref(pl_module)
         self._restored = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from lightning_estdgm._checks import is_number
 from lightning_estdgm.energy._accumulator import Accumulator
@@ -19,7 +19,7 @@ from lightning_estdgm.energy._totals import Totals
 from lightning_estdgm.energy.sources._protocol import EnergySource
 
 PATIENCE_S = 30.0
-"""Time for which a caller waits for a reading that the thread has begun, in seconds."""
+"""Time for which a caller waits for a reading, in seconds."""
 
 
 def check_seconds(name: str, value: float, expected: str = "seconds") -> float:
@@ -47,7 +47,7 @@ class Sampler:
     No source is read more often than it renews its values. Methods may be called from a signal handler that has
     interrupted one of them, as that of a job that is requeued, which saves a checkpoint: nothing is read then. In a
     forked child every method does nothing: the thread and the vendors' state stay with the parent. A source that never
-    answers the thread costs a warning: from then on no source is read, and every device counts as failing.
+    answers costs a warning: from then on no source is read, and every device counts as failing.
 
     Args:
         sources: Names with sources, or with the reason why there is none, as `resolve` gives them.
@@ -171,6 +171,8 @@ class Sampler:
         self._stop.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(0.0 if self._is_stuck else PATIENCE_S)
+            if self._thread.is_alive() and not self._is_stuck:
+                self._give_up()
         self._thread = None
         with self._held():
             if self._started:
@@ -249,13 +251,34 @@ class Sampler:
             self._read_at_ns[source.name] = now_ns
             self._asked = source.name
             try:
-                for device, reading in self._sources.read(source).items():
-                    readings.setdefault(device, reading)
+                found = self._ask(source)
             except Exception:
                 continue  # its devices are missing from the readings, so they count as failed
-        if self._is_stuck != was_stuck:
-            return  # this is the thread, and its caller waits no longer
+            if self._is_stuck != was_stuck:
+                return  # it came too late, or not at all
+            for device, reading in found.items():
+                readings.setdefault(device, reading)
         accumulator.update(time.monotonic_ns(), readings, not_due)
+
+    def _ask(self, source: ActiveSource) -> Mapping[DeviceId, Reading]:
+        """Read a source; outside the thread, in one of its own, as its driver may never return."""
+        if threading.current_thread() is self._thread:
+            return self._sources.read(source)
+        answers: list[Mapping[DeviceId, Reading]] = []
+
+        def ask() -> None:
+            with contextlib.suppress(Exception):
+                answers.append(self._sources.read(source))
+
+        asking = threading.Thread(target=ask, name="estdgm-energy-reading", daemon=True)
+        try:
+            asking.start()
+        except RuntimeError:  # a container's limit on processes
+            return self._sources.read(source)
+        asking.join(PATIENCE_S)
+        if asking.is_alive():
+            self._give_up()
+        return answers[0] if answers else {}
 
     def _run(self) -> None:
         interval_s = self._sources.due_s(self._interval_s)

@@ -16,6 +16,7 @@ Longer than other modules: it holds one class, whose methods are what users call
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ from lightning_estdgm.method._schedules import Schedule, sampled_densities, upda
 from lightning_estdgm.modules._candidates import Candidate, new_layers, replaced_layers, thawed_layers
 
 _STATE_VERSION = 1
-_MOST_MET = 4  # optimizers made in mid-run that are kept; one that steps after it was let go is met again
+_MANY_MET = 4  # optimizers made in mid-run from which on it is looked which of them are still in use
 
 
 class DGMController:
@@ -122,6 +123,7 @@ class DGMController:
         self._waiting = False  # a mask update is due but nothing could be observed yet
         self._warned_nonfinite = False
         self._met: list[Optimizer] = []  # made since the run began, and met at a step
+        self._many_met = _MANY_MET
         self._flops = FlopCounter()
         self._eagerly = EagerHold(self, model)
         every = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
@@ -315,8 +317,8 @@ class DGMController:
     def use_optimizers(self, optimizers: Optimizer | Sequence[Optimizer]) -> None:
         """Go on with other optimizers than before, such as ones made anew in mid-run.
 
-        An optimizer that holds weights and was not given is met at its first step and added; of those the last four are
-        kept, as there may be a new one for each batch. This call lets go of those that are not used any more.
+        An optimizer that holds weights and was not given is met at its first step and added. Those that nothing else
+        holds are let go of when there are many; this call lets go of all that are not given.
 
         Args:
             optimizers: all optimizers of the run from now on.
@@ -328,16 +330,22 @@ class DGMController:
         self._met = []
         self._use(list(optimizers) if isinstance(optimizers, Sequence) else [optimizers])
 
-    def _use(self, every: Sequence[Optimizer], met: Sequence[Optimizer] = ()) -> None:
-        self._states.optimizers = [*every, *met]
-        self._storage.use(self._states.optimizers)
+    def _use(self, every: Sequence[Optimizer], values: Mapping[int, Any] | None = None) -> None:
+        self._states.optimizers = every
+        self._storage.use(every)
         self._states.prepare(self._masked.every, changes_masks=self._changes_masks)
-        self._hooks.use(self._states.optimizers)
+        self._hooks.use(every, values)
 
     def _take_over(self, optimizer: Optimizer) -> None:
-        given = self._hooks.optimizers[: len(self._hooks.optimizers) - len(self._met)]
-        self._met = [*self._met, optimizer][-_MOST_MET:]
-        self._use(given, self._met)
+        given, values = self._hooks.optimizers[: len(self._hooks.optimizers) - len(self._met)], None
+        if len(self._met) >= self._many_met:
+            values, met = self._hooks.values(), [weakref.ref(one) for one in self._met]
+            self._met = []
+            self._use(given)
+            self._met = [one for known in met if (one := known()) is not None]
+            self._many_met = _MANY_MET + 2 * len(self._met)
+        self._met = [*self._met, optimizer]
+        self._use([*given, *self._met], values)
 
     def mask_copy_(self, copy: nn.Module, *, as_stored: bool = False) -> None:
         """Zero the inactive weights of a copy of the model, such as an average of its weights over time.

@@ -42,6 +42,7 @@ class OptimizerStates:
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.optimizers = optimizers
         self._rules: dict[int, Rules] = {}  # by the id of the parameter
+        self._known: dict[Any, Rules] = {}  # by the id of the optimizer, and what else a trial depends on
         self._warned: set[str] = set()
 
     def prepare(self, weights: Sequence[MaskedWeight], *, changes_masks: bool) -> None:
@@ -57,11 +58,11 @@ class OptimizerStates:
             ValueError: if masks change, and an entry of the state is none that can be reset.
 
         """
-        known: dict[Any, Rules] = {}
         nested = [nested_optimizers(optimizer) for optimizer in self.optimizers]
-        ids = {id(inner) for all_of_it in nested for inner in all_of_it}
-        for parameter, rules in self._rules.items():  # another optimizer may have the id of one that is gone
+        ids = {id(inner) for all_of_it in nested for inner in all_of_it}  # another may have the id of one that is gone
+        for parameter, rules in self._rules.items():
             self._rules[parameter] = {of: rule for of, rule in rules.items() if of[0] in ids}
+        known = self._known = {key: rules for key, rules in self._known.items() if key[0] in ids}
         for weight in weights:
             local = local_tensor(weight.parameter)
             for optimizer, all_of_it in zip(self.optimizers, nested, strict=True):
@@ -69,7 +70,15 @@ class OptimizerStates:
                 if groups[0] is None:
                     continue
                 # Of ZeRO's optimizers, the inner one holds this rank's weights alone.
-                key = (id(optimizer), *groups, tuple(local.shape), local.stride(), local.dtype, local.device)
+                key = (
+                    id(optimizer),
+                    changes_masks,
+                    *groups,
+                    tuple(local.shape),
+                    local.stride(),
+                    local.dtype,
+                    local.device,
+                )
                 if key not in known:
                     known[key] = self._tried(optimizer, weight, changes_masks)
                 self._rules.setdefault(id(weight.parameter), {}).update(known[key])
@@ -251,7 +260,11 @@ def _fresh(
     index, local = _group_of(optimizer, parameter), local_tensor(parameter)
     assert index is not None
     more = (type(parameter), tuple(local.shape), local.stride(), parameter.requires_grad, changes_masks)
-    return _found.recall(optimizer, index, local, try_it, *more)
+    found = _found.recall(optimizer, index, local, try_it, *more)
+    if all(getattr(getattr(rule, "rule", rule), "value", 0) == 0 for rule in found[0].values()):
+        return found
+    # A number may be made of the rate, as Rprop's step sizes are.
+    return _found.recall(optimizer, index, local, try_it, *more, repr(optimizer.param_groups[index].get("lr")))
 
 
 def _group_of(optimizer: Any, parameter: Tensor) -> int | None:

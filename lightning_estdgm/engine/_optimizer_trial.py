@@ -28,6 +28,8 @@ _T = TypeVar("_T")
 PLAIN = (bool, int, float, str, tuple, type(None))
 """Types of plain settings."""
 
+_NOT_TRIED = "could not be tried"
+_MOST_KEPT = 256
 _NO_SETTINGS = ("defaults", "param_groups", "state", "step")  # with torch's hooks: what schedulers and users patch
 
 
@@ -35,11 +37,11 @@ class TrialMemory(Generic[_T]):
     """Results of one kind of trial, by all that they depend on: a new optimizer of the same settings is not tried.
 
     A result holds for all of a class if settings are numbers, words, and dicts and lists of these, else for one
-    optimizer alone.
+    optimizer alone. That an optimizer could not be tried is not kept: memory may have been short.
     """
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[weakref.ref[Any], _T]] = {}
+        self._known: dict[str, tuple[weakref.ref[Any], _T]] = {}  # the oldest first
 
     def recall(self, optimizer: Optimizer, index: int, like: Tensor, make: Callable[[], _T], *more: Any) -> _T:
         """Return the result that is known, or else that of a trial.
@@ -58,11 +60,18 @@ class TrialMemory(Generic[_T]):
         rate = group.pop("lr", None)
         settings = (own, defaults, group)
         valid_for: Any = type(optimizer) if _is_plain(settings) else optimizer
-        key = repr((id(valid_for), settings, type(rate), like.dim(), like.dtype, like.device, more))
-        if key not in self._known or self._known[key][0]() is not valid_for:
+        groups = len(optimizer.param_groups)
+        key = repr((id(valid_for), settings, groups, type(rate), like.dim(), like.dtype, like.device, more))
+        kept = self._known.get(key)
+        if kept is not None and kept[0]() is valid_for:
+            return kept[1]
+        result = make()
+        if _NOT_TRIED not in repr(result):
             self._known = {k: kept for k, kept in self._known.items() if kept[0]() is not None}
-            self._known[key] = weakref.ref(valid_for), make()
-        return self._known[key][1]
+            if len(self._known) >= _MOST_KEPT:  # settings that change at each step
+                self._known.pop(next(iter(self._known)))
+            self._known[key] = weakref.ref(valid_for), result
+        return result
 
 
 def _is_plain(value: Any) -> bool:
@@ -146,7 +155,7 @@ def remade(trial: Optimizer) -> Optimizer:
 def not_tried(optimizer: Optimizer, error: Exception) -> str:
     """Return in words that an optimizer could not be tried, and what it raised."""
     raised = " ".join(str(error).split())[:120]
-    return f"{type(optimizer).__name__} could not be tried ({type(error).__name__}: {raised})"
+    return f"{type(optimizer).__name__} {_NOT_TRIED} ({type(error).__name__}: {raised})"
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from lightning_estdgm.engine._late_values import LateValues
 from lightning_estdgm.engine._masked_model import MaskedModel
 from lightning_estdgm.engine._masked_weight import MaskedWeight
 from lightning_estdgm.engine._optimizer_state import OptimizerStates
+from lightning_estdgm.engine._optimizer_trial import TrialMemory
 from lightning_estdgm.engine._packed_layout import PackedWeight
 from lightning_estdgm.engine._packed_states import PackedStates
 from lightning_estdgm.engine._reducers import rebuild_reducer_
@@ -36,6 +37,8 @@ from lightning_estdgm.modules._packed_forward import PackedForward, unpack_free_
 
 _UNTIMED = 100_000  # steps of a schedule of which the first density alone is asked
 _AUDITED_STEPS = 20  # after which a weight that no gradient has reached ends the run
+
+_why_not: TrialMemory[str] = TrialMemory()  # of `why_not_by_element`
 
 
 class PackedStorage:
@@ -217,7 +220,6 @@ class PackedStorage:
                 module._estdgm_loaded = getattr(weight.inactive, "original", None)
 
     def _check(self, optimizers: Sequence[Optimizer]) -> None:
-        known: dict[Any, str] = {}
         for optimizer in (inner for outer in optimizers for inner in nested_optimizers(outer)):
             for index, group in enumerate(optimizer.param_groups):
                 held = {id(parameter) for parameter in group["params"]}
@@ -225,13 +227,11 @@ class PackedStorage:
                     if id(weight.parameter) not in held:
                         continue
                     like = _like(weight)
-                    key = (id(optimizer), index, like.shape, weight.shape, like.dtype, like.device)
-                    if key not in known:
-                        known[key] = why_not_by_element(optimizer, index, like, weight.shape)
-                    if known[key]:
+                    try_it = partial(why_not_by_element, optimizer, index, like, weight.shape)
+                    if why := _why_not.recall(optimizer, index, like, try_it, tuple(like.shape), weight.shape):
                         raise ValueError(
                             f"layer {weight.name!r} cannot be stored packed under {type(optimizer).__name__}: "
-                            f"{known[key]}. Use storage='dense', or another optimizer"
+                            f"{why}. Use storage='dense', or another optimizer"
                         )
 
     def _warn_of_no_decay(self, optimizers: Sequence[Optimizer]) -> None:

@@ -5,7 +5,7 @@ The treatment itself is in `_inactive`; here it is decided which calls of `step`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakMethod
 
@@ -114,8 +114,18 @@ class StepHooks:
         meet = WeakMethod(self._meet_if_new)  # torch would keep a run that is never closed
         self._global_handle = register_optimizer_step_pre_hook(lambda *step: (known := meet()) and known(*step))
 
-    def use(self, optimizers: Sequence[Optimizer]) -> None:
+    def values(self) -> dict[int, dict[str, dict[str, Any]]]:
+        """Return what optimizers keep of their groups beside the user's, by the ids of the optimizers."""
+        return self._scaling.values()
+
+    def use(
+        self, optimizers: Sequence[Optimizer], values: Mapping[int, dict[str, dict[str, Any]]] | None = None
+    ) -> None:
         """Go on with other optimizers; what those that stay keep of their groups stays.
+
+        Args:
+            optimizers: all optimizers from now on.
+            values: `values` of before some were let go of; ``None``: those of now.
 
         Raises:
             ValueError: if an optimizer holds a weight, and none that runs torch's step hooks does.
@@ -127,7 +137,7 @@ class StepHooks:
         self._hooked = [inner for optimizer in optimizers for inner in with_step_hooks(optimizer)]
         self._unevenly_held.clear()
         self._hook()
-        self._scaling.use(optimizers, self._weights)
+        self._scaling.use(optimizers, self._weights, values)
 
     def _hook(self) -> None:
         held = self.held

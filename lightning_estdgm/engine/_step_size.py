@@ -52,6 +52,7 @@ class StepScaling:
         self._step_size = step_size
         self._grows = grows
         self._steps: list[_ScaledSteps] = []
+        self._before: dict[int, _ScaledSteps] = {}  # where others come, those until then by their optimizers' ids
         self._resumed: Sequence[dict[str, Group]] = ()  # state for `register`, or from before `remove`
 
     @property
@@ -76,15 +77,35 @@ class StepScaling:
             if self._grows and not grows and _needs_counts(optimizer):
                 for key in own.keys() & {id(p) for outer in self._optimizers for p in parameters_of(outer)}:
                     _add_note(own[key], "grown weights share its count of steps: its optimizer's state is on one rank")
-            self._steps.append(_ScaledSteps(optimizer, own, self._step_size, grows=grows))
+            self._steps.append(
+                _ScaledSteps(optimizer, own, self._step_size, grows=grows, before=self._before.get(id(optimizer)))
+            )
         self.load_state_dict(self._resumed)
 
-    def use(self, optimizers: Sequence[Optimizer], weights: Mapping[int, MaskedWeight]) -> None:
-        """Go on with other optimizers; the groups of those that stay keep their values."""
-        kept = {id(steps.optimizer): steps.state_dict() for steps in self._steps}
+    def values(self) -> dict[int, dict[str, Group]]:
+        """Return what `state_dict` does, by the ids of the optimizers."""
+        return {id(steps.optimizer): steps.state_dict() for steps in self._steps}
+
+    def use(
+        self,
+        optimizers: Sequence[Optimizer],
+        weights: Mapping[int, MaskedWeight],
+        values: Mapping[int, dict[str, Group]] | None = None,
+    ) -> None:
+        """Go on with other optimizers; the groups of those that stay keep their values.
+
+        Args:
+            optimizers: all optimizers from now on.
+            weights: masked weights, by the id of their parameters.
+            values: `values` of before; ``None``: of now.
+
+        """
+        kept = self.values() if values is None else values
+        self._before = {id(steps.optimizer): steps for steps in self._steps}
         self.remove()
         self._optimizers, self._resumed = _hooked(optimizers), ()
         self.register(weights)
+        self._before = {}
         for steps in self._steps:
             steps.load_state_dict(kept.get(id(steps.optimizer), {}))
 
@@ -133,11 +154,18 @@ class _ScaledSteps:
         weights: masked weights that it may hold, now or later, by the id of their parameters.
         step_size: settings.
         grows: whether units are grown whose state is reset.
+        before: what was found of the same optimizer before.
 
     """
 
     def __init__(
-        self, optimizer: Optimizer, weights: Mapping[int, MaskedWeight], step_size: StepSize, *, grows: bool
+        self,
+        optimizer: Optimizer,
+        weights: Mapping[int, MaskedWeight],
+        step_size: StepSize,
+        *,
+        grows: bool,
+        before: _ScaledSteps | None = None,
     ) -> None:
         self.groups = ScaledGroups(optimizer, scales_decay=step_size.scale_weight_decay)
         self.young = YoungSteps(optimizer)
@@ -148,6 +176,10 @@ class _ScaledSteps:
         self._reasons: dict[int, str] = {}  # against scaling, by the group's index; empty if it can be scaled
         self._reasons_by_settings: dict[str, str] = {}  # for groups that differ in their rate and parameters only
         self._uncounted = dict(weights) if grows else {}  # of which it is not known how the optimizer counts
+        if before is not None:
+            self._reasons, self._reasons_by_settings = before._reasons, before._reasons_by_settings
+            for key in before._weights.keys() - before._uncounted.keys():
+                self._uncounted.pop(key, None)
         for index, group in enumerate(optimizer.param_groups):
             self._can_scale(index, group)
         self._count_units()

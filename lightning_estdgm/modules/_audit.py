@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_estdgm.modules._candidates import Candidate
 from lightning_estdgm.modules._forward_watch import is_traced, replaced_forward, watch_forward
@@ -88,7 +87,7 @@ class ForwardAudit:
         self._calls = 0
         self._producers: dict[Any, list[ForwardRecord]] = {}  # by node of autograd's graph
         self._visited: dict[bool, set[Any]] = {True: set(), False: set()}  # from trained layers, and frozen ones
-        self._open: list[TorchFunctionMode | None] = []  # of the forwards under way, innermost last
+        self._open: list[ProductCount | None] = []  # of the forwards under way, innermost last
         self._own: list[int] = []  # ids of the weights of the layers whose forwards are under way
         self._handles: list[Any] = []
         for module, group in _by_parent(model, candidates):
@@ -164,7 +163,9 @@ class ForwardAudit:
             if torch.compiler.is_compiling():
                 self._open.append(None)
                 return
-            weights = [(_current(c), self.records[c.name], c.shape[0]) for c in group]
+            seen = {id(record) for mode in self._open if mode is not None for record in mode.records}
+            own = [c for c in group if id(self.records[c.name]) not in seen]  # others are counted by a module around
+            weights = [(_current(c), self.records[c.name], c.shape[0]) for c in own]
             self._enter(ProductCount(weights, self._own, self._feed_other))
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -192,7 +193,7 @@ class ForwardAudit:
         self._feeds_others |= bool(nodes)
         self._follow(nodes, ())
 
-    def _enter(self, mode: TorchFunctionMode) -> None:
+    def _enter(self, mode: ProductCount) -> None:
         mode.__enter__()
         self._open.append(mode)
 
@@ -279,7 +280,7 @@ def _by_parent(model: nn.Module, candidates: Sequence[Candidate]) -> Iterator[tu
         layers.setdefault(id(candidate.module), []).append(candidate)
     for module in model.modules():
         group = [candidate for child in _children(module) for candidate in layers.get(id(child), ())]
-        if group and not isinstance(module, (nn.MultiheadAttention, nn.ModuleList, nn.ModuleDict)):
+        if group and not isinstance(module, nn.MultiheadAttention):
             yield module, group
 
 

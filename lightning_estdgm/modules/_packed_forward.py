@@ -38,22 +38,27 @@ class WholeWeight(Tensor):
     Copies of it are plain tensors, and so is what a file gets.
     """
 
+    _allowed: frozenset[str] = frozenset()  # names of functions that are no writes
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run a function on plain tensors; refuse those that write in place or to ``out``."""
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if torch.compiler.is_compiling():  # cannot follow what comes here
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         writes = name in ("__setitem__", "__set__", "__delete__") or (name.endswith("_") and not name.endswith("__"))
-        written = [*(_several(args[0]) if writes else ()), *_several(kwargs.get("out"))]
-        if any(isinstance(one, cls) for one in written):
+        written = [*(_several(args[0]) if writes and name not in cls._allowed else ()), *_several(kwargs.get("out"))]
+        if any(isinstance(one, WholeWeight) for one in written):
             raise RuntimeError(f"{name} would write to a copy: {_SAY}")
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
             if name in _READ_AGAIN and isinstance(result, Tensor) and result.dim() > 1:
                 return result.as_subclass(cls)
-            whole = args[0] if args and isinstance(args[0], cls) else None
-            if whole is None or torch.compiler.is_compiling():
+            whole = args[0] if args and isinstance(args[0], WholeWeight) else None
+            if whole is None:
                 return result
             if type(result) in (list, tuple):
                 return type(result)(_as_view(one, whole) for one in result)
@@ -66,16 +71,22 @@ class WholeWeight(Tensor):
         return copy.deepcopy(self.detach().as_subclass(Tensor), memo)
 
 
+class _WeightView(WholeWeight):
+    """A view of a whole weight, which may become a parameter of its own."""
+
+    _allowed = frozenset({"requires_grad_", "share_memory_"})
+
+
 def _several(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else (value,)
 
 
 def _as_view(result: Any, whole: WholeWeight) -> Any:
     """Return what a function of a whole weight has returned: if it is a view of that, as one that cannot be written."""
-    if not isinstance(result, Tensor) or not result._is_view():
+    if not isinstance(result, Tensor) or result.dim() == 0 or not result._is_view():
         return result
     base = whole._base if whole._is_view() else whole
-    return result.as_subclass(WholeWeight) if result._base is base else result
+    return result.as_subclass(_WeightView) if result._base is base else result
 
 
 _SAY = (

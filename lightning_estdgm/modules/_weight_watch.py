@@ -249,6 +249,9 @@ class ProductCount(WeightWatch):
         own: ids of the weights of the layers whose forwards are under way, which changes; those are not by themselves.
         consume: function that is called with the operands of a product with a parameter used by itself.
 
+    Attributes:
+        records: records of the weights.
+
     """
 
     def __init__(
@@ -258,6 +261,7 @@ class ProductCount(WeightWatch):
         consume: Callable[[list[Tensor]], None],
     ) -> None:
         super().__init__(weights)
+        self.records = [record for _, record, _ in weights]
         self._own, self._consume = own, consume
         self._made: dict[int, Tensor] = {}  # of parameters alone, by id
 

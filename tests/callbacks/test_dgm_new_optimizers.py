@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -57,21 +58,55 @@ def test_an_optimizer_that_the_trainer_does_not_know_is_taken_over() -> None:
     assert_final(module, callback)
 
 
-@pytest.mark.parametrize("limits", [{}, {"max_steps": 1000}], ids=["by epochs", "and by steps"])
-def test_steps_that_the_trainer_does_not_count_move_the_schedule(limits: dict[str, int]) -> None:
-    class Raw(TinyMLP):
-        automatic_optimization = False
+class ByHand(TinyMLP):
+    """Steps by hand in every so many batches, by Lightning's optimizer or the plain one."""
 
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+    automatic_optimization = False
+
+    def __init__(self, plain: bool, every: int = 1) -> None:
+        super().__init__()
+        self.plain, self.every = plain, every
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers(use_pl_optimizer=not self.plain)
+        if batch_idx % self.every == 0:
             optimizer.zero_grad()
             self.manual_backward(self.loss(batch))
             optimizer.step()
 
+
+@pytest.mark.parametrize("limits", [{}, {"max_steps": 1000}], ids=["by epochs", "and by steps"])
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("plain", [False, True], ids=["Lightning's", "plain"])
+def test_manual_steps_move_the_schedule_to_its_end(plain: bool, every: int, limits: dict[str, int]) -> None:
     pl.seed_everything(0, verbose=False)
-    module, callback = Raw(), DGMCallback(DGMConfig(schedule=SCHEDULE))
+    module, callback = ByHand(plain, every), DGMCallback(DGMConfig(schedule=SCHEDULE))
     trainer = make_trainer(callback, max_epochs=5, **limits)
     trainer.fit(module, TinyMLP.batches(8))
-    assert trainer.global_step == 0
-    assert callback.controller.steps == callback.controller.position == STEPS
+    assert trainer.global_step == (0 if plain else STEPS // every)
+    assert callback.controller.steps == STEPS // every
+    assert callback.controller.position >= STEPS - every + 1
+    assert callback.controller.density == callback.controller.final_density
     assert_final(module, callback)
+
+
+@pytest.mark.filterwarnings("ignore:the run ended at position 16 of 40")
+def test_a_resumed_run_of_steps_that_the_trainer_does_not_count_keeps_its_length(tmp_path: Path) -> None:
+    class Stops(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                trainer.should_stop = True
+
+    def fit(*more: pl.Callback, ckpt: Path | None = None) -> tuple[pl.Trainer, DGMCallback]:
+        pl.seed_everything(0, verbose=False)
+        callback = DGMCallback(DGMConfig(schedule=SCHEDULE))
+        trainer = make_trainer(callback, *more, max_epochs=10, max_steps=STEPS)
+        trainer.fit(ByHand(plain=True), TinyMLP.batches(8), ckpt_path=ckpt)
+        return trainer, callback
+
+    trainer, stopped = fit(Stops())
+    assert stopped.controller.position == 16
+    trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+    _, resumed = fit(ckpt=tmp_path / "stopped.ckpt")
+    assert resumed.controller.pace.last == STEPS
+    assert resumed.controller.density == resumed.controller.final_density

@@ -117,6 +117,16 @@ def test_fitting_on_adds_up(tmp_path: Path) -> None:
         assert mon.summary()["steps"] == steps
 
 
+class Sick(Net):
+    """Raises in its first validation."""
+
+    is_well = False
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if not self.is_well:
+            raise RuntimeError("in the sanity check")
+
+
 def test_a_fit_of_another_run_on_top_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def said() -> int:
         found = [r for r in caplog.records if "holds the joules of an earlier fit" in r.getMessage()]
@@ -135,6 +145,13 @@ def test_a_fit_of_another_run_on_top_is_said(tmp_path: Path, caplog: pytest.LogC
     run.fit_loop.max_epochs = 2
     run.fit(net, data())
     assert said() == 0  # the same run, which goes on
+    broken = another(again := monitor(), num_sanity_val_steps=1)
+    with pytest.raises(RuntimeError, match="in the sanity check"):
+        broken.fit(sick := Sick(), data(), data())
+    sick.train().is_well = True
+    broken.fit(sick, data(), data())
+    assert said() == 0
+    assert again.summary()["steps"] > 0
     for late in (False, True):
         strategy = SingleDeviceStrategy("cpu")
         strategy.__class__ = type("Late", (SingleDeviceStrategy,), {"restore_checkpoint_after_setup": late})

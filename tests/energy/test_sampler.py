@@ -193,6 +193,30 @@ def test_a_source_that_never_answers_ends_the_reading_and_not_the_run(monkeypatc
     assert after.expected_ns > before.expected_ns
 
 
+def test_a_reading_that_is_asked_for_and_never_answered_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_estdgm.energy._sampler.PATIENCE_S", 0.3)
+    sampler = started_sampler(source := ConstantPower(), ConstantPower(name="other", uid="c1"))
+    answers = threading.Event()
+
+    class Stuck(ConstantPower):
+        def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
+            assert answers.wait(60)
+            return ConstantPower.read(self, devices)
+
+    time.sleep(0.02)
+    sampler.read()
+    source.__class__ = Stuck
+    before = sampler.totals()
+    with pytest.warns(RuntimeWarning, match="'constant' has not answered"):
+        sampler.mark("train", "val")
+    sampler.read()
+    sampler.stop()
+    answers.set()
+    after = sampler.totals()
+    assert (after.joules(), after.gaps) == (before.joules(), 2)
+    assert len(sampler.failing()) == 2
+
+
 def test_the_end_of_a_run_does_not_wait_for_a_source_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_estdgm.energy._sampler.PATIENCE_S", 0.3)
     sampler = started_sampler(source := ConstantPower(), interval_s=0.005)

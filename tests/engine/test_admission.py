@@ -215,6 +215,28 @@ def test_weights_of_layers_in_a_container_are_seen_where_the_module_around_it_us
     assert set(reasons(dgm).values()) == {"its weight is used by itself: its forward was not called"}
 
 
+def test_products_in_nested_containers_are_counted_once():
+    class Sums(nn.ModuleList):
+        def forward(self, x):
+            return sum(F.linear(x, layer.weight) for layer in self)
+
+    class Holds(nn.Module):
+        def __init__(self, plain):
+            super().__init__()
+            torch.manual_seed(0)
+            layers = [nn.Linear(16, 16), nn.Linear(16, 16)]
+            self.first, self.head = nn.Linear(16, 16), nn.Linear(16, 1)
+            self.layers = nn.ModuleList(layers) if plain else nn.Sequential(nn.Sequential(Sums(layers)))
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            return self.head(self.layers(x) if isinstance(self.layers, nn.Sequential) else Sums.forward(self.layers, x))
+
+    nested, plain = (train(Holds(plain))[0] for plain in (False, True))
+    assert nested.flops == plain.flops
+    assert nested.flops["dense"] == 3 * 6 * 32 * (3 * 16 * 16 + 16)  # of three steps
+
+
 def test_layers_whose_forwards_are_called_by_themselves_are_masked_and_counted_as_others():
     class Direct(Net):
         def forward(self, x):

@@ -626,3 +626,30 @@ def test_a_run_takes_no_random_numbers_for_trials(mlp):
     with DGMController(model, adamw(model), WEIGHTS, total_steps=STEPS, audit=False) as dgm:
         states.prepare(dgm.masked_weights, changes_masks=True)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_is_made_of_the_rate_is_not_remembered_for_another_rate(mlp):
+    for lr in (1e-3, 0.5):
+        model = mlp(16, 16, 4)
+        optimizer = torch.optim.Rprop(model.parameters(), lr=lr)
+        with DGMController(model, optimizer, total_steps=100) as dgm:
+            rules = dgm._states._rules[id(model[0].weight)]
+            assert rules[id(optimizer), ("state", "step_size")].value == pytest.approx(lr)
+
+
+def test_a_trial_that_failed_is_made_again(mlp, monkeypatch):
+    def short_of_memory(*args):
+        raise torch.OutOfMemoryError("by the test")
+
+    settings = {"lr": 1e-3, "betas": (0.9, 0.9871)}
+    notes = []
+    for is_short in (True, False):
+        model = mlp(16, 16, 4)
+        with monkeypatch.context() as patch:
+            if is_short:
+                for module in ("_rate_trial", "_count_trial"):
+                    patch.setattr(f"lightning_estdgm.engine.{module}.trial_optimizer", short_of_memory)
+            with DGMController(model, torch.optim.Adam(model.parameters(), **settings), total_steps=100) as dgm:
+                notes.append(dgm.masked_weights[0].note)
+    assert "steps not scaled by density: Adam could not be tried (OutOfMemoryError: by the test)" in notes[0]
+    assert "tried" not in notes[1]

@@ -540,8 +540,16 @@ def test_writing_to_a_state_dict_raises_and_copies_of_it_are_plain(mlp, tmp_path
                 with pytest.raises(RuntimeError, match="would write to a copy: the layer stores its active units only"):
                     write(value)
         torch.ones(256, 32).add_(tensor)
-        for plain in (tensor.clone(), tensor + 1, copy.deepcopy(tensor), tensor[0] + 1, tensor.T.clone()):
+        for plain in (tensor.clone(), tensor + 1, copy.deepcopy(tensor), tensor[0] + 1, tensor.T.clone(), tensor[0, 0]):
             assert type(plain) is torch.Tensor
+        assert f"{tensor[0, 0]:.3f}" == f"{tensor[0, 0].item():.3f}"
+        for view in (tensor[:8], tensor.t(), tensor[3].detach()):
+            other = nn.Parameter(view)
+            assert other.requires_grad
+            torch.testing.assert_close(other.detach(), view.clone())
+            assert type(torch.compile(lambda x: 2 * x, backend="eager")(view.detach())) is torch.Tensor
+        other = nn.Linear(32, 8)
+        other.load_state_dict({"weight": tensor[:8], "bias": torch.zeros(8)}, assign=True)
         torch.save(tensor, tmp_path / "saved.pt")
         assert type(torch.load(tmp_path / "saved.pt", weights_only=True)) is torch.Tensor
 

@@ -27,7 +27,9 @@ class ScheduleClock:
     Under ``max_time`` it is the share of the time that has passed, where that is further. In manual optimization only
     the user's code knows which batches step which optimizers, so the position is a number that the Trainer counts:
     under ``max_steps`` the steps of all optimizers over the number of optimizers, under ``max_epochs`` the batches. Of
-    optimizers taken by ``use_pl_optimizer=False`` the Trainer counts no step: then it is the batches with one.
+    both limits the one counts that comes first if each batch has a step; if that is the epochs, batches or steps,
+    whichever is further. Of optimizers taken by ``use_pl_optimizer=False`` the Trainer counts no step: the batches with
+    one count instead.
     Ranks agree on the position: the length is that of the shortest loader, and the time is rank 0's.
 
     A fit that goes on with another length keeps its place in the schedule, and goes through the rest in the steps or in
@@ -96,7 +98,7 @@ class ScheduleClock:
         if trainer.world_size > 1:
             self.epoch_steps = trainer.strategy.broadcast(self.epoch_steps)
         manual = not pl_module.automatic_optimization
-        self._by_batches = manual and by_epochs is not None and by_steps is None
+        self._by_batches = manual and by_epochs is not None and (by_steps is None or by_epochs <= by_steps)
         self._first_batch = 0 if resumed else self._batches_done()
         self._by_global_step = manual and by_steps is not None
         self._by_each_step = not manual and not self._only_time
@@ -229,6 +231,8 @@ class ScheduleClock:
         if self._asked is not None:
             return self._asked - self._progress(steps)
         by_steps = None if trainer.max_steps == -1 else (trainer.max_steps - trainer.global_step) // self._together
+        if by_steps is not None and self._by_global_step and trainer.global_step == self._first_step:
+            by_steps -= steps  # which the Trainer has not counted
         epochs: Any = self._fit_loop.epoch_progress.current
         epoch = epochs.processed  # not current_epoch: saved at the end of an epoch, that may still be this one
         by_epochs = self._left_by_epochs(trainer, epoch)
@@ -242,13 +246,14 @@ class ScheduleClock:
         """Return what the pace of the run counts: steps, batches, or ``global_step`` over the number of optimizers."""
         if self._only_time:
             return 0
+        counted = self._trainer.global_step - self._first_step
         if self._by_batches:
-            return self._batches_done() - self._first_batch
+            batches = self._batches_done() - self._first_batch
+            return max(batches, counted // self._together) if self._by_global_step else batches
         if self._by_global_step:
-            counted = self._trainer.global_step - self._first_step
             return counted // self._together if counted else steps  # none of optimizers that are not Lightning's
         if self._by_each_step:
-            return max(steps, self._trainer.global_step - self._first_step)
+            return max(steps, counted)
         return steps
 
     def _time_share(self) -> float:
