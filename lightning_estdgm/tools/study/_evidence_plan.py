@@ -38,7 +38,10 @@ _RIVALS: Sequence[tuple[str, str, dict[str, Any]]] = (
 _UNITS: Sequence[tuple[str, Any]] = (("1", 1), ("4x1", [4, 1]), ("4x4", 4), ("16x16", 16))
 _OTHERS: Mapping[str, Sequence[tuple[str, float, dict[str, Any]]]] = {
     "fashion": [(" to 0.075", 0.075, {})],
-    "stdlib": [(", decay kept", DENSITY, {"scale_decay": False})],
+    "stdlib": [
+        (", decay kept", DENSITY, {"scale_decay": False}),
+        (", ramp", DENSITY, {"with.ramp": {"steps": 20}}),
+    ],
     "wikitext": [
         (", decay kept", DENSITY, {"scale_decay": False}),
         (" to 0.25, width 80, decay kept", 0.25, {"model.width": 80, "include": ["head"], "scale_decay": False}),
