@@ -11,6 +11,7 @@ from lightning_estdgm.tools.study._evidence_tasks import EVIDENCE_TASKS
 from lightning_estdgm.tools.study._settings import FINE_UNITS, MAGNITUDE, SCALED, SPARSE_TO_DENSER
 from lightning_estdgm.tools.study._standing import standings
 from lightning_estdgm.tools.study._study_run import DENSE, StudyRun
+from lightning_estdgm.tools.study._tasks import task_named
 
 DENSITY = 0.1
 DENSE_NAME = "dense"
@@ -96,35 +97,36 @@ def evidence(rows: Rows = (), costs: Rows = ()) -> Iterator[StudyRun]:
         are_level = all(run.key in known for run in equal)
         for each in entered:
             yield from (run for run in each.runs_of_lengths(rows) if are_level or run.key in known)
-        if are_level:
-            yield from runs_of_joules(entered, rows, costs)
+        best = _best(entered, rows) if are_level else []
+        for each, runs in _runs_of_joules(entered, rows, costs):
+            yield from (run for run in runs if each in best or run.key in known)
 
 
-def runs_of_joules(entered: Sequence[Contender], rows: Rows, costs: Rows) -> Iterator[StudyRun]:
-    """Yield runs of the best narrower dense network and the best of EST-DGM as long as dense's joules last.
-
-    Args:
-        entered: Contenders of one task; the best are so at equal FLOPs.
-        rows: Rows of the plan's table.
-        costs: Rows of its table of costs.
-
-    """
-    found = standings(entered, rows, costs)
-    dense = next((each for each in found if each.contender.name == DENSE_NAME), None)
+def _best(entered: Sequence[Contender], rows: Rows) -> list[Contender]:
+    """Return the best narrower dense network and the best of EST-DGM at equal FLOPs."""
+    found = []
     for method in (DENSE, "est-dgm"):
         mine = {
-            mean: each
-            for each in found
-            if each.contender.method == method and each is not dense
+            mean: each.contender
+            for each in standings(entered, rows)
+            if each.contender.method == method and each.contender.name != DENSE_NAME
             if (mean := each.scores(each.contender.budget_length(rows))["mean"]) is not None
         }
-        if dense is None or not mine:
-            continue
-        best = mine[min(mine) if dense.less_is_better else max(mine)]
-        ratio = dense.costs.get("joules", math.nan) / best.costs.get("joules", math.nan)
-        if not math.isnan(ratio):
-            length = math.floor(10 * ratio) / 10
-            yield from (best.contender.run(best.lr, seed, length) for seed in SEEDS)
+        if mine:
+            found.append(mine[min(mine) if task_named(entered[0].task).metric == "loss" else max(mine)])
+    return found
+
+
+def _runs_of_joules(
+    entered: Sequence[Contender], rows: Rows, costs: Rows
+) -> Iterator[tuple[Contender, list[StudyRun]]]:
+    """Yield the runs of each contender of one task that are as long as dense's joules last, where these are known."""
+    found = standings(entered, rows, costs)
+    dense = next((each.costs["joules"] for each in found if each.contender.name == DENSE_NAME and each.costs), None)
+    for each in found:
+        if dense is not None and each.costs:
+            length = math.floor(10 * dense / each.costs["joules"]) / 10
+            yield each.contender, [each.contender.run(each.lr, seed, length) for seed in SEEDS]
 
 
 def cost_runs(rows: Rows) -> Iterator[StudyRun]:
