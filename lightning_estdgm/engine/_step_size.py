@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -52,7 +53,6 @@ class StepScaling:
         self._step_size = step_size
         self._grows = grows
         self._steps: list[_ScaledSteps] = []
-        self._before: dict[int, _ScaledSteps] = {}  # where others come, those until then by their optimizers' ids
         self._resumed: Sequence[dict[str, Group]] = ()  # state for `register`, or from before `remove`
 
     @property
@@ -60,10 +60,17 @@ class StepScaling:
         """Whether an optimizer sees its groups split, or young units."""
         return any(steps.groups.entered or steps.young.entered for steps in self._steps)
 
-    def register(self, weights: Mapping[int, MaskedWeight]) -> None:
+    def register(
+        self, weights: Mapping[int, MaskedWeight], before: Mapping[int, _ScaledSteps] = MappingProxyType({})
+    ) -> None:
         """Hook the optimizers that step the masked weights, given by the id of their parameters.
 
         Weights whose optimizer fails the trial are not scaled; their `note` says why.
+
+        Args:
+            weights: masked weights.
+            before: what was found of optimizers that stay, by their ids.
+
         """
         if self._step_size.exponent == 0.0 and not self._grows:
             return
@@ -78,7 +85,7 @@ class StepScaling:
                 for key in own.keys() & {id(p) for outer in self._optimizers for p in parameters_of(outer)}:
                     _add_note(own[key], "grown weights share its count of steps: its optimizer's state is on one rank")
             self._steps.append(
-                _ScaledSteps(optimizer, own, self._step_size, grows=grows, before=self._before.get(id(optimizer)))
+                _ScaledSteps(optimizer, own, self._step_size, grows=grows, before=before.get(id(optimizer)))
             )
         self.load_state_dict(self._resumed)
 
@@ -101,11 +108,10 @@ class StepScaling:
 
         """
         kept = self.values() if values is None else values
-        self._before = {id(steps.optimizer): steps for steps in self._steps}
+        before = {id(steps.optimizer): steps for steps in self._steps}
         self.remove()
         self._optimizers, self._resumed = _hooked(optimizers), ()
-        self.register(weights)
-        self._before = {}
+        self.register(weights, before)
         for steps in self._steps:
             steps.load_state_dict(kept.get(id(steps.optimizer), {}))
 

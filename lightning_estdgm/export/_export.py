@@ -126,7 +126,6 @@ def export_model(
         raise ValueError("the model's parameters are on the meta device: load its weights first")
     dense = copied(model)
     given = ExportInput(copy.deepcopy(dense), args, kwargs, dynamic, values)
-    quality: tuple[float, float] | None = None
     with torch.no_grad(), whole_folder(path.parent) as (folder, publish):
         expected = _forward(dense, given)
         notes = target.write(given, folder / path.name)
@@ -136,8 +135,8 @@ def export_model(
         difference, largest = _difference(found, expected)
         _check(target, values, difference, largest)
         call_s, dense_s = _take_turns(lambda: run(*args, **kwargs), lambda: dense(*args, **kwargs))
-        if evaluate is not None:
-            quality = float(evaluate(dense)), float(evaluate(_returning_as(expected, run)))
+        run = _returning_as(expected, run)
+        quality = None if evaluate is None else (float(evaluate(dense)), float(evaluate(run)))
         files = publish(path.name)
     return ExportReport(
         target=target.name,

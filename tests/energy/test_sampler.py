@@ -158,19 +158,25 @@ def test_a_signal_that_interrupts_a_reading_can_ask_for_totals() -> None:
 
 def stuck(sampler: Sampler, source: ConstantPower) -> tuple[threading.Thread, threading.Event]:
     """Have the thread wait in the source until the event is set that is returned with it."""
+    thread = sampler._thread
+    assert thread is not None
+    asked, answers = hang(source)
+    assert asked.wait(60)
+    return thread, answers
+
+
+def hang(source: ConstantPower) -> tuple[threading.Event, threading.Event]:
+    """Have a source not answer until the second event is set; the first tells that it was asked."""
     asked, answers = threading.Event(), threading.Event()
 
-    class Stuck(ConstantPower):
+    class Hangs(ConstantPower):
         def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
             asked.set()
             assert answers.wait(60)
             return ConstantPower.read(self, devices)
 
-    thread = sampler._thread
-    assert thread is not None
-    source.__class__ = Stuck
-    assert asked.wait(60)
-    return thread, answers
+    source.__class__ = Hangs
+    return asked, answers
 
 
 def test_a_source_that_never_answers_ends_the_reading_and_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,16 +202,9 @@ def test_a_source_that_never_answers_ends_the_reading_and_not_the_run(monkeypatc
 def test_a_reading_that_is_asked_for_and_never_answered_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_estdgm.energy._sampler.PATIENCE_S", 0.3)
     sampler = started_sampler(source := ConstantPower(), ConstantPower(name="other", uid="c1"))
-    answers = threading.Event()
-
-    class Stuck(ConstantPower):
-        def read(self, devices: Collection[DeviceId] | None = None) -> Mapping[DeviceId, Reading]:
-            assert answers.wait(60)
-            return ConstantPower.read(self, devices)
-
     time.sleep(0.02)
     sampler.read()
-    source.__class__ = Stuck
+    _, answers = hang(source)
     before = sampler.totals()
     with pytest.warns(RuntimeWarning, match="'constant' has not answered"):
         sampler.mark("train", "val")

@@ -9,9 +9,8 @@ from typing import Any
 from lightning_estdgm.tools.study._contender import SEEDS, Contender, Rows
 from lightning_estdgm.tools.study._evidence_tasks import EVIDENCE_TASKS
 from lightning_estdgm.tools.study._settings import FINE_UNITS, MAGNITUDE, SCALED, SPARSE_TO_DENSER
-from lightning_estdgm.tools.study._standing import standings
+from lightning_estdgm.tools.study._standing import Standing, best_of_budget, standings
 from lightning_estdgm.tools.study._study_run import DENSE, StudyRun
-from lightning_estdgm.tools.study._tasks import task_named
 
 DENSITY = 0.1
 DENSE_NAME = "dense"
@@ -97,36 +96,25 @@ def evidence(rows: Rows = (), costs: Rows = ()) -> Iterator[StudyRun]:
         are_level = all(run.key in known for run in equal)
         for each in entered:
             yield from (run for run in each.runs_of_lengths(rows) if are_level or run.key in known)
-        best = _best(entered, rows) if are_level else []
-        for each, runs in _runs_of_joules(entered, rows, costs):
-            yield from (run for run in runs if each in best or run.key in known)
+        found = standings(entered, rows, costs)
+        ours = [each for each in found if each.contender.method == "est-dgm"]
+        best = [best_of_budget(some, rows) for some in (narrower(found), ours)] if are_level else []
+        for standing, runs in _runs_of_joules(found):
+            yield from (run for run in runs if standing in best or run.key in known)
 
 
-def _best(entered: Sequence[Contender], rows: Rows) -> list[Contender]:
-    """Return the best narrower dense network and the best of EST-DGM at equal FLOPs."""
-    found = []
-    for method in (DENSE, "est-dgm"):
-        mine = {
-            mean: each.contender
-            for each in standings(entered, rows)
-            if each.contender.method == method and each.contender.name != DENSE_NAME
-            if (mean := each.scores(each.contender.budget_length(rows))["mean"]) is not None
-        }
-        if mine:
-            found.append(mine[min(mine) if task_named(entered[0].task).metric == "loss" else max(mine)])
-    return found
+def narrower(found: Sequence[Standing]) -> list[Standing]:
+    """Return those that are narrower dense networks."""
+    return [each for each in found if each.contender.method == DENSE and each.contender.name != DENSE_NAME]
 
 
-def _runs_of_joules(
-    entered: Sequence[Contender], rows: Rows, costs: Rows
-) -> Iterator[tuple[Contender, list[StudyRun]]]:
-    """Yield the runs of each contender of one task that are as long as dense's joules last, where these are known."""
-    found = standings(entered, rows, costs)
+def _runs_of_joules(found: Sequence[Standing]) -> Iterator[tuple[Standing, list[StudyRun]]]:
+    """Yield the runs of each of one task that are as long as dense's joules last, where these are known."""
     dense = next((each.costs["joules"] for each in found if each.contender.name == DENSE_NAME and each.costs), None)
     for each in found:
         if dense is not None and each.costs:
             length = math.floor(10 * dense / each.costs["joules"]) / 10
-            yield each.contender, [each.contender.run(each.lr, seed, length) for seed in SEEDS]
+            yield each, [each.contender.run(each.lr, seed, length) for seed in SEEDS]
 
 
 def cost_runs(rows: Rows) -> Iterator[StudyRun]:

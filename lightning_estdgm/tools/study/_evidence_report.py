@@ -9,9 +9,9 @@ from statistics import stdev
 
 from lightning_estdgm.tools._stats import Spread, percent, spread, spread_text
 from lightning_estdgm.tools.study._contender import Rows
-from lightning_estdgm.tools.study._evidence_plan import DENSE_NAME, EVIDENCE
+from lightning_estdgm.tools.study._evidence_plan import DENSE_NAME, EVIDENCE, narrower
 from lightning_estdgm.tools.study._evidence_tasks import EVIDENCE_TASKS
-from lightning_estdgm.tools.study._standing import Standing, standings
+from lightning_estdgm.tools.study._standing import Standing, best_of_budget, standings
 from lightning_estdgm.tools.study._study_run import DENSE
 
 NOT_RUN = "not run"
@@ -70,11 +70,7 @@ class Field:
     @property
     def small_dense(self) -> Standing | None:
         """The best narrower dense network at equal FLOPs."""
-        small = [s for s in self.all if s.contender.method == DENSE and s.contender.name != DENSE_NAME]
-        means = {s.contender.name: s.scores(self.budget_length(s))["mean"] for s in small}
-        run = [s for s in small if means[s.contender.name] is not None]
-        sign = 1.0 if self.dense.less_is_better else -1.0
-        return min(run, key=lambda s: sign * (means[s.contender.name] or 0.0), default=None)
+        return best_of_budget(narrower(self.all), self.rows)
 
 
 def fields(rows: Rows, costs: Rows = ()) -> list[Field]:

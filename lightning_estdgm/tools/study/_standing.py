@@ -157,6 +157,19 @@ def standings(contenders: Sequence[Contender], rows: Rows, costs: Rows = ()) -> 
     return found
 
 
+def best_of_budget(found: Sequence[Standing], rows: Rows) -> Standing | None:
+    """Return the best of some of one task at equal FLOPs; ``None`` where none was run so.
+
+    Args:
+        found: Some of them.
+        rows: Rows of the plan's table.
+
+    """
+    means = [(each.scores(each.contender.budget_length(rows))["mean"], each) for each in found]
+    run = [(mean if each.less_is_better else -mean, each) for mean, each in means if mean is not None]
+    return min(run, key=lambda one: one[0])[1] if run else None
+
+
 def _costs_a_step(run: StudyRun, costs: Rows) -> dict[str, float]:
     for row in costs:
         if row["key"] == run.key:
