@@ -7,6 +7,7 @@ elements there are, hardly on how many updates have grown them. Where they lie i
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,7 +73,6 @@ class YoungCopies:
     def __init__(self, parts: Sequence[CopiedWeight]) -> None:
         self.parameters: list[nn.Parameter] = []
         self._parts = parts
-        self._weights = [part.weight for part in parts]
         self._members = _joined(parts)  # of each parameter: numbers of parts, and their cohorts
         elements = {id(cohort): part.elements(cohort) for part in parts for cohort in part.cohorts}
         self._sizes: list[int] = []
@@ -88,14 +88,16 @@ class YoungCopies:
         in_memory = [torch.cat([elements[id(cohort)] for cohort in part.cohorts]).sort() for part in parts]
         self._places = [places for places, _ in in_memory]  # int32, indices into each flattened weight
         own = [torch.cat([ranges[id(cohort)] for cohort in part.cohorts]) for part in parts]
-        self._to = torch.cat([to[order] for to, (_, order) in zip(own, in_memory, strict=True)])
-        self._seen = [_place(cohort) for part in parts for cohort in part.cohorts]
+        self._order = torch.cat([to[order] for to, (_, order) in zip(own, in_memory, strict=True)])  # int32
+        self._holders, self._starts = _holders(parts), _starts(parts)
 
     def take(self, parts: Sequence[CopiedWeight]) -> bool:
         """Go on with the tensors of another step, if it has the same weights, and their cohorts have not changed."""
+        holders = _holders(parts)
         is_same = (
-            [id(part.weight) for part in parts] == [id(weight) for weight in self._weights]
-            and [_place(cohort) for part in parts for cohort in part.cohorts] == self._seen
+            len(holders) == len(self._holders)
+            and all(map(operator.is_, holders, self._holders))
+            and _starts(parts) == self._starts
             and all(c.numbers is members[0][1].numbers for members in self._members for _, c in members)
         )
         if is_same:
@@ -138,11 +140,11 @@ class YoungCopies:
 
     def _read(self, wholes: Sequence[Tensor]) -> list[Tensor]:
         """Return the elements of each parameter, in views of one vector; a zero for one that has none here."""
-        vector = wholes[0].new_empty(len(self._to))
-        in_memory = torch.empty_like(vector)
-        for whole, places, own in zip(wholes, self._places, self._pieces(in_memory), strict=True):
-            _read(whole, places, own)
-        _write(vector, self._to, in_memory)
+        vector = wholes[0].new_empty(len(self._order))
+        if not gather_(vector, self._order, wholes, self._places):
+            found = [_in_memory(*own) for own in zip(wholes, self._places, strict=True)]
+            elements = torch.cat([memory.index_select(0, places) for memory, places in found])
+            vector.scatter_(0, self._order.long(), elements)
         pieces = vector.split(self._sizes)
         return [piece if size else vector.new_zeros(1) for piece, size in zip(pieces, self._sizes, strict=True)]
 
@@ -153,18 +155,20 @@ class YoungCopies:
             pieces = [own if piece is None else piece for own, piece in zip(present, pieces, strict=True)]
         flat = [p.detach().reshape(-1)[:size] for p, size in zip(pieces, self._sizes, strict=True) if p is not None]
         vector = torch.cat(flat)
-        in_memory = torch.empty_like(vector)
-        _read(vector, self._to, in_memory)
-        for whole, places, own in zip(wholes, self._places, self._pieces(in_memory), strict=True):
-            _write(whole, places, own)
-
-    def _pieces(self, in_memory: Tensor) -> Sequence[Tensor]:
-        return in_memory.split([len(places) for places in self._places])
+        if not scatter_(wholes, self._places, vector, self._order):
+            elements = vector.index_select(0, self._order.long()).split([len(places) for places in self._places])
+            for whole, places, own in zip(wholes, self._places, elements, strict=True):
+                memory, found = _in_memory(whole, places)
+                memory.scatter_(0, found, own)
 
 
-def _place(cohort: Cohort) -> tuple[int, int, int, int]:
-    """Return what changes with the elements of a cohort that is kept: they only become fewer, or move as a whole."""
-    return id(cohort), id(cohort.elements), cohort.start, len(cohort.units)
+def _holders(parts: Sequence[CopiedWeight]) -> list[Any]:
+    """Return what tells which units there are: what changes them puts other tensors in place of some of these."""
+    return [each for part in parts for c in part.cohorts for each in (part.weight, c, c.units, c.elements)]
+
+
+def _starts(parts: Sequence[CopiedWeight]) -> list[int]:
+    return [cohort.start for part in parts for cohort in part.cohorts]
 
 
 def _range(start: int, size: int, device: torch.device) -> Tensor:
@@ -196,20 +200,6 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dtype == other.dtype and bool(one.cpu() == other.cpu())
     return type(one) is type(other) and bool(one == other)
-
-
-def _read(tensor: Tensor, places: Tensor, out: Tensor) -> None:
-    """Read elements of a tensor into a vector."""
-    if not gather_(out, tensor, places):
-        memory, found = _in_memory(tensor, places)
-        torch.index_select(memory, 0, found, out=out)
-
-
-def _write(tensor: Tensor, places: Tensor, values: Tensor) -> None:
-    """Write a vector over elements of a tensor."""
-    if not scatter_(tensor, places, values):
-        memory, found = _in_memory(tensor, places)
-        memory.scatter_(0, found, values)
 
 
 def _in_memory(tensor: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:

@@ -128,9 +128,12 @@ class BlockTopology:
         mask = mask.detach()
         for grid, ptr, idx in ((mask, self.row_ptr, self.col_idx), (mask.t(), self.col_ptr, self.row_idx)):
             ptr[1:].copy_(grid.sum(1).cumsum(0))
-            if self.compact:
-                active = grid.nonzero()[:, 1]
-                idx.resize_(active.shape).copy_(active)
+            if self.compact or (mask.device.type == "cpu" and type(mask) is Tensor):  # a FakeTensor has no values
+                active = grid.contiguous().nonzero()[:, 1]
+                if self.compact:
+                    idx.resize_(active.shape)
+                idx[: len(active)].copy_(active)
+                idx[len(active) :].zero_()
                 continue
             # A stable sort puts the active blocks first, in reading order, with no wait for the device.
             order = (~grid).flatten().to(torch.uint8).argsort(stable=True)

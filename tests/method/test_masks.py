@@ -61,6 +61,28 @@ def test_top_k_equals_a_naive_stable_sort(data, values, strided):
     assert torch.equal(mask, naive_top_k(scores, k))
 
 
+MANY = 1 << 17  # of which a sample is taken first
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        pytest.param(torch.rand(MANY, generator=torch.Generator().manual_seed(0)), id="random"),
+        pytest.param(torch.arange(MANY).float(), id="rising"),
+        pytest.param(-torch.arange(MANY).float(), id="falling"),
+        pytest.param((torch.arange(MANY) % 32 == 0).float(), id="a sample of the largest alone"),
+        pytest.param((torch.arange(MANY) % 32 == 1).float(), id="a sample of the smallest alone"),
+        pytest.param((torch.arange(MANY) % 7).float(), id="ties"),
+        pytest.param(torch.zeros(MANY), id="one value"),
+        pytest.param(torch.where(torch.arange(MANY) % 10 > 0, -torch.inf, torch.arange(MANY).sin()), id="mostly -inf"),
+        pytest.param(torch.where(torch.arange(MANY) % 10 > 0, torch.inf, torch.arange(MANY).sin()), id="mostly inf"),
+    ],
+)
+@pytest.mark.parametrize("k", [1, 13, MANY // 200, MANY // 20, MANY // 10 + 5, MANY // 2, MANY - 3])
+def test_top_k_of_many_equals_a_naive_stable_sort(scores, k):
+    assert torch.equal(top_k(scores, k), naive_top_k(scores, k))
+
+
 def test_top_k_keeps_the_shape_and_breaks_ties_by_reading_order():
     scores = torch.zeros(4, 6).t()
     expected = torch.zeros(6, 4, dtype=torch.bool)

@@ -93,40 +93,51 @@ def test_operators_that_no_layer_uses_are_not_built(monkeypatch):
     weight, vector = torch.ones(4, 4), torch.ones(2)
     places = torch.tensor([1, 3], dtype=torch.int32)
     assert not zero_outside_(weight, torch.zeros(4, 4, dtype=torch.bool), 1)
-    assert not gather_(vector, weight, places)
-    assert not scatter_(weight, places, vector)
+    assert not gather_(vector, places, [weight], [places])
+    assert not scatter_([weight], [places], vector, places)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8], ids=str)
-@pytest.mark.parametrize("count", [0, 1, 1000, 20_000])
-def test_elements_are_read_and_written_as_torch_does(dtype, count):
-    tensor = (100 * torch.rand(160, 200)).to(dtype)
-    places = torch.randperm(tensor.numel())[:count].int()
-    vector = torch.zeros(count, dtype=dtype)
-    assert gather_(vector, tensor, places)
-    assert torch.equal(vector, tensor.view(-1)[places.long()])
-    new = (100 * torch.rand(count)).to(dtype)
-    expected = tensor.view(-1).scatter(0, places.long(), new).view_as(tensor)
-    assert scatter_(tensor, places, new)
-    assert torch.equal(tensor, expected)
+@pytest.mark.parametrize("counts", [(0,), (1,), (3, 0, 500), (900, 20_000, 1, 7000)], ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_elements_are_read_and_written_as_torch_does(dtype, counts, threads):
+    tensors = [(100 * torch.rand(160, 200)).to(dtype) for _ in counts]
+    places = [torch.randperm(tensor.numel())[:count].int() for tensor, count in zip(tensors, counts, strict=True)]
+    order = torch.randperm(sum(counts)).int()
+    before, vector = torch.get_num_threads(), torch.zeros(sum(counts), dtype=dtype)
+    new = (100 * torch.rand(sum(counts))).to(dtype)
+    torch.set_num_threads(threads)
+    try:
+        assert gather_(vector, order, tensors, places)
+        found = [tensor.view(-1)[own.long()] for tensor, own in zip(tensors, places, strict=True)]
+        assert torch.equal(vector[order.long()], torch.cat(found))
+        pieces = zip(tensors, places, new[order.long()].split(counts), strict=True)
+        expected = [tensor.view(-1).scatter(0, own.long(), piece).view_as(tensor) for tensor, own, piece in pieces]
+        assert scatter_(tensors, places, new, order)
+        assert all(map(torch.equal, tensors, expected))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_elements_of_strided_or_other_tensors_are_left_to_torch():
-    places = torch.tensor([1], dtype=torch.int32)
-    assert not gather_(torch.ones(1), torch.ones(4, 4).t()[:2], places)
-    assert not gather_(torch.ones(1, dtype=torch.float64), torch.ones(4), places)
-    assert not scatter_(torch.ones(4, 8)[:, ::2], places, torch.ones(1))
+    places = torch.zeros(1, dtype=torch.int32)
+    plain, strided = torch.ones(4, 8), torch.ones(4, 4).t()[:2]
+    two = torch.tensor([0, 1], dtype=torch.int32)
+    assert not gather_(torch.ones(2), two, [plain, strided], [places, places])
+    assert not gather_(torch.ones(1, dtype=torch.float64), places, [plain], [places])
+    assert not scatter_([plain[:, ::2]], [places], torch.ones(1), places)
 
 
 def test_torch_counts_what_is_written():
     weight, places = torch.ones(8, 8), torch.tensor([1, 9], dtype=torch.int32)
+    other, order = torch.ones(4, 4), torch.arange(4, dtype=torch.int32)
     before = weight._version
     assert zero_outside_(weight.view(8, 8).detach(), torch.eye(8, dtype=torch.bool), 1)
     assert weight._version == before + 1
-    assert scatter_(weight, places, torch.ones(2))
-    assert weight._version == before + 2
-    assert gather_(torch.empty(2), weight, places)
-    assert weight._version == before + 2
+    assert scatter_([weight, other], [places, places], torch.ones(4), order)
+    assert (weight._version, other._version) == (before + 2, 1)
+    assert gather_(torch.empty(4), order, [weight, other], [places, places])
+    assert (weight._version, other._version) == (before + 2, 1)
 
 
 def test_a_tensor_that_counts_no_writes_is_written_too():

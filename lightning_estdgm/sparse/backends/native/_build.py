@@ -101,7 +101,7 @@ def library() -> ctypes.CDLL | str:
     weight_sum.argtypes, weight_sum.restype = [_P, *[_N] * 3, _P, _N, _N, _P, _P, *[_N] * 3, _I], ctypes.c_uint64
     loaded.estdgm_zero_outside.argtypes, loaded.estdgm_zero_outside.restype = [_P, *[_N] * 5, _P, _N, _N, _I], None
     for move in (loaded.estdgm_gather, loaded.estdgm_scatter):
-        move.argtypes, move.restype = [_P, _P, _N, _P, _N, _I], None
+        move.argtypes, move.restype = [_P, _P, _P, _N, _P, _P, _N, _I], None
     loaded.estdgm_units_free.argtypes, loaded.estdgm_units_free.restype = [_P], None
     for dtype in DTYPES.values() if loaded.estdgm_has_bfloat16() else ("float32",):
         for name, arguments in _ARGUMENTS.items():

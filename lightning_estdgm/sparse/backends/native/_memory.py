@@ -5,7 +5,9 @@ Each does what torch does, sooner, where the compiled operators are in use and f
 
 from __future__ import annotations
 
+import ctypes
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -57,45 +59,51 @@ def zero_outside_(weight: Tensor, active: Tensor, block_size: BlockSize) -> bool
     return True
 
 
-def gather_(out: Tensor, tensor: Tensor, places: Tensor) -> bool:
-    """Read elements of a tensor into a vector.
+def gather_(vector: Tensor, order: Tensor, tensors: Sequence[Tensor], places: Sequence[Tensor]) -> bool:
+    """Read elements of several tensors into one vector.
 
     Args:
-        out: vector of as many elements as `places`, of the tensor's dtype.
-        tensor: tensor whose elements lie in order.
-        places: int32, flat indices into it; none is checked.
+        vector: vector of as many elements as `order`, of the tensors' dtype.
+        order: int32, for each element its place in the vector; those of the first tensor, then of the next.
+        tensors: tensors whose elements lie in order.
+        places: for each tensor int32, flat indices into it; none is checked.
 
     Returns:
         Whether it was done.
 
     """
-    return _move("estdgm_gather", out, tensor, places)
+    return _move("estdgm_gather", tensors, places, vector, order)
 
 
-def scatter_(tensor: Tensor, places: Tensor, values: Tensor) -> bool:
-    """Write a vector over elements of a tensor.
+def scatter_(tensors: Sequence[Tensor], places: Sequence[Tensor], vector: Tensor, order: Tensor) -> bool:
+    """Write a vector over elements of several tensors; arguments and result are those of `gather_`.
 
-    Args:
-        tensor: tensor whose elements lie in order.
-        places: int32, flat indices, none twice; none is checked.
-        values: vector of as many elements, of the tensor's dtype.
-
-    Returns:
-        Whether it was done.
-
+    No index may be there twice.
     """
-    return _move("estdgm_scatter", tensor, values, places)
+    done = _move("estdgm_scatter", tensors, places, vector, order)
+    if done:
+        for tensor in tensors:
+            _count_write(tensor)
+    return done
 
 
-def _move(name: str, to: Tensor, source: Tensor, places: Tensor) -> bool:
+def _move(name: str, tensors: Sequence[Tensor], places: Sequence[Tensor], vector: Tensor, order: Tensor) -> bool:
     loaded = library_in_use()
-    if loaded is None or not (_is_plain(to) and _is_plain(source) and to.is_contiguous() and source.is_contiguous()):
+    if loaded is None or order.device.type != "cpu":
         return False
-    if to.dtype != source.dtype or places.device.type != "cpu":
+    if not all(_is_plain(t) and t.is_contiguous() and t.dtype == vector.dtype for t in (vector, *tensors)):
         return False
-    size, threads = to.element_size(), torch.get_num_threads()
-    getattr(loaded, name)(to.data_ptr(), source.data_ptr(), size, places.data_ptr(), len(places), threads)
-    _count_write(to)
+    count = len(tensors)
+    getattr(loaded, name)(
+        (ctypes.c_void_p * count)(*(tensor.data_ptr() for tensor in tensors)),
+        (ctypes.c_void_p * count)(*(own.data_ptr() for own in places)),
+        (ctypes.c_int64 * count)(*(own.numel() for own in places)),
+        count,
+        vector.data_ptr(),
+        order.data_ptr(),
+        vector.element_size(),
+        torch.get_num_threads(),
+    )
     return True
 
 
