@@ -94,6 +94,32 @@ def packed(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
     return _for_inference(copied(model, replaced))
 
 
+def with_stored_weights(model: nn.Module, made: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy of a model with whole weights, those of packed layers rounded as `packed` has rounded them.
+
+    Args:
+        model: trained model.
+        made: what `packed` has made of it.
+        dtype: of the stored values.
+
+    """
+    plain = copied(model)
+    layers = {found.name: found for found in _layers(plain)}
+    for name, layer in made.named_modules(remove_duplicate=False):
+        if isinstance(layer, (PackedLinear, PackedConv2d)):
+            found = layers[name]
+            weight = found.module.weight if isinstance(layer, PackedConv2d) else found.matrix  # outputs come first
+            weight.data.copy_(_rounded(weight.flatten(1), dtype).view(weight.shape))
+    return plain
+
+
+def _rounded(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype is not torch.int8:
+        return matrix.to(dtype).to(matrix.dtype)
+    scale = matrix.abs().amax(1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny) / 127
+    return (matrix / scale).round() * scale
+
+
 def save_packed(model: nn.Module, path: str | Path) -> None:
     """Write a packed model: its values and lists, and what else is in its state dict; no code.
 

@@ -90,6 +90,13 @@ class ExportTarget(Protocol):
         """Largest difference that its arithmetic explains, relative to the largest output; None where it is lossy."""
         return 1e-3 if values == "fp32" else None  # another order of sums; other types are lossy
 
+    def stored(self, given: ExportInput) -> Callable[..., Any] | None:
+        """Return the model with the weights that are stored, as PyTorch computes it; None where that cannot be given.
+
+        It is asked for where `tolerance` is None, and what was written has to equal it.
+        """
+        return None
+
 
 @functools.cache
 def discover() -> dict[str, ExportTarget]:

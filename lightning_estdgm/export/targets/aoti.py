@@ -16,7 +16,7 @@ from lightning_estdgm.export._aoti_package import cpu_metadata, load_aoti
 from lightning_estdgm.export._joined_layers import with_joined_layers
 from lightning_estdgm.export._program import exported_program
 from lightning_estdgm.export.targets._protocol import ExportError, ExportInput, ExportTarget
-from lightning_estdgm.export.targets.packed import DTYPES, packed_model
+from lightning_estdgm.export.targets.packed import DTYPES, packed_model, rounded_model
 from lightning_estdgm.sparse.backends.native._operator import operator_library
 
 
@@ -66,6 +66,10 @@ class AOTI(ExportTarget):
     def load(self, path: Path, given: ExportInput) -> Callable[..., Any]:
         """Return the package as a function."""
         return load_aoti(path)
+
+    def stored(self, given: ExportInput) -> Callable[..., Any] | None:
+        """Return the model with rounded weights."""
+        return rounded_model(given)
 
 
 TARGET = AOTI()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_estdgm.export._packed import load_packed, packed, save_packed
+from lightning_estdgm.export._packed import load_packed, packed, save_packed, with_stored_weights
 from lightning_estdgm.export.targets._protocol import ExportError, ExportInput, ExportTarget
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -38,6 +38,10 @@ class Packed(ExportTarget):
         model: Callable[..., Any] = load_packed(path, given.model)
         return model
 
+    def stored(self, given: ExportInput) -> Callable[..., Any] | None:
+        """Return the model with rounded weights."""
+        return rounded_model(given)
+
 
 def packed_model(given: ExportInput) -> tuple[nn.Module, list[str]]:
     """Return the model with packed layers, and what was said of layers that stay dense.
@@ -53,6 +57,13 @@ def packed_model(given: ExportInput) -> tuple[nn.Module, list[str]]:
         except RuntimeError as e:
             raise ExportError(str(e)) from e
     return model, [str(warning.message) for warning in said if warning.category is UserWarning]
+
+
+def rounded_model(given: ExportInput) -> nn.Module | None:
+    """Return the model with the weights of its packed layers rounded; None if it computes in halves, as they round."""
+    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in given.model.parameters()):
+        return None
+    return with_stored_weights(given.model, packed_model(given)[0], DTYPES[given.values])
 
 
 TARGET = Packed()

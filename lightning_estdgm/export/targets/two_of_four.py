@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from lightning_estdgm.export import _semi_structured_layers
@@ -32,12 +32,7 @@ class TwoOfFour(ExportTarget):
 
     def write(self, given: ExportInput, path: Path) -> list[str]:
         """Write the layers that fit and the other weights, all in 16 bits, and the module that loads them beside."""
-        layers, kept = sparse_linear_layers(given.model)
-        odd = [layer for layer in layers if layer.weight.shape[0] % _ROWS or layer.weight.shape[1] % _COLUMNS]
-        if odd:
-            names = ", ".join(f"{layer.name} {tuple(layer.weight.shape)}" for layer in odd)
-            kept.append(f"stays dense, as 2:4 takes outputs in multiples of {_ROWS}, inputs of {_COLUMNS}: {names}")
-        layers = [layer for layer in layers if layer not in odd]
+        layers, kept = _layers(given.model)
         if not layers:
             raise ExportError("\n".join(["no linear layer can be held in 2:4", *kept]))
         dtype = _DTYPES[given.values]
@@ -70,20 +65,40 @@ class TwoOfFour(ExportTarget):
 
     def load(self, path: Path, given: ExportInput) -> Callable[..., Any]:
         """Return the model with the weights that were written, dense on the CPU; floating inputs become its type."""
-        model = load(given.model, str(path), device="cpu")
+        return _in_halves(load(given.model, str(path), device="cpu"), _DTYPES[given.values])
+
+    def stored(self, given: ExportInput) -> Callable[..., Any] | None:
+        """Return the model with the fitted weights."""
+        for layer in _layers(given.model)[0]:
+            layer.weight.copy_(fit_2_of_4(layer.weight))
         dtype = _DTYPES[given.values]
-
-        def cast(value: Any) -> Any:
-            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return model(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
-
-        return run
+        return _in_halves(given.model.to(dtype), dtype)
 
     def tolerance(self, values: str) -> float | None:
         """Return None: weights are left out."""
         return None
+
+
+def _layers(model: nn.Module) -> tuple[list[SparseLayer], list[str]]:
+    """Return the layers that fit, and what is said of others with zeros."""
+    layers, kept = sparse_linear_layers(model)
+    odd = [layer for layer in layers if layer.weight.shape[0] % _ROWS or layer.weight.shape[1] % _COLUMNS]
+    if odd:
+        names = ", ".join(f"{layer.name} {tuple(layer.weight.shape)}" for layer in odd)
+        kept.append(f"stays dense, as 2:4 takes outputs in multiples of {_ROWS}, inputs of {_COLUMNS}: {names}")
+    return [layer for layer in layers if layer not in odd], kept
+
+
+def _in_halves(model: nn.Module, dtype: torch.dtype) -> Callable[..., Any]:
+    """Return the model as a function whose floating inputs become `dtype`."""
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return model(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+
+    return run
 
 
 def fit_2_of_4(weight: Tensor) -> Tensor:

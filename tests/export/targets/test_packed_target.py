@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from helpers import exported
-from lightning_estdgm.export import ExportError, export_model, load_packed
+from lightning_estdgm.export import ExportError, PackedLinear, export_model, load_packed
+from lightning_estdgm.export import _export as export_module
+from lightning_estdgm.export.targets._protocol import ExportInput
+from lightning_estdgm.export.targets.packed import Packed
 from lightning_estdgm.recipes import ByteGPT
 
 pytest.importorskip("torch_geometric")
@@ -35,6 +40,32 @@ def test_networks(kind: str, tmp_path: Path) -> None:
     loaded = load_packed(tmp_path / "net.pt", exported.network(kind)[0])
     inputs = exported.other_size(kind)
     assert exported.relative_difference(loaded(*inputs), net(*inputs)) < 1e-4
+
+
+@pytest.mark.parametrize("values", ["bf16", "int8"])
+@pytest.mark.parametrize("kind", exported.NETWORKS)
+def test_rounded_values_compute_what_pytorch_does_with_them(kind: str, values: str, tmp_path: Path) -> None:
+    net, example, _ = exported.network(kind)
+    assert export_model(net, example, "packed", tmp_path / "net", values=values).difference > 0.0
+
+
+class _Wrong(Packed):
+    """Packed layers one of whose outputs is a little off when they are loaded."""
+
+    def load(self, path: Path, given: ExportInput) -> Callable[..., Any]:
+        model = super().load(path, given)
+        assert isinstance(model, nn.Module)
+        layer = next(module for module in model.modules() if isinstance(module, PackedLinear))
+        assert layer.scale is not None
+        layer.scale[0] *= 1.1
+        return model
+
+
+def test_a_wrong_product_is_not_taken_for_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_module, "discover", lambda: {"packed": _Wrong()})
+    with pytest.raises(ExportError, match="differs from the model with the weights that it stores by"):
+        export_model(exported.mlp(), X, "packed", tmp_path / "net", values="int8")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_input_may_be_passed_by_name(tmp_path: Path) -> None:

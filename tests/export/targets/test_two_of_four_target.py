@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
 from helpers import exported
 from lightning_estdgm.export import ExportError, export_model
+from lightning_estdgm.export import _export as export_module
 from lightning_estdgm.export._semi_structured_layers import load
-from lightning_estdgm.export.targets.two_of_four import fit_2_of_4
+from lightning_estdgm.export.targets._protocol import ExportInput
+from lightning_estdgm.export.targets.two_of_four import TwoOfFour, fit_2_of_4
 from lightning_estdgm.recipes import GraphNet
 
 X = torch.randn(5, 128, generator=torch.Generator().manual_seed(3))
@@ -37,6 +41,21 @@ def test_what_is_loaded_are_the_fitted_weights(values: str, tmp_path: Path) -> N
     for mine, theirs in ((loaded[0], net[0]), (loaded[2], net[2])):  # type: ignore[index]
         assert torch.equal(mine.weight, fit_2_of_4(theirs.weight).to(dtype))
         assert torch.equal(mine.bias, theirs.bias.to(dtype))
+
+
+class _Wrong(TwoOfFour):
+    """Outputs that are a hundredth too large."""
+
+    def load(self, path: Path, given: ExportInput) -> Callable[..., Any]:
+        run = super().load(path, given)
+        return lambda *args: 1.01 * run(*args)
+
+
+def test_a_wrong_file_is_not_taken_for_what_fitting_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_module, "discover", lambda: {"2:4": _Wrong()})
+    with pytest.raises(ExportError, match=r"what 2:4 computes differs from the model with the weights that it stores"):
+        export_model(exported.mlp(), X, "2:4", tmp_path / "net")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mask_of_2_of_4_loses_nothing(tmp_path: Path) -> None:
