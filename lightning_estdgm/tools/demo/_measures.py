@@ -73,6 +73,7 @@ def mask_work(log: StepLog) -> dict[str, float | int | None]:
         updates: Number of steps that end in an update.
         observe_extra_s: Median over steps that only observe.
         update_extra_s: Median over steps that end in an update, less observe_extra_s where they observed as well.
+        both_extra_s: Median over steps that do both, which is all that can be said where no step only observes.
         total_s: Sum over all such steps.
         share: total_s over the time of all training steps.
         All but the counts are None where there is nothing to compare with.
@@ -84,12 +85,14 @@ def mask_work(log: StepLog) -> dict[str, float | int | None]:
     observing = [more for more, seen, updated in extra if seen and not updated]
     observe_s = median(observing) if observing else None
     updating = [more - (observe_s or 0.0) for more, seen, updated in extra if updated and (observing or not seen)]
+    both = [more for more, seen, updated in extra if seen and updated]
     total_s = math.fsum(more for more, _, _ in extra) if len(extra) == len(marked) else None
     return {
         "observing_steps": sum(log.observed),
         "updates": sum(log.updated),
         "observe_extra_s": observe_s,
         "update_extra_s": median(updating) if updating else None,
+        "both_extra_s": median(both) if both else None,
         "total_s": total_s,
         "share": None if total_s is None else total_s / math.fsum(log.wall_s),
     }

@@ -1,18 +1,22 @@
 """Numbers of the demo from the records of its runs, and their figure."""
 
+import io
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from rich.console import Console
 
 from lightning_estdgm.tools._stats import spread
 from lightning_estdgm.tools.demo._figures import _draw_loss, draw_demo
-from lightning_estdgm.tools.demo._measures import compare_pair, mask_work, measure, phase_times, watts
+from lightning_estdgm.tools.demo._measures import compare_pair, mask_work, measure, phase_times, summarize, watts
 from lightning_estdgm.tools.demo._records import RunRecord, StepLog, Validation, records
+from lightning_estdgm.tools.demo._tables import steps_table
 from lightning_estdgm.tools.report._finished_run import energy_label
 from lightning_estdgm.tools.report._json_format import write_json
 
@@ -70,8 +74,25 @@ def test_mask_work_is_what_marked_steps_take_more():
     work = mask_work(steps)
     assert work["observe_extra_s"] == 0.5
     assert work["update_extra_s"] == 0.25
+    assert work["both_extra_s"] == 0.75
     assert work["total_s"] == 1.25
     assert work["share"] == pytest.approx(1.25 / 6.25)
+
+
+def test_mask_work_is_told_as_a_whole_where_each_step_that_observes_updates():
+    marks = [False, True, False, True, False]
+    runs = []
+    for mode in ("dense", "dgm"):
+        seen = marks if mode == "dgm" else [False] * 5
+        steps = log(wall_s=[1.0, 1.25, 1.0, 1.75, 1.0], observed=seen, updated=seen)
+        runs.append(record(mode, steps, 1.0, energy={"train_joules": 1.0}))
+    work = mask_work(steps)
+    assert (work["observe_extra_s"], work["update_extra_s"], work["both_extra_s"]) == (None, None, 0.5)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(steps_table(summarize(runs), runs, None))
+    text = console.export_text()
+    assert re.search(r"a mask update and its observing step, ms\W+500\W", text)
+    assert "an observing step takes more" not in text
 
 
 def test_mask_work_is_unknown_without_plain_steps():
