@@ -87,6 +87,10 @@ class StepScaling:
             self._steps.append(
                 _ScaledSteps(optimizer, own, self._step_size, grows=grows, before=before.get(id(optimizer)))
             )
+        counted = {key for steps in self._steps for key in steps.counted}
+        for key, weight in weights.items():
+            if key not in counted and weight.young.lifetime:  # who counted its steps is not there any more
+                weight.young.live(0)
         self.load_state_dict(self._resumed)
 
     def values(self) -> dict[int, dict[str, Group]]:
@@ -182,10 +186,13 @@ class _ScaledSteps:
         self._reasons: dict[int, str] = {}  # against scaling, by the group's index; empty if it can be scaled
         self._reasons_by_settings: dict[str, str] = {}  # for groups that differ in their rate and parameters only
         self._uncounted = dict(weights) if grows else {}  # of which it is not known how the optimizer counts
+        self.counted: dict[int, MaskedWeight] = {}  # whose grown units it steps by a count of their own
         if before is not None:
             self._reasons, self._reasons_by_settings = before._reasons, before._reasons_by_settings
             for key in before._weights.keys() - before._uncounted.keys():
-                self._uncounted.pop(key, None)
+                weight = self._uncounted.pop(key, None)
+                if weight is not None and key in before.counted:
+                    self.counted[key] = weight
         for index, group in enumerate(optimizer.param_groups):
             self._can_scale(index, group)
         self._count_units()
@@ -242,7 +249,7 @@ class _ScaledSteps:
             return  # a subclass's step that calls its parent's, whose closure is wrapped twice
         self._count_units()
         self.groups.enter(self._scales())
-        self.young.enter(self._weights)
+        self.young.enter(self.counted)
 
     def _leave(self) -> None:
         """Give the groups back as they were; what the optimizer made of young units by themselves is lost."""
@@ -328,7 +335,9 @@ class _ScaledSteps:
                     continue
                 counts = unit_counts(self.optimizer, index, parameter)
                 lifetime = 0 if agree([weight.shard], not counts.lifetime) else counts.lifetime
-                weight.young.live(lifetime, own_state=counts.own_state)
+                if lifetime:  # another optimizer that holds it, such as one of an inner loop, may count no steps
+                    self.counted[id(parameter)] = weight
+                    weight.young.live(lifetime, own_state=counts.own_state)
                 if counts.why_not:
                     _add_note(weight, f"grown weights share its count of steps: {counts.why_not}")
 

@@ -318,6 +318,39 @@ def test_a_step_that_calls_its_parents_shows_young_units_once(closure):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("order", ["Adam first", "SGD first"])
+def test_an_inner_optimizer_that_counts_no_steps_leaves_grown_units_young(order):
+    """As in MAML and Reptile, whose inner loop steps the same weights by SGD."""
+    changes = {}
+    for inner in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16), nn.Linear(16, 2)).double()
+        adam = torch.optim.Adam(net.parameters(), RATE)
+        sgd = torch.optim.SGD(net.parameters(), 0.0)  # moves nothing
+        optimizers = ([adam, sgd] if order == "Adam first" else [sgd, adam]) if inner else [adam]
+        with DGMController(net, optimizers, config(), total_steps=TOTAL, audit=False) as dgm:
+            for step in range(40):
+                x = torch.randn(4, 16, generator=torch.Generator().manual_seed(step)).double()
+                for optimizer in optimizers[::-1] if order == "Adam first" else optimizers:
+                    optimizer.zero_grad()
+                    net(x).square().mean().backward()
+                    dgm.mask_gradients()
+                    optimizer.step()
+                dgm.advance()
+            assert all(weight.young.living for weight in dgm.masked_weights)
+            changes[inner] = [p.detach().clone() for p in net.parameters()]
+    assert all(map(torch.equal, changes[False], changes[True]))
+
+
+def test_where_the_optimizer_that_counts_steps_goes_no_unit_is_young():
+    net = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16), nn.Linear(16, 2))
+    adam, sgd = torch.optim.Adam(net.parameters(), RATE), torch.optim.SGD(net.parameters(), RATE)
+    with DGMController(net, adam, config(), total_steps=TOTAL, audit=False) as dgm:
+        assert all(weight.young.lifetime for weight in dgm.masked_weights)
+        dgm.use_optimizers([sgd])
+        assert not any(weight.young.lifetime for weight in dgm.masked_weights)
+
+
 def test_a_step_that_a_scaler_skips_is_not_counted():
     weight = numbered([[1, 0], [0, 1]])
     weight.inactive.apply_mask_(weight)
