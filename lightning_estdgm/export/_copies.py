@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_estdgm.modules._packed_forward import unpack_free_
 
@@ -28,16 +30,26 @@ def copied(model: nn.Module, replaced: Mapping[int, nn.Module] = MappingProxyTyp
 
 
 def without_trainer(model: nn.Module, replaced: Mapping[int, nn.Module] = MappingProxyType({})) -> nn.Module:
-    """Return a deepcopy of a model, with modules in the place of others as `copied` has them."""
+    """Return a deepcopy of a model, with modules in the place of others as `copied` has them.
+
+    Tensors with a graph that modules keep, such as an attention map or the weight of ``torch.nn.utils.weight_norm``,
+    are copied without it: torch copies none with.
+    """
+    computed = [leaf for module in model.modules() for leaf in pytree.tree_leaves(vars(module)) if _has_graph(leaf)]
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in computed} | dict(replaced)
     trainer, holder = getattr(model, "_trainer", None), model
     if trainer is not None:  # a LightningModule's Trainer holds loaders and loggers, which no copy needs
         holder._trainer = None  # type: ignore[assignment]
     try:
-        made: nn.Module = copy.deepcopy(model, dict(replaced))
+        made: nn.Module = copy.deepcopy(model, memo)
     finally:
         if trainer is not None:
             holder._trainer = trainer
     return made
+
+
+def _has_graph(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.grad_fn is not None
 
 
 def clean_zeros_(model: nn.Module) -> nn.Module:

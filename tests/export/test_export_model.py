@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from helpers import exported
 from helpers.exact import differences
 from helpers.models import NO_VALIDATION_LOADER
-from lightning_estdgm.export import ExportError, ExportInput, export_model
+from lightning_estdgm.export import ExportError, ExportInput, export_model, load_packed
 from lightning_estdgm.export import _export as export_module
 from lightning_estdgm.export._copies import clean_zeros_
 from lightning_estdgm.export._sparse_layers import sparse_linear_layers
@@ -196,6 +196,32 @@ def test_a_model_that_was_trained_packed_is_exported(to: str, kind: str, unit: B
 
 def negative_zeros(model: nn.Module) -> int:
     return sum(int(((p == 0) & p.signbit()).sum()) for p in model.parameters())
+
+
+class _Keeping(nn.Module):
+    """Keeps tensors with a graph: the weight of a layer, and what it has computed last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = exported.mlp()
+        with pytest.warns(FutureWarning, match="weight_norm"):
+            self.last = nn.utils.weight_norm(nn.Linear(128, 8))
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = [self.first(x)]
+        return self.last(self.seen[0])
+
+
+def test_a_model_that_keeps_tensors_with_a_graph_is_exported(tmp_path: Path) -> None:
+    net = _Keeping()
+    expected = net(X)
+    kept = net.seen[0]
+    report = export_model(net, X, "packed", tmp_path / "net")
+    assert report.difference < 1e-5
+    assert net.seen[0] is kept
+    assert kept.grad_fn is not None
+    assert exported.relative_difference(load_packed(tmp_path / "net.pt", _Keeping())(X), expected) < 1e-5
 
 
 def test_zeros_are_written_without_a_sign() -> None:
