@@ -15,10 +15,10 @@ _PASSES = 4  # over float32 scores; more where scores are equal
 # and for each unit; of an update with finding the units it has grown, without clearing optimizer state. For float32;
 # counted at torch's dispatcher in the runs that check them.
 _BYTES = {
-    ("whole", "block"): ((16, 28), (29, 335)),
-    ("whole", "few rows"): ((27, 28), (52, 335)),
-    ("whole", "weight"): ((36, 0), (235, 0)),
-    ("part", "block"): ((28, 204), (63, 1007)),
+    ("whole", "block"): ((16, 28), (29, 214)),
+    ("whole", "few rows"): ((27, 28), (52, 214)),
+    ("whole", "weight"): ((36, 0), (196, 0)),
+    ("part", "block"): ((28, 204), (63, 771)),
     ("part", "weight"): ((44, 0), (1604, 0)),
 }
 

@@ -81,6 +81,10 @@ EVIDENCE: tuple[Contender, ...] = tuple(each for task in EVIDENCE_TASKS for each
 """All contenders, the tasks of the shortest runs first."""
 
 
+_MOST = 0.9
+"""Share of dense's joules that runs of as many joules take at least."""
+
+
 def evidence(rows: Rows = (), costs: Rows = ()) -> Iterator[StudyRun]:
     """Dense, small dense, other methods and EST-DGM on published data, each at its own best rate.
 
@@ -99,7 +103,7 @@ def evidence(rows: Rows = (), costs: Rows = ()) -> Iterator[StudyRun]:
         found = standings(entered, rows, costs)
         ours = [each for each in found if each.contender.method == "est-dgm"]
         best = [best_of_budget(some, rows) for some in (narrower(found), ours)] if are_level else []
-        for standing, runs in _runs_of_joules(found):
+        for standing, runs in _runs_of_joules(found, rows):
             yield from (run for run in runs if standing in best or run.key in known)
 
 
@@ -108,12 +112,18 @@ def narrower(found: Sequence[Standing]) -> list[Standing]:
     return [each for each in found if each.contender.method == DENSE and each.contender.name != DENSE_NAME]
 
 
-def _runs_of_joules(found: Sequence[Standing]) -> Iterator[tuple[Standing, list[StudyRun]]]:
-    """Yield the runs of each of one task that are as long as dense's joules last, where these are known."""
+def _runs_of_joules(found: Sequence[Standing], rows: Rows) -> Iterator[tuple[Standing, list[StudyRun]]]:
+    """Yield the runs of each of one task that are as long as dense's joules last, where these are known.
+
+    Costs are measured anew at times, and never come out the same: runs that take most of these joules stay.
+    """
     dense = next((each.costs["joules"] for each in found if each.contender.name == DENSE_NAME and each.costs), None)
     for each in found:
         if dense is not None and each.costs:
-            length = math.floor(10 * dense / each.costs["joules"]) / 10
+            lasts = dense / each.costs["joules"]
+            own = [row["length"] for row in rows if each.contender.owns(row) and row["lr"] == each.lr]
+            near = [length for length in own if _MOST * lasts < length <= lasts]
+            length = max(near, default=math.floor(10 * lasts) / 10)
             yield each, [each.contender.run(each.lr, seed, length) for seed in SEEDS]
 
 
