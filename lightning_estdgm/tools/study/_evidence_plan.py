@@ -122,9 +122,9 @@ def _runs_of_joules(found: Sequence[Standing], rows: Rows) -> Iterator[tuple[Sta
         if dense is not None and each.costs:
             lasts = dense / each.costs["joules"]
             own = [row["length"] for row in rows if each.contender.owns(row) and row["lr"] == each.lr]
-            near = [length for length in own if _MOST * lasts < length <= lasts]
-            length = max(near, default=math.floor(10 * lasts) / 10)
-            yield each, [each.contender.run(each.lr, seed, length) for seed in SEEDS]
+            near = {length for length in own if _MOST * lasts < length <= lasts}
+            lengths = sorted(near) or [math.floor(10 * lasts) / 10]
+            yield each, [each.contender.run(each.lr, seed, length) for length in lengths for seed in SEEDS]
 
 
 def cost_runs(rows: Rows) -> Iterator[StudyRun]:
