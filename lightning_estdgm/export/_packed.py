@@ -94,23 +94,21 @@ def packed(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module
     return _for_inference(copied(model, replaced))
 
 
-def with_stored_weights(model: nn.Module, made: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a copy of a model with whole weights, those of packed layers rounded as `packed` has rounded them.
+def round_stored_(model: nn.Module, made: nn.Module, dtype: torch.dtype) -> None:
+    """Round the weights of a model of plain layers where they are packed, to what stored values stand for.
 
     Args:
-        model: trained model.
+        model: a copy of the trained model, of plain layers.
         made: what `packed` has made of it.
         dtype: of the stored values.
 
     """
-    plain = copied(model)
-    layers = {found.name: found for found in _layers(plain)}
+    layers = {found.name: found for found in _layers(model)}
     for name, layer in made.named_modules(remove_duplicate=False):
         if isinstance(layer, (PackedLinear, PackedConv2d)):
             found = layers[name]
             weight = found.module.weight if isinstance(layer, PackedConv2d) else found.matrix  # outputs come first
             weight.data.copy_(_rounded(weight.flatten(1), dtype).view(weight.shape))
-    return plain
 
 
 def _rounded(matrix: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_estdgm.export._packed import load_packed, packed, save_packed, with_stored_weights
+from lightning_estdgm.export._packed import load_packed, packed, round_stored_, save_packed
 from lightning_estdgm.export.targets._protocol import ExportError, ExportInput, ExportTarget
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -60,10 +60,11 @@ def packed_model(given: ExportInput) -> tuple[nn.Module, list[str]]:
 
 
 def rounded_model(given: ExportInput) -> nn.Module | None:
-    """Return the model with the weights of its packed layers rounded; None if it computes in halves, as they round."""
+    """Round the model's weights that are packed, and return it; None if it computes in halves, as they round."""
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in given.model.parameters()):
         return None
-    return with_stored_weights(given.model, packed_model(given)[0], DTYPES[given.values])
+    round_stored_(given.model, packed_model(given)[0], DTYPES[given.values])
+    return given.model
 
 
 TARGET = Packed()

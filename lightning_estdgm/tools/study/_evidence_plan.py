@@ -103,7 +103,7 @@ def evidence(rows: Rows = (), costs: Rows = ()) -> Iterator[StudyRun]:
         found = standings(entered, rows, costs)
         ours = [each for each in found if each.contender.method == "est-dgm"]
         best = [best_of_budget(some, rows) for some in (narrower(found), ours)] if are_level else []
-        for standing, runs in _runs_of_joules(found, rows):
+        for standing, runs in _runs_of_joules(found):
             yield from (run for run in runs if standing in best or run.key in known)
 
 
@@ -112,7 +112,7 @@ def narrower(found: Sequence[Standing]) -> list[Standing]:
     return [each for each in found if each.contender.method == DENSE and each.contender.name != DENSE_NAME]
 
 
-def _runs_of_joules(found: Sequence[Standing], rows: Rows) -> Iterator[tuple[Standing, list[StudyRun]]]:
+def _runs_of_joules(found: Sequence[Standing]) -> Iterator[tuple[Standing, list[StudyRun]]]:
     """Yield the runs of each of one task that are as long as dense's joules last, where these are known.
 
     Costs are measured anew at times, and never come out the same: runs that take most of these joules stay.
@@ -121,9 +121,8 @@ def _runs_of_joules(found: Sequence[Standing], rows: Rows) -> Iterator[tuple[Sta
     for each in found:
         if dense is not None and each.costs:
             lasts = dense / each.costs["joules"]
-            own = [row["length"] for row in rows if each.contender.owns(row) and row["lr"] == each.lr]
-            near = {length for length in own if _MOST * lasts < length <= lasts}
-            lengths = sorted(near) or [math.floor(10 * lasts) / 10]
+            near = [length for length in each.lengths if _MOST * lasts < length <= lasts]
+            lengths = near or [math.floor(10 * lasts) / 10]
             yield each, [each.contender.run(each.lr, seed, length) for length in lengths for seed in SEEDS]
 
 
